@@ -1,0 +1,223 @@
+"""Card: the TOML facts of a checkpoint. The one authority on what a model is, wants and allows.
+
+Knows nothing of tensors; reading a card opens no weights. An invalid card stops the start and names file and field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.errors import CardError
+
+Size = tuple[int, int]
+_SIZE = re.compile(r"^([1-9][0-9]{0,4})x([1-9][0-9]{0,4})$")
+
+
+def parse_size(text: str) -> Size:
+    """ "WxH" -> (width, height) in pixels. Raises ValueError."""
+    found = _SIZE.match(text)
+    if not found:
+        raise ValueError(f'"{text}" is not a size like "512x512"')
+    return int(found[1]), int(found[2])
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Part):
+    """Where the files are: a folder (relative to the card's own) or a Hub repository at a revision."""
+
+    path: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("give either path or repo")
+        return self
+
+
+class DynamicShift(_Part):
+    """FLUX's resolution-dependent shift: exp of a line through (base_tokens, base) and (max_tokens, max)."""
+
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base: float = 0.5
+    max: float = 1.15
+
+
+class Schedule(_Part):
+    """The noise process the network was trained on, and the grid its samplers walk.
+
+    kind "diffusion": alpha-bar from betas; "flow": x_t = (1 - s) x0 + s noise. `spacing` names the grid:
+    leading, linspace or trailing for diffusion, sd3 or flux for flow. `variance` is what ddpm adds back.
+    `clip_sample` and `thresholding` are there to be refused: they are not affine.
+    """
+
+    kind: Literal["diffusion", "flow"]
+    prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
+    spacing: Literal["leading", "linspace", "trailing", "sd3", "flux"] = "leading"
+    train_steps: Annotated[int, Field(ge=1, le=10_000)] = 1000
+    betas: Literal["linear", "scaled_linear"] = "linear"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
+    steps_offset: Annotated[int, Field(ge=0, le=10)] = 0
+    set_alpha_to_one: bool = True
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    dynamic_shift: DynamicShift | None = None
+    clip_sample: Literal[False] = False
+    thresholding: Literal[False] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flow_defaults(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("kind") == "flow":
+            raw = {"prediction": "flow", "spacing": "sd3", **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Schedule:
+        flow = self.kind == "flow"
+        if flow != (self.prediction == "flow") or flow != (self.spacing in ("sd3", "flux")):
+            raise ValueError(f"kind {self.kind}, prediction {self.prediction}, spacing {self.spacing} do not agree")
+        return self
+
+
+class Defaults(_Part):
+    """What a request gets when it does not say."""
+
+    sampler: str
+    num_inference_steps: Annotated[int, Field(ge=1)]
+    guidance_scale: Annotated[float, Field(ge=0)]
+    size: str
+
+
+class Sizes(_Part):
+    """Allowed width and height in pixels; min == max means that size only; square means width == height."""
+
+    min: Annotated[int, Field(ge=8)]
+    max: Annotated[int, Field(ge=8, le=8192)]
+    multiple: Annotated[int, Field(ge=1)] = 16
+    square: bool = False
+
+
+class Limits(_Part):
+    """The bounds of a request; an error names the field and this range."""
+
+    sizes: Sizes
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 100
+    guidance_scale: Annotated[float, Field(gt=0)] = 30.0
+    n: Annotated[int, Field(ge=1, le=64)] = 10
+    prompt: Annotated[int, Field(ge=1, le=32_000)] = 10_000
+
+
+class Text(_Part):
+    """Padded text lengths in tokens, as the upstream pipeline pads: SD3 has 77 CLIP and 256 T5 tokens."""
+
+    clip: Annotated[int, Field(ge=2, le=77)] = 77
+    t5: Annotated[int, Field(ge=1, le=512)] = 256
+
+
+class Bucket(_Part):
+    """The fixed batch sizes of deterministic mode: every forward is padded to these."""
+
+    passes: Annotated[int, Field(ge=8)] = 8
+    encode: Annotated[int, Field(ge=1)] = 1
+    decode: Annotated[int, Field(ge=1)] = 1
+
+
+class Card(_Part):
+    """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    family: Literal["dit", "sd3"]
+    source: Source
+    components: dict[str, str] = {}
+    aliases: tuple[str, ...] = ()
+    description: str = ""
+    schedule: Schedule
+    defaults: Defaults
+    limits: Limits
+    text: Text = Text()
+    bucket: Bucket = Bucket()
+    guidance: Literal["cfg"] = "cfg"
+    guided_channels: Annotated[int, Field(ge=1)] | None = None
+    time_freq_shift: Annotated[float, Field(ge=0)] | None = None
+    norm_eps: Annotated[float, Field(gt=0)] | None = None
+    license: str = ""
+    folder: Path = Path()
+    labels: tuple[str, ...] = ()
+
+    @property
+    def default_size(self) -> Size:
+        return parse_size(self.defaults.size)
+
+    @model_validator(mode="after")
+    def _default_size_allowed(self) -> Card:
+        width, height = parse_size(self.defaults.size)
+        sizes = self.limits.sizes
+        for side in (width, height):
+            if not sizes.min <= side <= sizes.max or side % sizes.multiple:
+                raise ValueError(f"defaults.size {self.defaults.size} is outside limits.sizes")
+        if self.defaults.num_inference_steps > self.limits.num_inference_steps:
+            raise ValueError("defaults.num_inference_steps is over limits.num_inference_steps")
+        return self
+
+
+def read_card(file: Path) -> Card:
+    """Read and validate one card.toml. Raises CardError naming the file and the field."""
+    try:
+        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise CardError(f"{file}: {error}") from error
+    for filled in ("folder", "labels"):
+        if filled in raw:
+            raise CardError(f"{file}: {filled}: unknown field")
+    try:
+        return Card(**{**raw, "folder": file.parent.resolve(), "labels": _labels(file.parent, raw)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "card"
+        raise CardError(f"{file}: {field}: {first['msg']}") from error
+
+
+def read_cards(folder: Path) -> dict[str, Card]:
+    """Every `<folder>/<id>/card.toml`, by id. Raises CardError: invalid card, clashing names, unknown component."""
+    cards: dict[str, Card] = {}
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob("*/card.toml")):
+        card = read_card(file)
+        for name in (card.id, *card.aliases):
+            if name in names:
+                raise CardError(f"{file}: the name {name} is already used by {names[name]}")
+            names[name] = file
+        cards[card.id] = card
+    for card in cards.values():
+        for part, target in card.components.items():
+            owner, _, rest = target.partition("/")
+            if owner not in cards or not rest or ".." in rest.split("/"):
+                raise CardError(f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"')
+    return cards
+
+
+def _labels(folder: Path, raw: dict[str, Any]) -> tuple[str, ...]:
+    """A DiT's class names, from `id2label` of its model_index.json, in order of id."""
+    source = raw.get("source")
+    path = source.get("path") if isinstance(source, dict) else None
+    index = folder / str(path) / "model_index.json"
+    if raw.get("family") != "dit" or not path or not index.is_file():
+        return ()
+    try:
+        named = json.loads(index.read_text(encoding="utf-8")).get("id2label", {})
+        return tuple(named[key] for key in sorted(named, key=int))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CardError(f"{index}: id2label: {error}") from error

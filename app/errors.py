@@ -1,0 +1,130 @@
+"""The tree of everything that can go wrong, as a user is told of it.
+
+Knows nothing of HTTP: `app/api/responses.py` holds the one table from these classes to status codes.
+
+    InstepError
+    ├── RequestError            the request cannot be served as written
+    │   ├── InvalidValue        a field is out of its range or of the wrong type
+    │   ├── UnknownField        a field that does not exist
+    │   ├── Unsupported         an OpenAI feature that this server does not serve
+    │   ├── InvalidJSON         the body is not a JSON object
+    │   └── BodyTooLarge        the body is over the limit
+    ├── ModelNotFound           no card has this name
+    ├── Unavailable             this replica cannot, another or a later try may
+    │   ├── Overloaded          the wait ahead is longer than MAX_WAIT
+    │   ├── NoWorker            no engine process is alive, or it died under this request
+    │   └── ShuttingDown        the server drains
+    ├── DeadlineExceeded        the deadline passed before the image was done
+    ├── Cancelled               the client left or cancelled
+    ├── EngineError             the request reached the engine and failed there
+    │   ├── NonFiniteOutput     the network produced NaN or infinity for this row
+    │   └── OutOfMemory         one row alone does not fit
+    ├── LoadError               a checkpoint cannot be loaded
+    │   ├── CardError           a card.toml is invalid: names file and field
+    │   └── CheckpointError     the files are missing, truncated, or not what the card says
+    └── SettingsError           the server cannot start with these settings
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class InstepError(Exception):
+    """The root. `message` is fit for a user's eyes; `param` names the field; `retry_after` is in seconds.
+
+    Instances cross the process border by pickle, so every subclass keeps this constructor.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.param, self.retry_after)
+
+
+def _rebuild(kind: type[InstepError], message: str, param: str | None, retry_after: float | None) -> InstepError:
+    return kind(message, param=param, retry_after=retry_after)
+
+
+class RequestError(InstepError):
+    """The request cannot be served as written."""
+
+
+class InvalidValue(RequestError):
+    """A field is out of its range or of the wrong type."""
+
+
+class UnknownField(RequestError):
+    """A field that does not exist; the message offers the nearest name."""
+
+
+class Unsupported(RequestError):
+    """An OpenAI feature that this server does not serve."""
+
+
+class InvalidJSON(RequestError):
+    """The body is not a JSON object."""
+
+
+class BodyTooLarge(RequestError):
+    """The body is over the limit."""
+
+
+class ModelNotFound(InstepError):
+    """No card has this name."""
+
+
+class Unavailable(InstepError):
+    """This replica cannot serve now; another replica or a later try may."""
+
+
+class Overloaded(Unavailable):
+    """The wait ahead is longer than MAX_WAIT."""
+
+
+class NoWorker(Unavailable):
+    """No engine process is alive, or it died under this request."""
+
+
+class ShuttingDown(Unavailable):
+    """The server drains and takes no new requests."""
+
+
+class DeadlineExceeded(InstepError):
+    """The deadline passed before the image was done."""
+
+
+class Cancelled(InstepError):
+    """The client left or cancelled."""
+
+
+class EngineError(InstepError):
+    """The request reached the engine and failed there."""
+
+
+class NonFiniteOutput(EngineError):
+    """The network produced NaN or infinity for this row."""
+
+
+class OutOfMemory(EngineError):
+    """One row alone does not fit in the device's memory."""
+
+
+class LoadError(InstepError):
+    """A checkpoint cannot be loaded."""
+
+
+class CardError(LoadError):
+    """A card.toml is invalid; the message names the file and the field."""
+
+
+class CheckpointError(LoadError):
+    """The checkpoint's files are missing, truncated, or not what the card says."""
+
+
+class SettingsError(InstepError):
+    """The server cannot start with these settings."""

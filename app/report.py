@@ -1,0 +1,107 @@
+"""What the engine tells: plain, frozen, picklable facts that cross the process border upward.
+
+Knows nothing of who listens (the supervisor, the metrics, the command line, a test).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from app.errors import InstepError
+
+Phase = Literal["encode", "denoise", "decode"]
+State = Literal["absent", "loading", "ready", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where one image's time went, in seconds; `steps` are lines run, `shared` the mean rows of its forwards."""
+
+    queue: float
+    encode: float
+    denoise: float
+    decode: float
+    steps: int
+    shared: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """One unit of work done: a forward of `passes` (of which `padding` were padding) for `rows` rows."""
+
+    model: str
+    phase: Phase
+    rows: int
+    passes: int
+    padding: int
+    cap: int
+    seconds: float
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A row finished line `step` of `steps`; sent only for requests that ask."""
+
+    request_id: str
+    index: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """The predicted clean image of a running row. pixels: uint8 [height, width, 3]."""
+
+    request_id: str
+    index: int
+    partial: int
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One finished image. pixels: uint8 [height, width, 3]; latents: float32 [C, h, w] when asked for."""
+
+    request_id: str
+    index: int
+    seed: int
+    pixels: np.ndarray
+    timings: Timings
+    latents: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The request failed as a whole; its other rows are dropped."""
+
+    request_id: str
+    error: InstepError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model's state changed. seconds: how long the load took; rates: seconds a pass by "WxH"."""
+
+    model: str
+    state: State
+    detail: str = ""
+    seconds: float = 0.0
+    device_bytes: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """The engine process enters a phase that may be silent for at most `seconds`; longer is a hang."""
+
+    phase: str
+    seconds: float
+
+
+Report = Tick | Progress | Preview | Result | Failure | ModelState | Announce

@@ -1,0 +1,59 @@
+"""What a user asked for: validated, complete, frozen, picklable.
+
+Knows nothing of HTTP bodies (`app/api/schemas.py`) and nothing of tensors (`app/families`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text condition. `negative` is the text that guidance moves away from; the empty string by default."""
+
+    text: str
+    negative: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassLabel:
+    """A class condition: an index into the card's labels. Guidance moves away from the null class."""
+
+    index: int
+
+
+Condition = Prompt | ClassLabel
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """One image of a request: its condition and the seed of all its noise."""
+
+    condition: Condition
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A complete request: no field is left to a default further down.
+
+    width, height: pixels. guidance: the scale w in out = uncond + w (cond - uncond), used only when `guided`.
+    deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.
+    """
+
+    id: str
+    model: str
+    images: tuple[ImageSpec, ...]
+    width: int
+    height: int
+    sampler: str
+    steps: int
+    guided: bool
+    guidance: float
+    text_length: int
+    priority: int = 0
+    deadline: float | None = None
+    previews: int = 0
+    progress: bool = False
+    keep_latents: bool = False

@@ -1,0 +1,32 @@
+"""Settings: one flat frozen class. A field is an environment variable INSTEP_<NAME> and a flag of `instep serve`.
+
+The description of a field is its documentation; the README's table is made from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Everything a server can be told at start."""
+
+    model_config = SettingsConfigDict(env_prefix="INSTEP_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 picks a free one")
+    models: Path = Field(Path("models"), description="Folder of cards: <folder>/<id>/card.toml")
+    devices: str = Field("auto", description='One engine process for each entry: "cuda:0,cuda:1", "cpu,cpu", "auto"')
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Number format of the networks")
+    deterministic: bool = Field(False, description="Same request, same bits: pads every forward to the card's bucket")
+    preload: str = Field("", description="Model ids to load at start, comma separated; `all` for every card")
+    default_model: str = Field("", description="The model of a request that names none; empty: the first card")
+    max_wait: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds of queue above which a request gets 503")
+    drain: Annotated[float, Field(ge=0)] = Field(30.0, description="Seconds that running requests may take after SIGTERM")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads an engine process; 0 shares the cores")
+    cache: Path = Field(Path("~/.cache/instep"), description="Folder for measured profiles")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
