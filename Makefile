@@ -1,0 +1,30 @@
+# Each target is at most three lines; what needs more lives in app/ or tests/.
+PYTHON ?= python3
+TORCH ?= cuda
+BIN := .venv/bin
+INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+SIZE := $(if $(filter cpu,$(TORCH)),the CPU build, about 200 MB,the CUDA build on Linux, several GB; TORCH=cpu takes the CPU build)
+
+.PHONY: setup serve test check fix
+
+setup: .venv/.stamp
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@echo "setup: installs into .venv what constraints.txt lists and .venv lacks: torch ($(SIZE)) and about 150 MB more"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[dev]' && touch $@
+
+serve: setup
+	exec $(BIN)/instep serve
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+fix: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
