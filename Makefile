@@ -2,8 +2,12 @@
 PYTHON ?= python3
 TORCH ?= cuda
 BIN := .venv/bin
-INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
-SIZE := $(if $(filter cpu,$(TORCH)),the CPU build, about 200 MB,the CUDA build on Linux, several GB; TORCH=cpu takes the CPU build)
+ifeq ($(TORCH),cpu)
+  INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
+  SIZE := the CPU build, about 200 MB
+else
+  SIZE := on Linux the CUDA build, several GB; TORCH=cpu takes the small CPU build
+endif
 
 .PHONY: setup serve test check fix
 
@@ -12,7 +16,7 @@ setup: .venv/.stamp
 .venv/.stamp: pyproject.toml constraints.txt
 	@echo "setup: installs into .venv what constraints.txt lists and .venv lacks: torch ($(SIZE)) and about 150 MB more"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet $(INDEX) --constraint constraints.txt --editable '.[dev]' && touch $@
+	@$(BIN)/python -m pip install $(INDEX) --constraint constraints.txt --editable '.[dev]' && touch $@
 
 serve: setup
 	exec $(BIN)/instep serve
