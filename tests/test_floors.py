@@ -1,0 +1,201 @@
+"""The house rules of app/, read from the source with `ast`: imports point down, one library has one door.
+
+Knows nothing of what the modules do. The floors are those of app/README.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FLOORS = {
+    **dict.fromkeys(("card", "request", "report", "settings", "errors"), 0),
+    "imaging": 1,
+    "samplers": 2,
+    "families": 3,
+    "pool": 4,
+    "engine": 5,
+    "worker": 6,
+    "metrics": 7,
+    "api": 8,
+    "main": 9,
+    "cli": 10,  # on main's floor, but one way: the command line starts main, main never the command line
+}
+DOORS = {
+    "fastapi": "app.api",
+    "starlette": "app.api",
+    "prometheus_client": "app.metrics",
+    "diffusers": "app.families",
+    "transformers": "app.families",
+    "tokenizers": "app.families",
+    "PIL": "app.imaging",
+    "isal": "app.imaging",
+    "typer": "app.cli",
+    "click": "app.cli",
+    "rich": "app.cli",
+}
+FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.imaging")
+"""The server's front process: neither these nor what they import may import torch."""
+
+TORCH_FREE = (*FRONT, "app.samplers", "app.engine.batcher", "app.card", "app.request", "app.report", "app.settings")
+TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file. imports: (dotted name, line), the names of `from a import b` as a.b."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+    lines: int
+    imports: tuple[tuple[str, int], ...]
+
+
+def inside(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def read(root: Path) -> dict[str, Module]:
+    """Every module under root/app, by dotted name."""
+    modules = {}
+    for path in sorted((root / "app").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        modules[name] = Module(name, path, tree, len(text.splitlines()), tuple(imports_of(tree)))
+    return modules
+
+
+def imports_of(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """All imports, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def upward(modules: dict[str, Module]) -> list[str]:
+    """Imports that do not point down. A package may import itself; floor 0 is one unit."""
+    found = []
+    for module in modules.values():
+        own = module.name.split(".")[1] if "." in module.name else None
+        for target, line in module.imports:
+            if not target.startswith("app.") or own is None:
+                continue
+            other = target.split(".")[1]
+            assert own in FLOORS and other in FLOORS, f"{module.path}:{line}: {own} or {other} has no floor"
+            if other != own and FLOORS[other] >= FLOORS[own] and FLOORS[own] > 0:
+                found.append(f"{module.path}:{line}: {module.name} imports {target}")
+            if FLOORS[own] == 0 and FLOORS[other] > 0:
+                found.append(f"{module.path}:{line}: {module.name} imports {target}")
+    return found
+
+
+def side_doors(modules: dict[str, Module]) -> list[str]:
+    return [
+        f"{module.path}:{line}: {library} belongs to {door}"
+        for module in modules.values()
+        for target, line in module.imports
+        for library, door in DOORS.items()
+        if inside(target, library) and not inside(module.name, door)
+    ]
+
+
+def with_torch(modules: dict[str, Module], starts: tuple[str, ...]) -> list[str]:
+    """Chains of imports from `starts` to torch, parents' `__init__` included."""
+    chains = {name: name for name in modules if inside(name, *starts)}
+    todo, found = list(chains), []
+    while todo:
+        name = todo.pop()
+        for target, _ in modules[name].imports:
+            if inside(target, *TORCH):
+                found.append(f"{chains[name]} -> {target}")
+            parts = target.split(".")
+            for reached in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+                if reached in modules and reached not in chains:
+                    chains[reached] = f"{chains[name]} -> {reached}"
+                    todo.append(reached)
+    return found
+
+
+def too_long(modules: dict[str, Module]) -> list[str]:
+    found = [f"{m.path}: {m.lines} lines" for m in modules.values() if m.lines > 250]
+    for module in modules.values():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 40:
+                    found.append(f"{module.path}:{node.lineno}: {node.name} has {lines} lines")
+    return found
+
+
+def undescribed(modules: dict[str, Module]) -> list[str]:
+    return [str(m.path) for m in modules.values() if m.tree.body and not ast.get_docstring(m.tree)]
+
+
+@pytest.fixture(scope="module")
+def app() -> dict[str, Module]:
+    return read(ROOT)
+
+
+def test_imports_point_down(app: dict[str, Module]) -> None:
+    assert upward(app) == []
+
+
+def test_one_library_has_one_door(app: dict[str, Module]) -> None:
+    assert side_doors(app) == []
+
+
+def test_the_front_never_imports_torch(app: dict[str, Module]) -> None:
+    assert all(any(inside(name, start) for name in app) for start in TORCH_FREE)
+    assert with_torch(app, TORCH_FREE) == []
+
+
+def test_the_front_never_loads_torch() -> None:
+    code = "import sys, app.main, app.cli; sys.exit(', '.join({'torch', 'diffusers', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_files_and_functions_are_short(app: dict[str, Module]) -> None:
+    assert too_long(app) == []
+
+
+def test_every_module_says_what_it_is(app: dict[str, Module]) -> None:
+    assert undescribed(app) == []
+
+
+def test_a_breach_is_seen(tmp_path: Path) -> None:
+    """Each rule above finds a planted breach of it."""
+    planted = {
+        "__init__": "",
+        "card": '"""Card."""\nimport app.engine.engine\n',
+        "main": '"""Main."""\nfrom app.worker import supervisor\nfrom fastapi import FastAPI\n',
+        "worker/__init__": "",
+        "worker/supervisor": '"""Supervisor."""\n\ndef late():\n    from app.engine import engine\n',
+        "engine/__init__": "",
+        "engine/engine": "import torch\n\ndef long():\n" + "    print()\n" * 40 + "\n" * 250,
+    }
+    for name, text in planted.items():
+        path = tmp_path / "app" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    app = read(tmp_path)
+    assert [line.rpartition(": ")[2] for line in upward(app)] == ["app.card imports app.engine.engine"]
+    assert [line.rpartition(": ")[2] for line in side_doors(app)] == ["fastapi belongs to app.api"]
+    chains = with_torch(app, ("app.main",))
+    assert chains == ["app.main -> app.worker.supervisor -> app.engine.engine -> torch"]
+    assert [line.rpartition(": ")[2] for line in too_long(app)] == ["293 lines", "long has 41 lines"]
+    assert undescribed(app) == [str(tmp_path / "app/engine/engine.py")]
