@@ -59,3 +59,6 @@ class Family(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [B, C, h, w] float32, as the sampler leaves them -> uint8 [B, H, W, 3] on the same device."""
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """A quick look at predicted clean latents, much cheaper than `decode`; same shapes."""

@@ -1,0 +1,279 @@
+"""Engine: owns the loop and the promises. A turn is three calls: batcher.next, runner.run, settle.
+
+Knows nothing of processes, sockets or HTTP: requests come in by `submit`, facts go out by `emit`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import queue
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from app.engine.batcher import Batcher
+from app.engine.profile import Profiles
+from app.engine.row import Caps, Key, Row, Work
+from app.engine.runner import Image, Outcome, Runner
+from app.errors import Cancelled, DeadlineExceeded, EngineError, InstepError, ModelNotFound, ShuttingDown
+from app.pool.pool import Pool
+from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
+from app.request import Request
+from app.samplers.table import compile_table
+from app.settings import Settings
+
+SILENCE = 60.0
+"""Seconds that a unit of work may take beyond twenty times its estimate before it counts as hung."""
+
+FIRST_WORK = 600.0
+"""The same while nothing is known of a key: the first forward measures, and may compile or page weights in."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that is not answered yet, with the rows that are still to come."""
+
+    request: Request
+    rows: list[Row]
+    left: int
+
+
+class Engine:
+    """Rows of any sampler, step count and guidance through shared forwards, on one device.
+
+    `submit`, `cancel`, `load` and `stop` may be called from any thread; everything else runs on the caller of
+    `tick` or `run`. clock: seconds, monotonic; deadlines are on it.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        settings: Settings,
+        emit: Callable[[Report], None],
+        *,
+        profiles: Profiles | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._emit = emit
+        self._clock = clock
+        self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic)
+        self._batcher = Batcher(self._caps)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._open: dict[str, _Open] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._sequence = itertools.count()
+        self._announced = Announce("start", math.inf)
+        self._stopping = False
+        self._draining = False
+
+    def submit(self, request: Request) -> None:
+        """Take the request; its Results or its Failure come through `emit`."""
+        self._inbox.put(lambda: self._add(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Drop the request at the next step boundary; a Failure with Cancelled follows. Unknown ids are ignored."""
+        self._inbox.put(lambda: self._fail(request_id, Cancelled("the request was cancelled")))
+
+    def load(self, model_id: str) -> None:
+        """Start loading a model that no request has asked for yet."""
+        self._inbox.put(lambda: self._pool.want(model_id))
+
+    def stop(self, drain: bool = False) -> None:
+        """End `run`: at once, failing what is open, or with `drain` when the last open request is answered."""
+        self._inbox.put(lambda: self._stop(drain))
+
+    def run(self) -> None:
+        """Turn until stopped. Says before every silence how long it may last."""
+        while not self._stopping and not (self._draining and not self._open):
+            if not self.tick():
+                self._announce("idle", math.inf)
+                self._wait(0.1)
+        for request_id in list(self._open):
+            self._fail(request_id, ShuttingDown("the server is shutting down"))
+
+    def tick(self) -> bool:
+        """One turn; False when there was nothing to do."""
+        self._read_inbox()
+        self._poll_models()
+        self._expire()
+        work = self._batcher.next(self._clock())
+        if work is None:
+            return False
+        self._announce_work(work)
+        start = self._clock()
+        outcome = self._runner.run(work)
+        self._settle(work, outcome, start)
+        return True
+
+    @property
+    def running(self) -> int:
+        return self._batcher.running
+
+    @property
+    def waiting(self) -> int:
+        return self._batcher.waiting
+
+    def _caps(self, key: Key) -> Caps | None:
+        """The caps of a key, measured the first time; None while its model is not on the device."""
+        caps = self._runner.caps(key)
+        if caps is not None:
+            return caps
+        lease = self._pool.lease(key.model)
+        if lease is None:
+            return None
+        self._announce("profile", FIRST_WORK)
+        try:
+            caps = self._runner.measure(key, lease.model)
+        except (RuntimeError, ValueError) as error:
+            self._fail_model(key.model, EngineError(f"{type(error).__name__} in the first forward of {key.model}"))
+            return None
+        finally:
+            lease.release()
+        self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
+        return caps
+
+    def _read_inbox(self) -> None:
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            self._inbox.get(timeout=seconds)()
+        except queue.Empty:
+            return
+
+    def _add(self, request: Request) -> None:
+        try:
+            rows = self._rows(request)
+        except InstepError as error:
+            self._emit(Failure(request.id, error))
+            return
+        self._open[request.id] = _Open(request, rows, len(rows))
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        for row in rows:
+            self._batcher.add(row)
+        self._pool.want(request.model)
+        failure = self._pool.failure(request.model)
+        if failure is not None:
+            self._fail(request.id, failure)
+
+    def _rows(self, request: Request) -> list[Row]:
+        card = self._pool.cards.get(request.model)
+        if card is None:
+            raise ModelNotFound(f"there is no model {request.model}", param="model")
+        key = Key(request.model, request.width, request.height, request.text_length)
+        lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
+        count, now = len(request.images), self._clock()
+        return [Row(request, index, key, lines, now, next(self._sequence)) for index in range(count)]
+
+    def _poll_models(self) -> None:
+        for state in self._pool.poll():
+            self._emit(state)
+            error = self._pool.failure(state.model) if state.state == "failed" else None
+            if error is not None:
+                self._fail_model(state.model, error)
+
+    def _fail_model(self, model: str, error: InstepError) -> None:
+        for request_id, entry in list(self._open.items()):
+            if entry.request.model == model:
+                self._fail(request_id, error)
+
+    def _expire(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            _, request_id = heapq.heappop(self._deadlines)
+            self._fail(request_id, DeadlineExceeded("the deadline passed before the image was done"))
+
+    def _fail(self, request_id: str, error: InstepError) -> None:
+        """Answer a request with an error and drop all its rows; nothing for one that is answered already."""
+        entry = self._open.pop(request_id, None)
+        if entry is None:
+            return
+        for row in entry.rows:
+            self._batcher.remove(row)
+            self._runner.release(row)
+        self._emit(Failure(request_id, error))
+
+    def _stop(self, drain: bool) -> None:
+        self._draining = drain
+        self._stopping = not drain
+
+    def _settle(self, work: Work, outcome: Outcome, start: float) -> None:
+        """Write down what the work came to: rows move on, images leave, failures are told."""
+        now = self._clock()
+        for row, error in outcome.failed:
+            self._fail(row.request.id, error)
+        alive = [row for row in work.rows if row.stage != "gone"]
+        if work.phase == "encode":
+            self._settle_encode(alive, start, now)
+        elif work.phase == "denoise":
+            self._settle_denoise(alive, start, now)
+        for image in outcome.images:
+            self._settle_image(image, start)
+        self._emit(self._tick(work, outcome, now - start))
+
+    def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
+        for row in rows:
+            row.encode_start, row.denoise_start = start, now
+            self._batcher.start(row)
+
+    def _settle_denoise(self, rows: list[Row], start: float, now: float) -> None:
+        for row in rows:
+            row.line += 1
+            row.served += now - start
+            row.neighbours += len(rows)
+            if row.request.progress:
+                self._emit(Progress(row.request.id, row.index, row.line, row.lines))
+            if row.line == row.lines:
+                self._batcher.finish(row)
+        due = [row for row in rows if row.preview_due()]
+        if due:
+            self._settle_previews(self._runner.preview(due))
+
+    def _settle_previews(self, outcome: Outcome) -> None:
+        for row, error in outcome.failed:
+            self._fail(row.request.id, error)
+        for image in outcome.images:
+            row = image.row
+            self._emit(Preview(row.request.id, row.index, row.previews, image.pixels))
+            row.previews += 1
+
+    def _settle_image(self, image: Image, start: float) -> None:
+        row = image.row
+        if row.stage == "gone":
+            return
+        row.decode_start = start
+        self._batcher.remove(row)
+        self._runner.release(row)
+        entry = self._open[row.request.id]
+        entry.left -= 1
+        if entry.left == 0:
+            del self._open[row.request.id]
+        timings = row.timings(self._clock())
+        self._emit(Result(row.request.id, row.index, row.seed, image.pixels, timings, image.latents, row.warnings))
+
+    def _tick(self, work: Work, outcome: Outcome, seconds: float) -> Tick:
+        cap = caps.passes if (caps := self._runner.caps(work.key)) else 0
+        passes = work.passes if work.phase == "denoise" else len(work.rows)
+        return Tick(
+            work.key.model, work.phase, len(work.rows), passes + outcome.padding, outcome.padding, cap, seconds,
+            self._batcher.running, self._batcher.waiting,
+        )  # fmt: skip
+
+    def _announce_work(self, work: Work) -> None:
+        caps = self._runner.caps(work.key)
+        expected = SILENCE + 20 * caps.rate * caps.passes if caps else FIRST_WORK
+        self._announce(work.phase, expected)
+
+    def _announce(self, phase: str, seconds: float) -> None:
+        """Tell a change only: every Tick is a sign of life by itself, and restarts the count."""
+        fresh = Announce(phase, seconds)
+        if fresh != self._announced:
+            self._announced = fresh
+            self._emit(fresh)

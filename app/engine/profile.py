@@ -1,0 +1,129 @@
+"""Profile: the measured seconds of a forward against its passes, for one key on one device; kept on disk.
+
+Knows nothing of rows or of order: it turns measurements into the caps that the batcher keeps to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from app.card import Card
+from app.engine.row import Caps, Key
+from app.families.base import Family
+from app.request import ClassLabel, Condition, Prompt
+
+NEAR = 1.10
+"""A width is wide enough when its cost per pass is within this factor of the best measured (DESIGN: who runs next)."""
+
+WIDEST = 64
+SLOT_BYTES = 256 << 20
+"""Most bytes of latents (x, mem, noise) that the slots of one key take."""
+
+
+def measure(forward: Callable[[int], None], budget: float, clock: Callable[[], float] = time.perf_counter) -> dict[int, float]:
+    """Seconds of forward(passes) at 1, 2, 4, ... until width no longer pays or `budget` seconds are spent."""
+    seconds: dict[int, float] = {}
+    passes, start = 1, clock()
+    while passes <= WIDEST:
+        seconds[passes] = _median(lambda: forward(passes), clock)  # noqa: B023  (called before passes changes)
+        per_pass = {width: cost / width for width, cost in seconds.items()}
+        narrower = per_pass.get(passes // 2, float("inf"))
+        if narrower < NEAR * per_pass[passes] and passes >= 4:
+            break
+        if clock() - start + 8 * seconds[passes] > budget:
+            break
+        passes *= 2
+    return seconds
+
+
+def _median(call: Callable[[], None], clock: Callable[[], float]) -> float:
+    call()
+    times = []
+    for _ in range(3):
+        begin = clock()
+        call()
+        times.append(clock() - begin)
+    return statistics.median(times)
+
+
+def saturation(seconds: dict[int, float]) -> int:
+    """The least number of passes whose cost per pass is within NEAR of the best."""
+    best = min(cost / passes for passes, cost in seconds.items())
+    return min(passes for passes, cost in seconds.items() if cost / passes <= NEAR * best)
+
+
+def caps_of(seconds: dict[int, float], card: Card, latent: tuple[int, ...], deterministic: bool) -> Caps:
+    """The caps that these measurements give; in deterministic mode the card's bucket decides the widths."""
+    numbers = latent[0] * latent[1] * latent[2]
+    fit = max(4, SLOT_BYTES // (3 * 4 * numbers))
+    if deterministic:
+        passes = card.bucket.passes
+        rate = max(seconds.values()) / max(seconds)
+        return Caps(passes, card.bucket.encode, card.bucket.decode, min(fit, 4 * passes), rate)
+    passes = saturation(seconds)
+    # DESIGN section 6 rule 6: at 1024 px the VAE is the memory peak, so its batch shrinks with the image.
+    decode = max(1, min(8, 16_384 // (latent[1] * latent[2])))
+    return Caps(passes, max(1, passes), decode, min(fit, 4 * passes + 4), seconds[passes] / passes)
+
+
+class Profiles:
+    """Measured profiles by key, one JSON file each in `folder`, made on first need.
+
+    A file is good for one card, shape, text length, device, dtype, torch version and thread count.
+    """
+
+    def __init__(self, folder: Path, budget: float = 8.0) -> None:
+        self._folder = folder.expanduser()
+        self._budget = budget
+
+    def seconds(self, family: Family, key: Key) -> dict[int, float]:
+        """Seconds by passes, from disk or measured now. A folder that cannot be written costs a measurement a start."""
+        file = self._folder / "profiles" / (self._name(family, key) + ".json")
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return {int(passes): float(cost) for passes, cost in stored.items()}
+        except (OSError, ValueError, AttributeError):
+            seconds = measure(_forward(family, key), self._budget)
+        _store(file, seconds)
+        return seconds
+
+    @staticmethod
+    def _name(family: Family, key: Key) -> str:
+        device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else "cpu"
+        parts = (
+            key.model, f"{key.width}x{key.height}", f"text{key.text_length}", device, str(family.dtype).split(".")[-1],
+            f"torch{torch.__version__}", f"threads{torch.get_num_threads()}",
+        )  # fmt: skip
+        return "-".join(part.replace(" ", "_").replace("/", "_") for part in parts)
+
+
+def _store(file: Path, seconds: dict[int, float]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(seconds), encoding="utf-8")
+        fresh.replace(file)
+    except OSError:
+        return
+
+
+def _forward(family: Family, key: Key) -> Callable[[int], None]:
+    condition: Condition = ClassLabel(0) if family.card.labels else Prompt("")
+    conditions = family.encode([condition], key.text_length)
+    shape = family.latent_shape(key.width, key.height)
+
+    def run(passes: int) -> None:
+        x = torch.randn(passes, *shape, device=family.device)
+        t = torch.full((passes,), 500.0, device=family.device)
+        family.denoise(x, t, {name: value.expand(passes, *value.shape[1:]) for name, value in conditions.items()})
+        if family.device.type == "cuda":
+            torch.cuda.synchronize(family.device)
+
+    return run

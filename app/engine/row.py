@@ -1,0 +1,126 @@
+"""Row: one image in flight. Work: what to do now, and for which rows.
+
+Knows nothing of tensors and nothing of who runs next.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from app.report import Phase, Timings
+from app.request import Condition, Request
+
+if TYPE_CHECKING:
+    import torch
+
+    from app.pool.pool import Lease
+
+
+class Key(NamedTuple):
+    """What rows must have in common to share a forward, and nothing else: each further field is a reason not to."""
+
+    model: str
+    width: int
+    height: int
+    text_length: int
+
+
+Stage = Literal["waiting", "started", "finished", "gone"]
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One image of a request, from its arrival to its pixels.
+
+    lines: lines of its table; line: the next one to run; passes: forwards of the network a line costs.
+    slot: its place in the key's `Slots` once started. Times are on the engine's clock, in seconds.
+    """
+
+    request: Request
+    index: int
+    key: Key
+    lines: int
+    arrived: float
+    sequence: int
+    line: int = 0
+    stage: Stage = "waiting"
+    slot: int = -1
+    lease: Lease | None = None
+    noise: torch.Generator | None = None
+    stochastic: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
+    served: float = 0.0
+    encode_start: float = 0.0
+    denoise_start: float = 0.0
+    decode_start: float = 0.0
+    neighbours: int = 0
+    previews: int = 0
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.request.guided else 1
+
+    @property
+    def remaining(self) -> int:
+        """Passes through the network still to come."""
+        return (self.lines - self.line) * self.passes
+
+    @property
+    def condition(self) -> Condition:
+        return self.request.images[self.index].condition
+
+    @property
+    def seed(self) -> int:
+        return self.request.images[self.index].seed
+
+    @property
+    def deadline(self) -> float:
+        return math.inf if self.request.deadline is None else self.request.deadline
+
+    def preview_due(self) -> bool:
+        """Whether the line just run is one after which a partial image was asked for; evenly spread."""
+        wanted = self.request.previews
+        return self.previews < wanted and self.line < self.lines and self.line * (wanted + 1) >= self.lines * (
+            self.previews + 1
+        )
+
+    def timings(self, now: float) -> Timings:
+        return Timings(
+            queue=self.encode_start - self.arrived,
+            encode=self.denoise_start - self.encode_start,
+            denoise=self.decode_start - self.denoise_start,
+            decode=now - self.decode_start,
+            steps=self.lines,
+            shared=self.neighbours / self.lines,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The next thing the device does: one phase for rows of one key."""
+
+    phase: Phase
+    key: Key
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def passes(self) -> int:
+        return sum(row.passes for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What a key may do at once, from its measured profile: passes a forward, rows an encode and a decode, slots.
+
+    rate: seconds a pass costs at that width.
+    """
+
+    passes: int
+    encode: int
+    decode: int
+    slots: int
+    rate: float

@@ -1,0 +1,87 @@
+"""Slots: the tensors of the rows of one key. Rows never move: a forward gathers them by index.
+
+Knows nothing of requests, of order, or of what a forward computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from app.families.base import Conditions
+from app.samplers.table import COLUMNS, Table
+
+PASSES = 2
+"""Condition places a slot has: its own and the one that guidance moves away from."""
+
+LINE = (*COLUMNS, "weight")
+"""Columns of a row's plan: the sampler's table, and guidance (scale - 1)."""
+
+_XX = LINE.index("xx")
+
+
+class Slots:
+    """Buffers for `capacity` rows and one spare, which is all that padding reads and writes.
+
+    x, mem, noise: float32 [capacity + 1, C, h, w]. conditions: by name, [PASSES * (capacity + 1), ...].
+    plan: float32 [capacity + 1, lines, len(LINE)] on the host, the rows' tables. line, guided: [capacity + 1].
+    """
+
+    def __init__(self, capacity: int, shape: Sequence[int], device: torch.device) -> None:
+        self.capacity = capacity
+        self.spare = capacity
+        self.x = torch.zeros(capacity + 1, *shape, device=device)
+        self.mem = torch.zeros_like(self.x)
+        self.noise = torch.zeros_like(self.x)
+        self.conditions: Conditions = {}
+        self.plan = self._empty_plan(64)
+        self.line = np.zeros(capacity + 1, np.int64)
+        self.guided = np.zeros(capacity + 1, np.int64)
+        self._free = list(range(capacity))[::-1]
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, table: Table, x: torch.Tensor, conditions: Conditions, scale: float | None) -> int:
+        """Put a row in and return its slot. x: [C, h, w], the first noise; scale: the guidance, None when unguided.
+
+        conditions: by name, [1 or 2, ...]: the row's own first. mem and noise start at zero (0 * NaN is NaN).
+        """
+        slot = self._free[-1]
+        self.x[slot] = x
+        self.mem[slot] = 0
+        self.noise[slot] = 0
+        self.line[slot] = 0
+        self.guided[slot] = scale is not None
+        self._write_plan(slot, table, 0.0 if scale is None else scale - 1.0)
+        self._write_conditions(slot, conditions)
+        return self._free.pop()
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def lines(self, rows: np.ndarray) -> np.ndarray:
+        """The line each of these slots runs next: float32 [R, len(LINE)]."""
+        return self.plan[rows, self.line[rows]]
+
+    def _empty_plan(self, lines: int) -> np.ndarray:
+        plan = np.zeros((self.capacity + 1, lines, len(LINE)), np.float32)
+        plan[self.spare, :, _XX] = 1.0
+        return plan
+
+    def _write_plan(self, slot: int, table: Table, weight: float) -> None:
+        if table.lines > self.plan.shape[1]:
+            longer = self._empty_plan(table.lines)
+            longer[:, : self.plan.shape[1]] = self.plan
+            self.plan = longer
+        self.plan[slot, : table.lines, :-1] = table.coefficients()
+        self.plan[slot, : table.lines, -1] = weight
+
+    def _write_conditions(self, slot: int, conditions: Conditions) -> None:
+        for name, value in conditions.items():
+            if name not in self.conditions:
+                self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
+            self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value

@@ -1,0 +1,90 @@
+"""The heart: one forward of the network and one affine update, for rows of any sampler, step and guidance.
+
+Knows nothing of which rows these are or why they were chosen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from app.engine.slots import LINE, PASSES, Slots
+from app.families.base import Family
+
+_NOISE = LINE.index("xz")
+
+
+class Gather(NamedTuple):
+    """Indices of one forward of P passes over R rows, int64 on the host.
+
+    rows: [R] slots. places: [P] places in `Slots.conditions`. owner: [P] the row (0..R-1) of a pass.
+    cond, other: [R] passes (0..P-1): the row's own, and the one guidance moves away from (its own when unguided).
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+    owner: np.ndarray
+    cond: np.ndarray
+    other: np.ndarray
+
+
+def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
+    """Lay out the passes of these slots, row after row; with a bucket, every axis is padded to it by the spare slot."""
+    guided = slots.guided[rows]
+    counts = 1 + guided
+    cond = np.cumsum(counts) - counts
+    owner = np.repeat(np.arange(len(rows)), counts)
+    places = PASSES * rows[owner] + (np.arange(len(owner)) - cond[owner])
+    plan = Gather(rows, places, owner, cond, cond + guided)
+    if bucket is None:
+        return plan
+    # When passes are missing so are rows, hence the row after the last real one is a spare and owns the padding.
+    idle = min(len(owner), bucket - 1)
+    fills = (slots.spare, PASSES * slots.spare, len(rows), idle, idle)
+    return Gather(*(_pad(index, bucket, fill) for index, fill in zip(plan, fills, strict=True)))
+
+
+def _pad(index: np.ndarray, length: int, fill: int) -> np.ndarray:
+    return np.concatenate([index, np.full(length - len(index), fill, np.int64)])
+
+
+def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
+    """Run one line of the table of every row and return bool [R]: whether the row's latent is still finite.
+
+    x' = xx x + xo out + xm mem + xz exp(zf frac / 2) noise;  mem' = mx x + mo out, the predicted clean latent.
+    out = cond + weight (cond - other) is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) with
+    weight = scale - 1; an unguided row points at itself, which is exact. Buffers change only after the forward,
+    so a step that raises can be run again from where it started.
+    """
+    device = slots.x.device
+    sizes = [len(index) for index in plan]
+    rows, places, owner, cond, other = torch.from_numpy(np.concatenate(plan)).to(device).split(sizes)
+    lines = slots.lines(plan.rows)
+    columns = torch.from_numpy(lines).to(device)[:, :, None, None, None].unbind(1)
+    t, c_in, xx, xo, xm, xz, zf, mx, mo, weight = columns
+
+    x, mem = slots.x[rows], slots.mem[rows]
+    conditions = {name: value[places] for name, value in slots.conditions.items()}
+    out, frac = family.denoise((c_in * x)[owner], t.flatten()[owner], conditions)
+    out = guide(out, cond, other, weight, family.card.guided_channels)
+
+    new = xx * x + xo * out + xm * mem
+    if lines[:, _NOISE].any():
+        spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[cond])
+        new = new + spread * slots.noise[rows]
+    slots.x[rows] = new
+    slots.mem[rows] = mx * x + mo * out
+    return torch.isfinite(new).flatten(1).all(1)
+
+
+def guide(
+    out: torch.Tensor, cond: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, channels: int | None
+) -> torch.Tensor:
+    """out: [P, C, h, w], weight: [R, 1, 1, 1] -> [R, C, h, w]; `channels`: how many are guided (original DiT: 3)."""
+    own = out[cond]
+    pull = weight * (own - out[other])
+    if channels is not None:
+        pull[:, channels:] = 0
+    return own + pull
