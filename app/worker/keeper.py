@@ -1,0 +1,167 @@
+"""Keeper: keeps one device's engine process alive: starts it, restarts it with back-off, and keeps its books.
+
+Knows nothing of which request should go where.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from app.errors import InstepError, NoWorker
+from app.report import ModelState, Report, State, Tick
+from app.worker import wire
+from app.worker.jobs import Job, seconds_left
+from app.worker.link import Link
+
+FIRST_DELAY = 0.5
+"""Seconds before the first restart; doubles to LAST_DELAY, and starts over after HEALTHY seconds of life."""
+LAST_DELAY = 30.0
+HEALTHY = 60.0
+
+_ORDER: tuple[State, ...] = ("ready", "loading", "failed", "absent")
+
+log = logging.getLogger("instep.worker")
+
+
+def best(model: str, states: Iterable[ModelState | None]) -> ModelState:
+    """The most useful of a model's states; "absent" when there is none."""
+    known = [state for state in states if state is not None]
+    return min(known, key=lambda state: _ORDER.index(state.state), default=ModelState(model, "absent"))
+
+
+class Keeper:
+    """One entry of DEVICES. `hear(keeper, report)` gets the reports, `bury(keeper, reason)` each death."""
+
+    def __init__(
+        self,
+        device: str,
+        command: Sequence[str],
+        start: wire.Start,
+        hear: Callable[[Keeper, Report], None],
+        bury: Callable[[Keeper, str], None],
+    ) -> None:
+        self.device = device
+        self.jobs: dict[str, Job] = {}
+        self.states: dict[str, ModelState] = {}
+        self.restarts = 0
+        self.back_in = 5.0
+        self._command = command
+        self._start = start
+        self._hear = hear
+        self._bury = bury
+        self._tick: Tick | None = None
+        self._refusal: InstepError | None = None
+        self._link: Link | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._born = 0.0
+        self._startup = 5.0
+        self._delay = FIRST_DELAY
+        self._said_hello = False
+        self._greeted = asyncio.Event()
+        self._stopping = False
+
+    @property
+    def live(self) -> bool:
+        """Whether the process has said Hello and is not known to be gone."""
+        return self._said_hello and self._link is not None and self._link.open
+
+    @property
+    def pid(self) -> int:
+        """The process's id; 0 while there is none."""
+        return self._link.pid if self._link else 0
+
+    @property
+    def queued_seconds(self) -> float:
+        """Estimated device seconds of what this worker has not yet answered. A sum, not a counter: it cannot drift."""
+        return sum(seconds_left(job, self.states.get(job.request.model)) for job in self.jobs.values())
+
+    @property
+    def images(self) -> int:
+        """Images not yet answered."""
+        return sum(job.images_left for job in self.jobs.values())
+
+    @property
+    def running(self) -> int:
+        """Images in a batch, as of the last Tick."""
+        return min(self.images, self._tick.running if self._tick else 0)
+
+    def has(self, model: str) -> bool:
+        """Whether the model is loaded here, or about to be."""
+        state = self.states.get(model)
+        return state is not None and state.state in ("ready", "loading")
+
+    def send(self, order: wire.Order) -> None:
+        """To the live process; otherwise nowhere."""
+        if self._link and self.live:
+            self._link.send(order)
+
+    def forget(self) -> list[str]:
+        """Drop what the dead process had; the models it knew."""
+        known, self.states, self._tick = list(self.states), {}, None
+        return known
+
+    async def start(self) -> None:
+        """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
+        self._task = asyncio.create_task(self._keep())
+        greeting = asyncio.create_task(self._greeted.wait())
+        try:
+            await asyncio.wait({self._task, greeting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            greeting.cancel()
+        if not self._greeted.is_set():
+            self._task.result()
+            raise self._refusal or NoWorker(f"The engine process for {self.device} ended before it was ready.")
+
+    async def stop(self) -> None:
+        """End the process for good."""
+        self._stopping = True
+        if self._link and self._task:
+            await self._link.end()
+            await asyncio.wait({self._task}, timeout=1.0)
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    async def _keep(self) -> None:
+        """Live, die, wait, live again; ends when stopped, or when the very first process never says Hello."""
+        while not self._stopping:
+            self._born = time.monotonic()
+            self._link = Link(self._command, self._listen)
+            try:
+                reason = await self._link.run(self._start)
+            finally:
+                self._said_hello, self._link = False, None
+            if time.monotonic() - self._born > HEALTHY:
+                self._delay = FIRST_DELAY
+            self.back_in = self._delay + self._startup
+            self._bury(self, reason)
+            if self._stopping:
+                return
+            log.error("engine process on %s %s; next try in %.1f s", self.device, reason, self._delay)
+            if not self._greeted.is_set():
+                return
+            await asyncio.sleep(self._delay)
+            self._delay = min(LAST_DELAY, 2 * self._delay)
+            self.restarts += 1
+
+    def _listen(self, message: wire.News) -> None:
+        match message:
+            case wire.Hello(pid):
+                self._startup = time.monotonic() - self._born
+                self._said_hello = True
+                self._greeted.set()
+                log.info("engine process %d on %s ready in %.1f s", pid, self.device, self._startup)
+            case wire.Refusal(error):
+                self._refusal = error
+                log.error("engine process on %s refuses: %s", self.device, error.message)
+            case ModelState(model):
+                self.states[model] = message
+                self._hear(self, message)
+            case Tick():
+                self._tick = message
+                self._hear(self, message)
+            case _:
+                self._hear(self, message)

@@ -1,0 +1,167 @@
+"""Link: one engine process seen from the front: start it, send to it, hear it, notice that it died or hangs, end it.
+
+Knows nothing of requests, queues or restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from app.report import Announce
+from app.worker import wire
+
+START_LIMIT = 120.0
+"""Seconds from the start of the process to its Hello; importing torch from a cold disk takes tens."""
+
+WAKE_LIMIT = 20.0
+"""Seconds in which a process that announced endless silence (idle) must answer a request with anything at all."""
+
+_CHECK = 0.1
+_EXIT = 2.0
+_LINGER = 0.5
+_BUFFER = 4 * 1024 * 1024
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+log = logging.getLogger("instep.worker")
+
+
+class Link:
+    """One process, from its start to its end. `hear` gets every message; it runs on the event loop.
+
+    `open` until the process is known to be gone; `phase` is what it last announced.
+    """
+
+    def __init__(self, command: Sequence[str], hear: Callable[[wire.News], None]) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.phase = "start"
+        self.open = True
+        self._command = command
+        self._hear = hear
+        self._writer: asyncio.StreamWriter | None = None
+        self._heard = time.monotonic()
+        self._limit = START_LIMIT
+        self._wake_by = math.inf
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
+
+    async def run(self, start: wire.Start) -> str:
+        """Start the process and stay with it to its end, which is returned in words. Cancelling kills the process."""
+        try:
+            reader = await self._spawn()
+            self.send(start)
+            return await self._watch(asyncio.ensure_future(self._listen(reader)))
+        except OSError as error:
+            return f"could not be started: {error}"
+        finally:
+            self.kill()
+            if self._writer:
+                self._writer.close()
+
+    def send(self, order: wire.Order) -> None:
+        """Queue an order; to a process that is gone it goes nowhere, and `run` is about to return."""
+        if self._writer and not self._writer.is_closing():
+            self._writer.write(wire.pack(order))
+        if isinstance(order, wire.Submit) and math.isinf(self._limit):
+            # NOTE: an idle process has announced endless silence. Without this, one that is stuck there is never found.
+            self._wake_by = min(self._wake_by, time.monotonic() + WAKE_LIMIT)
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        self.open = False
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+
+    async def end(self) -> None:
+        """Ask it to stop and give it two seconds before SIGKILL; `run` returns soon after."""
+        self.send(wire.Stop(drain=False))
+        if self.process and not await self._gone(_EXIT):
+            log.warning("engine process %d did not stop when asked: killed", self.pid)
+            self.kill()
+
+    async def _spawn(self) -> asyncio.StreamReader:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=_BUFFER)
+        path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+        with theirs:
+            self.process = subprocess.Popen(
+                [*self._command, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        self._heard = time.monotonic()
+        return reader
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while (message := await wire.read(reader)) is not None:
+            self._heard, self._wake_by = time.monotonic(), math.inf
+            if isinstance(message, wire.Hello):
+                self.phase, self._limit = "ready", math.inf
+            elif isinstance(message, Announce):
+                self.phase, self._limit = message.phase, message.seconds
+            try:
+                self._hear(message)
+            except Exception:
+                log.exception("a listener failed on %s", type(message).__name__)
+
+    async def _watch(self, listening: asyncio.Task[None]) -> str:
+        """Until the stream ends, the process ends (its own children may hold the stream open), or it hangs."""
+        checked = time.monotonic()
+        try:
+            while not (await asyncio.wait({listening}, timeout=_CHECK))[0]:
+                now = time.monotonic()
+                if now - checked > 10 * _CHECK:
+                    # NOTE: it was we who stood still; what the process said meanwhile is not read yet.
+                    self._heard, self._wake_by = now, self._wake_by + (now - checked)
+                checked = now
+                if self._exit_code() is not None:
+                    await asyncio.wait({listening}, timeout=_CHECK)
+                    break
+                if now > self._due():
+                    self.kill()
+                    await self._gone(_EXIT)
+                    return f'hung in phase "{self.phase}", silent for {now - self._heard:.1f} s: killed'
+            self.open = False
+            return await self._last_words(listening)
+        finally:
+            listening.cancel()
+
+    async def _last_words(self, listening: asyncio.Task[None]) -> str:
+        broken = listening.exception() if listening.done() else None
+        if broken:
+            self.kill()
+        # A process that closed its end but lingers is of no more use.
+        if not await self._gone(_LINGER):
+            self.kill()
+            await self._gone(_EXIT)
+        if broken:
+            return f"sent what cannot be read ({broken}): killed"
+        code = self._exit_code()
+        if code is not None and code < 0:
+            return f"died of signal {-code} ({signal.strsignal(-code)})"
+        return f"ended with exit code {code}"
+
+    async def _gone(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while self._exit_code() is None and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        return self._exit_code() is not None
+
+    def _exit_code(self) -> int | None:
+        return self.process.poll() if self.process else None
+
+    def _due(self) -> float:
+        """The moment on the monotonic clock by which it must have said something."""
+        return min(self._heard + self._limit, self._wake_by)

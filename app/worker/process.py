@@ -1,0 +1,179 @@
+"""Process: the engine's own process, `python -m app.worker.process FD`: reads Start, says Hello, runs the engine.
+
+Knows nothing of HTTP or of other processes; FD is its one connection, and the end of that is its own end.
+
+Three threads: a reader (orders in), a sender (reports out), and the main thread, which is `engine.run()`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from app.errors import InstepError, SettingsError
+from app.settings import Settings
+from app.worker import plan, wire
+
+if TYPE_CHECKING:
+    import torch
+
+    from app.engine.engine import Engine
+    from app.pool.pool import Pool
+
+log = logging.getLogger("instep.worker")
+
+
+class Ends:
+    """The reader and the sender of this process. `attach` gives the reader the engine to hand orders to."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._outbox: SimpleQueue[wire.News | None] = SimpleQueue()
+        self._attached = threading.Event()
+        self._engine: Engine | None = None
+        self._pool: Pool | None = None
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
+        self._sender.start()
+
+    def emit(self, news: wire.News) -> None:
+        """Queue one message for the front; thread-safe, never blocks."""
+        self._outbox.put(news)
+
+    def attach(self, pool: Pool, engine: Engine) -> None:
+        """From now on orders are obeyed."""
+        self._pool, self._engine = pool, engine
+        self._attached.set()
+
+    def finish(self) -> None:
+        """Wait until everything queued is sent."""
+        self._outbox.put(None)
+        self._sender.join(timeout=5.0)
+
+    def _read(self) -> None:
+        try:
+            while (order := wire.receive(self._sock)) is not None:
+                self._obey(order)
+        except Exception:
+            log.exception("the reader failed")
+            os._exit(1)
+        # The front is gone. The main thread may be deep in a forward: it is not asked.
+        os._exit(0)
+
+    def _obey(self, order: wire.Order) -> None:
+        if not self._attached.is_set() and isinstance(order, wire.Stop):
+            os._exit(0)
+        self._attached.wait()
+        assert self._engine is not None and self._pool is not None
+        match order:
+            case wire.Submit(request):
+                self._engine.submit(request)
+            case wire.Cancel(request_id):
+                self._engine.cancel(request_id)
+            case wire.Load(model_id):
+                self._pool.want(model_id)
+            case wire.Stop(drain):
+                self._engine.stop(drain)
+
+    def _send(self) -> None:
+        try:
+            while (news := self._outbox.get()) is not None:
+                wire.send(self._sock, news)
+        except OSError:
+            os._exit(0)
+        except Exception:
+            log.exception("the sender failed")
+            os._exit(1)
+
+
+def main(descriptor: int) -> int:
+    """Serve the front at the other end of this socket until it says Stop or is gone. Returns the exit code."""
+    # NOTE: Ctrl-C reaches the whole terminal group; the front decides what to do about it. SIGTERM ends us at once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.set_inheritable(descriptor, False)
+    sock = socket.socket(fileno=descriptor)
+    start = wire.receive(sock)
+    if not isinstance(start, wire.Start):
+        return 0
+    logging.basicConfig(level=start.settings.log_level.upper(), format="%(levelname)s %(name)s %(message)s")
+    ends = Ends(sock)
+    try:
+        pool, engine = build(start, ends)
+    except InstepError as error:
+        ends.emit(wire.Refusal(error))
+        ends.finish()
+        return 1
+    ends.emit(wire.Hello(os.getpid()))
+    ends.attach(pool, engine)
+    for model in plan.preloads(start.settings, start.cards):
+        pool.want(model)
+    engine.run()
+    pool.close()
+    ends.finish()
+    return 0
+
+
+def build(start: wire.Start, ends: Ends) -> tuple[Pool, Engine]:
+    """Pool and engine on the device. Raises SettingsError when there is no such device."""
+    import torch
+
+    from app.engine.engine import Engine
+    from app.pool.pool import Pool
+
+    torch.set_num_threads(plan.threads(start.settings))
+    _check(start.device)
+    pool = Pool(start.cards, start.device, resolve_dtype(start.settings, start.device))
+    return pool, Engine(pool, start.settings, ends.emit)
+
+
+def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:
+    """The number format of the networks: as set, or for "auto" bfloat16 where the hardware computes in it.
+
+    On a processor without AVX512_BF16 or AMX bfloat16 is emulated, several times slower than float32.
+    """
+    import torch
+
+    named: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if settings.dtype != "auto":
+        return named[settings.dtype]
+    if device.startswith("cuda"):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        flags = cpuinfo.read_text(errors="replace").split() if cpuinfo.exists() else []
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.bfloat16 if native else torch.float32
+
+
+def _check(device: str) -> None:
+    import torch
+
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise SettingsError(f"INSTEP_DEVICES: {device}: torch sees no GPU here; use cpu", param="devices")
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        raise SettingsError(f"INSTEP_DEVICES: {device}: there are {torch.cuda.device_count()} GPUs", param="devices")
+    torch.cuda.set_device(index)
+
+
+def _run() -> None:
+    code = 1
+    try:
+        code = main(int(sys.argv[1]))
+    except Exception:
+        log.exception("the engine process ends")
+    # Threads that load, and torch's own teardown, would hold up the exit for seconds.
+    logging.shutdown()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _run()

@@ -1,0 +1,226 @@
+"""Supervisor: one engine process per device, kept alive; each request goes to the one that has least to do.
+
+Knows nothing of HTTP and nothing of torch: it runs in the front process, on its event loop, and never blocks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sys
+from collections.abc import Callable, Sequence
+
+from app.card import Card
+from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, Overloaded, ShuttingDown
+from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
+from app.request import Request
+from app.settings import Settings
+from app.worker import plan, wire
+from app.worker.jobs import Deaths, Job, OnReport
+from app.worker.keeper import Keeper, best
+
+WORKER = (sys.executable, "-m", "app.worker.process")
+_POISON = "The engine process died twice while it worked on this request; it is not tried again."
+
+log = logging.getLogger("instep.worker")
+
+
+def _ignore(report: Report) -> None:
+    """The default observer."""
+
+
+class Supervisor:
+    """The front's one door to the engines.
+
+    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker, and an
+    "absent" ModelState for what a dead one had loaded. Raises SettingsError on DEVICES or PRELOAD that make no sense.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        cards: dict[str, Card],
+        *,
+        observe: Callable[[Report], None] = _ignore,
+        command: Sequence[str] = WORKER,
+    ) -> None:
+        self._settings = settings
+        self._cards = cards
+        self._observe = observe
+        self._preloads = plan.preloads(settings, cards)
+        self._deaths = Deaths()
+        self._jobs: dict[str, Job] = {}
+        self._closing = False
+        self._keepers = [
+            Keeper(device, command, wire.Start(settings, cards, device), self._hear, self._bury)
+            for device in plan.devices(settings.devices)
+        ]
+
+    @property
+    def states(self) -> dict[str, ModelState]:
+        """For every card, the best state over the live workers; "absent" where none has touched it."""
+        return {model: best(model, (keeper.states.get(model) for keeper in self._keepers)) for model in self._cards}
+
+    @property
+    def ready(self) -> bool:
+        """A worker is live, every PRELOAD model is loaded on some worker, and the server is not draining."""
+        live = any(keeper.live for keeper in self._keepers)
+        states = self.states
+        return live and not self._closing and all(states[model].state == "ready" for model in self._preloads)
+
+    @property
+    def live(self) -> int:
+        """How many engine processes are able to work now."""
+        return sum(keeper.live for keeper in self._keepers)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids in the order of DEVICES; 0 where none runs."""
+        return [keeper.pid for keeper in self._keepers]
+
+    @property
+    def queued_seconds(self) -> float:
+        """Estimated device seconds of everything not yet answered, over all workers."""
+        return sum(keeper.queued_seconds for keeper in self._keepers)
+
+    @property
+    def running(self) -> int:
+        """Images in a batch now, as the workers last told; with `waiting`, every image not yet answered."""
+        return sum(keeper.running for keeper in self._keepers)
+
+    @property
+    def waiting(self) -> int:
+        """Images not yet answered that are not in a batch."""
+        return sum(keeper.images for keeper in self._keepers) - self.running
+
+    @property
+    def restarts(self) -> int:
+        """How often a process was started again."""
+        return sum(keeper.restarts for keeper in self._keepers)
+
+    async def start(self) -> None:
+        """Start every process and wait for its Hello; models may still load.
+
+        Raises the worker's own error (such as SettingsError for a device that is not there), or NoWorker when a
+        process ends without a word; nothing is left running then.
+        """
+        log.info("starting engine processes on %s", ", ".join(keeper.device for keeper in self._keepers))
+        try:
+            await asyncio.gather(*(keeper.start() for keeper in self._keepers))
+        except BaseException:
+            await self.stop(0)
+            raise
+
+    async def stop(self, grace: float) -> None:
+        """Take no new requests, give those in flight `grace` seconds, then end the processes.
+
+        What is unanswered by then fails with ShuttingDown.
+        """
+        self._closing = True
+        if self._jobs and grace > 0:
+            log.info("draining %d requests", len(self._jobs))
+            await asyncio.wait([job.future for job in self._jobs.values()], timeout=grace)
+        for job in list(self._jobs.values()):
+            self._fail(job, ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
+        await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
+
+    def submit(self, request: Request, on_report: OnReport | None = None) -> asyncio.Future[list[Result]]:
+        """Give the request to the live worker with the least queued seconds; its results come in image order.
+
+        Cancelling the future cancels the request at the next step boundary. Raises ShuttingDown, NoWorker,
+        Overloaded (both with retry_after, seconds), EngineError for a request that two deaths have in common.
+        """
+        if self._closing:
+            raise ShuttingDown("The server is shutting down.", retry_after=5.0)
+        if request.id in self._jobs:
+            raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
+        if self._deaths.condemned(request):
+            raise EngineError(_POISON)
+        keeper = self._choose(request)
+        job = Job(request, asyncio.get_running_loop().create_future(), on_report)
+        self._jobs[request.id] = keeper.jobs[request.id] = job
+        job.future.add_done_callback(lambda _: self._close(keeper, job))
+        keeper.send(wire.Submit(request))
+        return job.future
+
+    def load(self, model_id: str) -> None:
+        """Begin to load this model on every live worker. Raises ModelNotFound."""
+        if model_id not in self._cards:
+            raise ModelNotFound(f'There is no model "{model_id}".', param="model")
+        for keeper in self._keepers:
+            keeper.send(wire.Load(model_id))
+
+    def _choose(self, request: Request) -> Keeper:
+        live = [keeper for keeper in self._keepers if keeper.live]
+        if not live:
+            wait = min(keeper.back_in for keeper in self._keepers)
+            raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
+        # Between equals, the one that has the model, so that an idle server does not load it twice.
+        chosen = min(live, key=lambda keeper: (keeper.queued_seconds, not keeper.has(request.model)))
+        ahead = chosen.queued_seconds
+        if ahead > self._settings.max_wait:
+            retry_after = min(120.0, max(1.0, ahead * random.uniform(0.8, 1.2)))
+            raise Overloaded(f"The queue is about {ahead:.0f} seconds long.", retry_after=retry_after)
+        return chosen
+
+    def _hear(self, keeper: Keeper, report: Report) -> None:
+        """One report from a live worker. What is about a request that is no longer in flight is only observed."""
+        match report:
+            case Result() | Progress() | Preview():
+                self._deliver(keeper.jobs.get(report.request_id), report)
+            case Failure():
+                job = keeper.jobs.get(report.request_id)
+                if job:
+                    self._fail(job, report.error)
+            case ModelState() | Tick() | Announce():
+                pass
+        self._tell(report)
+
+    def _tell(self, report: Report) -> None:
+        try:
+            self._observe(report)
+        except Exception:
+            log.exception("the observer failed on %s", type(report).__name__)
+
+    def _deliver(self, job: Job | None, report: Result | Progress | Preview) -> None:
+        if job is None or job.future.done():
+            return
+        if isinstance(report, Result):
+            job.results[report.index] = report
+        try:
+            if job.on_report:
+                job.on_report(report)
+        except Exception:
+            log.exception("the listener of request %s failed", job.request.id)
+        if not job.images_left and not job.future.done():
+            self._deaths.clear(job.request)
+            job.future.set_result(job.in_order())
+
+    def _fail(self, job: Job, error: InstepError) -> None:
+        if not job.future.done():
+            job.future.set_exception(error)
+
+    def _close(self, keeper: Keeper, job: Job) -> None:
+        """The future is done, whoever did it: the one place where a job leaves the books."""
+        self._jobs.pop(job.request.id, None)
+        keeper.jobs.pop(job.request.id, None)
+        if job.future.cancelled():
+            keeper.send(wire.Cancel(job.request.id))
+
+    def _bury(self, keeper: Keeper, reason: str) -> None:
+        """A worker is gone: answer its requests at once, forget what it had loaded."""
+        lost = list(keeper.jobs.values())
+        if not self._closing:
+            self._deaths.record(job.request for job in lost)
+        retry_after = 1.0 if self.live else max(1.0, keeper.back_in)
+        for job in lost:
+            if self._deaths.condemned(job.request):
+                self._fail(job, EngineError(_POISON))
+            else:
+                message = "The engine process died while it worked on this request. Try again."
+                self._fail(job, NoWorker(message, retry_after=retry_after))
+        if lost:
+            log.error("%s: %d requests lost: %s", keeper.device, len(lost), reason)
+        for model in keeper.forget():
+            self._tell(self.states[model])
