@@ -1,0 +1,115 @@
+"""Solvers: rules that turn the points of a walk into the coefficients of its lines.
+
+Knows nothing of cards, of what a network predicts, or of tensors: a Path in, Lines out, all float64.
+
+With x0 the clean latent predicted at a line and m the one of the line before, a line of every solver is
+
+    x' = a * x + b * x0 + c * m + z * exp(zf / 2 * frac) * noise
+
+where alpha, sigma belong to the point left (here) and alpha', sigma' to the point reached (there). frac, in [0, 1], is
+the learned-variance channel of a network that has one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from app.samplers.schedules import Array, Path, Points
+
+
+class Lines(NamedTuple):
+    """What a solver makes of a path: the points `at` which the network is asked, and the coefficients above."""
+
+    at: Points
+    a: Array
+    b: Array
+    c: Array
+    z: Array
+    zf: Array
+
+
+def _first_order(here: Points, there: Points) -> tuple[Array, Array]:
+    """(a, b) of the exact step for a constant x0: the noise shrinks by sigma' / sigma, x0 makes up the rest."""
+    a = there.sigma / here.sigma
+    return a, there.alpha - a * here.alpha
+
+
+def first_order(path: Path) -> Lines:
+    """DDIM at eta 0 (Song et al. 2021, eq. 12): scheduling_ddim.py. On the points of an exploding path the same formula
+    is Euler's (k-diffusion `sample_euler`): scheduling_euler_discrete.py; on those of a flow,
+    scheduling_flow_match_euler_discrete.py.
+    """
+    a, b = _first_order(path.here, path.there)
+    zero = np.zeros_like(a)
+    return Lines(path.here, a, b, zero, zero, zero)
+
+
+def ddpm(path: Path) -> Lines:
+    """The posterior q(x' | x, x0) (Ho et al. 2020, eq. 7), its variance fixed or learned (Nichol and Dhariwal 2021,
+    eq. 15): scheduling_ddpm.py, and `p_mean_variance` and `p_sample` of the original DiT's gaussian_diffusion.py.
+
+    NOTE: the last line adds noise too unless its t is 0, as upstream; leading and linspace spacing end at t = 0.
+    """
+    here, there = path.here, path.there
+    keep = here.alpha / there.alpha
+    beta = 1 - keep**2
+    small = np.maximum(beta * there.sigma**2 / here.sigma**2, 1e-20)
+    variance, zf = {
+        "fixed_small": (small, np.zeros_like(beta)),
+        "fixed_large": (beta, np.zeros_like(beta)),
+        "learned_range": (small, np.log(beta / small)),
+    }[path.variance]
+    a = keep * there.sigma**2 / here.sigma**2
+    b = there.alpha * beta / here.sigma**2
+    z = np.where(here.t > 0, np.sqrt(variance), 0.0)
+    return Lines(here, a, b, np.zeros_like(a), z, zf)
+
+
+def euler_ancestral(path: Path) -> Lines:
+    """Euler to a lower noise level, then noise up to sigma' (k-diffusion `get_ancestral_step`, eta 1), on points with
+    alpha = 1: scheduling_euler_ancestral_discrete.py.
+    """
+    here, there = path.here, path.there
+    down = there.sigma**2 / here.sigma
+    up = np.sqrt(there.sigma**2 - down**2)
+    a = down / here.sigma
+    zero = np.zeros_like(a)
+    return Lines(here, a, 1 - a, zero, up, zero)
+
+
+def heun(path: Path) -> Lines:
+    """The trapezoidal rule in sigma (Karras et al. 2022, alg. 1), where dx/dsigma = (x - x0) / sigma: for alpha = 1 and
+    for alpha = 1 - sigma. scheduling_heun_discrete.py, scheduling_flow_match_heun_discrete.py.
+
+    Two lines a step: Euler to the far point, and there a correction, since (x - x0) / sigma of the first line is
+    (x' - m) / sigma'. A step to sigma' = 0 has no second line: n steps are 2 n - 1 lines.
+    """
+    here, there = path.here, path.there
+    a, b = _first_order(here, there)
+    noisy = there.sigma > 0
+    c = (there.sigma - here.sigma) / (2 * np.where(noisy, there.sigma, 1.0))
+    one, zero = np.ones_like(a), np.zeros_like(a)
+
+    def woven(first: Array, second: Array) -> Array:
+        return np.stack([first, second], axis=1)[np.stack([one > 0, noisy], axis=1)]
+
+    at = Points(*(woven(getattr(here, name), getattr(there, name)) for name in ("alpha", "sigma", "t", "c_in")))
+    quiet = np.zeros_like(at.t)
+    return Lines(at, woven(a, one), woven(b, -c), woven(zero, c), quiet, quiet)
+
+
+def dpmpp_2m(path: Path) -> Lines:
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, alg. 2), in lambda = log(alpha / sigma), half the
+    log-SNR, for diffusion and flow alike; first order at the start and at the end: scheduling_dpmsolver_multistep.py.
+
+    NOTE: k-diffusion's on flow models takes lambda = -log(sigma), which is another algorithm.
+    """
+    a, b = _first_order(path.here, path.there)
+    start, end = path.here.log_snr, path.there.log_snr
+    ratio = np.zeros_like(a)
+    ratio[1:] = (end[1:] - start[1:]) / (start[1:] - start[:-1])
+    ratio[path.there.sigma == 0] = 0.0
+    extra, zero = b * ratio / 2, np.zeros_like(a)
+    return Lines(path.here, a, b + extra, -extra, zero, zero)

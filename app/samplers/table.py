@@ -1,0 +1,137 @@
+"""Table: the compiled plan of a row, one line for each evaluation of the network.
+
+Knows nothing of tensors, batches or guidance: the engine gathers its lines, and that is all the sampling there is.
+
+    x' = xx*x + xo*out + xm*mem + xz*exp(0.5*zf*frac)*noise        mem' = mx*x + mo*out
+
+out is what the network gives for c_in*x at t, mem always the predicted clean latent. A table is schedule x prediction x
+solver: the prediction says x0 = p*(c_in*x) + q*out, the solver x' = a*x + b*x0 + c*mem + z*noise, and here they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from app.card import Schedule
+from app.errors import InvalidValue
+from app.samplers import schedules, solvers
+from app.samplers.schedules import Array, Path, Walk, at_size
+from app.samplers.solvers import Lines
+
+COLUMNS = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo")
+
+PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
+    "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "v": lambda alpha, sigma: (alpha, -sigma),
+    "sample": lambda alpha, sigma: (0 * alpha, np.ones_like(alpha)),
+    "flow": lambda alpha, sigma: (np.ones_like(alpha), -sigma),
+}
+"""(p, q) of x0 = p*x + q*out for a network that sees x = alpha*x0 + sigma*noise and predicts the noise, the velocity
+alpha*noise - sigma*x0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), x0, or the flow noise - x0."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A sampler a user can name: a walk on the schedule, a rule, and the predictions it goes with."""
+
+    walk: Walk
+    rule: Callable[[Path], Lines]
+    predictions: tuple[str, ...]
+
+
+DIFFUSION = ("epsilon", "v", "sample")
+FLOW = ("flow",)
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": Solver(schedules.ddim_path, solvers.first_order, DIFFUSION),
+    "ddpm": Solver(schedules.ddpm_path, solvers.ddpm, DIFFUSION),
+    "euler": Solver(schedules.exploding_path, solvers.first_order, DIFFUSION),
+    "euler_ancestral": Solver(schedules.exploding_path, solvers.euler_ancestral, DIFFUSION),
+    "heun": Solver(schedules.exploding_path, solvers.heun, DIFFUSION),
+    "dpmpp_2m": Solver(schedules.dpm_path, solvers.dpmpp_2m, DIFFUSION),
+    "flow_euler": Solver(schedules.flow_path, solvers.first_order, FLOW),
+    "flow_heun": Solver(schedules.flow_path, solvers.heun, FLOW),
+    "flow_dpmpp_2m": Solver(schedules.flow_dpm_path, solvers.dpmpp_2m, FLOW),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The plan of a row: float64 columns of one length, read-only; `init` is the scale of the first noise."""
+
+    t: Array
+    c_in: Array
+    xx: Array
+    xo: Array
+    xm: Array
+    xz: Array
+    zf: Array
+    mx: Array
+    mo: Array
+    init: float
+
+    def __post_init__(self) -> None:
+        for name in COLUMNS:
+            getattr(self, name).setflags(write=False)
+
+    @property
+    def lines(self) -> int:
+        """How many times the network is evaluated: num_inference_steps n, or 2n - 1 for the heun solvers."""
+        return len(self.t)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any line adds noise."""
+        return bool(self.xz.any())
+
+    def coefficients(self) -> npt.NDArray[np.float32]:
+        """float32 [lines, 9], in the order of COLUMNS."""
+        return np.stack([getattr(self, name) for name in COLUMNS], axis=1).astype(np.float32)
+
+
+def valid_pairs() -> tuple[tuple[str, str], ...]:
+    """Every (sampler, prediction) that compiles."""
+    return tuple((name, prediction) for name, solver in SOLVERS.items() for prediction in solver.predictions)
+
+
+def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
+    """The samplers that go with what this network predicts."""
+    return tuple(name for name, prediction in valid_pairs() if prediction == schedule.prediction)
+
+
+def compile_table(schedule: Schedule, sampler: str, steps: int, *, tokens: int | None = None) -> Table:
+    """The table of `steps` steps. tokens: image tokens, for a resolution-dependent shift; ignored without one.
+
+    Raises InvalidValue: param "sampler", naming the valid ones; "num_inference_steps", under 1 or more than the grid
+    has room for; "size", where the shift depends on it and tokens is None. CardError for betas that leave no signal.
+    """
+    return _compiled(at_size(schedule, tokens), sampler, steps)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(schedule: Schedule, sampler: str, steps: int) -> Table:
+    valid = valid_samplers(schedule)
+    if sampler not in valid:
+        raise InvalidValue(
+            f'sampler: "{sampler}" does not go with this model, which predicts {schedule.prediction}; '
+            f"valid: {', '.join(valid)}",
+            param="sampler",
+        )
+    if steps < 1:
+        raise InvalidValue(f"num_inference_steps: {steps} is under 1", param="num_inference_steps")
+    solver = SOLVERS[sampler]
+    path = solver.walk(schedule, steps)
+    return compose(path, solver.rule(path), schedule.prediction)
+
+
+def compose(path: Path, lines: Lines, prediction: str) -> Table:
+    """The solver's lines with its x0 replaced by what the network gives."""
+    at, a, b, c, z, zf = lines
+    p, q = PREDICTIONS[prediction](at.c_in * at.alpha, at.c_in * at.sigma)
+    p = p * at.c_in
+    return Table(at.t.copy(), at.c_in.copy(), a + b * p, b * q, c, z, zf, p, q, path.init)
