@@ -13,11 +13,13 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from app.errors import InstepError, SettingsError
+from app.report import Report
 from app.settings import Settings
 from app.worker import plan, wire
 
@@ -105,7 +107,7 @@ def main(descriptor: int) -> int:
     logging.basicConfig(level=start.settings.log_level.upper(), format="%(levelname)s %(name)s %(message)s")
     ends = Ends(sock)
     try:
-        pool, engine = build(start, ends)
+        pool, engine = build(start, ends.emit)
     except InstepError as error:
         ends.emit(wire.Refusal(error))
         ends.finish()
@@ -120,8 +122,8 @@ def main(descriptor: int) -> int:
     return 0
 
 
-def build(start: wire.Start, ends: Ends) -> tuple[Pool, Engine]:
-    """Pool and engine on the device. Raises SettingsError when there is no such device."""
+def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
+    """Pool and engine on the device, in this process. Raises SettingsError when there is no such device."""
     import torch
 
     from app.engine.engine import Engine
@@ -130,7 +132,7 @@ def build(start: wire.Start, ends: Ends) -> tuple[Pool, Engine]:
     torch.set_num_threads(plan.threads(start.settings))
     _check(start.device)
     pool = Pool(start.cards, start.device, resolve_dtype(start.settings, start.device))
-    return pool, Engine(pool, start.settings, ends.emit)
+    return pool, Engine(pool, start.settings, emit)
 
 
 def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:
