@@ -116,7 +116,7 @@ def write_sd3(
         "num_attention_heads": 2,
         "joint_attention_dim": 48,
         "caption_projection_dim": 32,
-        "pooled_projection_dim": 32,
+        "pooled_projection_dim": 40,
         "pos_embed_max_size": 12,
     }
     write_network(SD3Transformer2DModel(**{**config, **changes}), folder / "transformer", seed)

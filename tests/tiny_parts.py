@@ -12,7 +12,7 @@ from typing import Any
 WORDS = (
     "red green blue yellow black white small large round apple car cat dog fish house moon star sun tree "
     "a an and at big in of on the with background face heart flower"
-).split()
+)
 TEXT = 24
 
 
@@ -39,7 +39,7 @@ def write_first_clip(folder: Path, tokenizer: Path, seed: int) -> None:
     pairs = "\n".join(" ".join(pair) for pair in merges)
     (tokenizer / "merges.txt").write_text(f"#version: 0.2\n{pairs}\n", encoding="utf-8")
     write_json(tokenizer / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT})
-    _write_clip(folder, seed, len(vocab), hidden_size=16, projection_dim=12, eos_token_id=2, bos_token_id=0)
+    _write_clip(folder, seed, len(vocab), hidden_size=16, projection_dim=16, eos_token_id=2, bos_token_id=0)
 
 
 def write_second_clip(folder: Path, tokenizer: Path, seed: int) -> None:
@@ -49,7 +49,7 @@ def write_second_clip(folder: Path, tokenizer: Path, seed: int) -> None:
     vocab, merges = _bpe()
     CLIPTokenizer(vocab=vocab, merges=merges, pad_token="!", model_max_length=TEXT).save_pretrained(tokenizer)
     eos = vocab["<|endoftext|>"]
-    _write_clip(folder, seed + 1, len(vocab), hidden_size=24, projection_dim=20, eos_token_id=eos, bos_token_id=eos - 1)
+    _write_clip(folder, seed + 1, len(vocab), hidden_size=24, projection_dim=24, eos_token_id=eos, bos_token_id=eos - 1)
 
 
 def _write_clip(folder: Path, seed: int, vocab: int, **changes: Any) -> None:
@@ -72,9 +72,13 @@ def write_t5(folder: Path, tokenizer: Path, seed: int) -> None:
     """As SD3's T5 encoder: gated gelu, shared.weight tied to the encoder's embedding, tokenizer.json."""
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-    letters = sorted({*"abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"} | {letter for word in WORDS for letter in word})
+    letters = sorted(
+        {*"abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"} | {letter for word in WORDS.split() for letter in word}
+    )
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -8.0)]
-    pieces += [(f"\u2581{word}", -3.0) for word in WORDS if len(word) > 1] + [(letter, -6.0) for letter in letters]
+    pieces += [(f"\u2581{word}", -3.0) for word in WORDS.split() if len(word) > 1] + [
+        (letter, -6.0) for letter in letters
+    ]
     T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512).save_pretrained(tokenizer)
     config = T5Config(
         vocab_size=len(pieces),
@@ -130,7 +134,7 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
     letters = list(bytes_to_unicode().values())
     vocab = letters + [f"{letter}</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
-    for word in (word for word in WORDS if len(word) > 1):
+    for word in (word for word in WORDS.split() if len(word) > 1):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         for end in range(1, len(pieces)):
             pair = ("".join(pieces[:end]), pieces[end])
