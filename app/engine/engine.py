@@ -5,16 +5,15 @@ Knows nothing of processes, sockets or HTTP: requests come in by `submit`, facts
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from app.engine.batcher import Batcher
 from app.engine.profile import Profiles
+from app.engine.promises import Promises
 from app.engine.row import Caps, Key, Row, Work
 from app.engine.runner import Image, Outcome, Runner
 from app.errors import Cancelled, DeadlineExceeded, EngineError, InstepError, ModelNotFound, ShuttingDown
@@ -29,15 +28,6 @@ SILENCE = 60.0
 
 FIRST_WORK = 600.0
 """The same while nothing is known of a key: the first forward measures, and may compile or page weights in."""
-
-
-@dataclass(slots=True)
-class _Open:
-    """A request that is not answered yet, with the rows that are still to come."""
-
-    request: Request
-    rows: list[Row]
-    left: int
 
 
 class Engine:
@@ -62,8 +52,7 @@ class Engine:
         self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic)
         self._batcher = Batcher(self._caps)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._open: dict[str, _Open] = {}
-        self._deadlines: list[tuple[float, str]] = []
+        self._promises = Promises()
         self._sequence = itertools.count()
         self._announced = Announce("start", math.inf)
         self._stopping = False
@@ -87,11 +76,11 @@ class Engine:
 
     def run(self) -> None:
         """Turn until stopped. Says before every silence how long it may last."""
-        while not self._stopping and not (self._draining and not self._open):
+        while not self._stopping and not (self._draining and not self._promises):
             if not self.tick():
                 self._announce("idle", math.inf)
                 self._wait(0.1)
-        for request_id in list(self._open):
+        for request_id in self._promises:
             self._fail(request_id, ShuttingDown("the server is shutting down"))
 
     def tick(self) -> bool:
@@ -107,14 +96,6 @@ class Engine:
         outcome = self._runner.run(work)
         self._settle(work, outcome, start)
         return True
-
-    @property
-    def running(self) -> int:
-        return self._batcher.running
-
-    @property
-    def waiting(self) -> int:
-        return self._batcher.waiting
 
     def _caps(self, key: Key) -> Caps | None:
         """The caps of a key, measured the first time; None while its model is not on the device."""
@@ -154,9 +135,7 @@ class Engine:
         except InstepError as error:
             self._emit(Failure(request.id, error))
             return
-        self._open[request.id] = _Open(request, rows, len(rows))
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        self._promises.make(request, rows)
         for row in rows:
             self._batcher.add(row)
         self._pool.want(request.model)
@@ -181,24 +160,21 @@ class Engine:
                 self._fail_model(state.model, error)
 
     def _fail_model(self, model: str, error: InstepError) -> None:
-        for request_id, entry in list(self._open.items()):
-            if entry.request.model == model:
-                self._fail(request_id, error)
+        for request_id in self._promises.of_model(model):
+            self._fail(request_id, error)
 
     def _expire(self) -> None:
-        while self._deadlines and self._deadlines[0][0] <= self._clock():
-            _, request_id = heapq.heappop(self._deadlines)
+        for request_id in self._promises.expired(self._clock()):
             self._fail(request_id, DeadlineExceeded("the deadline passed before the image was done"))
 
     def _fail(self, request_id: str, error: InstepError) -> None:
         """Answer a request with an error and drop all its rows; nothing for one that is answered already."""
-        entry = self._open.pop(request_id, None)
-        if entry is None:
-            return
-        for row in entry.rows:
+        rows = self._promises.abandon(request_id)
+        for row in rows:
             self._batcher.remove(row)
             self._runner.release(row)
-        self._emit(Failure(request_id, error))
+        if rows:
+            self._emit(Failure(request_id, error))
 
     def _stop(self, drain: bool) -> None:
         self._draining = drain
@@ -251,10 +227,7 @@ class Engine:
         row.decode_start = start
         self._batcher.remove(row)
         self._runner.release(row)
-        entry = self._open[row.request.id]
-        entry.left -= 1
-        if entry.left == 0:
-            del self._open[row.request.id]
+        self._promises.keep(row)
         timings = row.timings(self._clock())
         self._emit(Result(row.request.id, row.index, row.seed, image.pixels, timings, image.latents, row.warnings))
 

@@ -27,7 +27,9 @@ SLOT_BYTES = 256 << 20
 """Most bytes of latents (x, mem, noise) that the slots of one key take."""
 
 
-def measure(forward: Callable[[int], None], budget: float, clock: Callable[[], float] = time.perf_counter) -> dict[int, float]:
+def measure(
+    forward: Callable[[int], None], budget: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[int, float]:
     """Seconds of forward(passes) at 1, 2, 4, ... until width no longer pays or `budget` seconds are spent."""
     seconds: dict[int, float] = {}
     passes, start = 1, clock()

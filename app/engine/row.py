@@ -84,8 +84,10 @@ class Row:
     def preview_due(self) -> bool:
         """Whether the line just run is one after which a partial image was asked for; evenly spread."""
         wanted = self.request.previews
-        return self.previews < wanted and self.line < self.lines and self.line * (wanted + 1) >= self.lines * (
-            self.previews + 1
+        return (
+            self.previews < wanted
+            and self.line < self.lines
+            and self.line * (wanted + 1) >= self.lines * (self.previews + 1)
         )
 
     def timings(self, now: float) -> Timings:

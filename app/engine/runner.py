@@ -58,7 +58,7 @@ class Runner:
         self._slots: dict[Key, Slots] = {}
         self._caps: dict[Key, Caps] = {}
         self._conditions: OrderedDict[tuple[str, Condition, int], Conditions] = OrderedDict()
-        self._unread: tuple[list[Row], torch.Tensor] | None = None
+        self._unread: list[tuple[list[Row], torch.Tensor]] = []
 
     def caps(self, key: Key) -> Caps | None:
         """The caps of a key, None before `measure`."""
@@ -141,7 +141,7 @@ class Runner:
             self._conditions.popitem(last=False)
 
     def _place(self, family: Family, row: Row) -> None:
-        """Give the row its table, its first noise and a slot. Noise comes from a CPU generator: one seed, any device."""
+        """Give the row its table, first noise and slot. Noise is from a CPU generator: one seed, any device."""
         request = row.request
         shape = family.latent_shape(request.width, request.height)
         tokens = family.image_tokens(request.width, request.height)
@@ -165,7 +165,7 @@ class Runner:
         index = np.array([row.slot for row in rows], np.int64)
         plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
         finite = denoise_step(family, slots, plan)[: len(rows)]
-        self._unread = (self._unread[0] + rows, torch.cat([self._unread[1], finite])) if self._unread else (rows, finite)
+        self._unread.append((rows, finite))
         slots.line[index] += 1
         outcome.padding += int((plan.places >= 2 * slots.spare).sum())
 
@@ -198,13 +198,11 @@ class Runner:
 
     def _non_finite(self) -> list[tuple[Row, InstepError]]:
         """Rows whose latent the last step left not finite; read one step late, so that no step waits for it."""
-        if self._unread is None:
-            return []
-        rows, finite = self._unread
-        self._unread = None
+        unread, self._unread = self._unread, []
         message = "the network produced a value that is not finite for this image"
         return [
             (row, NonFiniteOutput(message))
+            for rows, finite in unread
             for row, fine in zip(rows, finite.tolist(), strict=True)
             if not fine and row.slot >= 0
         ]

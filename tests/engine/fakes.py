@@ -1,0 +1,154 @@
+"""A family and a pool of arithmetic alone, for tests of the engine that need no network and no files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.card import Card
+from app.errors import LoadError
+from app.families.base import Conditions
+from app.report import ModelState
+from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
+
+POISON = Prompt("poison")
+NOT_A_NUMBER = Prompt("nan")
+
+
+def card(name: str = "fake", **changes: Any) -> Card:
+    facts: dict[str, Any] = {
+        "id": name,
+        "family": "sd3",
+        "source": {"path": "."},
+        "schedule": {"kind": "flow", "shift": 3.0},
+        "defaults": {"sampler": "flow_euler", "num_inference_steps": 8, "guidance_scale": 4.0, "size": "32x32"},
+        "limits": {"sizes": {"min": 16, "max": 64, "multiple": 16}},
+    }
+    return Card(**{**facts, **changes})
+
+
+class FakeFamily:
+    """A smooth function of latent, time and condition, different for each condition; rows do not see each other."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, card: Card, learned_variance: bool = False) -> None:
+        self.card = card
+        self.learned_variance = learned_variance
+        self.widths: list[int] = []
+        self.encoded: list[int] = []
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return (4, height // 8, width // 8)
+
+    def image_tokens(self, width: int, height: int) -> int:
+        return width * height // 256
+
+    def opposite(self, condition: Condition) -> Condition:
+        return Prompt(condition.negative) if isinstance(condition, Prompt) else ClassLabel(10)
+
+    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
+        self.encoded.append(len(conditions))
+        if POISON in conditions:
+            raise ValueError("a poison prompt")
+        codes = [[float("nan") if each == NOT_A_NUMBER else _code(each)] for each in conditions]
+        return {"code": torch.tensor(codes)}
+
+    def truncated(self, condition: Condition, text_length: int) -> str | None:
+        return None
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.widths.append(len(x))
+        assert t.shape == (len(x),)
+        code = conditions["code"][:, :, None, None]
+        out = torch.tanh(0.7 * x + code) + 0.3 * torch.cos(t / 300)[:, None, None, None] * x
+        return out, torch.sigmoid(out) if self.learned_variance else None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        rows, _, height, width = latents.shape
+        flat = (torch.sigmoid(latents[:, :3]) * 255).to(torch.uint8)
+        return flat.permute(0, 2, 3, 1).reshape(rows, height, width, 3)
+
+    preview = decode
+
+
+def _code(condition: Condition) -> float:
+    if isinstance(condition, ClassLabel):
+        return condition.index / 10
+    return sum(map(ord, condition.text)) % 97 / 97
+
+
+class FakeLease:
+    def __init__(self, pool: FakePool, model: FakeFamily) -> None:
+        self.model = model
+        self._pool = pool
+        self._held = True
+        pool.leases += 1
+
+    def release(self) -> None:
+        self._pool.leases -= self._held
+        self._held = False
+
+
+class FakePool:
+    """Every model is ready at once, or when `present` says so."""
+
+    def __init__(self, *families: FakeFamily) -> None:
+        self.families = {family.card.id: family for family in families}
+        self.cards = {name: family.card for name, family in self.families.items()}
+        self.present = set(self.families)
+        self.errors: dict[str, LoadError] = {}
+        self.states: list[ModelState] = []
+        self.leases = 0
+
+    def want(self, model_id: str) -> None:
+        pass
+
+    def lease(self, model_id: str) -> FakeLease | None:
+        return FakeLease(self, self.families[model_id]) if model_id in self.present else None
+
+    def failure(self, model_id: str) -> LoadError | None:
+        return self.errors.get(model_id)
+
+    def poll(self) -> list[ModelState]:
+        states, self.states = self.states, []
+        return states
+
+    def close(self) -> None:
+        pass
+
+
+class FakeProfiles:
+    """Seconds by passes as a test wants them: `passes` is the width that saturates."""
+
+    def __init__(self, passes: int = 16, rate: float = 1e-3) -> None:
+        self.curve = {passes: passes * rate}
+
+    def seconds(self, family: object, key: object) -> dict[int, float]:
+        return self.curve
+
+
+def request(name: str, **changes: Any) -> Request:
+    facts: dict[str, Any] = {
+        "id": name,
+        "model": "fake",
+        "images": (ImageSpec(Prompt(name), 7),),
+        "width": 32,
+        "height": 32,
+        "sampler": "flow_euler",
+        "steps": 8,
+        "guided": True,
+        "guidance": 4.0,
+        "text_length": 24,
+        "keep_latents": True,
+    }
+    return Request(**{**facts, **changes})
+
+
+NOWHERE = Path("/nonexistent")

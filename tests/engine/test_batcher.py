@@ -1,0 +1,242 @@
+"""The order of work, counted in ticks on a virtual clock: no network, no tensors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from app.engine.batcher import AGE_LIMIT, Batcher
+from app.engine.row import Caps, Key, Row, Work
+from app.request import ImageSpec, Prompt, Request
+
+KEY = Key("model", 64, 64, 24)
+OTHER = Key("other", 64, 64, 24)
+_sequence = itertools.count()
+
+
+def row(steps: int, *, guided: bool = False, key: Key = KEY, at: float = 0.0, priority: int = 0) -> Row:
+    number = next(_sequence)
+    image = ImageSpec(Prompt("a"), number)
+    request = Request(
+        f"r{number}", key.model, (image,), 64, 64, "euler", steps, guided, 4.0, 24, priority=priority
+    )  # fmt: skip
+    return Row(request, 0, key, steps, at, number)
+
+
+class Simulation:
+    """Runs what the batcher chooses: an encode and a decode take no time, a forward takes one tick."""
+
+    def __init__(self, caps: Callable[[Key], Caps | None]) -> None:
+        self.batcher = Batcher(caps)
+        self.now = 0.0
+        self.forwards: list[list[Row]] = []
+        self.ended: dict[Row, float] = {}
+        self.phases: list[str] = []
+
+    def add(self, *rows: Row) -> None:
+        for each in rows:
+            each.arrived = self.now
+            self.batcher.add(each)
+
+    def turn(self) -> Work | None:
+        work = self.batcher.next(self.now)
+        if work is None:
+            return None
+        self.phases.append(work.phase)
+        if work.phase == "encode":
+            for each in work.rows:
+                self.batcher.start(each)
+        elif work.phase == "decode":
+            for each in work.rows:
+                self.batcher.remove(each)
+        else:
+            self._forward(work.rows)
+        return work
+
+    def _forward(self, rows: list[Row]) -> None:
+        assert rows
+        self.now += 1
+        self.forwards.append(list(rows))
+        for each in rows:
+            each.line += 1
+            each.served += 1
+            if each.line == each.lines:
+                self.ended[each] = self.now
+                self.batcher.finish(each)
+
+    def run(self, most: int = 100_000) -> None:
+        for _ in range(most):
+            if self.turn() is None:
+                return
+        raise AssertionError("the simulation does not end")
+
+
+def fixed(passes: int, *, slots: int = 64, rate: float = 1.0, encode: int = 8) -> Callable[[Key], Caps]:
+    return lambda key: Caps(passes, encode, 4, slots, rate)
+
+
+def test_seven_requests_share_their_forwards() -> None:
+    simulation = Simulation(fixed(16))
+    simulation.add(*(row(steps, guided=guided) for steps, guided in SEVEN))
+    simulation.run()
+    assert len(simulation.ended) == 7
+    assert len(simulation.forwards) <= 28 + 4
+
+
+SEVEN = [(1, False), (2, True), (4, False), (10, True), (20, False), (28, True), (28, True)]
+
+
+def test_a_row_joins_at_the_next_step() -> None:
+    simulation = Simulation(fixed(16))
+    simulation.add(row(20))
+    for _ in range(6):
+        simulation.turn()
+    late = row(5)
+    simulation.add(late)
+    before = len(simulation.forwards)
+    while late not in simulation.ended:
+        simulation.turn()
+    assert late in simulation.forwards[before]
+
+
+def test_a_short_row_does_not_wait_for_long_ones_at_the_cap() -> None:
+    simulation = Simulation(fixed(8))
+    simulation.add(*(row(50) for _ in range(8)))
+    for _ in range(10):
+        simulation.turn()
+    short = row(4)
+    simulation.add(short)
+    before = len(simulation.forwards)
+    while short not in simulation.ended:
+        simulation.turn()
+    without = [rows for rows in simulation.forwards[before:] if short not in rows]
+    assert len(without) <= 2
+
+
+def test_a_long_row_ends_within_its_age_limit_under_endless_short_arrivals() -> None:
+    simulation = Simulation(fixed(2))
+    long = row(50)
+    simulation.add(long)
+    while long not in simulation.ended and simulation.now < 10_000:
+        if simulation.batcher.waiting < 4:
+            simulation.add(row(4), row(4))
+        simulation.turn()
+    assert simulation.ended[long] <= (AGE_LIMIT + 1) * 50 + 2
+    assert any(long not in rows for rows in simulation.forwards), "nothing ever went before the long row"
+
+
+def test_without_the_age_limit_the_same_stream_starves_the_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.engine.batcher.AGE_LIMIT", float("inf"))
+    simulation = Simulation(fixed(2))
+    long = row(50)
+    simulation.add(long)
+    while long not in simulation.ended and simulation.now < 1_000:
+        if simulation.batcher.waiting < 4:
+            simulation.add(row(4), row(4))
+        simulation.turn()
+    assert long not in simulation.ended
+
+
+def test_least_remaining_first_then_priority_then_arrival() -> None:
+    simulation = Simulation(fixed(1))
+    long, plain, favoured = row(9), row(5), row(5, priority=3)
+    simulation.add(long, plain, favoured)
+    simulation.run()
+    assert sorted(simulation.ended, key=simulation.ended.__getitem__) == [favoured, plain, long]
+
+
+def test_a_guided_row_counts_two_passes() -> None:
+    simulation = Simulation(fixed(4))
+    simulation.add(*(row(3, guided=True) for _ in range(3)), row(3))
+    simulation.run()
+    assert max(sum(each.passes for each in rows) for rows in simulation.forwards) == 4
+
+
+def test_a_row_wider_than_the_cap_still_runs() -> None:
+    simulation = Simulation(fixed(1))
+    wide = row(2, guided=True)
+    simulation.add(wide)
+    simulation.run()
+    assert wide in simulation.ended
+
+
+def test_rows_of_an_absent_model_wait_and_the_others_run() -> None:
+    present: set[str] = {"model"}
+    simulation = Simulation(lambda key: Caps(4, 8, 4, 16, 1.0) if key.model in present else None)
+    here, absent = row(3), row(1, key=OTHER)
+    simulation.add(here, absent)
+    simulation.run()
+    assert here in simulation.ended and absent not in simulation.ended
+    present.add("other")
+    simulation.run()
+    assert absent in simulation.ended
+
+
+def test_two_keys_never_share_a_forward_and_the_shorter_goes_first() -> None:
+    simulation = Simulation(fixed(8))
+    long, short = row(20), row(2, key=OTHER)
+    simulation.add(long, short)
+    simulation.run()
+    assert all(len({each.key for each in rows}) == 1 for rows in simulation.forwards)
+    assert simulation.ended[short] == 2
+
+
+def test_never_two_encodes_in_a_row_while_rows_wait_to_be_denoised() -> None:
+    simulation = Simulation(fixed(8, encode=2))
+    simulation.add(*(row(6) for _ in range(8)))
+    simulation.run()
+    pairs = list(itertools.pairwise(simulation.phases))
+    assert ("encode", "encode") not in pairs
+    assert len(simulation.ended) == 8
+
+
+def test_slots_bound_what_is_started_and_short_rows_keep_a_share() -> None:
+    simulation = Simulation(fixed(4, slots=8))
+    simulation.add(*(row(60 - number) for number in range(30)))
+    most = 0
+    for _ in range(60):
+        simulation.turn()
+        most = max(most, simulation.batcher.running)
+    assert most <= 8
+    short = row(2)
+    simulation.add(short)
+    before = len(simulation.forwards)
+    while short not in simulation.ended:
+        simulation.turn()
+    assert len(simulation.forwards) - before <= 3
+
+
+def test_removed_rows_leave_no_trace_wherever_they_stand() -> None:
+    simulation = Simulation(fixed(2))
+    rows = [row(5) for _ in range(6)]
+    simulation.add(*rows)
+    for _ in range(3):
+        simulation.turn()
+    assert {each.stage for each in rows} == {"waiting", "started"}
+    for each in rows:
+        simulation.batcher.remove(each)
+        simulation.batcher.remove(each)
+    assert (simulation.batcher.waiting, simulation.batcher.running) == (0, 0)
+    assert simulation.turn() is None
+
+
+def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None:
+    """The choice looks at a cap's worth of the heap, not at the queue: counted in rows touched."""
+    simulation = Simulation(fixed(4))
+    simulation.add(*(row(3 + number % 40) for number in range(10_000)))
+    simulation.turn()
+    touched = 0
+    original = type(simulation.batcher._queues[KEY]).order
+
+    def counting(self: object, each: Row, now: float, rate: float) -> object:
+        nonlocal touched
+        touched += 1
+        return original(self, each, now, rate)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.engine.batcher.Queue.order", counting)
+        for _ in range(10):
+            simulation.turn()
+    assert touched <= 10 * 64

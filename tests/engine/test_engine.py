@@ -1,0 +1,248 @@
+"""The engine's promises, on a network of arithmetic: what is asked is answered once, whatever happens beside it."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from app.errors import (
+    Cancelled,
+    CheckpointError,
+    DeadlineExceeded,
+    EngineError,
+    InvalidValue,
+    ModelNotFound,
+    NonFiniteOutput,
+    OutOfMemory,
+    ShuttingDown,
+)
+from app.families.base import Conditions
+from app.report import Announce, ModelState, Preview, Progress
+from app.request import ImageSpec, Prompt
+from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, card, request
+from tests.engine.harness import Bench
+
+
+@pytest.fixture
+def pool() -> FakePool:
+    return FakePool(FakeFamily(card()), FakeFamily(card("second")))
+
+
+SEVEN = [(1, False), (2, True), (4, False), (10, True), (20, False), (28, True), (28, True)]
+
+
+def test_seven_requests_take_the_forwards_of_the_longest(pool: FakePool) -> None:
+    requests = [request(f"r{n}", steps=steps, guided=guided) for n, (steps, guided) in enumerate(SEVEN)]
+    bench = Bench(pool).run(requests)
+    assert len(bench.results) == 7
+    assert len(bench.forwards) <= 28 + 4
+    assert max(tick.rows for tick in bench.forwards) == 7
+
+
+def test_a_short_request_passes_eight_long_ones_at_the_cap(pool: FakePool) -> None:
+    bench = Bench(pool, profiles=FakeProfiles(passes=8))
+    for number in range(8):
+        bench.engine.submit(request(f"long{number}", steps=50, guided=False))
+    bench.turn(12)
+    bench.engine.submit(request("short", steps=4, guided=False, progress=True))
+    before = len(bench.forwards)
+    while ("short", 0) not in bench.results:
+        bench.turn()
+    assert len(bench.forwards) - before - 4 <= 2
+    assert [each.step for each in bench.of(Progress)] == [1, 2, 3, 4]
+
+
+def test_what_shares_the_batch_does_not_change_a_row(pool: FakePool) -> None:
+    requests = [
+        request(
+            f"r{n}", steps=1 + n * 3, sampler=("flow_euler", "flow_heun", "flow_dpmpp_2m")[n % 3], guided=n % 2 == 0
+        )
+        for n in range(8)
+    ]
+    together = Bench(pool, profiles=FakeProfiles(passes=64)).run(requests).results
+    for each in requests:
+        alone = Bench(pool).run([each]).results[each.id, 0]
+        np.testing.assert_allclose(together[each.id, 0].latents, alone.latents, rtol=1e-5, atol=1e-5)
+
+
+def test_images_of_one_request_are_rows_with_their_own_seeds(pool: FakePool) -> None:
+    images = tuple(ImageSpec(Prompt("a"), 40 + index) for index in range(3))
+    bench = Bench(pool).run([request("three", images=images)])
+    assert [bench.results["three", index].seed for index in range(3)] == [40, 41, 42]
+    alone = Bench(pool).run([request("one", images=images[2:])]).results["one", 0]
+    np.testing.assert_allclose(bench.results["three", 2].latents, alone.latents, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_is_not_finite_fails_alone(pool: FakePool) -> None:
+    bad = request("bad", images=(ImageSpec(NOT_A_NUMBER, 1),))
+    bench = Bench(pool).run([request("good"), bad, request("fine")])
+    assert isinstance(bench.failures["bad"].error, NonFiniteOutput)
+    assert {name for name, _ in bench.results} == {"good", "fine"}
+    assert pool.leases == 0
+
+
+def test_a_poison_prompt_fails_alone(pool: FakePool) -> None:
+    bad = request("bad", images=(ImageSpec(POISON, 1),))
+    bench = Bench(pool).run([*(request(f"r{n}") for n in range(5)), bad])
+    assert isinstance(bench.failures["bad"].error, EngineError)
+    assert len(bench.results) == 5
+    assert pool.leases == 0
+
+
+class Fussy(FakeFamily):
+    """Raises in a forward that holds the unlucky condition, or that is wider than it can hold."""
+
+    unlucky = float("inf")
+    widest = 1000
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len(x) > self.widest:
+            raise torch.OutOfMemoryError("no room")
+        if (conditions["code"] == self.unlucky).any():
+            raise ValueError("unlucky")
+        return super().denoise(x, t, conditions)
+
+
+def test_a_step_that_raises_is_replayed_and_only_its_row_fails() -> None:
+    family = Fussy(card())
+    requests = [request(f"r{n}", guided=False, sampler="flow_heun", steps=5) for n in range(6)]
+    plain = Bench(FakePool(FakeFamily(card()))).run(requests).results
+    family.unlucky = float(family.encode([Prompt("r3")], 24)["code"])
+    bench = Bench(FakePool(family)).run(requests)
+    assert list(bench.failures) == ["r3"]
+    for name, index in bench.results:
+        np.testing.assert_allclose(bench.results[name, index].latents, plain[name, index].latents, rtol=1e-5, atol=1e-5)
+    assert len(bench.results) == 5
+
+
+def test_a_replayed_stochastic_step_sees_the_same_noise() -> None:
+    facts = {"schedule": {"kind": "diffusion"}, "defaults": {**card().defaults.model_dump(), "sampler": "ddpm"}}
+    family = Fussy(card(**facts))
+    requests = [request(f"r{n}", guided=False, sampler="ddpm", steps=10) for n in range(4)]
+    plain = Bench(FakePool(FakeFamily(card(**facts)))).run(requests).results
+    family.unlucky = float(family.encode([Prompt("r0")], 24)["code"])
+    bench = Bench(FakePool(family)).run(requests)
+    for name, index in bench.results:
+        np.testing.assert_allclose(bench.results[name, index].latents, plain[name, index].latents, rtol=1e-5, atol=1e-5)
+    assert len(bench.results) == 3
+
+
+def test_a_step_out_of_memory_is_split_and_all_rows_live() -> None:
+    family = Fussy(card())
+    family.widest = 3
+    bench = Bench(FakePool(family)).run([request(f"r{n}") for n in range(6)])
+    assert len(bench.results) == 6 and not bench.failures
+
+
+def test_a_row_that_does_not_fit_alone_says_so() -> None:
+    family = Fussy(card())
+    family.widest = 1
+    bench = Bench(FakePool(family)).run([request("wide"), request("narrow", guided=False)])
+    assert isinstance(bench.failures["wide"].error, OutOfMemory)
+    assert ("narrow", 0) in bench.results
+
+
+def test_a_cancelled_request_leaves_at_the_next_step(pool: FakePool) -> None:
+    bench = Bench(pool)
+    bench.engine.submit(request("long", steps=50))
+    bench.engine.submit(request("other", steps=50))
+    bench.turn(10)
+    assert bench.forwards[-1].rows == 2
+    bench.engine.cancel("long")
+    bench.engine.cancel("never seen")
+    bench.turn()
+    assert isinstance(bench.failures["long"].error, Cancelled)
+    assert bench.forwards[-1].rows == 1
+    bench.run()
+    assert set(bench.results) == {("other", 0)}
+    assert pool.leases == 0
+
+
+def test_one_failing_image_takes_its_request_and_no_other(pool: FakePool) -> None:
+    images = (ImageSpec(Prompt("fine"), 1), ImageSpec(NOT_A_NUMBER, 2))
+    bench = Bench(pool).run([request("pair", images=images), request("good")])
+    assert list(bench.failures) == ["pair"]
+    assert ("good", 0) in bench.results
+    assert pool.leases == 0
+
+
+def test_a_deadline_that_passes_ends_the_request(pool: FakePool) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    bench = Bench(pool, clock=clock).run([request("late", steps=50, deadline=0.5), request("free", steps=50)])
+    assert isinstance(bench.failures["late"].error, DeadlineExceeded)
+    assert ("free", 0) in bench.results
+
+
+def test_previews_are_the_predicted_clean_latent_evenly_spread(pool: FakePool) -> None:
+    bench = Bench(pool).run([request("seen", steps=8, previews=3)])
+    previews = bench.of(Preview)
+    assert [each.partial for each in previews] == [0, 1, 2]
+    assert all(each.pixels.dtype == np.uint8 for each in previews)
+    assert not np.array_equal(previews[0].pixels, previews[2].pixels)
+    assert len(Bench(pool).run([request("one", steps=1, previews=3)]).of(Preview)) == 0
+
+
+def test_models_share_the_device_and_an_absent_one_waits(pool: FakePool) -> None:
+    pool.present = {"fake"}
+    bench = Bench(pool).run([request("a"), request("b", model="second")])
+    assert set(bench.results) == {("a", 0)}
+    pool.present.add("second")
+    bench.run()
+    assert set(bench.results) == {("a", 0), ("b", 0)}
+
+
+def test_a_model_that_cannot_load_fails_its_requests_with_the_reason(pool: FakePool) -> None:
+    pool.present = {"fake"}
+    bench = Bench(pool).run([request("a", model="second"), request("b")])
+    pool.errors["second"] = CheckpointError("vae: truncated")
+    pool.states = [ModelState("second", "failed", "vae: truncated")]
+    bench.run([request("c", model="second")])
+    assert {name: failure.error.message for name, failure in bench.failures.items()} == {
+        "a": "vae: truncated",
+        "c": "vae: truncated",
+    }
+    assert set(bench.results) == {("b", 0)}
+
+
+def test_a_bad_request_that_came_this_far_is_answered(pool: FakePool) -> None:
+    bench = Bench(pool).run([request("who", model="nobody"), request("how", sampler="ddim"), request("good")])
+    assert isinstance(bench.failures["who"].error, ModelNotFound)
+    assert isinstance(bench.failures["how"].error, InvalidValue)
+    assert ("good", 0) in bench.results
+
+
+def test_run_drains_or_stops_and_says_when_it_may_be_silent(pool: FakePool) -> None:
+    bench = Bench(pool)
+    thread = threading.Thread(target=bench.engine.run)
+    thread.start()
+    bench.engine.submit(request("last", steps=20))
+    bench.engine.stop(drain=True)
+    thread.join(30)
+    assert not thread.is_alive()
+    assert ("last", 0) in bench.results
+    phases = [each.phase for each in bench.reports if isinstance(each, Announce)]
+    assert {"profile", "encode", "denoise", "decode"} <= set(phases)
+
+    bench = Bench(pool)
+    bench.engine.submit(request("open", steps=20))
+    bench.turn(3)
+    bench.engine.stop()
+    bench.engine.run()
+    assert isinstance(bench.failures["open"].error, ShuttingDown)
+
+
+def test_equal_prompts_are_encoded_once(pool: FakePool) -> None:
+    same = tuple(ImageSpec(Prompt("same"), seed) for seed in range(4))
+    bench = Bench(pool)
+    bench.run([request("a", images=same), request("b", images=same)])
+    assert pool.families["fake"].encoded == [2], "the prompt and the empty one, in one batch"

@@ -1,0 +1,84 @@
+"""Profiles: caps come from measurements, and measurements are kept on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.engine.profile import Profiles, caps_of, measure, saturation
+from app.engine.row import Key
+from tests.engine.fakes import FakeFamily, card
+
+KEY = Key("fake", 32, 32, 24)
+
+
+class Device:
+    """A device whose forward takes `fixed + passes * each` seconds, up to a width where it stops being wide."""
+
+    def __init__(self, fixed: float, each: float) -> None:
+        self.fixed, self.each = fixed, each
+        self.now = 0.0
+
+    def forward(self, passes: int) -> None:
+        self.now += self.fixed + passes * self.each
+
+    def clock(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "cap"),
+    [
+        (0.0, 0.01, 1),  # a CPU: width pays nothing
+        (0.010, 0.010, 8),  # cost per pass 20, 15, 12.5, 11.25, 10.6 ms
+        (0.100, 0.001, 64),  # launch-bound: wider is always better
+    ],
+)
+def test_the_cap_is_where_width_stops_paying(fixed: float, each: float, cap: int) -> None:
+    device = Device(fixed, each)
+    seconds = measure(device.forward, budget=60, clock=device.clock)
+    assert seconds[1] == pytest.approx(fixed + each)
+    assert saturation(seconds) == cap
+
+
+def test_a_slow_device_is_measured_within_the_budget() -> None:
+    device = Device(0.0, 2.0)
+    measure(device.forward, budget=20, clock=device.clock)
+    assert device.now <= 20
+
+
+def test_deterministic_caps_are_the_cards_bucket() -> None:
+    family_card = card(bucket={"passes": 12, "encode": 4, "decode": 2})
+    caps = caps_of({1: 0.01, 16: 0.16}, family_card, (16, 8, 8), deterministic=True)
+    assert (caps.passes, caps.encode, caps.decode) == (12, 4, 2)
+
+
+def test_large_images_are_decoded_one_at_a_time() -> None:
+    assert caps_of({1: 0.01}, card(), (16, 128, 128), deterministic=False).decode == 1
+    assert caps_of({1: 0.01}, card(), (16, 8, 8), deterministic=False).decode == 8
+
+
+def test_a_profile_is_measured_once_and_read_again(tmp_path: Path) -> None:
+    family = FakeFamily(card())
+    first = Profiles(tmp_path).seconds(family, KEY)
+    forwards = len(family.widths)
+    assert forwards > 0
+    assert Profiles(tmp_path).seconds(family, KEY) == first
+    assert len(family.widths) == forwards
+    Profiles(tmp_path).seconds(family, Key("fake", 64, 32, 24))
+    assert len(family.widths) > forwards, "another shape is another profile"
+
+
+def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> None:
+    family = FakeFamily(card())
+    Profiles(tmp_path).seconds(family, KEY)
+    (file,) = (tmp_path / "profiles").iterdir()
+    for damage in ("", "[]", '{"a": 1}'):
+        file.write_text(damage)
+        assert min(Profiles(tmp_path).seconds(family, KEY)) == 1
+        assert json.loads(file.read_text())
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert min(Profiles(blocked).seconds(family, KEY)) == 1

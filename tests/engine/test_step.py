@@ -1,0 +1,138 @@
+"""The step against its plain twin: each row alone, one pass at a time, in the words of the formula."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from app.card import Schedule
+from app.engine.slots import PASSES, Slots
+from app.engine.step import denoise_step, gather
+from app.families.base import Family
+from app.samplers.table import Table, compile_table
+from tests.engine.fakes import FakeFamily, card
+
+SHAPE = (4, 4, 6)
+FLOW = Schedule(kind="flow", shift=3.0)
+EPSILON = Schedule(kind="diffusion", variance="learned_range", spacing="linspace")
+
+
+def plain_step(
+    family: Family, table: Table, line: int, x: torch.Tensor, mem: torch.Tensor, noise: torch.Tensor,
+    codes: list[float], scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One row alone: [C, h, w] in and out."""
+    row = dict(zip(("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo"), table.coefficients()[line], strict=True))
+    time = torch.tensor([row["t"]])
+    outs = []
+    for code in codes:
+        out, frac = family.denoise((float(row["c_in"]) * x)[None], time, {"code": torch.tensor([[code]])})
+        outs.append((out[0], None if frac is None else frac[0]))
+    out, frac = outs[0]
+    if scale is not None:
+        guided = out + (scale - 1) * (out - outs[1][0])
+        channels = family.card.guided_channels
+        out = guided if channels is None else torch.cat([guided[:channels], out[channels:]])
+    spread = float(row["xz"]) * (1.0 if frac is None else torch.exp(0.5 * float(row["zf"]) * frac))
+    new = float(row["xx"]) * x + float(row["xo"]) * out + float(row["xm"]) * mem + spread * noise
+    return new, float(row["mx"]) * x + float(row["mo"]) * out
+
+
+MIX = [  # sampler, steps, the line each row stands at, guidance
+    ("ddim", 10, 3, None), ("ddpm", 50, 49, 4.0), ("ddpm", 250, 7, None), ("euler", 4, 0, 7.5),
+    ("heun", 10, 12, 2.0), ("dpmpp_2m", 28, 5, None), ("euler_ancestral", 20, 19, 1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+@pytest.mark.parametrize("bucket", [None, 16])
+def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | None) -> None:
+    family = FakeFamily(card(guided_channels=channels), learned_variance=True)
+    slots = Slots(9, SHAPE, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    expected = []
+    taken = []
+    for number, (sampler, steps, line, scale) in enumerate(MIX):
+        table = compile_table(EPSILON, sampler, steps)
+        codes = [number / 7, number / 5][: 1 if scale is None else 2]
+        x, mem, noise = torch.randn(3, *SHAPE, generator=generator)
+        slot = slots.take(table, x, {"code": torch.tensor(codes)[:, None]}, scale)
+        slots.mem[slot], slots.noise[slot], slots.line[slot] = mem, noise, line
+        expected.append(plain_step(family, table, line, x, mem, noise, codes, scale))
+        taken.append(slot)
+    order = np.array(taken)[[4, 0, 6, 2, 1, 5, 3]]
+    finite = denoise_step(family, slots, gather(slots, order, bucket))
+    assert finite.tolist() == [True] * len(finite) and len(finite) == (bucket or len(MIX))
+    assert family.widths[-1] == (bucket or sum(1 if scale is None else 2 for *_, scale in MIX))
+    for slot, (x, mem) in zip(taken, expected, strict=True):
+        torch.testing.assert_close(slots.x[slot], x, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(slots.mem[slot], mem, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_that_do_not_take_part_and_the_spare_one_stay_as_they_are() -> None:
+    family = FakeFamily(card())
+    slots = Slots(4, SHAPE, torch.device("cpu"))
+    table = compile_table(FLOW, "flow_euler", 4)
+    taken = [slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, 3.0) for _ in range(3)]
+    before = slots.x.clone()
+    denoise_step(family, slots, gather(slots, np.array(taken[:1]), 8))
+    others = [slot for slot in range(5) if slot != taken[0]]
+    assert torch.equal(slots.x[others], before[others])
+    assert not torch.equal(slots.x[taken[0]], before[taken[0]])
+
+
+def test_an_unguided_row_is_exact_beside_a_guided_one() -> None:
+    family = FakeFamily(card())
+    table = compile_table(FLOW, "flow_euler", 4)
+    start = torch.randn(SHAPE)
+    results = []
+    for company in (False, True):
+        slots = Slots(4, SHAPE, torch.device("cpu"))
+        rows = [slots.take(table, start, {"code": torch.tensor([[0.5]])}, None)]
+        if company:
+            rows.append(slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, 5.0))
+        denoise_step(family, slots, gather(slots, np.array(rows)))
+        results.append(slots.x[rows[0]].clone())
+    assert torch.equal(*results)
+
+
+def test_a_row_that_is_not_finite_is_told_apart_and_harms_no_other() -> None:
+    family = FakeFamily(card())
+    slots = Slots(4, SHAPE, torch.device("cpu"))
+    table = compile_table(FLOW, "flow_euler", 4)
+    codes = [0.1, float("nan"), 0.3]
+    rows = np.array([slots.take(table, torch.randn(SHAPE), {"code": torch.tensor([[code]])}, None) for code in codes])
+    assert denoise_step(family, slots, gather(slots, rows)).tolist() == [True, False, True]
+
+
+def test_a_taken_slot_remembers_nothing_of_the_row_before() -> None:
+    slots = Slots(1, SHAPE, torch.device("cpu"))
+    long, short = compile_table(EPSILON, "ddpm", 250), compile_table(EPSILON, "ddim", 2)
+    slot = slots.take(long, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, 9.0)
+    slots.mem[slot], slots.noise[slot], slots.line[slot] = float("nan"), float("nan"), 200
+    slots.release(slot)
+    again = slots.take(short, torch.randn(SHAPE), {"code": torch.rand(1, 1)}, None)
+    assert again == slot
+    assert not slots.mem[slot].any() and not slots.noise[slot].any()
+    assert (slots.line[slot], slots.guided[slot]) == (0, 0)
+    np.testing.assert_array_equal(slots.lines(np.array([slot]))[0, :-1], short.coefficients()[0])
+
+
+@pytest.mark.parametrize("guided", list(itertools.product([0, 1], repeat=3)))
+def test_a_gather_names_each_pass_once_and_pads_with_the_spare(guided: tuple[int, ...]) -> None:
+    slots = Slots(5, SHAPE, torch.device("cpu"))
+    rows = np.array([4, 0, 2])
+    slots.guided[rows] = guided
+    plan = gather(slots, rows)
+    assert plan.places.tolist() == [
+        p for row, two in zip(rows, guided, strict=True) for p in range(2 * row, 2 * row + 1 + two)
+    ]
+    assert (plan.places // PASSES == rows[plan.owner]).all()
+    padded = gather(slots, rows, 8)
+    assert {len(index) for index in padded} == {8}
+    assert padded.owner[: len(plan.owner)].tolist() == plan.owner.tolist()
+    assert (padded.rows[padded.owner[len(plan.owner) :]] == slots.spare).all()
+    assert (padded.places[len(plan.places) :] == PASSES * slots.spare).all()
