@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from app.errors import InstepError, NoWorker
 from app.report import ModelState, Report, State, Tick
@@ -30,6 +31,18 @@ def best(model: str, states: Iterable[ModelState | None]) -> ModelState:
     """The most useful of a model's states; "absent" when there is none."""
     known = [state for state in states if state is not None]
     return min(known, key=lambda state: _ORDER.index(state.state), default=ModelState(model, "absent"))
+
+
+def merge(old: ModelState | None, new: ModelState) -> ModelState:
+    """What is known of a model in one process after `new`: a rate measured later does not undo the others."""
+    if old is None or old.state != new.state:
+        return new
+    return replace(
+        new,
+        seconds=new.seconds or old.seconds,
+        device_bytes=new.device_bytes or old.device_bytes,
+        rates={**old.rates, **new.rates},
+    )
 
 
 class Keeper:
@@ -147,7 +160,7 @@ class Keeper:
             self._delay = min(LAST_DELAY, 2 * self._delay)
             self.restarts += 1
 
-    def _listen(self, message: wire.News) -> None:
+    def _listen(self, message: wire.Word) -> None:
         match message:
             case wire.Hello(pid):
                 self._startup = time.monotonic() - self._born
@@ -158,7 +171,7 @@ class Keeper:
                 self._refusal = error
                 log.error("engine process on %s refuses: %s", self.device, error.message)
             case ModelState(model):
-                self.states[model] = message
+                self.states[model] = merge(self.states.get(model), message)
                 self._hear(self, message)
             case Tick():
                 self._tick = message

@@ -25,6 +25,9 @@ START_LIMIT = 120.0
 WAKE_LIMIT = 20.0
 """Seconds in which a process that announced endless silence (idle) must answer a request with anything at all."""
 
+MAX_SILENCE = 900.0
+"""Seconds of silence that no announcement but endless (idle) can exceed."""
+
 _CHECK = 0.1
 _EXIT = 2.0
 _LINGER = 0.5
@@ -40,7 +43,7 @@ class Link:
     `open` until the process is known to be gone; `phase` is what it last announced.
     """
 
-    def __init__(self, command: Sequence[str], hear: Callable[[wire.News], None]) -> None:
+    def __init__(self, command: Sequence[str], hear: Callable[[wire.Word], None]) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.phase = "start"
         self.open = True
@@ -106,11 +109,17 @@ class Link:
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while (message := await wire.read(reader)) is not None:
-            self._heard, self._wake_by = time.monotonic(), math.inf
+            self._wake_by = math.inf
+            if isinstance(message, wire.Taken):
+                # NOTE: the reader thread says this; it must not hide an engine that hangs.
+                continue
+            self._heard = time.monotonic()
             if isinstance(message, wire.Hello):
                 self.phase, self._limit = "ready", math.inf
             elif isinstance(message, Announce):
                 self.phase, self._limit = message.phase, message.seconds
+                if not math.isinf(self._limit):
+                    self._limit = min(self._limit, MAX_SILENCE)
             try:
                 self._hear(message)
             except Exception:

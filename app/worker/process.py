@@ -40,7 +40,6 @@ class Ends:
         self._outbox: SimpleQueue[wire.News | None] = SimpleQueue()
         self._attached = threading.Event()
         self._engine: Engine | None = None
-        self._pool: Pool | None = None
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         self._sender.start()
@@ -49,9 +48,9 @@ class Ends:
         """Queue one message for the front; thread-safe, never blocks."""
         self._outbox.put(news)
 
-    def attach(self, pool: Pool, engine: Engine) -> None:
+    def attach(self, engine: Engine) -> None:
         """From now on orders are obeyed."""
-        self._pool, self._engine = pool, engine
+        self._engine = engine
         self._attached.set()
 
     def finish(self) -> None:
@@ -73,14 +72,15 @@ class Ends:
         if not self._attached.is_set() and isinstance(order, wire.Stop):
             os._exit(0)
         self._attached.wait()
-        assert self._engine is not None and self._pool is not None
+        assert self._engine is not None
         match order:
             case wire.Submit(request):
                 self._engine.submit(request)
+                self.emit(wire.Taken(request.id))
             case wire.Cancel(request_id):
                 self._engine.cancel(request_id)
             case wire.Load(model_id):
-                self._pool.want(model_id)
+                self._engine.load(model_id)
             case wire.Stop(drain):
                 self._engine.stop(drain)
 
@@ -113,7 +113,7 @@ def main(descriptor: int) -> int:
         ends.finish()
         return 1
     ends.emit(wire.Hello(os.getpid()))
-    ends.attach(pool, engine)
+    ends.attach(engine)
     for model in plan.preloads(start.settings, start.cards):
         pool.want(model)
     engine.run()

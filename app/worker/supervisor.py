@@ -33,8 +33,9 @@ def _ignore(report: Report) -> None:
 class Supervisor:
     """The front's one door to the engines.
 
-    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker, and an
-    "absent" ModelState for what a dead one had loaded. Raises SettingsError on DEVICES or PRELOAD that make no sense.
+    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker; a ModelState
+    is told as it then stands over all workers, also when one died. Raises SettingsError on DEVICES or PRELOAD that
+    make no sense.
     """
 
     def __init__(
@@ -80,9 +81,14 @@ class Supervisor:
         return [keeper.pid for keeper in self._keepers]
 
     @property
+    def queues(self) -> list[float]:
+        """Estimated device seconds of what each worker has not yet answered, in the order of DEVICES."""
+        return [keeper.queued_seconds for keeper in self._keepers]
+
+    @property
     def queued_seconds(self) -> float:
-        """Estimated device seconds of everything not yet answered, over all workers."""
-        return sum(keeper.queued_seconds for keeper in self._keepers)
+        """The same over all workers."""
+        return sum(self.queues)
 
     @property
     def running(self) -> int:
@@ -173,7 +179,9 @@ class Supervisor:
                 job = keeper.jobs.get(report.request_id)
                 if job:
                     self._fail(job, report.error)
-            case ModelState() | Tick() | Announce():
+            case ModelState(model):
+                report = best(model, (other.states.get(model) for other in self._keepers))
+            case Tick() | Announce():
                 pass
         self._tell(report)
 

@@ -79,8 +79,16 @@ class Refusal:
     error: InstepError
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The process has read this Submit. A sign that it can be woken, not that its engine gets on."""
+
+    request_id: str
+
+
 Order = Start | Submit | Cancel | Load | Stop
-News = Hello | Refusal | Report
+Word = Hello | Refusal | Report
+News = Word | Taken
 
 
 def pack(message: Order | News) -> bytes:

@@ -1,0 +1,102 @@
+"""What a request is estimated to cost, and which requests are remembered after a death."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from app.report import ModelState, Result, Timings
+from app.request import ClassLabel, ImageSpec, Prompt
+from app.worker.jobs import DEFAULT_RATE, Deaths, Job, rate, seconds_left
+from app.worker.keeper import best, merge
+from tests.worker.parts import request
+
+
+def job(**changes) -> Job:
+    loop = asyncio.new_event_loop()
+    try:
+        return Job(request(**changes), loop.create_future())
+    finally:
+        loop.close()
+
+
+def test_cost_counts_images_steps_and_passes():
+    state = ModelState("fake", "ready", rates={"32x32": 0.5})
+    assert seconds_left(job(steps=4), state) == 2.0
+    assert seconds_left(job(steps=4, guided=True), state) == 4.0
+    assert seconds_left(job(steps=4, seeds=(1, 2, 3)), state) == 6.0
+    assert seconds_left(job(steps=4), None) == 4 * DEFAULT_RATE
+
+
+def test_cost_shrinks_with_every_answer():
+    some = job(steps=10, seeds=(1, 2))
+    state = ModelState("fake", "ready", rates={"32x32": 1.0})
+    for left, index in ((10.0, 1), (0.0, 0)):
+        some.results[index] = Result(some.request.id, index, 1, None, Timings(0, 0, 0, 0, 0, 0))
+        assert seconds_left(some, state) == left
+    assert [result.index for result in some.in_order()] == [0, 1]
+
+
+def test_rate_of_an_unmeasured_size_goes_by_area():
+    state = ModelState("fake", "ready", rates={"32x32": 1.0, "64x64": 5.0})
+    assert rate(state, 32, 32) == 1.0
+    assert rate(state, 48, 32) == pytest.approx(1.5)
+    assert rate(state, 128, 64) == pytest.approx(10.0)
+    assert rate(ModelState("fake", "loading"), 32, 32) == DEFAULT_RATE
+
+
+def test_two_deaths_condemn_and_a_success_clears():
+    deaths, poison, bystander = Deaths(), request("boom"), request("calm")
+    deaths.record([poison, bystander])
+    assert not deaths.condemned(poison)
+    deaths.clear(bystander)
+    deaths.record([poison, bystander])
+    assert deaths.condemned(poison)
+    assert not deaths.condemned(bystander)
+
+
+def test_another_try_is_the_same_request():
+    deaths, first = Deaths(), request("boom", seeds=(1, 2))
+    for _ in range(2):
+        deaths.record([first])
+    again = replace(first, id="new", deadline=9.0, images=tuple(replace(spec, seed=5) for spec in first.images))
+    assert deaths.condemned(again)
+    for other in (
+        replace(first, steps=5),
+        replace(first, width=64),
+        replace(first, images=first.images[:1]),
+        replace(first, images=(ImageSpec(Prompt("boom", "dark"), 1), first.images[1])),
+        replace(first, images=(ImageSpec(ClassLabel(3), 1), first.images[1])),
+    ):
+        assert not deaths.condemned(other)
+
+
+def test_twins_in_one_death_count_once():
+    deaths = Deaths()
+    deaths.record([request("boom"), request("boom")])
+    assert not deaths.condemned(request("boom"))
+
+
+def test_memory_of_deaths_is_bounded_and_fades():
+    deaths = Deaths(memory=3)
+    for _ in range(2):
+        deaths.record([request("old")])
+    assert deaths.condemned(request("old"))
+    for index in range(3):
+        deaths.record([request(f"new {index}")])
+    assert not deaths.condemned(request("old"))
+    fading = Deaths(seconds=0.0)
+    for _ in range(3):
+        fading.record([request("boom")])
+    assert not fading.condemned(request("boom"))
+
+
+def test_best_state_and_merged_rates():
+    loading, failed = ModelState("m", "loading"), ModelState("m", "failed", "bad file")
+    ready = ModelState("m", "ready", seconds=2.0, device_bytes=7, rates={"32x32": 1.0})
+    assert best("m", [failed, None, loading, ready]) is ready
+    assert best("m", [failed, loading]) is loading
+    assert best("m", [None]) == ModelState("m", "absent")
+    later = merge(ready, ModelState("m", "ready", rates={"64x64": 4.0}))
+    assert later == replace(ready, rates={"32x32": 1.0, "64x64": 4.0})
+    assert merge(ready, failed) is failed and merge(None, ready) is ready

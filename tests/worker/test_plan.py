@@ -1,0 +1,77 @@
+"""DEVICES, PRELOAD and THREADS, spelled out."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from app.errors import SettingsError
+from app.settings import Settings
+from app.worker import plan
+from tests.worker.parts import CARDS, card
+
+
+@pytest.fixture
+def dev(tmp_path, monkeypatch):
+    """A /dev with two GPUs and a CUDA build of torch."""
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(plan, "_torch_version", lambda: "2.13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def test_devices_as_written():
+    assert plan.devices("cpu,cpu") == ["cpu", "cpu"]
+    assert plan.devices(" cuda:1 , cuda:0,") == ["cuda:1", "cuda:0"]
+
+
+@pytest.mark.parametrize("text", ["", ",", "gpu", "cuda:", "cuda:-1", "auto,cpu", "cpu:0"])
+def test_devices_that_make_no_sense(text):
+    with pytest.raises(SettingsError, match="INSTEP_DEVICES"):
+        plan.devices(text)
+
+
+def test_auto_counts_device_files(dev, tmp_path):
+    assert plan.devices("auto", dev) == ["cuda:0", "cuda:1"]
+    (dev / "nvidia0").unlink()
+    (dev / "nvidia1").unlink()
+    assert plan.devices("auto", dev) == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("0", 1), ("1,0", 2), ("GPU-8932f937", 1), ("", 0), ("-1", 0), ("0,-1,1", 1), ("0,1,2", 2)]
+)
+def test_auto_reads_cuda_visible_devices(dev, monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert plan.count_gpus(dev) == count
+
+
+def test_auto_is_cpu_when_torch_cannot_use_a_gpu(dev, monkeypatch):
+    monkeypatch.setattr(plan, "_torch_version", lambda: "2.13.0+cpu")
+    assert plan.devices("auto", dev) == ["cpu"]
+
+
+def test_preloads_are_ids_each_once():
+    cards = {"a": card("a", aliases=("one", "uno")), "b": card("b")}
+    assert plan.preloads(Settings(preload=""), cards) == []
+    assert plan.preloads(Settings(preload="all"), cards) == ["a", "b"]
+    assert plan.preloads(Settings(preload="b, uno,a,one"), cards) == ["b", "a"]
+    with pytest.raises(SettingsError, match='no card is named "c"'):
+        plan.preloads(Settings(preload="a,c"), cards)
+
+
+def test_threads_share_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert plan.threads(Settings(devices="cpu")) == cores
+    assert plan.threads(Settings(devices="cpu,cpu")) == max(1, cores // 2)
+    assert plan.threads(Settings(devices=",".join(["cpu"] * 1000))) == 1
+    assert plan.threads(Settings(devices="cpu,cpu", threads=3)) == 3
+
+
+def test_the_front_imports_no_torch():
+    code = "import sys, app.worker.supervisor; print([m for m in ('torch', 'diffusers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert CARDS

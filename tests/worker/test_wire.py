@@ -1,0 +1,127 @@
+"""Messages arrive as they were sent, over a real socketpair; a broken stream is told from an ended one."""
+
+import asyncio
+import math
+import pickle
+import socket
+import struct
+import threading
+
+import numpy as np
+import pytest
+
+from app.errors import InstepError, NoWorker, SettingsError
+from app.report import Announce, Failure, ModelState, Preview, Progress, Result, Tick, Timings
+from app.settings import Settings
+from app.worker import wire
+from tests.worker.parts import CARDS, request
+
+ORDERS = [
+    wire.Start(Settings(devices="cpu", max_wait=7.0), CARDS, "cpu"),
+    wire.Submit(request("ünï 🍎", seeds=(1, 2**63))),
+    wire.Cancel("r1"),
+    wire.Load("fake"),
+    wire.Stop(drain=True),
+]
+NEWS = [
+    wire.Hello(1),
+    wire.Taken("r1"),
+    Announce("idle", math.inf),
+    Progress("r1", 0, 1, 4),
+    Tick("fake", "denoise", 1, 2, 0, 16, 0.1, 1, 0),
+    ModelState("fake", "ready", rates={"32x32": 0.1}),
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: type(order).__name__)
+def test_orders_arrive_equal(order):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire.send(ours, order)
+        assert wire.receive(theirs) == order
+
+
+def over_asyncio(write) -> list[wire.News | None]:
+    """What the front reads while `write(sock)` runs in a thread and then closes."""
+
+    async def read_all():
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+
+        def send_all():
+            with theirs:
+                write(theirs)
+
+        thread = threading.Thread(target=send_all)
+        thread.start()
+        try:
+            heard = []
+            while (message := await wire.read(reader)) is not None:
+                heard.append(message)
+            return heard
+        finally:
+            writer.close()
+            thread.join()
+
+    return asyncio.run(read_all())
+
+
+def test_news_arrive_equal_and_in_order():
+    assert over_asyncio(lambda sock: [wire.send(sock, message) for message in NEWS]) == NEWS
+
+
+def test_pictures_arrive_whole():
+    """A 1024 x 1024 image and its latents: 4 MB, many socket buffers long."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8)
+    latents = np.random.default_rng(1).standard_normal((16, 128, 128)).astype(np.float32)
+    sent = Result("r1", 3, 7, pixels, Timings(0, 1, 2, 3, 4, 5), latents, ("cut",))
+    result, preview = over_asyncio(
+        lambda sock: [wire.send(sock, sent), wire.send(sock, Preview("r1", 0, 0, pixels[:5]))]
+    )
+    assert np.array_equal(result.pixels, pixels) and result.pixels.dtype == np.uint8
+    assert np.array_equal(result.latents, latents) and result.latents.dtype == np.float32
+    assert (result.timings, result.warnings, result.index) == (sent.timings, ("cut",), 3)
+    assert np.array_equal(preview.pixels, pixels[:5])
+
+
+def test_errors_keep_class_and_fields():
+    sent = NoWorker("gone", param="p", retry_after=2.5)
+    refusal, failure = over_asyncio(
+        lambda sock: [wire.send(sock, wire.Refusal(SettingsError("no"))), wire.send(sock, Failure("r", sent))]
+    )
+    assert type(refusal.error) is SettingsError
+    assert isinstance(failure.error, InstepError) and type(failure.error) is NoWorker
+    assert (failure.error.message, failure.error.param, failure.error.retry_after) == ("gone", "p", 2.5)
+
+
+def test_end_in_the_middle_of_a_frame_is_the_end():
+    frame = wire.pack(wire.Hello(1))
+    for length in (0, 3, 8, len(frame) - 1):
+        assert over_asyncio(lambda sock, length=length: sock.sendall(frame[:length])) == []
+        ours, theirs = socket.socketpair()
+        with theirs:
+            with ours:
+                ours.sendall(frame[:length])
+            assert wire.receive(theirs) is None
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [struct.pack("!Q", wire.FRAME_CAP + 1) + b"x" * 64, struct.pack("!Q", 4) + b"oops"],
+    ids=["over the cap", "no pickle"],
+)
+def test_a_broken_stream_is_an_error(stream):
+    with pytest.raises(wire.WireError):
+        over_asyncio(lambda sock: sock.sendall(stream))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(stream)
+        with pytest.raises(wire.WireError):
+            wire.receive(theirs)
+
+
+def test_nothing_over_the_cap_is_sent(monkeypatch):
+    monkeypatch.setattr(wire, "FRAME_CAP", 100)
+    assert pickle.loads(wire.pack(wire.Hello(1))[8:]) == wire.Hello(1)
+    with pytest.raises(wire.WireError, match="over the cap of 100"):
+        wire.pack(wire.Cancel("x" * 200))
