@@ -1,0 +1,78 @@
+"""Bodies: from the words of a command line to what the server makes of them, and the curl that asks a server the same.
+
+Knows nothing of defaults and limits: a body goes through `app/api/schemas.py` like everyone's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from app.api.registry import Registry
+from app.api.replies import Ask
+from app.api.schemas import read_body
+from app.card import read_cards
+from app.errors import InvalidValue
+from app.imaging import Format
+from app.request import Prompt
+from app.settings import Settings
+
+Body = dict[str, Any]
+KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The cards of the settings' folder by name. Raises CardError or SettingsError."""
+    return Registry(read_cards(settings.models), settings)
+
+
+def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool = False) -> Ask:
+    """What a server would make of this body. Raises InstepError as a server would answer it."""
+    card = registry.find(body.get("model"))
+    read = read_body(body)
+    request = replace(read.to_request(card, request_id), progress=True, keep_latents=keep_latents)
+    return Ask(read, card, request, cast(Format, read.output_format or "png"), raw=True)
+
+
+def curl(ask: Ask, settings: Settings, out: Path) -> str:
+    """The shell command that asks a server with these settings for the same; several images come as one sheet."""
+    body = {"model": ask.card.id, **ask.body.model_dump(exclude_none=True), "seed": ask.request.images[0].seed}
+    if len(ask.request.images) > 1:
+        body["grid"] = {"columns": len(ask.request.images)}
+    host = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::") else settings.host
+    words = [
+        *("curl", f"{host}:{settings.port}/v1/images/generations"),
+        *("-H", "Content-Type: application/json", "-H", f"Accept: image/{ask.format}"),
+        *("-d", json.dumps(body, ensure_ascii=False), "-o", str(out)),
+    ]
+    return shlex.join(words)
+
+
+def what(ask: Ask) -> str:
+    """What the first image shows: the prompt, or the name of the class."""
+    condition = ask.request.images[0].condition
+    return condition.text if isinstance(condition, Prompt) else ask.card.labels[condition.index]
+
+
+def file_name(ask: Ask) -> Path:
+    """A file name made of what was asked and the seed: red-apple-7.png."""
+    slug = re.sub(r"[^a-z0-9]+", "-", what(ask).lower()).strip("-")[:48].strip("-")
+    return Path(f"{slug or ask.card.id}-{ask.request.images[0].seed}.png")
+
+
+def writable(out: Path) -> Path:
+    """A picture to write, checked before minutes of drawing: its kind is one we write, and its folder exists."""
+    if out.suffix.lower() not in KINDS:
+        raise InvalidValue(f"{out}: the name must end in {', '.join(KINDS)}", param="out")
+    return in_folder(out)
+
+
+def in_folder(file: Path) -> Path:
+    """The file, if its folder exists; else raises InvalidValue."""
+    if not file.parent.is_dir():
+        raise InvalidValue(f"{file}: there is no folder {file.parent}", param="out")
+    return file

@@ -1,0 +1,165 @@
+"""`instep demo`: twelve mixed requests through one engine, and the forwards they shared.
+
+Knows nothing of how they are batched: it counts the Ticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from app.api.classes import draws_classes
+from app.api.registry import Registry
+from app.card import Card
+from app.cli.bodies import build, open_registry, what
+from app.cli.local import Local, loading
+from app.cli.paint import half_blocks, shrink
+from app.cli.serve import read_settings
+from app.errors import EngineError
+from app.imaging import grid
+from app.report import Progress as Step
+from app.report import Report, Result, Tick
+from app.request import Request
+from app.samplers.table import valid_samplers
+
+WORDS = (
+    "red apple", "blue heart", "yellow star", "green tree", "orange cat", "purple umbrella",
+    "pizza", "red car", "sun", "brown dog", "pink flower", "white snowman",
+)  # fmt: skip
+
+SCRIPT = (
+    # kind, steps, guided, which sampler of the card's, forwards that have run when it arrives
+    ("text", 50, True, 0, 0),
+    ("text", 28, True, 0, 0),
+    ("text", 40, False, 0, 0),
+    ("labels", 30, True, 0, 0),
+    ("text", 20, True, 2, 2),
+    ("turbo", 4, False, 0, 5),
+    ("labels", 50, False, 0, 8),
+    ("text", 12, True, 1, 12),
+    ("turbo", 2, False, 0, 16),
+    ("text", 8, True, 0, 20),
+    ("text", 4, False, 0, 25),
+    ("text", 1, False, 0, 30),
+)
+
+
+@dataclass
+class Tally:
+    """Counts forwards and lets each request in when its turn has come. Runs on the engine's thread.
+
+    waited: by request, the denoising forwards that ran between its arrival and the first that it took part in.
+    """
+
+    arrivals: list[tuple[int, Request]]
+    local: Local | None = None
+    forwards: int = 0
+    arrived: dict[str, int] = field(default_factory=dict)
+    waited: dict[str, int] = field(default_factory=dict)
+
+    def let_in(self, idle: bool = False) -> None:
+        """Submit those whose turn has come; when the engine has nothing left to do, the next one in any case."""
+        while self.local and self.arrivals and (idle or self.arrivals[0][0] <= self.forwards):
+            request = self.arrivals.pop(0)[1]
+            self.arrived[request.id] = self.forwards
+            self.local.submit(request)
+            idle = False
+
+    def __call__(self, report: Report) -> None:
+        if isinstance(report, Step) and report.request_id not in self.waited:
+            self.waited[report.request_id] = self.forwards - self.arrived[report.request_id]
+        elif isinstance(report, Tick):
+            self.forwards += report.phase == "denoise"
+            self.let_in(idle=report.running + report.waiting == 0)
+
+
+def demo(
+    models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
+) -> None:
+    """Twelve requests of 1 to 50 steps, guided and not, in one engine at once."""
+    settings = read_settings(models=models)
+    registry = open_registry(settings)
+    script = write_script(registry)
+    console = Console()
+    tally = Tally([(arrival, request) for arrival, request, _ in script])
+    with Local(settings, registry.cards, listen=tally) as local:
+        tally.local = local
+        tally.let_in()
+        results = watch(local.reports(), script, console)
+    if console.is_terminal:
+        console.print(half_blocks(sheet([results[request.id].pixels for _, request, _ in script]), console.width))
+    console.print(summary(tally, results), highlight=False)
+
+
+def write_script(registry: Registry) -> list[tuple[int, Request, str]]:
+    """(arrival, request, its line on the screen) of the twelve, for whatever cards there are."""
+    cards = cast_cards(registry)
+    script = []
+    for index, (kind, steps, guided, which, arrival) in enumerate(SCRIPT):
+        card = cards[kind]
+        samplers = valid_samplers(card.schedule)
+        default = samplers.index(card.defaults.sampler)
+        body: dict[str, Any] = {
+            "model": card.id,
+            "num_inference_steps": min(steps, card.limits.num_inference_steps),
+            "guidance_scale": min(4.0, card.limits.guidance_scale) if guided else 0.0,
+            "sampler": samplers[(default + which) % len(samplers)],
+            "seed": index,
+        }
+        body |= {"class_label": index * 7 % len(card.labels)} if draws_classes(card) else {"prompt": WORDS[index]}
+        ask = build(body, registry, f"demo-{index}")
+        request = ask.request
+        with_guidance = f"guidance {request.guidance:g}" if request.guided else "no guidance"
+        script.append((arrival, request, f"{what(ask)[:18]:18} {card.id:18} {request.sampler:15} {with_guidance:11}"))
+    return script
+
+
+def cast_cards(registry: Registry) -> dict[str, Card]:
+    """The card for each kind of request; a kind that no card fits is played by the main one."""
+    texts = [card for card in registry.cards.values() if not draws_classes(card)]
+    turbos = [card for card in texts if card.defaults.guidance_scale <= 1 and card.defaults.num_inference_steps <= 8]
+    labels = [card for card in registry.cards.values() if draws_classes(card) and card.labels]
+    plain = [card for card in texts if card not in turbos]
+    main = registry.default if registry.default in plain else next(iter(plain or texts or labels), None)
+    if main is None:
+        raise EngineError("the demo needs a card that draws a prompt, or one with class names")
+    return {"text": main, "turbo": next(iter(turbos), main), "labels": next(iter(labels), main)}
+
+
+def watch(reports: Iterator[Report], script: list[tuple[int, Request, str]], console: Console) -> dict[str, Result]:
+    """The result of every request, by id; a bar for each while they are drawn."""
+    results: dict[str, Result] = {}
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, TaskID] = {request.id: bars.add_task(line, total=request.steps) for _, request, line in script}
+        for report in reports:
+            if line := loading(report):
+                console.print(line, highlight=False, markup=False)
+            elif isinstance(report, Step):
+                bars.update(tasks[report.request_id], completed=report.step, total=report.steps)
+            elif isinstance(report, Result):
+                results[report.request_id] = report
+                if len(results) == len(script):
+                    break
+    return results
+
+
+def sheet(pictures: list[np.ndarray]) -> np.ndarray:
+    """All pictures at the size of the smallest, six in a row."""
+    height, width = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    return grid([shrink(picture, width, height) for picture in pictures], 6)
+
+
+def summary(tally: Tally, results: dict[str, Result]) -> str:
+    """The last line: forwards run, forwards that as many separate loops would have run, and the shortest's wait."""
+    alone = sum(result.timings.steps for result in results.values())
+    shortest = min(results, key=lambda name: results[name].timings.steps)
+    waited = tally.waited[shortest]
+    return f"{len(results)} images, {tally.forwards} forwards instead of {alone}; the shortest waited {waited} steps"

@@ -1,0 +1,102 @@
+"""`instep models list | show | check`: what the cards say, and whether the files bear them out.
+
+Knows nothing of devices: nothing is loaded onto one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.api.classes import draws_classes
+from app.api.schemas import describe_sizes
+from app.card import Card, read_card, read_cards
+from app.cli.bodies import open_registry
+from app.cli.serve import read_settings
+from app.errors import InstepError, LoadError
+from app.samplers.table import valid_samplers
+
+app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
+Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")]
+
+
+@app.command("list")
+def list_models(models: Folder = None) -> None:
+    """One line for each card."""
+    table = _table("model", "family", "draws", "size", "steps", "guidance", "sampler", "license")
+    for card in open_registry(read_settings(models=models)).cards.values():
+        draws = f"{len(card.labels)} classes" if draws_classes(card) else "prompts"
+        given = card.defaults
+        names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
+        steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
+        table.add_row(names, card.family, draws, given.size, steps, guidance, given.sampler, card.license)
+    _print(table)
+
+
+@app.command()
+def show(model: Annotated[str, typer.Argument(help="A model id or alias")], models: Folder = None) -> None:
+    """Everything one card says."""
+    card = open_registry(read_settings(models=models)).find(model)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in facts_of(card).items():
+        table.add_row(name, value)
+    _print(table)
+
+
+@app.command()
+def check(models: Folder = None) -> None:
+    """Cards valid, files present and whole, samplers affine. Exit code 1 when a model is broken."""
+    folder = read_settings(models=models).models
+    states = check_folder(folder)
+    table = _table("model", "state", "detail")
+    for name, (state, detail) in states.items():
+        table.add_row(name, state, detail)
+    _print(table)
+    broken = [name for name, (state, _) in states.items() if state == "broken"]
+    if broken:
+        raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
+
+
+def facts_of(card: Card) -> dict[str, str]:
+    """A card in words, by the name of the fact."""
+    given, limits, schedule = card.defaults, card.limits, card.schedule
+    source = card.source.path if card.source.path is not None else f"{card.source.repo}@{card.source.revision}"
+    return {
+        "id": card.id,
+        "aliases": ", ".join(card.aliases) or "none",
+        "description": card.description or "none",
+        "license": card.license or "not said",
+        "family": card.family,
+        "draws": f"{len(card.labels)} classes" if draws_classes(card) else "prompts",
+        "card": str(card.folder / "card.toml"),
+        "source": str(source),
+        **{f"shared {part}": target for part, target in card.components.items()},
+        "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",
+        "samplers": ", ".join(valid_samplers(schedule)),
+        "default sampler": f"{given.sampler}, {given.num_inference_steps} steps, guidance {given.guidance_scale:g}",
+        "default size": given.size,
+        "sizes": describe_sizes(limits.sizes),
+        "limits": f"{limits.num_inference_steps} steps, guidance {limits.guidance_scale:g}, {limits.n} images",
+    }
+
+
+def check_folder(folder: Path) -> dict[str, tuple[str, str]]:
+    """(state, detail) of every card under the folder, by the name of its folder: "ok", "absent" or "broken"."""
+    return {}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    """As wide as it needs when the output is not a terminal, so that it can be searched."""
+    console = Console()
+    console.print(table) if console.is_terminal else Console(width=1000).print(table)
