@@ -39,16 +39,17 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
 
     pixels: uint8 [height, width, 3]. compression: quality 0..100 of JPEG and WebP (OpenAI's field name), None for the
     default; PNG is lossless and ignores it. facts: the effective request, written as the text chunks `parameters`
-    (A1111's line) and `instep` (JSON) of a PNG, and as the EXIF UserComment of the others (A1111's line).
-    Raises InvalidValue for an unknown format.
+    (A1111's line) and `instep` (JSON) of a PNG, and as the EXIF UserComment of the others (A1111's line); an empty dict
+    writes nothing. Raises InvalidValue for an unknown format.
     """
     if format == "png":
-        return _png(pixels, {"parameters": a1111(facts), "instep": json.dumps(facts)})
+        return _png(pixels, {"parameters": a1111(facts), "instep": json.dumps(facts)} if facts else {})
     if format not in FORMATS:
         raise InvalidValue(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
     quality = DEFAULT_QUALITY if compression is None else compression
     exif = Image.Exif()
-    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + a1111(facts).encode("utf-16-be", "replace")
+    if facts:
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + a1111(facts).encode("utf-16-be", "replace")
     out = BytesIO()
     options: dict[str, Any] = {"subsampling": 0} if format == "jpeg" else {"method": 2}
     Image.fromarray(pixels).save(out, format, quality=quality, exif=exif, **options)

@@ -1,0 +1,60 @@
+"""The request body, from bytes to a parsed JSON value, with a limit.
+
+Knows nothing of fields.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NoReturn
+
+from fastapi import Request
+
+from app.errors import BodyTooLarge, InvalidJSON
+
+BODY_LIMIT = 1024 * 1024
+"""Bytes a body may have; the longest prompt that any card allows is 32,000 characters."""
+
+DRAIN_LIMIT = 32 * 1024 * 1024
+"""Bytes that are read and dropped beyond it. NOTE: a server that closes on unread data resets the connection, and
+the client never sees the 413."""
+
+
+async def read_json(request: Request) -> object:
+    """The body as a JSON value. Raises BodyTooLarge (chunked bodies too), InvalidJSON, or ClientDisconnect."""
+    return parse_json(await _read(request))
+
+
+def parse_json(data: bytes) -> object:
+    """Strict JSON: no NaN, no bottomless nesting. Raises InvalidJSON."""
+    try:
+        return json.loads(data, parse_constant=_refuse)
+    except RecursionError:
+        raise InvalidJSON("The body is nested too deeply") from None
+    except ValueError as error:
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InvalidJSON(f"The body is not valid JSON{where}") from None
+
+
+async def _read(request: Request) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if "expect" in request.headers and declared.isdigit() and int(declared) > BODY_LIMIT:
+        raise _too_large()
+    kept, size = bytearray(), 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= BODY_LIMIT:
+            kept += chunk
+        elif size > DRAIN_LIMIT:
+            break
+    if size > BODY_LIMIT:
+        raise _too_large()
+    return bytes(kept)
+
+
+def _too_large() -> BodyTooLarge:
+    return BodyTooLarge(f"The body is over {BODY_LIMIT} bytes")
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)

@@ -1,0 +1,60 @@
+"""Classes of a label model: from an id or a name to an index, and search by name.
+
+Knows nothing of HTTP or of the request body.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from app.card import Card
+from app.errors import InvalidValue
+
+
+def draws_classes(card: Card) -> bool:
+    """Whether this model's condition is a class label; every other family's is a prompt."""
+    return card.family == "dit"
+
+
+def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
+    """The index of a class given by id, by full name, or by one of the synonyms of an ImageNet-like "tench, Tinca".
+
+    Raises InvalidValue naming the range, the ids of an ambiguous name, or the nearest names.
+    """
+    last = len(card.labels) - 1
+    if last < 0:
+        raise InvalidValue(f"{field}: {card.id} has no class names; its model_index.json lacks id2label", param=field)
+    if isinstance(given, str):
+        found = _named(card, given)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            ids = ", ".join(map(str, found))
+            raise InvalidValue(f"{field}: several classes of {card.id} have this name; use an id: {ids}", param=field)
+        if not (given.isascii() and given.isdigit() and len(given) < 10):
+            raise InvalidValue(f"{field}: {card.id} has no such class{_hint(card, given)}", param=field)
+        given = int(given)
+    if not 0 <= given <= last:
+        raise InvalidValue(f"{field}: expects a class id from 0 to {last}, or a name", param=field)
+    return given
+
+
+def search(card: Card, query: str | None) -> list[tuple[int, str]]:
+    """(id, name) of the classes whose name holds the query in any case, or whose id it is; all of them without one."""
+    words = (query or "").strip().casefold()
+    return [(i, name) for i, name in enumerate(card.labels) if words in name.casefold() or words == str(i)]
+
+
+def _named(card: Card, name: str) -> list[int]:
+    wanted = name.strip().casefold()
+    full = [i for i, label in enumerate(card.labels) if label.casefold() == wanted]
+    return full or [
+        i for i, label in enumerate(card.labels) if wanted in (part.strip() for part in label.casefold().split(","))
+    ]
+
+
+def _hint(card: Card, name: str) -> str:
+    wanted = name.strip().casefold()[:64]
+    near = [label for label in card.labels if wanted and wanted in label.casefold()]
+    near = near or difflib.get_close_matches(wanted, card.labels, n=3)
+    return f"; did you mean {' or '.join(near[:3])}?" if near else f"; see /v1/models/{card.id}/classes?q="

@@ -1,0 +1,108 @@
+"""Field types of the request body: what each kind of value may look like, with the words an error uses.
+
+Knows nothing of cards or of bounds (`app/api/schemas.py` has both); needs no fastapi.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
+OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "scheduler": "sampler",
+    "sampler_name": "sampler",
+    "width": "size",
+    "height": "size",
+    "num_images": "n",
+    "batch_size": "n",
+    "label": "class_label",
+    "class": "class_label",
+    "timeout": "deadline",
+    "quality_level": "output_compression",
+}
+"""What other servers call our fields; difflib would not guess these."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that `word` was probably meant to be."""
+    choices = list(known)
+    if OTHER_NAMES.get(word) in choices:
+        return OTHER_NAMES[word]
+    found = difflib.get_close_matches(word[:64], choices, n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def whole(value: object) -> int:
+    """An integer, written as 4 or as 4.0; not true, not "4", not NaN. NOTE: a bool is an int in Python."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
+        raise ValueError("expects a whole number")
+    if value != int(value):
+        raise ValueError("expects a whole number")
+    return int(value)
+
+
+def real(value: object) -> float:
+    """A finite number; not true, not "4", not NaN, not 1e999."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
+        raise ValueError("expects a finite number")
+    return float(value)
+
+
+def text(value: object) -> str:
+    """A string that UTF-8 can hold. NOTE: JSON can spell a lone surrogate, which no encoder downstream accepts."""
+    if not isinstance(value, str):
+        raise ValueError("expects a string")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError("holds a lone surrogate, which is not text")
+    return value
+
+
+def texts(value: object) -> str | list[str]:
+    """A string or a list of strings."""
+    if not isinstance(value, str | list):
+        raise ValueError("expects a string or a list of strings")
+    return [text(item) for item in value] if isinstance(value, list) else text(value)
+
+
+def label(value: object) -> int | str:
+    """A class id or a class name."""
+    if isinstance(value, str):
+        return text(value)
+    try:
+        return whole(value)
+    except ValueError:
+        raise ValueError("expects a class id or a class name, or a list of them") from None
+
+
+def labels(value: object) -> int | str | list[int | str]:
+    """A class id or name, or a list of them."""
+    return [label(item) for item in value] if isinstance(value, list) else label(value)
+
+
+def flag(value: object) -> bool:
+    """true or false, and nothing that merely resembles them."""
+    if not isinstance(value, bool):
+        raise ValueError("expects true or false")
+    return value
+
+
+def _float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+Whole = Annotated[int, BeforeValidator(whole)]
+Real = Annotated[float, BeforeValidator(real)]
+Text = Annotated[str, BeforeValidator(text)]
+Texts = Annotated[str | list[str], BeforeValidator(texts)]
+Labels = Annotated[int | str | list[int | str], BeforeValidator(labels)]
+Flag = Annotated[bool, BeforeValidator(flag)]

@@ -1,0 +1,48 @@
+"""Front: the things that every route works with, in one bundle, and the facts gathered about one request for its log.
+
+Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from fastapi import Request
+
+from app.api.registry import Registry
+from app.metrics import Metrics
+from app.settings import Settings
+from app.worker.supervisor import Supervisor
+
+
+@dataclass(frozen=True)
+class Front:
+    """What create_app puts together. `pool` runs image encoding off the event loop."""
+
+    settings: Settings
+    registry: Registry
+    supervisor: Supervisor
+    metrics: Metrics
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "imaging"))
+
+
+@dataclass
+class Record:
+    """One request as its log line will tell it. `facts` never holds a prompt."""
+
+    id: str
+    status: int = 0
+    gone: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def front_of(request: Request) -> Front:
+    """The bundle of the app that this request reached."""
+    return cast(Front, request.app.state.front)
+
+
+def record_of(request: Request) -> Record:
+    """The record that `app/api/access.py` opened for this request."""
+    return cast(Record, request.state.record)

@@ -1,0 +1,59 @@
+"""Generation: one accepted request from submission to answer, with its place in the metrics and the log.
+
+Knows nothing of bodies, events or status codes of the route that waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from app.api.front import Front, Record
+from app.api.replies import Ask
+from app.api.responses import told
+from app.errors import Cancelled, InstepError
+from app.report import Preview, Progress, Result
+
+OnReport = Callable[[Preview | Progress | Result], None]
+T = TypeVar("T")
+
+
+@dataclass
+class Generation:
+    """`started`: when the request arrived, on the clock of `time.perf_counter()`."""
+
+    front: Front
+    record: Record
+    ask: Ask
+    started: float
+
+    def submit(self, on_report: OnReport | None = None) -> asyncio.Future[list[Result]]:
+        """Hand the request to the engine. Raises Unavailable at once; cancelling the future cancels the request."""
+        model, images = self.ask.request.model, len(self.ask.request.images)
+        future = self.front.supervisor.submit(self.ask.request, on_report)
+        self.front.metrics.started(model, images)
+        future.add_done_callback(lambda _: self.front.metrics.ended(model, images))
+        return future
+
+    async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """Run imaging off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.front.pool, work, *arguments)
+
+    def answered(self, results: list[Result], image_encode: float) -> None:
+        """Count and note a request that was answered in full."""
+        total = time.perf_counter() - self.started
+        self.front.metrics.answered(self.ask.request.model, results, total, image_encode)
+        slowest = max(results, key=lambda result: result.timings.queue + result.timings.denoise).timings
+        stages = {"queue": slowest.queue, "encode": slowest.encode, "denoise": slowest.denoise}
+        stages |= {"decode": slowest.decode, "image_encode": image_encode}
+        self.record.facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
+
+    def failed(self, error: InstepError) -> None:
+        """Count and note an accepted request that failed; the full message is for the log, not for the client."""
+        code = told(error).code
+        self.front.metrics.failed(self.ask.request.model, code)
+        self.record.facts |= {"error": code, "detail": error.message}
+        self.record.gone = self.record.gone or isinstance(error, Cancelled)

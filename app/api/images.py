@@ -1,0 +1,109 @@
+"""POST /v1/images/generations: one body in; JSON, raw bytes or a stream of events out.
+
+Knows nothing of how images are made: it submits a Request and waits, and cancels it when the client has gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from typing import Any, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from app.api.body import read_json
+from app.api.front import Record, front_of, record_of
+from app.api.generation import Generation
+from app.api.openapi import IMAGE_ROUTE
+from app.api.replies import Ask, json_reply, raw_image
+from app.api.responses import accepted_format, told
+from app.api.schemas import read_body
+from app.api.stream import EventStream
+from app.errors import Cancelled, InstepError, InvalidValue
+from app.imaging import Format
+from app.report import Result
+
+router = APIRouter()
+
+
+@router.post("/v1/images/generations", **IMAGE_ROUTE)
+async def create_image(request: Request) -> Response:
+    """Draw one image or several.
+
+    OpenAI's `images.generate` with extensions. Send `Accept: image/png` (or image/jpeg, image/webp) for the bytes
+    of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
+    tokens and 16 x 16 pixels for an image token.
+    """
+    front, record, started = front_of(request), record_of(request), time.perf_counter()
+    model = ""
+    try:
+        body = read_body(await read_json(request))
+        card = front.registry.find(body.model)
+        record.facts["model"] = model = card.id
+        wanted = accepted_format(request)
+        asked = body.to_request(card, _engine_id(record))
+        ask = Ask(body, card, asked, wanted or cast(Format, body.output_format or "png"), wanted is not None)
+        record.facts |= {"seed": asked.images[0].seed, "steps": asked.steps, "images": len(asked.images)}
+        _single(ask)
+        generation = Generation(front, record, ask, started)
+        if body.stream:
+            return EventStream(generation)
+        future = generation.submit()
+    except InstepError as error:
+        front.metrics.rejected(model, told(error).code)
+        record.facts |= {"error": told(error).code}
+        raise
+    return await _reply(request, generation, future)
+
+
+async def _reply(request: Request, generation: Generation, future: asyncio.Future[list[Result]]) -> Response:
+    """Wait for the images, then encode them; stop both when the client goes."""
+    ask = generation.ask
+    try:
+        results = await _unless_gone(request, future)
+        if ask.raw:
+            data, seconds = await generation.in_thread(raw_image, ask, results)
+            response = Response(data, media_type=f"image/{ask.format}", headers={"X-Seed": str(results[0].seed)})
+        else:
+            data, seconds = await generation.in_thread(json_reply, ask, results)
+            response = Response(data, media_type="application/json")
+    except InstepError as error:
+        generation.failed(error)
+        raise
+    generation.answered(results, seconds)
+    return response
+
+
+async def _unless_gone(request: Request, future: asyncio.Future[list[Result]]) -> list[Result]:
+    """The future's results. Raises Cancelled, and cancels the future, as soon as the client has closed."""
+    watcher: asyncio.Future[None] = asyncio.ensure_future(_gone(request))
+    either: set[asyncio.Future[Any]] = {future, watcher}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise Cancelled("The client left before the image was done.")
+        return future.result()
+    finally:
+        watcher.cancel()
+        future.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has disconnected. NOTE: only once the body is read, or this would eat it."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _single(ask: Ask) -> None:
+    if ask.raw and not ask.body.stream and len(ask.request.images) > 1 and not ask.columns:
+        count = len(ask.request.images)
+        raise InvalidValue(
+            f'grid: {count} images as one image/{ask.format} take {{"columns": 1}} or more', param="grid"
+        )
+
+
+def _engine_id(record: Record) -> str:
+    """The log's id with a unique tail: a client may send the same X-Request-ID twice at once."""
+    return f"{record.id}-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,118 @@
+"""GET /v1/models: the cards as OpenAI's model objects, with what this server knows beside them, and their classes.
+
+Knows nothing of weights: states come from the supervisor.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, Field
+
+from app.api.classes import draws_classes, search
+from app.api.front import Front, front_of
+from app.api.responses import ErrorReply
+from app.card import Card
+from app.report import ModelState
+from app.samplers.table import valid_samplers
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply, "description": "No card has this name"}}
+CLASS_LIMIT = 1000
+
+
+class ModelEntry(BaseModel):
+    """OpenAI's model object, and ours beside it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the card was last written, seconds since 1970")
+    owned_by: str = "instep"
+    aliases: list[str]
+    description: str
+    family: str
+    condition: Literal["prompt", "class_label"]
+    classes: int
+    state: Literal["absent", "loading", "ready", "failed"]
+    detail: str
+    device_bytes: int
+    defaults: dict[str, Any]
+    limits: dict[str, Any]
+    samplers: list[str]
+    license: str
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+class ClassEntry(BaseModel):
+    """One class of a label model."""
+
+    id: int
+    name: str
+
+
+class ClassList(BaseModel):
+    """Classes that were found; empty for a model that draws prompts."""
+
+    object: Literal["list"] = "list"
+    data: list[ClassEntry]
+
+
+@router.get("")
+async def list_models(request: Request) -> ModelList:
+    """Every model that this server can draw with, the default first."""
+    front = front_of(request)
+    cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
+    states = front.supervisor.states
+    return ModelList(data=[_entry(card, states.get(card.id)) for card in cards])
+
+
+@router.get("/{model}", responses=NOT_FOUND)
+async def get_model(request: Request, model: str) -> ModelEntry:
+    """One model, by id or alias."""
+    front, card = _found(request, model)
+    return _entry(card, front.supervisor.states.get(card.id))
+
+
+@router.get("/{model}/classes", responses=NOT_FOUND)
+async def get_classes(
+    request: Request, model: str, q: Annotated[str | None, Query(description="Part of a name, or an id")] = None
+) -> ClassList:
+    """Classes of a label model, by part of the name in any case, or by id; at most 1,000."""
+    _, card = _found(request, model)
+    return ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]])
+
+
+def _found(request: Request, name: str) -> tuple[Front, Card]:
+    front = front_of(request)
+    return front, front.registry.find(name)
+
+
+def _entry(card: Card, state: ModelState | None) -> ModelEntry:
+    state = state or ModelState(card.id, "absent")
+    try:
+        created = int((card.folder / "card.toml").stat().st_mtime)
+    except OSError:
+        created = 0
+    return ModelEntry(
+        id=card.id,
+        created=created,
+        aliases=list(card.aliases),
+        description=card.description,
+        family=card.family,
+        condition="class_label" if draws_classes(card) else "prompt",
+        classes=len(card.labels),
+        state=state.state,
+        detail=state.detail,
+        device_bytes=state.device_bytes,
+        defaults=card.defaults.model_dump(),
+        limits=card.limits.model_dump(),
+        samplers=list(valid_samplers(card.schedule)),
+        license=card.license,
+    )

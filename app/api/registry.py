@@ -1,0 +1,54 @@
+"""Registry: the cards by every name a user may call them.
+
+Knows nothing of HTTP, weights or workers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from app.card import Card
+from app.errors import CardError, ModelNotFound, SettingsError
+from app.samplers.table import valid_samplers
+from app.settings import Settings
+
+
+class Registry:
+    """Cards by id and alias, and the card of a request that names none."""
+
+    def __init__(self, cards: Mapping[str, Card], settings: Settings) -> None:
+        """Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one, CardError for a card whose
+        default sampler does not go with its schedule."""
+        if not cards:
+            raise SettingsError(f"no cards in {settings.models}: expected {settings.models}/<id>/card.toml")
+        self.cards = dict(cards)
+        self._names = {name: card for card in cards.values() for name in (card.id, *card.aliases)}
+        for card in cards.values():
+            check_sampler(card)
+        if settings.default_model and settings.default_model not in self._names:
+            message = f'INSTEP_DEFAULT_MODEL: no card is named "{settings.default_model}"'
+            raise SettingsError(message, param="default_model")
+        self.default = self._names[settings.default_model] if settings.default_model else next(iter(cards.values()))
+
+    def find(self, name: str | None) -> Card:
+        """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
+        if not name:
+            return self.default
+        if name in self._names:
+            return self._names[name]
+        near = difflib.get_close_matches(name[:64], self._names, n=1)
+        hint = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(self.cards)}"
+        raise ModelNotFound(f'There is no model "{name[:64]}"; {hint}', param="model")
+
+    def names(self, card: Card) -> tuple[str, ...]:
+        """Every name of a card, its id first."""
+        return (card.id, *card.aliases)
+
+
+def check_sampler(card: Card) -> None:
+    """Raises CardError when the card's default sampler is not one of its schedule's."""
+    names = valid_samplers(card.schedule)
+    if card.defaults.sampler not in names:
+        file = card.folder / "card.toml"
+        raise CardError(f'{file}: defaults.sampler: "{card.defaults.sampler}" is not one of {", ".join(names)}')

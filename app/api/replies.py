@@ -1,0 +1,187 @@
+"""Replies: from finished pixels to the bodies that a client gets: OpenAI's JSON, raw bytes, events of a stream.
+
+Knows nothing of requests in flight. Everything here is plain computing: it runs in the imaging threads.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.api.schemas import ImageBody
+from app.api.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
+from app.card import Card
+from app.imaging import Format, encode_image, grid
+from app.report import Preview, Result
+from app.request import ClassLabel, Prompt, Request
+
+TOKEN = 16
+"""Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A valid body with all that the server made of it."""
+
+    body: ImageBody
+    card: Card
+    request: Request
+    format: Format
+    raw: bool
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the sheet that was asked for; None for separate images."""
+        return self.body.grid.columns if self.body.grid else None
+
+
+def raw_image(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+    """The one file that these results make, and the seconds it took."""
+    started = time.perf_counter()
+    data = _file(ask, results)
+    return data, time.perf_counter() - started
+
+
+def json_reply(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+    """The whole JSON reply, and the seconds the encoding took."""
+    started = time.perf_counter()
+    groups = [results] if ask.columns else [[result] for result in results]
+    data = [Item(b64_json=_b64(_file(ask, group)), **_item(ask, group[0])) for group in groups]
+    seconds = time.perf_counter() - started
+    reply = ImagesReply(
+        created=int(time.time()),
+        data=data,
+        usage=usage(ask, len(results)),
+        timings=stages(results, seconds),
+        warnings=warnings(ask, results) or None,
+        **effective(ask, len(groups[0])),
+    )
+    return reply.model_dump_json(exclude_none=True).encode(), seconds
+
+
+def partial_event(ask: Ask, preview: Preview) -> bytes:
+    """A preview as a server-sent event. It carries no facts: it is not the image that they make."""
+    event = PartialEvent(
+        b64_json=_b64(encode_image(preview.pixels, ask.format, ask.body.output_compression, {})),
+        created_at=int(time.time()),
+        partial_image_index=preview.partial,
+        image_index=preview.index if len(ask.request.images) > 1 else None,
+        **effective(ask, 1),
+    )
+    return sse(event)
+
+
+def completed_event(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+    """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
+    started = time.perf_counter()
+    data = _b64(_file(ask, results))
+    seconds = time.perf_counter() - started
+    event = CompletedEvent(
+        b64_json=data,
+        created_at=int(time.time()),
+        usage=usage(ask, len(results)),
+        timings=stages(results, seconds),
+        image_index=results[0].index if len(ask.request.images) > 1 and not ask.columns else None,
+        warnings=warnings(ask, results) or None,
+        **_item(ask, results[0]),
+        **effective(ask, len(results)),
+    )
+    return sse(event), seconds
+
+
+def sse(event: PartialEvent | CompletedEvent) -> bytes:
+    """One server-sent event; JSON has no newlines, so one data line holds it."""
+    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n".encode()
+
+
+def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
+    """The body that makes these images again, as the file's text chunk tells it: complete, and valid to POST."""
+    request, specs = ask.request, [ask.request.images[index] for index in indices]
+    told: dict[str, Any] = {"model": request.model}
+    conditions = [spec.condition for spec in specs]
+    first = conditions[0]
+    if isinstance(first, Prompt):
+        told["prompt"] = _one_or_list([one.text for one in conditions if isinstance(one, Prompt)])
+        told |= {"negative_prompt": first.negative, "max_sequence_length": request.text_length}
+    else:
+        told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
+    if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
+        told["n"] = len(specs)
+    if ask.columns:
+        told["grid"] = {"columns": ask.columns}
+    return told | {
+        "seed": specs[0].seed,
+        "size": f"{request.width}x{request.height}",
+        "sampler": request.sampler,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+    }
+
+
+def effective(ask: Ask, images: int) -> dict[str, Any]:
+    """The fields of Effective for a file that shows this many images."""
+    request, columns = ask.request, min(ask.columns or 1, images)
+    return {
+        "model": request.model,
+        "sampler": request.sampler,
+        "num_inference_steps": request.steps,
+        "guidance_scale": request.guidance,
+        "size": f"{request.width * columns}x{request.height * -(-images // columns)}",
+        "output_format": ask.format,
+    }
+
+
+def usage(ask: Ask, images: int) -> Usage:
+    """Tokens of this many images of the request; a class label counts as one."""
+    text = max(1, ask.request.text_length) * images
+    pixels = -(-ask.request.width // TOKEN) * -(-ask.request.height // TOKEN) * images
+    details = TokenDetails(text_tokens=text)
+    return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
+
+
+def stages(results: Sequence[Result], image_encode: float) -> Stages:
+    """Where the time went, rounded to 10 microseconds."""
+    timings = [result.timings for result in results]
+    return Stages(
+        queue=round(max(one.queue for one in timings), 5),
+        encode=round(max(one.encode for one in timings), 5),
+        denoise=round(max(one.denoise for one in timings), 5),
+        decode=round(max(one.decode for one in timings), 5),
+        image_encode=round(image_encode, 5),
+        steps=max(one.steps for one in timings),
+        shared=round(sum(one.shared for one in timings) / len(timings), 2),
+    )
+
+
+def warnings(ask: Ask, results: Sequence[Result]) -> list[str]:
+    """The body's and the engine's warnings, each once."""
+    return list(dict.fromkeys([*ask.body.warnings(ask.card), *(text for one in results for text in one.warnings)]))
+
+
+def _file(ask: Ask, results: Sequence[Result]) -> bytes:
+    pixels = results[0].pixels
+    if ask.columns:
+        pixels = grid([result.pixels for result in results], ask.columns)
+    told = facts(ask, [result.index for result in results])
+    return encode_image(np.asarray(pixels), ask.format, ask.body.output_compression, told)
+
+
+def _item(ask: Ask, result: Result) -> dict[str, Any]:
+    condition = ask.request.images[result.index].condition
+    if isinstance(condition, ClassLabel):
+        name = ask.card.labels[condition.index]
+        return {"seed": result.seed, "class_label": condition.index, "revised_prompt": name}
+    return {"seed": result.seed}
+
+
+def _one_or_list(values: list[Any]) -> object:
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _b64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

@@ -1,0 +1,140 @@
+"""Responses: the one table from our errors to HTTP, the OpenAI error envelope, and what an Accept header asks for.
+
+Knows nothing of images or models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from app import errors as e
+from app.imaging import FORMATS, Format
+
+
+@dataclass(frozen=True)
+class Told:
+    """How a class of error is told. should_retry: the x-should-retry header of OpenAI's client, None for its own
+    rule (it retries 408, 409, 429 and 5xx). text: said instead of the error's own message."""
+
+    status: int
+    kind: str
+    code: str
+    should_retry: bool | None = None
+    text: str | None = None
+
+
+_BAD = "invalid_request_error"
+_INTERNAL = Told(500, "server_error", "internal_error", False, "The server failed on this request.")
+
+TABLE: dict[type[e.InstepError], Told] = {
+    e.InstepError: _INTERNAL,
+    e.RequestError: Told(400, _BAD, "invalid_request"),
+    e.InvalidValue: Told(400, _BAD, "invalid_value"),
+    e.UnknownField: Told(400, _BAD, "unknown_parameter"),
+    e.Unsupported: Told(400, _BAD, "unsupported_parameter"),
+    e.InvalidJSON: Told(400, _BAD, "invalid_json"),
+    e.BodyTooLarge: Told(413, _BAD, "body_too_large"),
+    e.ModelNotFound: Told(404, _BAD, "model_not_found"),
+    e.Unavailable: Told(503, "server_error", "unavailable", True),
+    e.Overloaded: Told(503, "server_error", "overloaded", True),
+    e.NoWorker: Told(503, "server_error", "no_worker", True),
+    e.ShuttingDown: Told(503, "server_error", "shutting_down", True),
+    e.DeadlineExceeded: Told(504, "server_error", "deadline_exceeded", False),
+    e.Cancelled: Told(499, _BAD, "cancelled", False),
+    e.EngineError: _INTERNAL,
+    e.NonFiniteOutput: Told(
+        500, "server_error", "non_finite_output", False, "The network produced numbers that are not finite."
+    ),
+    e.OutOfMemory: Told(507, "server_error", "insufficient_gpu_memory", False),
+    e.LoadError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
+    e.CardError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
+    e.CheckpointError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
+    e.SettingsError: _INTERNAL,
+}
+"""Every class of app/errors.py. Load errors name the server's files, which are for its log and /v1/models only."""
+
+RETRY_AFTER = (1, 120)
+"""Seconds that Retry-After may say: above 120 OpenAI's client gives up at once."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong: `param` is the field, `code` a word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error envelope; every error of this server has this shape."""
+
+    error: ErrorDetail
+
+
+def told(error: e.InstepError) -> Told:
+    """The table's entry for this error's class, or its nearest ancestor's."""
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def envelope(error: e.InstepError) -> ErrorReply:
+    """The body that tells this error."""
+    entry = told(error)
+    return _envelope(entry.text or error.message, entry.kind, error.param, entry.code)
+
+
+def error_response(error: e.InstepError) -> Response:
+    """The whole answer: status, envelope, Retry-After for what passes, x-should-retry where it matters."""
+    entry = told(error)
+    headers = {}
+    if isinstance(error, e.Unavailable):
+        low, high = RETRY_AFTER
+        headers["Retry-After"] = str(min(high, max(low, math.ceil(error.retry_after or low))))
+    if entry.should_retry is not None:
+        headers["x-should-retry"] = "true" if entry.should_retry else "false"
+    return JSONResponse(envelope(error).model_dump(), entry.status, headers)
+
+
+def http_error_response(error: HTTPException) -> Response:
+    """The framework's own refusals (no such route, wrong method) in the same envelope."""
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    body = _envelope(str(error.detail), _BAD, None, code)
+    return JSONResponse(body.model_dump(), error.status_code, error.headers)
+
+
+def accepted_format(request: Request) -> Format | None:
+    """The image format that Accept prefers over JSON; None for JSON, also when Accept names nothing that we have."""
+    ranked: list[tuple[float, int, Format | None]] = []
+    for place, part in enumerate(",".join(request.headers.getlist("accept")).lower().split(",")):
+        media, *options = (piece.strip() for piece in part.split(";"))
+        quality = next((_quality(option[2:]) for option in options if option.startswith("q=")), 1.0)
+        if quality <= 0:
+            continue
+        if media in ("application/json", "application/*", "*/*"):
+            ranked.append((-quality, place, None))
+        for format in FORMATS:
+            if media == f"image/{format}":
+                ranked.append((-quality, place, format))
+    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+
+
+def _quality(text: str) -> float:
+    try:
+        return min(1.0, max(0.0, float(text)))
+    except ValueError:
+        return 0.0
+
+
+def _envelope(message: str, kind: str, param: str | None, code: str) -> ErrorReply:
+    return ErrorReply(error=ErrorDetail(message=_clean(message), type=kind, param=param and _clean(param), code=code))
+
+
+def _clean(text: str) -> str:
+    """Text that UTF-8 can hold: an unknown field's name may be a lone surrogate."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,152 @@
+"""Main: puts cards, workers, metrics and routes together, and runs them until a signal says stop.
+
+Knows nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from importlib import metadata
+from typing import Any
+
+import uvicorn
+
+from app import logs
+from app.api.application import Application, build
+from app.api.front import Front
+from app.api.registry import Registry
+from app.card import read_cards
+from app.errors import InstepError, SettingsError
+from app.metrics import Metrics
+from app.settings import Settings
+from app.worker.supervisor import Supervisor
+
+ASGI = Callable[[Any, Any, Any], Awaitable[None]]
+
+LAST_ANSWERS = 5
+"""Seconds, after the drain, in which the 503s to what did not finish may still go out."""
+
+KEEP_ALIVE = 75
+"""Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
+
+
+def create_app(
+    settings: Settings, *, supervisor: Supervisor | None = None, metrics: Metrics | None = None
+) -> Application:
+    """The whole server as an ASGI application; its lifespan starts the engine processes and ends them.
+
+    supervisor, metrics: given by tests that bring their own workers. Raises CardError, SettingsError.
+    """
+    cards = read_cards(settings.models)
+    registry = Registry(cards, settings)
+    metrics = metrics or Metrics()
+    supervisor = supervisor or Supervisor(settings, cards, observe=metrics.observe)
+    front = Front(settings, registry, supervisor, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: Application) -> AsyncIterator[None]:
+        try:
+            await supervisor.start()
+        except InstepError as error:
+            app.state.refusal = error
+            raise
+        try:
+            yield
+        finally:
+            await supervisor.stop(settings.drain)
+            front.pool.shutdown(wait=False, cancel_futures=True)
+
+    return build(front, lifespan, version())
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return. Call it on the main thread.
+
+    Raises SettingsError when the port is taken, CardError, and what an engine process refused to start with.
+    """
+    logs.setup(settings.log_level)
+    app = create_app(settings)
+    listener = listen(settings.host, settings.port)
+    # NOTE: uvicorn drains on a signal and then raises it again, which would end the process with a failure. By then
+    # these handlers are back in place; before uvicorn takes over, they end the start just as quietly.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    with suppress(SystemExit):
+        _Server(app, settings).run(sockets=[listener])
+    refusal: InstepError | None = getattr(app.state, "refusal", None)
+    if refusal:
+        raise refusal
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises SettingsError naming what is taken, before anything heavy has started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise SettingsError(f"cannot listen on {host}, port {port}: {reason}", param="port") from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def version() -> str:
+    """The installed version; "0" in a tree that was never installed."""
+    try:
+        return metadata.version("instep")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with our drain: its own only waits, and past its limit it drops connections without an answer."""
+
+    def __init__(self, app: Application, settings: Settings) -> None:
+        self._front: Front = app.state.front
+        super().__init__(
+            uvicorn.Config(
+                _quiet(app),
+                http="h11",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_ANSWERS,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then say where."""
+        await super().startup(sockets)
+        for listener in sockets or [] if self.started else []:
+            host, port = listener.getsockname()[:2]
+            logs.logger("instep").info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting and drain at the same time, so that what runs past the drain is answered 503."""
+        stopping = asyncio.ensure_future(self._front.supervisor.stop(self._front.settings.drain))
+        await super().shutdown(sockets)
+        await stopping
+
+
+def _quiet(app: Application) -> ASGI:
+    """The application, with a lifespan that fails without a traceback in the log: `serve` raises what failed."""
+
+    async def quiet(scope: Any, receive: Any, send: Any) -> None:
+        async def curt(message: Any) -> None:
+            await send({"type": message["type"]})
+
+        await app(scope, receive, curt if scope["type"] == "lifespan" else send)
+
+    return quiet

@@ -1,0 +1,1 @@
+"""Tests of app/api, over real sockets where the claim is about them."""

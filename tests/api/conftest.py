@@ -1,0 +1,113 @@
+"""One server with the fake worker for all tests of the front: real sockets, real processes, no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from app.card import read_cards
+from app.main import create_app
+from app.metrics import Metrics
+from app.settings import Settings
+from app.worker.supervisor import Supervisor
+
+FAKE = (sys.executable, str(Path(__file__).parent.parent / "fake_worker.py"))
+LABELS = ["tench, Tinca tinca", "goldfish", "crane", "house finch", "crane", "golden retriever"]
+
+TEXT = """
+id = "tiny-text"
+family = "sd3"
+source = { path = "." }
+aliases = ["gpt-image-1"]
+license = "apache-2.0"
+schedule = { kind = "flow", shift = 3.0 }
+defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 3.0, size = "32x32" }
+limits = { num_inference_steps = 50, guidance_scale = 20.0, sizes = { min = 16, max = 64, multiple = 16 }, n = 4, prompt = 200 }
+text = { clip = 16, t5 = 24 }
+"""
+LABEL = """
+id = "tiny-label"
+family = "dit"
+source = { path = "." }
+schedule = { kind = "diffusion", spacing = "linspace", variance = "learned_range" }
+defaults = { sampler = "ddpm", num_inference_steps = 4, guidance_scale = 4.0, size = "32x32" }
+limits = { num_inference_steps = 250, sizes = { min = 32, max = 32, multiple = 32, square = true }, n = 4 }
+"""
+
+
+def write_cards(folder: Path) -> Path:
+    """The cards of both kinds of model, without weights: the fake worker needs none."""
+    for name, text in (("tiny-text", TEXT), ("tiny-label", LABEL)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "card.toml").write_text(text, encoding="utf-8")
+    index = {"id2label": {str(i): name for i, name in enumerate(LABELS)}}
+    (folder / "tiny-label" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = write_cards(tmp_path_factory.mktemp("front") / "models")
+    return Settings(models=folder, devices="cpu", preload="all", default_model="tiny-text", port=0, drain=5)
+
+
+class Server:
+    """A real uvicorn on a loopback port, in a thread of its own, around a fake worker in a process of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.metrics = Metrics()
+        cards = read_cards(settings.models)
+        self.supervisor = Supervisor(settings, cards, observe=self.metrics.observe, command=FAKE)
+        self.app = create_app(settings, supervisor=self.supervisor, metrics=self.metrics)
+        config = uvicorn.Config(self.app, port=0, http="h11", log_config=None, access_log=False, lifespan="on")
+        self.uvicorn = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+
+    def start(self) -> str:
+        self._thread.start()
+        until = time.monotonic() + 30
+        while not self.uvicorn.started:
+            assert self._thread.is_alive() and time.monotonic() < until, "the server did not start"
+            time.sleep(0.01)
+        port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        self.uvicorn.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def server(settings: Settings) -> Iterator[Server]:
+    server = Server(settings)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def url(server: Server) -> str:
+    base = server.start()
+    until = time.monotonic() + 30
+    while httpx.get(f"{base}/readyz").status_code != 200:
+        assert time.monotonic() < until, "the server did not become ready"
+        time.sleep(0.02)
+    return base
+
+
+@pytest.fixture(scope="session")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+def generate(http: httpx.Client, body: dict[str, object], accept: str = "application/json") -> httpx.Response:
+    return http.post("/v1/images/generations", json=body, headers={"Accept": accept})
