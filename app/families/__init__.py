@@ -1,0 +1,13 @@
+"""The families by the name that a card gives. Importing this imports diffusers and transformers (seconds).
+
+Knows nothing of where weights come from (app/pool).
+"""
+
+from __future__ import annotations
+
+from app.families.dit import DiT
+from app.families.sd3 import SD3
+
+FAMILIES: dict[str, type[DiT] | type[SD3]] = {"dit": DiT, "sd3": SD3}
+
+__all__ = ["FAMILIES", "SD3", "DiT"]

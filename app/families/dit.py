@@ -1,0 +1,122 @@
+"""DiT: class-conditional diffusion transformers (Peebles and Xie 2022, arXiv:2212.09748) on diffusers' network.
+
+Knows nothing of samplers: the schedule that the network was trained on stands in the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from app.card import Card
+from app.errors import CheckpointError, InvalidValue
+from app.families.base import Conditions
+from app.families.vae import decode, linear_preview, pixels_per_latent
+from app.request import ClassLabel, Condition
+
+
+class DiT:
+    """A DiT with its VAE. Conditions: `label` int64 [P]. Square, at the size it was trained on."""
+
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
+        "vae": ("AutoencoderKL",),
+    }
+    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+
+    def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
+        self.card, self.device, self.dtype = card, torch.device(device), dtype
+        self.network, self.vae = parts["transformer"], parts["vae"]
+        config = self.network.config
+        self.channels: int = config.in_channels
+        self.null_class: int = config.num_embeds_ada_norm
+        self.scale = pixels_per_latent(self.vae)
+        self.learned_variance = card.schedule.variance == "learned_range"
+        self._check(config)
+        self._preview = linear_preview(self.vae)
+        _apply(self.network, card.time_freq_shift, card.norm_eps)
+
+    @staticmethod
+    def traits(card: Card, part: str) -> tuple[float | None, ...]:
+        """What of the card changes a part itself: cards that differ here cannot share the built part."""
+        return (card.time_freq_shift, card.norm_eps) if part == "transformer" else ()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent; InvalidValue for any but the trained size."""
+        side = self.network.config.sample_size
+        if (width, height) != (side * self.scale, side * self.scale):
+            raise InvalidValue(f"size must be {side * self.scale}x{side * self.scale}", param="size")
+        return self.channels, side, side
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """Number of image tokens."""
+        _, rows, columns = self.latent_shape(width, height)
+        patch: int = self.network.config.patch_size
+        return (rows // patch) * (columns // patch)
+
+    def opposite(self, condition: Condition) -> Condition:
+        """The null class, which is the last row of the label embedding."""
+        return ClassLabel(self.null_class)
+
+    def truncated(self, condition: Condition, text_length: int) -> str | None:
+        """None: a label is never cut."""
+        return None
+
+    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
+        """`label` [P]. InvalidValue for a prompt or a class that the network has no embedding of."""
+        indices = [condition.index if isinstance(condition, ClassLabel) else -1 for condition in conditions]
+        # NOTE: an index past the embedding would poison the whole CUDA context, so it is refused on the host.
+        if not all(0 <= index <= self.null_class for index in indices):
+            raise InvalidValue(f"class_label must be between 0 and {self.null_class - 1}", param="class_label")
+        return {"label": torch.tensor(indices, dtype=torch.int64, device=self.device)}
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [P, C, h, w] float32, t [P] float32 -> (out, frac), both float32 [P, C, h, w].
+
+        frac = (v + 1) / 2 of the variance channels v (Nichol and Dhariwal 2021, eq. 15): 0 is the lower bound of the
+        log variance, 1 the upper. NOTE: as in the original it is not clamped.
+        """
+        out = self.network(x.to(self.dtype), timestep=t, class_labels=conditions["label"], return_dict=False)[0].float()
+        frac = (out[:, self.channels :] + 1) / 2 if self.learned_variance else None
+        return out[:, : self.channels], frac
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
+        return decode(self.vae, latents)
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
+        return self._preview(latents)
+
+    def _check(self, config: Any) -> None:
+        file, sizes, labels = self.card.folder / "card.toml", self.card.limits.sizes, len(self.card.labels)
+        pixels = config.sample_size * self.scale
+        if (sizes.min, sizes.max) != (pixels, pixels):
+            raise CheckpointError(f"{file}: limits.sizes: this network takes {pixels}x{pixels} only")
+        if self.vae.config.latent_channels != self.channels:
+            theirs = self.vae.config.latent_channels
+            raise CheckpointError(f"{file}: the network has {self.channels} latent channels, the VAE {theirs}")
+        outputs = config.out_channels or config.in_channels
+        if outputs != 2 * self.channels and (self.learned_variance or outputs != self.channels):
+            raise CheckpointError(f"{file}: schedule.variance: the network has {outputs} output channels")
+        if labels > self.null_class:
+            raise CheckpointError(f"{file}: {labels} labels, but the network knows {self.null_class} classes")
+
+
+def _apply(network: nn.Module, time_freq_shift: float | None, norm_eps: float | None) -> None:
+    """Turn diffusers' arithmetic into the original's where the card says so (facebookresearch/DiT models.py).
+
+    diffusers divides the frequencies' exponents by half - 1 (shift 1), the original by half (shift 0); diffusers'
+    second norm of a block has eps 1e-5, the original's norms all 1e-6.
+    """
+    for module in network.modules():
+        if time_freq_shift is not None and hasattr(module, "downscale_freq_shift"):
+            module.downscale_freq_shift = time_freq_shift  # type: ignore[assignment]
+        if norm_eps is not None and isinstance(module, nn.LayerNorm):
+            module.eps = norm_eps

@@ -1,0 +1,169 @@
+"""SD3: MMDiT networks with two CLIPs and a T5 (Esser et al. 2024, arXiv:2403.03206) on diffusers' network.
+
+Knows nothing of samplers: shift, spacing and defaults stand in the card; a turbo is a card of this family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from app.card import Card
+from app.errors import CheckpointError, InvalidValue
+from app.families.base import Conditions
+from app.families.text import clip_states, cut_text, encode_unique, t5_states
+from app.families.vae import decode, linear_preview, pixels_per_latent
+from app.request import Condition, Prompt
+
+
+class SD3:
+    """An MMDiT with its VAE and whichever of its three text encoders the checkpoint holds.
+
+    Conditions: `text` [P, card.text.clip + text_length, joint width], `pooled` [P, pooled width].
+    An absent T5 is zeros of the same length, as in diffusers. An absent CLIP is zeros in its share of the widths,
+    so that the other one keeps the channels it was trained on; its hidden width is taken to be its pooled width, as
+    it is in both of SD3's CLIPs. (diffusers cannot leave out a CLIP; ComfyUI fills in the same zeros.)
+    """
+
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "transformer": ("SD3Transformer2DModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModelWithProjection",),
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "text_encoder_3": ("T5EncoderModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    learned_variance = False
+
+    def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
+        self.card, self.device, self.dtype = card, torch.device(device), dtype
+        self.network, self.vae = parts["transformer"], parts["vae"]
+        self.config = self.network.config
+        self.scale = pixels_per_latent(self.vae)
+        self.clips, self.t5 = (_pair(card, parts, ""), _pair(card, parts, "_2")), _pair(card, parts, "_3")
+        self.shares = self._clip_shares()
+        self._check()
+        self._preview = linear_preview(self.vae)
+
+    @staticmethod
+    def traits(card: Card, part: str) -> tuple[float | None, ...]:
+        """Nothing of the card changes a part itself."""
+        return ()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent of an image of width x height pixels."""
+        return self.config.in_channels, height // self.scale, width // self.scale
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """Number of image tokens."""
+        cell = self.scale * self.config.patch_size
+        return int((height // cell) * (width // cell))
+
+    def opposite(self, condition: Condition) -> Condition:
+        """The negative prompt, as a prompt."""
+        return Prompt(condition.negative if isinstance(condition, Prompt) else "")
+
+    def truncated(self, condition: Condition, text_length: int) -> str | None:
+        """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
+        text = _text(condition)
+        encoders = [(clip, self.card.text.clip) for clip in self.clips if clip] + [(self.t5, text_length)]
+        cuts = [cut_text(encoder[1], text, length) for encoder, length in encoders if encoder]
+        return min(cuts, key=len, default="") or None
+
+    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
+        """Each different text is encoded once. Raises InvalidValue for a class label."""
+        texts = [_text(condition) for condition in conditions]
+        text, pooled = encode_unique(texts, batch, lambda chunk: self._encode(chunk, text_length))
+        return {"text": text, "pooled": pooled}
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [P, C, h, w] float32, t [P] float32 (0..1000) -> (out float32 [P, C, h, w], None)."""
+        out = self.network(
+            hidden_states=x.to(self.dtype),
+            timestep=t,
+            encoder_hidden_states=conditions["text"],
+            pooled_projections=conditions["pooled"],
+            return_dict=False,
+        )[0]
+        return out.float(), None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
+        return decode(self.vae, latents)
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
+        return self._preview(latents)
+
+    def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(text [B, clip + text_length, joint], pooled [B, pooled]), as StableDiffusion3Pipeline.encode_prompt."""
+        length, joint = self.card.text.clip, self.config.joint_attention_dim
+        hidden, pooled = [], []
+        for pair, (width, projection) in zip(self.clips, self.shares, strict=True):
+            if pair:
+                states, summary = clip_states(*pair, texts, length)
+            else:
+                states, summary = self._zeros(len(texts), length, width), self._zeros(len(texts), projection)
+            hidden.append(states.to(self.dtype))
+            pooled.append(summary.to(self.dtype))
+        clip = torch.cat(hidden, dim=-1)
+        clip = pad(clip, (0, joint - clip.shape[-1]))
+        t5 = t5_states(*self.t5, texts, text_length) if self.t5 else self._zeros(len(texts), text_length, joint)
+        return torch.cat([clip, t5.to(self.dtype)], dim=-2), torch.cat(pooled, dim=-1)
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def _clip_shares(self) -> list[tuple[int, int]]:
+        """(hidden width, pooled width) of each CLIP; an absent one gets what the present one leaves of the pooled."""
+        held = [(c[0].config.hidden_size, c[0].config.projection_dim) if c else None for c in self.clips]
+        rest = self.config.pooled_projection_dim - sum(share[1] for share in held if share)
+        shares = []
+        for share in held:
+            shares.append(share or (rest, rest))
+            rest = rest if share else 0
+        return shares
+
+    def _check(self) -> None:
+        file, config, sizes = self.card.folder / "card.toml", self.config, self.card.limits.sizes
+        problems = {
+            "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % self._cell(),
+            "limits.sizes.min: not a multiple of the network's patches": sizes.min % self._cell(),
+            "limits.sizes.max: over the network's position table": sizes.max > self._cell() * config.pos_embed_max_size,
+            "the CLIPs' pooled widths are not the network's": sum(s[1] for s in self.shares)
+            != config.pooled_projection_dim,
+            "the CLIPs are wider than the network": sum(s[0] for s in self.shares) > config.joint_attention_dim,
+            "the T5 is not as wide as the network": self.t5 and self.t5[0].config.d_model != config.joint_attention_dim,
+            "text.clip: longer than the CLIPs' position tables": any(
+                self.card.text.clip > clip[0].config.max_position_embeddings for clip in self.clips if clip
+            ),
+            "the VAE has another number of latent channels": self.vae.config.latent_channels != config.in_channels,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise CheckpointError(f"{file}: {problem}")
+
+    def _cell(self) -> int:
+        return int(self.scale * self.config.patch_size)
+
+
+def _pair(card: Card, parts: dict[str, Any], suffix: str) -> tuple[Any, Any] | None:
+    encoder, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
+    if encoder is not None and tokenizer is None:
+        raise CheckpointError(f"{card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
+    return None if encoder is None else (encoder, tokenizer)
+
+
+def _text(condition: Condition) -> str:
+    if not isinstance(condition, Prompt):
+        raise InvalidValue("this model takes a prompt, not a class label", param="class_label")
+    return condition.text

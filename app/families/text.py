@@ -1,0 +1,75 @@
+"""Text: prompts to embeddings, padded as diffusers pads them, each different text once.
+
+Knows nothing of how a network joins the encoders' outputs (sd3.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+State = dict[str, torch.Tensor]
+Encode = Callable[[list[str]], tuple[torch.Tensor, ...]]
+
+
+def clip_keys(state: State, expected: set[str]) -> State:
+    """CLIP files with or without the `text_model.` prefix, and with the position_ids that old ones hold."""
+    prefix = "text_model."
+    prefixed = any(key.startswith(prefix) for key in expected)
+    found: State = {}
+    for key, value in state.items():
+        bare = key.removeprefix(prefix)
+        if bare != "embeddings.position_ids":
+            found[prefix + bare if prefixed and not bare.startswith("text_projection.") else bare] = value
+    return found
+
+
+def t5_keys(state: State, expected: set[str]) -> State:
+    """T5 files name the one embedding `shared.weight`, `encoder.embed_tokens.weight`, or both (ValueError: unequal)."""
+    names = ("shared.weight", "encoder.embed_tokens.weight")
+    held = [state[name] for name in names if name in state]
+    if len(held) == 2 and not torch.equal(held[0], held[1]):
+        raise ValueError(f"{names[0]} and {names[1]} are two names of one embedding, but differ")
+    return {**state, **{name: held[0] for name in names if held and name in expected}}
+
+
+def encode_unique(texts: Sequence[str], batch: int | None, encode: Encode) -> tuple[torch.Tensor, ...]:
+    """Run `encode` over the different texts and give each of `texts` its rows.
+
+    batch: run forwards of exactly this many texts (the last filled up by repeating), or None for one forward of all.
+    """
+    unique = list(dict.fromkeys(texts))
+    size = batch or len(unique)
+    chunks = [unique[start : start + size] for start in range(0, len(unique), size)]
+    outputs = [encode(chunk + chunk[-1:] * (size - len(chunk))) for chunk in chunks]
+    rows = torch.tensor([unique.index(text) for text in texts])
+    return tuple(torch.cat(part)[rows.to(part[0].device)] for part in zip(*outputs, strict=True))
+
+
+def clip_states(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(last hidden states but one [B, length, width], projected pooled state [B, projection])."""
+    output = encoder(token_ids(tokenizer, texts, length).to(encoder.device), output_hidden_states=True)
+    return output.hidden_states[-2], output.text_embeds
+
+
+def t5_states(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
+    """Final hidden states [B, length, width]. NOTE: no attention mask, as in SD3's and FLUX's pipelines."""
+    states: torch.Tensor = encoder(token_ids(tokenizer, texts, length).to(encoder.device))[0]
+    return states
+
+
+def token_ids(tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
+    """int64 [B, length]: cut or padded with the tokenizer's own padding token, special tokens included."""
+    ids: torch.Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def cut_text(tokenizer: Any, text: str, length: int) -> str:
+    """The end of `text` that does not fit in `length` tokens, as the user wrote it; empty when all fits."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    room = max(length - tokenizer.num_special_tokens_to_add(), 0)
+    return text[offsets[room][0] :] if len(offsets) > room else ""

@@ -1,0 +1,132 @@
+"""Weights: safetensors files to tensors, checked before memory is spent.
+
+Knows nothing of networks: which keys and shapes are right is for app/families to say.
+
+The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of {name: dtype, shape,
+data_offsets}, the data. The library reads; what it accepts too readily (giant headers, duplicate keys, holes) is
+refused here first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from app.errors import CheckpointError
+from app.families.components import read_json
+
+HEADER_LIMIT = 16 * 2**20
+TENSOR_LIMIT = 20_000
+_STEMS = ("diffusion_pytorch_model", "model")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a component's folder, from one safetensors file or from the shards that its index names.
+
+    The tensors may be maps of the files. Raises CheckpointError naming the file: missing, truncated, over 16 MB of
+    header or 20,000 tensors, offsets that overlap or leave holes, shards and index that do not agree.
+    """
+    shards = _shards(folder)
+    state: dict[str, torch.Tensor] = {}
+    headers = {file: _header(file) for file in shards}
+    if sum(len(header) for header in headers.values()) > TENSOR_LIMIT:
+        raise CheckpointError(f"{folder}: over {TENSOR_LIMIT} tensors")
+    for file, listed in shards.items():
+        wrong = sorted(set(headers[file]) ^ listed) if listed is not None else []
+        if wrong:
+            raise CheckpointError(f"{file}: {wrong[0]} is in only one of this file and the index")
+    for file in shards:
+        state.update(_read(file))
+    return state
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """The files to read, each with the keys that the index promises (None without an index)."""
+    for stem in _STEMS:
+        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+        if index.is_file():
+            return _indexed(index)
+        if single.is_file():
+            return {single: None}
+    others = sorted(
+        path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth", ".pickle")
+    )
+    hint = f" (only safetensors are loaded, not {others[0]})" if others else ""
+    raise CheckpointError(f"{folder / _STEMS[0]}.safetensors: missing{hint}")
+
+
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise CheckpointError(f"{index}: weight_map is not a table of keys and file names")
+    shards: dict[Path, set[str] | None] = {}
+    for name in sorted(set(listed.values())):
+        # NOTE: a name with a separator could leave the folder.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f'{index}: "{name}" is not the name of a safetensors file in this folder')
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name}: missing, though the index names it")
+        shards[index.parent / name] = {key for key, file in listed.items() if file == name}
+    return shards
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The checked header, without its metadata."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{file}: truncated: {size} bytes, shorter than its header says")
+            if length > HEADER_LIMIT:
+                raise CheckpointError(f"{file}: a header of {length} bytes, over {HEADER_LIMIT}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    # NOTE: counted before it is parsed: a million entries would take seconds and a gigabyte.
+    if raw.count(b'"data_offsets"') > TENSOR_LIMIT:
+        raise CheckpointError(f"{file}: over {TENSOR_LIMIT} tensors")
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header.pop("__metadata__", None)
+        _contiguous(header, size - 8 - length)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: invalid header: {error}") from error
+    return dict(header)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
+def _contiguous(header: dict[str, Any], size: int) -> None:
+    """ValueError unless the tensors lie one after the other over exactly `size` bytes, each as long as its shape."""
+    position = 0
+    for key, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        start, end = entry["data_offsets"]
+        if entry["dtype"] not in _BYTES:
+            raise ValueError(f"{key} has number format {entry['dtype']}, which this server does not load")
+        if not all(type(side) is int and side >= 0 for side in (*entry["shape"], start, end)):
+            raise ValueError(f"{key} has shape {entry['shape']} at {entry['data_offsets']}")
+        if start != position or end - start != math.prod(entry["shape"]) * _BYTES[entry["dtype"]]:
+            raise ValueError(f"{key} does not lie where its shape says")
+        position = end
+    if position != size:
+        raise ValueError(f"truncated: the tensors have {position} bytes, the file {size}")
