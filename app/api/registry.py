@@ -27,7 +27,7 @@ class Registry:
         for card in cards.values():
             check_sampler(card)
         if settings.default_model and settings.default_model not in self._names:
-            message = f'INSTEP_DEFAULT_MODEL: no card is named "{settings.default_model}"'
+            message = f'default_model: no card is named "{settings.default_model}"'
             raise SettingsError(message, param="default_model")
         self.default = self._names[settings.default_model] if settings.default_model else next(iter(cards.values()))
 

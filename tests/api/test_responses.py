@@ -1,0 +1,101 @@
+"""The table of errors is complete, tells nothing it should not, and Accept is understood."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from fastapi import Request
+
+from app import errors
+from app.api.responses import TABLE, accepted_format, error_response
+
+
+def tree(kind: type[errors.InstepError]) -> Iterator[type[errors.InstepError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from tree(child)
+
+
+KINDS = [kind for kind in tree(errors.InstepError) if kind.__module__ == "app.errors"]
+
+
+def answer(error: errors.InstepError) -> tuple[int, dict[str, str], dict[str, str | None]]:
+    response = error_response(error)
+    return response.status_code, dict(response.headers), json.loads(bytes(response.body))["error"]
+
+
+def test_every_class_of_error_is_in_the_table() -> None:
+    assert set(KINDS) == set(TABLE)
+    assert len(KINDS) > 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_class_is_told_in_the_envelope(kind: type[errors.InstepError]) -> None:
+    status, headers, body = answer(kind("it went wrong", param="field"))
+    assert 400 <= status < 600
+    assert set(body) == {"message", "type", "param", "code"}
+    assert body["message"] and body["type"] and body["code"]
+    assert ("retry-after" in headers) == issubclass(kind, errors.Unavailable)
+
+
+@pytest.mark.parametrize("kind", [errors.InstepError, errors.EngineError, errors.NonFiniteOutput, errors.CheckpointError])
+def test_a_failure_inside_is_told_in_fixed_words(kind: type[errors.InstepError]) -> None:
+    _, headers, body = answer(kind("/secret/path: CUDA error 700"))
+    assert "secret" not in str(body) and "CUDA" not in str(body)
+    assert headers["x-should-retry"] == "false"
+
+
+def test_a_subclass_that_is_not_in_the_table_is_told_as_its_parent() -> None:
+    class Fuller(errors.Overloaded):
+        """More than full."""
+
+    assert answer(Fuller("full"))[2]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(None, "1"), (0.0, "1"), (2.2, "3"), (500.0, "120")])
+def test_retry_after(seconds: float | None, header: str) -> None:
+    status, headers, _ = answer(errors.Overloaded("full", retry_after=seconds))
+    assert (status, headers["retry-after"], headers["x-should-retry"]) == (503, header, "true")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code"),
+    [
+        (errors.InvalidValue, 400, "invalid_value"),
+        (errors.UnknownField, 400, "unknown_parameter"),
+        (errors.Unsupported, 400, "unsupported_parameter"),
+        (errors.InvalidJSON, 400, "invalid_json"),
+        (errors.BodyTooLarge, 413, "body_too_large"),
+        (errors.ModelNotFound, 404, "model_not_found"),
+        (errors.NoWorker, 503, "no_worker"),
+        (errors.ShuttingDown, 503, "shutting_down"),
+        (errors.DeadlineExceeded, 504, "deadline_exceeded"),
+        (errors.OutOfMemory, 507, "insufficient_gpu_memory"),
+        (errors.NonFiniteOutput, 500, "non_finite_output"),
+        (errors.EngineError, 500, "internal_error"),
+    ],
+)
+def test_statuses(kind: type[errors.InstepError], status: int, code: str) -> None:
+    got, _, body = answer(kind("x"))
+    assert (got, body["code"]) == (status, code)
+
+
+def test_a_lone_surrogate_in_an_error_is_escaped() -> None:
+    assert answer(errors.UnknownField("\ud800", param="\ud800"))[2]["param"] == "\\ud800"
+
+
+@pytest.mark.parametrize(
+    ("accept", "format"),
+    [
+        ("", None), ("*/*", None), ("application/json", None), ("text/html", None), ("image/gif", None),
+        ("image/png", "png"), ("IMAGE/PNG", "png"), ("image/webp", "webp"), ("image/jpeg;q=0.5", "jpeg"),
+        ("image/webp, image/png", "webp"), ("image/webp;q=0.1, image/png;q=0.9", "png"),
+        ("application/json;q=0.5, image/png", "png"), ("image/png;q=0.5, application/json", None),
+        ("image/png, */*;q=0.1", "png"), ("image/png;q=0", None), ("image/png;q=x", None), (";;,=,q=", None),
+    ],
+)  # fmt: skip
+def test_accept(accept: str, format: str | None) -> None:
+    scope = {"type": "http", "headers": [(b"accept", accept.encode())]}
+    assert accepted_format(Request(scope)) == format
