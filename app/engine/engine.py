@@ -5,6 +5,7 @@ Knows nothing of processes, sockets or HTTP: requests come in by `submit`, facts
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import queue
@@ -124,10 +125,8 @@ class Engine:
                 return
 
     def _wait(self, seconds: float) -> None:
-        try:
+        with contextlib.suppress(queue.Empty):
             self._inbox.get(timeout=seconds)()
-        except queue.Empty:
-            return
 
     def _add(self, request: Request) -> None:
         try:
@@ -241,8 +240,7 @@ class Engine:
 
     def _announce_work(self, work: Work) -> None:
         caps = self._runner.caps(work.key)
-        expected = SILENCE + 20 * caps.rate * caps.passes if caps else FIRST_WORK
-        self._announce(work.phase, expected)
+        self._announce(work.phase, SILENCE + 20 * caps.rate * caps.passes if caps else FIRST_WORK)
 
     def _announce(self, phase: str, seconds: float) -> None:
         """Tell a change only: every Tick is a sign of life by itself, and restarts the count."""

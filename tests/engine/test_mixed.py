@@ -1,0 +1,130 @@
+"""Same request, same image, whatever shares the batch: on real networks of both families."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.card import Card, read_cards
+from app.errors import Cancelled
+from app.pool.pool import Pool
+from app.request import ClassLabel, ImageSpec, Prompt, Request
+from app.samplers.table import valid_samplers
+from tests.engine.conftest import load_all
+from tests.engine.fakes import FakeProfiles
+from tests.engine.harness import Bench
+
+WORDS = ("a red apple", "two dogs", "", "the sun over a house at night", "cat")
+
+
+def ask(card: Card, number: int, rng: random.Random, **changes: Any) -> Request:
+    """A random request that the card allows; its id tells which model it is for."""
+    labels = bool(card.labels)
+    condition = ClassLabel(number % len(card.labels)) if labels else Prompt(rng.choice(WORDS), rng.choice(("", "blue")))
+    samplers = valid_samplers(card.schedule)
+    width, height = (32, 32) if labels else rng.choice(((32, 32), (64, 32), (16, 48)))
+    guided = rng.random() < 0.5
+    facts: dict[str, Any] = {
+        "id": f"{card.id}-{number}", "model": card.id, "images": (ImageSpec(condition, 1000 + number),),
+        "width": width, "height": height, "sampler": samplers[number % len(samplers)],
+        "steps": rng.choice((1, 2, 4, 7, 10, 20, 50)), "guided": guided, "guidance": rng.uniform(1.5, 7.5),
+        "text_length": 24, "keep_latents": True,
+    }  # fmt: skip
+    return Request(**{**facts, **changes})
+
+
+def traffic(cards: dict[str, Card], count: int, seed: int) -> list[Request]:
+    rng = random.Random(seed)
+    models = sorted(cards)
+    return [ask(cards[models[number % len(models)]], number // len(models), rng) for number in range(count)]
+
+
+def run_mixed(pool: Pool, requests: list[Request], seed: int, cancel_every: int = 0, **bench: Any) -> Bench:
+    """Requests arrive at random ticks; every so many is cancelled while others run."""
+    rng = random.Random(seed)
+    mixed = Bench(pool, profiles=FakeProfiles(passes=24), **bench)
+    for number, request in enumerate(requests):
+        mixed.engine.submit(request)
+        mixed.turn(rng.randrange(4))
+        if cancel_every and number % cancel_every == cancel_every - 1:
+            mixed.engine.cancel(requests[number - rng.randrange(cancel_every)].id)
+    return mixed.run()
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
+
+
+def test_mixed_traffic_equals_each_request_alone(tiny_pool: Pool) -> None:
+    requests = traffic(tiny_pool.cards, 48, seed=5)
+    used = {(request.model, request.sampler) for request in requests}
+    for card in tiny_pool.cards.values():
+        if not card.id.endswith(("turbo", "no-t5")):
+            assert {sampler for model, sampler in used if model == card.id} == set(valid_samplers(card.schedule))
+    mixed = run_mixed(tiny_pool, requests, seed=6, cancel_every=3)
+    assert max(tick.rows for tick in mixed.forwards) >= 4, "the traffic never shared a forward"
+    cancelled = {name for name, failure in mixed.failures.items() if isinstance(failure.error, Cancelled)}
+    assert cancelled == set(mixed.failures) and len(cancelled) >= 5
+    assert len(mixed.results) + len(cancelled) == len(requests) and len(mixed.results) >= 30
+    for request in requests:
+        if request.id in cancelled:
+            continue
+        alone = Bench(tiny_pool).run([request]).results[request.id, 0]
+        assert relative(mixed.results[request.id, 0].latents, alone.latents) < 1e-4, request
+
+
+def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
+    """The control: another seed, another prompt or another guidance is far outside the tolerance."""
+    card = tiny_pool.cards["tiny-sd3"]
+    rng = random.Random(1)
+    base = ask(card, 0, rng, steps=10, guided=True, guidance=4.0)
+    latents = []
+    for changes in ({}, {"guidance": 4.1}, {"steps": 11}, {"images": (ImageSpec(Prompt("two cats"), 1000),)}):
+        request = Request(**{**{name: getattr(base, name) for name in Request.__slots__}, **changes})
+        latents.append(Bench(tiny_pool).run([request]).results[base.id, 0].latents)
+    for other in latents[1:]:
+        assert relative(other, latents[0]) > 1e-3
+
+
+def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny_models: Path) -> None:
+    pool = load_all(Pool(read_cards(tiny_models), "cpu", torch.bfloat16))
+    requests = [request for request in traffic(pool.cards, 16, seed=8) if request.steps <= 20]
+    mixed = run_mixed(pool, requests, seed=9)
+    for request in requests:
+        alone = Bench(pool).run([request]).results[request.id, 0]
+        assert psnr(mixed.results[request.id, 0].pixels, alone.pixels) >= 40, request
+    pool.close()
+
+
+def test_deterministic_mode_is_bit_equal_alone_in_traffic_and_after_a_restart(tiny_models: Path) -> None:
+    cards = {name: card for name, card in read_cards(tiny_models).items() if name in ("tiny-dit", "tiny-sd3")}
+    rng = random.Random(2)
+    chosen = [
+        ask(card, number, rng, steps=6, width=32, height=32, guided=number % 2 == 0)
+        for card in cards.values()
+        for number in range(6)
+    ]
+    seen: list[dict[tuple[str, int], Any]] = []
+    for _ in range(2):
+        pool = load_all(Pool(cards, "cpu", torch.float32))
+        mixed = run_mixed(pool, chosen, seed=len(seen), deterministic=True)
+        assert max(tick.rows for tick in mixed.forwards) >= 4
+        assert {tick.passes for tick in mixed.forwards} == {8}
+        seen.append(mixed.results)
+        seen.append({})
+        for request in chosen:
+            seen[-1] |= Bench(pool, deterministic=True).run([request]).results
+        pool.close()
+    for name, first in seen[0].items():
+        for other in seen[1:]:
+            np.testing.assert_array_equal(other[name].pixels, first.pixels)
+            np.testing.assert_array_equal(other[name].latents, first.latents)
