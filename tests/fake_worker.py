@@ -61,11 +61,12 @@ class Row:
 
     @property
     def due(self) -> bool:
-        """Whether a step may be taken now: a "!slow S" row spreads S seconds over its steps."""
+        """Whether a step may be taken now: a "!slow S" row takes its first step at once, its last after S seconds."""
         text = words(self.spec.condition)
         if not text.startswith("!slow"):
             return True
-        return time.monotonic() >= self.started + float(text.split()[1]) * (self.step + 1) / self.request.steps
+        share = self.step / (self.request.steps - 1) if self.request.steps > 1 else 1.0
+        return time.monotonic() >= self.started + float(text.split()[1]) * share
 
     def picture(self) -> np.ndarray:
         pixels = np.empty((self.request.height, self.request.width, 3), np.uint8)
@@ -107,7 +108,7 @@ class FakeWorker:
         if not self.rows:
             self.emit(Announce("idle", math.inf))
             self.obey(self.orders.get())
-            self.emit(Announce("step", 5.0))
+            self.emit(Announce("step", 600.0))
         while not self.orders.empty():
             self.obey(self.orders.get())
 
@@ -162,8 +163,9 @@ class FakeWorker:
         for row in batch:
             row.step += 1
         passes = sum(2 if row.request.guided else 1 for row in batch)
-        waiting = len(self.rows) - len(batch)
-        self.emit(Tick(model, "denoise", len(batch), passes, 0, 2 * CAP, STEP, len(batch), waiting))
+        running = min(CAP, len(self.rows))
+        waiting = len(self.rows) - running
+        self.emit(Tick(model, "denoise", len(batch), passes, 0, 2 * CAP, STEP, running, waiting))
         for row in batch:
             if row in self.rows:
                 self.settle(row)

@@ -67,6 +67,7 @@ class Keeper:
         self._bury = bury
         self._tick: Tick | None = None
         self._refusal: InstepError | None = None
+        self._end = "ended"
         self._link: Link | None = None
         self._task: asyncio.Task[None] | None = None
         self._born = 0.0
@@ -126,7 +127,7 @@ class Keeper:
             greeting.cancel()
         if not self._greeted.is_set():
             self._task.result()
-            raise self._refusal or NoWorker(f"The engine process for {self.device} ended before it was ready.")
+            raise self._refusal or NoWorker(f"The engine process on {self.device} {self._end} before it was ready.")
 
     async def stop(self) -> None:
         """End the process for good."""
@@ -144,7 +145,7 @@ class Keeper:
             self._born = time.monotonic()
             self._link = Link(self._command, self._listen)
             try:
-                reason = await self._link.run(self._start)
+                self._end = reason = await self._link.run(self._start)
             finally:
                 self._said_hello, self._link = False, None
             if time.monotonic() - self._born > HEALTHY:

@@ -1,0 +1,169 @@
+"""The process around the engine: orders in, reports out, signals, and its end; on a stand-in engine without torch."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from app.errors import SettingsError
+from app.report import Announce, Failure
+from app.settings import Settings
+from app.worker import process, wire
+from tests.worker.parts import CARDS, request
+
+STAND_IN = """
+import ctypes, queue, sys, time
+from app.errors import EngineError, SettingsError
+from app.report import Announce, Failure
+from app.worker import process
+
+class Pool:
+    def want(self, model): said.put(Announce("want " + model, 1.0))
+    def close(self): said.put(Announce("closed", 1.0))
+
+class Engine:
+    def submit(self, request): said.put(Failure(request.id, EngineError("submitted")))
+    def cancel(self, request_id): said.put(Failure(request_id, EngineError("cancelled")))
+    def load(self, model_id): said.put(Announce("load " + model_id, 1.0))
+    def stop(self, drain): said.put(Announce("stop" if not drain else "drain", 1.0)); orders.put(None)
+    def run(self): RUN
+
+orders = queue.SimpleQueue()
+
+class Said:
+    def put(self, report): emit(report)
+
+said = Said()
+
+def build(start, tell):
+    global emit
+    emit = tell
+    BUILD
+    return Pool(), Engine()
+
+process.build = build
+process._run()
+"""
+WAITING, SLEEPING = "orders.get()", "ctypes.CDLL(None).sleep(600)"
+
+
+@contextmanager
+def child(run: str = WAITING, build: str = "", **settings: object):
+    """The process, started as the supervisor starts it, and our end of its socket."""
+    code = STAND_IN.replace("RUN", run).replace("BUILD", build or "pass")
+    ours, theirs = socket.socketpair()
+    with theirs:
+        fd = theirs.fileno()
+        running = subprocess.Popen([sys.executable, "-c", code, str(fd)], pass_fds=(fd,), stderr=subprocess.PIPE)
+    ours.settimeout(20)
+    try:
+        wire.send(ours, wire.Start(Settings(**({"devices": "cpu"} | settings)), CARDS, "cpu"))
+        yield running, ours
+    finally:
+        ours.close()
+        running.kill()
+        running.communicate()
+
+
+def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
+    with child(preload="other") as (running, sock):
+        assert wire.receive(sock) == wire.Hello(running.pid)
+        assert wire.receive(sock) == Announce("want other", 1.0)
+        asked = request()
+        for order in (wire.Submit(asked), wire.Cancel("r9"), wire.Load("fake"), wire.Stop(drain=True)):
+            wire.send(sock, order)
+        heard = []
+        while (news := wire.receive(sock)) is not None:
+            heard.append(news)
+        assert [(news.request_id, news.error.message) for news in heard if isinstance(news, Failure)] == [
+            (asked.id, "submitted"),
+            ("r9", "cancelled"),
+        ]
+        assert [news for news in heard if isinstance(news, wire.Taken)] == [wire.Taken(asked.id)]
+        assert [news.phase for news in heard if isinstance(news, Announce)] == ["load fake", "drain", "closed"]
+        assert running.wait(20) == 0
+
+
+@pytest.mark.parametrize("run", [WAITING, SLEEPING], ids=["waiting", "deep in native code"])
+def test_the_end_of_the_stream_ends_the_process(run):
+    with child(run) as (running, sock):
+        assert isinstance(wire.receive(sock), wire.Hello)
+        sock.close()
+        assert running.wait(20) == 0
+
+
+def test_the_end_of_the_stream_ends_a_process_that_still_builds():
+    with child(build="time.sleep(600)") as (running, sock):
+        sock.close()
+        assert running.wait(20) == 0
+
+
+def test_interrupt_is_ignored_and_termination_ends_it():
+    with child(SLEEPING) as (running, sock):
+        assert isinstance(wire.receive(sock), wire.Hello)
+        running.send_signal(signal.SIGINT)
+        wire.send(sock, wire.Load("fake"))
+        assert wire.receive(sock) == Announce("load fake", 1.0)
+        assert running.poll() is None
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == -signal.SIGTERM
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with child(build="raise SettingsError('no such GPU')") as (running, sock):
+        refusal = wire.receive(sock)
+        assert isinstance(refusal, wire.Refusal) and isinstance(refusal.error, SettingsError)
+        assert running.wait(20) == 1
+
+
+def test_an_engine_that_raises_ends_the_process():
+    with child("time.sleep(0.1); raise RuntimeError('device lost')") as (running, _):
+        assert running.wait(20) == 1
+        assert b"device lost" in running.stderr.read()
+
+
+def test_an_order_that_cannot_be_read_ends_the_process():
+    with child() as (running, sock):
+        assert isinstance(wire.receive(sock), wire.Hello)
+        sock.sendall(bytes(7) + b"\x04oops")
+        assert running.wait(20) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"),
+    [("fpu avx2", torch.float32), ("avx512f avx512_bf16", torch.bfloat16), ("amx_bf16 amx_tile", torch.bfloat16)],
+)
+def test_dtype_auto_is_what_the_processor_computes_in(tmp_path, flags, dtype):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor : 0\nflags : {flags}\n")
+    assert process.resolve_dtype(Settings(), "cpu", info) is dtype
+    assert process.resolve_dtype(Settings(dtype="bfloat16"), "cpu", info) is torch.bfloat16
+    assert process.resolve_dtype(Settings(dtype="float32"), "cpu", info) is torch.float32
+    assert process.resolve_dtype(Settings(), "cpu", tmp_path / "absent") is torch.float32
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SettingsError, match="torch sees no GPU"):
+        process._check("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SettingsError, match="there are 2 GPUs"):
+        process._check("cuda:2")
+
+
+def test_big_pictures_do_not_block_the_engine():
+    """emit only queues: with nobody reading, the engine goes on; with a reader, all arrives in order."""
+    run = "[emit(Announce('x' * 1_000_000, i)) for i in range(20)]; emit(Announce('end', 0.0))"
+    with child(run) as (running, sock):
+        time.sleep(0.2)
+        assert isinstance(wire.receive(sock), wire.Hello)
+        assert [wire.receive(sock).seconds for _ in range(20)] == list(range(20))
+        assert wire.receive(sock) == Announce("end", 0.0)
+        assert wire.receive(sock) == Announce("closed", 1.0)
+        assert running.wait(20) == 0
