@@ -11,7 +11,7 @@ import torch
 from app.card import Schedule
 from app.engine.slots import PASSES, Slots
 from app.engine.step import denoise_step, gather
-from app.families.base import Family
+from app.families.base import Conditions, Family
 from app.samplers.table import Table, compile_table
 from tests.engine.fakes import FakeFamily, card
 
@@ -136,3 +136,26 @@ def test_a_gather_names_each_pass_once_and_pads_with_the_spare(guided: tuple[int
     assert padded.owner[: len(plan.owner)].tolist() == plan.owner.tolist()
     assert (padded.rows[padded.owner[len(plan.owner) :]] == slots.spare).all()
     assert (padded.places[len(plan.places) :] == PASSES * slots.spare).all()
+
+
+class MetaFamily(FakeFamily):
+    """The same arithmetic on tensors that hold no numbers: whatever asks one for its value raises."""
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return x + t[:, None, None, None] * conditions["code"][:, :, None, None], None
+
+
+@pytest.mark.parametrize("bucket", [None, 16])
+def test_a_step_never_waits_for_the_device(bucket: int | None) -> None:
+    """On the meta device a step that read a value back on the host would raise, as `.item()` here does."""
+    meta = torch.device("meta")
+    slots = Slots(4, SHAPE, meta)
+    for scale in (None, 3.0, None):
+        codes = torch.zeros(1 if scale is None else 2, 1, device=meta)
+        slots.take(compile_table(EPSILON, "ddpm", 10), torch.zeros(SHAPE, device=meta), {"code": codes}, scale)
+    finite = denoise_step(MetaFamily(card()), slots, gather(slots, np.array([3, 2, 1]), bucket))
+    assert finite.shape == (bucket or 3,)
+    with pytest.raises(RuntimeError):
+        finite.any().item()
