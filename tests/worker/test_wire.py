@@ -41,12 +41,15 @@ def test_orders_arrive_equal(order):
         assert wire.receive(theirs) == order
 
 
-def over_asyncio(write) -> list[wire.News | None]:
-    """What the front reads while `write(sock)` runs in a thread and then closes."""
+def over_asyncio(write) -> list[wire.News]:
+    """What the front hears while `write(sock)` runs in a thread and then closes. Raises what ended the stream."""
 
-    async def read_all():
+    async def hear_all():
+        heard = []
         ours, theirs = socket.socketpair()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        ours.setblocking(False)
+        loop = asyncio.get_running_loop()
+        transport, receiver = await loop.create_unix_connection(lambda: wire.Receiver(heard.append), sock=ours)
 
         def send_all():
             with theirs:
@@ -55,15 +58,13 @@ def over_asyncio(write) -> list[wire.News | None]:
         thread = threading.Thread(target=send_all)
         thread.start()
         try:
-            heard = []
-            while (message := await wire.read(reader)) is not None:
-                heard.append(message)
+            await asyncio.wait_for(receiver.ended, 20)
             return heard
         finally:
-            writer.close()
+            transport.abort()
             thread.join()
 
-    return asyncio.run(read_all())
+    return asyncio.run(hear_all())
 
 
 def test_news_arrive_equal_and_in_order():
@@ -82,6 +83,21 @@ def test_pictures_arrive_whole():
     assert np.array_equal(result.latents, latents) and result.latents.dtype == np.float32
     assert (result.timings, result.warnings, result.index) == (sent.timings, ("cut",), 3)
     assert np.array_equal(preview.pixels, pixels[:5])
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000, 65_536, 65_537, 1 << 20])
+def test_frames_in_any_pieces(piece):
+    """Small frames, frames just around the scratch buffer's size, and large ones, cut at every kind of place."""
+    sizes = (0, 10, 65_000, 65_400, 65_500, 65_536, 66_000, 200_000, 3)
+    sizes = sizes if piece > 10 else (0, 10, 3)
+    sent = [wire.Load("x" * size) for size in sizes] + NEWS
+    stream = b"".join(wire.pack(message) for message in sent)
+
+    def write(sock):
+        for start in range(0, len(stream), piece):
+            sock.sendall(stream[start : start + piece])
+
+    assert over_asyncio(write) == sent
 
 
 def test_errors_keep_class_and_fields():
