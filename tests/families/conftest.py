@@ -1,0 +1,45 @@
+"""Tiny random checkpoints for the tests of families, and the families loaded from them, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.card import read_card
+from app.families import SD3, DiT
+from tests.families.plain import build_parts, load
+from tests.tiny import write_dit, write_sd3
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sd3: as SD3-medium. sd35: QK norm and dual attention. no-t5: sd3 without its T5. dit: of 1000 classes."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    write_sd3(folder / "sd3")
+    write_sd3(
+        folder / "sd35", seed=20, qk_norm="rms_norm", dual_attention_layers=(0,), num_layers=3, pos_embed_max_size=10
+    )
+    write_sd3(folder / "no-t5", leave_out=("text_encoder_3",))
+    write_dit(folder / "dit", classes=1000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(checkpoints: Path) -> dict[str, Any]:
+    """The built parts of sd3."""
+    return build_parts(read_card(checkpoints / "sd3" / "card.toml"))
+
+
+@pytest.fixture(scope="session")
+def sd3(checkpoints: Path, parts: dict[str, Any]) -> SD3:
+    return SD3(read_card(checkpoints / "sd3" / "card.toml"), parts, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="session")
+def dit(checkpoints: Path) -> DiT:
+    family = load(checkpoints / "dit")
+    assert isinstance(family, DiT)
+    return family

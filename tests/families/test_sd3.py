@@ -1,0 +1,167 @@
+"""SD3 against diffusers' StableDiffusion3Pipeline on the same files, and against itself in batches."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from app.card import Schedule, read_card
+from app.errors import CheckpointError, InvalidValue
+from app.families import SD3
+from app.request import ClassLabel, Prompt
+from tests.families.plain import distance, load, sample
+
+PROMPT = Prompt("a red apple on a blue background", negative="green dog")
+PLAIN = {"size": (32, 32), "steps": 6, "guidance": 4.0, "sampler": "flow_euler"}
+
+
+@cache
+def pipeline(folder: Path) -> Any:
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "no-t5" else {}
+    loaded = StableDiffusion3Pipeline.from_pretrained(folder, **absent)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def upstream(
+    folder: Path, prompt: Prompt, *, size: tuple[int, int], steps: int, guidance: float, **options: Any
+) -> Any:
+    return pipeline(folder)(
+        prompt.text,
+        negative_prompt=prompt.negative,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(options.get("seed", 0)),
+        max_sequence_length=options.get("text_length", 24),
+        output_type=options.get("output_type", "latent"),
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sd3", {"size": (32, 32), "steps": 6, "guidance": 4.0}),
+        ("sd3", {"size": (64, 16), "steps": 28, "guidance": 7.0, "seed": 3}),
+        ("sd3", {"size": (32, 48), "steps": 4, "guidance": 0.0}),
+        ("sd3", {"size": (48, 32), "steps": 5, "guidance": 4.0, "text_length": 40}),
+        ("sd35", {"size": (16, 48), "steps": 10, "guidance": 3.5, "seed": 2**31}),
+        ("sd35", {"size": (64, 64), "steps": 1, "guidance": 1.0}),
+        ("no-t5", {"size": (48, 16), "steps": 8, "guidance": 5.0}),
+    ],
+)
+def test_latents_are_those_of_the_pipeline(checkpoints: Path, name: str, options: dict[str, Any]) -> None:
+    family = load(checkpoints / name)
+    ours = sample(family, PROMPT, sampler="flow_euler", **options)
+    assert distance(ours, upstream(checkpoints / name, PROMPT, **options)) < 1e-4
+
+
+def swapped(parts: dict[str, Any]) -> dict[str, Any]:
+    """The two CLIPs, with their tokenizers, in each other's place."""
+    other = {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}
+    other |= {second: first for first, second in other.items()}
+    return {other.get(name, name): part for name, part in parts.items()}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 5}, {"steps": 7}, {"guidance": 3.9}, {"guidance": 4.1}, {"shift": 1.0}, {"swap": True}, {"t5": False}],
+    ids=str,
+)
+def test_controls_are_told_from_the_pipeline(checkpoints: Path, parts: dict[str, Any], wrong: dict[str, Any]) -> None:
+    theirs = upstream(checkpoints / "sd3", PROMPT, size=(32, 32), steps=6, guidance=4.0)
+    card = read_card(checkpoints / "sd3" / "card.toml")
+    if "shift" in wrong:
+        card = card.model_copy(update={"schedule": Schedule(kind="flow", shift=wrong["shift"])})
+    used = swapped(parts) if "swap" in wrong else dict(parts)
+    if "t5" in wrong:
+        del used["text_encoder_3"]
+    options = {key: wrong.get(key, value) for key, value in PLAIN.items()}
+    assert distance(sample(SD3(card, used, "cpu", torch.float32), PROMPT, **options), theirs) > 1e-2
+
+
+def test_a_row_in_a_mixed_batch_is_the_row_alone(sd3: SD3) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn((5, *sd3.latent_shape(48, 32)), generator=generator)
+    t = torch.tensor([999.0, 3.25, 500.0, 857.14, 120.0])
+    prompts = [Prompt(text) for text in ("red apple", "", "a cat and a dog", "red apple", "moon")]
+    with torch.inference_mode():
+        together, _ = sd3.denoise(x, t, sd3.encode(prompts, 24))
+        for row, prompt in enumerate(prompts):
+            alone, frac = sd3.denoise(x[row : row + 1], t[row : row + 1], sd3.encode([prompt], 24))
+            assert frac is None and distance(together[row : row + 1], alone) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2, 8])
+def test_prompts_encoded_together_are_those_encoded_alone(sd3: SD3, batch: int | None) -> None:
+    texts = ["red apple", "", "moon and stars", "red apple", "a cat"]
+    sizes: list[int] = []
+    hook = sd3.t5[0].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    with torch.inference_mode():
+        together = sd3.encode([Prompt(text) for text in texts], 24, batch)
+        hook.remove()
+        for row, text in enumerate(texts):
+            for name, value in sd3.encode([Prompt(text)], 24).items():
+                assert distance(together[name][row : row + 1], value) < 1e-5
+    assert sizes == {None: [4], 1: [1] * 4, 2: [2, 2], 8: [8]}[batch]
+
+
+def test_decode_gives_the_pipelines_image(checkpoints: Path, sd3: SD3) -> None:
+    latents = upstream(checkpoints / "sd3", PROMPT, size=(48, 32), steps=6, guidance=4.0)
+    theirs = upstream(checkpoints / "sd3", PROMPT, size=(48, 32), steps=6, guidance=4.0, output_type="pil")
+    with torch.inference_mode():
+        ours = sd3.decode(latents.expand(2, -1, -1, -1))
+    assert ours.shape == (2, 32, 48, 3) and ours.dtype == torch.uint8
+    assert np.array_equal(ours[1].numpy(), np.asarray(theirs[0]))
+
+
+@pytest.mark.parametrize("absent", ["text_encoder", "text_encoder_2"])
+def test_an_absent_clip_is_zeros_in_its_share(sd3: SD3, parts: dict[str, Any], absent: str) -> None:
+    left = {name: part for name, part in parts.items() if name not in (absent, absent.replace("text_encoder", "token"))}
+    family = SD3(sd3.card, left, "cpu", torch.float32)
+    gone, kept = (slice(0, 16), slice(16, 40)) if absent == "text_encoder" else (slice(16, 40), slice(0, 16))
+    with torch.inference_mode():
+        part, whole = family.encode([PROMPT], 24), sd3.encode([PROMPT], 24)
+    for ours, full in ((part["text"][:, :24], whole["text"][:, :24]), (part["pooled"], whole["pooled"])):
+        assert not ours[..., gone].any() and full[..., gone].any()
+        assert torch.equal(ours[..., kept], full[..., kept])
+    assert torch.equal(part["text"][:, 24:], whole["text"][:, 24:])
+
+
+def test_without_any_encoder_the_text_is_zeros(sd3: SD3, parts: dict[str, Any]) -> None:
+    left = {name: part for name, part in parts.items() if name in ("transformer", "vae")}
+    encoded = SD3(sd3.card, left, "cpu", torch.float32).encode([PROMPT, Prompt("x")], 30)
+    assert encoded["text"].shape == (2, 54, 48) and not encoded["text"].any() and not encoded["pooled"].any()
+
+
+def test_the_text_that_no_encoder_sees_is_told(checkpoints: Path, sd3: SD3) -> None:
+    long = Prompt("a red Cat and the " * 5 + "End.")
+    assert sd3.truncated(Prompt("red apple"), 24) is None
+    # Of the CLIPs' 24 tokens 22 are words; the T5 spells out "Cat", but has room for all.
+    assert sd3.truncated(long, 23) == "Cat and the End."
+    assert sd3.truncated(long, 60) is None
+    assert load(checkpoints / "no-t5").truncated(long, 40) == "Cat and the End."
+
+
+def test_shapes_opposites_and_labels(sd3: SD3) -> None:
+    assert sd3.latent_shape(48, 32) == (4, 8, 12) and sd3.image_tokens(48, 32) == 24
+    assert sd3.opposite(PROMPT) == Prompt("green dog") and not sd3.learned_variance
+    with pytest.raises(InvalidValue):
+        sd3.encode([ClassLabel(1)], 24)
+
+
+def test_parts_that_do_not_fit_are_refused(sd3: SD3, parts: dict[str, Any]) -> None:
+    for wrong in ({"text_encoder_2": parts["text_encoder"]}, {"tokenizer_3": None}):
+        with pytest.raises(CheckpointError):
+            SD3(sd3.card, {**parts, **wrong}, "cpu", torch.float32)
+    sizes = sd3.card.limits.sizes.model_copy(update={"max": 112})
+    card = sd3.card.model_copy(update={"limits": sd3.card.limits.model_copy(update={"sizes": sizes})})
+    with pytest.raises(CheckpointError, match=r"card\.toml: limits\.sizes\.max"):
+        SD3(card, parts, "cpu", torch.float32)
