@@ -44,6 +44,7 @@ def curl(ask: Ask, settings: Settings, out: Path) -> str:
     if len(ask.request.images) > 1:
         body["grid"] = {"columns": len(ask.request.images)}
     host = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::") else settings.host
+    host = f"[{host}]" if ":" in host else host
     words = [
         *("curl", f"{host}:{settings.port}/v1/images/generations"),
         *("-H", "Content-Type: application/json", "-H", f"Accept: image/{ask.format}"),
@@ -64,11 +65,15 @@ def file_name(ask: Ask) -> Path:
     return Path(f"{slug or ask.card.id}-{ask.request.images[0].seed}.png")
 
 
-def writable(out: Path) -> Path:
-    """A picture to write, checked before minutes of drawing: its kind is one we write, and its folder exists."""
-    if out.suffix.lower() not in KINDS:
+def kind_of(out: Path) -> Format | None:
+    """The format that the name of a picture asks for, None for PNG, which is the default.
+
+    Checked before minutes of drawing: raises InvalidValue for a kind that is not written or a folder that is not there.
+    """
+    kind = KINDS.get(in_folder(out).suffix.lower())
+    if kind is None:
         raise InvalidValue(f"{out}: the name must end in {', '.join(KINDS)}", param="out")
-    return in_folder(out)
+    return None if kind == "png" else kind
 
 
 def in_folder(file: Path) -> Path:

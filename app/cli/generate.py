@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from safetensors.numpy import save_file
 
 from app.api.replies import Ask, raw_image, warnings
-from app.cli.bodies import KINDS, build, curl, file_name, in_folder, open_registry, writable
+from app.cli.bodies import build, curl, file_name, in_folder, kind_of, open_registry
 from app.cli.local import Local, loading
 from app.cli.paint import half_blocks
 from app.cli.serve import read_settings
@@ -48,7 +48,7 @@ def generate(
     body: dict[str, Any] = {
         "prompt": prompt, "class_label": class_label, "model": model, "num_inference_steps": steps,
         "guidance_scale": guidance, "seed": seed, "sampler": sampler, "size": size, "negative_prompt": negative, "n": n,
-        "output_format": KINDS[writable(out).suffix.lower()] if out else None,
+        "output_format": kind_of(out) if out else None,
     }  # fmt: skip
     ask = build(body, registry, "generate", keep_latents=bool(save_latents and in_folder(save_latents)))
     console = Console()
@@ -80,8 +80,7 @@ def watch(reports: Iterator[Report], request: Request, console: Console) -> list
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[int, TaskID] = {}
         for report in reports:
-            line = loading(report)
-            if line:
+            if (line := loading(report)) and console.is_terminal:
                 say(console, line)
             elif isinstance(report, Step):
                 if report.index not in tasks:

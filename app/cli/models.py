@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from app.api.classes import draws_classes
+from app.api.registry import check_sampler
 from app.api.schemas import describe_sizes
 from app.card import Card, read_card, read_cards
 from app.cli.bodies import open_registry
 from app.cli.serve import read_settings
-from app.errors import InstepError, LoadError
-from app.samplers.table import valid_samplers
+from app.errors import CardError, CheckpointError, InstepError, LoadError
+from app.samplers.table import compile_table, valid_samplers
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
 Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")]
@@ -85,8 +86,53 @@ def facts_of(card: Card) -> dict[str, str]:
 
 
 def check_folder(folder: Path) -> dict[str, tuple[str, str]]:
-    """(state, detail) of every card under the folder, by the name of its folder: "ok", "absent" or "broken"."""
-    return {}
+    """(state, detail) of every card by its folder's name: "ok", "absent" (not downloaded), "broken", "unknown"."""
+    files = sorted(folder.glob("*/card.toml"))
+    if not files:
+        raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
+    try:
+        cards = read_cards(folder)
+    except CardError as error:
+        # One card is enough to stop a server: tell which ones are bad by themselves, or the clash between good ones.
+        states = {file.parent.name: _check_alone(file) for file in files}
+        broken = any(state == "broken" for state, _ in states.values())
+        return states if broken else {**states, "all together": ("broken", error.message)}
+    return {card.folder.name: _check_files(card, cards) for card in cards.values()}
+
+
+def _check_alone(file: Path) -> tuple[str, str]:
+    try:
+        read_card(file)
+    except CardError as error:
+        return "broken", error.message
+    return "unknown", "files not looked at while another card is broken"
+
+
+def _check_files(card: Card, cards: dict[str, Card]) -> tuple[str, str]:
+    """Whether the card's defaults compile and every part of it builds, one after the other, on the CPU."""
+    # NOTE: imported late: torch and the model libraries take seconds, and only this command needs them.
+    import torch
+
+    from app.families.components import build_component, has_weights
+    from app.pool.layout import read_parts, source_folder
+    from app.pool.weights import read_state
+
+    try:
+        check_sampler(card)
+        compile_table(card.schedule, card.defaults.sampler, card.defaults.num_inference_steps, tokens=256)
+        source_folder(card)
+    except CheckpointError as error:
+        return ("absent" if card.source.repo else "broken"), error.message
+    except InstepError as error:
+        return "broken", error.message
+    try:
+        parts = read_parts(card, cards)
+        for part in parts:
+            state = read_state(part.folder) if has_weights(part.class_name) else None
+            build_component(part.class_name, part.folder, state, torch.bfloat16)
+    except LoadError as error:
+        return "broken", error.message
+    return "ok", f"{len(parts)} parts"
 
 
 def _table(*columns: str) -> Table:

@@ -1,0 +1,92 @@
+"""`instep demo`: its numbers are counted from Ticks, and they show that requests shared forwards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.cli import demo
+from app.cli.bodies import open_registry
+from app.report import Progress, Result, Tick, Timings
+from app.samplers.table import compile_table
+from app.settings import Settings
+from tests.cli.conftest import Run
+
+LAST = re.compile(r"12 images, (\d+) forwards instead of (\d+); the shortest waited (\d+) steps")
+
+
+def tick(phase: Any = "denoise", left: int = 1) -> Tick:
+    return Tick("m", phase, 1, 1, 0, 1, 0.1, left, 0)
+
+
+def test_twelve_requests_share_their_forwards(run: Run) -> None:
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    found = LAST.fullmatch(result.stdout.splitlines()[-1])
+    assert found, result.stdout
+    shared, alone, _ = map(int, found.groups())
+    registry = open_registry(Settings())
+    script = [request for _, request, _ in demo.write_script(registry)]
+    tables = [compile_table(registry.cards[one.model].schedule, one.sampler, one.steps) for one in script]
+    assert alone == sum(table.lines for table in tables)
+    assert max(table.lines for table in tables) <= shared < alone
+
+
+def test_the_script_is_mixed(tiny: Path) -> None:
+    script = demo.write_script(open_registry(Settings(models=tiny, default_model="tiny-sd3")))
+    requests = [request for _, request, _ in script]
+    assert len(requests) == 12
+    assert {request.model for request in requests} == {"tiny-sd3", "tiny-sd3-turbo", "tiny-dit"}
+    assert {request.guided for request in requests} == {True, False}
+    assert (min(request.steps for request in requests), max(request.steps for request in requests)) == (1, 50)
+    assert len({request.sampler for request in requests}) >= 3
+
+
+def test_the_script_does_with_what_there_is(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny-dit").symlink_to(tiny / "tiny-dit")
+    script = demo.write_script(open_registry(Settings(models=tmp_path)))
+    assert {request.model for _, request, _ in script} == {"tiny-dit"} and len(script) == 12
+
+
+def test_waiting_is_counted_in_forwards_since_arrival(tiny: Path) -> None:
+    requests = [request for _, request, _ in demo.write_script(open_registry(Settings(models=tiny)))[:3]]
+    submitted: list[str] = []
+
+    class Sink:
+        def submit(self, request: Any) -> None:
+            submitted.append(request.id)
+
+    tally = demo.Tally([(0, requests[0]), (2, requests[1]), (90, requests[2])], local=Sink())  # type: ignore[arg-type]
+    tally.let_in()
+    assert submitted == ["demo-0"]
+    for _ in range(2):
+        tally(Progress("demo-0", 0, 1, 9))
+        tally(tick())
+    tally(tick("decode"))
+    assert submitted == ["demo-0", "demo-1"]
+    for _ in range(3):
+        tally(tick())
+    tally(Progress("demo-1", 0, 1, 9))
+    assert (tally.forwards, tally.waited) == (5, {"demo-0": 0, "demo-1": 3})
+    tally(tick("decode", left=0))
+    assert submitted == ["demo-0", "demo-1", "demo-2"], "an idle engine gets the next one early"
+
+
+def test_the_last_line(tiny: Path) -> None:
+    tally = demo.Tally([], forwards=7, waited={"a": 1, "b": 4})
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    results = {
+        name: Result(name, 0, 0, pixels, Timings(0, 0, 0, 0, steps, 1.0)) for name, steps in (("a", 9), ("b", 2))
+    }
+    assert demo.summary(tally, results) == "2 images, 7 forwards instead of 11; the shortest waited 4 steps"
+
+
+@pytest.mark.parametrize("sizes", [((4, 6), (8, 8)), ((64, 64), (32, 32))])
+def test_the_sheet_takes_the_smallest_size(sizes: tuple[tuple[int, int], ...]) -> None:
+    shown = demo.sheet([np.zeros((*size, 3), np.uint8) for size in sizes])
+    height, width = (min(size[axis] for size in sizes) for axis in (0, 1))
+    assert shown.shape == (height, 2 * width, 3)

@@ -1,0 +1,139 @@
+"""`instep generate` draws what the engine draws, tells how to ask a server for it, and fails in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from safetensors.numpy import load_file
+from typer.testing import Result
+
+from app.cli import generate
+from app.cli.bodies import build, open_registry
+from app.cli.local import Local
+from app.errors import NonFiniteOutput
+from app.report import Failure, Progress, Timings
+from app.report import Result as Drawn
+from app.settings import Settings
+from tests.cli.conftest import Run, one_line
+
+
+def direct(body: dict[str, object]) -> list[Drawn]:
+    """The same body through an engine, with nothing of the command between."""
+    settings = Settings()
+    registry = open_registry(settings)
+    ask = build(body, registry, "direct", keep_latents=True)
+    results: dict[int, Drawn] = {}
+    with Local(settings, registry.cards) as local:
+        local.submit(ask.request)
+        for report in local.reports():
+            if isinstance(report, Drawn):
+                results[report.index] = report
+            if len(results) == len(ask.request.images):
+                return [results[index] for index in range(len(results))]
+    raise AssertionError("the engine ended")
+
+
+def drawn(result: Result) -> list[str]:
+    assert result.exit_code == 0, result.output
+    return result.stdout.splitlines()
+
+
+def test_it_draws_saves_and_tells(run: Run) -> None:
+    words = (
+        "--model",
+        "tiny-sd3",
+        "--steps",
+        3,
+        "--guidance",
+        2,
+        "--seed",
+        11,
+        "--size",
+        "32x16",
+        "--negative",
+        "blue",
+    )
+    lines = drawn(run("generate", "red cat", *words, "--save-latents", "l.safetensors"))
+    assert lines[0].startswith("red-cat-11.png  seed 11  ") and lines[1] == "latents l.safetensors"
+    body = {"prompt": "red cat", "model": "tiny-sd3", "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 11}
+    body |= {"size": "32x16", "negative_prompt": "blue"}
+    assert json.loads(lines[2].split("-d '")[1].split("' -o")[0]) == body
+    twin = direct(body)[0]
+    picture = Image.open("red-cat-11.png")
+    assert (np.asarray(picture) == twin.pixels).all()
+    facts = json.loads(picture.text["instep"])
+    assert {key: facts[key] for key in body} == body
+    latents = load_file("l.safetensors")["latents"]
+    assert latents.dtype == np.float32 and twin.latents is not None
+    assert np.array_equal(latents, twin.latents[None])
+
+
+def test_several_images_of_a_class(run: Run) -> None:
+    words = ("--class-label", "green", "--model", "tiny-dit", "--steps", 2, "--seed", 3, "-n", 2, "-o", "g.jpg")
+    lines = drawn(run("generate", *words, "--save-latents", "l.safetensors"))
+    assert [line.split("  ")[:2] for line in lines[:2]] == [["g-1.jpg", "seed 3"], ["g-2.jpg", "seed 4"]]
+    assert all(Image.open(name).format == "JPEG" for name in ("g-1.jpg", "g-2.jpg"))
+    alone = direct({"class_label": "green", "model": "tiny-dit", "num_inference_steps": 2, "seed": 4})[0]
+    assert alone.latents is not None
+    error = np.abs(load_file("l.safetensors")["latents"][1] - alone.latents).max()
+    assert error <= 1e-4 * np.abs(alone.latents).max()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("red", "--model", "tiny-sd"), 'There is no model "tiny-sd"'),
+        (("red", "--model", "tiny-sd3", "--steps", 0), "num_inference_steps: expects 1 to 100"),
+        (("red", "--model", "tiny-sd3", "--sampler", "ddim"), "sampler: tiny-sd3 takes one of flow_euler"),
+        (("red", "--model", "tiny-sd3", "--size", "17x32"), "size: 17x32 is not served"),
+        (("--model", "tiny-sd3"), "prompt: is required"),
+        (("--model", "tiny-dit", "--class-label", "gren"), "has no such class; did you mean"),
+        (("red", "-o", "red.gif"), "red.gif: the name must end in .png"),
+        (("red", "--save-latents", "no/l.safetensors"), "there is no folder no"),
+        (("red", "--guidance", "much"), "Invalid value for '--guidance'"),
+        (("red", "--models", "nowhere"), "no cards in nowhere"),
+    ],
+)
+def test_a_bad_request_is_one_line(run: Run, words: tuple[object, ...], said: str) -> None:
+    assert said in one_line(run("generate", *words))
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_broken_checkpoint_is_one_line(run: Run, tiny: Path) -> None:
+    Path("broken").mkdir()
+    card = (tiny / "tiny-dit" / "card.toml").read_text().replace("tiny-dit", "broken")
+    Path("broken", "card.toml").write_text(card.replace('family = "dit"', 'family = "sd3"'))
+    assert "model_index.json: missing" in one_line(run("generate", "red", "--models", "."))
+
+
+def test_an_error_of_the_engine_ends_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = Failure("generate", NonFiniteOutput("the network gave NaN"))
+    monkeypatch.setattr(Local, "submit", lambda local, request: local._hear(failure))
+    assert one_line(run("generate", "red", "--model", "tiny-sd3")).endswith("the network gave NaN")
+
+
+def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Local, "submit", lambda local, request: local._engine._inbox.put(lambda: [][1]))
+    assert "the engine stopped: IndexError" in one_line(run("generate", "red", "--model", "tiny-sd3"))
+
+
+def test_a_terminal_sees_bars_and_the_picture(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    registry = open_registry(Settings())
+    ask = build({"prompt": "red", "model": "tiny-sd3", "n": 2, "seed": 1}, registry, "generate")
+    pixels = np.full((16, 32, 3), 200, np.uint8)
+    timings = Timings(0.0, 0.1, 0.2, 0.3, 4, 1.0)
+    told = [Progress("generate", 1, 3, 4), *(Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0))]
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, color_system="truecolor")
+    results = generate.watch(iter(told), ask.request, console)
+    assert "image 2" in screen.getvalue() and "3/4" in screen.getvalue()
+    assert [result.index for result in results] == [0, 1]
+    generate.deliver(console, ask, results, tmp_path / "a.png", 9.0)
+    assert screen.getvalue().count("▀") == 2 * 8 * 32
+    assert f"{tmp_path / 'a-2.png'}  seed 2  0.60 s (9.0 s with loading)" in screen.getvalue()

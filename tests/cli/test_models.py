@@ -1,0 +1,88 @@
+"""`instep models`: cards as tables, and checkpoints that lie are named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run, one_line
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the tiny models to break."""
+    folder = tmp_path / "models"
+    shutil.copytree(tiny, folder)
+    monkeypatch.setenv("INSTEP_MODELS", str(folder))
+    return folder
+
+
+def states(output: str) -> dict[str, str]:
+    return dict(line.split()[:2] for line in output.splitlines()[1:])
+
+
+def test_list_has_a_line_for_each_card(run: Run) -> None:
+    lines = run("models", "list").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["tiny-dit", "tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
+    assert lines[1].split() == ["tiny-dit", "dit", "10", "classes", "32x32", "8", "4", "ddim"]
+
+
+def test_show_tells_what_a_request_may_ask(run: Run) -> None:
+    told = run("models", "show", "tiny-sd3-turbo").stdout
+    for part in ("flow_euler, flow_heun, flow_dpmpp_2m", "tiny-sd3/vae", "flow_euler, 4 steps, guidance 0", "32x32"):
+        assert part in told
+    assert 'did you mean "tiny-sd3"' in one_line(run("models", "show", "tiny-sd"))
+
+
+def test_check_of_good_models(run: Run) -> None:
+    result = run("models", "check")
+    assert (result.exit_code, set(states(result.stdout).values())) == (0, {"ok"})
+
+
+def test_check_names_what_is_wrong_with_each(run: Run, copy: Path) -> None:
+    weights = next((copy / "tiny-dit").glob("transformer/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-8])
+    scheduler = copy / "tiny-sd3-turbo" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "thresholding": True}))
+    shutil.rmtree(copy / "tiny-sd3" / "tokenizer_3")
+    card = copy / "tiny-sd3-no-t5" / "card.toml"
+    card.write_text(card.read_text().replace('path = "."', 'repo = "nobody/nothing"'))
+    result = run("models", "check")
+    assert result.exit_code == 1
+    assert states(result.stdout) == {
+        "tiny-dit": "broken", "tiny-sd3": "broken", "tiny-sd3-turbo": "broken", "tiny-sd3-no-t5": "absent",
+    }  # fmt: skip
+    for said in (f"{weights}: invalid header: truncated", "thresholding is true", "tokenizer.json: missing"):
+        assert said in result.stdout
+    assert "hf download nobody/nothing" in result.stdout
+    assert result.stderr == "instep: 3 of 4 models are broken: tiny-dit, tiny-sd3, tiny-sd3-turbo\n"
+
+
+def test_check_goes_on_past_an_invalid_card(run: Run, copy: Path) -> None:
+    card = copy / "tiny-dit" / "card.toml"
+    card.write_text(card.read_text().replace("ddim", "ddim", 1).replace('family = "dit"', 'family = "gan"'))
+    result = run("models", "check")
+    assert result.exit_code == 1 and states(result.stdout)["tiny-dit"] == "broken"
+    assert f"{card}: family: " in result.stdout
+    assert states(result.stdout)["tiny-sd3"] == "unknown"
+
+
+def test_check_of_two_cards_with_one_name(run: Run, copy: Path) -> None:
+    card = copy / "tiny-dit" / "card.toml"
+    card.write_text('aliases = ["tiny-sd3"]\n' + card.read_text())
+    result = run("models", "check")
+    assert result.exit_code == 1 and "the name tiny-sd3 is already used" in result.stdout
+
+
+def test_a_default_sampler_of_another_prediction(run: Run, copy: Path) -> None:
+    card = copy / "tiny-dit" / "card.toml"
+    card.write_text(card.read_text().replace('"ddim"', '"flow_euler"'))
+    assert states(run("models", "check").stdout)["tiny-dit"] == "broken"
+
+
+def test_an_empty_folder_is_one_line(run: Run, tmp_path: Path) -> None:
+    assert "no cards in" in one_line(run("models", "check", "--models", tmp_path))
+    assert "no cards in" in one_line(run("models", "list", "--models", tmp_path))
