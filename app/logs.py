@@ -20,15 +20,10 @@ _SHARED: list[Any] = [
 
 def setup(level: str) -> None:
     """Send every logger of this process through one JSON formatter. level: debug, info, warning or error."""
-    structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*_SHARED, structlog.stdlib.ExtraAdder(allow=[])],
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *_SHARED],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.JSONRenderer(),
@@ -39,5 +34,15 @@ def setup(level: str) -> None:
 
 
 def logger(name: str) -> structlog.stdlib.BoundLogger:
-    """A logger whose methods take an event name and facts as keywords."""
-    return cast(structlog.stdlib.BoundLogger, structlog.get_logger(name))
+    """A logger whose methods take an event name and facts as keywords; it writes to the standard library's."""
+    wrapped = structlog.wrap_logger(
+        logging.getLogger(name),
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.add_logger_name,
+            *_SHARED,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+    return cast(structlog.stdlib.BoundLogger, wrapped)

@@ -1,0 +1,85 @@
+"""One log line a request, its id, and the fixed 500."""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.conftest import Server, generate
+
+
+def lines(caplog: pytest.LogCaptureFixture, count: int = 0) -> list[dict[str, Any]]:
+    """The lines so far, `count` at least: a line is written just after its answer has gone out."""
+    until = time.monotonic() + 5
+    while True:
+        found = [record.msg for record in caplog.records if record.name == "instep.access"]
+        if len(found) >= count or time.monotonic() > until:
+            return [line for line in found if isinstance(line, dict)]
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="instep.access")
+    return caplog
+
+
+def test_a_generation_is_one_line_without_the_prompt(http: httpx.Client, log: pytest.LogCaptureFixture) -> None:
+    reply = generate(http, {"prompt": "secret wish", "seed": 5, "n": 2})
+    assert reply.status_code == 200
+    (line,) = lines(log, 1)
+    assert line["request_id"] == reply.headers["x-request-id"]
+    assert (line["status"], line["model"], line["seed"], line["steps"], line["images"]) == (200, "tiny-text", 5, 4, 2)
+    for stage in ("queue", "encode", "denoise", "decode", "image_encode", "total"):
+        assert line[f"{stage}_ms"] >= 0
+    assert "secret" not in str(log.records)
+
+
+@pytest.mark.parametrize("body", [{"prompt": "secret" * 100}, {"prompt": "secret", "size": "1x1"}, {"secret": 1}])
+def test_a_refusal_is_logged_by_its_code(
+    http: httpx.Client, log: pytest.LogCaptureFixture, body: dict[str, object]
+) -> None:
+    assert generate(http, body).status_code == 400
+    (line,) = lines(log, 1)
+    assert (line["status"], line["error"]) in [(400, "invalid_value"), (400, "unknown_parameter")]
+    assert "secret" not in str(line)
+
+
+def test_probes_are_quiet(http: httpx.Client, log: pytest.LogCaptureFixture) -> None:
+    for path in ("/health", "/healthz", "/readyz", "/metrics"):
+        assert http.get(path).status_code == 200
+    assert lines(log) == []
+
+
+def test_a_request_id_is_kept_when_it_is_safe(http: httpx.Client) -> None:
+    assert http.get("/health", headers={"X-Request-ID": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
+    for given in ("a b", "x" * 65, "", 'a"b', "ä"):
+        told = http.get("/health", headers={"X-Request-ID": given.encode()}).headers["x-request-id"]
+        assert told != given and len(told) == 32
+
+
+def test_the_same_request_id_may_come_twice_at_once(http: httpx.Client, url: str) -> None:
+    def one(_: int) -> int:
+        headers = {"X-Request-ID": "twin"}
+        return httpx.post(f"{url}/v1/images/generations", json={"prompt": "!slow 0.2"}, headers=headers).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(4))) == [200] * 4
+
+
+def test_what_nobody_caught_is_a_fixed_500(
+    http: httpx.Client, server: Server, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(server.metrics, "render", broken)
+    reply = http.get("/metrics")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in reply.text and reply.headers["x-request-id"]
+    assert any(line["event"] == "unhandled" and "secret detail" in line["exception"] for line in lines(log, 1))
