@@ -77,6 +77,7 @@ class Row:
 class FakeWorker:
     def __init__(self, sock: socket.socket, start: wire.Start) -> None:
         self.sock = sock
+        self.sending = threading.Lock()
         self.cards = start.cards
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self.rows: list[Row] = []
@@ -85,11 +86,14 @@ class FakeWorker:
         wanted = start.settings.preload
         self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
-    def emit(self, report: Report | wire.Hello) -> None:
-        wire.send(self.sock, report)
+    def emit(self, report: Report | wire.Hello | wire.Pong) -> None:
+        with self.sending:
+            wire.send(self.sock, report)
 
     def listen(self) -> None:
         while (order := wire.receive(self.sock)) is not None:
+            if isinstance(order, wire.Submit | wire.Ping):
+                self.emit(wire.Pong())
             self.orders.put(order)
         os._exit(0)
 
@@ -108,7 +112,8 @@ class FakeWorker:
         if not self.rows:
             self.emit(Announce("idle", math.inf))
             self.obey(self.orders.get())
-            self.emit(Announce("step", 600.0))
+            if self.rows:
+                self.emit(Announce("step", 600.0))
         while not self.orders.empty():
             self.obey(self.orders.get())
 

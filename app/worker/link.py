@@ -22,8 +22,9 @@ from app.worker import wire
 START_LIMIT = 120.0
 """Seconds from the start of the process to its Hello; importing torch from a cold disk takes tens."""
 
-WAKE_LIMIT = 20.0
-"""Seconds in which a process that announced endless silence (idle) must answer a request with anything at all."""
+PING_EVERY = 10.0
+WAKE_LIMIT = 30.0
+"""Seconds in which a process that announced endless silence (idle) must answer a request or a ping."""
 
 MAX_SILENCE = 900.0
 """Seconds of silence that no announcement but endless (idle) can exceed."""
@@ -50,7 +51,7 @@ class Link:
         self._command = command
         self._hear = hear
         self._transport: asyncio.Transport | None = None
-        self._heard = time.monotonic()
+        self._heard = self._pinged = time.monotonic()
         self._limit = START_LIMIT
         self._wake_by = math.inf
 
@@ -75,7 +76,7 @@ class Link:
         """Queue an order; to a process that is gone it goes nowhere, and `run` is about to return."""
         if self._transport and not self._transport.is_closing():
             self._transport.write(wire.pack(order))
-        if isinstance(order, wire.Submit) and math.isinf(self._limit):
+        if isinstance(order, wire.Submit | wire.Ping) and math.isinf(self._limit):
             # NOTE: an idle process has announced endless silence. Without this, one that is stuck there is never found.
             self._wake_by = min(self._wake_by, time.monotonic() + WAKE_LIMIT)
 
@@ -113,7 +114,7 @@ class Link:
 
     def _take(self, message: wire.News) -> None:
         self._wake_by = math.inf
-        if isinstance(message, wire.Taken):
+        if isinstance(message, wire.Pong):
             # NOTE: the reader thread says this; it must not hide an engine that hangs.
             return
         self._heard = time.monotonic()
@@ -121,8 +122,6 @@ class Link:
             self.phase, self._limit = "ready", math.inf
         elif isinstance(message, Announce):
             self.phase, self._limit = message.phase, message.seconds
-            if not math.isinf(self._limit):
-                self._limit = min(self._limit, MAX_SILENCE)
         try:
             self._hear(message)
         except Exception:
@@ -140,6 +139,9 @@ class Link:
             if self._exit_code() is not None:
                 await asyncio.wait({ended}, timeout=_CHECK)
                 break
+            if math.isinf(self._limit) and now > max(self._heard, self._pinged) + PING_EVERY:
+                self._pinged = now
+                self.send(wire.Ping())
             if now > self._due():
                 self.kill()
                 await self._gone(_EXIT)
@@ -173,4 +175,5 @@ class Link:
 
     def _due(self) -> float:
         """The moment on the monotonic clock by which it must have said something."""
-        return min(self._heard + self._limit, self._wake_by)
+        limit = self._limit if math.isinf(self._limit) else min(self._limit, MAX_SILENCE)
+        return min(self._heard + limit, self._wake_by)

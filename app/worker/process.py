@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from app import logs
 from app.errors import InstepError, SettingsError
 from app.report import Report
 from app.settings import Settings
@@ -76,11 +77,13 @@ class Ends:
         match order:
             case wire.Submit(request):
                 self._engine.submit(request)
-                self.emit(wire.Taken(request.id))
+                self.emit(wire.Pong())
             case wire.Cancel(request_id):
                 self._engine.cancel(request_id)
             case wire.Load(model_id):
                 self._engine.load(model_id)
+            case wire.Ping():
+                self.emit(wire.Pong())
             case wire.Stop(drain):
                 self._engine.stop(drain)
 
@@ -104,7 +107,7 @@ def main(descriptor: int) -> int:
     start = wire.receive(sock)
     if not isinstance(start, wire.Start):
         return 0
-    logging.basicConfig(level=start.settings.log_level.upper(), format="%(levelname)s %(name)s %(message)s")
+    logs.setup(start.settings.log_level)
     ends = Ends(sock)
     try:
         pool, engine = build(start, ends.emit)

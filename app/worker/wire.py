@@ -82,15 +82,18 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """The process has read this Submit. A sign that it can be woken, not that its engine gets on."""
-
-    request_id: str
+class Ping:
+    """Are you there? Sent to a process that announced endless silence."""
 
 
-Order = Start | Submit | Cancel | Load | Stop
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """A Submit or a Ping was read. A sign that the process can be woken, not that its engine gets on."""
+
+
+Order = Start | Submit | Cancel | Load | Stop | Ping
 Word = Hello | Refusal | Report
-News = Word | Taken
+News = Word | Pong
 
 
 def pack(message: Order | News) -> bytes:

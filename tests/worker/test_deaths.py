@@ -17,7 +17,7 @@ from tests.worker.parts import CARDS, request, serving, until
 from tests.worker.test_supervisor import run
 
 HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[-1])).sendall\n"
-HELLO, TAKEN = wire.pack(wire.Hello(1)), wire.pack(wire.Taken("r"))
+HELLO, PONG = wire.pack(wire.Hello(1)), wire.pack(wire.Pong())
 SHORT, REFUSAL = wire.pack(Announce("step", 0.3)), wire.pack(wire.Refusal(SettingsError("no such GPU")))
 
 
@@ -118,9 +118,23 @@ def test_an_idle_process_that_does_not_wake_is_a_hang(monkeypatch):
     run(scenario)
 
 
+def test_a_frozen_process_is_found_while_idle(monkeypatch):
+    monkeypatch.setattr(link, "PING_EVERY", 0.1)
+    monkeypatch.setattr(link, "WAKE_LIMIT", 2.0)
+
+    async def scenario():
+        async with serving() as here:
+            await until(lambda: here.supervisor.ready)
+            first = here.supervisor.pids[0]
+            os.kill(first, signal.SIGSTOP)
+            await until(lambda: here.supervisor.pids[0] not in (0, first))
+
+    run(scenario)
+
+
 def test_idleness_is_no_hang(monkeypatch):
-    """Half a second of silence, many times what it may take to wake."""
-    monkeypatch.setattr(link, "WAKE_LIMIT", 0.05)
+    """Silence many times as long as what a worker at work is allowed."""
+    monkeypatch.setattr(link, "MAX_SILENCE", 0.05)
 
     async def scenario():
         async with serving() as here:
@@ -131,8 +145,8 @@ def test_idleness_is_no_hang(monkeypatch):
 
 
 def test_an_acknowledgement_does_not_hide_a_hang():
-    """The reader thread lives and says Taken for ever; the engine announced 0.3 seconds and is stuck."""
-    command = script(f"say({HELLO} + {SHORT})\nwhile True:\n    say({TAKEN})\n    time.sleep(0.02)")
+    """The reader thread lives and says Pong for ever; the engine announced 0.3 seconds and is stuck."""
+    command = script(f"say({HELLO} + {SHORT})\nwhile True:\n    say({PONG})\n    time.sleep(0.02)")
 
     async def scenario():
         async with serving(command=command) as here:

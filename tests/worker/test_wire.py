@@ -22,10 +22,11 @@ ORDERS = [
     wire.Cancel("r1"),
     wire.Load("fake"),
     wire.Stop(drain=True),
+    wire.Ping(),
 ]
 NEWS = [
     wire.Hello(1),
-    wire.Taken("r1"),
+    wire.Pong(),
     Announce("idle", math.inf),
     Progress("r1", 0, 1, 4),
     Tick("fake", "denoise", 1, 2, 0, 16, 0.1, 1, 0),
