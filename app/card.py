@@ -53,6 +53,12 @@ class DynamicShift(_Part):
     base: float = 0.5
     max: float = 1.15
 
+    @model_validator(mode="after")
+    def _is_a_line(self) -> DynamicShift:
+        if self.max_tokens <= self.base_tokens:
+            raise ValueError("max_tokens must be over base_tokens")
+        return self
+
 
 class Schedule(_Part):
     """The noise process the network was trained on, and the grid its samplers walk.

@@ -32,7 +32,7 @@ class Points:
     t: Array
     c_in: Array
 
-    def __getitem__(self, index: slice | npt.NDArray[np.intp]) -> Points:
+    def __getitem__(self, index: slice) -> Points:
         return Points(self.alpha[index], self.sigma[index], self.t[index], self.c_in[index])
 
     @property
@@ -160,8 +160,8 @@ def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
 
 
 def shifted(sigma: Array, shift: float) -> Array:
-    """The noise level moved towards pure noise by `shift` (Esser et al. 2024, eq. 23)."""
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    """The noise level moved towards pure noise by `shift` (Esser et al. 2024, eq. 23); never past it, by rounding."""
+    return np.minimum(shift * sigma / (1 + (shift - 1) * sigma), 1.0)
 
 
 def _sd3(schedule: Schedule, steps: int) -> Array:

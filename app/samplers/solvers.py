@@ -50,7 +50,7 @@ def ddpm(path: Path) -> Lines:
     """The posterior q(x' | x, x0) (Ho et al. 2020, eq. 7), its variance fixed or learned (Nichol and Dhariwal 2021,
     eq. 15): scheduling_ddpm.py, and `p_mean_variance` and `p_sample` of the original DiT's gaussian_diffusion.py.
 
-    NOTE: the last line adds noise too unless its t is 0, as upstream; leading and linspace spacing end at t = 0.
+    NOTE: the last line adds noise too unless its t is 0, as upstream; linspace, and leading without steps_offset, end there.
     """
     here, there = path.here, path.there
     keep = here.alpha / there.alpha
@@ -91,9 +91,10 @@ def heun(path: Path) -> Lines:
     noisy = there.sigma > 0
     c = (there.sigma - here.sigma) / (2 * np.where(noisy, there.sigma, 1.0))
     one, zero = np.ones_like(a), np.zeros_like(a)
+    kept = np.stack([np.ones_like(noisy), noisy], axis=1)
 
     def woven(first: Array, second: Array) -> Array:
-        return np.stack([first, second], axis=1)[np.stack([one > 0, noisy], axis=1)]
+        return np.stack([first, second], axis=1)[kept]
 
     at = Points(*(woven(getattr(here, name), getattr(there, name)) for name in ("alpha", "sigma", "t", "c_in")))
     quiet = np.zeros_like(at.t)

@@ -1,0 +1,165 @@
+"""The rules of app/samplers/solvers.py against what is known in closed form: no scheduler takes part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from app.card import Schedule
+from app.errors import InvalidValue
+from app.samplers import solvers
+from app.samplers.schedules import Path, Points
+from app.samplers.table import SOLVERS, compile_table, compose
+from tests.samplers.oracle import PLACE, Array, channel, distance, draw, network, run_table
+
+CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+GEOMETRIES = {
+    "preserving": lambda u: (np.cos(1.45 - 1.35 * u), np.sin(1.45 - 1.35 * u)),
+    "exploding": lambda u: (np.ones_like(u), 20 * 400**-u),
+    "flow": lambda u: (0.02 + 0.93 * u, 0.98 - 0.93 * u),
+}
+"""(alpha, sigma) of smooth walks, from u = 0 near pure noise to u = 1, still some way from the clean end."""
+
+
+def smooth_path(geometry: str, steps: int) -> Path:
+    t = np.linspace(0, 1, steps + 1)
+    alpha, sigma = GEOMETRIES[geometry](t)
+    c_in = 1 / np.hypot(alpha, sigma) if geometry == "exploding" else np.ones_like(t)
+    points = Points(alpha, sigma, t, c_in)
+    return Path(points[:-1], points[1:])
+
+
+class Gaussian:
+    """Data from N(mean, deviation^2): its best prediction, and where its probability-flow ODE leads, are known."""
+
+    mean, deviation = PLACE, 0.4
+
+    def answer(self, x: Array, geometry: str) -> Array:
+        """x at u = 0 carried to u = 1: x keeps its place in units of the marginal's deviation."""
+        alpha, sigma = GEOMETRIES[geometry](np.array([0.0, 1.0]))
+        width = np.hypot(alpha * self.deviation, sigma)
+        return alpha[1] * self.mean + width[1] / width[0] * (x - alpha[0] * self.mean)
+
+    def network(self, geometry: str, prediction: str):
+        def best(seen: Array, t: float) -> Array:
+            alpha, sigma = (level.item() for level in GEOMETRIES[geometry](np.array([t])))
+            alpha, sigma = (
+                level / (np.hypot(alpha, sigma) if geometry == "exploding" else 1) for level in (alpha, sigma)
+            )
+            gain = alpha * self.deviation**2 / ((alpha * self.deviation) ** 2 + sigma**2)
+            x0 = self.mean + gain * (seen - alpha * self.mean)
+            noise = (seen - alpha * x0) / sigma
+            return {"epsilon": noise, "v": alpha * noise - sigma * x0, "sample": x0, "flow": noise - x0}[prediction]
+
+        return best
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
+@pytest.mark.parametrize(
+    ("rule", "geometry", "order"),
+    [
+        (solvers.first_order, "preserving", 1),  # ddim
+        (solvers.first_order, "exploding", 1),  # euler
+        (solvers.first_order, "flow", 1),  # flow_euler
+        (solvers.heun, "exploding", 2),
+        (solvers.heun, "flow", 2),
+        (solvers.dpmpp_2m, "preserving", 2),
+        (solvers.dpmpp_2m, "flow", 2),
+    ],
+)
+def test_deterministic_solvers_converge_at_their_order(rule, geometry, order, prediction):
+    if (prediction == "flow") != (geometry == "flow"):
+        prediction = {"flow": "epsilon"}.get(prediction, "flow")
+    gaussian, errors = Gaussian(), []
+    for steps in (64, 128, 256):
+        path = smooth_path(geometry, steps)
+        table = compose(path, rule(path), prediction)
+        noise = draw(table.lines)
+        final = run_table(table, gaussian.network(geometry, prediction), noise).final
+        errors.append(distance(final, gaussian.answer(noise[0], geometry)))
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert errors[-1] < 0.05
+    np.testing.assert_allclose(orders, order, atol=0.15)
+
+
+@st.composite
+def requests(draw):
+    """A schedule of either kind, a solver that goes with it, and a number of steps."""
+    kind = draw(st.sampled_from(["diffusion", "flow"]))
+    spacings = {"diffusion": ["leading", "linspace", "trailing"], "flow": ["sd3", "flux"]}[kind]
+    schedule = Schedule(
+        kind=kind,
+        prediction={"diffusion": "epsilon", "flow": "flow"}[kind],
+        spacing=draw(st.sampled_from(spacings)),
+        train_steps=draw(st.integers(2, 1500)),
+        betas=draw(st.sampled_from(["linear", "scaled_linear"])),
+        beta_end=draw(st.floats(2e-3, 3e-2)),
+        steps_offset=draw(st.integers(0, 1)),
+        set_alpha_to_one=draw(st.booleans()),
+        shift=draw(st.floats(0.3, 8)),
+    )
+    names = [name for name, solver in SOLVERS.items() if schedule.prediction in solver.predictions]
+    return schedule, draw(st.sampled_from(names)), draw(st.integers(1, 60))
+
+
+@CALM
+@given(requests())
+def test_every_line_keeps_the_marginal_of_a_network_that_knows(request):
+    """When x0 is known at every line, a state alpha * x0 + sigma * noise lands on the noise level the walk names."""
+    schedule, name, steps = request
+    try:
+        path = SOLVERS[name].walk(schedule, steps)
+    except InvalidValue:
+        assume(False)
+    lines = SOLVERS[name].rule(path)
+    landing = path.there  # ddim's is not where its next line starts; heun has two lines a step
+    alpha = landing.alpha if name == "ddim" else np.append(lines.at.alpha[1:], landing.alpha[-1])
+    sigma = landing.sigma if name == "ddim" else np.append(lines.at.sigma[1:], landing.sigma[-1])
+    np.testing.assert_allclose(lines.a * lines.at.alpha + lines.b + lines.c, alpha, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.hypot(lines.a * lines.at.sigma, lines.z), sigma, rtol=1e-6, atol=2e-10)
+
+
+@CALM
+@given(requests())
+def test_every_table_is_finite_also_in_float32(request):
+    schedule, name, steps = request
+    try:
+        table = compile_table(schedule, name, steps)
+    except InvalidValue:
+        assume(False)
+    assert np.isfinite(table.coefficients()).all() and np.isfinite(table.init)
+
+
+def original_dit(betas: Array, steps: int, noise: Array) -> Array:
+    """The sampling loop of facebookresearch/DiT with learned sigma, derived again from its equations, in float64.
+
+    respace.py keeps evenly spaced timesteps of the chain and gives it the betas that join them; gaussian_diffusion.py
+    takes the posterior mean at the x0 of the predicted noise, and a log variance between that of the posterior (the
+    lower bound) and that of the betas, by the network's other half. t counts kept steps; the network sees the true one.
+    """
+    stride = (len(betas) - 1) / (steps - 1)
+    kept = sorted({round(k * stride) for k in range(steps)})
+    bar = np.cumprod(1 - betas)[kept]
+    before = np.append(1.0, bar[:-1])
+    beta = 1 - bar / before
+    posterior = beta * (1 - before) / (1 - bar)
+    x = noise[0]
+    for t, fresh in zip(reversed(range(len(kept))), noise[1:], strict=True):
+        eps, fraction = network(x, kept[t]), (channel(x, kept[t]) + 1) / 2
+        x0 = np.sqrt(1 / bar[t]) * x - np.sqrt(1 / bar[t] - 1) * eps
+        mean = np.sqrt(before[t]) * beta[t] * x0 + np.sqrt(1 - beta[t]) * (1 - before[t]) * x
+        x = mean / (1 - bar[t])
+        if t > 0:
+            x = x + np.exp(0.5 * (fraction * np.log(beta[t]) + (1 - fraction) * np.log(posterior[t]))) * fresh
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10, 28, 50, 250, 1000])
+def test_respaced_learned_range_ddpm_is_the_original_dit(steps):
+    schedule = Schedule(kind="diffusion", spacing="linspace", variance="learned_range")
+    table, noise = compile_table(schedule, "ddpm", steps), draw(steps)
+    expected = original_dit(np.linspace(1e-4, 2e-2, 1000), steps, noise)
+    assert distance(run_table(table, network, noise).final, expected) < 1e-10

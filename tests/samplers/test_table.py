@@ -1,0 +1,191 @@
+"""The compiler of app/samplers/table.py against diffusers' schedulers, and its errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+
+from app.card import DynamicShift, Schedule
+from app.errors import InvalidValue
+from app.samplers.schedules import at_size
+from app.samplers.table import COLUMNS, SOLVERS, compile_table, valid_pairs, valid_samplers
+from tests.samplers.oracle import (
+    UPSTREAM,
+    Array,
+    Network,
+    diffusion_scheduler,
+    distance,
+    draw,
+    network,
+    run_table,
+    run_upstream,
+    wide,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
+
+STEPS = (1, 2, 4, 10, 28, 50, 250)
+DIFFUSION_PAIRS = [pair for pair in valid_pairs() if pair[1] != "flow"]
+FLOW_SAMPLERS = [name for name, prediction in valid_pairs() if prediction == "flow"]
+SCALED = {"betas": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SAME = 1e-10
+"""Bound on the relative error against upstream in float64. One test runs upstream in its own float32, bound 1e-5."""
+
+
+def noise_predicted(table_t: Array, level: Array) -> Network:
+    """`network` as a prediction of the noise where it predicts x0, for an upstream that has no sample prediction."""
+
+    def net(seen: Array, t: float) -> Array:
+        sigma = np.interp(t, table_t[::-1], level[::-1])
+        return (np.hypot(1, sigma) * seen - network(seen, t)) / sigma
+
+    return net
+
+
+def same_as_upstream(schedule: Schedule, sampler: str, steps: int, bound: float) -> None:
+    """One table against one scheduler: the final latent, and the clean latent of every line."""
+    table = compile_table(schedule, sampler, steps)
+    noise, net, prediction = draw(table.lines), network, schedule.prediction
+    if (sampler, prediction) == ("euler_ancestral", "sample"):
+        net, prediction = noise_predicted(table.t, np.sqrt(1 / table.c_in**2 - 1)), "epsilon"
+    scheduler = diffusion_scheduler(schedule, sampler, prediction)
+    scheduler.set_timesteps(steps)
+    theirs = run_upstream(scheduler, net, noise, sampler == "ddpm" and schedule.variance == "learned_range")
+    ours = run_table(table, network, noise)
+    assert distance(ours.final, theirs.final) < bound
+    assert max(map(distance, ours.clean, theirs.clean)) < bound
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)
+def test_diffusion_is_that_of_diffusers(sampler, prediction, spacing):
+    schedule = Schedule(kind="diffusion", prediction=prediction, spacing=spacing)
+    with wide():
+        for steps in STEPS:
+            same_as_upstream(schedule, sampler, steps, SAME)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_ddpm_variances_are_those_of_diffusers(variance, spacing):
+    schedule = Schedule(kind="diffusion", spacing=spacing, variance=variance)
+    with wide():
+        for steps in STEPS:
+            same_as_upstream(schedule, "ddpm", steps, SAME)
+
+
+@pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)
+def test_scaled_betas_offset_final_alpha_and_train_steps_are_those_of_diffusers(sampler, prediction):
+    rest = {"steps_offset": 1, "set_alpha_to_one": False, "train_steps": 400}
+    schedule = Schedule(kind="diffusion", prediction=prediction, **SCALED, **rest)
+    with wide():
+        for steps in (1, 7, 30):
+            same_as_upstream(schedule, sampler, steps, SAME)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("spacing", ["sd3", "flux"])
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+def test_flow_is_that_of_diffusers(sampler, spacing, dynamic):
+    tokens = 1000
+    schedule = Schedule(kind="flow", spacing=spacing, shift=3.0, dynamic_shift=DynamicShift() if dynamic else None)
+    mu = math.log(at_size(schedule, tokens).shift)
+    with wide():
+        for steps in STEPS:
+            table = compile_table(schedule, sampler, steps, tokens=tokens)
+            noise = draw(table.lines)
+            theirs = run_upstream(flow_scheduler(schedule, sampler, steps, mu), network, noise)
+            ours = run_table(table, network, noise)
+            assert distance(ours.final, theirs.final) < SAME
+            assert max(map(distance, ours.clean, theirs.clean)) < SAME
+
+
+def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float):
+    """diffusers' scheduler for a flow schedule, as the SD3 and the FLUX pipeline set it; mu is the log of the shift."""
+    dynamic = schedule.dynamic_shift is not None
+    if sampler == "flow_dpmpp_2m":
+        scheduler = UPSTREAM[sampler](
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, use_dynamic_shifting=dynamic
+        )
+        scheduler.set_timesteps(steps, **({"mu": mu} if dynamic else {}))
+        return scheduler
+    euler = UPSTREAM["flow_euler"](shift=3.0, use_dynamic_shifting=dynamic)
+    sigmas = np.linspace(1, 1 / steps, steps) if schedule.spacing == "flux" else None
+    euler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
+    if sampler == "flow_euler":
+        return euler
+    heun = UPSTREAM["flow_heun"](shift=3.0)
+    heun.set_timesteps(steps)
+    if schedule.spacing == "flux" or dynamic:  # upstream's heun knows SD3's static grid only: it walks euler's here
+        s, t = euler.sigmas, euler.timesteps
+        heun.sigmas = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
+        heun.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
+    return heun
+
+
+@pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)
+def test_upstream_in_its_own_float32_is_within_a_hundred_thousandth(sampler, prediction):
+    schedule = Schedule(kind="diffusion", prediction=prediction, spacing="trailing", **SCALED)
+    for steps in (4, 28):
+        same_as_upstream(schedule, sampler, steps, 1e-5)
+
+
+@pytest.mark.parametrize(("sampler", "prediction"), valid_pairs())
+def test_float32_coefficients_give_the_same_image(sampler, prediction):
+    # A heun step to a low sigma' is sigma / sigma' times a difference of x and mem, both near x0: that costs digits.
+    bound = 1e-4 if "heun" in sampler else 1e-5
+    schedule = Schedule(kind="flow" if prediction == "flow" else "diffusion", prediction=prediction)
+    for steps in (4, 28, 50):
+        table = compile_table(schedule, sampler, steps)
+        noise = draw(table.lines)
+        single, double = (run_table(table, network, noise, kind).final for kind in (np.float32, np.float64))
+        assert distance(single, double) < bound
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_lines_and_noise(sampler):
+    prediction = SOLVERS[sampler].predictions[0]
+    table = compile_table(Schedule(kind="flow" if prediction == "flow" else "diffusion"), sampler, 10)
+    assert table.lines == (19 if "heun" in sampler else 10)
+    assert table.stochastic == (sampler in ("ddpm", "euler_ancestral"))
+    assert not table.zf.any() and table.xm[0] == 0
+    assert table.coefficients().dtype == np.float32
+    assert table.coefficients().shape == (table.lines, len(COLUMNS))
+    np.testing.assert_array_equal(table.coefficients()[:, 0], table.t.astype(np.float32))
+
+
+def test_a_table_is_shared_so_it_cannot_be_written():
+    schedule = Schedule(kind="flow")
+    table = compile_table(schedule, "flow_euler", 4)
+    assert compile_table(Schedule(kind="flow"), "flow_euler", 4, tokens=64) is table
+    with pytest.raises(ValueError, match="read-only"):
+        table.xx[0] = 0
+    with pytest.raises(FrozenInstanceError):
+        table.init = 2.0
+
+
+def test_samplers_of_a_schedule():
+    assert valid_samplers(Schedule(kind="flow")) == ("flow_euler", "flow_heun", "flow_dpmpp_2m")
+    for prediction in ("epsilon", "v", "sample"):
+        names = valid_samplers(Schedule(kind="diffusion", prediction=prediction))
+        assert names == ("ddim", "ddpm", "euler", "euler_ancestral", "heun", "dpmpp_2m")
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("flow", "ddim"), ("diffusion", "flow_euler"), ("flow", "lms")])
+def test_an_invalid_pair_names_the_valid_samplers(kind, sampler):
+    schedule = Schedule(kind=kind)
+    with pytest.raises(InvalidValue) as error:
+        compile_table(schedule, sampler, 10)
+    assert error.value.param == "sampler"
+    assert sampler in error.value.message and ", ".join(valid_samplers(schedule)) in error.value.message
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_steps_out_of_range_are_refused(steps):
+    with pytest.raises(InvalidValue, match=str(steps)) as error:
+        compile_table(Schedule(kind="diffusion"), "ddim", steps)
+    assert error.value.param == "num_inference_steps"
