@@ -1,0 +1,208 @@
+"""The repository keeps its own rules: short targets, pinned versions, READMEs that say what the code says.
+
+Knows nothing of the app but its settings, samplers and request body.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from app.api.schemas import read_body
+from app.card import Card, read_card
+from tests.readme import FILES, TABLES, remade
+from tests.test_floors import FLOORS
+
+ROOT = Path(__file__).parent.parent
+README, TOUR = (file.read_text(encoding="utf-8") for file in FILES)
+TARGETS = ("setup", "serve", "test", "check", "fix")
+
+
+def blocks(text: str, language: str = "") -> list[str]:
+    """The fenced blocks of a Markdown text in this language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def make(*words: str) -> str:
+    """What make would run."""
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def project() -> dict[str, list[Requirement]]:
+    """The requirements of the project and of its extras, by extra ("" for the project's own)."""
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = {"": table["dependencies"], **table["optional-dependencies"]}
+    return {name: [Requirement(text) for text in texts] for name, texts in groups.items()}
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in pairs}
+
+
+def needed() -> dict[str, list[Requirement]]:
+    """Every package that the project needs, directly or not, with what is asked of it."""
+    found: dict[str, list[Requirement]] = {}
+    todo = [requirement for group in project().values() for requirement in group]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        fresh = name not in found
+        found.setdefault(name, []).append(requirement)
+        # NOTE: CUDA's packages exist on a machine with that build of torch only, which pins them itself.
+        if fresh and name != "torch":
+            todo += [one for one in map(Requirement, distribution(name).requires or ()) if wanted(one)]
+    return found
+
+
+def wanted(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def test_targets_have_at_most_three_lines() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipes = re.findall(r"^([^\s#:=]+):(?!=).*\n((?:\t.*\n?)*)", text, re.MULTILINE)
+    assert {name for name, _ in recipes} >= set(TARGETS)
+    assert [name for name, lines in recipes if lines.count("\n\t") > 2] == []
+
+
+def test_the_targets_run_what_the_readme_says() -> None:
+    assert "instep serve" in make("serve")
+    assert 'pytest -m "not gpu"' in make("test")
+    assert all(tool in make("check") for tool in ("ruff check", "ruff format --check", "mypy", "hadolint"))
+    setup = make("setup", "-W", "constraints.txt"), make("setup", "-W", "constraints.txt", "TORCH=cpu")
+    assert ["whl/cpu" in text for text in setup] == [False, True]
+    assert all(text.startswith("echo") and "torch (" in text.splitlines()[0] for text in setup)
+
+
+def test_ci_runs_check_and_test() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "exec make check test" in script.read_text(encoding="utf-8").splitlines()
+
+
+def test_every_dependency_is_pinned_inside_its_range() -> None:
+    known = pins()
+    assert sorted(set(needed()) - set(known)) == []
+    for name, requirements in needed().items():
+        assert all(one.specifier.contains(known[name], prereleases=True) for one in requirements), name
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    wrong = {name: str(pin) for name, pin in pins().items() if not is_installed(name, pin)}
+    assert wrong == {}
+
+
+def is_installed(name: str, pin: Version) -> bool:
+    try:
+        return Version(distribution(name).version).public == pin.public
+    except PackageNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_made_tables_are_the_codes(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert remade(text) == text, "run `make fix`"
+
+
+def test_each_table_has_its_place() -> None:
+    assert sorted(re.findall(r"<!-- made: (\w+) -->", README + TOUR)) == sorted(TABLES)
+
+
+def test_the_tour_has_the_floors_that_are_enforced() -> None:
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", TOUR, re.MULTILINE)
+    told = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert told == {name: min(floor, 9) for name, floor in FLOORS.items()}
+    modules = {
+        path.stem for path in (ROOT / "app").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert set(told) == modules - {"__init__"}
+
+
+def test_paths_that_are_named_exist() -> None:
+    named = set(re.findall(r"`((?:app|models|tests)/[\w./]*)`", README + TOUR))
+    named |= {f"app/{path}" for path in re.findall(r"`((?!tests)[a-z]+/\w+\.py)`", TOUR)}
+    named |= {f"app/{path}" for path in re.findall(r"^(\w+/\w+\.py|\w+\.py) ", TOUR, re.MULTILINE)}
+    links = set(re.findall(r"\]\(([^):#]+)\)", README))
+    assert named and [path for path in sorted(named | links) if not (ROOT / path).exists()] == []
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. \*\*", TOUR, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) > 5
+
+
+def test_the_commands_of_the_readme_are_valid() -> None:
+    shell = "\n".join(blocks(README))
+    assert set(re.findall(r"^make (\w+)", shell, re.MULTILINE)) <= set(TARGETS)
+    curls = [shlex.split(line) for line in shell.splitlines() if line.startswith("curl")]
+    assert curls
+    for words in curls:
+        body = read_body(json.loads(words[words.index("-d") + 1]))
+        body.to_request(read_card(ROOT / "models" / str(body.model) / "card.toml"), "readme")
+
+
+def test_the_python_of_the_readme_asks_for_what_a_server_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[httpx2.Request] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        return httpx2.Response(200, json={"created": 1, "data": [{"b64_json": "UE5H"}]})
+
+    http = httpx2.Client(transport=httpx2.MockTransport(answer))
+    real = openai.OpenAI
+    monkeypatch.setattr(openai, "OpenAI", lambda **options: real(**options, http_client=http))
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(README, "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert Path("apple.png").read_bytes() == b"PNG"
+    assert str(asked[0].url) == "http://localhost:8000/v1/images/generations"
+    body = read_body(json.loads(asked[0].content))
+    body.to_request(read_card(ROOT / "models" / str(body.model) / "card.toml"), "readme")
+
+
+def test_the_card_of_the_readme_is_valid(tmp_path: Path) -> None:
+    (text,) = blocks(README, "toml")
+    (tmp_path / "card.toml").write_text(text, encoding="utf-8")
+    assert isinstance(read_card(tmp_path / "card.toml"), Card)
+
+
+def machine_paths(text: str) -> list[str]:
+    """Paths in a text that exist on one machine only: of this checkout, or of anyone's home."""
+    return re.findall(rf"{re.escape(str(ROOT))}\b|(?<![\w.])/(?:home|Users)/(?!instep\b)\w+|(?<![\w.])/root/", text)
+
+
+def test_no_path_of_a_machine_is_in_the_tree() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, timeout=60, check=True).stdout
+    files = [
+        ROOT / name for name in listed.decode().split("\0") if name and not name.endswith((".safetensors", ".png"))
+    ]
+    here = Path(__file__)
+    assert [
+        f"{file}: {path}"
+        for file in files
+        if file.is_file() and file != here
+        for path in machine_paths(file.read_text(encoding="utf-8", errors="replace"))
+    ] == []
+
+
+def test_a_path_of_a_machine_is_seen() -> None:
+    for path in ("/home/me/x", "/Users/me/x", "cd /root/x", f'"{ROOT}"', f"{ROOT}/app"):
+        assert machine_paths(path), path
+    for path in ("/home/instep/.cache", "app/root/x", "docs.example/home/me", "/tmp/x"):
+        assert not machine_paths(path), path
