@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -96,10 +96,7 @@ def server(settings: Settings) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def url(server: Server) -> str:
     base = server.start()
-    until = time.monotonic() + 30
-    while httpx.get(f"{base}/readyz").status_code != 200:
-        assert time.monotonic() < until, "the server did not become ready"
-        time.sleep(0.02)
+    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
     return base
 
 
@@ -111,3 +108,10 @@ def http(url: str) -> Iterator[httpx.Client]:
 
 def generate(http: httpx.Client, body: dict[str, object], accept: str = "application/json") -> httpx.Response:
     return http.post("/v1/images/generations", json=body, headers={"Accept": accept})
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.01)

@@ -1,0 +1,88 @@
+"""What a step costs beside the network: `python -m tests.bench.host`. Ends in one JSON line.
+
+16 rows, half guided, of 3 samplers, 16x8x8 latents (a 64 px image); the network is replaced by one that returns a
+tensor made before, so that what is left is the batcher, the tables, the gather, the update and the settling.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from datetime import date
+
+import numpy as np
+import torch
+
+from app.engine.slots import Slots
+from app.engine.step import denoise_step, gather
+from app.families.base import Conditions
+from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
+from tests.engine.harness import Bench
+
+ROWS, STEPS = 16, 250
+SAMPLERS = ("flow_euler", "flow_heun", "flow_dpmpp_2m")
+
+
+class FreeFamily(FakeFamily):
+    """A network that costs nothing."""
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return (16, 8, 8)
+
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> tuple[torch.Tensor, None]:
+        return x, None
+
+
+def engine_with_rows() -> Bench:
+    limits = {"num_inference_steps": STEPS, "sizes": {"min": 16, "max": 64}}
+    pool = FakePool(FreeFamily(card(limits=limits)))
+    bench = Bench(pool, profiles=FakeProfiles(passes=2 * ROWS))
+    for number in range(ROWS):
+        sampler = SAMPLERS[number % 3]
+        bench.engine.submit(request(f"r{number}", sampler=sampler, steps=STEPS, guided=number % 2 == 0))
+    while not bench.forwards or bench.forwards[-1].rows < ROWS:
+        bench.turn()
+    return bench
+
+
+def milliseconds(call: object, times: int = 150) -> list[float]:
+    samples = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()  # type: ignore[operator]
+        samples.append((time.perf_counter() - start) * 1e3)
+    return samples
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    bench = engine_with_rows()
+    engine = bench.engine
+    whole = milliseconds(engine.tick)
+    choice = milliseconds(lambda: engine._batcher.next(time.monotonic()))
+    (slots,) = engine._runner._slots.values()
+    assert isinstance(slots, Slots)
+    work = engine._batcher.next(time.monotonic())
+    assert work is not None and len(work.rows) == ROWS
+    index = np.array([row.slot for row in work.rows])
+    layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
+    plan = gather(slots, index)
+    family = work.rows[0].lease.model  # type: ignore[union-attr]
+    with torch.inference_mode():
+        update = milliseconds(lambda: denoise_step(family, slots, plan))
+    parts = {"tick": whole, "batcher": choice, "tables": layout, "gather_forward_update": update}
+    print(f"{'part':24} {'median ms':>10} {'min':>8} {'max':>8}")
+    for name, samples in parts.items():
+        print(f"{name:24} {statistics.median(samples):10.3f} {min(samples):8.3f} {max(samples):8.3f}")
+    medians = {name: round(statistics.median(samples), 4) for name, samples in parts.items()}
+    print(
+        json.dumps(
+            {"bench": "host", "rows": ROWS, "date": str(date.today()), "machine": platform.processor(), **medians}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The whole service, nothing faked: 64 clients on real sockets, the real worker, mixed models, clients that leave."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from app.settings import Settings
+from app.worker.supervisor import WORKER
+from tests.api.conftest import Server
+from tests.api.test_crowd import totals
+from tests.tiny import write_models
+
+CLIENTS = 64
+LEAKY = (sys.executable, str(Path(__file__).parent / "leaky_worker.py"))
+MODELS = ("tiny-sd3", "tiny-sd3-turbo", "tiny-sd3-no-t5", "tiny-dit")
+GROWTH = CLIENTS * (1 << 17)
+"""Bytes the engine process may grow by in a round: a quarter of what the planted leak keeps."""
+
+
+def eventually(what: Callable[[], bool], patience: float = 30.0) -> None:
+    until = time.monotonic() + patience
+    while not what():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.02)
+
+
+def body(dice: random.Random) -> dict[str, object]:
+    model = dice.choice(MODELS)
+    condition = {"class_label": dice.randrange(10)} if model == "tiny-dit" else {"prompt": f"a {dice.random()}"}
+    steps, guidance = dice.choice((1, 2, 4, 8, 12)), dice.choice((0, 1, 4.0, 7.5))
+    return {"model": model, "num_inference_steps": steps, "guidance_scale": guidance, **condition}
+
+
+class Crowd:
+    """One round after another of 64 clients at once; a quarter of them leave before the answer."""
+
+    def __init__(self, url: str) -> None:
+        self.url = f"{url}/v1/images/generations"
+        self.sent = 0
+
+    def round(self) -> Counter[str]:
+        first = self.sent
+        self.sent += CLIENTS
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            return Counter(pool.map(self._client, range(first, first + CLIENTS)))
+
+    def _client(self, number: int) -> str:
+        dice = random.Random(number)
+        with httpx.Client(timeout=100) as http:
+            if number % 4 == 3:
+                return self._leave(http, dice)
+            reply = http.post(self.url, json=body(dice), headers={"Accept": "image/png"})
+            assert reply.status_code == 200, reply.text
+            assert Image.open(io.BytesIO(reply.content)).size == (32, 32)
+            return "answered"
+
+    def _leave(self, http: httpx.Client, dice: random.Random) -> str:
+        long = {"model": "tiny-dit", "class_label": 1, "num_inference_steps": 250, "sampler": "ddpm"}
+        try:
+            http.post(self.url, json=long, timeout=httpx.Timeout(10, read=dice.uniform(0.05, 0.4)))
+        except httpx.TimeoutException:
+            return "left"
+        return "answered"
+
+
+@contextmanager
+def service(folder: Path, command: tuple[str, ...]) -> Iterator[tuple[Server, str]]:
+    settings = Settings(models=folder / "models", devices="cpu", preload="all", port=0, drain=5, cache=folder / "cache")
+    server = Server(settings, command)
+    url = server.start()
+    try:
+        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200, patience=100)
+        yield server, url
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("service")
+    write_models(folder / "models")
+    return folder
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory a process holds."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmRSS")
+
+
+def growth(rounds: int, run: Callable[[], object], pid: int) -> int:
+    """Bytes that a process grows by in a round of requests; the least of several, after two that warm up."""
+    sizes = []
+    for _ in range(rounds):
+        run()
+        sizes.append(resident(pid))
+    return min(after - before for before, after in itertools.pairwise(sizes[1:]))
+
+
+def test_nothing_is_lost_and_memory_is_flat(folder: Path) -> None:
+    with service(folder, WORKER) as (server, url), httpx.Client(base_url=url) as http:
+        crowd, outcomes = Crowd(url), Counter[str]()
+        grown = growth(5, lambda: outcomes.update(crowd.round()), server.supervisor.pids[0])
+        eventually(lambda: server.supervisor.running + server.supervisor.waiting == 0)
+        eventually(lambda: sum(totals(http).values()) == crowd.sent)
+        counted = totals(http)
+        assert counted["refused"] == 0 and counted["cancelled"] >= crowd.sent // 8
+        assert counted["answered"] + counted["cancelled"] == outcomes["answered"] + outcomes["left"] == crowd.sent
+        assert counted["answered"] >= outcomes["answered"] >= crowd.sent * 3 // 4
+        gauges = [line for line in http.get("/metrics").text.splitlines() if line.startswith("instep_num_requests_")]
+        assert gauges and all(line.endswith(" 0.0") for line in gauges), gauges
+        assert server.supervisor.queued_seconds == 0
+        assert grown < GROWTH, f"the engine process grew by {grown} bytes a round"
+
+
+def test_a_planted_leak_would_be_seen(folder: Path) -> None:
+    with service(folder, LEAKY) as (server, url):
+        assert growth(4, Crowd(url).round, server.supervisor.pids[0]) > GROWTH
