@@ -1,0 +1,218 @@
+"""Pool: models load in the background, share what they name, are leased, and fail with a reason."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.card import Card, read_cards
+from app.errors import CheckpointError, ModelNotFound
+from app.families.base import Family
+from app.pool import pool as pool_module
+from app.pool.pool import RETRY_AFTER, Pool
+from app.report import ModelState
+from app.request import ClassLabel
+from tests.tiny import write_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def cards(folder: Path) -> dict[str, Card]:
+    return read_cards(folder)
+
+
+@pytest.fixture
+def pool(cards: dict[str, Card], clock: Clock) -> Iterator[Pool]:
+    pool = Pool(cards, "cpu", torch.float32, clock=clock)
+    yield pool
+    pool.close()
+
+
+def until(done: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def states_until(pool: Pool, model_id: str, state: str) -> list[ModelState]:
+    """All changes up to and including the one awaited."""
+    seen: list[ModelState] = []
+    until(lambda: seen.extend(pool.poll()) or any(s.model == model_id and s.state == state for s in seen))
+    return seen
+
+
+def load(pool: Pool, *model_ids: str) -> list[Family]:
+    for model_id in model_ids:
+        pool.want(model_id)
+        states_until(pool, model_id, "ready")
+    leases = [pool.lease(model_id) for model_id in model_ids]
+    return [lease.model for lease in leases if lease]
+
+
+class Gate:
+    """Holds every read of weights until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened, self.reads = threading.Event(), threading.Event(), [Path()]
+        real = pool_module.read_state
+
+        def read(folder: Path) -> Any:
+            self.reads.append(folder)
+            self.reached.set()
+            assert self.opened.wait(60)
+            return real(folder)
+
+        monkeypatch.setattr(pool_module, "read_state", read)
+
+
+def test_a_load_is_told_step_by_step(pool: Pool) -> None:
+    assert pool.lease("tiny-dit") is None and pool.failure("tiny-dit") is None and pool.poll() == []
+    pool.want("tiny-dit")
+    loading, ready = states_until(pool, "tiny-dit", "ready")
+    assert (loading.state, ready.state) == ("loading", "ready") and ready.seconds > 0
+    lease = pool.lease("tiny-dit")
+    assert lease is not None and lease.model.card.id == "tiny-dit"
+    network = lease.model.network  # type: ignore[attr-defined]
+    assert ready.device_bytes > 4 * sum(weight.numel() for weight in network.parameters())
+    pool.want("tiny-dit")
+    assert pool.poll() == []
+
+
+def test_other_models_keep_stepping_while_one_loads(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dit,) = load(pool, "tiny-dit")
+    gate = Gate(monkeypatch)
+    pool.want("tiny-sd3")
+    assert gate.reached.wait(60)
+    with torch.inference_mode():
+        out, _ = dit.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), dit.encode([ClassLabel(0)], 0))
+    assert torch.isfinite(out).all() and pool.lease("tiny-sd3") is None
+    assert [state.state for state in pool.poll()] == ["loading"]
+    gate.opened.set()
+    states_until(pool, "tiny-sd3", "ready")
+    assert pool.lease("tiny-sd3") is not None
+
+
+def test_fifty_wants_are_one_load(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    gate.opened.set()
+    for _ in range(50):
+        pool.want("tiny-dit")
+    states = states_until(pool, "tiny-dit", "ready")
+    assert [state.state for state in states] == ["loading", "ready"] and len(gate.reads) == 1 + 2
+
+
+def test_a_component_that_two_cards_name_is_one_object(pool: Pool) -> None:
+    whole, turbo, without = load(pool, "tiny-sd3", "tiny-sd3-turbo", "tiny-sd3-no-t5")
+    for name in ("network", "vae"):
+        assert getattr(whole, name) is getattr(turbo, name) is getattr(without, name)
+    assert whole.clips[1][0] is without.clips[1][0] and whole.t5[0] is turbo.t5[0]  # type: ignore[attr-defined]
+    assert without.t5 is None and turbo.card.defaults.num_inference_steps == 4  # type: ignore[attr-defined]
+
+
+def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text((cards["tiny-dit"].folder / "model_index.json").read_text())
+    for part in ("transformer", "vae"):
+        (tmp_path / part).symlink_to(cards["tiny-dit"].folder / part)
+    linked = cards["tiny-dit"].model_copy(update={"id": "linked", "folder": tmp_path})
+    other = cards["tiny-dit"].model_copy(update={"id": "other", "norm_eps": 1e-6})
+    pool = Pool({"tiny-dit": cards["tiny-dit"], "linked": linked, "other": other}, "cpu", torch.float32)
+    first, second, third = load(pool, "tiny-dit", "linked", "other")
+    pool.close()
+    assert first.network is second.network and first.vae is second.vae is third.vae  # type: ignore[attr-defined]
+    assert first.network is not third.network  # type: ignore[attr-defined]  # another arithmetic on the same weights
+
+
+def test_leases_count_on_every_component(pool: Pool) -> None:
+    load(pool, "tiny-sd3", "tiny-sd3-no-t5")
+    held = {key[0].name: component for key, component in pool._components.items()}
+    before = {name: component.leases for name, component in held.items()}
+    one, two = pool.lease("tiny-sd3"), pool.lease("tiny-sd3-no-t5")
+    assert one is not None and two is not None
+    assert held["vae"].leases - before["vae"] == 2
+    assert held["text_encoder_3"].leases - before["text_encoder_3"] == 1
+    for lease in (one, one, two):
+        lease.release()
+    assert {name: component.leases for name, component in held.items()} == before
+
+
+def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
+    pool: Pool, clock: Clock, cards: dict[str, Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = cards["tiny-dit"].folder / "vae" / "config.json"
+    whole = file.read_text()
+    file.write_text("{")
+    pool.want("tiny-dit")
+    *_, failed = states_until(pool, "tiny-dit", "failed")
+    file.write_text(whole)
+    error = pool.failure("tiny-dit")
+    assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
+    assert error.__traceback__ is None and not pool._components, "what was loaded before it failed is let go"
+    clock.now = RETRY_AFTER - 0.1
+    pool.want("tiny-dit")
+    assert pool.poll() == [] and pool.failure("tiny-dit") is error and pool.lease("tiny-dit") is None
+    clock.now = RETRY_AFTER
+    pool.want("tiny-dit")
+    assert pool.failure("tiny-dit") is None
+    assert [state.state for state in states_until(pool, "tiny-dit", "ready")] == ["loading", "ready"]
+
+
+def test_the_pool_survives_what_nobody_foresaw(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = iter([RuntimeError("secret"), torch.OutOfMemoryError("secret")])
+
+    def broken(folder: Path) -> Any:
+        raise next(errors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool_module, "read_state", broken)
+        for model_id in ("tiny-dit", "tiny-sd3"):
+            pool.want(model_id)
+            states_until(pool, model_id, "failed")
+    foreseen, memory = pool.failure("tiny-dit"), pool.failure("tiny-sd3")
+    assert foreseen is not None and "RuntimeError" in foreseen.message and "secret" not in foreseen.message
+    assert memory is not None and "not enough memory" in memory.message
+    load(pool, "tiny-sd3-turbo")
+
+
+def test_a_vae_on_the_cpu_is_float32(cards: dict[str, Card]) -> None:
+    pool = Pool(cards, "cpu", torch.bfloat16)
+    (family,) = load(pool, "tiny-sd3")
+    pool.close()
+    assert family.vae.dtype == torch.float32 and family.network.dtype == torch.bfloat16  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        out, _ = family.denoise(
+            torch.zeros(1, 4, 8, 8), torch.ones(1), family.encode([family.opposite(ClassLabel(0))], 24)
+        )
+        assert out.dtype == torch.float32 and family.decode(out).dtype == torch.uint8
+
+
+def test_an_unknown_model(pool: Pool) -> None:
+    for ask in (pool.want, pool.lease, pool.failure):
+        with pytest.raises(ModelNotFound):
+            ask("nothing")
