@@ -64,7 +64,7 @@ def _write(scope: Scope, record: Record, seconds: float) -> None:
     facts = {
         "request_id": record.id,
         "method": scope["method"],
-        "path": scope["path"],
+        "path": scope["path"][:200],
         "status": CLIENT_GONE if record.gone else record.status,
         "total_ms": round(1000 * seconds, 1),
         **record.facts,

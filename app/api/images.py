@@ -6,6 +6,7 @@ Knows nothing of how images are made: it submits a Request and waits, and cancel
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 import uuid
 from typing import Any, cast
@@ -17,7 +18,7 @@ from app.api.body import read_json
 from app.api.front import Record, front_of, record_of
 from app.api.generation import Generation
 from app.api.openapi import IMAGE_ROUTE
-from app.api.replies import Ask, json_reply, raw_image
+from app.api.replies import Ask, json_reply, raw_image, warnings
 from app.api.responses import accepted_format, told
 from app.api.schemas import read_body
 from app.api.stream import EventStream
@@ -65,7 +66,7 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
         results = await _unless_gone(request, future)
         if ask.raw:
             data, seconds = await generation.in_thread(raw_image, ask, results)
-            response = Response(data, media_type=f"image/{ask.format}", headers={"X-Seed": str(results[0].seed)})
+            response = Response(data, media_type=f"image/{ask.format}", headers=_headers(ask, results))
         else:
             data, seconds = await generation.in_thread(json_reply, ask, results)
             response = Response(data, media_type="application/json")
@@ -74,6 +75,13 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
         raise
     generation.answered(results, seconds)
     return response
+
+
+def _headers(ask: Ask, results: list[Result]) -> dict[str, str]:
+    """What raw bytes cannot say. NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header."""
+    told = warnings(ask, results)
+    headers = {"X-Seed": str(results[0].seed)}
+    return {**headers, "X-Warning": json.dumps("; ".join(told)[:400])} if told else headers
 
 
 async def _unless_gone(request: Request, future: asyncio.Future[list[Result]]) -> list[Result]:

@@ -30,7 +30,11 @@ aliases = ["gpt-image-1"]
 license = "apache-2.0"
 schedule = { kind = "flow", shift = 3.0 }
 defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 3.0, size = "32x32" }
-limits = { num_inference_steps = 50, guidance_scale = 20.0, sizes = { min = 16, max = 64, multiple = 16 }, n = 4, prompt = 200 }
+limits.sizes = { min = 16, max = 64, multiple = 16 }
+limits.num_inference_steps = 50
+limits.guidance_scale = 20.0
+limits.n = 4
+limits.prompt = 200
 text = { clip = 16, t5 = 24 }
 """
 LABEL = """

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from app.request import Prompt
-from tests.api.conftest import Server
-from tests.api.test_gone import eventually
+from tests.api.conftest import Server, eventually
 from tests.api.test_images import corner, opened
 from tests.fake_worker import colour
 

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
 
 import httpx
 import pytest
 
-from tests.api.conftest import Server, generate
+from tests.api.conftest import Server, eventually, generate
 from tests.api.test_access import lines
-
-
-def eventually(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.01)
 
 
 def cancelled(http: httpx.Client) -> float:

@@ -8,10 +8,25 @@ import pytest
 from app.metrics import CONTENT_TYPE
 from tests.api.conftest import generate
 
-BASIC = """num_requests_running num_requests_waiting request_queue_time_seconds e2e_request_latency_seconds
-text_encode_seconds denoise_step_seconds vae_decode_seconds image_encode_seconds batch_rows batch_passes
-padding_passes_total images_total requests_failed_total requests_rejected_total model_loaded model_load_seconds
-worker_restarts_total""".split()
+BASIC = (
+    "num_requests_running",
+    "num_requests_waiting",
+    "request_queue_time_seconds",
+    "e2e_request_latency_seconds",
+    "text_encode_seconds",
+    "denoise_step_seconds",
+    "vae_decode_seconds",
+    "image_encode_seconds",
+    "batch_rows",
+    "batch_passes",
+    "padding_passes_total",
+    "images_total",
+    "requests_failed_total",
+    "requests_rejected_total",
+    "model_loaded",
+    "model_load_seconds",
+    "worker_restarts_total",
+)
 
 
 @pytest.mark.parametrize("path", ["/health", "/healthz"])

@@ -1,9 +1,10 @@
-"""The image route over a real socket: the unmodified openai client, raw bytes, sheets, and what the file says of itself."""
+"""The image route over a real socket: the unmodified openai client, raw bytes, sheets, and what a file tells."""
 
 from __future__ import annotations
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from app.request import ClassLabel, Prompt
-from tests.api.conftest import generate
+from tests.api.conftest import Server, eventually, generate
 from tests.fake_worker import colour
 
 
@@ -128,6 +129,26 @@ def test_a_class_by_name_is_told_by_name_and_id(http: httpx.Client) -> None:
     assert [item["revised_prompt"] for item in reply["data"]] == ["goldfish", "golden retriever"]
     assert corner(opened(reply["data"][1]["b64_json"])) == colour(ClassLabel(5), 2)
     assert reply["warnings"] == ["prompt is ignored: tiny-label draws class_label"]
+
+
+def test_a_warning_travels_with_raw_bytes(http: httpx.Client) -> None:
+    reply = generate(http, {"model": "tiny-label", "class_label": 1, "prompt": "x\r\ny"}, "image/png")
+    assert reply.headers["x-warning"] == '"prompt is ignored: tiny-label draws class_label"'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_is_503_before_any_stream(
+    http: httpx.Client, url: str, server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    full = server.supervisor._settings.model_copy(update={"max_wait": 1e-9})
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(httpx.post, f"{url}/v1/images/generations", json={"prompt": "!slow 0.5"})
+        eventually(lambda: server.supervisor.queued_seconds > 0)
+        monkeypatch.setattr(server.supervisor, "_settings", full)
+        reply = generate(http, {"prompt": "a", "stream": stream})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+        assert 1 <= int(reply.headers["retry-after"]) <= 120
+        assert first.result().status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Our OpenAPI document, held to by schemathesis: what it allows is served, what it forbids is refused, in its shapes."""
+"""Our OpenAPI document by schemathesis: what it allows is served, what it forbids is refused, in its shapes."""
 
 from __future__ import annotations
 

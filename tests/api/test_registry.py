@@ -27,7 +27,9 @@ def test_without_a_setting_the_first_card_is_the_default(settings: Settings) -> 
     assert Registry(read_cards(settings.models), first).default.id == "tiny-label"
 
 
-@pytest.mark.parametrize(("name", "words"), [("tiny-txt", '"tiny-text"'), ("../x", "there are"), ("x" * 9999, "there are")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("tiny-txt", '"tiny-text"'), ("../x", "there are"), ("x" * 9999, "there are")]
+)
 def test_an_unknown_name_is_answered_with_a_known_one(settings: Settings, name: str, words: str) -> None:
     with pytest.raises(ModelNotFound, match=words) as caught:
         Registry(read_cards(settings.models), settings).find(name)

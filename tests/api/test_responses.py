@@ -40,7 +40,9 @@ def test_every_class_is_told_in_the_envelope(kind: type[errors.InstepError]) -> 
     assert ("retry-after" in headers) == issubclass(kind, errors.Unavailable)
 
 
-@pytest.mark.parametrize("kind", [errors.InstepError, errors.EngineError, errors.NonFiniteOutput, errors.CheckpointError])
+@pytest.mark.parametrize(
+    "kind", [errors.InstepError, errors.EngineError, errors.NonFiniteOutput, errors.CheckpointError]
+)
 def test_a_failure_inside_is_told_in_fixed_words(kind: type[errors.InstepError]) -> None:
     _, headers, body = answer(kind("/secret/path: CUDA error 700"))
     assert "secret" not in str(body) and "CUDA" not in str(body)

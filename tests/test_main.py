@@ -1,0 +1,172 @@
+"""`serve` as a process of its own, with a fake worker: start, drain, signals, and what cannot start."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app import main
+from app.errors import CardError, SettingsError
+from app.settings import Settings
+from tests.api.conftest import FAKE, write_cards
+
+CODE = """
+import sys
+from functools import partial
+from app import main
+from app.errors import InstepError
+from app.settings import Settings
+main.Supervisor = partial(main.Supervisor, command=sys.argv[2:])
+try:
+    main.serve(Settings.model_validate_json(sys.argv[1]))
+except InstepError as error:
+    sys.exit(f"refused: {error.message}")
+print("returned")
+"""
+REFUSES = """
+import socket, sys
+from app.errors import SettingsError
+from app.worker import wire
+sock = socket.socket(fileno=int(sys.argv[1]))
+wire.receive(sock)
+wire.send(sock, wire.Refusal(SettingsError("no such device")))
+"""
+
+
+class Served:
+    """A server process and what it has logged."""
+
+    def __init__(self, settings: Settings, command: tuple[str, ...] = FAKE) -> None:
+        words = [sys.executable, "-c", CODE, settings.model_dump_json(), *command]
+        root = Path(main.__file__).parent.parent
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    def logged(self, event: str) -> dict[str, object]:
+        """The first line of this event, waited for."""
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            for line in list(self.lines):
+                if line.startswith("{") and json.loads(line)["event"] == event:
+                    return dict(json.loads(line))
+            time.sleep(0.01)
+        raise AssertionError(f"{event} not in {self.lines}")
+
+    def ended(self) -> tuple[int, str]:
+        """The exit code and what was printed, once it has ended."""
+        assert self.process.stdout
+        code = self.process.wait(60)
+        self._reader.join(10)
+        return code, self.process.stdout.read()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(models=write_cards(tmp_path / "models"), devices="cpu", preload="all", port=0, drain=20)
+
+
+@pytest.fixture
+def served(settings: Settings) -> Iterator[Served]:
+    served = Served(settings)
+    yield served
+    served.process.kill()
+    served.process.wait()
+
+
+def asking(url: object, prompt: str, stream: bool = False) -> tuple[threading.Thread, list[httpx.Response]]:
+    """A request in a thread, begun: it is being drawn when this returns."""
+    replies: list[httpx.Response] = []
+    body = {"prompt": prompt, "model": "tiny-text", "stream": stream}
+    thread = threading.Thread(
+        target=lambda: replies.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=60))
+    )
+    thread.start()
+    until = time.monotonic() + 20
+    while httpx.get(f"{url}/health").json()["running"] == 0:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return thread, replies
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_generating_drains_and_exits_0(served: Served, number: int) -> None:
+    url = served.logged("listening")["url"]
+    whole, replies = asking(url, "!slow 2")
+    stream, events = asking(url, "!slow 2", stream=True)
+    served.process.send_signal(number)
+    time.sleep(0.5)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    whole.join(60)
+    stream.join(60)
+    assert [reply.status_code for reply in replies + events] == [200, 200]
+    assert "image_generation.completed" in events[0].text
+    assert served.ended() == (0, "returned\n")
+    assert all(isinstance(json.loads(line), dict) for line in served.lines)
+    assert "Traceback" not in "".join(served.lines)
+
+
+def test_what_outlives_the_drain_is_told_so(settings: Settings) -> None:
+    served = Served(settings.model_copy(update={"drain": 0.5}))
+    try:
+        url = served.logged("listening")["url"]
+        whole, replies = asking(url, "!slow 60")
+        stream, events = asking(url, "!slow 60", stream=True)
+        served.process.send_signal(signal.SIGTERM)
+        whole.join(60)
+        stream.join(60)
+        assert (replies[0].status_code, replies[0].json()["error"]["code"]) == (503, "shutting_down")
+        assert "retry-after" in replies[0].headers
+        assert '"code":"shutting_down"' in events[0].text
+        assert served.ended() == (0, "returned\n")
+    finally:
+        served.process.kill()
+
+
+def test_a_worker_that_refuses_is_one_line(settings: Settings, tmp_path: Path) -> None:
+    script = tmp_path / "refuses.py"
+    script.write_text(REFUSES, encoding="utf-8")
+    served = Served(settings, (sys.executable, str(script)))
+    code, _ = served.ended()
+    assert code == 1
+    assert served.lines[-1] == "refused: no such device\n"
+    assert "Traceback" not in "".join(served.lines)
+
+
+def test_a_port_in_use_is_one_line(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            main.listen("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.1, port 0: "):
+        main.listen("203.0.113.1", 0)
+
+
+def test_a_broken_card_stops_the_start(settings: Settings) -> None:
+    (settings.models / "tiny-text" / "card.toml").write_text("id = 3", encoding="utf-8")
+    with pytest.raises(CardError, match=r"tiny-text.card\.toml"):
+        main.create_app(settings)
+
+
+def test_an_empty_folder_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no cards in"):
+        main.create_app(Settings(models=tmp_path))
