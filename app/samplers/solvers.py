@@ -50,7 +50,7 @@ def ddpm(path: Path) -> Lines:
     """The posterior q(x' | x, x0) (Ho et al. 2020, eq. 7), its variance fixed or learned (Nichol and Dhariwal 2021,
     eq. 15): scheduling_ddpm.py, and `p_mean_variance` and `p_sample` of the original DiT's gaussian_diffusion.py.
 
-    NOTE: the last line adds noise too unless its t is 0, as upstream; linspace, and leading without steps_offset, end there.
+    NOTE: the last line adds noise too, as upstream, unless its t is 0: that of linspace, and of leading with no offset.
     """
     here, there = path.here, path.there
     keep = here.alpha / there.alpha
