@@ -145,6 +145,7 @@ class FakeWorker:
             self.emit(Failure(request.id, ModelNotFound(f'There is no model "{request.model}".', param="model")))
             return
         if any(words(spec.condition).startswith("!load") for spec in request.images):
+            self.ready.discard(request.model)
             self.emit(ModelState(request.model, "failed", "broken as asked"))
             self.emit(Failure(request.id, CheckpointError("broken as asked")))
             return

@@ -112,6 +112,12 @@ class Keeper:
         if self._link and self.live:
             self._link.send(order)
 
+    def drop(self, request_id: str) -> None:
+        """This request is over. The last Tick told of rows that are no more once nothing is left."""
+        self.jobs.pop(request_id, None)
+        if not self.jobs:
+            self._tick = None
+
     def forget(self) -> list[str]:
         """Drop what the dead process had; the models it knew."""
         known, self.states, self._tick = list(self.states), {}, None

@@ -212,7 +212,7 @@ class Supervisor:
     def _close(self, keeper: Keeper, job: Job) -> None:
         """The future is done, whoever did it: the one place where a job leaves the books."""
         self._jobs.pop(job.request.id, None)
-        keeper.jobs.pop(job.request.id, None)
+        keeper.drop(job.request.id)
         if job.future.cancelled():
             keeper.send(wire.Cancel(job.request.id))
 

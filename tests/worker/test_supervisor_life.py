@@ -1,0 +1,138 @@
+"""The supervisor from start to stop: choice between workers, overload, states, readiness, draining."""
+
+import asyncio
+import os
+
+import pytest
+
+from app.errors import (
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    SettingsError,
+    ShuttingDown,
+)
+from app.report import ModelState
+from app.settings import Settings
+from app.worker.supervisor import Supervisor
+from tests.worker.parts import CARDS, PATIENCE, request, run, serving, until
+
+
+def test_overload_is_refused_by_the_wait_ahead():
+    async def scenario():
+        async with serving(max_wait=0.05) as here:
+            await until(lambda: here.supervisor.ready)
+            large = here.supervisor.submit(request("!slow 60", steps=60))
+            with pytest.raises(Overloaded) as refused:
+                here.supervisor.submit(request())
+            assert 1.0 <= refused.value.retry_after <= 120.0
+            large.cancel()
+            await asyncio.sleep(0)
+            assert len(await here.supervisor.submit(request())) == 1
+
+    run(scenario)
+
+
+def test_two_workers_the_least_queued_gets_the_next():
+    async def scenario():
+        async with serving(devices="cpu,cpu") as here:
+            supervisor = here.supervisor
+            assert len(set(supervisor.pids)) == 2
+            warm = [supervisor.submit(request("!slow 0.3")) for _ in range(2)]
+            assert all(supervisor.queues)
+            await asyncio.gather(*warm)
+            slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 10, 10, 10, 10)]
+            queues = sorted(supervisor.queues)
+            assert queues == pytest.approx([0.04, 0.05])
+            slow.append(supervisor.submit(request("!slow 60", steps=10)))
+            assert supervisor.queues == pytest.approx([0.05, 0.05])
+            for future in slow:
+                future.cancel()
+            await asyncio.sleep(0)
+
+    run(scenario)
+
+
+def test_between_idle_workers_the_one_that_has_the_model():
+    async def scenario():
+        async with serving(devices="cpu,cpu", preload="") as here:
+            for _ in range(3):
+                await here.supervisor.submit(request())
+            assert [state.state for state in here.told(ModelState)] == ["loading", "ready"]
+
+    run(scenario)
+
+
+def test_states_ready_and_load():
+    async def scenario():
+        async with serving(preload="fake") as here:
+            await until(lambda: here.supervisor.ready)
+            states = here.supervisor.states
+            assert (states["fake"].state, states["other"].state) == ("ready", "absent")
+            assert states["fake"].rates == {"32x32": 0.001}
+            here.supervisor.load("other")
+            await until(lambda: here.supervisor.states["other"].state == "ready")
+            with pytest.raises(ModelNotFound):
+                here.supervisor.load("nobody")
+
+    run(scenario)
+
+
+def test_not_ready_while_a_preload_loads(monkeypatch):
+    monkeypatch.setenv("INSTEP_FAKE_LOAD", "0.3")
+
+    async def scenario():
+        async with serving(preload="all") as here:
+            await until(lambda: here.supervisor.states["other"].state == "loading")
+            assert here.supervisor.live == 1 and not here.supervisor.ready
+            await until(lambda: here.supervisor.ready)
+
+    run(scenario)
+
+
+def test_stop_drains_and_refuses():
+    async def scenario():
+        async with serving() as here:
+            supervisor = here.supervisor
+            future = supervisor.submit(request("!slow 0.5", seeds=(1, 2)))
+            pid = supervisor.pids[0]
+            stopping = asyncio.create_task(supervisor.stop(PATIENCE))
+            await asyncio.sleep(0)
+            with pytest.raises(ShuttingDown):
+                supervisor.submit(request())
+            assert not supervisor.ready
+            assert len(await future) == 2
+            await stopping
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    run(scenario)
+
+
+def test_stop_gives_up_after_its_grace():
+    async def scenario():
+        async with serving() as here:
+            future = here.supervisor.submit(request("!slow 600"))
+            await here.supervisor.stop(0.05)
+            with pytest.raises(ShuttingDown):
+                await future
+            assert here.supervisor.pids == [0]
+
+    run(scenario)
+
+
+def test_nothing_is_served_before_the_start():
+    async def scenario():
+        supervisor = Supervisor(Settings(devices="cpu"), CARDS)
+        with pytest.raises(NoWorker) as refused:
+            supervisor.submit(request())
+        assert refused.value.retry_after >= 1.0
+        await supervisor.stop(0)
+
+    run(scenario)
+
+
+def test_settings_that_make_no_sense():
+    for wrong in ({"devices": "tpu"}, {"preload": "nobody", "devices": "cpu"}):
+        with pytest.raises(SettingsError):
+            Supervisor(Settings(**wrong), CARDS)
