@@ -22,6 +22,9 @@ from app.families.components import read_json
 
 HEADER_LIMIT = 16 * 2**20
 TENSOR_LIMIT = 20_000
+COMMAS = 8
+"""For each tensor: four between its fields, those of its shape, and some for the metadata."""
+
 _STEMS = ("diffusion_pytorch_model", "model")
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -97,8 +100,8 @@ def _header(file: Path) -> dict[str, Any]:
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    # NOTE: counted before it is parsed: a million entries would take seconds and a gigabyte.
-    if raw.count(b'"data_offsets"') > TENSOR_LIMIT:
+    # NOTE: counted before it is parsed: a million entries, or values, would take seconds and a gigabyte.
+    if raw.count(b'"data_offsets"') > TENSOR_LIMIT or raw.count(b",") > COMMAS * TENSOR_LIMIT:
         raise CheckpointError(f"{file}: over {TENSOR_LIMIT} tensors")
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)

@@ -129,6 +129,9 @@ def test_giant_headers_are_not_parsed(tmp_path: Path, monkeypatch: pytest.Monkey
     write_raw(file, b"{" + b",".join(b'"%d":%b' % (i, many) for i in range(weights.TENSOR_LIMIT + 1)) + b"}")
     with pytest.raises(CheckpointError, match="over 20000 tensors"):
         read_state(tmp_path)
+    write_raw(file, b'{"a":[' + b"{}," * (weights.COMMAS * weights.TENSOR_LIMIT) + b"1,1]}")
+    with pytest.raises(CheckpointError, match="over 20000 tensors"):
+        read_state(tmp_path)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", weights.HEADER_LIMIT + 1))
         stream.truncate(weights.HEADER_LIMIT + 9)
