@@ -18,7 +18,7 @@ import pytest
 from app import main
 from app.errors import CardError, SettingsError
 from app.settings import Settings
-from tests.api.conftest import FAKE, write_cards
+from tests.api.conftest import FAKE, eventually, write_cards
 
 CODE = """
 import sys
@@ -89,34 +89,47 @@ def served(settings: Settings) -> Iterator[Served]:
     served.process.wait()
 
 
-def asking(url: object, prompt: str, stream: bool = False) -> tuple[threading.Thread, list[httpx.Response]]:
-    """A request in a thread, begun: it is being drawn when this returns."""
-    replies: list[httpx.Response] = []
-    body = {"prompt": prompt, "model": "tiny-text", "stream": stream}
-    thread = threading.Thread(
-        target=lambda: replies.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=60))
-    )
-    thread.start()
-    until = time.monotonic() + 20
-    while httpx.get(f"{url}/health").json()["running"] == 0:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return thread, replies
+def refuses(url: str) -> bool:
+    """Whether new connections are refused."""
+    try:
+        httpx.get(f"{url}/health")
+    except httpx.ConnectError:
+        return True
+    return False
+
+
+class Clients:
+    """One that waits for its image and one that streams it, both being drawn for when this is made."""
+
+    def __init__(self, url: object, prompt: str) -> None:
+        self.url = f"{url}/v1/images/generations"
+        self.replies: dict[bool, httpx.Response] = {}
+        self.threads = [threading.Thread(target=self._ask, args=(prompt, stream)) for stream in (False, True)]
+        for thread in self.threads:
+            thread.start()
+        eventually(lambda: httpx.get(f"{url}/health").json()["running"] == 2)
+
+    def _ask(self, prompt: str, stream: bool) -> None:
+        body = {"prompt": prompt, "model": "tiny-text", "stream": stream}
+        with httpx.Client(timeout=60, verify=False) as http:
+            self.replies[stream] = http.post(self.url, json=body)
+
+    def answers(self) -> tuple[httpx.Response, httpx.Response]:
+        """The whole reply and the stream, once both have ended."""
+        for thread in self.threads:
+            thread.join(60)
+        return self.replies[False], self.replies[True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_generating_drains_and_exits_0(served: Served, number: int) -> None:
     url = served.logged("listening")["url"]
-    whole, replies = asking(url, "!slow 2")
-    stream, events = asking(url, "!slow 2", stream=True)
+    clients = Clients(url, "!slow 3")
     served.process.send_signal(number)
-    time.sleep(0.5)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/health")
-    whole.join(60)
-    stream.join(60)
-    assert [reply.status_code for reply in replies + events] == [200, 200]
-    assert "image_generation.completed" in events[0].text
+    eventually(lambda: refuses(str(url)))
+    whole, stream = clients.answers()
+    assert (whole.status_code, stream.status_code) == (200, 200)
+    assert "image_generation.completed" in stream.text
     assert served.ended() == (0, "returned\n")
     assert all(isinstance(json.loads(line), dict) for line in served.lines)
     assert "Traceback" not in "".join(served.lines)
@@ -126,14 +139,12 @@ def test_what_outlives_the_drain_is_told_so(settings: Settings) -> None:
     served = Served(settings.model_copy(update={"drain": 0.5}))
     try:
         url = served.logged("listening")["url"]
-        whole, replies = asking(url, "!slow 60")
-        stream, events = asking(url, "!slow 60", stream=True)
+        clients = Clients(url, "!slow 60")
         served.process.send_signal(signal.SIGTERM)
-        whole.join(60)
-        stream.join(60)
-        assert (replies[0].status_code, replies[0].json()["error"]["code"]) == (503, "shutting_down")
-        assert "retry-after" in replies[0].headers
-        assert '"code":"shutting_down"' in events[0].text
+        whole, stream = clients.answers()
+        assert (whole.status_code, whole.json()["error"]["code"]) == (503, "shutting_down")
+        assert "retry-after" in whole.headers
+        assert '"code":"shutting_down"' in stream.text
         assert served.ended() == (0, "returned\n")
     finally:
         served.process.kill()
