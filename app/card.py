@@ -211,7 +211,9 @@ def read_cards(folder: Path) -> dict[str, Card]:
         for part, target in card.components.items():
             owner, _, rest = target.partition("/")
             if owner not in cards or not rest or ".." in rest.split("/"):
-                raise CardError(f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"')
+                raise CardError(
+                    f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"'
+                )
     return cards
 
 

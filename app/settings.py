@@ -25,8 +25,12 @@ class Settings(BaseSettings):
     deterministic: bool = Field(False, description="Same request, same bits: pads every forward to the card's bucket")
     preload: str = Field("", description="Model ids to load at start, comma separated; `all` for every card")
     default_model: str = Field("", description="The model of a request that names none; empty: the first card")
-    max_wait: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds of queue above which a request gets 503")
-    drain: Annotated[float, Field(ge=0)] = Field(30.0, description="Seconds that running requests may take after SIGTERM")
+    max_wait: Annotated[float, Field(gt=0)] = Field(
+        120.0, description="Seconds of queue above which a request gets 503"
+    )
+    drain: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="Seconds that running requests may take after SIGTERM"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads an engine process; 0 shares the cores")
     cache: Path = Field(Path("~/.cache/instep"), description="Folder for measured profiles")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
