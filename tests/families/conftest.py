@@ -16,13 +16,13 @@ from tests.tiny import write_dit, write_sd3
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sd3: as SD3-medium. sd35: QK norm and dual attention. no-t5: sd3 without its T5. dit: of 1000 classes."""
+    """sd3: as SD3-medium. sd35: QK norm and dual attention. no-t5: patches of 1, no T5. dit: of 1000 classes."""
     folder = tmp_path_factory.mktemp("checkpoints")
     write_sd3(folder / "sd3")
     write_sd3(
         folder / "sd35", seed=20, qk_norm="rms_norm", dual_attention_layers=(0,), num_layers=3, pos_embed_max_size=10
     )
-    write_sd3(folder / "no-t5", leave_out=("text_encoder_3",))
+    write_sd3(folder / "no-t5", leave_out=("text_encoder_3",), patch_size=1, sample_size=4, pos_embed_max_size=16)
     write_dit(folder / "dit", classes=1000)
     return folder
 
