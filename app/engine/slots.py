@@ -65,7 +65,8 @@ class Slots:
 
     def lines(self, rows: np.ndarray) -> np.ndarray:
         """The line each of these slots runs next: float32 [R, len(LINE)]."""
-        return self.plan[rows, self.line[rows]]
+        lines: np.ndarray = self.plan[rows, self.line[rows]]
+        return lines
 
     def _empty_plan(self, lines: int) -> np.ndarray:
         plan = np.zeros((self.capacity + 1, lines, len(LINE)), np.float32)

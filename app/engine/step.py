@@ -60,7 +60,8 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
     """
     device = slots.x.device
     sizes = [len(index) for index in plan]
-    rows, places, owner, cond, other = torch.from_numpy(np.concatenate(plan)).to(device).split(sizes)
+    indices = torch.from_numpy(np.concatenate(plan)).to(device)
+    rows, places, owner, cond, other = indices.split(sizes)  # type: ignore[no-untyped-call]
     lines = slots.lines(plan.rows)
     columns = torch.from_numpy(lines).to(device)[:, :, None, None, None].unbind(1)
     t, c_in, xx, xo, xm, xz, zf, mx, mo, weight = columns

@@ -54,7 +54,8 @@ def fit(features: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     x = features.double().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
     y = patches.double().permute(0, 2, 3, 1).reshape(-1, patches.shape[1])
     normal = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    return torch.linalg.solve(normal, x.T @ y).float()
+    weights: torch.Tensor = torch.linalg.solve(normal, x.T @ y)
+    return weights.float()
 
 
 def shapes(count: int, side: int) -> torch.Tensor:
