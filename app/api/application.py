@@ -18,7 +18,7 @@ from app.api import health, images, models
 from app.api.access import Access
 from app.api.front import Front, record_of
 from app.api.openapi import documented
-from app.api.responses import error_response, http_error_response
+from app.api.responses import error_response, http_error_response, told
 
 Application = FastAPI
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -43,7 +43,7 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
 
 async def _ours(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.InstepError)
-    record_of(request).facts.setdefault("error", type(error).__name__)
+    record_of(request).facts.setdefault("error", told(error).code)
     return error_response(error)
 
 

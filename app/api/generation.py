@@ -15,10 +15,13 @@ from app.api.front import Front, Record
 from app.api.replies import Ask
 from app.api.responses import told
 from app.errors import Cancelled, InstepError
+from app.logs import logger
 from app.report import Preview, Progress, Result
 
 OnReport = Callable[[Preview | Progress | Result], None]
 T = TypeVar("T")
+
+log = logger("instep.access")
 
 
 @dataclass
@@ -51,9 +54,16 @@ class Generation:
         stages |= {"decode": slowest.decode, "image_encode": image_encode}
         self.record.facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
 
-    def failed(self, error: InstepError) -> None:
-        """Count and note an accepted request that failed; the full message is for the log, not for the client."""
+    def failed(self, error: Exception) -> InstepError:
+        """Count and note an accepted request that failed; the full message is for the log, not for the client.
+
+        Returns the error as it is to be told: what is not one of ours is a bug, and logged with its traceback.
+        """
+        if not isinstance(error, InstepError):
+            log.exception("unhandled", request_id=self.record.id)
+            error = InstepError(repr(error))
         code = told(error).code
         self.front.metrics.failed(self.ask.request.model, code)
         self.record.facts |= {"error": code, "detail": error.message}
         self.record.gone = self.record.gone or isinstance(error, Cancelled)
+        return error

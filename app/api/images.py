@@ -70,9 +70,8 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
         else:
             data, seconds = await generation.in_thread(json_reply, ask, results)
             response = Response(data, media_type="application/json")
-    except InstepError as error:
-        generation.failed(error)
-        raise
+    except Exception as error:
+        raise generation.failed(error) from None
     generation.answered(results, seconds)
     return response
 

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.generation import Generation
 from app.api.replies import completed_event, partial_event
 from app.api.responses import envelope
-from app.errors import Cancelled, InstepError
+from app.errors import Cancelled
 from app.report import Preview, Progress, Result
 
 PING = 15.0
@@ -63,10 +63,10 @@ class EventStream(StreamingResponse):
                 yield event
             self._told = True
             self._generation.answered(results, seconds)
-        except InstepError as error:
+        except Exception as error:
             self._told = True
-            self._generation.failed(error)
-            yield f"data: {envelope(error).model_dump_json()}\n\n".encode()
+            told = self._generation.failed(error)
+            yield f"data: {envelope(told).model_dump_json()}\n\n".encode()
 
     async def _next(self) -> Preview | Progress | Result | bytes | None:
         """What happened next, a ping after a silence, None at the end."""

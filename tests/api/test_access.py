@@ -83,3 +83,19 @@ def test_what_nobody_caught_is_a_fixed_500(
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in reply.text and reply.headers["x-request-id"]
     assert any(line["event"] == "unhandled" and "secret detail" in line["exception"] for line in lines(log, 1))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_after_the_engine_is_a_fixed_error_too(
+    http: httpx.Client, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr("app.api.replies.encode_image", broken)
+    reply = generate(http, {"prompt": "a", "stream": stream})
+    assert reply.status_code == (200 if stream else 500)
+    assert '"code":"internal_error"' in reply.text and "secret" not in reply.text
+    trace, line = lines(log, 2)
+    assert trace["event"] == "unhandled" and "secret detail" in trace["exception"]
+    assert line["error"] == "internal_error" and line["status"] == reply.status_code

@@ -85,3 +85,10 @@ def test_a_failure_after_the_200_is_an_error_event(http: httpx.Client, client: o
     assert (name, data["error"]["code"]) == (None, "non_finite_output")
     with pytest.raises(openai.APIError, match="not finite"):
         list(client.images.generate(prompt="!nan", stream=True))
+
+
+def test_a_long_silence_is_filled_with_comments(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.stream.PING", 0.05)
+    text = http.post("/v1/images/generations", json={"prompt": "!slow 0.5", "stream": True}).text
+    assert text.startswith(": ping\n\n")
+    assert text.count("event: image_generation.completed\n") == 1
