@@ -9,8 +9,9 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import httpx2
@@ -23,7 +24,7 @@ from packaging.version import Version
 from app.api.schemas import read_body
 from app.card import Card, read_card
 from tests.readme import FILES, TABLES, remade
-from tests.test_floors import FLOORS
+from tests.test_floors import FLOORS, read
 
 ROOT = Path(__file__).parent.parent
 README, TOUR = (file.read_text(encoding="utf-8") for file in FILES)
@@ -100,6 +101,16 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
     assert sorted(set(needed()) - set(known)) == []
     for name, requirements in needed().items():
         assert all(one.specifier.contains(known[name], prereleases=True) for one in requirements), name
+
+
+def test_what_the_app_imports_is_what_the_project_asks_for() -> None:
+    owners = packages_distributions()
+    tops = {target.split(".")[0] for module in read(ROOT).values() for target, _ in module.imports}
+    third = tops - set(sys.stdlib_module_names) - {"app"}
+    imported = {canonicalize_name(owners[top][0]) for top in third}
+    # Not imported, but bounded: what our libraries speak HTTP with, and the reader of tokenizer files.
+    assert {canonicalize_name(one.name) for one in project()[""]} - imported == {"h11", "tokenizers"}
+    assert imported - {canonicalize_name(one.name) for one in project()[""]} == set()
 
 
 def test_what_is_installed_is_what_is_pinned() -> None:
