@@ -16,8 +16,6 @@ from app.pool.weights import read_state
 from app.request import Condition
 from app.samplers.table import compile_table
 
-torch.set_num_threads(1)
-
 
 def build_parts(card: Card, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The parts of a card that shares none with another card."""
