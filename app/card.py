@@ -167,6 +167,11 @@ class Card(_Part):
     def default_size(self) -> Size:
         return parse_size(self.defaults.size)
 
+    @property
+    def text_length(self) -> int:
+        """Tokens that the longest text encoder is padded to unless the request says otherwise; 0 for classes."""
+        return 0 if self.family == "dit" else self.text.t5
+
     @model_validator(mode="after")
     def _default_size_allowed(self) -> Card:
         width, height = parse_size(self.defaults.size)

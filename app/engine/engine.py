@@ -15,7 +15,7 @@ from collections.abc import Callable
 from app.engine.batcher import Batcher
 from app.engine.profile import Profiles
 from app.engine.promises import Promises
-from app.engine.row import Caps, Key, Row, Work
+from app.engine.row import Caps, Key, Row, Work, default_key
 from app.engine.runner import Image, Outcome, Runner
 from app.errors import Cancelled, DeadlineExceeded, EngineError, InstepError, ModelNotFound, ShuttingDown
 from app.pool.pool import Pool
@@ -34,8 +34,8 @@ FIRST_WORK = 600.0
 class Engine:
     """Rows of any sampler, step count and guidance through shared forwards, on one device.
 
-    `submit`, `cancel`, `load` and `stop` may be called from any thread; everything else runs on the caller of
-    `tick` or `run`. clock: seconds, monotonic; deadlines are on it.
+    `submit`, `cancel`, `load` and `stop` are thread-safe; the rest runs on the caller of `tick` or `run`.
+    clock: seconds, monotonic; deadlines are on it.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class Engine:
         self._promises = Promises()
         self._sequence = itertools.count()
         self._announced = Announce("start", math.inf)
-        self._stopping = False
-        self._draining = False
+        self._stopping = self._draining = False
 
     def submit(self, request: Request) -> None:
         """Take the request; its Results or its Failure come through `emit`."""
@@ -147,12 +146,13 @@ class Engine:
         if card is None:
             raise ModelNotFound(f"there is no model {request.model}", param="model")
         key = Key(request.model, request.width, request.height, request.text_length)
-        lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
-        count, now = len(request.images), self._clock()
-        return [Row(request, index, key, lines, now, next(self._sequence)) for index in range(count)]
+        lines, now = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines, self._clock()
+        return [Row(request, index, key, lines, now, next(self._sequence)) for index in range(len(request.images))]
 
     def _poll_models(self) -> None:
         for state in self._pool.poll():
+            if state.state == "ready" and not self._promises:  # nobody waits: measure before it counts as ready
+                self._caps(default_key(self._pool.cards[state.model]))
             self._emit(state)
             error = self._pool.failure(state.model) if state.state == "failed" else None
             if error is not None:

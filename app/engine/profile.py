@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ NEAR = 1.10
 """A width is wide enough when its cost per pass is within this factor of the best measured (DESIGN: who runs next)."""
 
 WIDEST = 64
+SAMPLES = 3
 SLOT_BYTES = 256 << 20
 """Most bytes of latents (x, mem, noise) that the slots of one key take."""
 
@@ -30,29 +30,27 @@ SLOT_BYTES = 256 << 20
 def measure(
     forward: Callable[[int], None], budget: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[int, float]:
-    """Seconds of forward(passes) at 1, 2, 4, ... until width no longer pays or `budget` seconds are spent."""
+    """Seconds of forward(passes) at 1, 2, 4, ... until two doublings bring nothing or `budget` seconds are spent.
+
+    Each is the least of a few: whatever else the machine does can only add to a measurement.
+    """
     seconds: dict[int, float] = {}
     passes, start = 1, clock()
     while passes <= WIDEST:
-        seconds[passes] = _median(lambda: forward(passes), clock)  # noqa: B023  (called before passes changes)
-        per_pass = {width: cost / width for width, cost in seconds.items()}
-        narrower = per_pass.get(passes // 2, float("inf"))
-        if narrower < NEAR * per_pass[passes] and passes >= 4:
-            break
-        if clock() - start + 8 * seconds[passes] > budget:
+        forward(passes)
+        seconds[passes] = min(_once(forward, passes, clock) for _ in range(SAMPLES))
+        best = min(seconds, key=lambda width: seconds[width] / width)
+        next_costs = 2 * seconds[passes] * (SAMPLES + 1)
+        if passes >= 4 * best or clock() - start + next_costs > budget:
             break
         passes *= 2
     return seconds
 
 
-def _median(call: Callable[[], None], clock: Callable[[], float]) -> float:
-    call()
-    times = []
-    for _ in range(3):
-        begin = clock()
-        call()
-        times.append(clock() - begin)
-    return statistics.median(times)
+def _once(forward: Callable[[int], None], passes: int, clock: Callable[[], float]) -> float:
+    begin = clock()
+    forward(passes)
+    return clock() - begin
 
 
 def saturation(seconds: dict[int, float]) -> int:
@@ -81,7 +79,7 @@ class Profiles:
     A file is good for one card, shape, text length, device, dtype, torch version and thread count.
     """
 
-    def __init__(self, folder: Path, budget: float = 8.0) -> None:
+    def __init__(self, folder: Path, budget: float = 5.0) -> None:
         self._folder = folder.expanduser()
         self._budget = budget
 

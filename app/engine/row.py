@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from app.card import Card
 from app.report import Phase, Timings
 from app.request import Condition, Request
 
@@ -27,6 +28,11 @@ class Key(NamedTuple):
     width: int
     height: int
     text_length: int
+
+
+def default_key(card: Card) -> Key:
+    """The key of a request that leaves size and text length to the card."""
+    return Key(card.id, *card.default_size, card.text_length)
 
 
 Stage = Literal["waiting", "started", "finished", "gone"]
