@@ -21,7 +21,8 @@ Order = tuple[int, float, int, float, int]
 class Queue:
     """The rows of one key: a heap of those waiting, a list of those started, and one ordering for both.
 
-    A cancelled waiting row stays in the heaps until it surfaces: its stage says that it is gone.
+    A cancelled waiting row stays in the heaps until it surfaces, or until half of them are such: its stage says that
+    it is gone.
     """
 
     def __init__(self, key: Key) -> None:
@@ -31,9 +32,21 @@ class Queue:
         self._shortest: list[tuple[int, int, float, int, Row]] = []
         self._oldest: list[tuple[float, int, Row]] = []
         self._aged: list[tuple[float, int, Row]] = []
+        self._gone = 0
 
     def add(self, row: Row) -> None:
         self._arrivals.append(row)
+
+    def forget(self) -> None:
+        """A waiting row is gone; when most of the heaps are such, they are made anew without them."""
+        self._gone += 1
+        if 2 * self._gone > len(self._shortest) + len(self._arrivals):
+            self._arrivals = [row for row in self._arrivals if row.stage == "waiting"]
+            heaps: tuple[list[Any], ...] = (self._shortest, self._oldest, self._aged)
+            for heap in heaps:
+                heap[:] = [entry for entry in heap if entry[-1].stage == "waiting"]
+                heapq.heapify(heap)
+            self._gone = 0
 
     @property
     def empty(self) -> bool:
@@ -123,13 +136,14 @@ class Batcher:
 
     def remove(self, row: Row) -> None:
         """The row leaves, wherever it stands; nothing happens to one that is gone already."""
-        if row.stage == "waiting":
+        stage, row.stage = row.stage, "gone"
+        if stage == "waiting":
             self.waiting -= 1
-        elif row.stage == "started":
+            self._queues[row.key].forget()
+        elif stage == "started":
             self._queues[row.key].started.remove(row)
-        elif row.stage == "finished":
+        elif stage == "finished":
             self._finished.remove(row)
-        row.stage = "gone"
 
     def next(self, now: float) -> Work | None:
         """The next Work, or None when nothing can run now."""

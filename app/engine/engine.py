@@ -17,7 +17,7 @@ from app.engine.profile import Profiles
 from app.engine.promises import Promises
 from app.engine.row import Caps, Key, Row, Work, default_key
 from app.engine.runner import Image, Outcome, Runner
-from app.errors import Cancelled, DeadlineExceeded, EngineError, InstepError, ModelNotFound, ShuttingDown
+from app.errors import Cancelled, DeadlineExceeded, InstepError, ModelNotFound, ShuttingDown
 from app.pool.pool import Pool
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
 from app.request import Request
@@ -108,8 +108,8 @@ class Engine:
         self._announce("profile", FIRST_WORK)
         try:
             caps = self._runner.measure(key, lease.model)
-        except (RuntimeError, ValueError) as error:
-            self._fail_model(key.model, EngineError(f"{type(error).__name__} in the first forward of {key.model}"))
+        except InstepError as error:
+            self._fail_model(key.model, error)
             return None
         finally:
             lease.release()

@@ -6,6 +6,7 @@ Knows nothing of rows or of order: it turns measurements into the caps that the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from app.request import ClassLabel, Condition, Prompt
 
 NEAR = 1.10
 """A width is wide enough when its cost per pass is within this factor of the best measured (DESIGN: who runs next)."""
+
+NEAR_AREA = 1.25
+"""A size whose area is within this factor of a measured one takes its profile, scaled."""
 
 WIDEST = 64
 SAMPLES = 3
@@ -74,17 +78,28 @@ def caps_of(seconds: dict[int, float], card: Card, latent: tuple[int, ...], dete
 
 
 class Profiles:
-    """Measured profiles by key, one JSON file each in `folder`, made on first need.
+    """Measured profiles by card and size, one JSON file each in `folder`, made on first need.
 
-    A file is good for one card, shape, text length, device, dtype, torch version and thread count.
+    A file is good for one card, size, device, dtype, torch version and thread count; text is as long as the card's. A
+    size near one already measured is not measured: it is scaled by area, so that a client who asks for every size
+    there is does not stop the others each time.
     """
 
     def __init__(self, folder: Path, budget: float = 5.0) -> None:
         self._folder = folder.expanduser()
         self._budget = budget
+        self._known: dict[str, dict[int, dict[int, float]]] = {}
 
     def seconds(self, family: Family, key: Key) -> dict[int, float]:
-        """Seconds by passes, from disk or measured now. A folder that cannot be written costs a measurement a start."""
+        """Seconds by passes, from disk, scaled, or measured. A folder that cannot be written costs a measurement."""
+        known, area = self._known.setdefault(key.model, {}), key.width * key.height
+        near = min(known, key=lambda other: abs(math.log(other / area)), default=None)
+        if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
+            return {passes: cost * area / near for passes, cost in known[near].items()}
+        known[area] = self._read_or_measure(family, key)
+        return known[area]
+
+    def _read_or_measure(self, family: Family, key: Key) -> dict[int, float]:
         file = self._folder / "profiles" / (self._name(family, key) + ".json")
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
@@ -98,7 +113,7 @@ class Profiles:
     def _name(family: Family, key: Key) -> str:
         device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else "cpu"
         parts = (
-            key.model, f"{key.width}x{key.height}", f"text{key.text_length}", device, str(family.dtype).split(".")[-1],
+            key.model, f"{key.width}x{key.height}", device, str(family.dtype).split(".")[-1],
             f"torch{torch.__version__}", f"threads{torch.get_num_threads()}",
         )  # fmt: skip
         return "-".join(part.replace(" ", "_").replace("/", "_") for part in parts)
@@ -116,7 +131,7 @@ def _store(file: Path, seconds: dict[int, float]) -> None:
 
 def _forward(family: Family, key: Key) -> Callable[[int], None]:
     condition: Condition = ClassLabel(0) if family.card.labels else Prompt("")
-    conditions = family.encode([condition], key.text_length)
+    conditions = family.encode([condition], family.card.text_length)
     shape = family.latent_shape(key.width, key.height)
 
     def run(passes: int) -> None:

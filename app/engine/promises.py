@@ -55,6 +55,9 @@ class Promises:
 
     def expired(self, now: float) -> list[str]:
         """Ids whose deadline has passed, each told once; some may be answered already."""
+        if len(self._deadlines) > 2 * len(self._open) + 64:  # most are of requests answered long ago
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._open]
+            heapq.heapify(self._deadlines)
         late = []
         while self._deadlines and self._deadlines[0][0] <= now:
             late.append(heapq.heappop(self._deadlines)[1])

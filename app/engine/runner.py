@@ -5,25 +5,24 @@ Knows nothing of order, of requests' other rows, or of who waits for the result.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from app.engine.encodings import Encodings
 from app.engine.profile import Profiles, caps_of
 from app.engine.row import Caps, Key, Row, Work
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
-from app.families.base import Conditions, Family
+from app.families.base import Family
 from app.pool.pool import Pool
-from app.request import Condition, Prompt
 from app.samplers.table import compile_table
 
-CACHED_CONDITIONS = 64
-"""Encoded conditions kept for reuse; the empty prompt of guided rows is the one that matters."""
+IDLE_KEYS = 4
+"""Keys (model, size, text length) without rows whose slots stay allocated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Runner:
         self._deterministic = deterministic
         self._slots: dict[Key, Slots] = {}
         self._caps: dict[Key, Caps] = {}
-        self._conditions: OrderedDict[tuple[str, Condition, int], Conditions] = OrderedDict()
+        self._encodings = Encodings()
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
 
     def caps(self, key: Key) -> Caps | None:
@@ -65,9 +64,17 @@ class Runner:
         return self._caps.get(key)
 
     def measure(self, key: Key, family: Family) -> Caps:
-        """Find the caps of a key on this device, from its stored profile or by a short measurement."""
-        with torch.inference_mode():
-            seconds = self._profiles.seconds(family, key)
+        """Find the caps of a key on this device, from its stored profile or by a short measurement.
+
+        Raises EngineError: the first forward of this checkpoint fails.
+        """
+        try:
+            with torch.inference_mode():
+                seconds = self._profiles.seconds(family, key)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{type(error).__name__} in the first forward of {key.model}") from None
         latent = family.latent_shape(key.width, key.height)
         self._caps[key] = caps_of(seconds, family.card, latent, self._deterministic)
         return self._caps[key]
@@ -121,24 +128,10 @@ class Runner:
             raise EngineError(f"the model {rows[0].key.model} left the device")
         family = lease.model
         lease.release()
-        self._remember(family, rows)
+        self._encodings.prepare(family, rows, family.card.bucket.encode if self._deterministic else None)
         for row in rows:
             if row.slot < 0:  # else placed by an attempt that failed at a later row
                 self._place(family, row)
-
-    def _remember(self, family: Family, rows: list[Row]) -> None:
-        """Encode, in one batch, the conditions of these rows that are not known yet."""
-        wanted = dict.fromkeys(name for row in rows for name in _names(family, row))
-        fresh = [name for name in wanted if name not in self._conditions]
-        if fresh:
-            batch = family.card.bucket.encode if self._deterministic else None
-            encoded = family.encode([name[1] for name in fresh], fresh[0][2], batch)
-            for place, name in enumerate(fresh):
-                self._conditions[name] = {key: value[place : place + 1].clone() for key, value in encoded.items()}
-        for name in wanted:
-            self._conditions.move_to_end(name)
-        while len(self._conditions) > max(CACHED_CONDITIONS, len(wanted)):
-            self._conditions.popitem(last=False)
 
     def _place(self, family: Family, row: Row) -> None:
         """Give the row its table, first noise and slot. Noise is from a CPU generator: one seed, any device."""
@@ -146,18 +139,24 @@ class Runner:
         shape = family.latent_shape(request.width, request.height)
         tokens = family.image_tokens(request.width, request.height)
         table = compile_table(family.card.schedule, request.sampler, request.steps, tokens=tokens)
-        parts = [self._conditions[name] for name in _names(family, row)]
-        conditions = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        conditions = self._encodings.of(family, row)
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
         row.stochastic = table.xz != 0
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
-        if row.key not in self._slots:
-            caps = self._caps[row.key]
-            self._slots[row.key] = Slots(caps.slots, shape, family.device)
+        slots = self._slots_of(row.key, shape, family.device)
         cut = family.truncated(row.condition, row.key.text_length)
         row.warnings = (f'the prompt is too long for the text encoder; not seen: "{cut}"',) if cut else ()
         row.lease = row.lease or self._pool.lease(row.key.model)
-        row.slot = self._slots[row.key].take(table, first, conditions, request.guidance if request.guided else None)
+        row.slot = slots.take(table, first, conditions, request.guidance if request.guided else None)
+
+    def _slots_of(self, key: Key, shape: tuple[int, ...], device: torch.device) -> Slots:
+        """The key's slots, made on first need; of keys that nobody uses now, only the last few keep theirs."""
+        slots = self._slots.pop(key, None) or Slots(self._caps[key].slots, shape, device)
+        self._slots[key] = slots
+        idle = [other for other, held in self._slots.items() if held.free == held.capacity and other != key]
+        for other in idle[:-IDLE_KEYS]:
+            del self._slots[other]
+        return slots
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])
@@ -211,13 +210,6 @@ class Runner:
         if row.lease is None:
             raise EngineError("the row holds no model")
         return row.lease.model, self._slots[row.key]
-
-
-def _names(family: Family, row: Row) -> list[tuple[str, Condition, int]]:
-    """Cache keys of the conditions a row needs, its own first; a prompt's own embedding ignores its negative."""
-    own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
-    both = [own, family.opposite(row.condition)] if row.request.guided else [own]
-    return [(row.key.model, condition, row.key.text_length) for condition in both]
 
 
 def _attempt(phase: Callable[[list[Row], Outcome], None], rows: list[Row], outcome: Outcome) -> InstepError | None:

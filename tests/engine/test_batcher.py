@@ -222,6 +222,21 @@ def test_removed_rows_leave_no_trace_wherever_they_stand() -> None:
     assert simulation.turn() is None
 
 
+def test_rows_that_leave_while_they_wait_are_forgotten() -> None:
+    """A stream of long requests that are cancelled behind short ones must not pile up in the heaps."""
+    simulation = Simulation(fixed(2))
+    simulation.add(*(row(1000) for _ in range(2)))
+    simulation.turn()
+    (queue,) = simulation.batcher._queues.values()
+    for _ in range(500):
+        leaving = row(2000)
+        simulation.add(leaving)
+        simulation.turn()
+        simulation.batcher.remove(leaving)
+    held = len(queue._shortest) + len(queue._oldest) + len(queue._aged) + len(queue._arrivals)
+    assert simulation.batcher.waiting == 0 and held < 50
+
+
 def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None:
     """The choice looks at a cap's worth of the heap, not at the queue: counted in rows touched."""
     simulation = Simulation(fixed(4))

@@ -246,3 +246,34 @@ def test_equal_prompts_are_encoded_once(pool: FakePool) -> None:
     bench = Bench(pool)
     bench.run([request("a", images=same), request("b", images=same)])
     assert pool.families["fake"].encoded == [2], "the prompt and the empty one, in one batch"
+
+
+def test_a_model_whose_first_forward_fails_takes_its_own_requests_only(pool: FakePool) -> None:
+    class Broken(FakeFamily):
+        def encode(self, *_: object, **__: object) -> Conditions:
+            raise KeyError("broken")
+
+    class Measuring(FakeProfiles):
+        def seconds(self, family: FakeFamily, key: object) -> dict[int, float]:  # type: ignore[override]
+            family.encode([Prompt("")], 24)
+            return self.curve
+
+    pool = FakePool(FakeFamily(card()), Broken(card("second")))
+    bench = Bench(pool, profiles=Measuring()).run([request("a", model="second"), request("b")])
+    assert isinstance(bench.failures["a"].error, EngineError)
+    assert ("b", 0) in bench.results and pool.leases == 0
+
+
+def test_slots_of_sizes_that_nobody_uses_are_given_back(pool: FakePool) -> None:
+    sizes = [(width, height) for width in (16, 32, 48, 64) for height in (16, 32, 64)]
+    requests = [request(f"{w}x{h}", width=w, height=h, steps=2) for w, h in sizes]
+    bench = Bench(pool).run(requests)
+    assert len(bench.results) == len(sizes)
+    assert len(bench.engine._runner._slots) <= 6
+
+
+def test_deadlines_of_answered_requests_are_forgotten(pool: FakePool) -> None:
+    bench = Bench(pool)
+    for number in range(300):
+        bench.run([request(f"r{number}", steps=1, guided=False, deadline=1e12)])
+    assert len(bench.engine._promises._deadlines) < 100

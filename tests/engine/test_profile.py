@@ -87,6 +87,17 @@ def test_a_profile_is_measured_once_and_read_again(tmp_path: Path) -> None:
     assert len(family.widths) > forwards, "another shape is another profile"
 
 
+def test_a_size_near_a_measured_one_is_scaled_by_area(tmp_path: Path) -> None:
+    family, profiles = FakeFamily(card()), Profiles(tmp_path)
+    first = profiles.seconds(family, Key("fake", 64, 64, 24))
+    forwards = len(family.widths)
+    near = profiles.seconds(family, Key("fake", 64, 56, 12))
+    assert near == {passes: pytest.approx(cost * 56 / 64) for passes, cost in first.items()}
+    assert len(family.widths) == forwards
+    profiles.seconds(family, Key("fake", 32, 32, 24))
+    assert len(family.widths) > forwards
+
+
 def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> None:
     family = FakeFamily(card())
     Profiles(tmp_path).seconds(family, KEY)
