@@ -6,7 +6,7 @@ ifeq ($(TORCH),cpu)
   INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
   SIZE := the CPU build, about 200 MB
 else
-  SIZE := on Linux the CUDA build, several GB; TORCH=cpu takes the small CPU build
+  SIZE := on Linux the CUDA build, about 3 GB; TORCH=cpu takes the CPU build, 200 MB
 endif
 
 .PHONY: setup serve test check fix
