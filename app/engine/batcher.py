@@ -161,27 +161,29 @@ class Batcher:
         return Work("decode", key, [row for row in self._finished if row.key == key][:most])
 
     def _step(self, now: float) -> Work | None:
+        """The best row of all keys decides which key runs; waiting rows it takes along are encoded first."""
+        # Never two encodes in a row while rows wait to be denoised: those who run must not stand behind arrivals.
+        denoise = self._encoded_last and any(queue.started for queue in self._queues.values())
         best: tuple[Order, Caps, list[Row]] | None = None
         for queue in self._queues.values():
             caps = self._caps(queue.key)
             rows = queue.candidates(now, caps) if caps else []
+            if denoise:
+                rows = [row for row in rows if row.stage == "started"]
             if not caps or not rows:
                 continue
             order = queue.order(rows[0], now, caps.rate)
             if best is None or order < best[0]:
                 best = (order, caps, rows)
-        if best is None:
-            return None
-        return self._encode_or_denoise(best[2], best[1])
+        return _encode_or_denoise(best[2], best[1]) if best else None
 
-    def _encode_or_denoise(self, rows: list[Row], caps: Caps) -> Work:
-        chosen = _fill(rows, caps.passes)
-        running = [row for row in chosen if row.stage == "started"]
-        entering = [row for row in chosen if row.stage == "waiting"]
-        # Never two encodes in a row while rows wait to be denoised: those who run must not stand behind arrivals.
-        if entering and not (self._encoded_last and running):
-            return Work("encode", rows[0].key, entering[: caps.encode])
-        return Work("denoise", rows[0].key, running)
+
+def _encode_or_denoise(rows: list[Row], caps: Caps) -> Work:
+    chosen = _fill(rows, caps.passes)
+    entering = [row for row in chosen if row.stage == "waiting"]
+    if entering:
+        return Work("encode", rows[0].key, entering[: caps.encode])
+    return Work("denoise", rows[0].key, chosen)
 
 
 def _fill(rows: list[Row], passes: int) -> list[Row]:

@@ -23,7 +23,7 @@ class Encodings:
     """Conditions of one pass each, by model, condition and text length; the least recently used leaves first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Name, Conditions] = OrderedDict()
+        self._kept: OrderedDict[Name, tuple[Conditions, str | None]] = OrderedDict()
 
     def prepare(self, family: Family, rows: list[Row], batch: int | None) -> None:
         """Encode, in one batch, what these rows of one key need and is not kept; then `of` has it for each of them."""
@@ -32,7 +32,8 @@ class Encodings:
         if fresh:
             encoded = family.encode([condition for _, condition, _ in fresh], fresh[0][2], batch)
             for place, name in enumerate(fresh):
-                self._kept[name] = {key: value[place : place + 1].clone() for key, value in encoded.items()}
+                one = {key: value[place : place + 1].clone() for key, value in encoded.items()}
+                self._kept[name] = one, family.truncated(name[1], name[2])
         for name in wanted:
             self._kept.move_to_end(name)
         while len(self._kept) > max(KEPT, len(wanted)):
@@ -40,8 +41,12 @@ class Encodings:
 
     def of(self, family: Family, row: Row) -> Conditions:
         """The row's conditions, [1 or 2, ...] by name: its own, then the one that guidance moves away from."""
-        parts = [self._kept[name] for name in _names(family, row)]
+        parts = [self._kept[name][0] for name in _names(family, row)]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def cut(self, family: Family, row: Row) -> str | None:
+        """The end of the row's prompt that no encoder sees; None when nothing is cut."""
+        return self._kept[_names(family, row)[0]][1]
 
 
 def _names(family: Family, row: Row) -> list[Name]:

@@ -11,17 +11,17 @@ import math
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from app.engine.batcher import Batcher
 from app.engine.profile import Profiles
 from app.engine.promises import Promises
-from app.engine.row import Caps, Key, Row, Work, default_key
+from app.engine.row import Caps, Key, Row, Work, default_key, rows_of
 from app.engine.runner import Image, Outcome, Runner
-from app.errors import Cancelled, DeadlineExceeded, InstepError, ModelNotFound, ShuttingDown
+from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
 from app.pool.pool import Pool
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
 from app.request import Request
-from app.samplers.table import compile_table
 from app.settings import Settings
 
 SILENCE = 60.0
@@ -98,23 +98,27 @@ class Engine:
         return True
 
     def _caps(self, key: Key) -> Caps | None:
-        """The caps of a key, measured the first time; None while its model is not on the device."""
-        caps = self._runner.caps(key)
-        if caps is not None:
-            return caps
+        """The caps of a key, measured the first time; None while its model or its slots have no place."""
+        if not self._runner.measured(key):
+            error = self._measure(key)
+            if error:
+                self._fail_all(key.model, error, key)
+        return self._runner.caps(key)
+
+    def _measure(self, key: Key) -> InstepError | None:
+        """Measure a key whose model is ready; the error when its first forward fails."""
         lease = self._pool.lease(key.model)
         if lease is None:
             return None
         self._announce("profile", FIRST_WORK)
         try:
-            caps = self._runner.measure(key, lease.model)
+            rate = self._runner.measure(key, lease.model).rate
         except InstepError as error:
-            self._fail_model(key.model, error)
-            return None
+            return error
         finally:
             lease.release()
-        self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
-        return caps
+        self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": rate}))
+        return None
 
     def _read_inbox(self) -> None:
         while True:
@@ -129,7 +133,7 @@ class Engine:
 
     def _add(self, request: Request) -> None:
         try:
-            rows = self._rows(request)
+            rows = rows_of(request, self._pool.cards, self._clock(), self._sequence)
         except InstepError as error:
             self._emit(Failure(request.id, error))
             return
@@ -141,25 +145,22 @@ class Engine:
         if failure is not None:
             self._fail(request.id, failure)
 
-    def _rows(self, request: Request) -> list[Row]:
-        card = self._pool.cards.get(request.model)
-        if card is None:
-            raise ModelNotFound(f"there is no model {request.model}", param="model")
-        key = Key(request.model, request.width, request.height, request.text_length)
-        lines, now = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines, self._clock()
-        return [Row(request, index, key, lines, now, next(self._sequence)) for index in range(len(request.images))]
-
     def _poll_models(self) -> None:
         for state in self._pool.poll():
-            if state.state == "ready" and not self._promises:  # nobody waits: measure before it counts as ready
-                self._caps(default_key(self._pool.cards[state.model]))
-            self._emit(state)
+            self._emit(self._tried(state))
             error = self._pool.failure(state.model) if state.state == "failed" else None
             if error is not None:
-                self._fail_model(state.model, error)
+                self._fail_all(state.model, error)
 
-    def _fail_model(self, model: str, error: InstepError) -> None:
-        for request_id in self._promises.of_model(model):
+    def _tried(self, state: ModelState) -> ModelState:
+        """A model that becomes ready while nobody waits is measured first, and counts as failed if that fails."""
+        if state.state != "ready" or self._promises:
+            return state
+        error = self._measure(default_key(self._pool.cards[state.model]))
+        return replace(state, state="failed", detail=error.message) if error else state
+
+    def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:
+        for request_id in self._promises.of(model, key):
             self._fail(request_id, error)
 
     def _expire(self) -> None:
@@ -212,12 +213,10 @@ class Engine:
             self._settle_previews(self._runner.preview(due))
 
     def _settle_previews(self, outcome: Outcome) -> None:
-        for row, error in outcome.failed:
-            self._fail(row.request.id, error)
         for image in outcome.images:
-            row = image.row
-            self._emit(Preview(row.request.id, row.index, row.previews, image.pixels))
-            row.previews += 1
+            self._emit(Preview(image.row.request.id, image.row.index, image.row.previews, image.pixels))
+        for row in [image.row for image in outcome.images] + [row for row, _ in outcome.failed]:
+            row.previews += 1  # a preview that fails is left out: the image itself goes on
 
     def _settle_image(self, image: Image, start: float) -> None:
         row = image.row

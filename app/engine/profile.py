@@ -5,9 +5,11 @@ Knows nothing of rows or of order: it turns measurements into the caps that the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from app.card import Card
 from app.engine.row import Caps, Key
-from app.families.base import Family
+from app.families.base import Conditions, Family
 from app.request import ClassLabel, Condition, Prompt
 
 NEAR = 1.10
@@ -28,7 +30,7 @@ NEAR_AREA = 1.25
 WIDEST = 64
 SAMPLES = 3
 SLOT_BYTES = 256 << 20
-"""Most bytes of latents (x, mem, noise) that the slots of one key take."""
+"""Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""
 
 
 def measure(
@@ -36,13 +38,18 @@ def measure(
 ) -> dict[int, float]:
     """Seconds of forward(passes) at 1, 2, 4, ... until two doublings bring nothing or `budget` seconds are spent.
 
-    Each is the least of a few: whatever else the machine does can only add to a measurement.
+    Each is the least of a few: whatever else the machine does can only add to a measurement. A width that does not fit
+    in memory ends it too. Raises what the very first forward raises.
     """
     seconds: dict[int, float] = {}
     passes, start = 1, clock()
     while passes <= WIDEST:
-        forward(passes)
-        seconds[passes] = min(_once(forward, passes, clock) for _ in range(SAMPLES))
+        try:
+            seconds[passes] = min(_once(forward, passes, clock) for _ in range(1 + SAMPLES))
+        except torch.OutOfMemoryError:
+            if not seconds:
+                raise
+            break
         best = min(seconds, key=lambda width: seconds[width] / width)
         next_costs = 2 * seconds[passes] * (SAMPLES + 1)
         if passes >= 4 * best or clock() - start + next_costs > budget:
@@ -63,18 +70,21 @@ def saturation(seconds: dict[int, float]) -> int:
     return min(passes for passes, cost in seconds.items() if cost / passes <= NEAR * best)
 
 
-def caps_of(seconds: dict[int, float], card: Card, latent: tuple[int, ...], deterministic: bool) -> Caps:
+def caps_of(
+    seconds: dict[int, float], card: Card, latent: tuple[int, ...], slot_bytes: int, deterministic: bool
+) -> Caps:
     """The caps that these measurements give; in deterministic mode the card's bucket decides the widths."""
-    numbers = latent[0] * latent[1] * latent[2]
-    fit = max(4, SLOT_BYTES // (3 * 4 * numbers))
+    fit = max(4, SLOT_BYTES // slot_bytes)
     if deterministic:
         passes = card.bucket.passes
         rate = max(seconds.values()) / max(seconds)
-        return Caps(passes, card.bucket.encode, card.bucket.decode, min(fit, 4 * passes), rate)
+        slots = min(fit, 4 * passes)
+        return Caps(passes, card.bucket.encode, card.bucket.decode, slots, rate, (slots + 1) * slot_bytes)
     passes = saturation(seconds)
     # DESIGN section 6 rule 6: at 1024 px the VAE is the memory peak, so its batch shrinks with the image.
     decode = max(1, min(8, 16_384 // (latent[1] * latent[2])))
-    return Caps(passes, max(1, passes), decode, min(fit, 4 * passes + 4), seconds[passes] / passes)
+    slots = min(fit, 4 * passes + 4)
+    return Caps(passes, max(1, passes), decode, slots, seconds[passes] / passes, (slots + 1) * slot_bytes)
 
 
 class Profiles:
@@ -101,22 +111,41 @@ class Profiles:
 
     def _read_or_measure(self, family: Family, key: Key) -> dict[int, float]:
         file = self._folder / "profiles" / (self._name(family, key) + ".json")
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return {int(passes): float(cost) for passes, cost in stored.items()}
-        except (OSError, ValueError, AttributeError):
+        seconds = _stored(file)
+        if seconds is None:
             seconds = measure(_forward(family, key), self._budget)
-        _store(file, seconds)
+            _store(file, seconds)
         return seconds
 
     @staticmethod
     def _name(family: Family, key: Key) -> str:
-        device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else "cpu"
+        device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else _processor()
+        facts = hashlib.sha256(family.card.model_dump_json(exclude={"folder"}).encode()).hexdigest()[:8]
         parts = (
-            key.model, f"{key.width}x{key.height}", device, str(family.dtype).split(".")[-1],
+            key.model, facts, f"{key.width}x{key.height}", device, str(family.dtype).split(".")[-1],
             f"torch{torch.__version__}", f"threads{torch.get_num_threads()}",
         )  # fmt: skip
-        return "-".join(part.replace(" ", "_").replace("/", "_") for part in parts)
+        return re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(parts))
+
+
+def _processor() -> str:
+    """The model name of this CPU; "cpu" where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def _stored(file: Path) -> dict[int, float] | None:
+    """A stored profile; None when there is none or it makes no sense."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        seconds = {int(passes): float(cost) for passes, cost in stored.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    sound = seconds and all(passes > 0 and 0 < cost < math.inf for passes, cost in seconds.items())
+    return seconds if sound else None
 
 
 def _store(file: Path, seconds: dict[int, float]) -> None:
@@ -129,9 +158,14 @@ def _store(file: Path, seconds: dict[int, float]) -> None:
         return
 
 
+def plain_conditions(family: Family, text_length: int) -> Conditions:
+    """The conditions of one pass that stands for any: the empty prompt, or the first class."""
+    condition: Condition = Prompt("") if family.card.text_length else ClassLabel(0)
+    return family.encode([condition], text_length)
+
+
 def _forward(family: Family, key: Key) -> Callable[[int], None]:
-    condition: Condition = ClassLabel(0) if family.card.labels else Prompt("")
-    conditions = family.encode([condition], family.card.text_length)
+    conditions = plain_conditions(family, family.card.text_length)
     shape = family.latent_shape(key.width, key.height)
 
     def run(passes: int) -> None:

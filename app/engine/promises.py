@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from app.engine.row import Row
+from app.engine.row import Key, Row
 from app.request import Request
 
 
@@ -50,8 +50,10 @@ class Promises:
         promise = self._open.pop(request_id, None)
         return promise.rows if promise else []
 
-    def of_model(self, model: str) -> list[str]:
-        return [request_id for request_id, promise in self._open.items() if promise.request.model == model]
+    def of(self, model: str, key: Key | None = None) -> list[str]:
+        """Ids of the open requests of a model, or of one key of it; all rows of a request have the same key."""
+        keys = {request_id: promise.rows[0].key for request_id, promise in self._open.items()}
+        return [request_id for request_id, own in keys.items() if own.model == model and key in (None, own)]
 
     def expired(self, now: float) -> list[str]:
         """Ids whose deadline has passed, each told once; some may be answered already."""

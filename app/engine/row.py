@@ -6,14 +6,15 @@ Knows nothing of tensors and nothing of who runs next.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import numpy as np
-
 from app.card import Card
+from app.errors import ModelNotFound
 from app.report import Phase, Timings
 from app.request import Condition, Request
+from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,8 @@ class Row:
     """One image of a request, from its arrival to its pixels.
 
     lines: lines of its table; line: the next one to run; passes: forwards of the network a line costs.
-    slot: its place in the key's `Slots` once started. Times are on the engine's clock, in seconds.
+    slot: its place in the key's `Slots` once started. noisy: the lines whose noise is not drawn yet.
+    Times are on the engine's clock, in seconds.
     """
 
     request: Request
@@ -57,7 +59,7 @@ class Row:
     slot: int = -1
     lease: Lease | None = None
     noise: torch.Generator | None = None
-    stochastic: np.ndarray | None = None
+    noisy: set[int] = field(default_factory=set)
     warnings: tuple[str, ...] = ()
     served: float = 0.0
     encode_start: float = 0.0
@@ -124,7 +126,7 @@ class Work:
 class Caps:
     """What a key may do at once, from its measured profile: passes a forward, rows an encode and a decode, slots.
 
-    rate: seconds a pass costs at that width.
+    rate: seconds a pass costs at that width. bytes: of all its slots.
     """
 
     passes: int
@@ -132,3 +134,14 @@ class Caps:
     decode: int
     slots: int
     rate: float
+    bytes: int = 0
+
+
+def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:
+    """One waiting row for each image, numbered in order of arrival. Raises ModelNotFound, InvalidValue."""
+    card = cards.get(request.model)
+    if card is None:
+        raise ModelNotFound(f"there is no model {request.model}", param="model")
+    key = Key(request.model, request.width, request.height, request.text_length)
+    lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
+    return [Row(request, index, key, lines, now, next(numbers)) for index in range(len(request.images))]

@@ -5,6 +5,7 @@ Knows nothing of order, of requests' other rows, or of who waits for the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,17 +13,14 @@ import numpy as np
 import torch
 
 from app.engine.encodings import Encodings
-from app.engine.profile import Profiles, caps_of
+from app.engine.profile import Profiles, caps_of, plain_conditions
 from app.engine.row import Caps, Key, Row, Work
-from app.engine.slots import Slots
+from app.engine.slots import PASSES, Slots, Space
 from app.engine.step import denoise_step, gather
 from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.samplers.table import compile_table
-
-IDLE_KEYS = 4
-"""Keys (model, size, text length) without rows whose slots stay allocated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +52,18 @@ class Runner:
         self._pool = pool
         self._profiles = profiles
         self._deterministic = deterministic
-        self._slots: dict[Key, Slots] = {}
+        self._space = Space()
         self._caps: dict[Key, Caps] = {}
         self._encodings = Encodings()
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
 
+    def measured(self, key: Key) -> bool:
+        return key in self._caps
+
     def caps(self, key: Key) -> Caps | None:
-        """The caps of a key, None before `measure`."""
-        return self._caps.get(key)
+        """The caps of a key; None before `measure`, and while the slots of other keys leave no room for its own."""
+        caps = self._caps.get(key)
+        return caps if caps and self._space.has_room(key, caps.bytes) else None
 
     def measure(self, key: Key, family: Family) -> Caps:
         """Find the caps of a key on this device, from its stored profile or by a short measurement.
@@ -71,12 +73,14 @@ class Runner:
         try:
             with torch.inference_mode():
                 seconds = self._profiles.seconds(family, key)
+                conditions = plain_conditions(family, key.text_length)
+            latent = family.latent_shape(key.width, key.height)
+            bytes_ = 12 * math.prod(latent) + PASSES * sum(value.nbytes for value in conditions.values())
+            self._caps[key] = caps_of(seconds, family.card, latent, bytes_, self._deterministic)
         except torch.AcceleratorError:
             raise
         except Exception as error:
             raise EngineError(f"{type(error).__name__} in the first forward of {key.model}") from None
-        latent = family.latent_shape(key.width, key.height)
-        self._caps[key] = caps_of(seconds, family.card, latent, self._deterministic)
         return self._caps[key]
 
     def run(self, work: Work) -> Outcome:
@@ -99,8 +103,9 @@ class Runner:
     def release(self, row: Row) -> None:
         """Give back what a started row holds; nothing for a row that holds nothing."""
         if row.slot >= 0:
-            self._slots[row.key].release(row.slot)
+            self._space[row.key].release(row.slot)
             row.slot = -1
+            row.noise = None
         if row.lease is not None:
             row.lease.release()
             row.lease = None
@@ -141,22 +146,14 @@ class Runner:
         table = compile_table(family.card.schedule, request.sampler, request.steps, tokens=tokens)
         conditions = self._encodings.of(family, row)
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
-        row.stochastic = table.xz != 0
+        row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
-        slots = self._slots_of(row.key, shape, family.device)
-        cut = family.truncated(row.condition, row.key.text_length)
+        caps = self._caps[row.key]
+        slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
+        cut = self._encodings.cut(family, row)
         row.warnings = (f'the prompt is too long for the text encoder; not seen: "{cut}"',) if cut else ()
         row.lease = row.lease or self._pool.lease(row.key.model)
         row.slot = slots.take(table, first, conditions, request.guidance if request.guided else None)
-
-    def _slots_of(self, key: Key, shape: tuple[int, ...], device: torch.device) -> Slots:
-        """The key's slots, made on first need; of keys that nobody uses now, only the last few keep theirs."""
-        slots = self._slots.pop(key, None) or Slots(self._caps[key].slots, shape, device)
-        self._slots[key] = slots
-        idle = [other for other, held in self._slots.items() if held.free == held.capacity and other != key]
-        for other in idle[:-IDLE_KEYS]:
-            del self._slots[other]
-        return slots
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])
@@ -171,11 +168,14 @@ class Runner:
     @staticmethod
     def _draw(rows: list[Row], slots: Slots) -> None:
         """Step noise of the rows whose line adds some, once a line: a replayed step must see the same noise."""
-        for row in rows:
-            if row.stochastic is not None and row.stochastic[row.line]:
-                noise = torch.randn((1, *slots.noise.shape[1:]), generator=row.noise)
-                slots.noise[row.slot] = noise[0]
-                row.stochastic[row.line] = False
+        due = [row for row in rows if row.line in row.noisy]
+        if not due:
+            return
+        drawn = [torch.randn((1, *slots.noise.shape[1:]), generator=row.noise) for row in due]
+        index = torch.tensor([row.slot for row in due], device=slots.noise.device)
+        slots.noise[index] = torch.cat(drawn).to(slots.noise.device)
+        for row in due:
+            row.noisy.discard(row.line)
 
     def _decode(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])
@@ -209,7 +209,7 @@ class Runner:
     def _of(self, row: Row) -> tuple[Family, Slots]:
         if row.lease is None:
             raise EngineError("the row holds no model")
-        return row.lease.model, self._slots[row.key]
+        return row.lease.model, self._space[row.key]
 
 
 def _attempt(phase: Callable[[list[Row], Outcome], None], rows: list[Row], outcome: Outcome) -> InstepError | None:
@@ -222,6 +222,10 @@ def _attempt(phase: Callable[[list[Row], Outcome], None], rows: list[Row], outco
         return OutOfMemory("this image alone does not fit in the device's memory")
     except InstepError as error:
         return type(error)(error.message, param=error.param, retry_after=error.retry_after)
-    except Exception as error:  # a poison row must not take its neighbours or the process with it
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # a poison row must not take its neighbours with it; tokenizers panic as BaseException
         return EngineError(f"{type(error).__name__} in {phase.__name__.strip('_')}")
     return None

@@ -10,8 +10,15 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from app.engine.row import Key
 from app.families.base import Conditions
 from app.samplers.table import COLUMNS, Table
+
+IDLE_KEYS = 4
+"""Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
+
+SPACE_BYTES = 1 << 30
+"""Most bytes that the slots of all keys take together."""
 
 PASSES = 2
 """Condition places a slot has: its own and the one that guidance moves away from."""
@@ -86,3 +93,35 @@ class Slots:
             if name not in self.conditions:
                 self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
             self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value
+
+
+class Space:
+    """The slots of all keys of one device, within a budget of bytes; the caller says how large a key's will be."""
+
+    def __init__(self, budget: int = SPACE_BYTES) -> None:
+        self._budget = budget
+        self._slots: dict[Key, Slots] = {}
+        self._sizes: dict[Key, int] = {}
+
+    def __getitem__(self, key: Key) -> Slots:
+        return self._slots[key]
+
+    def has_room(self, key: Key, size: int) -> bool:
+        """Whether slots of `size` bytes can be opened; a key is never refused while no other holds rows."""
+        used = sum(self._sizes[other] for other, slots in self._slots.items() if slots.free < slots.capacity)
+        return key in self._slots or used == 0 or used + size <= self._budget
+
+    def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
+        """The key's slots, made on first need; those that nobody has used for longest make room."""
+        slots = self._slots.pop(key, None)
+        if slots is None:
+            self._close_idle(size)
+            slots = Slots(capacity, shape, device)
+        self._slots[key], self._sizes[key] = slots, size
+        return slots
+
+    def _close_idle(self, size: int) -> None:
+        idle = [key for key, slots in self._slots.items() if slots.free == slots.capacity]
+        while idle and (len(idle) > IDLE_KEYS or sum(self._sizes.values()) + size > self._budget):
+            key = idle.pop(0)
+            del self._slots[key], self._sizes[key]

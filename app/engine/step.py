@@ -55,8 +55,8 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
 
     x' = xx x + xo out + xm mem + xz exp(zf frac / 2) noise;  mem' = mx x + mo out, the predicted clean latent.
     out = cond + weight (cond - other) is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) with
-    weight = scale - 1; an unguided row points at itself, which is exact. Buffers change only after the forward,
-    so a step that raises can be run again from where it started.
+    weight = scale - 1; an unguided row points at itself, which is exact. Buffers change last, so a step that
+    raises can be run again from where it started.
     """
     device = slots.x.device
     sizes = [len(index) for index in plan]
@@ -75,9 +75,11 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
     if lines[:, _NOISE].any():
         spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[cond])
         new = new + spread * slots.noise[rows]
+    clean, finite = mx * x + mo * out, torch.isfinite(new).flatten(1).all(1)
+    # Nothing is allocated from here on: an error (out of memory) leaves both buffers as they were.
     slots.x[rows] = new
-    slots.mem[rows] = mx * x + mo * out
-    return torch.isfinite(new).flatten(1).all(1)
+    slots.mem[rows] = clean
+    return finite
 
 
 def guide(

@@ -192,6 +192,19 @@ def test_never_two_encodes_in_a_row_while_rows_wait_to_be_denoised() -> None:
     assert len(simulation.ended) == 8
 
 
+def test_arrivals_of_other_sizes_do_not_keep_a_started_row_from_its_steps() -> None:
+    """Each arrival is shorter than all before and of a key of its own, so each would be encoded first."""
+    simulation = Simulation(fixed(4))
+    long = row(20)
+    simulation.add(long)
+    simulation.turn()
+    simulation.turn()
+    for number in range(12):
+        simulation.add(row(15 - number, key=Key("model", 64, 16 * (number + 1), 24)))
+        simulation.turn()
+    assert not any(pair == ("encode", "encode") for pair in itertools.pairwise(simulation.phases))
+
+
 def test_slots_bound_what_is_started_and_short_rows_keep_a_share() -> None:
     simulation = Simulation(fixed(4, slots=8))
     simulation.add(*(row(60 - number) for number in range(30)))

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from app.engine.batcher import AGE_LIMIT
+from app.engine.row import Key
+from app.engine.slots import IDLE_KEYS, Space
 from app.errors import (
     Cancelled,
     CheckpointError,
@@ -90,6 +93,48 @@ def test_a_poison_prompt_fails_alone(pool: FakePool) -> None:
     assert isinstance(bench.failures["bad"].error, EngineError)
     assert len(bench.results) == 5
     assert pool.leases == 0
+
+
+def test_a_step_that_raises_while_it_writes_is_replayed_from_where_it_started(
+    pool: FakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Bench(pool).run([request("a", sampler="flow_dpmpp_2m"), request("b")]).results
+    calls = 0
+
+    def isfinite(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise torch.OutOfMemoryError("no room for the flags")
+        return x.abs() < float("inf")
+
+    monkeypatch.setattr(torch, "isfinite", isfinite)
+    bench = Bench(pool).run([request("a", sampler="flow_dpmpp_2m"), request("b")])
+    assert calls > 3 and not bench.failures
+    for name, result in bench.results.items():
+        np.testing.assert_allclose(result.latents, plain[name].latents, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_row_ends_within_its_age_limit_under_endless_short_arrivals(pool: FakePool) -> None:
+    """On a clock that counts forwards: one second each, and a rate that says so."""
+    bench: Bench
+
+    def clock() -> float:
+        return float(len(bench.forwards)) if started else 0.0
+
+    started = False
+    bench = Bench(pool, profiles=FakeProfiles(passes=2, rate=1.0), clock=clock)
+    started = True
+    bench.engine.submit(request("long", steps=20, guided=False))
+    number = 0
+    while ("long", 0) not in bench.results:
+        assert len(bench.forwards) < 400, "the long request starves"
+        if bench.engine._batcher.waiting < 4:
+            bench.engine.submit(request(f"short{number}", steps=4, guided=False))
+            number += 1
+        bench.turn()
+    assert len(bench.forwards) <= (AGE_LIMIT + 1) * 20 + 2
+    assert number > 20
 
 
 class Fussy(FakeFamily):
@@ -245,7 +290,7 @@ def test_equal_prompts_are_encoded_once(pool: FakePool) -> None:
     same = tuple(ImageSpec(Prompt("same"), seed) for seed in range(4))
     bench = Bench(pool)
     bench.run([request("a", images=same), request("b", images=same)])
-    assert pool.families["fake"].encoded == [2], "the prompt and the empty one, in one batch"
+    assert pool.families["fake"].encoded[1:] == [2], "after the measurement: the prompt and the empty one, in one batch"
 
 
 def test_a_model_whose_first_forward_fails_takes_its_own_requests_only(pool: FakePool) -> None:
@@ -264,12 +309,53 @@ def test_a_model_whose_first_forward_fails_takes_its_own_requests_only(pool: Fak
     assert ("b", 0) in bench.results and pool.leases == 0
 
 
+def test_a_ready_model_whose_first_forward_fails_is_told_as_failed(pool: FakePool) -> None:
+    class Refusing(FakeProfiles):
+        def seconds(self, family: object, key: object) -> dict[int, float]:
+            raise ValueError("no")
+
+    pool.states = [ModelState("fake", "ready")]
+    bench = Bench(pool, profiles=Refusing()).run()
+    (state,) = [each for each in bench.reports if isinstance(each, ModelState)]
+    assert state.state == "failed" and state.detail
+
+
+def test_a_failed_measurement_of_one_size_leaves_the_others(pool: FakePool) -> None:
+    class Picky(FakeProfiles):
+        def seconds(self, family: object, key: Key) -> dict[int, float]:  # type: ignore[override]
+            if key.width == 64:
+                raise torch.OutOfMemoryError("no room")
+            return self.curve
+
+    bench = Bench(pool, profiles=Picky()).run([request("small"), request("large", width=64)])
+    assert list(bench.failures) == ["large"] and ("small", 0) in bench.results
+
+
 def test_slots_of_sizes_that_nobody_uses_are_given_back(pool: FakePool) -> None:
     sizes = [(width, height) for width in (16, 32, 48, 64) for height in (16, 32, 64)]
     requests = [request(f"{w}x{h}", width=w, height=h, steps=2) for w, h in sizes]
-    bench = Bench(pool).run(requests)
+    bench = Bench(pool)
+    for each in requests:
+        bench.run([each])
     assert len(bench.results) == len(sizes)
-    assert len(bench.engine._runner._slots) <= 6
+    assert len(bench.engine._runner._space._slots) <= IDLE_KEYS + 1
+
+
+def test_a_size_without_room_for_its_slots_waits_for_the_others(pool: FakePool) -> None:
+    bench = Bench(pool)
+    bench.engine._runner._space = Space(budget=1)
+    bench.run([request("a", steps=6), request("b", width=64, steps=2)])
+    assert set(bench.results) == {("a", 0), ("b", 0)}
+    assert {tick.rows for tick in bench.forwards} == {1}
+
+
+def test_a_preview_that_fails_leaves_the_image_alone() -> None:
+    class Blind(FakeFamily):
+        def preview(self, latents: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no room")
+
+    bench = Bench(FakePool(Blind(card()))).run([request("seen", previews=2)])
+    assert ("seen", 0) in bench.results and not bench.of(Preview)
 
 
 def test_deadlines_of_answered_requests_are_forgotten(pool: FakePool) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.engine.profile import Profiles, caps_of, measure, saturation
 from app.engine.row import Key
@@ -59,6 +60,23 @@ def test_a_disturbed_measurement_does_not_end_it() -> None:
     assert saturation(seconds) == 16
 
 
+def test_a_width_that_does_not_fit_ends_the_measurement() -> None:
+    device = Device(1.0, 0.01)
+
+    def small(passes: int) -> None:
+        if passes > 4:
+            raise torch.OutOfMemoryError("no room")
+        device.forward(passes)
+
+    assert max(measure(small, budget=600, clock=device.clock)) == 4
+
+    def none(passes: int) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(none, budget=600)
+
+
 def test_a_slow_device_is_measured_within_the_budget() -> None:
     device = Device(0.0, 2.0)
     measure(device.forward, budget=20, clock=device.clock)
@@ -67,13 +85,13 @@ def test_a_slow_device_is_measured_within_the_budget() -> None:
 
 def test_deterministic_caps_are_the_cards_bucket() -> None:
     family_card = card(bucket={"passes": 12, "encode": 4, "decode": 2})
-    caps = caps_of({1: 0.01, 16: 0.16}, family_card, (16, 8, 8), deterministic=True)
+    caps = caps_of({1: 0.01, 16: 0.16}, family_card, (16, 8, 8), 1, deterministic=True)
     assert (caps.passes, caps.encode, caps.decode) == (12, 4, 2)
 
 
 def test_large_images_are_decoded_one_at_a_time() -> None:
-    assert caps_of({1: 0.01}, card(), (16, 128, 128), deterministic=False).decode == 1
-    assert caps_of({1: 0.01}, card(), (16, 8, 8), deterministic=False).decode == 8
+    assert caps_of({1: 0.01}, card(), (16, 128, 128), 1, deterministic=False).decode == 1
+    assert caps_of({1: 0.01}, card(), (16, 8, 8), 1, deterministic=False).decode == 8
 
 
 def test_a_profile_is_measured_once_and_read_again(tmp_path: Path) -> None:
@@ -102,7 +120,7 @@ def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> No
     family = FakeFamily(card())
     Profiles(tmp_path).seconds(family, KEY)
     (file,) = (tmp_path / "profiles").iterdir()
-    for damage in ("", "[]", '{"a": 1}'):
+    for damage in ("", "[]", "{}", '{"a": 1}', '{"1": null}', '{"1": 0}', '{"1": NaN}', '{"0": 1}', '{"-1": 1}'):
         file.write_text(damage)
         assert min(Profiles(tmp_path).seconds(family, KEY)) == 1
         assert json.loads(file.read_text())
