@@ -102,10 +102,10 @@ class Keeper:
         """Images in a batch, as of the last Tick."""
         return min(self.images, self._tick.running if self._tick else 0)
 
-    def has(self, model: str) -> bool:
-        """Whether the model is loaded here, or about to be."""
-        state = self.states.get(model)
-        return state is not None and state.state in ("ready", "loading")
+    def state(self, model: str) -> State:
+        """How the model stands here."""
+        known = self.states.get(model)
+        return known.state if known else "absent"
 
     def send(self, order: wire.Order) -> None:
         """To the live process; otherwise nowhere."""

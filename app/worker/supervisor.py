@@ -132,7 +132,7 @@ class Supervisor:
         await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
 
     def submit(self, request: Request, on_report: OnReport | None = None) -> asyncio.Future[list[Result]]:
-        """Give the request to the live worker with the least queued seconds; its results come in image order.
+        """Give the request to the live worker that will get to it first; its results come in image order.
 
         Cancelling the future cancels the request at the next step boundary. Raises ShuttingDown, NoWorker,
         Overloaded (both with retry_after, seconds), EngineError for a request that two deaths have in common.
@@ -162,13 +162,27 @@ class Supervisor:
         if not live:
             wait = min(keeper.back_in for keeper in self._keepers)
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
-        # Between equals, the one that has the model, so that an idle server does not load it twice.
-        chosen = min(live, key=lambda keeper: (keeper.queued_seconds, not keeper.has(request.model)))
+        chosen = min(live, key=self._ranking(live, request.model))
         ahead = chosen.queued_seconds
         if ahead > self._settings.max_wait:
             retry_after = min(120.0, max(1.0, ahead * random.uniform(0.8, 1.2)))
             raise Overloaded(f"The queue is about {ahead:.0f} seconds long.", retry_after=retry_after)
         return chosen
+
+    def _ranking(self, live: list[Keeper], model: str) -> Callable[[Keeper], tuple[bool, bool, float, bool]]:
+        """The order in which workers are chosen, best first.
+
+        NOTE: a worker on which the model failed answers at once and so never has a queue; by its queue alone it would
+        draw every request. Between equals, the one that has the model, so that an idle server does not load it twice.
+        """
+        load = max((keeper.states[model].seconds for keeper in live if keeper.state(model) == "ready"), default=0.0)
+
+        def rank(keeper: Keeper) -> tuple[bool, bool, float, bool]:
+            state, ahead = keeper.state(model), keeper.queued_seconds
+            wait = ahead if state == "ready" else ahead + load
+            return state == "failed", ahead > self._settings.max_wait, wait, state not in ("ready", "loading")
+
+        return rank
 
     def _hear(self, keeper: Keeper, report: Report) -> None:
         """One report from a live worker. What is about a request that is no longer in flight is only observed."""

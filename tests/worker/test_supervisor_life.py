@@ -6,6 +6,7 @@ import os
 import pytest
 
 from app.errors import (
+    CheckpointError,
     ModelNotFound,
     NoWorker,
     Overloaded,
@@ -59,6 +60,65 @@ def test_between_idle_workers_the_one_that_has_the_model():
             for _ in range(3):
                 await here.supervisor.submit(request())
             assert [state.state for state in here.told(ModelState)] == ["loading", "ready"]
+
+    run(scenario)
+
+
+def test_a_worker_where_the_model_failed_draws_no_requests():
+    async def scenario():
+        async with serving(devices="cpu,cpu", preload="") as here:
+            supervisor = here.supervisor
+            with pytest.raises(CheckpointError):
+                await supervisor.submit(request("!load"))
+            slow = [supervisor.submit(request("!slow 60", steps=10)) for _ in range(3)]
+            assert supervisor.queues[0] == 0.0 < supervisor.queues[1]
+            for future in slow:
+                future.cancel()
+            await asyncio.sleep(0)
+
+    run(scenario)
+
+
+def test_where_every_worker_failed_one_is_tried_again():
+    async def scenario():
+        async with serving(preload="") as here:
+            with pytest.raises(CheckpointError):
+                await here.supervisor.submit(request("!load"))
+            assert len(await here.supervisor.submit(request())) == 1
+
+    run(scenario)
+
+
+def test_a_queue_shorter_than_a_load_is_joined(monkeypatch):
+    monkeypatch.setenv("INSTEP_FAKE_LOAD", "0.5")
+
+    async def scenario():
+        async with serving(devices="cpu,cpu", preload="") as here:
+            supervisor = here.supervisor
+            await supervisor.submit(request())
+            slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 500)]
+            assert supervisor.queues == pytest.approx([0.55, 0.0])
+            slow.append(supervisor.submit(request("!slow 60", steps=10)))
+            assert supervisor.queues[1] > 0.0
+            for future in slow:
+                future.cancel()
+            await asyncio.sleep(0)
+
+    run(scenario)
+
+
+def test_a_full_queue_is_left_for_a_load(monkeypatch):
+    monkeypatch.setenv("INSTEP_FAKE_LOAD", "0.5")
+
+    async def scenario():
+        async with serving(devices="cpu,cpu", preload="", max_wait=0.05) as here:
+            supervisor = here.supervisor
+            await supervisor.submit(request())
+            slow = [supervisor.submit(request("!slow 60", steps=100)) for _ in range(2)]
+            assert supervisor.queues[0] == pytest.approx(0.1) and supervisor.queues[1] > 0.0
+            for future in slow:
+                future.cancel()
+            await asyncio.sleep(0)
 
     run(scenario)
 
