@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from app.card import read_card
+from app.card import Card, Schedule, read_card
 from app.families import SD3, DiT
+from app.pool.pool import Pool
+from tests.engine.conftest import load_all
 from tests.families.plain import build_parts, load
-from tests.tiny import write_dit, write_sd3
+from tests.tiny import SD3_PARTS, write_dit, write_sd3
+from tests.tiny_parts import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,6 +38,30 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_sd3(folder / "no-t5", leave_out=("text_encoder_3",), patch_size=1, sample_size=4, pos_embed_max_size=16)
     write_dit(folder / "dit", classes=1000)
     return folder
+
+
+def _cards(checkpoints: Path) -> Iterator[Card]:
+    """The checkpoints under their folders' names, and the same files under cards that are wrong in one thing."""
+    for name in ("sd3", "sd35", "no-t5", "dit"):
+        yield read_card(checkpoints / name / "card.toml").model_copy(update={"id": name})
+    sd3, dit = (read_card(checkpoints / name / "card.toml") for name in ("sd3", "dit"))
+    others = {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}
+    others |= {second: first for first, second in others.items()}
+    swapped = {part: f"sd3/{other}" for part, other in others.items()}
+    yield sd3.model_copy(update={"id": "swapped", "components": swapped})
+    yield sd3.model_copy(update={"id": "unshifted", "schedule": Schedule(kind="flow", shift=1.0)})
+    write_json(checkpoints / "dropped" / "model_index.json", {})
+    kept = {part: f"sd3/{part}" for part in SD3_PARTS if not part.endswith("_3")}
+    yield sd3.model_copy(update={"id": "dropped", "folder": checkpoints / "dropped", "components": kept})
+    yield dit.model_copy(update={"id": "fixed", "schedule": Schedule(kind="diffusion", variance="fixed_small")})
+
+
+@pytest.fixture(scope="session")
+def pool(checkpoints: Path) -> Iterator[Pool]:
+    """A real pool with all of `_cards` loaded."""
+    loaded = load_all(Pool({card.id: card for card in _cards(checkpoints)}, "cpu", torch.float32))
+    yield loaded
+    loaded.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""A family without pool and engine: its parts built one after the other, and one image sampled in a plain loop."""
+"""Families of tests: their parts built one after the other, and requests for them run by the real engine.
+
+Knows nothing of what the right image is.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from app.families import FAMILIES
 from app.families.base import Family
 from app.families.components import build_component, has_weights
 from app.pool.layout import read_parts
+from app.pool.pool import Pool
 from app.pool.weights import read_state
-from app.request import Condition
-from app.samplers.table import compile_table
+from app.report import Result
+from app.request import Condition, ImageSpec, Request
+from tests.engine.harness import Bench
 
 
 def build_parts(card: Card, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -33,35 +38,36 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Fa
     return FAMILIES[card.family](card, build_parts(card, dtype), "cpu", dtype)
 
 
-@torch.inference_mode()
-def sample(
-    family: Family,
+def ask(
+    model: str,
     condition: Condition,
     *,
-    size: tuple[int, int],
     steps: int,
     guidance: float,
     sampler: str,
+    size: tuple[int, int] = (32, 32),
     seed: int = 0,
     text_length: int = 24,
-) -> torch.Tensor:
-    """One image's final latent [1, C, h, w] by the update rule of DESIGN.md section 4; noise from a CPU generator."""
-    table = compile_table(family.card.schedule, sampler, steps, tokens=family.image_tokens(*size))
-    pair = [condition, family.opposite(condition)] if guidance > 1 else [condition]
-    conditions = family.encode(pair, text_length)
-    generator = torch.Generator().manual_seed(seed)
-    x = table.init * torch.randn((1, *family.latent_shape(*size)), generator=generator)
-    mem = torch.zeros_like(x)
-    for t, c_in, xx, xo, xm, xz, zf, mx, mo in table.coefficients().tolist():
-        batch = (c_in * x).repeat(len(pair), 1, 1, 1)
-        out, frac = family.denoise(batch, torch.full((len(pair),), t), conditions)
-        out = out[-1:] + guidance * (out[:1] - out[-1:]) if guidance > 1 else out
-        new = xx * x + xo * out + xm * mem
-        if xz:
-            scale = xz if frac is None else xz * torch.exp(0.5 * zf * frac[:1])
-            new = new + scale * torch.randn(x.shape, generator=generator)
-        x, mem = new, mx * x + mo * out
-    return x
+    name: str = "",
+) -> Request:
+    """One image, of which the latent is kept."""
+    width, height = size
+    images, guided = (ImageSpec(condition, seed),), guidance > 1
+    return Request(
+        name, model, images, width, height, sampler, steps, guided, guidance, text_length, keep_latents=True
+    )  # fmt: skip
+
+
+def serve(pool: Pool, *requests: Request) -> list[Result]:
+    """The results of requests that one engine got at once, in their order."""
+    bench = Bench(pool).run(requests)
+    assert not bench.failures
+    return [bench.results[request.id, 0] for request in requests]
+
+
+def final(result: Result) -> torch.Tensor:
+    """The final latent [1, C, h, w]."""
+    return torch.from_numpy(result.latents)[None]
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""DiT against diffusers' DiTPipeline and against a plain loop over diffusers' DDPM with the same noise."""
+"""DiT, run by the engine, against diffusers' DiTPipeline and a plain loop over diffusers' DDPM with the same noise."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultis
 from app.card import Limits, Schedule, Sizes
 from app.errors import CheckpointError, InvalidValue
 from app.families import DiT
+from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
-from tests.families.plain import build_parts, distance, load, sample
+from tests.families.plain import ask, build_parts, distance, final, load, serve
 
 BASE = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "num_train_timesteps": 1000}
 SCHEDULERS: dict[str, Any] = {
@@ -38,27 +39,53 @@ def upstream(folder: Path, sampler: str, *, steps: int, guidance: float, label: 
     return seen[0] * pipeline.vae.config.scaling_factor, images
 
 
-@pytest.mark.parametrize(
-    ("sampler", "steps", "guidance"), [("ddim", 8, 4.0), ("ddim", 5, 1.0), ("dpmpp_2m", 10, 4.0), ("dpmpp_2m", 4, 1.0)]
-)
+CASES = (("ddim", 8, 4.0), ("ddim", 5, 1.0), ("dpmpp_2m", 10, 4.0), ("dpmpp_2m", 4, 1.0))
+
+
+@pytest.mark.parametrize(("sampler", "steps", "guidance"), CASES)
 def test_latents_are_those_of_the_pipeline(
-    checkpoints: Path, dit: DiT, sampler: str, steps: int, guidance: float
+    checkpoints: Path, dit: DiT, pool: Pool, sampler: str, steps: int, guidance: float
 ) -> None:
     theirs, image = upstream(checkpoints / "dit", sampler, steps=steps, guidance=guidance)
-    ours = sample(dit, ClassLabel(3), size=(32, 32), steps=steps, guidance=guidance, sampler=sampler)
-    assert distance(ours, theirs) < 1e-4
+    (ours,) = serve(pool, ask("dit", ClassLabel(3), steps=steps, guidance=guidance, sampler=sampler))
+    assert distance(final(ours), theirs) < 1e-4
     with torch.inference_mode():
         assert np.array_equal(dit.decode(theirs).numpy(), (image * 255).round().astype("uint8"))
+
+
+def test_the_image_is_that_of_the_pipeline(checkpoints: Path, pool: Pool) -> None:
+    _, image = upstream(checkpoints / "dit", "dpmpp_2m", steps=10, guidance=4.0)
+    (ours,) = serve(pool, ask("dit", ClassLabel(3), steps=10, guidance=4.0, sampler="dpmpp_2m"))
+    assert np.array_equal(ours.pixels, (image[0] * 255).round())
+
+
+def test_in_mixed_traffic_too(checkpoints: Path, dit: DiT, pool: Pool) -> None:
+    """Every case at once, with a stochastic one and rows of other classes, samplers, steps and guidance."""
+    asked = [
+        ask("dit", ClassLabel(3), steps=steps, guidance=guidance, sampler=sampler, name=f"case-{case}")
+        for case, (sampler, steps, guidance) in enumerate(CASES)
+    ]
+    asked.append(ask("dit", ClassLabel(207), steps=12, guidance=1.5, sampler="ddpm", name="ddpm"))
+    near = [
+        ask("dit", ClassLabel(400 + number), steps=steps, guidance=3.0, sampler=sampler, seed=number, name=str(number))
+        for number, (sampler, steps) in enumerate((("ddpm", 7), ("heun", 3), ("euler_ancestral", 20)))
+    ]
+    results = serve(pool, *near, *asked)[len(near) :]
+    assert all(result.timings.shared > 1 for result in results)
+    theirs = [upstream(checkpoints / "dit", name, steps=steps, guidance=scale)[0] for name, steps, scale in CASES]
+    theirs.append(plain_ddpm(dit, 207, steps=12, guidance=1.5))
+    for ours, other in zip(results, theirs, strict=True):
+        assert distance(final(ours), other) < 1e-4
 
 
 @pytest.mark.parametrize(
     "wrong", [{"steps": 7}, {"steps": 9}, {"guidance": 3.9}, {"guidance": 4.1}, {"label": 4}], ids=str
 )
-def test_controls_are_told_from_the_pipeline(checkpoints: Path, dit: DiT, wrong: dict[str, Any]) -> None:
+def test_controls_are_told_from_the_pipeline(checkpoints: Path, pool: Pool, wrong: dict[str, Any]) -> None:
     theirs, _ = upstream(checkpoints / "dit", "ddim", steps=8, guidance=4.0)
     options = {"steps": 8, "guidance": 4.0, **{key: value for key, value in wrong.items() if key != "label"}}
-    ours = sample(dit, ClassLabel(wrong.get("label", 3)), size=(32, 32), sampler="ddim", **options)
-    assert distance(ours, theirs) > 1e-3
+    (ours,) = serve(pool, ask("dit", ClassLabel(wrong.get("label", 3)), sampler="ddim", **options))
+    assert distance(final(ours), theirs) > 1e-3
 
 
 @torch.inference_mode()
@@ -78,15 +105,12 @@ def plain_ddpm(dit: DiT, label: int, *, steps: int, guidance: float) -> torch.Te
     return x
 
 
-def test_learned_variance_is_that_of_a_plain_loop(dit: DiT) -> None:
+def test_learned_variance_is_that_of_a_plain_loop(dit: DiT, pool: Pool) -> None:
     theirs = plain_ddpm(dit, 207, steps=12, guidance=1.5)
-    ours = sample(dit, ClassLabel(207), size=(32, 32), steps=12, guidance=1.5, sampler="ddpm")
-    assert distance(ours, theirs) < 1e-4
-    fixed = Schedule(kind="diffusion", variance="fixed_small")
-    other = DiT(dit.card.model_copy(update={"schedule": fixed}), vars_of(dit), "cpu", torch.float32)
-    assert (
-        distance(sample(other, ClassLabel(207), size=(32, 32), steps=12, guidance=1.5, sampler="ddpm"), theirs) > 1e-2
-    )
+    options = {"condition": ClassLabel(207), "steps": 12, "guidance": 1.5, "sampler": "ddpm"}
+    (ours,), (fixed,) = serve(pool, ask("dit", **options)), serve(pool, ask("fixed", **options))
+    assert distance(final(ours), theirs) < 1e-4
+    assert distance(final(fixed), theirs) > 1e-2
 
 
 def vars_of(dit: DiT) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SD3 against diffusers' StableDiffusion3Pipeline on the same files, and against itself in batches."""
+"""SD3, run by the engine, against diffusers' StableDiffusion3Pipeline on the same files; and itself in batches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from app.card import Schedule, read_card
 from app.errors import CheckpointError, InvalidValue
 from app.families import SD3
+from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
-from tests.families.plain import distance, load, sample
+from tests.families.plain import ask, distance, final, load, serve
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
-PLAIN = {"size": (32, 32), "steps": 6, "guidance": 4.0, "sampler": "flow_euler"}
 
 
 @cache
@@ -29,6 +28,7 @@ def pipeline(folder: Path) -> Any:
     return loaded
 
 
+@cache
 def upstream(
     folder: Path, prompt: Prompt, *, size: tuple[int, int], steps: int, guidance: float, **options: Any
 ) -> Any:
@@ -45,46 +45,64 @@ def upstream(
     ).images
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("sd3", {"size": (32, 32), "steps": 6, "guidance": 4.0}),
-        ("sd3", {"size": (64, 16), "steps": 28, "guidance": 7.0, "seed": 3}),
-        ("sd3", {"size": (32, 48), "steps": 4, "guidance": 0.0}),
-        ("sd3", {"size": (48, 32), "steps": 5, "guidance": 4.0, "text_length": 40}),
-        ("sd35", {"size": (16, 48), "steps": 10, "guidance": 3.5, "seed": 2**31}),
-        ("sd35", {"size": (64, 64), "steps": 1, "guidance": 1.0}),
-        ("no-t5", {"size": (48, 16), "steps": 8, "guidance": 5.0}),
-    ],
-)
-def test_latents_are_those_of_the_pipeline(checkpoints: Path, name: str, options: dict[str, Any]) -> None:
-    family = load(checkpoints / name)
-    ours = sample(family, PROMPT, sampler="flow_euler", **options)
-    assert distance(ours, upstream(checkpoints / name, PROMPT, **options)) < 1e-4
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("sd3", {"size": (32, 32), "steps": 6, "guidance": 4.0}),
+    ("sd3", {"size": (64, 16), "steps": 28, "guidance": 7.0, "seed": 3}),
+    ("sd3", {"size": (32, 48), "steps": 4, "guidance": 0.0}),
+    ("sd3", {"size": (48, 32), "steps": 5, "guidance": 4.0, "text_length": 40}),
+    ("sd35", {"size": (16, 48), "steps": 10, "guidance": 3.5, "seed": 2**31}),
+    ("sd35", {"size": (64, 64), "steps": 1, "guidance": 1.0}),
+    ("no-t5", {"size": (48, 16), "steps": 8, "guidance": 5.0}),
+]
 
 
-def swapped(parts: dict[str, Any]) -> dict[str, Any]:
-    """The two CLIPs, with their tokenizers, in each other's place."""
-    other = {"text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}
-    other |= {second: first for first, second in other.items()}
-    return {other.get(name, name): part for name, part in parts.items()}
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_latents_are_those_of_the_pipeline(checkpoints: Path, pool: Pool, name: str, options: dict[str, Any]) -> None:
+    (ours,) = serve(pool, ask(name, PROMPT, sampler="flow_euler", **options))
+    assert distance(final(ours), upstream(checkpoints / name, PROMPT, **options)) < 1e-4
+
+
+def test_in_mixed_traffic_too(checkpoints: Path, pool: Pool) -> None:
+    """Every case at once, among rows of its model and size with other prompts, samplers, steps and guidance."""
+    others = (("flow_heun", 3, 1.0), ("flow_dpmpp_2m", 9, 6.0), ("flow_euler", 30, 2.0))
+    asked, near = [], []
+    for case, (name, options) in enumerate(CASES):
+        asked.append(ask(name, PROMPT, sampler="flow_euler", name=f"case-{case}", **options))
+        for number, (sampler, steps, guidance) in enumerate(others):
+            other = {**options, "steps": steps, "guidance": guidance, "seed": number}
+            near.append(ask(name, Prompt("moon"), sampler=sampler, name=f"near-{case}-{number}", **other))
+    results = serve(pool, *near, *asked)[len(near) :]
+    for result, (name, options) in zip(results, CASES, strict=True):
+        assert result.timings.shared > 1, "it shared no forward"
+        assert distance(final(result), upstream(checkpoints / name, PROMPT, **options)) < 1e-4
+
+
+def test_the_image_is_that_of_the_pipeline(checkpoints: Path, pool: Pool) -> None:
+    # NOTE: with this seed no value of the pipeline's image is nearer than 0.001 to where rounding turns.
+    options: dict[str, Any] = {"size": (32, 16), "steps": 6, "guidance": 4.0, "seed": 12}
+    theirs = upstream(checkpoints / "sd3", PROMPT, **options, output_type="pil")[0]
+    (ours,) = serve(pool, ask("sd3", PROMPT, sampler="flow_euler", **options))
+    assert np.array_equal(ours.pixels, np.asarray(theirs))
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"steps": 5}, {"steps": 7}, {"guidance": 3.9}, {"guidance": 4.1}, {"shift": 1.0}, {"swap": True}, {"t5": False}],
+    [
+        {"steps": 5},
+        {"steps": 7},
+        {"guidance": 3.9},
+        {"guidance": 4.1},
+        {"model": "unshifted"},
+        {"model": "swapped"},
+        {"model": "dropped"},
+    ],
     ids=str,
 )
-def test_controls_are_told_from_the_pipeline(checkpoints: Path, parts: dict[str, Any], wrong: dict[str, Any]) -> None:
+def test_controls_are_told_from_the_pipeline(checkpoints: Path, pool: Pool, wrong: dict[str, Any]) -> None:
     theirs = upstream(checkpoints / "sd3", PROMPT, size=(32, 32), steps=6, guidance=4.0)
-    card = read_card(checkpoints / "sd3" / "card.toml")
-    if "shift" in wrong:
-        card = card.model_copy(update={"schedule": Schedule(kind="flow", shift=wrong["shift"])})
-    used = swapped(parts) if "swap" in wrong else dict(parts)
-    if "t5" in wrong:
-        del used["text_encoder_3"]
-    options = {key: wrong.get(key, value) for key, value in PLAIN.items()}
-    assert distance(sample(SD3(card, used, "cpu", torch.float32), PROMPT, **options), theirs) > 1e-2
+    options = {"model": "sd3", "steps": 6, "guidance": 4.0, "sampler": "flow_euler", **wrong}
+    (ours,) = serve(pool, ask(condition=PROMPT, **options))
+    assert distance(final(ours), theirs) > 1e-2
 
 
 def test_a_row_in_a_mixed_batch_is_the_row_alone(sd3: SD3) -> None:
