@@ -15,7 +15,6 @@ from datetime import date
 import numpy as np
 import torch
 
-from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions
 from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
@@ -62,10 +61,9 @@ def main() -> None:
     engine = bench.engine
     whole = milliseconds(engine.tick)
     choice = milliseconds(lambda: engine._batcher.next(time.monotonic()))
-    (slots,) = engine._runner._slots.values()
-    assert isinstance(slots, Slots)
     work = engine._batcher.next(time.monotonic())
     assert work is not None and len(work.rows) == ROWS
+    slots = engine._runner._space[work.key]
     index = np.array([row.slot for row in work.rows])
     layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
     plan = gather(slots, index)
