@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args, get_origin
 
-from app.samplers.table import SOLVERS, valid_pairs
+from app.samplers.table import SAMPLERS, valid_pairs
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def solvers_table() -> str:
     """Which sampler goes with which prediction."""
     predictions = tuple(dict.fromkeys(prediction for _, prediction in valid_pairs()))
     lines = [f"| sampler | {' | '.join(predictions)} |", f"| --- | {' | '.join('---' for _ in predictions)} |"]
-    for name in SOLVERS:
+    for name in SAMPLERS:
         marks = ("yes" if (name, prediction) in valid_pairs() else "" for prediction in predictions)
         lines.append(f"| `{name}` | {' | '.join(marks)} |")
     return "\n".join(lines) + "\n"

@@ -36,8 +36,8 @@ alpha*noise - sigma*x0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), x0,
 
 
 @dataclass(frozen=True)
-class Solver:
-    """A sampler a user can name: a walk on the schedule, a rule, and the predictions it goes with."""
+class Sampler:
+    """What a user names: a walk on the schedule, a rule, and the predictions it goes with."""
 
     walk: Walk
     rule: Callable[[Path], Lines]
@@ -47,16 +47,16 @@ class Solver:
 DIFFUSION = ("epsilon", "v", "sample")
 FLOW = ("flow",)
 
-SOLVERS: dict[str, Solver] = {
-    "ddim": Solver(schedules.ddim_path, solvers.first_order, DIFFUSION),
-    "ddpm": Solver(schedules.ddpm_path, solvers.ddpm, DIFFUSION),
-    "euler": Solver(schedules.exploding_path, solvers.first_order, DIFFUSION),
-    "euler_ancestral": Solver(schedules.exploding_path, solvers.euler_ancestral, DIFFUSION),
-    "heun": Solver(schedules.exploding_path, solvers.heun, DIFFUSION),
-    "dpmpp_2m": Solver(schedules.dpm_path, solvers.dpmpp_2m, DIFFUSION),
-    "flow_euler": Solver(schedules.flow_path, solvers.first_order, FLOW),
-    "flow_heun": Solver(schedules.flow_path, solvers.heun, FLOW),
-    "flow_dpmpp_2m": Solver(schedules.flow_dpm_path, solvers.dpmpp_2m, FLOW),
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(schedules.ddim_path, solvers.first_order, DIFFUSION),
+    "ddpm": Sampler(schedules.ddpm_path, solvers.ddpm, DIFFUSION),
+    "euler": Sampler(schedules.exploding_path, solvers.first_order, DIFFUSION),
+    "euler_ancestral": Sampler(schedules.exploding_path, solvers.euler_ancestral, DIFFUSION),
+    "heun": Sampler(schedules.exploding_path, solvers.heun, DIFFUSION),
+    "dpmpp_2m": Sampler(schedules.dpm_path, solvers.dpmpp_2m, DIFFUSION),
+    "flow_euler": Sampler(schedules.flow_path, solvers.first_order, FLOW),
+    "flow_heun": Sampler(schedules.flow_path, solvers.heun, FLOW),
+    "flow_dpmpp_2m": Sampler(schedules.flow_dpm_path, solvers.dpmpp_2m, FLOW),
 }
 
 
@@ -96,7 +96,7 @@ class Table:
 
 def valid_pairs() -> tuple[tuple[str, str], ...]:
     """Every (sampler, prediction) that compiles."""
-    return tuple((name, prediction) for name, solver in SOLVERS.items() for prediction in solver.predictions)
+    return tuple((name, prediction) for name, named in SAMPLERS.items() for prediction in named.predictions)
 
 
 def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
@@ -124,9 +124,9 @@ def _compiled(schedule: Schedule, sampler: str, steps: int) -> Table:
         )
     if steps < 1:
         raise InvalidValue(f"num_inference_steps: {steps} is under 1", param="num_inference_steps")
-    solver = SOLVERS[sampler]
-    path = solver.walk(schedule, steps)
-    return compose(path, solver.rule(path), schedule.prediction)
+    named = SAMPLERS[sampler]
+    path = named.walk(schedule, steps)
+    return compose(path, named.rule(path), schedule.prediction)
 
 
 def compose(path: Path, lines: Lines, prediction: str) -> Table:

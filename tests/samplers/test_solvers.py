@@ -11,7 +11,7 @@ from app.card import Schedule
 from app.errors import InvalidValue
 from app.samplers import solvers
 from app.samplers.schedules import Path, Points
-from app.samplers.table import SOLVERS, compile_table, compose
+from app.samplers.table import SAMPLERS, compile_table, compose
 from tests.samplers.oracle import PLACE, Array, channel, distance, draw, network, run_table
 
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -101,7 +101,7 @@ def requests(draw):
         set_alpha_to_one=draw(st.booleans()),
         shift=draw(st.floats(0.3, 8)),
     )
-    names = [name for name, solver in SOLVERS.items() if schedule.prediction in solver.predictions]
+    names = [name for name, named in SAMPLERS.items() if schedule.prediction in named.predictions]
     return schedule, draw(st.sampled_from(names)), draw(st.integers(1, 60))
 
 
@@ -111,10 +111,10 @@ def test_every_line_keeps_the_marginal_of_a_network_that_knows(request):
     """When x0 is known at every line, a state alpha * x0 + sigma * noise lands on the noise level the walk names."""
     schedule, name, steps = request
     try:
-        path = SOLVERS[name].walk(schedule, steps)
+        path = SAMPLERS[name].walk(schedule, steps)
     except InvalidValue:
         assume(False)
-    lines = SOLVERS[name].rule(path)
+    lines = SAMPLERS[name].rule(path)
     landing = path.there  # ddim's is not where its next line starts; heun has two lines a step
     alpha = landing.alpha if name == "ddim" else np.append(lines.at.alpha[1:], landing.alpha[-1])
     sigma = landing.sigma if name == "ddim" else np.append(lines.at.sigma[1:], landing.sigma[-1])

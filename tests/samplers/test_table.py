@@ -12,7 +12,7 @@ import torch
 from app.card import DynamicShift, Schedule
 from app.errors import InvalidValue
 from app.samplers.schedules import at_size
-from app.samplers.table import COLUMNS, SOLVERS, compile_table, valid_pairs, valid_samplers
+from app.samplers.table import COLUMNS, SAMPLERS, compile_table, valid_pairs, valid_samplers
 from tests.samplers.oracle import (
     UPSTREAM,
     Array,
@@ -146,9 +146,9 @@ def test_float32_coefficients_give_the_same_image(sampler, prediction):
         assert distance(single, double) < bound
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_lines_and_noise(sampler):
-    prediction = SOLVERS[sampler].predictions[0]
+    prediction = SAMPLERS[sampler].predictions[0]
     table = compile_table(Schedule(kind="flow" if prediction == "flow" else "diffusion"), sampler, 10)
     assert table.lines == (19 if "heun" in sampler else 10)
     assert table.stochastic == (sampler in ("ddpm", "euler_ancestral"))
