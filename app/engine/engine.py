@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import queue
 import time
 from collections.abc import Callable
@@ -55,7 +54,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._promises = Promises()
         self._sequence = itertools.count()
-        self._announced = Announce("start", math.inf)
+        self._announced, self._announced_at = Announce("start", 0.0), 0.0
         self._stopping = self._draining = False
 
     def submit(self, request: Request) -> None:
@@ -75,10 +74,10 @@ class Engine:
         self._inbox.put(lambda: self._stop(drain))
 
     def run(self) -> None:
-        """Turn until stopped. Says before every silence how long it may last."""
+        """Turn until stopped. Says before every silence how long it may last; idle: 30 s, and again every 10 s."""
         while not self._stopping and not (self._draining and not self._promises):
             if not self.tick():
-                self._announce("idle", math.inf)
+                self._announce("idle", 30.0)
                 self._wait(0.1)
         for request_id in self._promises:
             self._fail(request_id, ShuttingDown("the server is shutting down"))
@@ -242,8 +241,8 @@ class Engine:
         self._announce(work.phase, SILENCE + 20 * caps.rate * caps.passes if caps else FIRST_WORK)
 
     def _announce(self, phase: str, seconds: float) -> None:
-        """Tell a change only: every Tick is a sign of life by itself, and restarts the count."""
-        fresh = Announce(phase, seconds)
-        if fresh != self._announced:
-            self._announced = fresh
+        """Tell a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
+        fresh, now = Announce(phase, seconds), self._clock()
+        if fresh != self._announced or now - self._announced_at >= seconds / 3:
+            self._announced, self._announced_at = fresh, now
             self._emit(fresh)
