@@ -3,6 +3,8 @@
 Knows nothing of the app: it writes files with diffusers, transformers and safetensors alone.
 
     tiny-dit          class labels, learned sigma, 32x32 px
+    tiny-dit-v        every component of tiny-dit, taken to predict the velocity
+    tiny-dit-sample   every component of tiny-dit, taken to predict the clean latent
     tiny-sd3          two CLIPs and a T5, 16x16 to 64x64 px
     tiny-sd3-turbo    every component of tiny-sd3, 4 steps, no guidance
     tiny-sd3-no-t5    tiny-sd3 without its T5
@@ -20,6 +22,11 @@ from typing import Any
 from tests.tiny_parts import write_first_clip, write_json, write_network, write_second_clip, write_t5, write_vae
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown", "pink")
+DIT_CLASSES = {
+    "transformer": ("diffusers", "DiTTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+}
 SD3_CLASSES = {
     "transformer": ("diffusers", "SD3Transformer2DModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -35,12 +42,14 @@ SD3_CLASSES = {
 SD3_PARTS = tuple(part for part in SD3_CLASSES if part != "scheduler")
 
 DIT_CARD = """\
-id = "tiny-dit"
+id = "{id}"
 family = "dit"
-source = { path = "." }
-schedule = { kind = "diffusion", variance = "learned_range" }
-defaults = { sampler = "ddim", num_inference_steps = 8, guidance_scale = 4.0, size = "32x32" }
-limits = { num_inference_steps = 250, sizes = { min = 32, max = 32, multiple = 32, square = true } }
+source = {{ path = "." }}
+components = {{ {components} }}
+schedule = {{ kind = "diffusion", prediction = "{prediction}", variance = "learned_range" }}
+defaults = {{ sampler = "ddim", num_inference_steps = 8, guidance_scale = 4.0, size = "32x32" }}
+limits = {{ num_inference_steps = 250, sizes = {{ min = 32, max = 32, multiple = 32, square = true }} }}
+bucket = {{ passes = 8, encode = 8, decode = 8 }}
 """
 
 SD3_CARD = """\
@@ -52,13 +61,16 @@ schedule = {{ kind = "flow", shift = 3.0 }}
 defaults = {{ sampler = "flow_euler", num_inference_steps = {steps}, guidance_scale = {guidance}, size = "32x32" }}
 limits = {{ num_inference_steps = 100, sizes = {{ min = 16, max = 64, multiple = 16 }} }}
 text = {{ clip = 24, t5 = 24 }}
+bucket = {{ passes = 8, encode = 8, decode = 8 }}
 """
 
 
 def write_models(folder: Path) -> None:
-    """Write the four models under `folder`, the same bytes at every call (about 1 MB)."""
+    """Write the six models under `folder`, the same bytes at every call (about 1 MB)."""
     folder.mkdir(parents=True, exist_ok=True)
     write_dit(folder / "tiny-dit")
+    for prediction in ("v", "sample"):
+        _write_dit_like(folder, prediction)
     write_sd3(folder / "tiny-sd3")
     without_t5 = tuple(part for part in SD3_PARTS if not part.endswith("_3"))
     for name, parts, steps, guidance in (("tiny-sd3-turbo", SD3_PARTS, 4, 0.0), ("tiny-sd3-no-t5", without_t5, 8, 4.0)):
@@ -90,14 +102,26 @@ def write_dit(folder: Path, *, classes: int = 10, seed: int = 0, **changes: Any)
     write_network(DiTTransformer2DModel(**{**config, **changes}), folder / "transformer", seed)
     write_vae(folder / "vae", seed + 1, scaling_factor=0.8)
     write_json(folder / "scheduler" / "scheduler_config.json", _DDIM)
-    index = {
-        "transformer": ("diffusers", "DiTTransformer2DModel"),
-        "vae": ("diffusers", "AutoencoderKL"),
-        "scheduler": ("diffusers", "DDIMScheduler"),
-    }
-    named = {str(i): COLOURS[i] if i < len(COLOURS) else f"class {i}" for i in range(classes)}
-    _write_index(folder, index, pipeline="DiTPipeline", id2label=named)
-    (folder / "card.toml").write_text(DIT_CARD, encoding="utf-8")
+    _write_index(folder, DIT_CLASSES, pipeline="DiTPipeline", id2label=_named(classes))
+    card = DIT_CARD.format(id="tiny-dit", prediction="epsilon", components="")
+    (folder / "card.toml").write_text(card, encoding="utf-8")
+
+
+def _write_dit_like(folder: Path, prediction: str) -> None:
+    """A card with tiny-dit's components, the file of its class names, and another prediction."""
+    name = f"tiny-dit-{prediction}"
+    _write_index(
+        folder / name, {"scheduler": DIT_CLASSES["scheduler"]}, pipeline="DiTPipeline", id2label=_named(len(COLOURS))
+    )
+    scheduler = {**_DDIM, "prediction_type": {"v": "v_prediction"}.get(prediction, prediction)}
+    write_json(folder / name / "scheduler" / "scheduler_config.json", scheduler)
+    shared = ", ".join(f'{part} = "tiny-dit/{part}"' for part in DIT_CLASSES if part != "scheduler")
+    card = DIT_CARD.format(id=name, prediction=prediction, components=shared)
+    (folder / name / "card.toml").write_text(card, encoding="utf-8")
+
+
+def _named(classes: int) -> dict[str, str]:
+    return {str(i): COLOURS[i] if i < len(COLOURS) else f"class {i}" for i in range(classes)}
 
 
 def write_sd3(

@@ -26,7 +26,8 @@ def states(output: str) -> dict[str, str]:
 
 def test_list_has_a_line_for_each_card(run: Run) -> None:
     lines = run("models", "list").stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["tiny-dit", "tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
+    names = ["tiny-dit", "tiny-dit-sample", "tiny-dit-v", "tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
+    assert [line.split()[0] for line in lines[1:]] == names
     assert lines[1].split() == ["tiny-dit", "dit", "10", "classes", "32x32", "8", "4", "ddim"]
 
 
@@ -52,13 +53,12 @@ def test_check_names_what_is_wrong_with_each(run: Run, copy: Path) -> None:
     card.write_text(card.read_text().replace('path = "."', 'repo = "nobody/nothing"'))
     result = run("models", "check")
     assert result.exit_code == 1
-    assert states(result.stdout) == {
-        "tiny-dit": "broken", "tiny-sd3": "broken", "tiny-sd3-turbo": "broken", "tiny-sd3-no-t5": "absent",
-    }  # fmt: skip
+    broken = ["tiny-dit", "tiny-dit-sample", "tiny-dit-v", "tiny-sd3", "tiny-sd3-turbo"]
+    assert states(result.stdout) == {**dict.fromkeys(broken, "broken"), "tiny-sd3-no-t5": "absent"}
     for said in (f"{weights}: invalid header: truncated", "thresholding is true", "tokenizer.json: missing"):
         assert said in result.stdout
     assert "hf download nobody/nothing" in result.stdout
-    assert result.stderr == "instep: 3 of 4 models are broken: tiny-dit, tiny-sd3, tiny-sd3-turbo\n"
+    assert result.stderr == f"instep: 5 of 6 models are broken: {', '.join(broken)}\n"
 
 
 def test_check_goes_on_past_an_invalid_card(run: Run, copy: Path) -> None:
