@@ -5,7 +5,6 @@ Knows nothing of tensors; reading a card opens no weights. An invalid card stops
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.errors import CardError
+from app.labels import cached_index, read_labels
 
 Size = tuple[int, int]
+INDEX = "model_index.json"
 _SIZE = re.compile(r"^([1-9][0-9]{0,4})x([1-9][0-9]{0,4})$")
 
 
@@ -142,7 +143,10 @@ class Bucket(_Part):
 
 
 class Card(_Part):
-    """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML."""
+    """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML.
+
+    classes: how many a dit has whose model_index.json names none, or is not downloaded yet.
+    """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     family: Literal["dit", "sd3"]
@@ -159,6 +163,7 @@ class Card(_Part):
     guided_channels: Annotated[int, Field(ge=1)] | None = None
     time_freq_shift: Annotated[float, Field(ge=0)] | None = None
     norm_eps: Annotated[float, Field(gt=0)] | None = None
+    classes: Annotated[int, Field(ge=1, le=100_000)] | None = None
     license: str = ""
     folder: Path = Path()
     labels: tuple[str, ...] = ()
@@ -173,7 +178,7 @@ class Card(_Part):
         return 0 if self.family == "dit" else self.text.t5
 
     @model_validator(mode="after")
-    def _default_size_allowed(self) -> Card:
+    def _agrees(self) -> Card:
         width, height = parse_size(self.defaults.size)
         sizes = self.limits.sizes
         for side in (width, height):
@@ -181,6 +186,8 @@ class Card(_Part):
                 raise ValueError(f"defaults.size {self.defaults.size} is outside limits.sizes")
         if self.defaults.num_inference_steps > self.limits.num_inference_steps:
             raise ValueError("defaults.num_inference_steps is over limits.num_inference_steps")
+        if self.classes is not None and self.family != "dit":
+            raise ValueError(f"classes: {self.family} draws prompts")
         return self
 
 
@@ -188,17 +195,18 @@ def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
     try:
         raw = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise CardError(f"{file}: {error}") from error
     for filled in ("folder", "labels"):
         if filled in raw:
             raise CardError(f"{file}: {filled}: unknown field")
     try:
-        return Card(**{**raw, "folder": file.parent.resolve(), "labels": _labels(file.parent, raw)})
+        card = Card(**{**raw, "folder": file.parent.resolve()})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{file}: {field}: {first['msg']}") from error
+    return card.model_copy(update={"labels": _labels(card)})
 
 
 def read_cards(folder: Path) -> dict[str, Card]:
@@ -222,15 +230,13 @@ def read_cards(folder: Path) -> dict[str, Card]:
     return cards
 
 
-def _labels(folder: Path, raw: dict[str, Any]) -> tuple[str, ...]:
-    """A DiT's class names, from `id2label` of its model_index.json, in order of id."""
-    source = raw.get("source")
-    path = source.get("path") if isinstance(source, dict) else None
-    index = folder / str(path) / "model_index.json"
-    if raw.get("family") != "dit" or not path or not index.is_file():
+def _labels(card: Card) -> tuple[str, ...]:
+    """A DiT's class names: those of its model_index.json, else as many as `classes` says, by number."""
+    if card.family != "dit":
         return ()
-    try:
-        named = json.loads(index.read_text(encoding="utf-8")).get("id2label", {})
-        return tuple(named[key] for key in sorted(named, key=int))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CardError(f"{index}: id2label: {error}") from error
+    source = card.source
+    index = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
+    labels = read_labels(index) if index and index.is_file() else ()
+    if labels and card.classes not in (None, len(labels)):
+        raise CardError(f"{card.folder / 'card.toml'}: classes: {card.classes}, but {index} names {len(labels)}")
+    return labels or tuple(f"class {number}" for number in range(card.classes or 0))
