@@ -14,8 +14,8 @@ Run as `python tests/fake_worker.py FD`. INSTEP_FAKE_LOAD: seconds a model takes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import math
 import os
 import queue
 import signal
@@ -35,6 +35,7 @@ from app.worker import wire
 STEP = 0.002
 RATE = 0.001
 CAP = 16
+IDLE = 30.0
 
 
 def words(condition: Condition) -> str:
@@ -86,14 +87,12 @@ class FakeWorker:
         wanted = start.settings.preload
         self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
-    def emit(self, report: Report | wire.Hello | wire.Pong) -> None:
+    def emit(self, report: Report | wire.Hello) -> None:
         with self.sending:
             wire.send(self.sock, report)
 
     def listen(self) -> None:
         while (order := wire.receive(self.sock)) is not None:
-            if isinstance(order, wire.Submit | wire.Ping):
-                self.emit(wire.Pong())
             self.orders.put(order)
         os._exit(0)
 
@@ -110,12 +109,18 @@ class FakeWorker:
 
     def take_orders(self) -> None:
         if not self.rows:
-            self.emit(Announce("idle", math.inf))
-            self.obey(self.orders.get())
+            self.obey(self.wait())
             if self.rows:
                 self.emit(Announce("step", 600.0))
         while not self.orders.empty():
             self.obey(self.orders.get())
+
+    def wait(self) -> wire.Order:
+        """The next order; as idle as the engine, and says so more often."""
+        while True:
+            self.emit(Announce("idle", IDLE))
+            with contextlib.suppress(queue.Empty):
+                return self.orders.get(timeout=IDLE / 300)
 
     def obey(self, order: wire.Order) -> None:
         match order:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import signal
 import socket
@@ -20,14 +19,11 @@ from app.report import Announce
 from app.worker import wire
 
 START_LIMIT = 120.0
-"""Seconds from the start of the process to its Hello; importing torch from a cold disk takes tens."""
-
-PING_EVERY = 10.0
-WAKE_LIMIT = 30.0
-"""Seconds in which a process that announced endless silence (idle) must answer a request or a ping."""
+"""Seconds from the start of the process to its Hello; importing torch from a cold disk takes tens.
+As many again from there to its first announcement."""
 
 MAX_SILENCE = 900.0
-"""Seconds of silence that no announcement but endless (idle) can exceed."""
+"""Seconds of silence that no announcement can exceed."""
 
 _CHECK = 0.1
 _EXIT = 2.0
@@ -51,9 +47,8 @@ class Link:
         self._command = command
         self._hear = hear
         self._transport: asyncio.Transport | None = None
-        self._heard = self._pinged = time.monotonic()
+        self._heard = time.monotonic()
         self._limit = START_LIMIT
-        self._wake_by = math.inf
 
     @property
     def pid(self) -> int:
@@ -76,9 +71,6 @@ class Link:
         """Queue an order; to a process that is gone it goes nowhere, and `run` is about to return."""
         if self._transport and not self._transport.is_closing():
             self._transport.write(wire.pack(order))
-        if isinstance(order, wire.Submit | wire.Ping) and math.isinf(self._limit):
-            # NOTE: an idle process has announced endless silence. Without this, one that is stuck there is never found.
-            self._wake_by = min(self._wake_by, time.monotonic() + WAKE_LIMIT)
 
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
@@ -112,14 +104,10 @@ class Link:
         self._heard = time.monotonic()
         return receiver.ended
 
-    def _take(self, message: wire.News) -> None:
-        self._wake_by = math.inf
-        if isinstance(message, wire.Pong):
-            # NOTE: the reader thread says this; it must not hide an engine that hangs.
-            return
+    def _take(self, message: wire.Word) -> None:
         self._heard = time.monotonic()
         if isinstance(message, wire.Hello):
-            self.phase, self._limit = "ready", math.inf
+            self.phase = "ready"
         elif isinstance(message, Announce):
             self.phase, self._limit = message.phase, message.seconds
         try:
@@ -134,15 +122,12 @@ class Link:
             now = time.monotonic()
             if now - checked > 10 * _CHECK:
                 # NOTE: it was we who stood still; what the process said meanwhile is not read yet.
-                self._heard, self._wake_by = now, self._wake_by + (now - checked)
+                self._heard = now
             checked = now
             if self._exit_code() is not None:
                 await asyncio.wait({ended}, timeout=_CHECK)
                 break
-            if math.isinf(self._limit) and now > max(self._heard, self._pinged) + PING_EVERY:
-                self._pinged = now
-                self.send(wire.Ping())
-            if now > self._due():
+            if now > self._heard + min(self._limit, MAX_SILENCE):
                 self.kill()
                 await self._gone(_EXIT)
                 return f'hung in phase "{self.phase}", silent for {now - self._heard:.1f} s: killed'
@@ -172,8 +157,3 @@ class Link:
 
     def _exit_code(self) -> int | None:
         return self.process.poll() if self.process else None
-
-    def _due(self) -> float:
-        """The moment on the monotonic clock by which it must have said something."""
-        limit = self._limit if math.isinf(self._limit) else min(self._limit, MAX_SILENCE)
-        return min(self._heard + limit, self._wake_by)

@@ -38,16 +38,16 @@ class Ends:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._outbox: SimpleQueue[wire.News | None] = SimpleQueue()
+        self._outbox: SimpleQueue[wire.Word | None] = SimpleQueue()
         self._attached = threading.Event()
         self._engine: Engine | None = None
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         self._sender.start()
 
-    def emit(self, news: wire.News) -> None:
+    def emit(self, word: wire.Word) -> None:
         """Queue one message for the front; thread-safe, never blocks."""
-        self._outbox.put(news)
+        self._outbox.put(word)
 
     def attach(self, engine: Engine) -> None:
         """From now on orders are obeyed."""
@@ -77,20 +77,17 @@ class Ends:
         match order:
             case wire.Submit(request):
                 self._engine.submit(request)
-                self.emit(wire.Pong())
             case wire.Cancel(request_id):
                 self._engine.cancel(request_id)
             case wire.Load(model_id):
                 self._engine.load(model_id)
-            case wire.Ping():
-                self.emit(wire.Pong())
             case wire.Stop(drain):
                 self._engine.stop(drain)
 
     def _send(self) -> None:
         try:
-            while (news := self._outbox.get()) is not None:
-                wire.send(self._sock, news)
+            while (word := self._outbox.get()) is not None:
+                wire.send(self._sock, word)
         except OSError:
             os._exit(0)
         except Exception:

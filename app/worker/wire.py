@@ -81,22 +81,11 @@ class Refusal:
     error: InstepError
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
-    """Are you there? Sent to a process that announced endless silence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pong:
-    """A Submit or a Ping was read. A sign that the process can be woken, not that its engine gets on."""
-
-
-Order = Start | Submit | Cancel | Load | Stop | Ping
+Order = Start | Submit | Cancel | Load | Stop
 Word = Hello | Refusal | Report
-News = Word | Pong
 
 
-def pack(message: Order | News) -> bytes:
+def pack(message: Order | Word) -> bytes:
     """One frame: eight bytes of length, big-endian, then the pickle. Raises WireError above FRAME_CAP."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     if len(body) > FRAME_CAP:
@@ -104,7 +93,7 @@ def pack(message: Order | News) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
-def send(sock: socket.socket, message: Order | News) -> None:
+def send(sock: socket.socket, message: Order | Word) -> None:
     """Blocking send of one frame. Raises OSError when the other side is gone, WireError above FRAME_CAP."""
     sock.sendall(pack(message))
 
@@ -126,7 +115,7 @@ class Receiver(asyncio.BufferedProtocol):
     a picture of 3 MB keeps the event loop for 2 ms.
     """
 
-    def __init__(self, hear: Callable[[News], None]) -> None:
+    def __init__(self, hear: Callable[[Word], None]) -> None:
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._hear = hear
         self._scratch = memoryview(bytearray(_SCRATCH))
@@ -147,7 +136,7 @@ class Receiver(asyncio.BufferedProtocol):
                 self._take_small()
             elif self._filled == len(self._body):
                 body, self._body, self._filled = self._body, None, 0
-                self._hear(cast(News, _unpack(body)))
+                self._hear(cast(Word, _unpack(body)))
         except WireError as error:
             self._end(error)
 
@@ -168,7 +157,7 @@ class Receiver(asyncio.BufferedProtocol):
                     self._body[: self._filled] = self._scratch[body : body + self._filled]
                     return
                 break
-            self._hear(cast(News, _unpack(self._scratch[body:end])))
+            self._hear(cast(Word, _unpack(self._scratch[body:end])))
             start = end
         left = self._filled - start
         self._scratch[:left] = bytes(self._scratch[start : self._filled])

@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 
 from app.errors import SettingsError
-from app.report import Announce
 from app.worker import wire
 
 HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[-1])).sendall\n"
-HELLO, PONG = wire.pack(wire.Hello(1)), wire.pack(wire.Pong())
-SHORT, REFUSAL = wire.pack(Announce("step", 0.3)), wire.pack(wire.Refusal(SettingsError("no such GPU")))
+HELLO = wire.pack(wire.Hello(1))
+REFUSAL = wire.pack(wire.Refusal(SettingsError("no such GPU")))
 
 
 def script(body: str) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Messages arrive as they were sent, over a real socketpair; a broken stream is told from an ended one."""
 
 import asyncio
-import math
 import pickle
 import socket
 import struct
@@ -22,12 +21,10 @@ ORDERS = [
     wire.Cancel("r1"),
     wire.Load("fake"),
     wire.Stop(drain=True),
-    wire.Ping(),
 ]
 NEWS = [
     wire.Hello(1),
-    wire.Pong(),
-    Announce("idle", math.inf),
+    Announce("idle", 30.0),
     Progress("r1", 0, 1, 4),
     Tick("fake", "denoise", 1, 2, 0, 16, 0.1, 1, 0),
     ModelState("fake", "ready", rates={"32x32": 0.1}),
@@ -42,7 +39,7 @@ def test_orders_arrive_equal(order):
         assert wire.receive(theirs) == order
 
 
-def over_asyncio(write) -> list[wire.News]:
+def over_asyncio(write) -> list[wire.Word]:
     """What the front hears while `write(sock)` runs in a thread and then closes. Raises what ended the stream."""
 
     async def hear_all():
