@@ -151,9 +151,14 @@ class Keeper:
             self._born = time.monotonic()
             self._link = Link(self._command, self._listen)
             try:
-                self._end = reason = await self._link.run(self._start)
+                reason = await self._link.run(self._start)
+            except Exception as error:
+                # NOTE: a bug of ours, or a limit of this machine. Without this the device would never be tried again.
+                log.exception("the watch over the engine process on %s broke", self.device)
+                reason = f"lost its watch ({type(error).__name__}): killed"
             finally:
                 self._said_hello, self._link = False, None
+            self._end = reason
             if time.monotonic() - self._born > HEALTHY:
                 self._delay = FIRST_DELAY
             self.back_in = self._delay + self._startup
