@@ -109,13 +109,12 @@ def _check_alone(file: Path) -> tuple[str, str]:
 
 
 def _check_files(card: Card, cards: dict[str, Card]) -> tuple[str, str]:
-    """Whether the card's defaults compile and every part of it builds, one after the other, on the CPU."""
+    """Whether the card's defaults compile and the model builds from its parts, as the pool builds it, on the CPU."""
     # NOTE: imported late: torch and the model libraries take seconds, and only this command needs them.
     import torch
 
-    from app.families.components import build_component, has_weights
-    from app.pool.layout import read_parts, source_folder
-    from app.pool.weights import read_state
+    from app.pool.building import build_family, build_parts
+    from app.pool.layout import source_folder
 
     try:
         check_sampler(card)
@@ -125,13 +124,14 @@ def _check_files(card: Card, cards: dict[str, Card]) -> tuple[str, str]:
         return ("absent" if card.source.repo else "broken"), error.message
     except InstepError as error:
         return "broken", error.message
+    device, dtype = torch.device("cpu"), torch.bfloat16
     try:
-        parts = read_parts(card, cards)
-        for part in parts:
-            state = read_state(part.folder) if has_weights(part.class_name) else None
-            build_component(part.class_name, part.folder, state, torch.bfloat16)
+        parts = build_parts(card, cards, device, dtype)
+        build_family(card, parts, device, dtype)
     except LoadError as error:
         return "broken", error.message
+    except Exception as error:
+        return "broken", f"cannot be loaded ({type(error).__name__})"
     return "ok", f"{len(parts)} parts"
 
 

@@ -21,9 +21,8 @@ from app.card import Card
 from app.errors import LoadError, ModelNotFound
 from app.families import FAMILIES
 from app.families.base import Family
-from app.families.components import build_component, has_weights
+from app.pool.building import build_family, build_part, part_dtype
 from app.pool.layout import Part, read_parts
-from app.pool.weights import read_state
 from app.report import ModelState, State
 
 RETRY_AFTER = 30.0
@@ -154,21 +153,17 @@ class Pool:
         card = self.cards[model_id]
         built = {part.name: self._component(card, part) for part in read_parts(card, self.cards)}
         values = {name: component.value for name, component in built.items()}
-        with torch.inference_mode():
-            family: Family = FAMILIES[card.family](card, values, self.device, self.dtype)
+        family = build_family(card, values, self.device, self.dtype)
         with self._lock:
             model = self._models[model_id]
             model.family, model.components = family, list(built.values())
             self._change(model_id, "ready", seconds=time.monotonic() - start)
 
     def _component(self, card: Card, part: Part) -> _Component:
-        dtype = torch.float32 if part.name == "vae" and self.device.type == "cpu" else self.dtype
+        dtype = part_dtype(part, self.device, self.dtype)
         key = (part.folder, dtype, FAMILIES[card.family].traits(card, part.name))
         if key not in self._components:
-            weights = read_state(part.folder) if has_weights(part.class_name) else None
-            value = build_component(part.class_name, part.folder, weights, dtype)
-            if weights is not None:
-                value = value.to(self.device)
+            value = build_part(part, self.device, self.dtype)
             component = _Component(value, _bytes(value))
             with self._lock:
                 self._components[key] = component

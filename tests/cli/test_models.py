@@ -61,6 +61,17 @@ def test_check_names_what_is_wrong_with_each(run: Run, copy: Path) -> None:
     assert result.stderr == f"instep: 5 of 6 models are broken: {', '.join(broken)}\n"
 
 
+def test_check_finds_what_only_the_whole_model_shows(run: Run, copy: Path) -> None:
+    """Every part is fine by itself: sizes over the network's positions, a size that is not the network's."""
+    wide, fixed = copy / "tiny-sd3-turbo" / "card.toml", copy / "tiny-dit" / "card.toml"
+    wide.write_text(wide.read_text().replace("max = 64", "max = 1024"))
+    fixed.write_text(fixed.read_text().replace("32", "64"))
+    result = run("models", "check")
+    assert result.exit_code == 1
+    assert [name for name, state in states(result.stdout).items() if state != "ok"] == ["tiny-dit", "tiny-sd3-turbo"]
+    assert f"{wide}: limits.sizes.max" in result.stdout and f"{fixed}: limits.sizes: " in result.stdout
+
+
 def test_check_goes_on_past_an_invalid_card(run: Run, copy: Path) -> None:
     card = copy / "tiny-dit" / "card.toml"
     card.write_text(card.read_text().replace("ddim", "ddim", 1).replace('family = "dit"', 'family = "gan"'))

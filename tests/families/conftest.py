@@ -13,7 +13,7 @@ from app.card import Card, Schedule, read_card
 from app.families import SD3, DiT
 from app.pool.pool import Pool
 from tests.engine.conftest import load_all
-from tests.families.plain import build_parts, load
+from tests.families.plain import build, load
 from tests.tiny import SD3_PARTS, write_dit, write_sd3
 from tests.tiny_parts import write_json
 
@@ -67,7 +67,7 @@ def pool(checkpoints: Path) -> Iterator[Pool]:
 @pytest.fixture(scope="session")
 def parts(checkpoints: Path) -> dict[str, Any]:
     """The built parts of sd3."""
-    return build_parts(read_card(checkpoints / "sd3" / "card.toml"))
+    return build(read_card(checkpoints / "sd3" / "card.toml"))
 
 
 @pytest.fixture(scope="session")

@@ -11,31 +11,25 @@ from typing import Any
 import torch
 
 from app.card import Card, read_card
-from app.families import FAMILIES
 from app.families.base import Family
-from app.families.components import build_component, has_weights
-from app.pool.layout import read_parts
+from app.pool.building import build_family, build_parts
 from app.pool.pool import Pool
-from app.pool.weights import read_state
 from app.report import Result
 from app.request import Condition, ImageSpec, Request
 from tests.engine.harness import Bench
 
+CPU = torch.device("cpu")
 
-def build_parts(card: Card, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+
+def build(card: Card, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The parts of a card that shares none with another card."""
-    return {
-        part.name: build_component(
-            part.class_name, part.folder, read_state(part.folder) if has_weights(part.class_name) else None, dtype
-        )
-        for part in read_parts(card, {})
-    }
+    return build_parts(card, {}, CPU, dtype)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Family:
     """The family of the card in `folder`, of which `changes` replace fields."""
     card = read_card(folder / "card.toml").model_copy(update=changes)
-    return FAMILIES[card.family](card, build_parts(card, dtype), "cpu", dtype)
+    return build_family(card, build(card, dtype), CPU, dtype)
 
 
 def ask(

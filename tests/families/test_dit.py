@@ -16,7 +16,7 @@ from app.errors import CheckpointError, InvalidValue
 from app.families import DiT
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
-from tests.families.plain import ask, build_parts, distance, final, load, serve
+from tests.families.plain import ask, build, distance, final, load, serve
 
 BASE = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "num_train_timesteps": 1000}
 SCHEDULERS: dict[str, Any] = {
@@ -182,6 +182,6 @@ def test_cards_with_another_arithmetic_cannot_share_the_network(dit: DiT) -> Non
 
 
 def test_networks_are_in_eval_mode(dit: DiT) -> None:
-    parts = build_parts(dit.card)
+    parts = build(dit.card)
     assert not any(module.training for part in parts.values() for module in part.modules())
     assert not any(weight.requires_grad for part in parts.values() for weight in part.parameters())

@@ -14,7 +14,7 @@ import torch
 from app.card import Card, read_cards
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
-from app.pool import pool as pool_module
+from app.pool import building
 from app.pool.pool import RETRY_AFTER, Pool
 from app.report import ModelState
 from app.request import ClassLabel
@@ -81,7 +81,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened, self.reads = threading.Event(), threading.Event(), [Path()]
-        real = pool_module.read_state
+        real = building.read_state
 
         def read(folder: Path) -> Any:
             self.reads.append(folder)
@@ -89,7 +89,7 @@ class Gate:
             assert self.opened.wait(60)
             return real(folder)
 
-        monkeypatch.setattr(pool_module, "read_state", read)
+        monkeypatch.setattr(building, "read_state", read)
 
 
 def test_a_load_is_told_step_by_step(pool: Pool) -> None:
@@ -190,7 +190,7 @@ def test_the_pool_survives_what_nobody_foresaw(pool: Pool, monkeypatch: pytest.M
         raise next(errors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool_module, "read_state", broken)
+        patch.setattr(building, "read_state", broken)
         for model_id in ("tiny-dit", "tiny-sd3"):
             pool.want(model_id)
             states_until(pool, model_id, "failed")

@@ -1,0 +1,43 @@
+"""Building: from a card's files to its family, one part after the other.
+
+Knows nothing of what is already on a device: the pool shares parts, and builds here those that it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from app.card import Card
+from app.families import FAMILIES
+from app.families.base import Family
+from app.families.components import build_component, has_weights
+from app.pool.layout import Part, read_parts
+from app.pool.weights import read_state
+
+
+def part_dtype(part: Part, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The number format of a part of a model in `dtype`: a VAE on the CPU is float32 always."""
+    return torch.float32 if part.name == "vae" and device.type == "cpu" else dtype
+
+
+def build_part(part: Part, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network on the device, or a tokenizer. Raises CheckpointError."""
+    if not has_weights(part.class_name):
+        return build_component(part.class_name, part.folder, None, dtype)
+    state = read_state(part.folder)
+    return build_component(part.class_name, part.folder, state, part_dtype(part, device, dtype)).to(device)
+
+
+def build_parts(card: Card, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Every part of the card, by its name. Raises CheckpointError."""
+    return {part.name: build_part(part, device, dtype) for part in read_parts(card, cards)}
+
+
+def build_family(card: Card, parts: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> Family:
+    """The family of built parts. Raises CheckpointError: they do not fit each other or the card."""
+    with torch.inference_mode():
+        family: Family = FAMILIES[card.family](card, dict(parts), device, dtype)
+    return family
