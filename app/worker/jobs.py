@@ -23,10 +23,14 @@ OnReport = Callable[[Preview | Progress | Result], None]
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request in flight. `future` is what the caller awaits; results arrive in any order."""
+    """One request in flight. `future` is what the caller awaits; results arrive in any order.
+
+    lines: of its table, how often an image goes through the network (a Heun step is two).
+    """
 
     request: Request
     future: asyncio.Future[list[Result]]
+    lines: int
     on_report: OnReport | None = None
     results: dict[int, Result] = field(default_factory=dict)
 
@@ -37,7 +41,7 @@ class Job:
     @property
     def passes_left(self) -> int:
         """Passes through the network of the images not yet answered, each counted whole."""
-        return self.images_left * self.request.steps * (2 if self.request.guided else 1)
+        return self.images_left * self.lines * (2 if self.request.guided else 1)
 
     def in_order(self) -> list[Result]:
         return [self.results[index] for index in range(len(self.request.images))]

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import sys
 from collections.abc import Callable, Sequence
 
 from app.card import Card
-from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, Overloaded, ShuttingDown
+from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
 from app.request import Request
+from app.samplers.table import compile_table
 from app.settings import Settings
 from app.worker import plan, wire
+from app.worker.choice import choose
 from app.worker.jobs import Deaths, Job, OnReport
 from app.worker.keeper import Keeper, best
 
@@ -135,7 +136,8 @@ class Supervisor:
         """Give the request to the live worker that will get to it first; its results come in image order.
 
         Cancelling the future cancels the request at the next step boundary. Raises ShuttingDown, NoWorker,
-        Overloaded (both with retry_after, seconds), EngineError for a request that two deaths have in common.
+        Overloaded (both with retry_after, seconds), EngineError for a request that two deaths have in common,
+        ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's schedule does not have.
         """
         if self._closing:
             raise ShuttingDown("The server is shutting down.", retry_after=5.0)
@@ -143,8 +145,9 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
         if self._deaths.condemned(request):
             raise EngineError(_POISON)
-        keeper = self._choose(request)
-        job = Job(request, asyncio.get_running_loop().create_future(), on_report)
+        lines = self._lines(request)
+        keeper = choose(self._keepers, request.model, self._settings.max_wait)
+        job = Job(request, asyncio.get_running_loop().create_future(), lines, on_report)
         self._jobs[request.id] = keeper.jobs[request.id] = job
         job.future.add_done_callback(lambda _: self._close(keeper, job))
         keeper.send(wire.Submit(request))
@@ -152,37 +155,18 @@ class Supervisor:
 
     def load(self, model_id: str) -> None:
         """Begin to load this model on every live worker. Raises ModelNotFound."""
+        card = self._card(model_id)
+        for keeper in self._keepers:
+            keeper.send(wire.Load(card.id))
+
+    def _card(self, model_id: str) -> Card:
         if model_id not in self._cards:
             raise ModelNotFound(f'There is no model "{model_id}".', param="model")
-        for keeper in self._keepers:
-            keeper.send(wire.Load(model_id))
+        return self._cards[model_id]
 
-    def _choose(self, request: Request) -> Keeper:
-        live = [keeper for keeper in self._keepers if keeper.live]
-        if not live:
-            wait = min(keeper.back_in for keeper in self._keepers)
-            raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
-        chosen = min(live, key=self._ranking(live, request.model))
-        ahead = chosen.queued_seconds
-        if ahead > self._settings.max_wait:
-            retry_after = min(120.0, max(1.0, ahead * random.uniform(0.8, 1.2)))
-            raise Overloaded(f"The queue is about {ahead:.0f} seconds long.", retry_after=retry_after)
-        return chosen
-
-    def _ranking(self, live: list[Keeper], model: str) -> Callable[[Keeper], tuple[bool, bool, float, bool]]:
-        """The order in which workers are chosen, best first.
-
-        NOTE: a worker on which the model failed answers at once and so never has a queue; by its queue alone it would
-        draw every request. Between equals, the one that has the model, so that an idle server does not load it twice.
-        """
-        load = max((keeper.states[model].seconds for keeper in live if keeper.state(model) == "ready"), default=0.0)
-
-        def rank(keeper: Keeper) -> tuple[bool, bool, float, bool]:
-            state, ahead = keeper.state(model), keeper.queued_seconds
-            wait = ahead if state == "ready" else ahead + load
-            return state == "failed", ahead > self._settings.max_wait, wait, state not in ("ready", "loading")
-
-        return rank
+    def _lines(self, request: Request) -> int:
+        """Lines of the request's table: the engine compiles the same one, for the image's own number of tokens."""
+        return compile_table(self._card(request.model).schedule, request.sampler, request.steps, tokens=1).lines
 
     def _hear(self, keeper: Keeper, report: Report) -> None:
         """One report from a live worker. What is about a request that is no longer in flight is only observed."""
@@ -224,11 +208,16 @@ class Supervisor:
             job.future.set_exception(error)
 
     def _close(self, keeper: Keeper, job: Job) -> None:
-        """The future is done, whoever did it: the one place where a job leaves the books."""
+        """The future is done, whoever did it: the one place where a job leaves the books.
+
+        Its exception is looked at here: where the client has left, nobody else does, and asyncio would log a traceback.
+        """
         self._jobs.pop(job.request.id, None)
         keeper.drop(job.request.id)
         if job.future.cancelled():
             keeper.send(wire.Cancel(job.request.id))
+        else:
+            job.future.exception()
 
     def _bury(self, keeper: Keeper, reason: str) -> None:
         """A worker is gone: answer its requests at once, forget what it had loaded."""

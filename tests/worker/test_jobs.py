@@ -12,24 +12,24 @@ from app.worker.keeper import best, merge
 from tests.worker.parts import request
 
 
-def job(**changes) -> Job:
+def job(lines: int = 4, **changes) -> Job:
     loop = asyncio.new_event_loop()
     try:
-        return Job(request(**changes), loop.create_future())
+        return Job(request(**changes), loop.create_future(), lines)
     finally:
         loop.close()
 
 
-def test_cost_counts_images_steps_and_passes():
+def test_cost_counts_images_lines_and_passes():
     state = ModelState("fake", "ready", rates={"32x32": 0.5})
-    assert seconds_left(job(steps=4), state) == 2.0
-    assert seconds_left(job(steps=4, guided=True), state) == 4.0
-    assert seconds_left(job(steps=4, seeds=(1, 2, 3)), state) == 6.0
-    assert seconds_left(job(steps=4), None) == 4 * DEFAULT_RATE
+    assert seconds_left(job(), state) == 2.0
+    assert seconds_left(job(guided=True), state) == 4.0
+    assert seconds_left(job(seeds=(1, 2, 3)), state) == 6.0
+    assert seconds_left(job(7, steps=4), None) == 7 * DEFAULT_RATE
 
 
 def test_cost_shrinks_with_every_answer():
-    some = job(steps=10, seeds=(1, 2))
+    some = job(10, seeds=(1, 2))
     state = ModelState("fake", "ready", rates={"32x32": 1.0})
     for left, index in ((10.0, 1), (0.0, 0)):
         some.results[index] = Result(some.request.id, index, 1, None, Timings(0, 0, 0, 0, 0, 0))

@@ -1,6 +1,7 @@
 """Processes that die: their requests answered, started again with back-off, and no poison tried for ever."""
 
 import asyncio
+import gc
 import os
 import signal
 
@@ -9,6 +10,7 @@ import pytest
 from app.errors import EngineError, NoWorker
 from app.report import ModelState
 from app.worker import keeper
+from app.worker.link import Link
 from tests.worker.parts import request, run, serving, until
 from tests.worker.scripts import HELLO, script
 
@@ -36,6 +38,37 @@ def test_killed_while_working():
             assert len(await supervisor.submit(request())) == 1
 
     run(scenario)
+
+
+def test_a_request_lost_when_nobody_waits_for_it_is_no_bug_to_log():
+    async def scenario():
+        logged = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
+        async with serving() as here:
+            here.supervisor.submit(request("!slow 600"))
+            await until(lambda: here.supervisor.running)
+            os.kill(here.supervisor.pids[0], signal.SIGKILL)
+            await until(lambda: not here.supervisor.waiting + here.supervisor.running)
+            gc.collect()
+            await until(lambda: here.supervisor.live)
+        assert logged == []
+
+    run(scenario)
+
+
+def test_a_watch_that_breaks_is_a_death(monkeypatch, caplog):
+    async def scenario():
+        async with serving() as here:
+            first = here.supervisor.pids[0]
+            with monkeypatch.context() as broken:
+                broken.setattr(Link, "_exit_code", lambda _: 1 / 0)
+                await until(lambda: not here.supervisor.live)
+            await until(lambda: here.supervisor.live)
+            assert here.supervisor.restarts == 1 and here.supervisor.pids[0] != first
+            assert len(await here.supervisor.submit(request())) == 1
+
+    run(scenario)
+    assert any("ZeroDivisionError" in str(record.exc_info) for record in caplog.records)
 
 
 def test_killed_while_idle():

@@ -150,6 +150,26 @@ def test_books_follow_the_images(play):
     play(scenario)
 
 
+def test_books_count_both_halves_of_a_heun_step(play):
+    async def scenario(here):
+        await until(lambda: here.supervisor.ready)
+        future = here.supervisor.submit(request("!slow 0.3", steps=10, sampler="flow_heun"))
+        assert here.supervisor.queued_seconds == pytest.approx((2 * 10 - 1) * 0.001)
+        await future
+
+    play(scenario)
+
+
+def test_what_the_schedule_does_not_have_is_refused_at_once(play):
+    async def scenario(here):
+        for wrong, param in (({"sampler": "ddim"}, "sampler"), ({"steps": 0}, "num_inference_steps")):
+            with pytest.raises(InvalidValue) as refused:
+                here.supervisor.submit(request(**wrong))
+            assert refused.value.param == param
+
+    play(scenario)
+
+
 def test_an_id_is_in_flight_once(play):
     async def scenario(here):
         asked = request()
