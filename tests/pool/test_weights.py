@@ -73,24 +73,24 @@ def test_every_truncation(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=re.escape(str(file))):
             read_state(tmp_path)
     file.write_bytes(whole + b"\0")
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match="file not fully covered"):
         read_state(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ({"a": entry(0, 8), "b": entry(12, 20)}, "b does not lie"),
-        ({"a": entry(0, 8), "b": entry(4, 12), "c": entry(12, 20)}, "b does not lie"),
-        ({"a": entry(0, 8), "b": entry(8, 20)}, "b does not lie"),
-        ({"a": entry(0, 20, shape=(5.0,))}, "a has shape"),
-        ({"a": entry(0, 20, shape=(-1, -5))}, "a has shape"),
-        ({"a": entry(0, 20, shape=(True, 5))}, "a has shape"),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, "invalid offset for tensor `b`"),
+        ({"a": entry(0, 8), "b": entry(4, 12), "c": entry(12, 20)}, "invalid offset for tensor `b`"),
+        ({"a": entry(0, 8), "b": entry(8, 20)}, "invalid shape"),
+        ({"a": entry(0, 20, shape=(5.0,))}, "floating point `5.0`"),
+        ({"a": entry(0, 20, shape=(-1, -5))}, "integer `-1`"),
+        ({"a": entry(0, 20, shape=(True, 5))}, "boolean `true`"),
         ({"a": entry(0, 20, "F8_E4M3", (20,))}, "F8_E4M3"),
         ({"a": entry(0, 20, "F31", (5,))}, "F31"),
-        ({"a": {"dtype": "F32", "shape": [5]}}, "invalid header"),
-        ({"a": {"dtype": "F32", "shape": [5], "data_offsets": "0,20"}}, "invalid header"),
-        ({"a": {"dtype": "F32", "shape": [5], "data_offsets": [0]}}, "invalid header"),
+        ({"a": {"dtype": "F32", "shape": [5]}}, "missing field `data_offsets`"),
+        ({"a": {"dtype": "F32", "shape": [5], "data_offsets": "0,20"}}, "expected a tuple of size 2"),
+        ({"a": {"dtype": "F32", "shape": [5], "data_offsets": [0]}}, "expected a tuple of size 2"),
         ({"a": 1}, "invalid header"),
         ([1, 2], "invalid header"),
     ],
