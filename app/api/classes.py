@@ -5,8 +5,7 @@ Knows nothing of HTTP or of the request body.
 
 from __future__ import annotations
 
-import difflib
-
+from app.api.hints import did_you_mean
 from app.card import Card
 from app.errors import InvalidValue
 
@@ -32,7 +31,8 @@ def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
             ids = ", ".join(map(str, found))
             raise InvalidValue(f"{field}: several classes of {card.id} have this name; use an id: {ids}", param=field)
         if not (given.isascii() and given.isdigit() and len(given) < 10):
-            raise InvalidValue(f"{field}: {card.id} has no such class{_hint(card, given)}", param=field)
+            hint = did_you_mean(given, card.labels, most=3, otherwise=f"; see /v1/models/{card.id}/classes?q=")
+            raise InvalidValue(f"{field}: {card.id} has no such class{hint}", param=field)
         given = int(given)
     if not 0 <= given <= last:
         raise InvalidValue(f"{field}: expects a class id from 0 to {last}, or a name", param=field)
@@ -51,10 +51,3 @@ def _named(card: Card, name: str) -> list[int]:
     return full or [
         i for i, label in enumerate(card.labels) if wanted in (part.strip() for part in label.casefold().split(","))
     ]
-
-
-def _hint(card: Card, name: str) -> str:
-    wanted = name.strip().casefold()[:64]
-    near = [label for label in card.labels if wanted and wanted in label.casefold()]
-    near = near or difflib.get_close_matches(wanted, card.labels, n=3)
-    return f"; did you mean {' or '.join(near[:3])}?" if near else f"; see /v1/models/{card.id}/classes?q="

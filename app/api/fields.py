@@ -5,9 +5,7 @@ Knows nothing of cards or of bounds (`app/api/schemas.py` has both); needs no fa
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BeforeValidator
@@ -27,16 +25,7 @@ OTHER_NAMES = {
     "timeout": "deadline",
     "quality_level": "output_compression",
 }
-"""What other servers call our fields; difflib would not guess these."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that `word` was probably meant to be."""
-    choices = list(known)
-    if OTHER_NAMES.get(word) in choices:
-        return OTHER_NAMES[word]
-    found = difflib.get_close_matches(word[:64], choices, n=1, cutoff=0.6)
-    return found[0] if found else None
+"""What other servers call our fields; no likeness of letters gives these."""
 
 
 def whole(value: object) -> int:

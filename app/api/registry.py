@@ -5,9 +5,9 @@ Knows nothing of HTTP, weights or workers.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
+from app.api.hints import did_you_mean
 from app.card import Card
 from app.errors import CardError, ModelNotFound, SettingsError
 from app.samplers.table import valid_samplers
@@ -37,9 +37,8 @@ class Registry:
             return self.default
         if name in self._names:
             return self._names[name]
-        near = difflib.get_close_matches(name[:64], self._names, n=1)
-        hint = f'did you mean "{near[0]}"?' if near else f"there are {', '.join(self.cards)}"
-        raise ModelNotFound(f'There is no model "{name[:64]}"; {hint}', param="model")
+        hint = did_you_mean(name, self._names, otherwise=f"; there are {', '.join(self.cards)}")
+        raise ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
 
     def names(self, card: Card) -> tuple[str, ...]:
         """Every name of a card, its id first."""

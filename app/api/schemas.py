@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.classes import draws_classes, find_label
-from app.api.fields import Flag, Labels, Real, Text, Texts, Whole, nearest
+from app.api.fields import OTHER_NAMES, Flag, Labels, Real, Text, Texts, Whole
+from app.api.hints import did_you_mean
 from app.card import Card, Size, Sizes, parse_size
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
 from app.imaging import FORMATS
@@ -192,8 +193,7 @@ def read_body(raw: object) -> ImageBody:
     given = {key: value for key, value in raw.items() if value is not None}
     for key in given:
         if key not in ImageBody.model_fields:
-            meant = nearest(key, ImageBody.model_fields)
-            hint = f'; did you mean "{meant}"?' if meant else ""
+            hint = did_you_mean(OTHER_NAMES.get(key, key), ImageBody.model_fields)
             raise UnknownField(f'Unknown field "{key[:64]}"{hint}', param=key[:64])
     try:
         return ImageBody(**given)

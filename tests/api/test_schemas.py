@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from app.api.fields import nearest
 from app.api.schemas import SEEDS, ImageBody, describe_sizes, read_body
 from app.card import Card, Sizes, read_cards
 from app.errors import InstepError, InvalidJSON, InvalidValue, UnknownField, Unsupported
@@ -189,8 +188,8 @@ def test_an_error_names_the_field_and_its_range(
         ({"class_label": True}, "class_label", "id or a class name"),
         ({"class_label": 1.5}, "class_label", "id or a class name"),
         ({"class_label": "crane"}, "class_label", "2, 4"),
-        ({"class_label": "retriever"}, "class_label", "did you mean golden retriever"),
-        ({"class_label": "goldfsh"}, "class_label", "did you mean goldfish"),
+        ({"class_label": "retriever"}, "class_label", 'did you mean "golden retriever"'),
+        ({"class_label": "goldfsh"}, "class_label", 'did you mean "goldfish"'),
         ({"class_label": "qqq"}, "class_label", "/v1/models/tiny-label/classes"),
         ({"class_label": []}, "class_label", "1 to 4"),
         ({"class_label": [1, 2], "n": 2}, "n", "must be 1"),
@@ -218,8 +217,16 @@ def test_a_square_model_says_so() -> None:
     assert '"WxW"' in describe_sizes(Sizes(min=16, max=64, multiple=16, square=True))
 
 
-def test_nearest_knows_other_servers_names() -> None:
-    fields = ImageBody.model_fields
-    assert nearest("scheduler", fields) == "sampler"
-    assert nearest("negative_promt", fields) == "negative_prompt"
-    assert nearest("qqqqqq", fields) is None
+@pytest.mark.parametrize(
+    ("field", "end"),
+    [
+        ("scheduler", '; did you mean "sampler"?'),
+        ("negative_promt", '; did you mean "negative_prompt"?'),
+        ("negative", '; did you mean "negative_prompt"?'),
+        ("qqqqqq", 'Unknown field "qqqqqq"'),
+    ],
+)
+def test_an_unknown_field_is_answered_with_a_known_one(field: str, end: str) -> None:
+    with pytest.raises(UnknownField) as caught:
+        read_body({field: 1})
+    assert caught.value.message.endswith(end)
