@@ -79,7 +79,13 @@ class Crowd:
 @contextmanager
 def service(folder: Path, command: tuple[str, ...]) -> Iterator[tuple[Server, str]]:
     settings = Settings(
-        models=folder / "models", devices="cpu", preload="all", port=0, drain=5, cache=folder / "cache", max_wait=1e6
+        models=folder / "models",
+        devices="cpu",
+        preload=",".join(MODELS),
+        port=0,
+        drain=5,
+        cache=folder / "cache",
+        max_wait=1e6,
     )
     server = Server(settings, command)
     url = server.start()

@@ -20,6 +20,7 @@ from app.cli.bodies import open_registry
 from app.cli.serve import read_settings
 from app.errors import CardError, CheckpointError, InstepError, LoadError
 from app.samplers.table import compile_table, valid_samplers
+from app.worker import plan
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
 Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")]
@@ -51,8 +52,8 @@ def show(model: Annotated[str, typer.Argument(help="A model id or alias")], mode
 @app.command()
 def check(models: Folder = None) -> None:
     """Cards valid, files present and whole, samplers affine. Exit code 1 when a model is broken."""
-    folder = read_settings(models=models).models
-    states = check_folder(folder)
+    settings = read_settings(models=models)
+    states = check_folder(settings.models, plan.threads(settings))
     table = _table("model", "state", "detail")
     for name, (state, detail) in states.items():
         table.add_row(name, state, detail)
@@ -85,7 +86,7 @@ def facts_of(card: Card) -> dict[str, str]:
     }
 
 
-def check_folder(folder: Path) -> dict[str, tuple[str, str]]:
+def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
     """(state, detail) of every card by its folder's name: "ok", "absent" (not downloaded), "broken", "unknown"."""
     files = sorted(folder.glob("*/card.toml"))
     if not files:
@@ -97,7 +98,7 @@ def check_folder(folder: Path) -> dict[str, tuple[str, str]]:
         states = {file.parent.name: _check_alone(file) for file in files}
         broken = any(state == "broken" for state, _ in states.values())
         return states if broken else {**states, "all together": ("broken", error.message)}
-    return {card.folder.name: _check_files(card, cards) for card in cards.values()}
+    return {card.folder.name: _check_files(card, cards, threads) for card in cards.values()}
 
 
 def _check_alone(file: Path) -> tuple[str, str]:
@@ -108,7 +109,7 @@ def _check_alone(file: Path) -> tuple[str, str]:
     return "unknown", "files not looked at while another card is broken"
 
 
-def _check_files(card: Card, cards: dict[str, Card]) -> tuple[str, str]:
+def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str, str]:
     """Whether the card's defaults compile and the model builds from its parts, as the pool builds it, on the CPU."""
     # NOTE: imported late: torch and the model libraries take seconds, and only this command needs them.
     import torch
@@ -124,6 +125,7 @@ def _check_files(card: Card, cards: dict[str, Card]) -> tuple[str, str]:
         return ("absent" if card.source.repo else "broken"), error.message
     except InstepError as error:
         return "broken", error.message
+    torch.set_num_threads(threads)
     device, dtype = torch.device("cpu"), torch.bfloat16
     try:
         parts = build_parts(card, cards, device, dtype)
