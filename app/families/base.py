@@ -20,7 +20,8 @@ Conditions = dict[str, torch.Tensor]
 class Family(Protocol):
     """A network with its text encoders and VAE, in eval mode on one device, described by one card.
 
-    Every method runs under `torch.inference_mode()` set by the caller, on the thread that owns the device.
+    Every method runs under `torch.inference_mode()` set by the caller, on the thread that owns the device; only the
+    constructor runs on the loader's.
     """
 
     card: Card
