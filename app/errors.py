@@ -10,6 +10,9 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     │   ├── InvalidJSON         the body is not a JSON object
     │   └── BodyTooLarge        the body is over the limit
     ├── ModelNotFound           no card has this name
+    ├── Unauthorized            no key, or one that this server does not know
+    ├── Forbidden               this key may not do this
+    ├── RateLimited             this key has more than its share in the queue
     ├── Unavailable             this replica cannot, another or a later try may
     │   ├── Overloaded          the wait ahead is longer than MAX_WAIT
     │   ├── NoWorker            no engine process is alive, or it died under this request
@@ -21,7 +24,8 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     │   └── OutOfMemory         one row alone does not fit
     ├── LoadError               a checkpoint cannot be loaded
     │   ├── CardError           a card.toml is invalid: names file and field
-    │   └── CheckpointError     the files are missing, truncated, or not what the card says
+    │   ├── CheckpointError     the files are missing, truncated, or not what the card says
+    │   └── DoesNotFit          its largest part is over the memory that weights may take
     └── SettingsError           the server cannot start with these settings
 """
 
@@ -78,6 +82,18 @@ class ModelNotFound(InstepError):
     """No card has this name."""
 
 
+class Unauthorized(InstepError):
+    """No key, or one that this server does not know."""
+
+
+class Forbidden(InstepError):
+    """This key may not do this: a model that it is not given, or an admin's route."""
+
+
+class RateLimited(InstepError):
+    """This key has more than its share of device seconds in the queue; retry_after says when it may have less."""
+
+
 class Unavailable(InstepError):
     """This replica cannot serve now; another replica or a later try may."""
 
@@ -124,6 +140,10 @@ class CardError(LoadError):
 
 class CheckpointError(LoadError):
     """The checkpoint's files are missing, truncated, or not what the card says."""
+
+
+class DoesNotFit(LoadError):
+    """Parts that must be on the device together are over the memory that weights may take; the message has both."""
 
 
 class SettingsError(InstepError):

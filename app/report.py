@@ -30,7 +30,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """One unit of work done: a forward of `passes` (of which `padding` were padding) for `rows` rows."""
+    """One unit of work done: a forward of `passes` (of which `padding` were padding) for `rows` rows.
+
+    width, height: pixels of its images. out_of_memory: forwards of it that were split because they did not fit.
+    """
 
     model: str
     phase: Phase
@@ -41,6 +44,9 @@ class Tick:
     seconds: float
     running: int
     waiting: int
+    width: int = 0
+    height: int = 0
+    out_of_memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,27 @@ class ModelState:
 
 
 @dataclass(frozen=True, slots=True)
+class Evicted:
+    """A part of a model left the device: to the host's memory, or away, where only its files are. bytes: its size."""
+
+    model: str
+    part: str
+    to: Literal["host", "away"]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What an engine process holds now, in bytes by kind, told whenever it changes.
+
+    weights and slots are on the device, parked in the host's memory; budget is what weights may take of the device.
+    """
+
+    device: str
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Announce:
     """The engine process enters a phase that may be silent for at most `seconds`; longer is a hang."""
 
@@ -104,4 +131,4 @@ class Announce:
     seconds: float
 
 
-Report = Tick | Progress | Preview | Result | Failure | ModelState | Announce
+Report = Tick | Progress | Preview | Result | Failure | ModelState | Evicted | Memory | Announce

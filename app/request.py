@@ -40,6 +40,7 @@ class Request:
 
     width, height: pixels. guidance: the scale w in out = uncond + w (cond - uncond), used only when `guided`.
     deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.
+    tenant, weight: the API key's name, and its share of the device beside other keys'.
     """
 
     id: str
@@ -57,3 +58,5 @@ class Request:
     previews: int = 0
     progress: bool = False
     keep_latents: bool = False
+    tenant: str = ""
+    weight: float = 1.0

@@ -25,6 +25,11 @@ class Settings(BaseSettings):
     deterministic: bool = Field(False, description="Same request, same bits: pads every forward to the card's bucket")
     preload: str = Field("", description="Model ids to load at start, comma separated; `all` for every card")
     default_model: str = Field("", description="The model of a request that names none; empty: the first card")
+    device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')
+    host_memory: str = Field("50%", description="Host memory for weights that a GPU has no room for; the same forms")
+    api_keys: str = Field("", repr=False, description="Keys that clients must send, comma separated: name=key")
+    api_keys_file: str = Field("", description="TOML file of keys with their weights and limits")
+    admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")
     max_wait: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Seconds of queue above which a request gets 503"
     )

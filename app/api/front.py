@@ -12,6 +12,7 @@ from typing import Any, cast
 from fastapi import Request
 
 from app.api.registry import Registry
+from app.keys import NOBODY, ApiKey
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
@@ -30,9 +31,10 @@ class Front:
 
 @dataclass
 class Record:
-    """One request as its log line will tell it. `facts` never holds a prompt."""
+    """One request as its log line will tell it. `facts` never holds a prompt. key: who asks."""
 
     id: str
+    key: ApiKey = NOBODY
     status: int = 0
     gone: bool = False
     facts: dict[str, Any] = field(default_factory=dict)

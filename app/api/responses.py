@@ -41,6 +41,9 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.InvalidJSON: Told(400, _BAD, "invalid_json"),
     e.BodyTooLarge: Told(413, _BAD, "body_too_large"),
     e.ModelNotFound: Told(404, _BAD, "model_not_found"),
+    e.Unauthorized: Told(401, _BAD, "invalid_api_key", False),
+    e.Forbidden: Told(403, "permission_error", "not_allowed", False),
+    e.RateLimited: Told(429, "rate_limit_error", "rate_limit_exceeded", True),
     e.Unavailable: Told(503, "server_error", "unavailable", True),
     e.Overloaded: Told(503, "server_error", "overloaded", True),
     e.NoWorker: Told(503, "server_error", "no_worker", True),
@@ -55,6 +58,7 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.LoadError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
     e.CardError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
     e.CheckpointError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
+    e.DoesNotFit: Told(507, "server_error", "insufficient_gpu_memory", False),
     e.SettingsError: _INTERNAL,
 }
 """Every class of app/errors.py. Load errors name the server's files, which are for its log and /v1/models only."""
@@ -93,7 +97,7 @@ def error_response(error: e.InstepError) -> Response:
     """The whole answer: status, envelope, Retry-After for what passes, x-should-retry where it matters."""
     entry = told(error)
     headers = {}
-    if isinstance(error, e.Unavailable):
+    if isinstance(error, e.Unavailable | e.RateLimited):
         low, high = RETRY_AFTER
         headers["Retry-After"] = str(min(high, max(low, math.ceil(error.retry_after or low))))
     if entry.should_retry is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from app.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
-from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
+from app.report import Announce, Evicted, Failure, Memory, ModelState, Preview, Progress, Report, Result, Tick
 from app.request import Request
 from app.samplers.table import compile_table
 from app.settings import Settings
@@ -179,7 +179,7 @@ class Supervisor:
                     self._fail(job, report.error)
             case ModelState(model):
                 report = best(model, (other.states.get(model) for other in self._keepers))
-            case Tick() | Announce():
+            case Tick() | Announce() | Evicted() | Memory():
                 pass
         self._tell(report)
 

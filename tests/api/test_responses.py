@@ -37,7 +37,7 @@ def test_every_class_is_told_in_the_envelope(kind: type[errors.InstepError]) -> 
     assert 400 <= status < 600
     assert set(body) == {"message", "type", "param", "code"}
     assert body["message"] and body["type"] and body["code"]
-    assert ("retry-after" in headers) == issubclass(kind, errors.Unavailable)
+    assert ("retry-after" in headers) == issubclass(kind, (errors.Unavailable, errors.RateLimited))
 
 
 @pytest.mark.parametrize(
