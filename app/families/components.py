@@ -78,23 +78,69 @@ def build_component(class_name: str, folder: Path, state: State | None, dtype: t
     state: the tensors of `folder` for a network, None for a tokenizer. Raises CheckpointError: class outside the
     allowlist, corrupt config, keys or shapes that are not exactly the network's.
     """
-    if class_name not in ALLOWED:
-        raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')
     if class_name in _TOKENIZERS:
-        return _tokenizer(_TOKENIZERS[class_name], folder)
-    if state is None:
+        return build_tokenizer(class_name, folder)
+    if class_name in ALLOWED and state is None:
         raise CheckpointError(f"{folder}: a {class_name} needs weights")
-    spec = _NETWORKS[class_name]
-    network = _without_weights(spec, folder, len(state))
+    network = blank_network(class_name, folder, state or {})
+    fill_network(network, class_name, folder, state or {}, torch.device("cpu"), dtype)
+    return network
+
+
+def build_tokenizer(class_name: str, folder: Path) -> Any:
+    """A tokenizer from its folder. Raises CheckpointError: its files are missing or not readable."""
+    kind: Any = _TOKENIZERS[class_name]
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES[kind]):
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: missing")
     try:
-        named = spec.keys(state, set(network.state_dict()))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    _fill(network, folder, named, dtype)
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # NOTE: a bad regex in tokenizer.json raises the Rust library's PanicException, which is no Exception.
+        raise CheckpointError(f"{folder}: the tokenizer's files are not readable: {error}") from error
+    if tokenizer.pad_token is None:
+        raise CheckpointError(f"{folder}: the tokenizer has no padding token")
+    return tokenizer
+
+
+def blank_network(class_name: str, folder: Path, outline: State) -> nn.Module:
+    """The network of a config.json in eval mode, its weights on the meta device: no memory is spent.
+
+    outline: the tensors that its files hold, of which only names, shapes and number formats are looked at (they may be
+    on the meta device). Raises CheckpointError as `build_component`.
+    """
+    if class_name not in _NETWORKS:
+        raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')
+    network = _without_weights(_NETWORKS[class_name], folder, len(outline))
+    _named(network, class_name, folder, outline)
     _compute_buffers(network, folder)
     if isinstance(network, T5EncoderModel):
         network.set_input_embeddings(network.shared)  # type: ignore[no-untyped-call]
     return network.eval().requires_grad_(False)
+
+
+def fill_network(
+    network: nn.Module, class_name: str, folder: Path, state: State, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a blank or emptied network its own copy of these weights, tensor by tensor. Raises CheckpointError."""
+    named = _named(network, class_name, folder, state)
+    # A copy even where the dtype agrees: what was read may be a map of the file, which can change under the model.
+    own = {id(value): value.to(device, dtype, copy=True) for value in {id(v): v for v in named.values()}.values()}
+    network.load_state_dict({key: own[id(value)] for key, value in named.items()}, strict=True, assign=True)
+    for _, module, key in _computed(network):
+        module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
+
+
+def empty_network(network: nn.Module) -> None:
+    """Put the weights back on the meta device, so that their memory is free; the network stays the same object."""
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -131,19 +177,22 @@ def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:
         raise CheckpointError(f"{folder / 'config.json'}: {spec.kind.__name__} refuses it: {error}") from error
 
 
-def _fill(network: nn.Module, folder: Path, state: State, dtype: torch.dtype) -> None:
+def _named(network: nn.Module, class_name: str, folder: Path, state: State) -> State:
+    """The state by the network's own names, which must be exactly its keys and shapes."""
     expected = network.state_dict()
-    _refuse(folder, "missing", expected.keys() - state.keys())
-    _refuse(folder, "unexpected", state.keys() - expected.keys())
-    for key, value in state.items():
+    try:
+        named = _NETWORKS[class_name].keys(state, set(expected))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    _refuse(folder, "missing", expected.keys() - named.keys())
+    _refuse(folder, "unexpected", named.keys() - expected.keys())
+    for key, value in named.items():
         if value.shape != expected[key].shape:
             is_, wanted = list(value.shape), list(expected[key].shape)
             raise CheckpointError(f"{folder}: {key} has shape {is_}, the network's is {wanted}")
         if not value.is_floating_point():
             raise CheckpointError(f"{folder}: {key} holds {value.dtype}, not floating point")
-    # A copy even where the dtype agrees: what was read may be a map of the file, which can change under the model.
-    own = {id(value): value.to(dtype, copy=True) for value in state.values()}
-    network.load_state_dict({key: own[id(value)] for key, value in state.items()}, strict=True, assign=True)
+    return named
 
 
 def _refuse(folder: Path, what: str, keys: Iterable[str]) -> None:
@@ -155,12 +204,16 @@ def _refuse(folder: Path, what: str, keys: Iterable[str]) -> None:
 
 def _compute_buffers(network: nn.Module, folder: Path) -> None:
     """Give the buffers that no checkpoint holds their values: on the meta device they have none."""
-    for name, module in network.named_modules():
-        for key in module._non_persistent_buffers_set:
-            meta = module.get_buffer(key)
-            if meta.numel() > _BUFFER_LIMIT:
-                raise CheckpointError(f"{folder / 'config.json'}: {name}.{key} would have {meta.numel()} elements")
-            module.register_buffer(key, _buffer(module, key), persistent=False)
+    for name, module, key in _computed(network):
+        count = module.get_buffer(key).numel()
+        if count > _BUFFER_LIMIT:
+            raise CheckpointError(f"{folder / 'config.json'}: {name}.{key} would have {count} elements")
+        module.register_buffer(key, _buffer(module, key), persistent=False)
+
+
+def _computed(network: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    owners = list(network.named_modules())
+    return [(name, module, key) for name, module in owners for key in sorted(module._non_persistent_buffers_set)]
 
 
 def _buffer(module: nn.Module, key: str) -> torch.Tensor:
@@ -176,18 +229,3 @@ def _buffer(module: nn.Module, key: str) -> torch.Tensor:
         )
         return torch.as_tensor(grid).float().unsqueeze(0)
     raise CheckpointError(f"{type(module).__name__}.{key}: a buffer that this server cannot compute")
-
-
-def _tokenizer(kind: Any, folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES[kind]):
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: missing")
-    try:
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        # NOTE: a bad regex in tokenizer.json raises the Rust library's PanicException, which is no Exception.
-        raise CheckpointError(f"{folder}: the tokenizer's files are not readable: {error}") from error
-    if tokenizer.pad_token is None:
-        raise CheckpointError(f"{folder}: the tokenizer has no padding token")
-    return tokenizer

@@ -11,6 +11,8 @@ twice, number formats that no network here is stored in.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,32 @@ COMMAS = 8
 """For each tensor: four between its fields, those of its shape, and some for the metadata."""
 
 _STEMS = ("diffusion_pytorch_model", "model")
-_FORMATS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_FORMATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_outline(folder: Path) -> dict[str, torch.Tensor]:
+    """Names, shapes and number formats of a component's tensors, on the meta device, from the headers alone.
+
+    Reads no tensor. Raises CheckpointError as `read_state`, but for what only the data can show.
+    """
+    outline = {}
+    for file in _headers(folder):
+        with _opened(file) as opened:
+            for key in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(key)
+                outline[key] = torch.empty(part.get_shape(), dtype=_FORMATS[part.get_dtype()], device="meta")
+    return outline
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,8 +62,15 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
     The tensors may be maps of the files. Raises CheckpointError naming the file: missing, not whole, over 16 MB of
     header or 20,000 tensors, shards and index that do not agree.
     """
-    shards = _shards(folder)
     state: dict[str, torch.Tensor] = {}
+    for file in _headers(folder):
+        state.update(_read(file))
+    return state
+
+
+def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The header of every shard, checked against the index."""
+    shards = _shards(folder)
     headers = {file: _header(file) for file in shards}
     if sum(len(header) for header in headers.values()) > TENSOR_LIMIT:
         raise CheckpointError(f"{folder}: over {TENSOR_LIMIT} tensors")
@@ -44,9 +78,7 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
         wrong = sorted(set(headers[file]) ^ listed) if listed is not None else []
         if wrong:
             raise CheckpointError(f"{file}: {wrong[0]} is in only one of this file and the index")
-    for file in shards:
-        state.update(_read(file))
-    return state
+    return headers
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
@@ -80,9 +112,16 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
+    with _opened(file) as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The file in the library's hands, which checks the header again and the length of the data."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            yield opened
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
 
