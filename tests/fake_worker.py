@@ -131,6 +131,9 @@ class FakeWorker:
                     self.fail(request_id, Cancelled("The request was cancelled."))
             case wire.Load(model_id):
                 self.load(model_id)
+            case wire.Unload(model_id):
+                self.ready.discard(model_id)
+                self.emit(ModelState(model_id, "absent"))
             case wire.Stop():
                 self.stopping = order
 

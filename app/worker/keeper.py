@@ -34,15 +34,13 @@ def best(model: str, states: Iterable[ModelState | None]) -> ModelState:
 
 
 def merge(old: ModelState | None, new: ModelState) -> ModelState:
-    """What is known of a model in one process after `new`: a rate measured later does not undo the others."""
-    if old is None or old.state != new.state:
+    """What is known of a model in one process after `new`: rates stay, as nothing is measured twice there."""
+    if old is None:
         return new
-    return replace(
-        new,
-        seconds=new.seconds or old.seconds,
-        device_bytes=new.device_bytes or old.device_bytes,
-        rates={**old.rates, **new.rates},
-    )
+    new = replace(new, rates={**old.rates, **new.rates})
+    if old.state != new.state:
+        return new
+    return replace(new, seconds=new.seconds or old.seconds, device_bytes=new.device_bytes or old.device_bytes)
 
 
 class Keeper:
@@ -59,6 +57,7 @@ class Keeper:
         self.device = device
         self.jobs: dict[str, Job] = {}
         self.states: dict[str, ModelState] = {}
+        self._were_ready: set[str] = set()
         self.restarts = 0
         self.back_in = 5.0
         self._command = command
@@ -107,6 +106,10 @@ class Keeper:
         known = self.states.get(model)
         return known.state if known else "absent"
 
+    def proved(self, model: str) -> bool:
+        """Whether this process has had the model ready, and has not failed to load it since."""
+        return model in self._were_ready and self.state(model) != "failed"
+
     def send(self, order: wire.Order) -> None:
         """To the live process; otherwise nowhere."""
         if self._link and self.live:
@@ -121,6 +124,7 @@ class Keeper:
     def forget(self) -> list[str]:
         """Drop what the dead process had; the models it knew."""
         known, self.states, self._tick = list(self.states), {}, None
+        self._were_ready.clear()
         return known
 
     async def start(self) -> None:
@@ -184,6 +188,8 @@ class Keeper:
                 log.error("engine process on %s refuses: %s", self.device, error.message)
             case ModelState(model):
                 self.states[model] = merge(self.states.get(model), message)
+                if message.state == "ready":
+                    self._were_ready.add(model)
                 self._hear(self, message)
             case Tick():
                 self._tick = message

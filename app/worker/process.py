@@ -81,6 +81,8 @@ class Ends:
                 self._engine.cancel(request_id)
             case wire.Load(model_id):
                 self._engine.load(model_id)
+            case wire.Unload(model_id):
+                self._engine.unload(model_id)
             case wire.Stop(drain):
                 self._engine.stop(drain)
 

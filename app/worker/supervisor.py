@@ -66,10 +66,12 @@ class Supervisor:
 
     @property
     def ready(self) -> bool:
-        """A worker is live, every PRELOAD model is loaded on some worker, and the server is not draining."""
-        live = any(keeper.live for keeper in self._keepers)
-        states = self.states
-        return live and not self._closing and all(states[model].state == "ready" for model in self._preloads)
+        """A worker is live, every PRELOAD model has been ready on some worker, and the server is not draining.
+
+        One that was evicted or unloaded since then comes back when it is asked for; one that failed does not.
+        """
+        proved = all(any(keeper.proved(model) for keeper in self._keepers) for model in self._preloads)
+        return proved and self.live > 0 and not self._closing
 
     @property
     def live(self) -> int:
@@ -155,9 +157,15 @@ class Supervisor:
 
     def load(self, model_id: str) -> None:
         """Begin to load this model on every live worker. Raises ModelNotFound."""
-        card = self._card(model_id)
+        self._order(wire.Load(self._card(model_id).id))
+
+    def unload(self, model_id: str) -> None:
+        """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
+        self._order(wire.Unload(self._card(model_id).id))
+
+    def _order(self, order: wire.Order) -> None:
         for keeper in self._keepers:
-            keeper.send(wire.Load(card.id))
+            keeper.send(order)
 
     def _card(self, model_id: str) -> Card:
         if model_id not in self._cards:

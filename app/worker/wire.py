@@ -61,6 +61,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Unload:
+    """Take this model off the device once no request holds it; ModelState tells when it is gone."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the process; `drain` finishes what was submitted first."""
 
@@ -81,7 +88,7 @@ class Refusal:
     error: InstepError
 
 
-Order = Start | Submit | Cancel | Load | Stop
+Order = Start | Submit | Cancel | Load | Unload | Stop
 Word = Hello | Refusal | Report
 
 

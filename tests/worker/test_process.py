@@ -30,6 +30,7 @@ class Engine:
     def submit(self, request): said.put(Failure(request.id, EngineError("submitted")))
     def cancel(self, request_id): said.put(Failure(request_id, EngineError("cancelled")))
     def load(self, model_id): said.put(Announce("load " + model_id, 1.0))
+    def unload(self, model_id): said.put(Announce("unload " + model_id, 1.0))
     def stop(self, drain): said.put(Announce("stop" if not drain else "drain", 1.0)); orders.put(None)
     def run(self): RUN
 
@@ -75,7 +76,7 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
         assert wire.receive(sock) == wire.Hello(running.pid)
         assert wire.receive(sock) == Announce("want other", 1.0)
         asked = request()
-        for order in (wire.Submit(asked), wire.Cancel("r9"), wire.Load("fake"), wire.Stop(drain=True)):
+        for order in (wire.Submit(asked), wire.Cancel("r9"), wire.Load("fake"), wire.Unload("other"), wire.Stop(True)):
             wire.send(sock, order)
         heard = []
         while (news := wire.receive(sock)) is not None:
@@ -84,7 +85,12 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
             (asked.id, "submitted"),
             ("r9", "cancelled"),
         ]
-        assert [news.phase for news in heard if isinstance(news, Announce)] == ["load fake", "drain", "closed"]
+        assert [news.phase for news in heard if isinstance(news, Announce)] == [
+            "load fake",
+            "unload other",
+            "drain",
+            "closed",
+        ]
         assert running.wait(20) == 0
 
 

@@ -138,6 +138,25 @@ def test_states_ready_and_load():
     run(scenario)
 
 
+def test_a_preload_that_was_unloaded_leaves_the_server_ready_and_one_that_failed_does_not():
+    async def scenario():
+        async with serving(preload="fake,other") as here:
+            supervisor = here.supervisor
+            await until(lambda: supervisor.ready)
+            supervisor.unload("other")
+            await until(lambda: supervisor.states["other"].state == "absent")
+            assert supervisor.ready and supervisor.states["other"].rates == {"32x32": 0.001}
+            with pytest.raises(ModelNotFound):
+                supervisor.unload("nobody")
+            with pytest.raises(CheckpointError):
+                await supervisor.submit(request("!load", model="other"))
+            assert not supervisor.ready
+            supervisor.load("other")
+            await until(lambda: supervisor.ready)
+
+    run(scenario)
+
+
 def test_not_ready_while_a_preload_loads(monkeypatch):
     monkeypatch.setenv("INSTEP_FAKE_LOAD", "0.3")
 

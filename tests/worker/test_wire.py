@@ -20,6 +20,7 @@ ORDERS = [
     wire.Submit(request("ünï 🍎", seeds=(1, 2**63))),
     wire.Cancel("r1"),
     wire.Load("fake"),
+    wire.Unload("fake"),
     wire.Stop(drain=True),
 ]
 NEWS = [
