@@ -6,22 +6,27 @@ Knows nothing of HTTP routes. The only home of prometheus_client.
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib import metadata
 from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from app.report import ModelState, Report, Result, Tick
+from app.gpu import READINGS, Gpus
+from app.report import Evicted, Memory, ModelState, Report, Result, Tick
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+OUTCOMES = ("answered", "failed", "cancelled", "refused")
 
 __all__ = ["CONTENT_TYPE", "Metrics", "Workers"]
 
 
 class Workers(Protocol):
-    """What `render` asks of the supervisor."""
+    """What `render` asks of the supervisor. queues: device seconds that wait, by worker."""
 
     @property
     def states(self) -> Mapping[str, ModelState]: ...
@@ -29,41 +34,92 @@ class Workers(Protocol):
     @property
     def restarts(self) -> int: ...
 
+    @property
+    def ready(self) -> bool: ...
+
+    @property
+    def live(self) -> int: ...
+
+    @property
+    def queues(self) -> Sequence[float]: ...
+
 
 class Metrics:
-    """One registry, one set of instruments. All methods belong to the front's event loop."""
+    """One registry, one set of instruments. All methods belong to the front's event loop.
 
-    def __init__(self) -> None:
+    Counters of a known model stand at 0 from the start: `increase()` does not see a series' first value. gpus: what
+    the driver says of the GPUs, given by tests.
+    """
+
+    def __init__(self, gpus: Gpus | None = None) -> None:
         self.registry = CollectorRegistry()
+        self._gpus = gpus or Gpus()
         self._in_flight: Tally[str] = Tally()
         self._rows: Tally[str] = Tally()
+        self._states: dict[str, str] = {}
         self._restarts = 0
+        self._make_requests()
+        self._make_batches()
+        self._make_models()
+        self._make_service()
+
+    def _make_requests(self) -> None:
         self._running = self._gauge("num_requests_running", "Images in the last batch that are not yet answered")
         self._waiting = self._gauge("num_requests_waiting", "Images accepted, not yet answered and not in a batch")
         self._queue = self._seconds("request_queue_time_seconds", "From acceptance to the first work on an image")
         self._latency = self._seconds("e2e_request_latency_seconds", "From the request to its encoded images")
+        self._image_encode = self._seconds("image_encode_seconds", "PNG, JPEG or WebP encoding of one request")
+        self._images = self._counter("images", "Images answered")
+        self._requests = self._counter("requests", "Requests by how they ended", "outcome")
+        self._failed = self._counter("requests_failed", "Requests that were accepted and failed", "reason")
+        self._rejected = self._counter("requests_rejected", "Requests that were refused", "reason")
+
+    def _make_batches(self) -> None:
         self._phases = {
             "encode": self._seconds("text_encode_seconds", "One forward of the text encoders or label embeddings"),
             "denoise": self._seconds("denoise_step_seconds", "One forward of the network with its update"),
             "decode": self._seconds("vae_decode_seconds", "One forward of the image decoder"),
         }
-        self._image_encode = self._seconds("image_encode_seconds", "PNG, JPEG or WebP encoding of one request")
-        self._batch_rows = self._counts("batch_rows", "Images that shared a denoising forward")
-        self._batch_passes = self._counts("batch_passes", "Passes of a denoising forward, without padding")
+        self._batch_rows = self._histogram("batch_rows", "Images that shared a denoising forward", COUNTS)
+        self._batch_passes = self._histogram("batch_passes", "Passes of a denoising forward, without padding", COUNTS)
+        text = "Passes of a denoising forward, without padding, over the most that pay on this device"
+        self._occupancy = self._histogram("batch_occupancy_ratio", text, SHARES)
         self._padding = self._counter("padding_passes", "Passes that only filled a bucket")
-        self._images = self._counter("images", "Images answered")
-        self._failed = self._counter("requests_failed", "Requests that were accepted and failed", "reason")
-        self._rejected = self._counter("requests_rejected", "Requests that were refused", "reason")
+        self._oom = self._counter("oom", "Forwards that ran out of memory and were split or failed")
+
+    def _make_models(self) -> None:
         self._loaded = self._gauge("model_loaded", "1 while a worker has the model ready")
         self._load = self._gauge("model_load_seconds", "How long the last load took")
+        self._loads = self._counter("model_loads", "Loads of a model by how they ended", "result")
+        self._evicted = self._counter("model_evictions", "Parts of a model that left the device", "to")
+        text = "weights and slots: held on the device; parked: held in host memory; budget: what weights may take"
+        self._memory = self._plain("device_memory_bytes", text, "device", "kind")
+
+    def _make_service(self) -> None:
+        self._ready = self._plain("ready", "1 while /readyz says so")
+        self._live = self._plain("workers_live", "Engine processes that are able to work")
+        self._workers = self._plain("workers", "Engine processes that there should be: the entries of DEVICES")
+        self._ahead = self._plain("queue_device_seconds", "Estimated device time of what is not yet answered", "worker")
         self._restarted = Counter("instep_worker_restarts", "Engine processes started again", registry=self.registry)
+        self._gpu = {name: self._plain(name, "What the driver says of the GPU", "device") for name in READINGS}
+        with suppress(metadata.PackageNotFoundError):
+            self._plain("build_info", "Always 1", "version").labels(metadata.version("instep")).set(1)
+        ProcessCollector(registry=self.registry)
 
     def observe(self, report: Report) -> None:
         """Any report of any worker; the kinds that are not counted here pass by."""
-        if isinstance(report, Tick):
-            self._tick(report)
-        elif isinstance(report, ModelState) and report.state == "ready" and report.seconds:
-            self._load.labels(report.model).set(report.seconds)
+        match report:
+            case Tick():
+                self._tick(report)
+            case ModelState():
+                self._state(report)
+            case Evicted(model, to=to):
+                self._evicted.labels(model, to).inc()
+            case Memory(device, kinds):
+                for kind, size in kinds.items():
+                    self._memory.labels(device, kind).set(size)
+            case _:
+                pass
 
     def started(self, model: str, images: int) -> None:
         """A request was accepted. Every `started` is followed by one `ended`."""
@@ -80,43 +136,87 @@ class Metrics:
             self._queue.labels(model).observe(result.timings.queue)
         self._latency.labels(model).observe(seconds)
         self._image_encode.labels(model).observe(encode_seconds)
+        self._requests.labels(model, "answered").inc()
 
     def failed(self, model: str, reason: str) -> None:
-        """An accepted request failed; reason: an error code."""
+        """An accepted request failed; reason: an error code. "cancelled" is the client's doing and an outcome apart."""
         self._failed.labels(model, reason).inc()
+        self._requests.labels(model, "cancelled" if reason == "cancelled" else "failed").inc()
 
     def rejected(self, model: str, reason: str) -> None:
         """A request was refused; model: a card's id, or "" when it named none that exists; reason: an error code."""
         self._rejected.labels(model, reason).inc()
+        self._requests.labels(model, "refused").inc()
 
     def render(self, workers: Workers) -> bytes:
         """The exposition text. Gauges are set here, from what is true now."""
         for model, state in workers.states.items():
+            self._stand(model)
             in_flight = self._in_flight[model]
             running = min(in_flight, self._rows[model])
             self._running.labels(model).set(running)
             self._waiting.labels(model).set(in_flight - running)
             self._loaded.labels(model).set(state.state == "ready")
+        queues = workers.queues
+        for worker, seconds in enumerate(queues):
+            self._ahead.labels(str(worker)).set(seconds)
+        self._ready.set(workers.ready)
+        self._live.set(workers.live)
+        self._workers.set(len(queues))
         self._restarted.inc(workers.restarts - self._restarts)
         self._restarts = workers.restarts
+        self._show_gpus()
         return generate_latest(self.registry)
+
+    def _stand(self, model: str) -> None:
+        """Let this model's counters be there, at 0."""
+        for outcome in OUTCOMES:
+            self._requests.labels(model, outcome)
+        for result in ("ready", "failed"):
+            self._loads.labels(model, result)
+        for to in ("host", "away"):
+            self._evicted.labels(model, to)
+        for counter in (self._images, self._padding, self._oom):
+            counter.labels(model)
+
+    def _show_gpus(self) -> None:
+        for gauge in self._gpu.values():
+            gauge.clear()
+        for device, figures in self._gpus.figures().items():
+            for name, value in figures.items():
+                self._gpu[name].labels(device).set(value)
+
+    def _state(self, state: ModelState) -> None:
+        """NOTE: "ready" is told again whenever a rate was measured; a load is a change of state."""
+        if state.state == "ready" and state.seconds:
+            self._load.labels(state.model).set(state.seconds)
+        if state.state in ("ready", "failed") and self._states.get(state.model) != state.state:
+            self._loads.labels(state.model, state.state).inc()
+        self._states[state.model] = state.state
 
     def _tick(self, tick: Tick) -> None:
         self._phases[tick.phase].labels(tick.model).observe(tick.seconds)
         self._padding.labels(tick.model).inc(tick.padding)
+        self._oom.labels(tick.model).inc(tick.out_of_memory)
         if tick.phase == "denoise":
+            passes = tick.passes - tick.padding
             self._rows[tick.model] = tick.rows
             self._batch_rows.labels(tick.model).observe(tick.rows)
-            self._batch_passes.labels(tick.model).observe(tick.passes - tick.padding)
+            self._batch_passes.labels(tick.model).observe(passes)
+            if tick.cap:
+                self._occupancy.labels(tick.model).observe(passes / tick.cap)
+
+    def _plain(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"instep_{name}", text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"instep_{name}", text, ["model"], registry=self.registry)
+        return self._plain(name, text, "model")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"instep_{name}", text, ["model", *labels], registry=self.registry)
 
     def _seconds(self, name: str, text: str) -> Histogram:
-        return Histogram(f"instep_{name}", text, ["model"], registry=self.registry, buckets=SECONDS)
+        return self._histogram(name, text, SECONDS)
 
-    def _counts(self, name: str, text: str) -> Histogram:
-        return Histogram(f"instep_{name}", text, ["model"], registry=self.registry, buckets=COUNTS)
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(f"instep_{name}", text, ["model"], registry=self.registry, buckets=buckets)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.gpu import Figures, Gpus
 from app.metrics import Metrics
-from app.report import Announce, ModelState, Result, Tick, Timings
+from app.report import Announce, Evicted, Memory, ModelState, Result, Tick, Timings
 
 
 @dataclass
 class Workers:
     states: dict[str, ModelState] = field(default_factory=lambda: {"a": ModelState("a", "ready")})
     restarts: int = 0
+    ready: bool = True
+    live: int = 1
+    queues: list[float] = field(default_factory=lambda: [0.0])
 
 
 def read(metrics: Metrics, workers: Workers | None = None) -> dict[tuple[str, ...], float]:
@@ -28,8 +33,8 @@ def read(metrics: Metrics, workers: Workers | None = None) -> dict[tuple[str, ..
     }
 
 
-def tick(phase: str = "denoise", rows: int = 3, passes: int = 8, padding: int = 2, seconds: float = 0.2) -> Tick:
-    return Tick("a", phase, rows, passes, padding, 16, seconds, rows, 0)  # type: ignore[arg-type]
+def tick(phase: str = "denoise", rows: int = 3, passes: int = 8, padding: int = 2, seconds: float = 0.2, **more: int):
+    return Tick("a", phase, rows, passes, padding, more.pop("cap", 16), seconds, rows, 0, **more)  # type: ignore[arg-type]
 
 
 def result(queue: float = 0.5) -> Result:
@@ -86,6 +91,93 @@ def test_models_and_restarts() -> None:
     assert read(metrics, workers)["instep_worker_restarts_total",] == 2
     assert read(metrics, workers)["instep_worker_restarts_total",] == 2
     assert read(metrics, workers)["instep_model_loaded", "a"] == 0
+
+
+def test_occupancy_is_of_the_passes_that_are_not_padding() -> None:
+    metrics = Metrics()
+    for one in (tick(passes=8, padding=2, cap=12), tick(passes=16, padding=0), tick(cap=0), tick("decode")):
+        metrics.observe(one)
+    seen = read(metrics)
+    assert seen["instep_batch_occupancy_ratio_count", "a"] == 2
+    assert seen["instep_batch_occupancy_ratio_sum", "a"] == 1.5
+    assert seen["instep_batch_occupancy_ratio_bucket", "0.5", "a"] == 1
+    assert seen["instep_batch_occupancy_ratio_bucket", "1.0", "a"] == 2
+
+
+def test_each_forward_that_ran_out_of_memory_is_counted_once() -> None:
+    metrics = Metrics()
+    assert read(metrics)["instep_oom_total", "a"] == 0
+    metrics.observe(tick(out_of_memory=2))
+    metrics.observe(tick("decode", out_of_memory=1))
+    metrics.failed("a", "insufficient_gpu_memory")
+    assert read(metrics)["instep_oom_total", "a"] == 3
+
+
+def test_outcomes_add_up_and_start_at_zero() -> None:
+    metrics = Metrics()
+    outcomes = ("answered", "failed", "cancelled", "refused")
+    assert [read(metrics)["instep_requests_total", "a", outcome] for outcome in outcomes] == [0, 0, 0, 0]
+    metrics.answered("a", [result(), result()], seconds=1.0, encode_seconds=0.1)
+    metrics.failed("a", "internal_error")
+    metrics.failed("a", "cancelled")
+    metrics.rejected("a", "overloaded")
+    assert [read(metrics)["instep_requests_total", "a", outcome] for outcome in outcomes] == [1, 1, 1, 1]
+
+
+def test_loads_are_changes_of_state() -> None:
+    metrics = Metrics()
+    states = ("loading", "ready", "ready", "absent", "loading", "ready", "absent", "loading", "failed", "failed")
+    for state in states:
+        metrics.observe(ModelState("a", state, seconds=1.0))  # type: ignore[arg-type]
+    assert read(metrics)["instep_model_loads_total", "a", "ready"] == 2
+    assert read(metrics)["instep_model_loads_total", "a", "failed"] == 1
+
+
+def test_evictions_and_memory() -> None:
+    metrics = Metrics()
+    assert read(metrics)["instep_model_evictions_total", "a", "away"] == 0
+    metrics.observe(Memory("cuda:0", {"weights": 7, "slots": 2, "parked": 0, "budget": 10}))
+    for one in (Evicted("a", "transformer", "host", 5), Evicted("a", "vae", "host", 1), Evicted("a", "vae", "away", 1)):
+        metrics.observe(one)
+    metrics.observe(Memory("cuda:0", {"weights": 0, "slots": 0, "parked": 5, "budget": 10}))
+    seen = read(metrics)
+    assert (seen["instep_model_evictions_total", "a", "host"], seen["instep_model_evictions_total", "a", "away"]) == (
+        2,
+        1,
+    )
+    memory = {kind: seen["instep_device_memory_bytes", "cuda:0", kind] for kind in ("weights", "slots", "parked")}
+    assert memory == {"weights": 0, "slots": 0, "parked": 5}
+
+
+def test_an_evicted_model_is_not_loaded() -> None:
+    metrics, workers = Metrics(), Workers()
+    metrics.started("a", 1)
+    metrics.observe(tick(rows=1))
+    metrics.ended("a", 1)
+    workers.states = {"a": ModelState("a", "absent")}
+    seen = read(metrics, workers)
+    assert [seen[name, "a"] for name in ("instep_model_loaded", "instep_num_requests_running")] == [0, 0]
+
+
+def test_the_service_as_a_whole() -> None:
+    metrics = Metrics()
+    seen = read(metrics, Workers(ready=False, live=1, queues=[2.5, 0.0]))
+    assert (seen["instep_ready",], seen["instep_workers_live",], seen["instep_workers",]) == (0, 1, 2)
+    assert (seen["instep_queue_device_seconds", "0"], seen["instep_queue_device_seconds", "1"]) == (2.5, 0)
+    assert seen["instep_build_info", version("instep")] == 1
+    assert seen["process_resident_memory_bytes",] > 1 << 20
+
+
+def test_a_gpu_that_is_gone_is_not_shown() -> None:
+    class Driver(Gpus):
+        def figures(self) -> Figures:
+            return {"cuda:0": {"gpu_power_watts": 650.0}} if shown else {}
+
+    shown = True
+    metrics = Metrics(Driver())
+    assert read(metrics)["instep_gpu_power_watts", "cuda:0"] == 650
+    shown = False
+    assert ("instep_gpu_power_watts", "cuda:0") not in read(metrics)
 
 
 def test_two_apps_do_not_share_a_registry() -> None:
