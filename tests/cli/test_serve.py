@@ -24,6 +24,8 @@ from tests.cli.conftest import Run, one_line
 OTHER = {
     "host": "0.0.0.0", "port": "0", "models": "elsewhere", "devices": "cpu,cpu", "dtype": "bfloat16", "preload": "all",
     "default_model": "a", "max_wait": "1.5", "drain": "2.5", "threads": "3", "cache": "profiles", "log_level": "debug",
+    "device_memory": "3GB", "host_memory": "25%", "api_keys": "alice=0123456789abcdef", "api_keys_file": "keys.toml",
+    "admin_key": "fedcba9876543210",
 }  # fmt: skip
 """For each setting that is not a switch a value that is not its default."""
 
