@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from io import BytesIO
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidValue
-from app.imaging import a1111, encode_image, grid
+from app.imaging import FORMATS, GENERATED, a1111, encode_image, grid
+from tests.pictures import MORE, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
 
 FACTS = {
     "prompt": "a red apple",
@@ -22,6 +24,17 @@ FACTS = {
     "size": "64x48",
     "model": "tiny",
 }
+
+
+HOSTILE = {
+    "markup": '</rdf:li><!-- & <x a="1">\' &amp; &#0; ]]> <?xpacket end="w"?>',
+    "controls": "".join(map(chr, range(32))) + "\x7f\x80\x9f",
+    "no XML": "\ud83c lone, \udf4e lone, \ufffe \uffff \0",
+    "scripts": "苹果 🍎 Äpfel \u202e right to left \U0010ffff",
+    "a segment": "x" * 70_000,
+    "many segments": "🍎" * 30_000,
+}
+"""Prompts that end fields, documents or segments of files whose writer does not look."""
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -65,6 +78,72 @@ def test_nul_in_a_prompt_does_not_end_the_text() -> None:
     assert json.loads(image.text["instep"])["prompt"] == "a\0b"
 
 
+def comment_of(data: bytes) -> str:
+    """The EXIF UserComment, without the character code before it."""
+    comment = Image.open(BytesIO(data)).getexif().get_ifd(0x8769)[0x9286]
+    assert comment[:8] == b"UNICODE\0"
+    return comment[8:].decode("utf-16-be")
+
+
+@pytest.mark.parametrize("facts", [{}, FACTS], ids=["preview", "image"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_file_says_that_a_model_made_it(format: str, facts: dict) -> None:
+    data = encode_image(picture(8, 8), format, None, facts)
+    told = properties(data)
+    assert told[TYPE] == GENERATED == "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    assert told[TOOL] == f"Instep {version('instep')}"
+    assert set(told) - {TYPE, TOOL} == ({REQUEST} if facts and format != "png" else set())
+    image = Image.open(BytesIO(data))
+    image.load()
+    xmp = image.info["xmp"]
+    assert GENERATED in (xmp.decode() if isinstance(xmp, bytes) else xmp)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_the_whole_request_survives_in_a_lossy_file(format: str, kind: str) -> None:
+    facts = {**FACTS, "prompt": HOSTILE[kind], "negative_prompt": HOSTILE[kind][::-1]}
+    data = encode_image(picture(8, 8), format, None, facts)
+    told = properties(data)
+    assert json.loads(told[REQUEST]) == facts
+    assert (told[TYPE], told[TOOL]) == (GENERATED, f"Instep {version('instep')}")
+    assert comment_of(data).endswith("Size: 64x48, Model: tiny")
+    assert Image.open(BytesIO(data)).convert("RGB").size == (8, 8)
+
+
+def jpeg_of(prompt: str) -> bytes:
+    return encode_image(picture(8, 8), "jpeg", None, {**FACTS, "prompt": prompt})
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_the_whole_request_survives_in_a_png(kind: str) -> None:
+    facts = {**FACTS, "prompt": HOSTILE[kind]}
+    data = encode_image(picture(8, 8), "png", None, facts)
+    assert [key for key, _ in chunks(data)].index(b"IDAT") == len(chunks(data)) - 2
+    image = Image.open(BytesIO(data))
+    image.load()
+    assert json.loads(image.text["instep"]) == facts
+    assert image.text["parameters"].endswith("Model: tiny") and properties(data)[TYPE] == GENERATED
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_packet_at_the_end_of_a_segment(over: int) -> None:
+    """The longest packet that a JPEG segment holds by the specification, and one byte more."""
+    empty = [body for _, body in segments(jpeg_of("")) if body.startswith(PACKET)]
+    data = jpeg_of("x" * (65_502 + over - len(empty[0]) + len(PACKET)))
+    assert json.loads(properties(data)[REQUEST])["prompt"].startswith("xxx")
+    assert (MORE in properties(data)) == bool(over)
+    assert all(len(body) <= 65_533 for _, body in segments(data))
+
+
+@pytest.mark.parametrize("letter", ["x", "🍎"])
+def test_a_comment_that_is_too_long_loses_prompt_and_no_parameter(letter: str) -> None:
+    comment = comment_of(jpeg_of(letter * 40_000))
+    prompt, line = comment.split("\n")
+    assert set(prompt) == {letter} and 63_000 < len(prompt.encode("utf-16-be")) < 64_000
+    assert line == a1111(FACTS).split("\n")[-1]
+
+
 def test_a1111_line() -> None:
     assert a1111(FACTS) == (
         "a red apple\nNegative prompt: worm\n"
@@ -79,8 +158,7 @@ def test_lossy_formats_follow_the_quality_and_keep_the_facts(format: str) -> Non
     assert len(low) < len(default) < len(high)
     image = Image.open(BytesIO(high))
     assert image.format == format.upper()
-    comment = image.getexif().get_ifd(0x8769)[0x9286]
-    assert comment[8:].decode("utf-16-be") == a1111(FACTS)
+    assert comment_of(high) == a1111(FACTS) and b"\x92\x86\x00\x07" in high  # EXIF: of type UNDEFINED
     assert np.abs(np.asarray(image, np.int16) - pixels).mean() < np.abs(decoded(low) - pixels).mean()
 
 
