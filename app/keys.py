@@ -5,7 +5,26 @@ Knows nothing of HTTP headers (`app/api/security.py`); a key itself is never kep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hmac
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.errors import SettingsError
+from app.settings import Settings
+
+ADMIN = "admin"
+"""The name of the admin key in requests, metrics and logs."""
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_KEY = re.compile(r"[!-~]{16,512}")
+_KEY_RULE = "a key is 16 to 512 visible ASCII characters without spaces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +36,7 @@ class ApiKey:
     """
 
     name: str
-    digest: bytes = b""
+    digest: bytes = field(default=b"", repr=False)
     weight: float = 1.0
     priority: int = 10
     models: frozenset[str] = frozenset()
@@ -26,3 +45,129 @@ class ApiKey:
 
 NOBODY = ApiKey("")
 """Every client of a server that was given no keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """Every key that a server knows. Without clients it is open to all; without an admin its admin routes are shut."""
+
+    clients: tuple[ApiKey, ...] = ()
+    admin: ApiKey | None = None
+
+    def find(self, token: bytes) -> ApiKey | None:
+        """The key that this is. Every digest is compared, and in constant time: how long it takes tells nothing."""
+        digest, found = sha256(token).digest(), None
+        for key in (*self.clients, *([self.admin] if self.admin else [])):
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+
+def read_keys(settings: Settings) -> Keyring:
+    """The keys of API_KEYS, API_KEYS_FILE and ADMIN_KEY.
+
+    Raises SettingsError naming the file and the field, or the setting and the entry; never with a key in its message.
+    A setting that is not empty and holds no key is an error too: it must not open the server to all.
+    """
+    file = Path(settings.api_keys_file).expanduser() if settings.api_keys_file else None
+    clients = [*_from_text(settings.api_keys), *(_from_file(file) if file else [])]
+    admin = _admin(settings.admin_key)
+    seen: list[ApiKey] = [admin] if admin else []
+    for where, param, key in clients:
+        for other in seen:
+            if key.name == other.name:
+                raise SettingsError(f"{where}: the name {key.name} is taken", param=param)
+            if hmac.compare_digest(key.digest, other.digest):
+                raise SettingsError(f"{where}: the same key as that of {other.name}", param=param)
+        seen.append(key)
+    return Keyring(tuple(key for _, _, key in clients), admin)
+
+
+_Found = tuple[str, str, ApiKey]
+"""Where a key was found, in words; the setting; the key."""
+
+
+def _from_text(text: str) -> Iterator[_Found]:
+    """`name=key` or bare keys, comma separated. NOTE: no name is told on errors: it may be half of a key with a "="."""
+    for number, entry in enumerate(text.split(",") if text else [], 1):
+        name, equals, key = (part.strip() for part in entry.partition("="))
+        where = f"api_keys: entry {number}"
+        if equals and not _NAME.fullmatch(name):
+            raise SettingsError(f"{where}: a name is 1 to 64 of A-Z a-z 0-9 . _ -", param="api_keys")
+        try:
+            digest = _digest(key if equals else name)
+        except ValueError as error:
+            hint = '; one with "=" in it needs a name before it: name=key' if equals else ""
+            raise SettingsError(f"{where}: {error}{hint}", param="api_keys") from None
+        yield where, "api_keys", ApiKey(name if equals else f"key-{number}", digest)
+
+
+class _Entry(BaseModel):
+    """[keys.<name>] of the file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    key: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9A-Fa-f]{64}$")] | None = None
+    weight: Annotated[float, Field(ge=0.001, le=1000, allow_inf_nan=False)] = 1.0
+    priority: Annotated[int, Field(ge=-10, le=10)] = 10
+    models: Annotated[list[str], Field(min_length=1)] | None = None
+    queue: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> _Entry:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError("give either key or sha256")
+        self.digest()
+        return self
+
+    def digest(self) -> bytes:
+        """Raises ValueError."""
+        return bytes.fromhex(self.sha256) if self.sha256 else _digest(self.key or "")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    keys: Annotated[dict[Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")], _Entry], Field(min_length=1)]
+
+
+def _from_file(file: Path) -> Iterator[_Found]:
+    for name, entry in _read(file).keys.items():
+        key = ApiKey(
+            name,
+            entry.digest(),
+            weight=entry.weight,
+            priority=entry.priority,
+            models=frozenset(entry.models or ()),
+            queue=entry.queue,
+        )
+        yield f"{file}: keys.{name}", "api_keys_file", key
+
+
+def _read(file: Path) -> _File:
+    """NOTE: `from None`: what went wrong with a file of keys may have the keys in it."""
+    try:
+        return _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "file"
+        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    except UnicodeDecodeError:
+        reason = "not UTF-8"
+    except (OSError, tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    raise SettingsError(f"{file}: {reason}", param="api_keys_file") from None
+
+
+def _admin(key: str) -> ApiKey | None:
+    try:
+        return ApiKey(ADMIN, _digest(key)) if key else None
+    except ValueError as error:
+        raise SettingsError(f"admin_key: {error}", param="admin_key") from None
+
+
+def _digest(key: str) -> bytes:
+    if not _KEY.fullmatch(key):
+        raise ValueError(_KEY_RULE)
+    return sha256(key.encode()).digest()

@@ -11,11 +11,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+SECRETS = ("api_keys", "admin_key")
+"""Fields that hold keys: never printed, and kept from the engine processes."""
+
 
 class Settings(BaseSettings):
     """Everything a server can be told at start."""
 
-    model_config = SettingsConfigDict(env_prefix="INSTEP_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="INSTEP_", frozen=True, extra="forbid", hide_input_in_errors=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 picks a free one")
@@ -33,9 +36,22 @@ class Settings(BaseSettings):
     max_wait: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Seconds of queue above which a request gets 503"
     )
+    request_timeout: Annotated[float, Field(gt=0, le=3600)] = Field(
+        30.0, description="Seconds that a client may take to send one whole request, or to go on reading its answer"
+    )
+    max_connections: Annotated[int, Field(ge=0)] = Field(
+        1000, description="Open connections above which new ones get 503, probes excepted; 0 for no cap"
+    )
+    connections_per_address: Annotated[int, Field(ge=0)] = Field(
+        0, description="The same for one address; leave it at 0 behind a proxy, whose address is every client's"
+    )
     drain: Annotated[float, Field(ge=0)] = Field(
         30.0, description="Seconds that running requests may take after SIGTERM"
     )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads an engine process; 0 shares the cores")
     cache: Path = Field(Path("~/.cache/instep"), description="Folder for measured profiles")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
+
+    def without_secrets(self) -> Settings:
+        """The same less the keys: all that anyone but `app/keys.py` needs."""
+        return self.model_copy(update=dict.fromkeys(SECRETS, ""))

@@ -25,7 +25,7 @@ OTHER = {
     "host": "0.0.0.0", "port": "0", "models": "elsewhere", "devices": "cpu,cpu", "dtype": "bfloat16", "preload": "all",
     "default_model": "a", "max_wait": "1.5", "drain": "2.5", "threads": "3", "cache": "profiles", "log_level": "debug",
     "device_memory": "3GB", "host_memory": "25%", "api_keys": "alice=0123456789abcdef", "api_keys_file": "keys.toml",
-    "admin_key": "fedcba9876543210",
+    "admin_key": "fedcba9876543210", "request_timeout": "12.5", "max_connections": "20", "connections_per_address": "5",
 }  # fmt: skip
 """For each setting that is not a switch a value that is not its default."""
 
