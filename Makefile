@@ -11,12 +11,15 @@ endif
 
 .PHONY: setup serve test check fix
 
-setup: .venv/.stamp
+setup: .venv/.stamp .venv/.prometheus
 
 .venv/.stamp: pyproject.toml constraints.txt
 	@echo "setup: installs into .venv what constraints.txt lists and .venv lacks: torch ($(SIZE)) and about 150 MB more"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install $(INDEX) --constraint constraints.txt --editable '.[dev]' && touch $@
+
+.venv/.prometheus: deploy/prometheus/fetch | .venv/.stamp
+	@deploy/prometheus/fetch $(BIN) && touch $@
 
 serve: setup
 	exec $(BIN)/instep serve

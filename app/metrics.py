@@ -84,7 +84,7 @@ class Metrics:
         self._batch_passes = self._histogram("batch_passes", "Passes of a denoising forward, without padding", COUNTS)
         text = "Passes of a denoising forward, without padding, over the most that pay on this device"
         self._occupancy = self._histogram("batch_occupancy_ratio", text, SHARES)
-        self._padding = self._counter("padding_passes", "Passes that only filled a bucket")
+        self._padding = self._counter("padding_passes", "Passes of denoising forwards that only filled a bucket")
         self._oom = self._counter("oom", "Forwards that ran out of memory and were split or failed")
 
     def _make_models(self) -> None:
@@ -196,11 +196,11 @@ class Metrics:
 
     def _tick(self, tick: Tick) -> None:
         self._phases[tick.phase].labels(tick.model).observe(tick.seconds)
-        self._padding.labels(tick.model).inc(tick.padding)
         self._oom.labels(tick.model).inc(tick.out_of_memory)
         if tick.phase == "denoise":
             passes = tick.passes - tick.padding
             self._rows[tick.model] = tick.rows
+            self._padding.labels(tick.model).inc(tick.padding)
             self._batch_rows.labels(tick.model).observe(tick.rows)
             self._batch_passes.labels(tick.model).observe(passes)
             if tick.cap:

@@ -50,7 +50,7 @@ def test_ticks_are_counted_by_phase() -> None:
     assert seen["instep_denoise_step_seconds_sum", "a"] == pytest.approx(0.4)
     assert seen["instep_text_encode_seconds_sum", "a"] == pytest.approx(0.04)
     assert seen["instep_vae_decode_seconds_sum", "a"] == pytest.approx(3.0)
-    assert seen["instep_padding_passes_total", "a"] == 8
+    assert seen["instep_padding_passes_total", "a"] == 4
     assert seen["instep_batch_rows_sum", "a"] == 6
     assert seen["instep_batch_passes_sum", "a"] == 12
     assert seen["instep_denoise_step_seconds_bucket", "0.1", "a"] == 0
