@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from io import BytesIO
-from typing import Any, Literal
+from typing import IO, Any, Literal
 from xml.sax.saxutils import escape
 
 import numpy as np
@@ -73,9 +75,10 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
     options: dict[str, Any] = {"method": 2, "xmp": _xmp(told)}
     if format == "jpeg":
         options = {"subsampling": 0, **_jpeg_xmp(told)}
-    out = BytesIO()
-    Image.fromarray(pixels).save(out, format, quality=quality, exif=exif, **options)
-    return out.getvalue()
+    with _file() as out:
+        Image.fromarray(pixels).save(out, format, quality=quality, exif=exif, **options)
+        out.seek(0)
+        return out.read()
 
 
 def grid(pixels: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -140,6 +143,11 @@ def _text_chunk(key: str, text: str) -> tuple[bytes, ...]:
         return _chunk(b"tEXt", key.encode() + b"\0" + text.encode("latin-1"))
     except UnicodeEncodeError:
         return _chunk(b"iTXt", key.encode() + b"\0\0\0\0\0" + text.encode("utf-8", "replace"))
+
+
+def _file() -> IO[bytes]:
+    """A file in memory. NOTE: Pillow gives up the interpreter lock over a JPEG for a real file only, not BytesIO."""
+    return open(os.memfd_create("image"), "w+b") if sys.platform == "linux" else BytesIO()
 
 
 @cache
