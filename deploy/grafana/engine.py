@@ -1,0 +1,126 @@
+"""The panels about the engines: batching, models and memory, what went wrong.
+
+Knows nothing of how a panel looks.
+"""
+
+from __future__ import annotations
+
+from deploy.grafana.panel import HERE, MODEL, Panel, gpu, mean, quantile, rate, rise
+
+BATCHING = (
+    Panel(
+        "Images in a forward",
+        "none",
+        "Images that shared a denoising forward: the mean, and the widest twentieth.",
+        ((mean("batch_rows"), "{{model}}"), (quantile(0.95, "batch_rows", "model, le"), "{{model}} p95")),
+    ),
+    Panel(
+        "Passes in a forward",
+        "none",
+        "A guided image makes two passes, an unguided one makes one. Mean, without padding.",
+        ((mean("batch_passes"), "{{model}}"),),
+    ),
+    Panel(
+        "Device time by phase",
+        "percentunit",
+        "Share of the time that engines encode, denoise and decode; 100 % is one device at work without a pause.",
+        (
+            (rate("text_encode_seconds_sum", "instance"), "{{instance}} encode"),
+            (rate("denoise_step_seconds_sum", "instance"), "{{instance}} denoise"),
+            (rate("vae_decode_seconds_sum", "instance"), "{{instance}} decode"),
+        ),
+        stack=True,
+    ),
+    Panel(
+        "Occupancy",
+        "percentunit",
+        "Passes without padding over the most that pay on this device, mean by model.",
+        ((mean("batch_occupancy_ratio"), "{{model}}"),),
+        most=1,
+    ),
+    Panel(
+        "Occupancy of forwards",
+        "percentunit",
+        "How many forwards had which occupancy.",
+        ((rise("batch_occupancy_ratio_bucket", "le"), "{{le}}"),),
+        "heatmap",
+    ),
+    Panel(
+        "Padding",
+        "percentunit",
+        "Passes that only fill a bucket, as a share of all passes. DETERMINISTIC pads every forward.",
+        (
+            (
+                f"{rate('padding_passes_total', 'model')} / "
+                f"({rate('padding_passes_total', 'model')} + {rate('batch_passes_sum', 'model')})",
+                "{{model}}",
+            ),
+        ),
+        most=1,
+        limits=((None, "green"), (0.5, "yellow")),
+    ),
+)
+
+POOL = (
+    Panel(
+        "Models loaded",
+        "none",
+        "Replicas that have the model ready.",
+        ((f"sum by (model) (instep_model_loaded{{{MODEL}}})", "{{model}}"),),
+        stack=True,
+    ),
+    Panel(
+        "Device memory by kind",
+        "bytes",
+        "weights and slots are on the device, parked in the host's memory; budget is what weights may take.",
+        ((f"sum by (device, kind) (instep_device_memory_bytes{{{HERE}}})", "{{device}} {{kind}}"),),
+    ),
+    Panel(
+        "Time of the last load",
+        "s",
+        "From the decision to load until the model is ready and measured.",
+        ((f"max by (model) (instep_model_load_seconds{{{MODEL}}})", "{{model}}"),),
+    ),
+    Panel(
+        "Loads",
+        "none",
+        "Loads that ended in this interval, by how.",
+        ((rise("model_loads_total", "model, result"), "{{model}} {{result}}"),),
+        width=12,
+    ),
+    Panel(
+        "Evictions",
+        "none",
+        "Parts of models that left the device in this interval: to the host's memory, or away.",
+        ((rise("model_evictions_total", "model, to"), "{{model}} to {{to}}"),),
+        width=12,
+    ),
+    gpu("GPU utilisation", "percentunit", "utilization_ratio", 1),
+    gpu("GPU memory used", "bytes", "memory_used_bytes"),
+    gpu("GPU temperature", "celsius", "temperature_celsius", None, (85, "red")),
+    gpu("GPU power", "watt", "power_watts"),
+)
+
+ERRORS = (
+    Panel(
+        "Failures by reason",
+        "reqps",
+        "Error codes of requests that were accepted and failed. cancelled is the client's doing.",
+        ((rate("requests_failed_total", "reason"), "{{reason}}"),),
+        stack=True,
+    ),
+    Panel(
+        "Forwards out of memory",
+        "none",
+        "Forwards in this interval that did not fit and were split or failed.",
+        ((rise("oom_total", "model"), "{{model}}"),),
+        limits=((None, "green"), (1, "red")),
+    ),
+    Panel(
+        "Engine restarts",
+        "none",
+        "Engine processes started again in this interval.",
+        ((rise("worker_restarts_total", "instance", HERE), "{{instance}}"),),
+        limits=((None, "green"), (1, "red")),
+    ),
+)
