@@ -8,10 +8,13 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     │   ├── UnknownField        a field that does not exist
     │   ├── Unsupported         an OpenAI feature that this server does not serve
     │   ├── InvalidJSON         the body is not a JSON object
-    │   └── BodyTooLarge        the body is over the limit
+    │   ├── BodyTooLarge        the body is over the limit
+    │   ├── HeadersTooLarge     the headers are over the limit, or too many
+    │   └── RequestTimeout      it did not come whole in time
     ├── ModelNotFound           no card has this name
     ├── Unauthorized            no key, or one that this server does not know
     ├── Forbidden               this key may not do this
+    │   └── ModelNotAllowed     it is not given this model
     ├── RateLimited             this key has more than its share in the queue
     ├── Unavailable             this replica cannot, another or a later try may
     │   ├── Overloaded          the wait ahead is longer than MAX_WAIT
@@ -78,6 +81,14 @@ class BodyTooLarge(RequestError):
     """The body is over the limit."""
 
 
+class HeadersTooLarge(RequestError):
+    """The headers are over the limit in bytes or in number."""
+
+
+class RequestTimeout(RequestError):
+    """The request did not come whole within REQUEST_TIMEOUT."""
+
+
 class ModelNotFound(InstepError):
     """No card has this name."""
 
@@ -88,6 +99,10 @@ class Unauthorized(InstepError):
 
 class Forbidden(InstepError):
     """This key may not do this: a model that it is not given, or an admin's route."""
+
+
+class ModelNotAllowed(Forbidden):
+    """This key is not given this model."""
 
 
 class RateLimited(InstepError):

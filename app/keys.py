@@ -22,9 +22,12 @@ from app.settings import Settings
 ADMIN = "admin"
 """The name of the admin key in requests, metrics and logs."""
 
+KEY_LENGTH = 16
+"""Least characters of a key."""
+
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_KEY = re.compile(r"[!-~]{16,512}")
-_KEY_RULE = "a key is 16 to 512 visible ASCII characters without spaces"
+_KEY = re.compile(rf"[!-~]{{{KEY_LENGTH},512}}")
+_KEY_RULE = f"a key is {KEY_LENGTH} to 512 visible ASCII characters without spaces"
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,10 @@ from app import logs
 from app.api.application import Application, build
 from app.api.front import Front
 from app.api.registry import Registry
+from app.api.security import with_ids
 from app.card import read_cards
 from app.errors import InstepError, SettingsError
+from app.keys import read_keys
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
@@ -45,9 +47,11 @@ def create_app(
     """
     cards = read_cards(settings.models)
     registry = Registry(cards, settings)
+    keys = with_ids(read_keys(settings), registry)
+    settings = settings.without_secrets()
     metrics = metrics or Metrics()
     supervisor = supervisor or Supervisor(settings, cards, observe=metrics.observe)
-    front = Front(settings, registry, supervisor, metrics)
+    front = Front(settings, registry, supervisor, metrics, keys)
 
     @asynccontextmanager
     async def lifespan(app: Application) -> AsyncIterator[None]:

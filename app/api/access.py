@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.api.front import Record
 from app.api.responses import error_response
 from app.errors import InstepError
+from app.keys import KEY_LENGTH
 from app.logs import logger
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -35,8 +36,7 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        record = Record(given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex)
+        record = Record(_id(scope))
         scope.setdefault("state", {})["record"] = record
         started = time.perf_counter()
 
@@ -59,17 +59,30 @@ class Access:
             _write(scope, record, time.perf_counter() - started)
 
 
+def _id(scope: Scope) -> str:
+    """The client's own id for the request, where it sent one, safe and no key; else a new one."""
+    headers = Headers(scope=scope)
+    given = headers.getlist("x-request-id")
+    if len(given) != 1 or not _SAFE_ID.fullmatch(given[0]) or scope["app"].state.front.keys.find(given[0].encode()):
+        return uuid.uuid4().hex
+    sent = (value.split()[-1] for value in headers.getlist("authorization") if value.strip())
+    return uuid.uuid4().hex if any(len(token) >= KEY_LENGTH and token in given[0] for token in sent) else given[0]
+
+
 def _write(scope: Scope, record: Record, seconds: float) -> None:
-    """One line a request. NOTE: neither body nor query string: prompts are nobody's business."""
+    """One line a request. NOTE: neither body nor query string, and of the path only the route's: prompts are nobody's
+    business, and a client may put its key in any of them."""
+    path = getattr(scope.get("route"), "path", None)
     facts = {
         "request_id": record.id,
         "method": scope["method"],
-        "path": scope["path"][:200],
+        "path": path,
         "status": CLIENT_GONE if record.gone else record.status,
         "total_ms": round(1000 * seconds, 1),
+        **({"key": record.key.name} if record.key.name else {}),
         **record.facts,
     }
-    if scope["path"] in _QUIET:
+    if path in _QUIET:
         log.debug("request", **facts)
     else:
         log.info("request", **facts)

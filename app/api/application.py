@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from app import errors
-from app.api import health, images, models
+from app.api import docs, health, images, models
 from app.api.access import Access
 from app.api.front import Front, record_of
-from app.api.openapi import documented
 from app.api.responses import error_response, http_error_response, told
+from app.api.security import authorize
 
 Application = FastAPI
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -28,16 +28,24 @@ every bound below is the model's own."""
 
 
 def build(front: Front, lifespan: Lifespan, version: str) -> Application:
-    """The application that serves this front. NOTE: /docs loads Swagger UI from a CDN; /openapi.json needs nothing."""
-    app = FastAPI(title="Instep", version=version, description=_ABOUT, lifespan=lifespan, redirect_slashes=False)
+    """The application that serves this front. NOTE: FastAPI's own pages for docs would stand beside `authorize`."""
+    app = FastAPI(
+        title="Instep",
+        version=version,
+        description=_ABOUT,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        openapi_url=None,
+        dependencies=[Depends(authorize)],
+    )
     app.state.front = front
-    for part in (images, models, health):
+    app.state.documents = {}
+    for part in (images, models, health, docs):
         app.include_router(part.router)
     app.add_middleware(Access)
     app.add_exception_handler(errors.InstepError, _ours)
     app.add_exception_handler(HTTPException, _framework)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.openapi = documented(app, front.registry)  # type: ignore[method-assign]
     return app
 
 

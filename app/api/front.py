@@ -6,13 +6,13 @@ Knows nothing of routes.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fastapi import Request
 
 from app.api.registry import Registry
-from app.keys import NOBODY, ApiKey
+from app.keys import NOBODY, ApiKey, Keyring
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
@@ -26,6 +26,7 @@ class Front:
     registry: Registry
     supervisor: Supervisor
     metrics: Metrics
+    keys: Keyring
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "imaging"))
 
 
@@ -41,8 +42,9 @@ class Record:
 
 
 def front_of(request: Request) -> Front:
-    """The bundle of the app that this request reached."""
-    return cast(Front, request.app.state.front)
+    """The bundle of the app that this request reached, with the models that its key may use."""
+    front, key = cast(Front, request.app.state.front), record_of(request).key
+    return replace(front, registry=front.registry.only(key.models)) if key.models else front
 
 
 def record_of(request: Request) -> Record:

@@ -1,4 +1,5 @@
-"""GET /v1/models: the cards as OpenAI's model objects, with what this server knows beside them, and their classes.
+"""/v1/models: the cards as OpenAI's model objects, with what this server knows beside them; their classes; and for
+the admin, to load and unload them.
 
 Knows nothing of weights: states come from the supervisor.
 """
@@ -11,14 +12,16 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from app.api.classes import draws_classes, search
-from app.api.front import Front, front_of
+from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
+from app.errors import ModelNotAllowed, NoWorker
 from app.report import ModelState
 from app.samplers.table import valid_samplers
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply, "description": "No card has this name"}}
+NO_WORKER: dict[int | str, dict[str, Any]] = {503: {"model": ErrorReply, "description": "No engine process is alive"}}
 CLASS_LIMIT = 1000
 
 
@@ -89,9 +92,38 @@ async def get_classes(
     return ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]])
 
 
+@router.post("/{model}/load", status_code=202, responses=NOT_FOUND | NO_WORKER)
+async def load_model(request: Request, model: str) -> ModelEntry:
+    """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
+    front, card = _working(request, model)
+    front.supervisor.load(card.id)
+    return _entry(card, front.supervisor.states.get(card.id))
+
+
+@router.post("/{model}/unload", status_code=202, responses=NOT_FOUND | NO_WORKER)
+async def unload_model(request: Request, model: str) -> ModelEntry:
+    """Take a model off every device, once its requests there are done. The next request for it loads it again."""
+    front, card = _working(request, model)
+    front.supervisor.unload(card.id)
+    return _entry(card, front.supervisor.states.get(card.id))
+
+
+def _working(request: Request, name: str) -> tuple[Front, Card]:
+    front, card = _found(request, name)
+    if not front.supervisor.live:
+        raise NoWorker("No engine process is alive.", retry_after=5.0)
+    return front, card
+
+
 def _found(request: Request, name: str) -> tuple[Front, Card]:
+    """NOTE: a model that the key may not use is not there for it, in the same words as one that does not exist."""
     front = front_of(request)
-    return front, front.registry.find(name)
+    try:
+        card = front.registry.find(name)
+    except ModelNotAllowed:
+        raise front.registry.missing(name) from None
+    record_of(request).facts["model"] = card.id
+    return front, card
 
 
 def _entry(card: Card, state: ModelState | None) -> ModelEntry:

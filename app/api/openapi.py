@@ -5,19 +5,21 @@ Knows nothing of serving; `app/api/schemas.py` enforces what is written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from app.api.classes import draws_classes
+from app.api.front import Front
 from app.api.registry import Registry
 from app.api.responses import ErrorReply
 from app.api.schemas import DEADLINE_LIMIT, PRIORITY_LIMIT, SEEDS, ImageBody, allows
+from app.api.security import ADMIN, OPEN
 from app.api.shapes import ImagesReply
 from app.card import Card, Sizes
 from app.imaging import FORMATS
+from app.keys import Keyring
 from app.samplers.table import valid_samplers
 
 Json = dict[str, Any]
@@ -25,12 +27,23 @@ Json = dict[str, Any]
 _STATUSES = {
     400: "A field is unknown, of the wrong type or out of the model's range",
     404: "No model has this name",
+    408: "The request did not come whole in time",
     413: "The body is too large",
+    429: "This key has more than its share in the queue; Retry-After tells when to come again",
+    431: "The headers are too large or too many",
     499: "Cancelled",
     500: "The server, or the network for this image, failed",
     503: "Overloaded, draining, without an engine or the model cannot be loaded; Retry-After tells when to come again",
     504: "The deadline passed",
     507: "One image alone does not fit in the device's memory",
+}
+_REFUSALS = {
+    "401": "No key, or one that this server does not know",
+    "403": "This key may not do this",
+}
+_KEYS = {
+    "key": {"type": "http", "scheme": "bearer", "description": "One of API_KEYS"},
+    "admin_key": {"type": "http", "scheme": "bearer", "description": "ADMIN_KEY"},
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
@@ -51,17 +64,19 @@ IMAGE_ROUTE: Json = {
 }
 
 
-def documented(app: FastAPI, registry: Registry) -> Callable[[], Json]:
-    """What `app.openapi` should be: FastAPI's document with the body of every card in place of a bare object."""
+def document(app: FastAPI, front: Front) -> Json:
+    """FastAPI's document with the body of every card in place of a bare object, and the key that each route takes.
 
-    def openapi() -> Json:
-        if app.openapi_schema is None:
-            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            _place_bodies(document, registry)
-            app.openapi_schema = document
-        return app.openapi_schema
-
-    return openapi
+    Kept for each set of models that a key may use. A route says that it takes a key where some key would open it.
+    """
+    kept: dict[tuple[str, ...], Json] = app.state.documents
+    models = tuple(front.registry.cards)
+    if models not in kept:
+        made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        _place_bodies(made, front.registry)
+        _place_keys(made, front.keys)
+        kept[models] = made
+    return kept[models]
 
 
 def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
@@ -99,6 +114,19 @@ def _place_bodies(document: Json, registry: Registry) -> None:
     content["examples"] = {
         card.id: {"summary": card.description or card.id, "value": _example(card)} for card in registry.cards.values()
     }
+
+
+def _place_keys(document: Json, keys: Keyring) -> None:
+    document["components"]["securitySchemes"] = _KEYS
+    reply = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
+    refusals = {code: {"description": text, "content": reply} for code, text in _REFUSALS.items()}
+    for path, operations in document["paths"].items():
+        for operation in operations.values() if path not in OPEN else ():
+            operation["responses"] |= refusals
+            if path in ADMIN and keys.admin:
+                operation["security"] = [{"admin_key": []}]
+            elif path not in ADMIN and keys.clients:
+                operation["security"] = [{"key": []}]
 
 
 def _common(card: Card) -> Json:

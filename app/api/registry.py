@@ -6,10 +6,11 @@ Knows nothing of HTTP, weights or workers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 from app.api.hints import did_you_mean
 from app.card import Card
-from app.errors import CardError, ModelNotFound, SettingsError
+from app.errors import CardError, ModelNotAllowed, ModelNotFound, SettingsError
 from app.samplers.table import valid_samplers
 from app.settings import Settings
 
@@ -23,6 +24,7 @@ class Registry:
         if not cards:
             raise SettingsError(f"no cards in {settings.models}: expected {settings.models}/<id>/card.toml")
         self.cards = dict(cards)
+        self._hidden: frozenset[str] = frozenset()
         self._names = {name: card for card in cards.values() for name in (card.id, *card.aliases)}
         for card in cards.values():
             check_sampler(card)
@@ -32,13 +34,28 @@ class Registry:
         self.default = self._names[settings.default_model] if settings.default_model else next(iter(cards.values()))
 
     def find(self, name: str | None) -> Card:
-        """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
+        """The card of this id or alias; the default one for None and "". Raises ModelNotFound, ModelNotAllowed."""
         if not name:
             return self.default
         if name in self._names:
             return self._names[name]
+        if name in self._hidden:
+            raise ModelNotAllowed(f'This key may not use the model "{name}"', param="model")
+        raise self.missing(name)
+
+    def missing(self, name: str) -> ModelNotFound:
+        """The error that says that no card has this name, and which do."""
         hint = did_you_mean(name, self._names, otherwise=f"; there are {', '.join(self.cards)}")
-        raise ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
+        return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
+
+    def only(self, models: frozenset[str]) -> Registry:
+        """The same with these ids alone; without the server's default among them, the first is the default."""
+        view = copy(self)
+        view.cards = {name: card for name, card in self.cards.items() if name in models}
+        view._names = {name: card for name, card in self._names.items() if card.id in models}
+        view._hidden = frozenset(self._names) - frozenset(view._names)
+        view.default = self.default if self.default.id in models else next(iter(view.cards.values()))
+        return view
 
     def names(self, card: Card) -> tuple[str, ...]:
         """Every name of a card, its id first."""

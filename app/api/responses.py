@@ -6,7 +6,8 @@ Knows nothing of images or models.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -20,13 +21,14 @@ from app.imaging import FORMATS, Format
 @dataclass(frozen=True)
 class Told:
     """How a class of error is told. should_retry: the x-should-retry header of OpenAI's client, None for its own
-    rule (it retries 408, 409, 429 and 5xx). text: said instead of the error's own message."""
+    rule (it retries 408, 409, 429 and 5xx). text: said instead of the error's own message. headers: further ones."""
 
     status: int
     kind: str
     code: str
     should_retry: bool | None = None
     text: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 _BAD = "invalid_request_error"
@@ -40,9 +42,12 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.Unsupported: Told(400, _BAD, "unsupported_parameter"),
     e.InvalidJSON: Told(400, _BAD, "invalid_json"),
     e.BodyTooLarge: Told(413, _BAD, "body_too_large"),
+    e.HeadersTooLarge: Told(431, _BAD, "headers_too_large", False),
+    e.RequestTimeout: Told(408, _BAD, "request_timeout"),
     e.ModelNotFound: Told(404, _BAD, "model_not_found"),
-    e.Unauthorized: Told(401, _BAD, "invalid_api_key", False),
+    e.Unauthorized: Told(401, _BAD, "invalid_api_key", False, headers={"WWW-Authenticate": "Bearer"}),
     e.Forbidden: Told(403, "permission_error", "not_allowed", False),
+    e.ModelNotAllowed: Told(403, "permission_error", "model_not_allowed", False),
     e.RateLimited: Told(429, "rate_limit_error", "rate_limit_exceeded", True),
     e.Unavailable: Told(503, "server_error", "unavailable", True),
     e.Overloaded: Told(503, "server_error", "overloaded", True),
@@ -94,9 +99,9 @@ def envelope(error: e.InstepError) -> ErrorReply:
 
 
 def error_response(error: e.InstepError) -> Response:
-    """The whole answer: status, envelope, Retry-After for what passes, x-should-retry where it matters."""
+    """The whole answer: status, envelope and headers; Retry-After for what passes, x-should-retry where it matters."""
     entry = told(error)
-    headers = {}
+    headers = dict(entry.headers)
     if isinstance(error, e.Unavailable | e.RateLimited):
         low, high = RETRY_AFTER
         headers["Retry-After"] = str(min(high, max(low, math.ceil(error.retry_after or low))))

@@ -21,6 +21,8 @@ from app.worker.supervisor import Supervisor
 
 FAKE = (sys.executable, str(Path(__file__).parent.parent / "fake_worker.py"))
 LABELS = ["tench, Tinca tinca", "goldfish", "crane", "house finch", "crane", "golden retriever"]
+ALICE, BOB, ADMIN = ("sk-alice-0123456789", "sk-bob-9876543210", "sk-admin-0011223344")
+"""Keys of the closed server: one for every model, one for tiny-label alone, one for everything."""
 
 TEXT = """
 id = "tiny-text"
@@ -69,7 +71,7 @@ class Server:
     def __init__(self, settings: Settings, command: tuple[str, ...] = FAKE) -> None:
         self.metrics = Metrics()
         cards = read_cards(settings.models)
-        self.supervisor = Supervisor(settings, cards, observe=self.metrics.observe, command=command)
+        self.supervisor = Supervisor(settings.without_secrets(), cards, observe=self.metrics.observe, command=command)
         self.app = create_app(settings, supervisor=self.supervisor, metrics=self.metrics)
         config = uvicorn.Config(self.app, port=0, http="h11", log_config=None, access_log=False, lifespan="on")
         self.uvicorn = uvicorn.Server(config)
@@ -82,7 +84,8 @@ class Server:
             assert self._thread.is_alive() and time.monotonic() < until, "the server did not start"
             time.sleep(0.01)
         port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
-        return f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
+        return self.url
 
     def stop(self) -> None:
         self.uvicorn.should_exit = True
@@ -108,6 +111,23 @@ def url(server: Server) -> str:
 def http(url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=url, timeout=30, verify=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def closed(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with keys, started."""
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(f'[keys.bob]\nkey = "{BOB}"\nmodels = ["tiny-label"]\n', encoding="utf-8")
+    keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(file), "admin_key": ADMIN}
+    server = Server(settings.model_copy(update=keys))
+    base = server.start()
+    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
+    yield server
+    server.stop()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
 
 
 def generate(http: httpx.Client, body: dict[str, object], accept: str = "application/json") -> httpx.Response:
