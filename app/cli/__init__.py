@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from app.cli import demo, generate, models, serve
+from app.cli import demo, generate, models, pull, serve
 from app.errors import InstepError
 
 
@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+models.app.command()(pull.pull)
 app.add_typer(models.app, name="models")
 app.command()(demo.demo)
 
