@@ -3,78 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 
-from app.engine.batcher import AGE_LIMIT, Batcher
-from app.engine.row import Caps, Key, Row, Work
-from app.request import ImageSpec, Prompt, Request
-
-KEY = Key("model", 64, 64, 24)
-OTHER = Key("other", 64, 64, 24)
-_sequence = itertools.count()
-
-
-def row(steps: int, *, guided: bool = False, key: Key = KEY, at: float = 0.0, priority: int = 0) -> Row:
-    number = next(_sequence)
-    image = ImageSpec(Prompt("a"), number)
-    request = Request(
-        f"r{number}", key.model, (image,), 64, 64, "euler", steps, guided, 4.0, 24, priority=priority
-    )  # fmt: skip
-    return Row(request, 0, key, steps, at, number)
-
-
-class Simulation:
-    """Runs what the batcher chooses: an encode and a decode take no time, a forward takes one tick."""
-
-    def __init__(self, caps: Callable[[Key], Caps | None]) -> None:
-        self.batcher = Batcher(caps)
-        self.now = 0.0
-        self.forwards: list[list[Row]] = []
-        self.ended: dict[Row, float] = {}
-        self.phases: list[str] = []
-
-    def add(self, *rows: Row) -> None:
-        for each in rows:
-            each.arrived = self.now
-            self.batcher.add(each)
-
-    def turn(self) -> Work | None:
-        work = self.batcher.next(self.now)
-        if work is None:
-            return None
-        self.phases.append(work.phase)
-        if work.phase == "encode":
-            for each in work.rows:
-                self.batcher.start(each)
-        elif work.phase == "decode":
-            for each in work.rows:
-                self.batcher.remove(each)
-        else:
-            self._forward(work.rows)
-        return work
-
-    def _forward(self, rows: list[Row]) -> None:
-        assert rows
-        self.now += 1
-        self.forwards.append(list(rows))
-        for each in rows:
-            each.line += 1
-            each.served += 1
-            if each.line == each.lines:
-                self.ended[each] = self.now
-                self.batcher.finish(each)
-
-    def run(self, most: int = 100_000) -> None:
-        for _ in range(most):
-            if self.turn() is None:
-                return
-        raise AssertionError("the simulation does not end")
-
-
-def fixed(passes: int, *, slots: int = 64, rate: float = 1.0, encode: int = 8) -> Callable[[Key], Caps]:
-    return lambda key: Caps(passes, encode, 4, slots, rate)
+from app.engine.queue import AGE_LIMIT
+from app.engine.row import Caps, Key, Row
+from tests.engine.simulation import KEY, OTHER, Simulation, fixed, row
 
 
 def test_seven_requests_share_their_forwards() -> None:
@@ -128,7 +62,7 @@ def test_a_long_row_ends_within_its_age_limit_under_endless_short_arrivals() -> 
 
 
 def test_without_the_age_limit_the_same_stream_starves_the_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.engine.batcher.AGE_LIMIT", float("inf"))
+    monkeypatch.setattr("app.engine.queue.AGE_LIMIT", float("inf"))
     simulation = Simulation(fixed(2))
     long = row(50)
     simulation.add(long)
@@ -246,8 +180,7 @@ def test_rows_that_leave_while_they_wait_are_forgotten() -> None:
         simulation.add(leaving)
         simulation.turn()
         simulation.batcher.remove(leaving)
-    held = len(queue._shortest) + len(queue._oldest) + len(queue._aged) + len(queue._arrivals)
-    assert simulation.batcher.waiting == 0 and held < 50
+    assert simulation.batcher.waiting == 0 and not queue._lanes and len(queue.arrivals) < 50
 
 
 def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None:
@@ -264,7 +197,7 @@ def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None
         return original(self, each, now, rate)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.engine.batcher.Queue.order", counting)
+        patch.setattr("app.engine.queue.Queue.order", counting)
         for _ in range(10):
             simulation.turn()
     assert touched <= 10 * 64

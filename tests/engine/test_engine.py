@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.batcher import AGE_LIMIT
+from app.engine.queue import AGE_LIMIT
 from app.engine.row import Key
 from app.engine.slots import IDLE_KEYS, Space
 from app.errors import (
