@@ -1,0 +1,207 @@
+"""A real service and a real Prometheus that watches it by our own configuration, on loopback ports.
+
+Knows nothing of what is asked of them. Played is only the driver of a GPU: its figures are a second target.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from app.gpu import READINGS, Figures, Gpus
+from app.metrics import Metrics
+from app.settings import Settings
+from tests.tiny import write_models
+
+ROOT = Path(__file__).parent.parent.parent
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+TOOLS = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+SERVE = (sys.executable, "-c", "from app.cli import main; main()", "serve")
+BROKEN = "broken-dit"
+WAIT = 3.0
+"""MAX_WAIT of the service: short, so that a few long requests fill its queue."""
+
+
+def tool(name: str) -> str | None:
+    """prometheus or promtool: beside this Python, where `make setup` puts them, or on PATH."""
+    return shutil.which(name, path=TOOLS)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+def eventually(what: Callable[[], bool], patience: float, why: Callable[[], str]) -> None:
+    until = time.monotonic() + patience
+    while True:
+        with suppress(httpx.HTTPError):
+            if what():
+                return
+        assert time.monotonic() < until, why()
+        time.sleep(0.1)
+
+
+@dataclass
+class Stage:
+    """service, prometheus: base URLs. pid: of the service's front process. began: Unix seconds."""
+
+    service: str
+    prometheus: str
+    gpus: str
+    pid: int
+    began: float
+
+    def get(self, path: str, **params: object) -> Any:
+        """One call of Prometheus' API. Asserts that it succeeds."""
+        reply = httpx.get(f"{self.prometheus}/api/v1/{path}", params={k: str(v) for k, v in params.items()}, timeout=30)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["data"]
+
+    def series(self, query: str, step: float = 1.0) -> list[dict[str, Any]]:
+        """Series of this query since the start that have a finite value: `metric`, and `values` of (time, text)."""
+        found = self.get("query_range", query=query, start=self.began, end=time.time(), step=step)["result"]
+        return [one for one in found if any(math.isfinite(float(value)) for _, value in one["values"])]
+
+    def expand(self, query: str, within: str = "1m") -> str:
+        """A dashboard's query with its variables filled in; what is asked of the driver is asked of the played one."""
+        instance = self.gpus if "instep_gpu_" in query else self.service
+        query = query.replace("$instance", re.escape(instance.removeprefix("http://")).replace("\\", "\\\\"))
+        return query.replace("$model", ".*").replace("$__rate_interval", within)
+
+
+@contextmanager
+def staged(folder: Path, interval: str = "1s") -> Iterator[Stage]:
+    """The service, Prometheus and the played GPU, all up."""
+    with ExitStack() as stack:
+        service, pid = stack.enter_context(_service(folder))
+        gpus = stack.enter_context(_played_gpus())
+        prometheus = stack.enter_context(_prometheus(folder, service, gpus, interval))
+        stage = Stage(service, prometheus, gpus, pid, time.time())
+        eventually(lambda: len(stage.series("up == 1")) >= 2, 30, lambda: json.dumps(stage.get("targets")))
+        yield stage
+
+
+def write_broken(models: Path) -> None:
+    """A card whose network ends in the middle of a tensor."""
+    shutil.copytree(models / "tiny-dit", models / BROKEN)
+    card = models / BROKEN / "card.toml"
+    card.write_text(card.read_text(encoding="utf-8").replace('"tiny-dit"', f'"{BROKEN}"'), encoding="utf-8")
+    (weights,) = (models / BROKEN / "transformer").glob("*.safetensors")
+    os.truncate(weights, weights.stat().st_size // 2)
+
+
+@contextmanager
+def _running(words: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose output goes to a file; it is ended, by SIGTERM first."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _service(folder: Path) -> Iterator[tuple[str, int]]:
+    write_models(folder / "models")
+    write_broken(folder / "models")
+    url = f"http://127.0.0.1:{free_port()}"
+    settings = {
+        "port": url.rpartition(":")[2], "models": folder / "models", "devices": "cpu", "cache": folder / "cache",
+        "max_wait": WAIT, "drain": 2, "log_level": "warning",
+    }  # fmt: skip
+    flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("INSTEP_")}
+    log = folder / "service.log"
+    assert set(settings) <= set(Settings.model_fields)
+    with _running([*SERVE, *flags], log, unset) as process:
+        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200, 100, log.read_text)
+        yield url, process.pid
+
+
+@contextmanager
+def _prometheus(folder: Path, service: str, gpus: str, interval: str) -> Iterator[str]:
+    """Prometheus by our prometheus.yml and rules; only where the targets are and how often it looks are other."""
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
+    config["global"] |= {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
+    config["rule_files"] = [str(PROMETHEUS / pattern) for pattern in config["rule_files"]]
+    (job,) = (job for job in config["scrape_configs"] if job["job_name"] == "instep")
+    del job["dns_sd_configs"]
+    job["static_configs"] = [{"targets": [service.removeprefix("http://")]}]
+    played = {"job_name": "played-gpu", "static_configs": [{"targets": [gpus.removeprefix("http://")]}]}
+    config["scrape_configs"] = [job, played]
+    file, log = folder / "prometheus.yml", folder / "prometheus.log"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    url = f"http://127.0.0.1:{free_port()}"
+    words = [str(tool("prometheus")), f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
+    with _running([*words, f"--web.listen-address={url.removeprefix('http://')}"], log):
+        eventually(lambda: httpx.get(f"{url}/-/ready").status_code == 200, 60, log.read_text)
+        yield url
+
+
+class _Played(Gpus):
+    """One GPU whose figures go up and down, as the driver would tell them."""
+
+    def figures(self) -> Figures:
+        share = 0.5 + 0.4 * math.sin(time.time() / 20)
+        most = {"gpu_utilization_ratio": 1, "gpu_memory_used_bytes": 80 << 30, "gpu_memory_total_bytes": 80 << 30}
+        most |= {"gpu_temperature_celsius": 80, "gpu_power_watts": 700}
+        assert set(most) == set(READINGS)
+        return {"cuda:0": {name: size if "total" in name else size * share for name, size in most.items()}}
+
+
+class _NoWorkers:
+    """A supervisor of nothing: the second target tells of the GPU alone."""
+
+    states: dict[str, Any] = {}  # noqa: RUF012
+    restarts = live = 0
+    ready = False
+    queues: tuple[float, ...] = ()
+
+
+@contextmanager
+def _played_gpus() -> Iterator[str]:
+    metrics = Metrics(_Played())
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            lines = metrics.render(_NoWorkers()).decode().splitlines()
+            text = "".join(f"{line}\n" for line in lines if "instep_gpu_" in line)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
