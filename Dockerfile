@@ -1,6 +1,8 @@
-# syntax=docker/dockerfile:1
-FROM python:3.12-slim AS build
-# cuda: the torch of PyPI, which brings its CUDA libraries; cpu: the small build of PyTorch's own index.
+# docker build -t instep .                            torch with CUDA, as PyPI has it
+# docker build -t instep --build-arg TORCH=cpu .      the CPU build of torch
+ARG PYTHON=3.12
+
+FROM python:${PYTHON}-slim AS build
 ARG TORCH=cuda
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
@@ -14,14 +16,23 @@ RUN mkdir app && touch app/__init__.py \
 COPY app app
 RUN pip install --no-deps --force-reinstall .
 
-FROM python:3.12-slim
+FROM python:${PYTHON}-slim
+ARG VERSION=0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="Instep" \
+      org.opencontainers.image.description="An HTTP inference server for image diffusion transformers" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
 RUN useradd --uid 10001 --create-home instep && install -d -o instep /home/instep/.cache
 COPY --from=build /venv /venv
 COPY models /srv/models
-ENV PATH=/venv/bin:$PATH INSTEP_HOST=0.0.0.0 INSTEP_PORT=8000 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+ENV PATH=/venv/bin:$PATH HOME=/home/instep PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 INSTEP_HOST=0.0.0.0 INSTEP_PORT=8000
 WORKDIR /srv
 USER 10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", \
+    "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['INSTEP_PORT'] + '/readyz', timeout=4)"]
+# The server itself is the process that gets the signal, and drains: no shell between.
+STOPSIGNAL SIGTERM
 CMD ["instep", "serve"]
