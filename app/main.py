@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -21,12 +22,14 @@ from app import logs
 from app.api.application import Application, build
 from app.api.front import Front
 from app.api.registry import Registry
+from app.api.responses import error_response, told
 from app.api.security import with_ids
 from app.card import read_cards
 from app.errors import InstepError, SettingsError
 from app.keys import read_keys
 from app.metrics import Metrics
-from app.settings import Settings
+from app.protocol import Answer, Door
+from app.settings import SECRETS, Settings
 from app.worker.supervisor import Supervisor
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
@@ -76,6 +79,8 @@ def serve(settings: Settings) -> None:
     """
     logs.setup(settings.log_level)
     app = create_app(settings)
+    settings = settings.without_secrets()
+    forget_secrets()
     listener = listen(settings.host, settings.port)
     # NOTE: uvicorn drains on a signal and then raises it again, which would end the process with a failure. By then
     # these handlers are back in place; before uvicorn takes over, they end the start just as quietly.
@@ -86,6 +91,29 @@ def serve(settings: Settings) -> None:
     refusal: InstepError | None = getattr(app.state, "refusal", None)
     if refusal:
         raise refusal
+
+
+def configured(app: Application, settings: Settings) -> uvicorn.Config:
+    """How uvicorn is to serve this application, through our own door."""
+    return uvicorn.Config(
+        _quiet(app),
+        port=settings.port,
+        http=cast(Any, _door(app.state.front, settings).protocol),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_ANSWERS,
+    )
+
+
+def forget_secrets() -> None:
+    """Take the keys out of this process's environment, which the engine processes inherit."""
+    names = {f"{Settings.model_config.get('env_prefix')}{name}".upper() for name in SECRETS}
+    for name in [name for name in os.environ if name.upper() in names]:
+        del os.environ[name]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -116,19 +144,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: Application, settings: Settings) -> None:
         self._front: Front = app.state.front
-        super().__init__(
-            uvicorn.Config(
-                _quiet(app),
-                http="h11",
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_ANSWERS,
-            )
-        )
+        super().__init__(configured(app, settings))
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then say where."""
@@ -142,6 +158,17 @@ class _Server(uvicorn.Server):
         stopping = asyncio.ensure_future(self._front.supervisor.stop(self._front.settings.drain))
         await super().shutdown(sockets)
         await stopping
+
+
+def _door(front: Front, settings: Settings) -> Door:
+    """What refuses before a route is chosen, in the same envelope as all else and in the same counts."""
+
+    def refuse(error: InstepError) -> Answer:
+        front.metrics.rejected("", told(error).code)
+        response = error_response(error)
+        return response.status_code, response.raw_headers, bytes(response.body)
+
+    return Door(settings, refuse)
 
 
 def _quiet(app: Application) -> ASGI:

@@ -110,8 +110,8 @@ def test_what_the_app_imports_is_what_the_project_asks_for() -> None:
     tops = {target.split(".")[0] for module in read(ROOT).values() for target, _ in module.imports}
     third = tops - set(sys.stdlib_module_names) - {"app"}
     imported = {canonicalize_name(owners[top][0]) for top in third}
-    # Not imported, but bounded: what our libraries speak HTTP with, and the reader of tokenizer files.
-    assert {canonicalize_name(one.name) for one in project()[""]} - imported == {"h11", "tokenizers"}
+    # Not imported, but bounded: the reader of tokenizer files.
+    assert {canonicalize_name(one.name) for one in project()[""]} - imported == {"tokenizers"}
     assert imported - {canonicalize_name(one.name) for one in project()[""]} == set()
 
 

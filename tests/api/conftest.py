@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from app.card import read_cards
-from app.main import create_app
+from app.main import configured, create_app
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
@@ -73,8 +73,7 @@ class Server:
         cards = read_cards(settings.models)
         self.supervisor = Supervisor(settings.without_secrets(), cards, observe=self.metrics.observe, command=command)
         self.app = create_app(settings, supervisor=self.supervisor, metrics=self.metrics)
-        config = uvicorn.Config(self.app, port=0, http="h11", log_config=None, access_log=False, lifespan="on")
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = uvicorn.Server(configured(self.app, settings))
         self._thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 
     def start(self) -> str:

@@ -1,0 +1,246 @@
+"""Protocol: uvicorn's HTTP/1.1 with bounds on what one client may hold: time, headers, connections.
+
+Knows nothing of routes and error envelopes: what a refusal says is `refuse`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.errors import HeadersTooLarge, InstepError, Overloaded, RequestError, RequestTimeout
+from app.settings import Settings
+
+HEADERS = 100
+"""Header lines that a request may have."""
+
+HEADER_BYTES = 32 * 1024
+"""Bytes of a request's target and headers together."""
+
+SLOWEST = 8 * 1024
+"""Bytes a second that a client must take of its answer while it has not taken all."""
+
+LINGER = 2.0
+"""Seconds in which a refused client may read why. NOTE: to close on unread data resets the connection, and the answer
+is lost with it; so the client's rest is read and dropped for as long."""
+
+PROBES = (b"/healthz", b"/readyz")
+"""What a connection over the caps may still ask. A crowd must not make an orchestrator restart the server, and its
+probes come from an address like any other's."""
+
+SPARE = 64
+"""Connections over the caps that are heard at all, GRACE seconds each; further ones are dropped without a word."""
+
+GRACE = 2.0
+
+Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
+"""Status, headers and body of a refusal."""
+
+
+class Door:
+    """What the connections of one server share: the settings, how a refusal is told, and who is there."""
+
+    def __init__(self, settings: Settings, refuse: Callable[[InstepError], Answer]) -> None:
+        self.seconds = settings.request_timeout
+        self.refuse = refuse
+        self._caps = (settings.max_connections, settings.connections_per_address)
+        self._inside: Counter[str] = Counter()
+        self._over = 0
+
+    def protocol(self, **made: Any) -> Guarded:
+        """One connection: for uvicorn, which calls this as it would a class."""
+        return Guarded(self, **made)
+
+    def enter(self, address: str) -> bool | None:
+        """Whether a new connection is within the caps; None where it is not to be heard at all."""
+        pairs = zip(self._caps, (self._inside.total(), self._inside[address]), strict=True)
+        if all(now < most for most, now in pairs if most):
+            self._inside[address] += 1
+            return True
+        self._over += 1
+        return False if self._over <= SPARE else None
+
+    def leave(self, address: str, entered: bool | None) -> None:
+        """The connection is gone. entered: what `enter` said of it."""
+        if not entered:
+            self._over -= 1
+        elif self._inside[address] > 1:
+            self._inside[address] -= 1
+        else:
+            del self._inside[address]
+
+
+class _Parser(h11.Connection):
+    """h11 with an eye on each request and on each byte that goes out. `fault` tells what was wrong with a request."""
+
+    def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
+        super().__init__(h11.SERVER, HEADER_BYTES)
+        self.fault: InstepError = RequestError("This is not a valid HTTP request.")
+        self._check = check
+        self._sending = sending
+
+    def next_event(self) -> Any:
+        """Raises RemoteProtocolError for a request that `check` finds fault with, too."""
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
+                self.fault = too_large()
+            raise
+        fault = self._check(event) if isinstance(event, h11.Request) else None
+        if fault:
+            self.fault = fault
+            raise h11.RemoteProtocolError(fault.message)
+        return event
+
+    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
+        """What goes out for this event."""
+        pieces = super().send_with_data_passthrough(event)
+        self._sending(sum(map(len, pieces or ())))
+        return pieces
+
+    @property
+    def coming(self) -> bool:
+        """Whether a request has begun to come and is not whole."""
+        return self.their_state is h11.SEND_BODY or (self.their_state is h11.IDLE and bool(self.trailing_data[0]))
+
+
+class Guarded(H11Protocol):
+    """One connection. Two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
+
+    def __init__(self, door: Door, **made: Any) -> None:
+        super().__init__(**made)
+        self.conn: _Parser = _Parser(self._fault, self._sending)
+        self._door = door
+        self._address = ""
+        self._entered: bool | None = True
+        self._refused = False
+        self._clock: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._written = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Called by the transport: a client is there, and its time runs."""
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        self._entered = self._door.enter(self._address)
+        if self._entered is None:
+            transport.abort()
+        else:
+            self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the transport: the client is gone."""
+        self._door.leave(self._address, self._entered)
+        self._stop_clock()
+        if self._watch:
+            self._watch.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the transport. What a refused client still sends is dropped."""
+        if self._refused:
+            return
+        super().data_received(data)
+        if not self._entered and self.cycle:
+            self.cycle.keep_alive = False
+        self._settle()
+
+    def on_response_complete(self) -> None:
+        """Called when an answer is whole; the next request may be here already, or a part of it."""
+        super().on_response_complete()
+        self._settle()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what it takes for no HTTP."""
+        self._refuse(self.conn.fault)
+
+    def shutdown(self) -> None:
+        """Called by the server when it stops. NOTE: h11 knows nothing of our refusal and would raise."""
+        if self._refused:
+            self.transport.abort()
+        else:
+            super().shutdown()
+
+    def _fault(self, request: h11.Request) -> InstepError | None:
+        size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
+        if len(request.headers) > HEADERS or size > HEADER_BYTES:
+            return too_large()
+        if not self._entered and request.target not in PROBES:
+            return Overloaded("Too many connections are open. Try again later.", retry_after=GRACE)
+        return None
+
+    def _settle(self) -> None:
+        """The clock runs from a request's first byte to its last, whatever its client sends in between."""
+        if self._refused or self.transport.is_closing() or not self.conn.coming:
+            self._stop_clock()
+        elif self._clock is None:
+            self._start_clock()
+
+    def _start_clock(self) -> None:
+        seconds = self._door.seconds if self._entered else min(GRACE, self._door.seconds)
+        self._clock = self.loop.call_later(seconds, self._late)
+
+    def _stop_clock(self) -> None:
+        if self._clock:
+            self._clock.cancel()
+            self._clock = None
+
+    def _late(self) -> None:
+        if self.conn.coming:
+            self._refuse(RequestTimeout(f"The request did not come whole within {self._door.seconds:g} seconds."))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: InstepError) -> None:
+        """Tell this error where no answer has begun, and end the connection; a route at work sees its client gone."""
+        self._refused = True
+        self._stop_clock()
+        self._unset_keepalive_if_required()
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            status, headers, body = self._door.refuse(error)
+            lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
+            lines += [b"%s: %s" % header for header in (*self.server_state.default_headers, *headers)]
+            self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", body)))
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._clock = self.loop.call_later(LINGER, self.transport.abort)
+
+    def _sending(self, count: int) -> None:
+        """Watch that these bytes are taken."""
+        self._written += count
+        if count and self._watch is None:
+            self._watch_on(self._sent - count)
+
+    @property
+    def _sent(self) -> int:
+        """Bytes that the system has taken from us; it takes more as the client does."""
+        return self._written - self.transport.get_write_buffer_size()
+
+    def _watch_on(self, sent: int) -> None:
+        due = min(self._written, sent + int(SLOWEST * self._door.seconds))
+        self._watch = self.loop.call_later(self._door.seconds, self._look, due)
+
+    def _look(self, due: int) -> None:
+        """Whether the client has taken what was due by now: nothing else would ever end a client that does not read."""
+        self._watch = None
+        if not self.transport.get_write_buffer_size():
+            return
+        if self._sent < due:
+            self.transport.abort()
+        else:
+            self._watch_on(self._sent)
+
+
+def too_large() -> HeadersTooLarge:
+    """The one answer to too many headers, and to too long ones."""
+    return HeadersTooLarge(f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them.")

@@ -1,0 +1,243 @@
+"""Clients that are slow, silent, too many or too much, on real sockets: each is ended, and the server serves on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import repeat
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from app import protocol
+from app.protocol import HEADERS, PROBES
+from app.settings import Settings
+from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
+
+SECONDS = 0.5
+GET = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n"
+POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = write_cards(tmp_path_factory.mktemp("door") / "models")
+    return Settings(models=folder, devices="cpu", default_model="tiny-text", port=0, drain=5)
+
+
+@pytest.fixture(scope="module")
+def server(settings: Settings) -> Iterator[Server]:
+    """One with a small deadline and few connections."""
+    server = Server(settings.model_copy(update={"request_timeout": SECONDS, "max_connections": 6}))
+    server.start()
+    yield server
+    server.stop()
+
+
+def connect(url: str, source: str = "127.0.0.1") -> socket.socket:
+    address = urlsplit(url)
+    return socket.create_connection((str(address.hostname), int(address.port or 0)), 20, (source, 0))
+
+
+def heard(wire: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    got = b""
+    with suppress(ConnectionResetError):
+        while data := wire.recv(65536):
+            got += data
+    return got
+
+
+def dripped(wire: socket.socket, start: bytes, drops: Iterator[bytes]) -> bytes:
+    """What the server says to a client that goes on dripping until it is cut off."""
+    wire.sendall(start)
+    gone = threading.Event()
+
+    def drip() -> None:
+        with suppress(OSError):
+            while not gone.wait(SECONDS / 10):
+                wire.sendall(next(drops))
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    try:
+        return heard(wire)
+    finally:
+        gone.set()
+        thread.join()
+
+
+def asked(wire: socket.socket, request: bytes = GET) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of one exchange; the connection stays."""
+    wire.sendall(request + b"\r\n")
+    return answer(wire)
+
+
+def answer(wire: socket.socket) -> tuple[int, dict[str, str], Any]:
+    with wire.makefile("rb") as file:
+        status = int(file.readline().split()[1])
+        lines = (line.decode().strip().split(": ", 1) for line in iter(file.readline, b"\r\n"))
+        headers = {name.lower(): value for name, value in lines}
+        return status, headers, json.loads(file.read(int(headers["content-length"])))
+
+
+def refusal(said: bytes) -> tuple[int, str]:
+    """Status and code of the one answer that these bytes are, whole and closing."""
+    head, _, body = said.partition(b"\r\n\r\n")
+    lines = head.decode().lower().split("\r\n")
+    assert "connection: close" in lines and f"content-length: {len(body)}" in lines
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return int(lines[0].split()[1]), error["code"]
+
+
+@pytest.fixture(autouse=True)
+def serves_on(server: Server) -> Iterator[None]:
+    """Before and after each test: nobody is connected, and an image is drawn."""
+    yield
+    eventually(lambda: not server.uvicorn.server_state.connections)
+    reply = httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a"}, timeout=20)
+    assert reply.status_code == 200
+
+
+def test_a_silent_client_is_closed_without_a_word(server: Server) -> None:
+    with connect(server.url) as wire:
+        assert heard(wire) == b""
+
+
+@pytest.mark.parametrize(
+    ("start", "drop"),
+    [
+        (b"G", b"E"),
+        (GET, b"X-A: b\r\n"),
+        (POST + b"Content-Length: 1000\r\n\r\n", b"{"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n"),
+        (POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n", b""),
+    ],
+    ids=["line", "header", "body", "chunks", "nothing"],
+)
+def test_a_client_that_drips_its_request_gets_408(server: Server, start: bytes, drop: bytes) -> None:
+    with connect(server.url) as wire:
+        said = dripped(wire, start, repeat(drop)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+        assert refusal(said) == (408, "request_timeout")
+
+
+def test_the_second_request_of_a_connection_has_a_deadline_too(server: Server) -> None:
+    with connect(server.url) as wire:
+        assert asked(wire)[0] == 200
+        assert refusal(dripped(wire, POST, repeat(b"X-A: b\r\n"))) == (408, "request_timeout")
+    with connect(server.url) as wire:
+        wire.sendall(GET + b"\r\n" + POST)
+        assert answer(wire)[0] == 200
+        assert refusal(heard(wire)) == (408, "request_timeout")
+
+
+def test_a_body_that_drips_after_its_answer_is_cut_off(server: Server) -> None:
+    with connect(server.url) as wire:
+        said = dripped(wire, GET + b"Content-Length: 1000\r\n\r\n", repeat(b"x"))
+        assert said.startswith(b"HTTP/1.1 200") and said.count(b"HTTP/1.1") == 1
+
+
+def test_an_idle_connection_and_a_long_drawing_are_not_cut_off(server: Server) -> None:
+    body = b'{"prompt": "!slow 1.2"}'
+    with connect(server.url) as wire:
+        assert asked(wire)[0] == 200
+        time.sleep(3 * SECONDS)
+        assert asked(wire, POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))[0] == 200
+
+
+def test_a_request_may_have_so_many_headers(server: Server) -> None:
+    lines = [b"X-%d: a\r\n" % number for number in range(HEADERS)]
+    with connect(server.url) as wire:
+        assert asked(wire, GET + b"".join(lines[: HEADERS - 1]))[0] == 200
+        wire.sendall(GET + b"".join(lines) + b"\r\n")
+        assert refusal(heard(wire)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [GET + b"X-A: " + b"a" * 1_000_000, b"GET /" + b"a" * 1_000_000, GET + b"X-A: " + b"a" * 33_000],
+    ids=["megabyte", "path", "just over"],
+)
+def test_long_headers_get_431(server: Server, request_: bytes) -> None:
+    """The whole megabyte is sent, and the answer still arrives."""
+    with connect(server.url) as wire:
+        wire.sendall(request_ + b"\r\n\r\n")
+        assert refusal(heard(wire)) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00\x01\x00", b"hello\r\n\r\n", b"GET /\r\n\r\n"])
+def test_what_is_not_http_gets_400(server: Server, garbage: bytes) -> None:
+    with connect(server.url) as wire:
+        wire.sendall(garbage)
+        assert refusal(heard(wire)) == (400, "invalid_request")
+
+
+def test_a_broken_chunk_after_the_answer_began_is_cut_off(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with connect(server.url) as wire:
+        assert asked(wire, GET + b"Transfer-Encoding: chunked\r\n")[0] == 200
+        wire.sendall(b"zz\r\n")
+        assert heard(wire) == b""
+    assert "Traceback" not in caplog.text
+
+
+def test_too_many_connections_get_503_and_probes_an_answer(server: Server) -> None:
+    crowd = [connect(server.url) for _ in range(6)]
+    try:
+        assert [asked(wire)[0] for wire in crowd] == [200] * 6
+        with connect(server.url) as wire:
+            status, headers, body = asked(wire)
+            assert (status, body["error"]["code"], headers["retry-after"]) == (503, "overloaded", "2")
+            assert heard(wire) == b""
+        for probe in PROBES:
+            with connect(server.url) as wire:
+                assert asked(wire, b"GET %b HTTP/1.1\r\nHost: a\r\n" % probe)[0] in (200, 503)
+                assert heard(wire) == b""
+        assert asked(crowd[0])[0] == 200
+        crowd.pop().close()
+        eventually(lambda: len(server.uvicorn.server_state.connections) == 5)
+        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+    finally:
+        for wire in crowd:
+            wire.close()
+
+
+def test_more_than_a_crowd_is_dropped_without_a_word(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "SPARE", 0)
+    crowd = [connect(server.url) for _ in range(6)]
+    try:
+        assert [asked(wire)[0] for wire in crowd] == [200] * 6
+        with connect(server.url) as wire:
+            assert heard(wire) == b""
+    finally:
+        for wire in crowd:
+            wire.close()
+
+
+def test_refusals_are_counted_by_their_code(server: Server) -> None:
+    text = httpx.get(f"{server.url}/metrics").text
+    for code in ("request_timeout", "headers_too_large", "overloaded", "invalid_request"):
+        assert f'instep_requests_rejected_total{{model="",reason="{code}"}}' in text
+
+
+def test_one_address_has_its_own_cap(settings: Settings) -> None:
+    server = Server(settings.model_copy(update={"connections_per_address": 2, "api_keys": ALICE}))
+    url = server.start()
+    key = b"".join(f"{name}: {value}\r\n".encode() for name, value in bearer(ALICE).items())
+    try:
+        with connect(url) as one, connect(url) as two, connect(url) as three, connect(url, "127.0.0.2") as other:
+            assert [asked(wire, GET + key)[0] for wire in (one, two, three, other)] == [200, 200, 503, 200]
+        eventually(lambda: not server.uvicorn.server_state.connections)
+        with connect(url) as wire:
+            assert asked(wire, GET + key)[0] == 200
+            wire.sendall(GET + b"X-A: b\r\n" * 100 + b"\r\n")
+            assert wire.recv(12) == b"HTTP/1.1 431"
+            server.stop()
+    finally:
+        server.uvicorn.should_exit = True
