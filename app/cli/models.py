@@ -129,7 +129,8 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
     device, dtype = torch.device("cpu"), torch.bfloat16
     try:
         parts = build_parts(card, cards, device, dtype)
-        build_family(card, parts, device, dtype)
+        with torch.inference_mode():
+            build_family(card, parts, device, dtype).prepare()
     except LoadError as error:
         return "broken", error.message
     except Exception as error:

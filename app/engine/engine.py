@@ -1,4 +1,4 @@
-"""Engine: owns the loop and the promises. A turn is three calls: batcher.next, runner.run, settle.
+"""Engine: owns the loop and the promises. A turn is three calls: batcher.next, runner.run, settler.settle.
 
 Knows nothing of processes, sockets or HTTP: requests come in by `submit`, facts go out by `emit`.
 """
@@ -14,12 +14,13 @@ from dataclasses import replace
 
 from app.engine.batcher import Batcher
 from app.engine.profile import Profiles
-from app.engine.promises import Promises
-from app.engine.row import Caps, Key, Row, Work, default_key, rows_of
-from app.engine.runner import Image, Outcome, Runner
+from app.engine.row import Caps, Key, Work, default_key, rows_of
+from app.engine.runner import Runner
+from app.engine.settler import Settler
+from app.engine.turns import Turns, standing
 from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
 from app.pool.pool import Pool
-from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick
+from app.report import Announce, Failure, Memory, ModelState, Report
 from app.request import Request
 from app.settings import Settings
 
@@ -50,9 +51,13 @@ class Engine:
         self._emit = emit
         self._clock = clock
         self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic)
-        self._batcher = Batcher(self._caps)
+        self._batcher = Batcher(self._caps, pool.resident)
+        self._turns = Turns(pool, lambda row: self._runner.measured(row.key))
+        self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)
+        self._promises = self._settler.promises
+        self._unmeasured: dict[Key, None] = {}
+        self._memory = self._told = Memory(str(pool.device), {"slots": 0})
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._promises = Promises()
         self._sequence = itertools.count()
         self._announced, self._announced_at = Announce("start", 0.0), 0.0
         self._stopping = self._draining = False
@@ -63,11 +68,15 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Drop the request at the next step boundary; a Failure with Cancelled follows. Unknown ids are ignored."""
-        self._inbox.put(lambda: self._fail(request_id, Cancelled("the request was cancelled")))
+        self._inbox.put(lambda: self._settler.fail(request_id, Cancelled("the request was cancelled")))
 
     def load(self, model_id: str) -> None:
         """Start loading a model that no request has asked for yet."""
         self._inbox.put(lambda: self._pool.want(model_id))
+
+    def unload(self, model_id: str) -> None:
+        """Let a model go as soon as no row holds it; one that rows wait for comes back."""
+        self._inbox.put(lambda: self._pool.unload(model_id))
 
     def stop(self, drain: bool = False) -> None:
         """End `run`: at once, failing what is open, or with `drain` when the last open request is answered."""
@@ -80,43 +89,60 @@ class Engine:
                 self._announce("idle", 30.0)
                 self._wait(0.1)
         for request_id in self._promises:
-            self._fail(request_id, ShuttingDown("the server is shutting down"))
+            self._settler.fail(request_id, ShuttingDown("the server is shutting down"))
 
     def tick(self) -> bool:
         """One turn; False when there was nothing to do."""
         self._read_inbox()
         self._poll_models()
         self._expire()
+        self._ask_pool()
         work = self._batcher.next(self._clock())
+        measured = self._measure_one()
         if work is None:
-            return False
+            return measured
         self._announce_work(work)
         start = self._clock()
         outcome = self._runner.run(work)
-        self._settle(work, outcome, start)
+        self._settler.settle(work, outcome, start)
         return True
 
+    def _ask_pool(self) -> None:
+        """Started rows take hold of their network; what others lack is asked for, and who must wait for it is told."""
+        rows = self._batcher.started
+        for row in rows:
+            self._runner.hold(row)
+        plan = self._turns.plan(standing(self._batcher.finished, rows), self._clock())
+        self._pool.need(plan.needs, plan.kept)
+        self._batcher.held = plan.held
+
     def _caps(self, key: Key) -> Caps | None:
-        """The caps of a key, measured the first time; None while its model or its slots have no place."""
-        if not self._runner.measured(key):
-            error = self._measure(key)
-            if error:
-                self._fail_all(key.model, error, key)
-        return self._runner.caps(key)
+        """The caps of a key; one that has none is measured, a width a turn, and its rows wait until it is done."""
+        caps = self._runner.caps(key)
+        if caps is None:
+            self._unmeasured[key] = None
+        return caps
+
+    def _measure_one(self) -> bool:
+        """One width of one key that was asked for; whether there was such a key, and its network was there."""
+        keys, self._unmeasured = list(self._unmeasured), {}
+        for key in keys:
+            if self._runner.measurable(key):
+                self._announce("profile", FIRST_WORK)
+                error = self._measure(key)
+                if error:
+                    self._fail_all(key.model, error, key)
+                return True
+        return False
 
     def _measure(self, key: Key) -> InstepError | None:
-        """Measure a key whose model is ready; the error when its first forward fails."""
-        lease = self._pool.lease(key.model)
-        if lease is None:
-            return None
-        self._announce("profile", FIRST_WORK)
+        """Measure one more width of a key; the error when its first forward fails."""
         try:
-            rate = self._runner.measure(key, lease.model).rate
+            caps = self._runner.measure(key)
         except InstepError as error:
             return error
-        finally:
-            lease.release()
-        self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": rate}))
+        if caps:
+            self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
         return None
 
     def _read_inbox(self) -> None:
@@ -139,102 +165,56 @@ class Engine:
         self._promises.make(request, rows)
         for row in rows:
             self._batcher.add(row)
+            self._turns.add(row)
         self._pool.want(request.model)
         failure = self._pool.failure(request.model)
         if failure is not None:
-            self._fail(request.id, failure)
+            self._settler.fail(request.id, failure)
 
     def _poll_models(self) -> None:
-        for state in self._pool.poll():
-            self._emit(self._tried(state))
-            error = self._pool.failure(state.model) if state.state == "failed" else None
-            if error is not None:
-                self._fail_all(state.model, error)
+        for change in self._pool.poll():
+            if isinstance(change, ModelState):
+                change = self._tried(change)
+                error = self._pool.failure(change.model) if change.state == "failed" else None
+                if error is not None:
+                    self._fail_all(change.model, error)
+            self._memory = change if isinstance(change, Memory) else self._memory
+            if not isinstance(change, Memory):
+                self._emit(change)
+        self._tell_memory()
 
     def _tried(self, state: ModelState) -> ModelState:
         """A model that becomes ready while nobody waits is measured first, and counts as failed if that fails."""
-        if state.state != "ready" or self._promises:
+        if state.state != "ready":
             return state
-        error = self._measure(default_key(self._pool.cards[state.model]))
+        self._turns.loaded(state.model, state.seconds)
+        key = default_key(self._pool.cards[state.model])
+        error = None
+        while not self._promises and error is None and self._runner.measurable(key):
+            self._announce("profile", FIRST_WORK)
+            error = self._measure(key)
         return replace(state, state="failed", detail=error.message) if error else state
+
+    def _tell_memory(self) -> None:
+        """What the device holds, when that has changed; the pool knows of weights, the runner of slots."""
+        held = replace(self._memory, bytes={**self._memory.bytes, "slots": self._runner.slot_bytes})
+        if held != self._told:
+            self._told = held
+            self._emit(held)
 
     def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:
         for request_id in self._promises.of(model, key):
-            self._fail(request_id, error)
+            self._settler.fail(request_id, error)
 
     def _expire(self) -> None:
-        for request_id in self._promises.expired(self._clock()):
-            self._fail(request_id, DeadlineExceeded("the deadline passed before the image was done"))
-
-    def _fail(self, request_id: str, error: InstepError) -> None:
-        """Answer a request with an error and drop all its rows; nothing for one that is answered already."""
-        rows = self._promises.abandon(request_id)
-        for row in rows:
-            self._batcher.remove(row)
-            self._runner.release(row)
-        if rows:
-            self._emit(Failure(request_id, error))
+        now = self._clock()
+        late = [*self._promises.expired(now), *(row.request.id for row in self._batcher.doomed(now))]
+        for request_id in late:
+            self._settler.fail(request_id, DeadlineExceeded("the image cannot be done before its deadline"))
 
     def _stop(self, drain: bool) -> None:
         self._draining = drain
         self._stopping = not drain
-
-    def _settle(self, work: Work, outcome: Outcome, start: float) -> None:
-        """Write down what the work came to: rows move on, images leave, failures are told."""
-        now = self._clock()
-        for row, error in outcome.failed:
-            self._fail(row.request.id, error)
-        alive = [row for row in work.rows if row.stage != "gone"]
-        if work.phase == "encode":
-            self._settle_encode(alive, start, now)
-        elif work.phase == "denoise":
-            self._settle_denoise(alive, start, now)
-        for image in outcome.images:
-            self._settle_image(image, start)
-        self._emit(self._tick(work, outcome, now - start))
-
-    def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
-        for row in rows:
-            row.encode_start, row.denoise_start = start, now
-            self._batcher.start(row)
-
-    def _settle_denoise(self, rows: list[Row], start: float, now: float) -> None:
-        for row in rows:
-            row.line += 1
-            row.served += now - start
-            row.neighbours += len(rows)
-            if row.request.progress:
-                self._emit(Progress(row.request.id, row.index, row.line, row.lines))
-            if row.line == row.lines:
-                self._batcher.finish(row)
-        due = [row for row in rows if row.preview_due()]
-        if due:
-            self._settle_previews(self._runner.preview(due))
-
-    def _settle_previews(self, outcome: Outcome) -> None:
-        for image in outcome.images:
-            self._emit(Preview(image.row.request.id, image.row.index, image.row.previews, image.pixels))
-        for row in [image.row for image in outcome.images] + [row for row, _ in outcome.failed]:
-            row.previews += 1  # a preview that fails is left out: the image itself goes on
-
-    def _settle_image(self, image: Image, start: float) -> None:
-        row = image.row
-        if row.stage == "gone":
-            return
-        row.decode_start = start
-        self._batcher.remove(row)
-        self._runner.release(row)
-        self._promises.keep(row)
-        timings = row.timings(self._clock())
-        self._emit(Result(row.request.id, row.index, row.seed, image.pixels, timings, image.latents, row.warnings))
-
-    def _tick(self, work: Work, outcome: Outcome, seconds: float) -> Tick:
-        cap = caps.passes if (caps := self._runner.caps(work.key)) else 0
-        passes = work.passes if work.phase == "denoise" else len(work.rows)
-        return Tick(
-            work.key.model, work.phase, len(work.rows), passes + outcome.padding, outcome.padding, cap, seconds,
-            self._batcher.running, self._batcher.waiting,
-        )  # fmt: skip
 
     def _announce_work(self, work: Work) -> None:
         caps = self._runner.caps(work.key)

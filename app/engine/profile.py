@@ -11,15 +11,14 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from app.card import Card
 from app.engine.row import Caps, Key
-from app.families.base import Conditions, Family
-from app.request import ClassLabel, Condition, Prompt
+from app.families.base import Family
 
 NEAR = 1.10
 """A width is wide enough when its cost per pass is within this factor of the best measured (DESIGN: who runs next)."""
@@ -33,29 +32,32 @@ SLOT_BYTES = 256 << 20
 """Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""
 
 
-def measure(
+def measuring(
     forward: Callable[[int], None], budget: float, clock: Callable[[], float] = time.perf_counter
-) -> dict[int, float]:
+) -> Iterator[dict[int, float]]:
     """Seconds of forward(passes) at 1, 2, 4, ... until two doublings bring nothing or `budget` seconds are spent.
 
-    Each is the least of a few: whatever else the machine does can only add to a measurement. A width that does not fit
-    in memory ends it too. Raises what the very first forward raises.
+    Yields what is known after each width, so that others may run in between. Each is the least of a few: whatever else
+    the machine does can only add to a measurement. A width that does not fit in memory ends it too. Raises what the
+    very first forward raises.
     """
     seconds: dict[int, float] = {}
-    passes, start = 1, clock()
+    passes, spent = 1, 0.0
     while passes <= WIDEST:
+        start = clock()
         try:
             seconds[passes] = min(_once(forward, passes, clock) for _ in range(1 + SAMPLES))
         except torch.OutOfMemoryError:
             if not seconds:
                 raise
-            break
+            return
+        yield dict(seconds)
+        spent += clock() - start
         best = min(seconds, key=lambda width: seconds[width] / width)
         next_costs = 2 * seconds[passes] * (SAMPLES + 1)
-        if passes >= 4 * best or clock() - start + next_costs > budget:
-            break
+        if passes >= 4 * best or spent + next_costs > budget:
+            return
         passes *= 2
-    return seconds
 
 
 def _once(forward: Callable[[int], None], passes: int, clock: Callable[[], float]) -> float:
@@ -99,23 +101,41 @@ class Profiles:
         self._folder = folder.expanduser()
         self._budget = budget
         self._known: dict[str, dict[int, dict[int, float]]] = {}
+        self._open: dict[Key, Iterator[dict[int, float]]] = {}
+        self._widths: dict[Key, dict[int, float]] = {}
 
-    def seconds(self, family: Family, key: Key) -> dict[int, float]:
-        """Seconds by passes, from disk, scaled, or measured. A folder that cannot be written costs a measurement."""
+    def known(self, family: Family, key: Key) -> dict[int, float] | None:
+        """Seconds by passes, measured before, scaled from a near size, or from disk; None when it is to be measured."""
         known, area = self._known.setdefault(key.model, {}), key.width * key.height
         near = min(known, key=lambda other: abs(math.log(other / area)), default=None)
         if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
             return {passes: cost * area / near for passes, cost in known[near].items()}
-        known[area] = self._read_or_measure(family, key)
-        return known[area]
+        stored = _stored(self._file(family, key))
+        if stored is not None:
+            known[area] = stored
+        return stored
 
-    def _read_or_measure(self, family: Family, key: Key) -> dict[int, float]:
-        file = self._folder / "profiles" / (self._name(family, key) + ".json")
-        seconds = _stored(file)
-        if seconds is None:
-            seconds = measure(_forward(family, key), self._budget)
-            _store(file, seconds)
+    def advance(self, family: Family, key: Key) -> dict[int, float] | None:
+        """Measure one more width, with the network on the device; the seconds by passes when that was the last.
+
+        A folder that cannot be written costs a measurement at the next start. Raises what the first forward raises.
+        """
+        steps = self._open.setdefault(key, measuring(_forward(family, key), self._budget))
+        try:
+            self._widths[key] = next(steps)
+            return None
+        except StopIteration:
+            del self._open[key]
+            seconds = self._widths.pop(key)
+        except BaseException:
+            del self._open[key]
+            raise
+        self._known.setdefault(key.model, {})[key.width * key.height] = seconds
+        _store(self._file(family, key), seconds)
         return seconds
+
+    def _file(self, family: Family, key: Key) -> Path:
+        return self._folder / "profiles" / (self._name(family, key) + ".json")
 
     @staticmethod
     def _name(family: Family, key: Key) -> str:
@@ -158,14 +178,8 @@ def _store(file: Path, seconds: dict[int, float]) -> None:
         return
 
 
-def plain_conditions(family: Family, text_length: int) -> Conditions:
-    """The conditions of one pass that stands for any: the empty prompt, or the first class."""
-    condition: Condition = Prompt("") if family.card.text_length else ClassLabel(0)
-    return family.encode([condition], text_length)
-
-
 def _forward(family: Family, key: Key) -> Callable[[int], None]:
-    conditions = plain_conditions(family, family.card.text_length)
+    conditions = family.blank(family.card.text_length)
     shape = family.latent_shape(key.width, key.height)
 
     def run(passes: int) -> None:

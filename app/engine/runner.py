@@ -6,39 +6,21 @@ Knows nothing of order, of requests' other rows, or of who waits for the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from app.engine.encodings import Encodings
-from app.engine.profile import Profiles, caps_of, plain_conditions
+from app.engine.outcome import Image, Outcome, isolate
+from app.engine.profile import Profiles, caps_of
 from app.engine.row import Caps, Key, Row, Work
 from app.engine.slots import PASSES, Slots, Space
 from app.engine.step import denoise_step, gather
-from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
+from app.errors import EngineError, InstepError, NonFiniteOutput
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.samplers.table import compile_table
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A decoded row. pixels: uint8 [H, W, 3]; latents: float32 [C, h, w], when the request keeps them."""
-
-    row: Row
-    pixels: np.ndarray
-    latents: np.ndarray | None
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a Work came to: images that are done, rows that failed alone, and the padding passes it ran."""
-
-    images: list[Image] = field(default_factory=list)
-    failed: list[tuple[Row, InstepError]] = field(default_factory=list)
-    padding: int = 0
 
 
 class Runner:
@@ -57,24 +39,41 @@ class Runner:
         self._encodings = Encodings()
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the slots of all keys."""
+        return self._space.bytes
+
     def measured(self, key: Key) -> bool:
         return key in self._caps
 
     def caps(self, key: Key) -> Caps | None:
-        """The caps of a key; None before `measure`, and while the slots of other keys leave no room for its own."""
+        """The caps of a key, with no slots while those of other keys leave no room; None before it is measured."""
         caps = self._caps.get(key)
-        return caps if caps and self._space.has_room(key, caps.bytes) else None
+        return caps if caps is None or self._space.has_room(key, caps.bytes) else replace(caps, slots=0)
 
-    def measure(self, key: Key, family: Family) -> Caps:
-        """Find the caps of a key on this device, from its stored profile or by a short measurement.
+    def measurable(self, key: Key) -> bool:
+        """Whether `measure` would get on: the key is not measured, and its model, or its stored profile, is there."""
+        family = self._pool.family(key.model)
+        if key in self._caps or family is None:
+            return False
+        return self._pool.resident(key.model, "denoise") or self._profiles.known(family, key) is not None
 
-        Raises EngineError: the first forward of this checkpoint fails.
+    def measure(self, key: Key) -> Caps | None:
+        """Find the caps of a key from its stored profile, or measure one more width of it.
+
+        None while there is more to measure, or the model or its network is not there. Raises EngineError: the first
+        forward of this checkpoint fails.
         """
+        family = self._pool.family(key.model)
+        if family is None:
+            return None
         try:
-            with torch.inference_mode():
-                seconds = self._profiles.seconds(family, key)
-                conditions = plain_conditions(family, key.text_length)
+            seconds = self._profiles.known(family, key) or self._advance(family, key)
+            if seconds is None:
+                return None
             latent = family.latent_shape(key.width, key.height)
+            conditions = family.blank(key.text_length)
             bytes_ = 12 * math.prod(latent) + PASSES * sum(value.nbytes for value in conditions.values())
             self._caps[key] = caps_of(seconds, family.card, latent, bytes_, self._deterministic)
         except torch.AcceleratorError:
@@ -83,6 +82,16 @@ class Runner:
             raise EngineError(f"{type(error).__name__} in the first forward of {key.model}") from None
         return self._caps[key]
 
+    def _advance(self, family: Family, key: Key) -> dict[int, float] | None:
+        lease = self._pool.lease(key.model, "denoise")
+        if lease is None:
+            return None
+        try:
+            with torch.inference_mode():
+                return self._profiles.advance(family, key)
+        finally:
+            lease.release()
+
     def run(self, work: Work) -> Outcome:
         """Do the work. A row that fails, fails alone; an error that ends the process (a lost device) is raised."""
         phases = {"encode": self._encode, "denoise": self._denoise, "decode": self._decode}
@@ -90,50 +99,44 @@ class Runner:
         lost = {id(row) for row, _ in outcome.failed}
         rows = [row for row in work.rows if id(row) not in lost]
         with torch.inference_mode():
-            self._isolate(phases[work.phase], rows, outcome)
+            isolate(phases[work.phase], rows, outcome)
         return outcome
 
     def preview(self, rows: list[Row]) -> Outcome:
         """The predicted clean images of running rows of one key, as `Outcome.images`."""
         outcome = Outcome()
         with torch.inference_mode():
-            self._isolate(self._preview, rows, outcome)
+            isolate(self._preview, rows, outcome)
         return outcome
 
-    def release(self, row: Row) -> None:
-        """Give back what a started row holds; nothing for a row that holds nothing."""
-        if row.slot >= 0:
-            self._space[row.key].release(row.slot)
-            row.slot = -1
-            row.noise = None
+    def hold(self, row: Row) -> None:
+        """Lease the network for a started row, if it is there: from now to its last line it stays."""
+        if row.lease is None:
+            row.lease = self._pool.lease(row.key.model, "denoise")
+
+    def rest(self, row: Row) -> None:
+        """The row needs the network no more."""
         if row.lease is not None:
             row.lease.release()
             row.lease = None
 
-    def _isolate(self, phase: Callable[[list[Row], Outcome], None], rows: list[Row], outcome: Outcome) -> None:
-        """Run a phase; when it raises, halve the rows and run each half again, until one row fails alone.
-
-        This is also the split and retry of a step that is out of memory. Phases change nothing before they succeed.
-        """
-        if not rows:
-            return
-        error = _attempt(phase, rows, outcome)
-        if error is None:
-            return
-        if len(rows) == 1:
-            outcome.failed.append((rows[0], error))
-            return
-        middle = len(rows) // 2
-        self._isolate(phase, rows[:middle], outcome)
-        self._isolate(phase, rows[middle:], outcome)
+    def release(self, row: Row) -> None:
+        """Give back what a started row holds; nothing for a row that holds nothing."""
+        self.rest(row)
+        if row.slot >= 0:
+            self._space[row.key].release(row.slot)
+            row.slot = -1
+            row.noise = None
 
     def _encode(self, rows: list[Row], outcome: Outcome) -> None:
-        lease = self._pool.lease(rows[0].key.model)
+        lease = self._pool.lease(rows[0].key.model, "encode")
         if lease is None:
-            raise EngineError(f"the model {rows[0].key.model} left the device")
+            return  # the encoders left between the choice and now: the rows wait on
         family = lease.model
-        lease.release()
-        self._encodings.prepare(family, rows, family.card.bucket.encode if self._deterministic else None)
+        try:
+            self._encodings.prepare(family, rows, family.card.bucket.encode if self._deterministic else None)
+        finally:
+            lease.release()
         for row in rows:
             if row.slot < 0:  # else placed by an attempt that failed at a later row
                 self._place(family, row)
@@ -152,7 +155,6 @@ class Runner:
         slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cut = self._encodings.cut(family, row)
         row.warnings = (f'the prompt is too long for the text encoder; not seen: "{cut}"',) if cut else ()
-        row.lease = row.lease or self._pool.lease(row.key.model)
         row.slot = slots.take(table, first, conditions, request.guidance if request.guided else None)
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
@@ -178,13 +180,19 @@ class Runner:
             row.noisy.discard(row.line)
 
     def _decode(self, rows: list[Row], outcome: Outcome) -> None:
-        family, slots = self._of(rows[0])
-        index = np.array([row.slot for row in rows], np.int64)
-        if self._deterministic:
-            missing = max(0, family.card.bucket.decode - len(rows))
-            index = np.concatenate([index, np.full(missing, index[0])])
-        latents = slots.x[torch.from_numpy(index).to(slots.x.device)]
-        pixels = family.decode(latents)[: len(rows)].cpu().numpy()
+        lease = self._pool.lease(rows[0].key.model, "decode")
+        if lease is None:
+            return  # as in _encode
+        family, slots = lease.model, self._space[rows[0].key]
+        try:
+            index = np.array([row.slot for row in rows], np.int64)
+            if self._deterministic:
+                missing = max(0, family.card.bucket.decode - len(rows))
+                index = np.concatenate([index, np.full(missing, index[0])])
+            latents = slots.x[torch.from_numpy(index).to(slots.x.device)]
+            pixels = family.decode(latents)[: len(rows)].cpu().numpy()
+        finally:
+            lease.release()
         for place, row in enumerate(rows):
             kept = latents[place].cpu().numpy() if row.request.keep_latents else None
             outcome.images.append(Image(row, pixels[place], kept))
@@ -207,25 +215,7 @@ class Runner:
         ]
 
     def _of(self, row: Row) -> tuple[Family, Slots]:
-        if row.lease is None:
-            raise EngineError("the row holds no model")
-        return row.lease.model, self._space[row.key]
-
-
-def _attempt(phase: Callable[[list[Row], Outcome], None], rows: list[Row], outcome: Outcome) -> InstepError | None:
-    """The error of a phase, or None. Nothing of the exception outlives this call: its traceback holds tensors."""
-    try:
-        phase(rows, outcome)
-    except torch.AcceleratorError:
-        raise
-    except torch.OutOfMemoryError:
-        return OutOfMemory("this image alone does not fit in the device's memory")
-    except InstepError as error:
-        return type(error)(error.message, param=error.param, retry_after=error.retry_after)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except (
-        BaseException
-    ) as error:  # a poison row must not take its neighbours with it; tokenizers panic as BaseException
-        return EngineError(f"{type(error).__name__} in {phase.__name__.strip('_')}")
-    return None
+        family = self._pool.family(row.key.model)
+        if family is None:
+            raise EngineError("the model is gone")
+        return family, self._space[row.key]

@@ -106,6 +106,11 @@ class Space:
     def __getitem__(self, key: Key) -> Slots:
         return self._slots[key]
 
+    @property
+    def bytes(self) -> int:
+        """Of all slots that are open."""
+        return sum(self._sizes.values())
+
     def has_room(self, key: Key, size: int) -> bool:
         """Whether slots of `size` bytes can be opened; a key is never refused while no other holds rows."""
         used = sum(self._sizes[other] for other, slots in self._slots.items() if slots.free < slots.capacity)

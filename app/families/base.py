@@ -5,12 +5,13 @@ Knows nothing of requests' life, samplers or batches: it maps (latents, timestep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol
 
 import torch
 
 from app.card import Card
+from app.report import Phase
 from app.request import Condition
 
 Conditions = dict[str, torch.Tensor]
@@ -20,9 +21,13 @@ Conditions = dict[str, torch.Tensor]
 class Family(Protocol):
     """A network with its text encoders and VAE, in eval mode on one device, described by one card.
 
-    Every method runs under `torch.inference_mode()` set by the caller, on the thread that owns the device; only the
-    constructor runs on the loader's.
+    It is built before its weights are there (the pool brings them, phase by phase), so the constructor reads configs
+    only. Every method runs under `torch.inference_mode()` set by the caller, on the thread that owns the device; only
+    the constructor and `prepare` run on the loader's. `encode`, `denoise` and `decode` need the parts of that phase.
     """
+
+    phases: ClassVar[Mapping[Phase, tuple[str, ...]]]
+    """Names of the parts with weights that each phase needs on the device."""
 
     card: Card
     device: torch.device
@@ -46,6 +51,9 @@ class Family(Protocol):
         fixed batch size (deterministic mode); None runs them all in one batch of their own number.
         """
 
+    def blank(self, text_length: int) -> Conditions:
+        """Conditions of one pass that stand for any, for measuring: right shapes and formats, no meaning."""
+
     def truncated(self, condition: Condition, text_length: int) -> str | None:
         """The text that the encoders will not see because the prompt is too long; None when nothing is cut."""
 
@@ -60,6 +68,9 @@ class Family(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [B, C, h, w] float32, as the sampler leaves them -> uint8 [B, H, W, 3] on the same device."""
+
+    def prepare(self) -> None:
+        """What is computed once from the VAE's weights, which must be there: the map that `preview` uses."""
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """A quick look at predicted clean latents, much cheaper than `decode`; same shapes."""

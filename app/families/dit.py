@@ -5,7 +5,7 @@ Knows nothing of samplers: the schedule that the network was trained on stands i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from app.card import Card
 from app.errors import CheckpointError, InvalidValue
 from app.families.base import Conditions
 from app.families.vae import decode, linear_preview, pixels_per_latent
+from app.report import Phase
 from app.request import ClassLabel, Condition
 
 
@@ -26,6 +27,7 @@ class DiT:
         "vae": ("AutoencoderKL",),
     }
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    phases: ClassVar[Mapping[Phase, tuple[str, ...]]] = {"encode": (), "denoise": ("transformer",), "decode": ("vae",)}
 
     def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
         """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
@@ -37,7 +39,6 @@ class DiT:
         self.scale = pixels_per_latent(self.vae)
         self.learned_variance = card.schedule.variance == "learned_range"
         self._check(config)
-        self._preview = linear_preview(self.vae)
         _apply(self.network, card.time_freq_shift, card.norm_eps)
 
     @staticmethod
@@ -74,6 +75,10 @@ class DiT:
             raise InvalidValue(f"class_label must be between 0 and {self.null_class - 1}", param="class_label")
         return {"label": torch.tensor(indices, dtype=torch.int64, device=self.device)}
 
+    def blank(self, text_length: int) -> Conditions:
+        """The first class."""
+        return self.encode([ClassLabel(0)], text_length)
+
     def denoise(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,9 +95,13 @@ class DiT:
         """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
         return decode(self.vae, latents)
 
+    def prepare(self) -> None:
+        """Fit the VAE's linear map, once for all models that share it."""
+        linear_preview(self.vae)
+
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
-        return self._preview(latents)
+        return linear_preview(self.vae)(latents)
 
     def _check(self, config: Any) -> None:
         file, sizes, labels = self.card.folder / "card.toml", self.card.limits.sizes, len(self.card.labels)

@@ -5,7 +5,7 @@ Knows nothing of samplers: shift, spacing and defaults stand in the card; a turb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from app.errors import CheckpointError, InvalidValue
 from app.families.base import Conditions
 from app.families.text import clip_states, cut_text, encode_unique, t5_states
 from app.families.vae import decode, linear_preview, pixels_per_latent
+from app.report import Phase
 from app.request import Condition, Prompt
 
 
@@ -39,6 +40,11 @@ class SD3:
         "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
     }
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    phases: ClassVar[Mapping[Phase, tuple[str, ...]]] = {
+        "encode": ("text_encoder", "text_encoder_2", "text_encoder_3"),
+        "denoise": ("transformer",),
+        "decode": ("vae",),
+    }
     learned_variance = False
 
     def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
@@ -50,7 +56,6 @@ class SD3:
         self.clips, self.t5 = (_pair(card, parts, ""), _pair(card, parts, "_2")), _pair(card, parts, "_3")
         self.shares = self._clip_shares()
         self._check()
-        self._preview = linear_preview(self.vae)
 
     @staticmethod
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
@@ -83,6 +88,12 @@ class SD3:
         text, pooled = encode_unique(texts, batch, lambda chunk: self._encode(chunk, text_length))
         return {"text": text, "pooled": pooled}
 
+    def blank(self, text_length: int) -> Conditions:
+        """Zeros of the shapes that `encode` gives."""
+        length = self.card.text.clip + text_length
+        text = self._zeros(1, length, self.config.joint_attention_dim)
+        return {"text": text, "pooled": self._zeros(1, self.config.pooled_projection_dim)}
+
     def denoise(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -100,9 +111,13 @@ class SD3:
         """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
         return decode(self.vae, latents)
 
+    def prepare(self) -> None:
+        """Fit the VAE's linear map, once for all models that share it."""
+        linear_preview(self.vae)
+
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
-        return self._preview(latents)
+        return linear_preview(self.vae)(latents)
 
     def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(text [B, clip + text_length, joint], pooled [B, pooled]), as StableDiffusion3Pipeline.encode_prompt."""

@@ -37,7 +37,10 @@ _PREVIEWS: WeakKeyDictionary[Any, LinearPreview] = WeakKeyDictionary()
 
 
 def linear_preview(vae: Any) -> LinearPreview:
-    """The VAE's linear map from latents to pixels, fitted once for all the models that share the VAE."""
+    """The VAE's linear map from latents to pixels, fitted once for all the models that share the VAE.
+
+    The first call needs the VAE's weights; the map outlives them.
+    """
     if vae not in _PREVIEWS:
         with torch.inference_mode():
             _PREVIEWS[vae] = LinearPreview(vae)

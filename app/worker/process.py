@@ -129,11 +129,14 @@ def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engi
     import torch
 
     from app.engine.engine import Engine
+    from app.pool.budget import budgets
     from app.pool.pool import Pool
 
     torch.set_num_threads(plan.threads(start.settings))
     _check(start.device)
-    pool = Pool(start.cards, start.device, resolve_dtype(start.settings, start.device))
+    budget, host = budgets(start.settings, torch.device(start.device), len(plan.devices(start.settings.devices)))
+    dtype = resolve_dtype(start.settings, start.device)
+    pool = Pool(start.cards, start.device, dtype, budget=budget, host=host)
     return pool, Engine(pool, start.settings, emit)
 
 

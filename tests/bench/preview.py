@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from app.card import read_cards
-from app.engine.profile import plain_conditions
 from app.engine.row import default_key
 from app.pool.pool import Pool
 
@@ -33,14 +32,14 @@ def milliseconds(call: Callable[[], object]) -> float:
 def main(model: str) -> None:
     pool = Pool(read_cards(Path("models")), "cpu", torch.float32)
     pool.want(model)
-    while (lease := pool.lease(model)) is None:
+    while (lease := pool.lease(model, "decode")) is None:
         if error := pool.failure(model):
             raise error
         time.sleep(0.05)
     family, key = lease.model, default_key(pool.cards[model])
     latent = torch.randn(1, *family.latent_shape(key.width, key.height))
     with torch.inference_mode():
-        one = plain_conditions(family, key.text_length)
+        one = family.blank(key.text_length)
         conditions = {name: value.expand(2, *value.shape[1:]) for name, value in one.items()}
         x, t = latent.expand(2, -1, -1, -1), torch.tensor([500.0, 500.0])
         calls: dict[str, Callable[[], object]] = {

@@ -25,7 +25,7 @@ def load_all(pool: Pool) -> Pool:
     for name in pool.cards:
         pool.want(name)
     deadline = time.monotonic() + 60
-    while not all(pool.lease(name) for name in pool.cards):
+    while not all(pool.resident(name, "denoise") for name in pool.cards):
         for name in pool.cards:
             assert pool.failure(name) is None, pool.failure(name)
         assert time.monotonic() < deadline

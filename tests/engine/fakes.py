@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from app.card import Card
 from app.errors import LoadError
 from app.families.base import Conditions
-from app.report import ModelState
+from app.pool.books import Need
+from app.report import ModelState, Phase
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 
 POISON = Prompt("poison")
@@ -58,6 +59,12 @@ class FakeFamily:
         codes = [[float("nan") if each == NOT_A_NUMBER else _code(each)] for each in conditions]
         return {"code": torch.tensor(codes)}
 
+    def blank(self, text_length: int) -> Conditions:
+        return {"code": torch.zeros(1, 1)}
+
+    def prepare(self) -> None:
+        pass
+
     def truncated(self, condition: Condition, text_length: int) -> str | None:
         return None
 
@@ -97,7 +104,10 @@ class FakeLease:
 
 
 class FakePool:
-    """Every model is ready at once, or when `present` says so."""
+    """Every model is ready at once, or when `present` says so. `needs` is what was asked for last."""
+
+    device = torch.device("cpu")
+    blocked = False
 
     def __init__(self, *families: FakeFamily) -> None:
         self.families = {family.card.id: family for family in families}
@@ -106,12 +116,26 @@ class FakePool:
         self.errors: dict[str, LoadError] = {}
         self.states: list[ModelState] = []
         self.leases = 0
+        self.needs: list[Need] = []
+        self.kept: Collection[str] = ()
 
     def want(self, model_id: str) -> None:
         pass
 
-    def lease(self, model_id: str) -> FakeLease | None:
-        return FakeLease(self, self.families[model_id]) if model_id in self.present else None
+    def need(self, needs: list[Need], kept: Collection[str]) -> None:
+        self.needs, self.kept = needs, kept
+
+    def lease(self, model_id: str, phase: Phase) -> FakeLease | None:
+        return FakeLease(self, self.families[model_id]) if self.resident(model_id, phase) else None
+
+    def resident(self, model_id: str, phase: Phase) -> bool:
+        return model_id in self.present
+
+    def family(self, model_id: str) -> FakeFamily | None:
+        return self.families[model_id] if model_id in self.present else None
+
+    def fits(self, model_id: str) -> bool:
+        return True
 
     def failure(self, model_id: str) -> LoadError | None:
         return self.errors.get(model_id)
@@ -130,7 +154,7 @@ class FakeProfiles:
     def __init__(self, passes: int = 16, rate: float = 1e-3) -> None:
         self.curve = {passes: passes * rate}
 
-    def seconds(self, family: object, key: object) -> dict[int, float]:
+    def known(self, family: object, key: object) -> dict[int, float] | None:
         return self.curve
 
 

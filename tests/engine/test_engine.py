@@ -290,7 +290,7 @@ def test_equal_prompts_are_encoded_once(pool: FakePool) -> None:
     same = tuple(ImageSpec(Prompt("same"), seed) for seed in range(4))
     bench = Bench(pool)
     bench.run([request("a", images=same), request("b", images=same)])
-    assert pool.families["fake"].encoded[1:] == [2], "after the measurement: the prompt and the empty one, in one batch"
+    assert pool.families["fake"].encoded == [2], "the prompt and the empty one, in one batch"
 
 
 def test_a_model_whose_first_forward_fails_takes_its_own_requests_only(pool: FakePool) -> None:
@@ -311,7 +311,10 @@ def test_a_model_whose_first_forward_fails_takes_its_own_requests_only(pool: Fak
 
 def test_a_ready_model_whose_first_forward_fails_is_told_as_failed(pool: FakePool) -> None:
     class Refusing(FakeProfiles):
-        def seconds(self, family: object, key: object) -> dict[int, float]:
+        def known(self, family: object, key: object) -> None:
+            return None
+
+        def advance(self, family: object, key: object) -> dict[int, float] | None:
             raise ValueError("no")
 
     pool.states = [ModelState("fake", "ready")]
@@ -322,10 +325,11 @@ def test_a_ready_model_whose_first_forward_fails_is_told_as_failed(pool: FakePoo
 
 def test_a_failed_measurement_of_one_size_leaves_the_others(pool: FakePool) -> None:
     class Picky(FakeProfiles):
-        def seconds(self, family: object, key: Key) -> dict[int, float]:  # type: ignore[override]
-            if key.width == 64:
-                raise torch.OutOfMemoryError("no room")
-            return self.curve
+        def known(self, family: object, key: Key) -> dict[int, float] | None:  # type: ignore[override]
+            return None if key.width == 64 else self.curve
+
+        def advance(self, family: object, key: Key) -> None:
+            raise torch.OutOfMemoryError("no room")
 
     bench = Bench(pool, profiles=Picky()).run([request("small"), request("large", width=64)])
     assert list(bench.failures) == ["large"] and ("small", 0) in bench.results

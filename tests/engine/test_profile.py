@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from app.engine.profile import Profiles, caps_of, measure, saturation
+from app.engine.profile import Profiles, caps_of, measuring, saturation
 from app.engine.row import Key
 from tests.engine.fakes import FakeFamily, card
 
 KEY = Key("fake", 32, 32, 24)
+
+
+def measure(*given: Any, **options: Any) -> dict[int, float]:
+    """A whole measurement, one width after the other."""
+    *_, seconds = measuring(*given, **options)
+    return seconds
+
+
+def seconds_of(profiles: Profiles, family: FakeFamily, key: Key) -> dict[int, float]:
+    """What is known of the key, or a whole measurement of it."""
+    found = profiles.known(family, key)
+    while found is None:
+        found = profiles.advance(family, key)
+    return found
 
 
 class Device:
@@ -77,6 +92,13 @@ def test_a_width_that_does_not_fit_ends_the_measurement() -> None:
         measure(none, budget=600)
 
 
+def test_others_may_run_between_two_widths(tmp_path: Path) -> None:
+    family, profiles = FakeFamily(card()), Profiles(tmp_path)
+    assert profiles.known(family, KEY) is None and profiles.advance(family, KEY) is None
+    assert set(family.widths) == {1}, "one width a call"
+    assert profiles.advance(family, KEY) is None and set(family.widths) == {1, 2}
+
+
 def test_a_slow_device_is_measured_within_the_budget() -> None:
     device = Device(0.0, 2.0)
     measure(device.forward, budget=20, clock=device.clock)
@@ -96,34 +118,34 @@ def test_large_images_are_decoded_one_at_a_time() -> None:
 
 def test_a_profile_is_measured_once_and_read_again(tmp_path: Path) -> None:
     family = FakeFamily(card())
-    first = Profiles(tmp_path).seconds(family, KEY)
+    first = seconds_of(Profiles(tmp_path), family, KEY)
     forwards = len(family.widths)
     assert forwards > 0
-    assert Profiles(tmp_path).seconds(family, KEY) == first
+    assert seconds_of(Profiles(tmp_path), family, KEY) == first
     assert len(family.widths) == forwards
-    Profiles(tmp_path).seconds(family, Key("fake", 64, 32, 24))
+    seconds_of(Profiles(tmp_path), family, Key("fake", 64, 32, 24))
     assert len(family.widths) > forwards, "another shape is another profile"
 
 
 def test_a_size_near_a_measured_one_is_scaled_by_area(tmp_path: Path) -> None:
     family, profiles = FakeFamily(card()), Profiles(tmp_path)
-    first = profiles.seconds(family, Key("fake", 64, 64, 24))
+    first = seconds_of(profiles, family, Key("fake", 64, 64, 24))
     forwards = len(family.widths)
-    near = profiles.seconds(family, Key("fake", 64, 56, 12))
+    near = seconds_of(profiles, family, Key("fake", 64, 56, 12))
     assert near == {passes: pytest.approx(cost * 56 / 64) for passes, cost in first.items()}
     assert len(family.widths) == forwards
-    profiles.seconds(family, Key("fake", 32, 32, 24))
+    seconds_of(profiles, family, Key("fake", 32, 32, 24))
     assert len(family.widths) > forwards
 
 
 def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> None:
     family = FakeFamily(card())
-    Profiles(tmp_path).seconds(family, KEY)
+    seconds_of(Profiles(tmp_path), family, KEY)
     (file,) = (tmp_path / "profiles").iterdir()
     for damage in ("", "[]", "{}", '{"a": 1}', '{"1": null}', '{"1": 0}', '{"1": NaN}', '{"0": 1}', '{"-1": 1}'):
         file.write_text(damage)
-        assert min(Profiles(tmp_path).seconds(family, KEY)) == 1
+        assert min(seconds_of(Profiles(tmp_path), family, KEY)) == 1
         assert json.loads(file.read_text())
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert min(Profiles(blocked).seconds(family, KEY)) == 1
+    assert min(seconds_of(Profiles(blocked), family, KEY)) == 1

@@ -14,8 +14,9 @@ import torch
 from app.card import Card, read_cards
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
-from app.pool import building
-from app.pool.pool import RETRY_AFTER, Pool
+from app.pool import component
+from app.pool.books import RETRY_AFTER
+from app.pool.pool import Pool
 from app.report import ModelState
 from app.request import ClassLabel
 from tests.tiny import write_models
@@ -62,9 +63,14 @@ def until(done: Callable[[], Any]) -> None:
 
 
 def states_until(pool: Pool, model_id: str, state: str) -> list[ModelState]:
-    """All changes up to and including the one awaited."""
+    """All changes of state up to and including the one awaited."""
     seen: list[ModelState] = []
-    until(lambda: seen.extend(pool.poll()) or any(s.model == model_id and s.state == state for s in seen))
+
+    def there() -> bool:
+        seen.extend(change for change in pool.poll() if isinstance(change, ModelState))
+        return any(one.model == model_id and one.state == state for one in seen)
+
+    until(there)
     return seen
 
 
@@ -72,8 +78,8 @@ def load(pool: Pool, *model_ids: str) -> list[Family]:
     for model_id in model_ids:
         pool.want(model_id)
         states_until(pool, model_id, "ready")
-    leases = [pool.lease(model_id) for model_id in model_ids]
-    return [lease.model for lease in leases if lease]
+    families = [pool.family(model_id) for model_id in model_ids]
+    return [family for family in families if family]
 
 
 class Gate:
@@ -81,7 +87,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened, self.reads = threading.Event(), threading.Event(), [Path()]
-        real = building.read_state
+        real = component.read_state
 
         def read(folder: Path) -> Any:
             self.reads.append(folder)
@@ -89,20 +95,21 @@ class Gate:
             assert self.opened.wait(60)
             return real(folder)
 
-        monkeypatch.setattr(building, "read_state", read)
+        monkeypatch.setattr(component, "read_state", read)
 
 
 def test_a_load_is_told_step_by_step(pool: Pool) -> None:
-    assert pool.lease("tiny-dit") is None and pool.failure("tiny-dit") is None and pool.poll() == []
+    assert pool.lease("tiny-dit", "denoise") is None and pool.failure("tiny-dit") is None and pool.poll() == []
     pool.want("tiny-dit")
     loading, ready = states_until(pool, "tiny-dit", "ready")
     assert (loading.state, ready.state) == ("loading", "ready") and ready.seconds > 0
-    lease = pool.lease("tiny-dit")
+    lease = pool.lease("tiny-dit", "denoise")
     assert lease is not None and lease.model.card.id == "tiny-dit"
     network = lease.model.network  # type: ignore[attr-defined]
     assert ready.device_bytes > 4 * sum(weight.numel() for weight in network.parameters())
+    changes = pool.poll()
     pool.want("tiny-dit")
-    assert pool.poll() == []
+    assert pool.poll() == [] and not [change for change in changes if isinstance(change, ModelState)]
 
 
 def test_other_models_keep_stepping_while_one_loads(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +119,11 @@ def test_other_models_keep_stepping_while_one_loads(pool: Pool, monkeypatch: pyt
     assert gate.reached.wait(60)
     with torch.inference_mode():
         out, _ = dit.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), dit.encode([ClassLabel(0)], 0))
-    assert torch.isfinite(out).all() and pool.lease("tiny-sd3") is None
-    assert [state.state for state in pool.poll()] == ["loading"]
+    assert torch.isfinite(out).all() and pool.lease("tiny-sd3", "denoise") is None
+    assert [change.state for change in pool.poll() if isinstance(change, ModelState)] == ["loading"]
     gate.opened.set()
     states_until(pool, "tiny-sd3", "ready")
-    assert pool.lease("tiny-sd3") is not None
+    assert pool.lease("tiny-sd3", "denoise") is not None
 
 
 def test_fifty_wants_are_one_load(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,17 +156,18 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
     assert first.network is not third.network  # type: ignore[attr-defined]  # another arithmetic on the same weights
 
 
-def test_leases_count_on_every_component(pool: Pool) -> None:
+def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {key[0].name: component for key, component in pool._components.items()}
-    before = {name: component.leases for name, component in held.items()}
-    one, two = pool.lease("tiny-sd3"), pool.lease("tiny-sd3-no-t5")
-    assert one is not None and two is not None
-    assert held["vae"].leases - before["vae"] == 2
-    assert held["text_encoder_3"].leases - before["text_encoder_3"] == 1
-    for lease in (one, one, two):
+    held = {key[0].name: one for key, one in pool._books.store.components.items()}
+    leases = [
+        pool.lease(model_id, phase) for model_id in ("tiny-sd3", "tiny-sd3-no-t5") for phase in ("encode", "denoise")
+    ]
+    counts = {name: one.leases for name, one in held.items()}
+    assert counts["text_encoder"] == counts["transformer"] == 2 and counts["text_encoder_3"] == 1 and not counts["vae"]
+    for lease in (*leases, *leases):
+        assert lease is not None
         lease.release()
-    assert {name: component.leases for name, component in held.items()} == before
+    assert not any(one.leases for one in held.values())
 
 
 def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
@@ -173,10 +181,12 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     file.write_text(whole)
     error = pool.failure("tiny-dit")
     assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
-    assert error.__traceback__ is None and not pool._components, "what was loaded before it failed is let go"
+    assert error.__traceback__ is None and not pool._books.store.components, (
+        "what was loaded before it failed is let go"
+    )
     clock.now = RETRY_AFTER - 0.1
     pool.want("tiny-dit")
-    assert pool.poll() == [] and pool.failure("tiny-dit") is error and pool.lease("tiny-dit") is None
+    assert pool.poll() == [] and pool.failure("tiny-dit") is error and pool.lease("tiny-dit", "denoise") is None
     clock.now = RETRY_AFTER
     pool.want("tiny-dit")
     assert pool.failure("tiny-dit") is None
@@ -190,7 +200,7 @@ def test_the_pool_survives_what_nobody_foresaw(pool: Pool, monkeypatch: pytest.M
         raise next(errors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(building, "read_state", broken)
+        patch.setattr(component, "read_state", broken)
         for model_id in ("tiny-dit", "tiny-sd3"):
             pool.want(model_id)
             states_until(pool, model_id, "failed")
@@ -213,6 +223,8 @@ def test_a_vae_on_the_cpu_is_float32(cards: dict[str, Card]) -> None:
 
 
 def test_an_unknown_model(pool: Pool) -> None:
-    for ask in (pool.want, pool.lease, pool.failure):
+    for ask in (pool.want, pool.unload, pool.failure, pool.family, pool.fits):
         with pytest.raises(ModelNotFound):
             ask("nothing")
+    with pytest.raises(ModelNotFound):
+        pool.lease("nothing", "decode")

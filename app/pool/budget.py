@@ -1,0 +1,66 @@
+"""Budget: how many bytes weights may take, as the settings say it: "40GB", "512MiB", or a share, "80%".
+
+Knows nothing of models or of what is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from app.errors import SettingsError
+from app.settings import Settings
+
+_AMOUNT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[kmgt]?i?b?)\s*$", re.IGNORECASE)
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def parse_bytes(text: str, total: int, name: str) -> int:
+    """Bytes that `text` means where `total` are there. name: the setting's. Raises SettingsError."""
+    found = _AMOUNT.match(text)
+    if not found:
+        raise SettingsError(
+            f'INSTEP_{name.upper()}: "{text}" is neither bytes ("40GB") nor a share ("80%")', param=name
+        )
+    number, unit = float(found[1]), found[2].lower()
+    if unit == "%":
+        if number > 100:
+            raise SettingsError(f"INSTEP_{name.upper()}: {text} is over 100 %", param=name)
+        return int(total * number / 100)
+    power = " kmgt".index(unit[0]) if unit and unit[0] != "b" else 0
+    return int(number * (1024 if "i" in unit else 1000) ** power)
+
+
+def host_bytes(cgroup: Path = _CGROUP) -> int:
+    """Bytes of memory that this machine, or the container that we are in, has in all."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(physical, int(cgroup.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return physical
+
+
+def budgets(settings: Settings, device: torch.device, processes: int) -> tuple[int, int]:
+    """Bytes that weights may take of this device, and of host memory beside it.
+
+    processes: how many engine processes share the host's memory. Raises SettingsError.
+    """
+    host = host_bytes() // processes
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
+    return (
+        parse_bytes(settings.device_memory, total, "device_memory"),
+        parse_bytes(settings.host_memory, host, "host_memory"),
+    )
+
+
+def readable(count: int) -> str:
+    """Bytes in words: "1.50 GB"."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
