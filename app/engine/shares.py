@@ -17,7 +17,7 @@ DEBT = 4.0
 """Rounds that a tenant can owe. A row that only fills a forward which others leave room in is charged too; without
 a bound it would pay for hours of an idle device as soon as the others come."""
 
-LEAST = 0.01
+LEAST = 0.001
 """A weight below this counts as this."""
 
 

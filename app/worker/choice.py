@@ -1,34 +1,28 @@
 """Choice: which of the workers a new request goes to.
 
-Knows nothing of processes, and of a request only the model that it names.
+Knows nothing of processes, and of a request only the model that it names; whether it may enter is not asked here.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 
-from app.errors import NoWorker, Overloaded
+from app.errors import NoWorker
 from app.worker.keeper import Keeper
 
 Rank = tuple[bool, bool, float, bool]
 
 
 def choose(keepers: Sequence[Keeper], model: str, max_wait: float) -> Keeper:
-    """The live worker that will get to a request for this model first.
+    """The live worker that will get to a request for this model first, one with a queue under max_wait if there is any.
 
-    Raises NoWorker, or Overloaded when even there over max_wait seconds are queued; both with retry_after, seconds.
+    Raises NoWorker with retry_after, seconds.
     """
     live = [keeper for keeper in keepers if keeper.live]
     if not live:
         wait = min(keeper.back_in for keeper in keepers)
         raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
-    chosen = min(live, key=ranking(live, model, max_wait))
-    ahead = chosen.queued_seconds
-    if ahead > max_wait:
-        retry_after = min(120.0, max(1.0, ahead * random.uniform(0.8, 1.2)))
-        raise Overloaded(f"The queue is about {ahead:.0f} seconds long.", retry_after=retry_after)
-    return chosen
+    return min(live, key=ranking(live, model, max_wait))
 
 
 def ranking(live: Sequence[Keeper], model: str, max_wait: float) -> Callable[[Keeper], Rank]:

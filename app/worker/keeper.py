@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from app.errors import InstepError, NoWorker
-from app.report import ModelState, Report, State, Tick
+from app.report import ModelState, Report, Result, State, Tick
 from app.worker import wire
-from app.worker.jobs import Job, seconds_left
+from app.worker.backlog import Backlog
+from app.worker.costs import Costs
+from app.worker.jobs import Job
 from app.worker.link import Link
 
 FIRST_DELAY = 0.5
@@ -56,6 +58,8 @@ class Keeper:
     ) -> None:
         self.device = device
         self.jobs: dict[str, Job] = {}
+        self.backlog = Backlog(costs := Costs())
+        self._costs = costs
         self.states: dict[str, ModelState] = {}
         self._were_ready: set[str] = set()
         self.restarts = 0
@@ -88,13 +92,13 @@ class Keeper:
 
     @property
     def queued_seconds(self) -> float:
-        """Estimated device seconds of what this worker has not yet answered. A sum, not a counter: it cannot drift."""
-        return sum(seconds_left(job, self.states.get(job.request.model)) for job in self.jobs.values())
+        """Estimated device seconds of what this worker has not yet answered."""
+        return self.backlog.seconds
 
     @property
     def images(self) -> int:
         """Images not yet answered."""
-        return sum(job.images_left for job in self.jobs.values())
+        return self.backlog.images
 
     @property
     def running(self) -> int:
@@ -115,9 +119,22 @@ class Keeper:
         if self._link and self.live:
             self._link.send(order)
 
-    def drop(self, request_id: str) -> None:
+    def take(self, job: Job) -> None:
+        """This request goes here."""
+        self.jobs[job.request.id] = job
+        self.backlog.add(job.kind, job.images_left, job.request.weight)
+        self.send(wire.Submit(job.request))
+
+    def answer(self, job: Job, result: Result) -> None:
+        """One image of this request is done."""
+        if result.index not in job.results:
+            self.backlog.drop(job.kind, 1)
+        job.results[result.index] = result
+
+    def drop(self, job: Job) -> None:
         """This request is over. The last Tick told of rows that are no more once nothing is left."""
-        self.jobs.pop(request_id, None)
+        if self.jobs.pop(job.request.id, None) and job.images_left:
+            self.backlog.drop(job.kind, job.images_left)
         if not self.jobs:
             self._tick = None
 
@@ -188,11 +205,13 @@ class Keeper:
                 log.error("engine process on %s refuses: %s", self.device, error.message)
             case ModelState(model):
                 self.states[model] = merge(self.states.get(model), message)
+                self._costs.hear(message)
                 if message.state == "ready":
                     self._were_ready.add(model)
                 self._hear(self, message)
             case Tick():
                 self._tick = message
+                self._costs.hear(message)
                 self._hear(self, message)
             case _:
                 self._hear(self, message)

@@ -8,27 +8,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from app.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.report import Announce, Evicted, Failure, Memory, ModelState, Preview, Progress, Report, Result, Tick
 from app.request import Request
-from app.samplers.table import compile_table
 from app.settings import Settings
 from app.worker import plan, wire
+from app.worker.admission import Door
+from app.worker.backlog import kind_of
 from app.worker.choice import choose
-from app.worker.jobs import Deaths, Job, OnReport
+from app.worker.jobs import Deaths, Job, OnReport, Ticket
 from app.worker.keeper import Keeper, best
 
 WORKER = (sys.executable, "-m", "app.worker.process")
 _POISON = "The engine process died twice while it worked on this request; it is not tried again."
 
 log = logging.getLogger("instep.worker")
-
-
-def _ignore(report: Report) -> None:
-    """The default observer."""
 
 
 class Supervisor:
@@ -44,7 +42,7 @@ class Supervisor:
         settings: Settings,
         cards: dict[str, Card],
         *,
-        observe: Callable[[Report], None] = _ignore,
+        observe: Callable[[Report], None] = lambda report: None,
         command: Sequence[str] = WORKER,
     ) -> None:
         self._settings = settings
@@ -93,6 +91,13 @@ class Supervisor:
         """The same over all workers."""
         return sum(self.queues)
 
+    def tenants(self) -> dict[str, float]:
+        """The same by tenant, of those who have any."""
+        seconds: Counter[str] = Counter()
+        for keeper in self._keepers:
+            seconds.update(keeper.backlog.tenants())
+        return dict(seconds)
+
     @property
     def running(self) -> int:
         """Images in a batch now, as the workers last told; with `waiting`, every image not yet answered."""
@@ -134,11 +139,12 @@ class Supervisor:
             self._fail(job, ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
         await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
 
-    def submit(self, request: Request, on_report: OnReport | None = None) -> asyncio.Future[list[Result]]:
+    def submit(self, request: Request, on_report: OnReport | None = None, *, limit: float | None = None) -> Ticket:
         """Give the request to the live worker that will get to it first; its results come in image order.
 
-        Cancelling the future cancels the request at the next step boundary. Raises ShuttingDown, NoWorker,
-        Overloaded (both with retry_after, seconds), EngineError for a request that two deaths have in common,
+        limit: device seconds that its tenant may have queued, None for its share alone. Cancelling the future cancels
+        the request at the next step boundary. Raises ShuttingDown, NoWorker, Overloaded, RateLimited (all with
+        retry_after, seconds), DeadlineExceeded, EngineError for a request that two deaths have in common,
         ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's schedule does not have.
         """
         if self._closing:
@@ -147,12 +153,13 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
         if self._deaths.condemned(request):
             raise EngineError(_POISON)
-        lines = self._lines(request)
-        keeper = choose(self._keepers, request.model, self._settings.max_wait)
-        job = Job(request, asyncio.get_running_loop().create_future(), lines, on_report)
-        self._jobs[request.id] = keeper.jobs[request.id] = job
+        kind, max_wait = kind_of(request, self._card(request.model)), self._settings.max_wait
+        keeper = choose(self._keepers, request.model, max_wait)
+        door = Door([keeper.backlog for keeper in self._keepers if keeper.live], max_wait)
+        estimate = door.admit(request, kind, keeper.backlog, len(keeper.jobs), limit)
+        job = self._jobs[request.id] = Job(request, Ticket(estimate), kind, on_report)
         job.future.add_done_callback(lambda _: self._close(keeper, job))
-        keeper.send(wire.Submit(request))
+        keeper.take(job)
         return job.future
 
     def load(self, model_id: str) -> None:
@@ -172,15 +179,13 @@ class Supervisor:
             raise ModelNotFound(f'There is no model "{model_id}".', param="model")
         return self._cards[model_id]
 
-    def _lines(self, request: Request) -> int:
-        """Lines of the request's table: the engine compiles the same one, for the image's own number of tokens."""
-        return compile_table(self._card(request.model).schedule, request.sampler, request.steps, tokens=1).lines
-
     def _hear(self, keeper: Keeper, report: Report) -> None:
         """One report from a live worker. What is about a request that is no longer in flight is only observed."""
         match report:
             case Result() | Progress() | Preview():
-                self._deliver(keeper.jobs.get(report.request_id), report)
+                job = keeper.jobs.get(report.request_id)
+                if job and not job.future.done():
+                    self._deliver(keeper, job, report)
             case Failure():
                 job = keeper.jobs.get(report.request_id)
                 if job:
@@ -197,11 +202,9 @@ class Supervisor:
         except Exception:
             log.exception("the observer failed on %s", type(report).__name__)
 
-    def _deliver(self, job: Job | None, report: Result | Progress | Preview) -> None:
-        if job is None or job.future.done():
-            return
+    def _deliver(self, keeper: Keeper, job: Job, report: Result | Progress | Preview) -> None:
         if isinstance(report, Result):
-            job.results[report.index] = report
+            keeper.answer(job, report)
         try:
             if job.on_report:
                 job.on_report(report)
@@ -221,7 +224,7 @@ class Supervisor:
         Its exception is looked at here: where the client has left, nobody else does, and asyncio would log a traceback.
         """
         self._jobs.pop(job.request.id, None)
-        keeper.drop(job.request.id)
+        keeper.drop(job)
         if job.future.cancelled():
             keeper.send(wire.Cancel(job.request.id))
         else:

@@ -1,48 +1,12 @@
-"""What a request is estimated to cost, and which requests are remembered after a death."""
+"""Which requests are remembered after a death, and what is remembered of a model's states."""
 
-import asyncio
 from dataclasses import replace
 
-import pytest
-
-from app.report import ModelState, Result, Timings
+from app.report import ModelState
 from app.request import ClassLabel, ImageSpec, Prompt
-from app.worker.jobs import DEFAULT_RATE, Deaths, Job, rate, seconds_left
+from app.worker.jobs import Deaths
 from app.worker.keeper import best, merge
 from tests.worker.parts import request
-
-
-def job(lines: int = 4, **changes) -> Job:
-    loop = asyncio.new_event_loop()
-    try:
-        return Job(request(**changes), loop.create_future(), lines)
-    finally:
-        loop.close()
-
-
-def test_cost_counts_images_lines_and_passes():
-    state = ModelState("fake", "ready", rates={"32x32": 0.5})
-    assert seconds_left(job(), state) == 2.0
-    assert seconds_left(job(guided=True), state) == 4.0
-    assert seconds_left(job(seeds=(1, 2, 3)), state) == 6.0
-    assert seconds_left(job(7, steps=4), None) == 7 * DEFAULT_RATE
-
-
-def test_cost_shrinks_with_every_answer():
-    some = job(10, seeds=(1, 2))
-    state = ModelState("fake", "ready", rates={"32x32": 1.0})
-    for left, index in ((10.0, 1), (0.0, 0)):
-        some.results[index] = Result(some.request.id, index, 1, None, Timings(0, 0, 0, 0, 0, 0))
-        assert seconds_left(some, state) == left
-    assert [result.index for result in some.in_order()] == [0, 1]
-
-
-def test_rate_of_an_unmeasured_size_goes_by_area():
-    state = ModelState("fake", "ready", rates={"32x32": 1.0, "64x64": 5.0})
-    assert rate(state, 32, 32) == 1.0
-    assert rate(state, 48, 32) == pytest.approx(1.5)
-    assert rate(state, 128, 64) == pytest.approx(10.0)
-    assert rate(ModelState("fake", "loading"), 32, 32) == DEFAULT_RATE
 
 
 def test_two_deaths_condemn_and_a_success_clears():
@@ -59,7 +23,8 @@ def test_another_try_is_the_same_request():
     deaths, first = Deaths(), request("boom", seeds=(1, 2))
     for _ in range(2):
         deaths.record([first])
-    again = replace(first, id="new", deadline=9.0, images=tuple(replace(spec, seed=5) for spec in first.images))
+    images = tuple(replace(spec, seed=5) for spec in first.images)
+    again = replace(first, id="new", deadline=9.0, images=images, tenant="other key", weight=2.0)
     assert deaths.condemned(again)
     for other in (
         replace(first, steps=5),

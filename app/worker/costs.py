@@ -1,0 +1,62 @@
+"""Costs: what an image is estimated to cost, in seconds of one device, from measured rates and past work.
+
+Knows nothing of requests, queues or processes.
+"""
+
+from __future__ import annotations
+
+from app.card import parse_size
+from app.report import ModelState, Phase, Tick
+
+DEFAULT_RATE = 0.05
+"""Seconds a pass until a model has been measured: about SD3.5-large at 1024 px on one large GPU."""
+
+PACE = 0.1
+"""How far an average moves towards what was just measured."""
+
+OUTLIER = 4.0
+"""A measurement over so many times the average counts as that: the first decode after a load also loads."""
+
+
+class Costs:
+    """What one device takes. Kept when its process dies: the next one has the same device and the same files.
+
+    An encode and a decode count as one pass each until they have been seen.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, dict[str, float]] = {}
+        self._seen: dict[tuple[str, Phase, int, int], float] = {}
+
+    def hear(self, report: ModelState | Tick) -> None:
+        """Learn from a report of the engine. Forwards of the network teach nothing: their rate is measured."""
+        if isinstance(report, ModelState):
+            self._rates.setdefault(report.model, {}).update(report.rates)
+        elif report.phase != "denoise" and report.rows and report.width:
+            place = (report.model, report.phase, report.width, report.height)
+            known = self._seen.get(place, self.rate(report.model, report.width, report.height))
+            taken = min(report.seconds / report.rows, OUTLIER * known)
+            self._seen[place] = known + PACE * (taken - known)
+
+    def measured(self, model: str) -> bool:
+        """Whether the estimates for this model are more than a guess."""
+        return bool(self._rates.get(model))
+
+    def image(self, model: str, width: int, height: int, passes: int) -> float:
+        """Seconds of one image that goes through the network `passes` times."""
+        rate = self.rate(model, width, height)
+        around = (self._seen.get((model, phase, width, height), rate) for phase in ("encode", "decode"))
+        return passes * rate + sum(around)
+
+    def rate(self, model: str, width: int, height: int) -> float:
+        """Seconds a pass at width x height pixels: measured, or scaled by area from the nearest size, or a guess."""
+        rates = self._rates.get(model)
+        if not rates:
+            return DEFAULT_RATE
+        exact = rates.get(f"{width}x{height}")
+        if exact is not None:
+            return exact
+        pixels = width * height
+        areas = {w * h: seconds for (w, h), seconds in ((parse_size(size), s) for size, s in rates.items())}
+        nearest = min(areas, key=lambda area: abs(area - pixels))
+        return areas[nearest] * pixels / nearest

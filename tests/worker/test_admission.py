@@ -1,0 +1,120 @@
+"""The door: who may queue, by the seconds ahead, the key's share, its own limit, and the deadline."""
+
+import asyncio
+import math
+import time
+
+import pytest
+
+from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.worker.admission import Door, after
+from app.worker.backlog import Backlog
+from app.worker.jobs import Estimate
+from tests.worker.parts import request, run, serving, until
+from tests.worker.test_backlog import backlog, kind
+
+BOUND = 10.0
+
+
+def ask(books: Backlog, tenant: str = "", *, weight: float = 1.0, limit: float | None = None, **changes) -> Estimate:
+    """One image of a second at the door of one worker."""
+    asked = request(tenant=tenant, weight=weight, **changes)
+    return Door([books], BOUND).admit(asked, kind(tenant), books, 4, limit)
+
+
+def test_what_is_ahead_counts_and_the_requests_own_cost_does_not():
+    asked = request(tenant="a", seeds=range(500))
+    estimate = Door([backlog()], BOUND).admit(asked, kind("a"), backlog(), 0, None)
+    assert estimate == Estimate(0.0, 0, pytest.approx(500.0))
+    assert ask(backlog(a=(1.0, 10)), "a") == Estimate(pytest.approx(10.0), 4, pytest.approx(1.0))
+
+
+def test_alone_a_tenant_may_fill_the_queue_and_is_told_how_long_it_drains():
+    with pytest.raises(Overloaded) as refused:
+        ask(backlog(a=(1.0, 40)), "a")
+    assert 30.0 <= refused.value.retry_after <= 45.0
+
+
+def test_behind_a_full_queue_of_another_a_small_tenant_enters():
+    assert ask(backlog(flood=(1.0, 11)), "small").wait == 0.0
+
+
+def test_over_half_full_a_tenant_over_its_share_is_told_so():
+    with pytest.raises(RateLimited) as refused:
+        ask(backlog(flood=(1.0, 7), small=(1.0, 1)), "flood")
+    assert 2 * 7 - BOUND <= refused.value.retry_after <= 1.5 * (2 * 7 - BOUND)
+    ask(backlog(flood=(1.0, 7), small=(1.0, 1)), "small")
+    ask(backlog(flood=(3.0, 7), small=(1.0, 1)), "flood", weight=3.0)
+
+
+def test_under_half_full_nobody_is_over_a_share():
+    ask(backlog(flood=(0.1, 4), small=(1.0, 1)), "flood", weight=0.1)
+
+
+def test_a_keys_own_limit_holds_at_any_time():
+    with pytest.raises(RateLimited):
+        ask(backlog(a=(1.0, 3)), "a", limit=2.0)
+    ask(backlog(a=(1.0, 2)), "a", limit=2.0)
+
+
+def test_a_share_is_of_all_workers():
+    asked, books = request(tenant="a"), backlog(a=(1.0, 7), b=(1.0, 1))
+    with pytest.raises(RateLimited):
+        Door([books], BOUND).admit(asked, kind("a"), books, 0, None)
+    Door([books, backlog()], BOUND).admit(asked, kind("a"), books, 0, None)
+
+
+def test_a_deadline_that_even_an_idle_device_misses_is_not_tried_elsewhere():
+    with pytest.raises(DeadlineExceeded):
+        ask(backlog(), deadline=time.monotonic() + 0.5)
+    with pytest.raises(DeadlineExceeded):
+        ask(backlog(), deadline=time.monotonic() + 4.0, seeds=range(5))
+
+
+def test_a_deadline_that_the_queue_misses_may_be_met_elsewhere():
+    with pytest.raises(Overloaded) as refused:
+        ask(backlog(a=(1.0, 8)), "a", deadline=time.monotonic() + 5.0)
+    assert refused.value.retry_after >= 3.0
+    ask(backlog(a=(1.0, 8)), "a", deadline=time.monotonic() + 10.0)
+    ask(backlog(flood=(1.0, 8)), "small", deadline=time.monotonic() + 2.0)
+
+
+def test_a_short_request_is_not_refused_for_long_ones_that_let_it_pass():
+    books = backlog()
+    books.add(kind("a", passes=78), 1, 1.0)
+    ask(books, "a", deadline=time.monotonic() + 2.0)
+
+
+def test_a_deadline_is_not_judged_by_a_guess():
+    books = backlog()
+    unmeasured = kind()._replace(model="other", passes=10_000)
+    asked = request(model="other", deadline=time.monotonic() + 1.0)
+    assert Door([books], BOUND).admit(asked, unmeasured, books, 0, None).cost > 1.0
+
+
+def test_retry_after_is_spread_and_bounded():
+    told = [after(seconds) for seconds in (0.0, 0.5, 20.0, 1e9, math.inf) for _ in range(50)]
+    assert all(1.0 <= seconds <= 120.0 for seconds in told)
+    assert len({after(20.0) for _ in range(50)}) > 25
+
+
+def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
+    async def scenario():
+        async with serving(max_wait=0.05) as here:
+            supervisor = here.supervisor
+            await until(lambda: supervisor.ready)
+            flood = [supervisor.submit(request("!slow 60", steps=18, tenant="flood")) for _ in range(3)]
+            assert flood[-1].estimate == Estimate(pytest.approx(0.04), 2, pytest.approx(0.02))
+            small = supervisor.submit(request("!slow 60", tenant="small"))
+            assert small.estimate.wait == 0.0
+            assert supervisor.tenants() == pytest.approx({"flood": 0.06, "small": 0.006})
+            with pytest.raises(RateLimited):
+                supervisor.submit(request(tenant="flood"))
+            with pytest.raises(RateLimited):
+                supervisor.submit(request(tenant="small"), limit=0.001)
+            for future in (*flood, small):
+                future.cancel()
+            await asyncio.sleep(0)
+            assert supervisor.tenants() == {}
+
+    run(scenario)

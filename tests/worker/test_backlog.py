@@ -1,0 +1,72 @@
+"""The books of one worker in device seconds: whose, how long, what goes first; empty when all is answered."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.report import ModelState
+from app.worker.backlog import Backlog, Kind, kind_of
+from app.worker.costs import Costs
+from tests.worker.parts import CARDS, request
+
+
+def backlog(**tenants: tuple[float, int]) -> Backlog:
+    """Eight passes an image, one to encode and one to decode, a tenth of a second each. name=(weight, images)."""
+    costs = Costs()
+    costs.hear(ModelState("fake", "ready", rates={"32x32": 0.1}))
+    made = Backlog(costs)
+    for name, (weight, images) in tenants.items():
+        made.add(kind(name), images, weight)
+    return made
+
+
+def kind(tenant: str = "", passes: int = 8) -> Kind:
+    return Kind(tenant, "fake", 32, 32, passes)
+
+
+def test_a_kind_counts_lines_and_both_passes_of_a_guided_image():
+    assert kind_of(request(tenant="a"), CARDS["fake"]) == Kind("a", "fake", 32, 32, 4)
+    assert kind_of(request(guided=True), CARDS["fake"]).passes == 8
+    assert kind_of(request(sampler="flow_heun", steps=10), CARDS["fake"]).passes == 19
+
+
+def test_seconds_are_of_images_by_tenant():
+    books = backlog(a=(1.0, 3), b=(1.0, 2))
+    assert books.tenants() == pytest.approx({"a": 3.0, "b": 2.0})
+    assert (books.seconds, books.images) == (pytest.approx(5.0), 5)
+    books.drop(kind("a"), 2)
+    books.drop(kind("b"), 2)
+    assert books.tenants() == pytest.approx({"a": 1.0}) and books.weights == {"a": 1.0}
+
+
+def test_alone_the_wait_is_all_that_is_ahead():
+    books = backlog(a=(1.0, 7))
+    assert books.wait("a", 1.0, 7.0) == pytest.approx(7.0)
+
+
+def test_a_flood_of_another_tenant_makes_nobody_wait_for_all_of_it():
+    books = backlog(flood=(1.0, 1_000), small=(1.0, 3))
+    assert books.wait("new", 1.0, 0.0) == 0.0
+    assert books.wait("small", 1.0, 3.0) == pytest.approx(6.0)
+    assert books.wait("small", 3.0, 3.0) == pytest.approx(4.0)
+    assert books.wait("flood", 1.0, 1_000.0) == pytest.approx(1_003.0)
+
+
+def test_shorter_and_equal_images_of_the_same_tenant_go_first():
+    books = backlog(a=(1.0, 2), b=(1.0, 5))
+    books.add(kind("a", passes=98), 3, 1.0)
+    assert books.before(kind("a", passes=4)) == 0.0
+    assert books.before(kind("a")) == pytest.approx(2.0)
+    assert books.before(kind("a", passes=200)) == pytest.approx(2.0 + 3 * 10.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(1, 5)), max_size=30))
+def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]]):
+    books = backlog()
+    for name, passes, images in moves:
+        books.add(kind(name, passes), images, 2.0)
+    assert books.images == sum(images for _, _, images in moves)
+    assert books.seconds == pytest.approx(sum(books.image(kind("", passes)) * images for _, passes, images in moves))
+    for name, passes, images in sorted(moves):
+        books.drop(kind(name, passes), images)
+    assert (books.images, books.seconds, books.weights) == (0, 0, {})

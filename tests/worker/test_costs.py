@@ -1,0 +1,56 @@
+"""What an image is estimated to cost: measured rates, encode and decode as they come."""
+
+import pytest
+
+from app.report import ModelState, Tick
+from app.worker.costs import DEFAULT_RATE, OUTLIER, PACE, Costs
+
+
+def measured(**rates: float) -> Costs:
+    costs = Costs()
+    costs.hear(ModelState("fake", "ready", rates=rates))
+    return costs
+
+
+def tick(phase: str, seconds: float, rows: int = 1, size: int = 32) -> Tick:
+    return Tick("fake", phase, rows, rows, 0, 16, seconds, 1, 0, size, size)
+
+
+def test_an_image_is_its_passes_and_one_each_for_what_was_not_seen():
+    costs = measured(**{"32x32": 0.5})
+    assert costs.image("fake", 32, 32, 4) == pytest.approx((4 + 2) * 0.5)
+    assert costs.measured("fake") and not costs.measured("other")
+    assert costs.image("other", 32, 32, 10) == pytest.approx(12 * DEFAULT_RATE)
+
+
+def test_a_rate_of_an_unmeasured_size_goes_by_area():
+    costs = measured(**{"32x32": 1.0, "64x64": 5.0})
+    assert costs.rate("fake", 32, 32) == 1.0
+    assert costs.rate("fake", 48, 32) == pytest.approx(1.5)
+    assert costs.rate("fake", 128, 64) == pytest.approx(10.0)
+
+
+def test_rates_are_added_and_outlive_an_eviction():
+    costs = measured(**{"32x32": 1.0})
+    costs.hear(ModelState("fake", "absent"))
+    costs.hear(ModelState("fake", "ready", rates={"64x64": 4.0}))
+    assert (costs.rate("fake", 32, 32), costs.rate("fake", 64, 64)) == (1.0, 4.0)
+
+
+def test_encode_and_decode_are_learned_by_image_and_size():
+    costs = measured(**{"32x32": 1.0, "64x64": 1.0})
+    for _ in range(200):
+        costs.hear(tick("encode", 0.8, rows=4))
+        costs.hear(tick("decode", 3.0))
+        costs.hear(tick("denoise", 50.0))
+    assert costs.image("fake", 32, 32, 10) == pytest.approx(0.2 + 10 + 3.0, rel=1e-3)
+    assert costs.image("fake", 64, 64, 10) == pytest.approx(12.0)
+
+
+def test_one_slow_decode_moves_little_and_many_move_it_all_the_way():
+    costs = measured(**{"32x32": 1.0})
+    costs.hear(tick("decode", 1000.0))
+    assert costs.image("fake", 32, 32, 0) == pytest.approx(1.0 + 1.0 + PACE * (OUTLIER - 1))
+    for _ in range(200):
+        costs.hear(tick("decode", 1000.0))
+    assert costs.image("fake", 32, 32, 0) == pytest.approx(1001.0, rel=1e-3)
