@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from app.api.front import Front, Record
@@ -34,9 +34,13 @@ class Generation:
     started: float
 
     def submit(self, on_report: OnReport | None = None) -> asyncio.Future[list[Result]]:
-        """Hand the request to the engine. Raises Unavailable at once; cancelling the future cancels the request."""
+        """Hand the request to the engine; cancelling the future cancels the request.
+
+        Raises Unavailable, RateLimited and DeadlineExceeded at once.
+        """
         model, images = self.ask.request.model, len(self.ask.request.images)
-        future = self.front.supervisor.submit(self.ask.request, on_report)
+        future = self.front.supervisor.submit(self.ask.request, on_report, limit=self.record.key.queue)
+        self.ask = replace(self.ask, estimate=future.estimate)
         self.front.metrics.started(model, images)
         future.add_done_callback(lambda _: self.front.metrics.ended(model, images))
         return future

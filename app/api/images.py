@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 import uuid
 from typing import Any, cast
@@ -28,6 +29,8 @@ from app.report import Result
 
 router = APIRouter()
 
+_SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,16})?")
+
 
 @router.post("/v1/images/generations", **IMAGE_ROUTE)
 async def create_image(request: Request) -> Response:
@@ -44,7 +47,7 @@ async def create_image(request: Request) -> Response:
         card = front.registry.find(body.model)
         record.facts["model"] = model = card.id
         wanted = accepted_format(request)
-        asked = body.to_request(card, _engine_id(record))
+        asked = body.to_request(card, _engine_id(record), record.key, _patience(request))
         ask = Ask(body, card, asked, wanted or cast(Format, body.output_format or "png"), wanted is not None)
         record.facts |= {"seed": asked.images[0].seed, "steps": asked.steps, "images": len(asked.images)}
         _single(ask)
@@ -109,6 +112,13 @@ def _single(ask: Ask) -> None:
         raise InvalidValue(
             f'grid: {count} images as one image/{ask.format} take {{"columns": 1}} or more', param="grid"
         )
+
+
+def _patience(request: Request) -> float | None:
+    """Seconds that OpenAI's client waits for the reply, by the header it sends; None where that makes no sense."""
+    told = request.headers.getlist("x-stainless-read-timeout")
+    seconds = float(told[0]) if len(told) == 1 and _SECONDS.fullmatch(told[0]) else 0.0
+    return seconds if seconds > 0 else None
 
 
 def _engine_id(record: Record) -> str:

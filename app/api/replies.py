@@ -19,6 +19,7 @@ from app.card import Card
 from app.imaging import Format, encode_image, grid
 from app.report import Preview, Result
 from app.request import ClassLabel, Prompt, Request
+from app.worker.jobs import Estimate
 
 TOKEN = 16
 """Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
@@ -26,13 +27,14 @@ TOKEN = 16
 
 @dataclass(frozen=True)
 class Ask:
-    """A valid body with all that the server made of it."""
+    """A valid body with all that the server made of it. estimate: once it was accepted."""
 
     body: ImageBody
     card: Card
     request: Request
     format: Format
     raw: bool
+    estimate: Estimate | None = None
 
     @property
     def columns(self) -> int | None:
@@ -57,7 +59,7 @@ def json_reply(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
         created=int(time.time()),
         data=data,
         usage=usage(ask, len(results)),
-        timings=stages(results, seconds),
+        timings=stages(results, seconds, ask.estimate),
         warnings=warnings(ask, results) or None,
         **effective(ask, len(groups[0])),
     )
@@ -85,7 +87,7 @@ def completed_event(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
         b64_json=data,
         created_at=int(time.time()),
         usage=usage(ask, len(results)),
-        timings=stages(results, seconds),
+        timings=stages(results, seconds, ask.estimate),
         image_index=results[0].index if len(ask.request.images) > 1 and not ask.columns else None,
         warnings=warnings(ask, results) or None,
         **_item(ask, results[0]),
@@ -144,8 +146,8 @@ def usage(ask: Ask, images: int) -> Usage:
     return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
 
 
-def stages(results: Sequence[Result], image_encode: float) -> Stages:
-    """Where the time went, rounded to 10 microseconds."""
+def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | None = None) -> Stages:
+    """Where the time went, rounded to 10 microseconds, and what was expected."""
     timings = [result.timings for result in results]
     return Stages(
         queue=round(max(one.queue for one in timings), 5),
@@ -155,6 +157,9 @@ def stages(results: Sequence[Result], image_encode: float) -> Stages:
         image_encode=round(image_encode, 5),
         steps=max(one.steps for one in timings),
         shared=round(sum(one.shared for one in timings) / len(timings), 2),
+        cost=round(estimate.cost, 5) if estimate else None,
+        estimated_wait=round(estimate.wait, 5) if estimate else None,
+        queue_position=estimate.position if estimate else None,
     )
 
 

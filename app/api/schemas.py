@@ -17,6 +17,7 @@ from app.api.hints import did_you_mean
 from app.card import Card, Size, Sizes, parse_size
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
 from app.imaging import FORMATS
+from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 from app.samplers.table import valid_samplers
 
@@ -56,7 +57,9 @@ class ImageBody(BaseModel):
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
     max_sequence_length: Whole | None = Field(None, description="Text length in tokens that T5 is padded to")
-    priority: Whole | None = Field(None, description="Breaks ties among waiting requests; higher goes first")
+    priority: Whole | None = Field(
+        None, description="Breaks ties among waiting requests, up to what the key may; higher goes first"
+    )
     deadline: Real | None = Field(None, description="Seconds from now after which the image is of no use")
     grid: Grid | None = Field(None, description="Return all images as one sheet")
     quality: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
@@ -67,9 +70,10 @@ class ImageBody(BaseModel):
     safety_identifier: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
     complexity: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
 
-    def to_request(self, card: Card, request_id: str) -> Request:
+    def to_request(self, card: Card, request_id: str, key: ApiKey = NOBODY, patience: float | None = None) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
 
+        key: whose it is, with the highest priority that it may have. patience: seconds after which the client hangs up.
         Raises InvalidValue or Unsupported naming the field and its range.
         """
         self._served()
@@ -81,7 +85,7 @@ class ImageBody(BaseModel):
         # NOTE: drawn below 2**32, so that a JavaScript client, whose numbers end at 2**53, can send it back.
         first = secrets.randbelow(2**32) if seed is None else int(seed)
         previews = _within("partial_images", self.partial_images, 0, 3)
-        deadline = _within("deadline", self.deadline, 0.1, DEADLINE_LIMIT)
+        priority = int(_within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0)
         width, height = self._size(card)
         return Request(
             id=request_id,
@@ -94,9 +98,11 @@ class ImageBody(BaseModel):
             guided=guidance > 1,
             guidance=guidance,
             text_length=self._text_length(card),
-            priority=int(_within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0),
-            deadline=None if deadline is None else time.monotonic() + deadline,
+            priority=min(priority, key.priority),
+            deadline=self._deadline(patience),
             previews=int(previews or 0) if self.stream else 0,
+            tenant=key.name,
+            weight=key.weight,
         )
 
     def warnings(self, card: Card) -> list[str]:
@@ -104,6 +110,15 @@ class ImageBody(BaseModel):
         if draws_classes(card) and self.class_label is not None and self.prompt:
             return [f"prompt is ignored: {card.id} draws class_label"]
         return []
+
+    def _deadline(self, patience: float | None) -> float | None:
+        """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.
+
+        NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
+        """
+        asked = _within("deadline", self.deadline, 0.1, DEADLINE_LIMIT)
+        known = [seconds for seconds in (asked, None if self.stream else patience) if seconds is not None]
+        return time.monotonic() + min(known) if known else None
 
     def _served(self) -> None:
         """Fields whose bounds are the server's own, not a card's."""

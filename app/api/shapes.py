@@ -45,6 +45,9 @@ class Stages(BaseModel):
     image_encode: float
     steps: int
     shared: float
+    cost: float | None = Field(None, description="Device seconds of the whole request, as estimated when accepted")
+    estimated_wait: float | None = Field(None, description="Seconds until its turn, as estimated when accepted")
+    queue_position: int | None = Field(None, description="Requests on its device not yet answered when it was accepted")
 
 
 class Effective(BaseModel):

@@ -27,7 +27,7 @@ class EventStream(StreamingResponse):
     media_type = "text/event-stream"
 
     def __init__(self, generation: Generation) -> None:
-        """Raises Unavailable."""
+        """Raises Unavailable, RateLimited, DeadlineExceeded."""
         self._generation = generation
         self._news: asyncio.Queue[Preview | Progress | Result | None] = asyncio.Queue()
         self._future = generation.submit(self._news.put_nowait)

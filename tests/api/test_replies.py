@@ -13,6 +13,7 @@ from app.api.schemas import read_body
 from app.card import read_cards
 from app.report import Result, Timings
 from app.settings import Settings
+from app.worker.jobs import Estimate
 
 TIMINGS = Timings(queue=1.0, encode=0.2, denoise=3.0, decode=0.1, steps=4, shared=2.0)
 
@@ -37,6 +38,12 @@ def test_stages_are_those_of_the_slowest_image() -> None:
     told = stages([result(), slow], 0.012345678)
     assert (told.queue, told.denoise, told.decode, told.steps) == (1.0, 9.0, 0.1, 4)
     assert (told.shared, told.image_encode) == (2.5, 0.01235)
+
+
+def test_stages_have_what_was_expected_once_a_request_was_accepted() -> None:
+    told = stages([result()], 0.0, Estimate(wait=1.23456789, position=3, cost=0.5))
+    assert (told.estimated_wait, told.queue_position, told.cost) == (1.23457, 3, 0.5)
+    assert "cost" not in stages([result()], 0.0).model_dump(exclude_none=True)
 
 
 def test_usage_adds_up_over_images(registry: Registry) -> None:

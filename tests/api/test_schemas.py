@@ -10,6 +10,7 @@ import pytest
 from app.api.schemas import SEEDS, ImageBody, describe_sizes, read_body
 from app.card import Card, Sizes, read_cards
 from app.errors import InstepError, InvalidJSON, InvalidValue, UnknownField, Unsupported
+from app.keys import ApiKey
 from app.request import ClassLabel, Prompt, Request
 from tests.api.conftest import write_cards
 
@@ -52,6 +53,35 @@ def test_what_is_asked_is_taken(text: Card) -> None:
     assert (request.width, request.height, request.steps, request.guidance) == (64, 16, 7, 1.5)
     assert (request.sampler, request.text_length, request.priority, request.previews) == ("flow_heun", 8, 3, 2)
     assert request.deadline is not None and before + 59 < request.deadline < before + 62
+
+
+def test_whose_it_is_and_the_highest_priority_come_from_the_key(text: Card) -> None:
+    key = ApiKey("alice", weight=2.5, priority=-1)
+    request = read_body({"prompt": "a", "priority": 7}).to_request(text, "id", key)
+    assert (request.tenant, request.weight, request.priority) == ("alice", 2.5, -1)
+    assert read_body({"prompt": "a", "priority": -3}).to_request(text, "id", key).priority == -3
+
+
+@pytest.mark.parametrize(
+    ("fields", "patience", "seconds"),
+    [
+        ({"deadline": 60}, 20.0, 20),
+        ({"deadline": 60}, 100.0, 60),
+        ({}, 20.0, 20),
+        ({"stream": True}, 20.0, None),
+        ({"stream": True, "deadline": 60}, 20.0, 60),
+        ({}, None, None),
+    ],
+)
+def test_the_earlier_of_deadline_and_patience_holds(
+    text: Card, fields: dict[str, Any], patience: float | None, seconds: int | None
+) -> None:
+    before = time.monotonic()
+    deadline = read_body({"prompt": "a", **fields}).to_request(text, "id", patience=patience).deadline
+    if seconds is None:
+        assert deadline is None
+    else:
+        assert deadline is not None and before + seconds <= deadline < before + seconds + 5
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 1, 1.0])

@@ -56,6 +56,7 @@ def test_fields_on_the_wire(http: httpx.Client) -> None:
     shared = {"type", "b64_json", "background", "created_at", "output_format", "quality", "size"}
     assert partial[1].keys() >= shared | {"partial_image_index"}
     assert completed[1].keys() >= shared | {"usage", "seed", "timings"}
+    assert completed[1]["timings"].keys() >= {"cost", "estimated_wait", "queue_position"}
     assert (partial[0], completed[0]) == (partial[1]["type"], completed[1]["type"])
     assert "image_index" not in partial[1] and "image_index" not in completed[1]
 
