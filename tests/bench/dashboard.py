@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from PIL import Image
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
 
 from deploy.grafana import make
 from tests.deploy.stage import Stage, staged
@@ -47,7 +48,7 @@ Series = list[tuple[str, np.ndarray]]
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 180.0
     with tempfile.TemporaryDirectory() as folder, staged(Path(folder)) as stage:
-        death = threading.Timer(seconds * 0.75, kill_engine, [stage.pid])
+        death = threading.Timer(seconds * 0.6, kill_engine, [stage.pid])
         death.start()
         Traffic(stage.service).run(seconds)
         time.sleep(5)
@@ -73,8 +74,8 @@ def draw(stage: Stage) -> None:
         if panel["type"] == "row":
             figure.text(0.012, top - 0.8 / height, panel["title"], fontsize=13, weight="bold")
             continue
-        left, bottom = 0.045 + 0.95 * place["x"] / 24, top - (place["h"] - 1.7) / height
-        size = 0.95 * place["w"] / 24 - 0.045, (place["h"] - 2.7) / height
+        left, bottom = 0.045 + 0.95 * place["x"] / 24, top - (place["h"] - 2.2) / height
+        size = 0.95 * place["w"] / 24 - 0.045, (place["h"] - 3.4) / height
         axes = figure.add_axes((left, bottom, *size))
         axes.set_title(panel["title"], fontsize=9, loc="left")
         {"stat": stat, "timeseries": lines, "heatmap": heat}[panel["type"]](
@@ -132,7 +133,17 @@ def lines(axes: Axes, panel: dict[str, Any], series: Series, times: np.ndarray) 
         if step["value"] <= axes.get_ylim()[1]:
             axes.axhline(step["value"], color=COLOURS[step["color"]], linestyle="--", linewidth=0.8)
     finish(axes, defaults["unit"])
-    axes.legend(fontsize=6.5, ncols=max(1, min(4, len(series) // 2)), loc="upper left", framealpha=0.6, borderpad=0.3)
+    below(axes, [name for name, values in series if np.nan_to_num(values).any()] or [name for name, _ in series])
+
+
+def below(axes: Axes, names: Sequence[str], most: int = 10) -> None:
+    """The legend under the axes: what is not zero all the time, as much of it as there is room for."""
+    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    shown = [handles[name] for name in names[:most]]
+    words = [*names[: most - 1], f"{names[most - 1]}, ..."] if len(names) > most else names
+    columns = 5 if len(words) > 4 else max(1, len(words))
+    axes.legend(shown, words, fontsize=6.3, ncols=columns, loc="upper left", bbox_to_anchor=(-0.04, -0.13),
+                frameon=False, borderpad=0, handlelength=1, columnspacing=0.8, handletextpad=0.4)  # fmt: skip
 
 
 def heat(axes: Axes, panel: dict[str, Any], series: Series, times: np.ndarray) -> None:
@@ -140,13 +151,18 @@ def heat(axes: Axes, panel: dict[str, Any], series: Series, times: np.ndarray) -
     counts = np.diff(np.nan_to_num(np.stack([values for _, values in series])), axis=0, prepend=0)
     minutes = (times - times[0]) / 60
     axes.pcolormesh(minutes, np.arange(len(series)), np.sqrt(np.maximum(counts, 0)), cmap="Blues", shading="nearest")
+    finish(axes, "none")
     axes.set_yticks(np.arange(len(series)), [name for name, _ in series])
-    axes.tick_params(labelsize=7)
+    axes.grid(visible=False)
 
 
 def finish(axes: Axes, unit: str) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: told(value, unit)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    if unit == "bytes":
+        step = 2 ** math.ceil(math.log2(max(1.0, axes.get_ylim()[1] / 5)))
+        axes.yaxis.set_major_locator(MultipleLocator(step))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} min"))
     axes.tick_params(labelsize=7)
     axes.grid(color="#e4e4e4", linewidth=0.6)

@@ -34,7 +34,10 @@ ROOT = Path(__file__).parent.parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 TOOLS = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 SERVE = (sys.executable, "-c", "from app.cli import main; main()", "serve")
+SERVICE_LOG = "service.log"
 BROKEN = "broken-dit"
+MEMORY = "1200kB"
+"""DEVICE_MEMORY of the service: all models but a part or two, so that there are evictions."""
 WAIT = 3.0
 """MAX_WAIT of the service: short, so that a few long requests fill its queue."""
 
@@ -94,6 +97,7 @@ def staged(folder: Path, interval: str = "1s") -> Iterator[Stage]:
         service, pid = stack.enter_context(_service(folder))
         gpus = stack.enter_context(_played_gpus())
         prometheus = stack.enter_context(_prometheus(folder, service, gpus, interval))
+        eventually(lambda: httpx.get(f"{service}/readyz").status_code == 200, 100, (folder / SERVICE_LOG).read_text)
         stage = Stage(service, prometheus, gpus, pid, time.time())
         eventually(lambda: len(stage.series("up == 1")) >= 2, 30, lambda: json.dumps(stage.get("targets")))
         yield stage
@@ -131,14 +135,12 @@ def _service(folder: Path) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{free_port()}"
     settings = {
         "port": url.rpartition(":")[2], "models": folder / "models", "devices": "cpu", "cache": folder / "cache",
-        "max_wait": WAIT, "drain": 2, "log_level": "warning",
+        "device_memory": MEMORY, "max_wait": WAIT, "drain": 2, "log_level": "warning",
     }  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     unset = {name: value for name, value in os.environ.items() if not name.startswith("INSTEP_")}
-    log = folder / "service.log"
     assert set(settings) <= set(Settings.model_fields)
-    with _running([*SERVE, *flags], log, unset) as process:
-        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200, 100, log.read_text)
+    with _running([*SERVE, *flags], folder / SERVICE_LOG, unset) as process:
         yield url, process.pid
 
 

@@ -86,6 +86,13 @@ def test_failures_and_outcomes_by_reason(stage: Stage) -> None:
     assert loads >= {(BROKEN, "failed"), *((model, "ready") for model in MODELS)}
 
 
+def test_models_take_turns_in_the_memory_there_is(stage: Stage) -> None:
+    assert stage.series("instep_model_evictions_total > 0")
+    kinds = {one["metric"]["kind"]: one["values"] for one in stage.series("instep_device_memory_bytes")}
+    assert set(kinds) == {"weights", "slots", "parked", "budget"}
+    assert max(float(value) for _, value in kinds["weights"]) <= float(kinds["budget"][0][1])
+
+
 def test_a_panel_about_something_else_would_be_seen(stage: Stage) -> None:
     wrong = next(query for title, query in QUERIES if title == "Occupancy").replace("occupancy", "ocupancy")
     assert not stage.series(stage.expand(wrong))

@@ -66,16 +66,17 @@ class Traffic:
         return "completed" if "image_generation.completed" in reply.text else str(reply.status_code)
 
     def leave(self, http: httpx.Client, dice: random.Random) -> str:
+        time.sleep(0.5)
         return self._leaves(http, {**LONG, "n": 1}, dice.uniform(0.05, 0.3))
 
     def mistake(self, http: httpx.Client, dice: random.Random) -> str:
         body = dice.choice(list(MISTAKES.values()))
         reply = http.post(self.url, content=body) if isinstance(body, bytes) else http.post(self.url, json=body)
-        time.sleep(0.1)
+        time.sleep(0.5)
         return str(reply.status_code)
 
     def broken(self, http: httpx.Client, dice: random.Random) -> str:
-        time.sleep(0.5)
+        time.sleep(3)
         return str(http.post(self.url, json={"model": BROKEN, "class_label": 1}).status_code)
 
     def rush(self, clients: int = 6, patience: float = 3.0) -> None:
