@@ -180,3 +180,12 @@ def test_grid_places_row_by_row_and_leaves_black() -> None:
 
 def test_grid_is_never_wider_than_its_pictures() -> None:
     assert grid([np.zeros((2, 3, 3), np.uint8)] * 2, 9).shape == (2, 6, 3)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_where_there_are_no_files_in_memory_the_bytes_are_the_same(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = encode_image(picture(64, 64), format, None, FACTS)
+    monkeypatch.setattr("app.imaging.sys.platform", "darwin")
+    assert encode_image(picture(64, 64), format, None, FACTS) == here
