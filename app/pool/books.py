@@ -122,15 +122,18 @@ class Books:
             raise ModelNotFound(f'no model "{model_id}"', param="model") from None
 
     def want(self, model_id: str) -> None:
-        """Begin to load, if absent or failed long enough ago."""
+        """Begin to load, if absent or failed long enough ago; a model that has lost parts of it gets them back."""
         model = self.model(model_id)
         retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
+        robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
         if model.state == "absent" or retry:
             model.error, model.began = None, time.monotonic()
-            self._dropped.discard(model_id)
-            self._loads.append(model_id)
             self.change(model_id, "loading")
-            self.wake.notify()
+        elif not robbed or model_id in self._loads:
+            return
+        self._dropped.discard(model_id)
+        self._loads.append(model_id)
+        self.wake.notify()
 
     def unload(self, model_id: str) -> None:
         """Let go of the model as soon as nobody leases it."""

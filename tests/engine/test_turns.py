@@ -1,0 +1,101 @@
+"""Turns: models that do not fit together share the device in time, and none waits for ever."""
+
+from __future__ import annotations
+
+import itertools
+
+from app.engine.row import Key, Row
+from app.engine.turns import ALL, Standing, Turns
+from app.pool.books import Need
+from app.report import Phase
+from tests.engine.fakes import request
+
+IDLE = Standing([], [], set())
+
+
+class Shelf:
+    """A pool of which a test says what is on the device."""
+
+    def __init__(self, *here: str) -> None:
+        self.here, self.parts = set(here), set[tuple[str, Phase]]()
+        self.whole, self.blocked = True, False
+
+    def resident(self, model_id: str, phase: Phase) -> bool:
+        return model_id in self.here or (model_id, phase) in self.parts
+
+    def fits(self, model_id: str) -> bool:
+        return self.whole
+
+
+numbers = itertools.count()
+
+
+def row(model: str, arrived: float = 0.0) -> Row:
+    asked = request("r", model=model)
+    return Row(asked, 0, Key(model, 32, 32, 24), 8, arrived, next(numbers))
+
+
+def turns(shelf: Shelf, *rows: Row, measured: bool = True) -> Turns:
+    made = Turns(shelf, lambda row: measured)
+    for each in rows:
+        made.add(each)
+    return made
+
+
+def test_models_that_are_there_hold_nobody() -> None:
+    plan = turns(Shelf("a", "b"), row("a"), row("b")).plan(IDLE, 100.0)
+    assert plan == ([], {"a", "b"}, frozenset())
+
+
+def test_an_absent_model_is_needed_whole_and_the_oldest_first() -> None:
+    plan = turns(Shelf(), row("b"), row("a"), row("b")).plan(IDLE, 0.0)
+    assert plan.needs == [Need("b", ALL), Need("a", ALL)] and not plan.kept
+
+
+def test_one_part_at_a_time_where_they_do_not_fit_together() -> None:
+    shelf = Shelf()
+    shelf.whole = False
+    assert turns(shelf, row("a")).plan(IDLE, 0.0).needs == [Need("a", ("encode",))]
+    assert turns(shelf, row("a"), measured=False).plan(IDLE, 0.0).needs == [Need("a", ("denoise",))]
+    shelf.parts = {("a", "encode")}
+    assert turns(shelf, row("a")).plan(IDLE, 0.0).needs == []
+
+
+def test_rows_that_hold_memory_come_before_those_that_wait() -> None:
+    plan = turns(Shelf(), row("c")).plan(Standing(["b"], ["a", "a"], {"a"}), 0.0)
+    assert plan.needs == [Need("b", ("decode",), True), Need("a", ("denoise",), True), Need("c", ALL)]
+
+
+def test_the_running_model_keeps_the_device_for_one_image_or_one_load() -> None:
+    shelf = Shelf("a")
+    shelf.blocked = True
+    made = turns(shelf, row("a"), row("b", arrived=10.0))
+    made.served("a", 2.0)
+    made.loaded("b", 5.0)
+    assert made.plan(IDLE, 10.0).kept == {"a"}
+    assert made.plan(IDLE, 14.9).held == frozenset()
+    plan = made.plan(IDLE, 15.1)
+    assert plan.kept == frozenset() and plan.held == {"a"}
+    shelf.blocked = False
+    assert made.plan(IDLE, 15.2).held == frozenset(), "while the other loads, who runs may take new rows"
+
+
+def test_a_model_that_comes_in_has_its_own_time_first() -> None:
+    shelf = Shelf("a")
+    shelf.blocked = True
+    made = turns(shelf, row("a"), row("b"))
+    made.plan(IDLE, 0.0)
+    for model in ("a", "b"):
+        made.served(model, 2.0)
+    assert made.plan(IDLE, 2.1).held == {"a"}
+    shelf.here = {"b"}
+    plan = made.plan(IDLE, 3.0)
+    assert plan.kept == {"b"} and not plan.held and plan.needs == [Need("a", ALL)]
+    assert made.plan(IDLE, 5.1).held == {"b"}
+
+
+def test_rows_that_started_or_left_are_no_heads() -> None:
+    first, second = row("a"), row("a")
+    made = turns(Shelf(), first, second)
+    first.stage, second.stage = "started", "gone"
+    assert made.plan(IDLE, 0.0).needs == []

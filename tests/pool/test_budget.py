@@ -1,0 +1,54 @@
+"""Budgets: bytes as people write them, and the memory that a container may have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.errors import SettingsError
+from app.pool.budget import budgets, host_bytes, parse_bytes, readable
+from app.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("80%", 800), ("100 %", 1000), ("0.5%", 5), ("123", 123), ("1kB", 1000), ("1 KiB", 1024), ("2.5m", 2_500_000),
+        ("40GB", 40 * 10**9), ("24gib", 24 * 2**30), ("1t", 10**12), ("0", 0),
+    ],
+)  # fmt: skip
+def test_bytes_and_shares(text: str, count: int) -> None:
+    assert parse_bytes(text, 1000, "device_memory") == count
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "101%", "1e9", "12 apples", "GB", "1.2.3", "nan", "inf"])
+def test_what_is_neither(text: str) -> None:
+    with pytest.raises(SettingsError, match="INSTEP_HOST_MEMORY") as caught:
+        parse_bytes(text, 1000, "host_memory")
+    assert caught.value.param == "host_memory"
+
+
+def test_a_container_has_what_its_cgroup_says(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    physical = host_bytes(tmp_path / "memory.max")
+    assert physical == host_bytes(tmp_path / "nothing") > 2**28
+    (tmp_path / "memory.max").write_text("100000000\n")
+    assert host_bytes(tmp_path / "memory.max") == 100_000_000
+
+
+def test_processes_on_the_cpu_share_its_memory() -> None:
+    settings, cpu = Settings(device_memory="50%", host_memory="1MB"), torch.device("cpu")
+    alone, shared = budgets(settings, cpu, 1), budgets(settings, cpu, 2)
+    assert abs(alone[0] - 2 * shared[0]) <= 2 and alone[1] == shared[1] == 1_000_000
+    assert abs(alone[0] - host_bytes() // 2) <= 1
+
+
+def test_bytes_in_words() -> None:
+    assert [readable(count) for count in (7, 1500, 2_340_000, 16_100_000_000)] == [
+        "7 B",
+        "1.50 kB",
+        "2.34 MB",
+        "16.10 GB",
+    ]

@@ -1,0 +1,210 @@
+"""Models in too little memory: parts come and go, leases hold, and what can never fit is refused with the numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from app.card import Card, read_cards
+from app.errors import CheckpointError, DoesNotFit
+from app.pool.books import PHASES, Need
+from app.pool.pool import Pool
+from app.report import Evicted, Memory, ModelState
+from app.request import Prompt
+from tests.tiny import write_models
+
+ALL = ("tiny-dit", "tiny-sd3")
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Card]:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return read_cards(folder)
+
+
+@pytest.fixture(scope="module")
+def sizes(cards: dict[str, Card]) -> dict[str, dict[str, int]]:
+    """Bytes of each phase of the models in ALL, as the pool itself measures them without a budget."""
+    pool = Pool(cards, "cpu", torch.float32)
+    for model_id in ALL:
+        ready(pool, model_id)
+    models = pool._books.models
+    found = {m: {p: sum(one.bytes for one in models[m].components((p,))) for p in PHASES} for m in ALL}
+    pool.close()
+    return found
+
+
+@pytest.fixture
+def made(cards: dict[str, Card]) -> Iterator[Callable[..., Pool]]:
+    pools: list[Pool] = []
+
+    def make(budget: int, **options: Any) -> Pool:
+        pools.append(Pool(cards, "cpu", torch.float32, budget=budget, **options))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def until(done: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def ready(pool: Pool, model_id: str) -> None:
+    """Load the model; all of it where it fits."""
+    pool.want(model_id)
+    until(lambda: pool._books.models[model_id].state == "ready" and not pool._books._loads)
+
+
+def held_now(pool: Pool) -> int:
+    return sum(one.bytes for one in pool._books.store.components.values() if one.place == "device")
+
+
+def test_the_one_that_was_leased_longest_ago_leaves(
+    made: Callable[..., Pool], sizes: dict[str, dict[str, int]]
+) -> None:
+    both = sum(sum(sizes[model_id].values()) for model_id in ALL)
+    pool = made(both - 1)
+    ready(pool, "tiny-dit")
+    ready(pool, "tiny-sd3")
+    changes = pool.poll()
+    evicted = [change for change in changes if isinstance(change, Evicted)]
+    assert {change.model for change in evicted} >= {"tiny-dit"} and all(change.to == "away" for change in evicted)
+    assert held_now(pool) <= both - 1
+    memory = [change for change in changes if isinstance(change, Memory)][-1]
+    assert memory.bytes == {"weights": held_now(pool), "parked": 0, "budget": both - 1}
+
+
+def test_what_is_leased_is_never_evicted(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
+    largest = max(sum(size.values()) for size in sizes.values())
+    pool = made(largest)
+    ready(pool, "tiny-dit")
+    lease = pool.lease("tiny-dit", "denoise")
+    assert lease is not None
+    weight = lease.model.network.pos_embed.proj.weight  # type: ignore[attr-defined]
+    pool.want("tiny-sd3")
+    until(lambda: pool.family("tiny-sd3"))
+    time.sleep(0.1)
+    assert not pool.resident("tiny-sd3", "denoise") and not weight.is_meta
+    assert pool.resident("tiny-dit", "denoise")
+    lease.release()
+    until(lambda: pool.resident("tiny-sd3", "denoise"))
+    assert not pool.resident("tiny-dit", "denoise")
+    network = pool.family("tiny-dit").network  # type: ignore[union-attr]
+    assert all(weight.is_meta for weight in network.parameters()), "its memory is given back"
+
+
+def test_weights_that_come_back_are_the_same(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
+    pool = made(max(sum(size.values()) for size in sizes.values()))
+    ready(pool, "tiny-sd3")
+    family = pool.family("tiny-sd3")
+    assert family is not None
+    with torch.inference_mode():
+        before = family.encode([Prompt("red")], 24)
+        pixels = family.decode(torch.ones(1, *family.latent_shape(32, 32)))
+    ready(pool, "tiny-dit")
+    assert not pool.resident("tiny-sd3", "encode")
+    ready(pool, "tiny-sd3")
+    assert pool.family("tiny-sd3") is family
+    with torch.inference_mode():
+        after = family.encode([Prompt("red")], 24)
+        assert torch.equal(pixels, family.decode(torch.ones(1, *family.latent_shape(32, 32))))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_parts_that_fit_one_at_a_time(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
+    pool = made(max(sizes["tiny-sd3"].values()))
+    ready(pool, "tiny-sd3")
+    assert not pool.fits("tiny-sd3")
+    for phase in ("encode", "denoise", "decode", "encode"):
+        pool.need([Need("tiny-sd3", (phase,), urgent=True)])  # type: ignore[arg-type]
+        until(lambda phase=phase: pool.resident("tiny-sd3", phase))
+        pool.need([])
+    assert not pool.resident("tiny-sd3", "denoise")
+    assert not [change for change in pool.poll() if isinstance(change, ModelState) and change.state == "absent"]
+
+
+def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
+    made: Callable[..., Pool], sizes: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.pool.component.read_state", lambda folder: pytest.fail("not a byte moves"))
+    pool = made(max(sizes["tiny-sd3"].values()) - 1)
+    pool.want("tiny-sd3")
+    until(lambda: pool.failure("tiny-sd3"))
+    error = pool.failure("tiny-sd3")
+    assert isinstance(error, DoesNotFit) and "INSTEP_DEVICE_MEMORY" in error.message
+    assert error.message.count("MB") + error.message.count("kB") == 2
+
+
+def test_needs_are_met_in_order_and_one_at_a_time(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
+    pool = made(max(sizes["tiny-sd3"].values()))
+    ready(pool, "tiny-sd3")
+    needs = [Need("tiny-sd3", ("encode",), urgent=True), Need("tiny-sd3", ("decode",), urgent=True)]
+    pool.need(needs)
+    until(lambda: pool.resident("tiny-sd3", "encode"))
+    time.sleep(0.1)
+    assert not pool.resident("tiny-sd3", "decode"), "who waited first must be able to lease what came"
+    lease = pool.lease("tiny-sd3", "encode")
+    assert lease is not None
+    pool.need(needs[1:])
+    until(lambda: pool.blocked)
+    lease.release()
+    until(lambda: pool.resident("tiny-sd3", "decode"))
+    assert not pool.blocked
+
+
+def test_kept_models_are_spared_by_all_but_the_urgent(
+    made: Callable[..., Pool], sizes: dict[str, dict[str, int]]
+) -> None:
+    pool = made(max(sum(size.values()) for size in sizes.values()))
+    ready(pool, "tiny-dit")
+    pool.need([Need("tiny-sd3", ("encode", "denoise", "decode"))], ["tiny-dit"])
+    until(lambda: pool.blocked)
+    assert pool.resident("tiny-dit", "denoise")
+    pool.need([Need("tiny-sd3", ("encode", "denoise", "decode"))], [])
+    until(lambda: pool.resident("tiny-sd3", "denoise"))
+
+
+def test_unload_waits_for_leases_and_spares_what_others_use(made: Callable[..., Pool]) -> None:
+    pool = made(10**9)
+    for model_id in ("tiny-sd3", "tiny-sd3-turbo", "tiny-dit"):
+        ready(pool, model_id)
+    lease = pool.lease("tiny-dit", "denoise")
+    pool.unload("tiny-dit")
+    until(lambda: not pool.resident("tiny-dit", "decode"))
+    assert pool.resident("tiny-dit", "denoise") and lease is not None
+    lease.release()
+    until(lambda: pool._books.models["tiny-dit"].state == "absent")
+    pool.unload("tiny-sd3-turbo")
+    until(lambda: pool._books.models["tiny-sd3-turbo"].state == "absent")
+    assert pool.resident("tiny-sd3", "encode") and pool.resident("tiny-sd3", "denoise")
+    ready(pool, "tiny-dit")
+    ready(pool, "tiny-sd3-turbo")
+
+
+def test_files_that_change_while_a_model_is_away_fail_its_return(
+    made: Callable[..., Pool], cards: dict[str, Card]
+) -> None:
+    pool = made(10**9)
+    ready(pool, "tiny-sd3")
+    pool.unload("tiny-sd3")
+    until(lambda: not held_now(pool))
+    (file,) = (cards["tiny-sd3"].folder / "transformer").glob("*.safetensors")
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(whole[:-1])
+        pool.want("tiny-sd3")
+        until(lambda: pool.failure("tiny-sd3"))
+        assert isinstance(pool.failure("tiny-sd3"), CheckpointError) and not held_now(pool)
+    finally:
+        file.write_bytes(whole)
+    ready(pool, "tiny-dit")

@@ -1,0 +1,120 @@
+"""The store: what leaves so that others fit, and where it goes, with components that only count."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from app.pool.component import Component, Place
+from app.pool.store import Store
+
+
+class Counted:
+    """A component without weights. `moves` is what was done to it."""
+
+    def __init__(self, name: str, size: int, used: float, place: Place = "device", *, breaks: bool = False) -> None:
+        self.name, self.bytes, self.used, self.place, self.breaks = name, size, used, place, breaks
+        self.origin: Place = "away"
+        self.leases = 0
+        self.owners = {name}
+        self.moves: list[str] = []
+
+    def arrive(self) -> None:
+        self.moves.append(f"from {self.origin}")
+        if self.breaks:
+            raise OSError("the disk is gone")
+        self.origin = "device"
+
+    def settle(self) -> None:
+        self.place = "device" if self.origin == "device" else "away"
+
+    def park(self) -> None:
+        self.moves.append("park")
+
+    def leave(self) -> None:
+        self.moves.append("leave")
+
+
+def store(budget: int, host: int, *components: Counted) -> Store:
+    made = Store(budget, host, threading.Condition())
+    made.components = {(Path(one.name), torch.float32, ()): cast(Component, one) for one in components}
+    return made
+
+
+def names(found: list[Component] | None) -> list[str] | None:
+    return None if found is None else [cast(Any, one).name for one in found]
+
+
+def everything(one: Component) -> bool:
+    return True
+
+
+def nothing(one: Component) -> bool:
+    return False
+
+
+def test_the_longest_unused_leave_and_no_more_than_needed() -> None:
+    old, older, new = Counted("old", 30, 2), Counted("older", 30, 1), Counted("new", 30, 3)
+    fresh = Counted("fresh", 40, 0, "away")
+    shelf = store(100, 0, old, older, new, fresh)
+    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == ["older"]
+    fresh.bytes = 60
+    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == ["older", "old"]
+    fresh.bytes = 10
+    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == []
+
+
+def test_what_is_leased_kept_or_wanted_itself_stays() -> None:
+    leased, idle = Counted("leased", 50, 1), Counted("idle", 50, 2)
+    fresh = Counted("fresh", 50, 0, "away")
+    leased.leases = 1
+    shelf = store(100, 0, leased, idle, fresh)
+    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == ["idle"]
+    assert shelf.room_for([cast(Component, fresh)], everything) is None
+    assert shelf.room_for([cast(Component, fresh), cast(Component, idle)], nothing) is None
+
+
+def test_what_moves_counts_until_it_has_moved() -> None:
+    going, fresh = Counted("going", 60, 1), Counted("fresh", 60, 0, "away")
+    shelf = store(100, 0, going, fresh)
+    shelf.claim([], [cast(Component, going)])
+    assert going.place == "moving" and shelf.used == 60
+    assert shelf.room_for([cast(Component, fresh)], nothing) is None
+
+
+def test_host_memory_before_the_files_and_its_oldest_give_way() -> None:
+    a, b, c = Counted("a", 40, 1), Counted("b", 40, 2), Counted("c", 40, 3)
+    shelf = store(1000, 100, a, b, c)
+    for one in (a, b, c):
+        shelf.claim([], [cast(Component, one)])
+        assert shelf.put_aside(cast(Component, one)) == "host"
+    assert [one.place for one in (a, b, c)] == ["away", "host", "host"] and shelf.parked == 80
+    assert a.moves == ["park", "leave"] and b.moves == c.moves == ["park"]
+    whale = Counted("whale", 101, 4)
+    shelf.components[Path("whale"), torch.float32, ()] = cast(Component, whale)
+    assert shelf.put_aside(cast(Component, whale)) == "away" and whale.moves == ["leave"] and b.place == "host"
+
+
+def test_bringing_moves_out_then_in_and_says_where_to() -> None:
+    old, parked, filed = Counted("old", 50, 1), Counted("parked", 30, 0, "host"), Counted("filed", 20, 0, "away")
+    shelf = store(50, 100, old, parked, filed)
+    wanted, leaving = [cast(Component, parked), cast(Component, filed)], [cast(Component, old)]
+    shelf.claim(wanted, leaving)
+    left = shelf.bring(wanted, leaving)
+    assert [(cast(Any, one).name, place) for one, place in left] == [("old", "host")]
+    assert parked.moves == ["from host"] and filed.moves == ["from away"]
+    assert [one.place for one in (old, parked, filed)] == ["host", "device", "device"]
+
+
+def test_a_load_that_breaks_leaves_nothing_moving() -> None:
+    good, bad, later = Counted("g", 1, 0, "away"), Counted("b", 1, 0, "away", breaks=True), Counted("l", 1, 0, "away")
+    shelf = store(10, 0, good, bad, later)
+    wanted = [cast(Component, one) for one in (good, bad, later)]
+    shelf.claim(wanted, [])
+    with pytest.raises(OSError, match="the disk is gone"):
+        shelf.bring(wanted, [])
+    assert [one.place for one in (good, bad, later)] == ["device", "away", "away"] and shelf.used == 1
