@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -46,10 +47,12 @@ wire.send(sock, wire.Refusal(SettingsError("no such device")))
 class Served:
     """A server process and what it has logged."""
 
-    def __init__(self, settings: Settings, command: tuple[str, ...] = FAKE) -> None:
-        words = [sys.executable, "-c", CODE, settings.model_dump_json(), *command]
-        root = Path(main.__file__).parent.parent
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+    def __init__(self, settings: Settings, command: tuple[str, ...] = FAKE, **environment: str) -> None:
+        """environment: more of the settings, as INSTEP_ variables."""
+        words = [sys.executable, "-c", CODE, settings.model_dump_json(exclude_unset=True), *command]
+        root, pipe = Path(main.__file__).parent.parent, subprocess.PIPE
+        environment = {**os.environ, **environment}
+        self.process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, cwd=root, env=environment)
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

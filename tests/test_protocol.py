@@ -162,7 +162,7 @@ def test_a_request_may_have_so_many_headers(server: Server) -> None:
     ids=["megabyte", "path", "just over"],
 )
 def test_long_headers_get_431(server: Server, monkeypatch: pytest.MonkeyPatch, request_: bytes) -> None:
-    """The whole of it is sent, and more after the answer: nothing resets the connection, which would lose the answer."""
+    """The whole of it is sent, and more after the answer: no reset, which would lose the answer on its way."""
     monkeypatch.setattr(protocol, "LINGER", 20.0)
     with connect(server.url) as wire:
         wire.sendall(request_ + b"\r\n\r\n")

@@ -30,6 +30,9 @@ OTHER = {
 """For each setting that is not a switch a value that is not its default."""
 
 
+SECRET = "sk-0123456789abcdef"
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """What `main.serve` is called with, instead of serving."""
@@ -91,6 +94,16 @@ def test_a_port_in_use_is_one_line(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"port {port}: Address already in use" in one_line(run("serve", "--port", port))
+
+
+def test_no_key_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INSTEP_LOG_LEVEL", "debug")
+    monkeypatch.setenv("INSTEP_API_KEYS", f"alice={SECRET}")
+    monkeypatch.setenv("INSTEP_ADMIN_KEY", SECRET)
+    assert SECRET not in run("serve", "--help").output
+    assert one_line(run("serve")) == "api_keys: entry 1: the same key as that of admin"
+    said = one_line(run("serve", "--admin-key", f"{SECRET} {SECRET}"))
+    assert said.startswith("admin_key: ") and SECRET not in said
 
 
 def test_a_device_that_is_not_there_is_one_line(run: Run) -> None:
