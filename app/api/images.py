@@ -29,7 +29,7 @@ from app.report import Result
 
 router = APIRouter()
 
-_SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,16})?")
+_SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 
 
 @router.post("/v1/images/generations", **IMAGE_ROUTE)

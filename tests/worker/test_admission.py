@@ -10,6 +10,7 @@ from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.worker.admission import Door, after
 from app.worker.backlog import Backlog
 from app.worker.jobs import Estimate
+from tests.fake_worker import RATE
 from tests.worker.parts import request, run, serving, until
 from tests.worker.test_backlog import backlog, kind
 
@@ -100,18 +101,18 @@ def test_retry_after_is_spread_and_bounded():
 
 def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
     async def scenario():
-        async with serving(max_wait=0.05) as here:
+        async with serving(max_wait=50 * RATE) as here:
             supervisor = here.supervisor
             await until(lambda: supervisor.ready)
             flood = [supervisor.submit(request("!slow 60", steps=18, tenant="flood")) for _ in range(3)]
-            assert flood[-1].estimate == Estimate(pytest.approx(0.04), 2, pytest.approx(0.02))
+            assert flood[-1].estimate == Estimate(pytest.approx(40 * RATE), 2, pytest.approx(20 * RATE))
             small = supervisor.submit(request("!slow 60", tenant="small"))
             assert small.estimate.wait == 0.0
-            assert supervisor.tenants() == pytest.approx({"flood": 0.06, "small": 0.006})
+            assert supervisor.tenants() == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
             with pytest.raises(RateLimited):
                 supervisor.submit(request(tenant="flood"))
             with pytest.raises(RateLimited):
-                supervisor.submit(request(tenant="small"), limit=0.001)
+                supervisor.submit(request(tenant="small"), limit=RATE)
             for future in (*flood, small):
                 future.cancel()
             await asyncio.sleep(0)

@@ -14,7 +14,7 @@ from app.errors import (
 )
 from app.report import Failure, Preview, Progress, Result, Tick
 from app.request import ClassLabel, ImageSpec, Prompt
-from tests.fake_worker import colour
+from tests.fake_worker import RATE, colour
 from tests.worker.parts import PATIENCE, request, serving, until
 
 
@@ -140,7 +140,7 @@ def test_books_follow_the_images(play):
         supervisor = here.supervisor
         await until(lambda: supervisor.ready)
         future = supervisor.submit(request("!slow 0.5", seeds=(1, 2, 3), steps=10, guided=True))
-        assert supervisor.queued_seconds == pytest.approx(3 * (10 * 2 + 2) * 0.001)
+        assert supervisor.queued_seconds == pytest.approx(3 * (10 * 2 + 2) * RATE)
         assert (supervisor.running, supervisor.waiting) == (0, 3)
         await until(lambda: supervisor.running == 3)
         assert supervisor.waiting == 0
@@ -154,7 +154,7 @@ def test_books_count_both_halves_of_a_heun_step(play):
     async def scenario(here):
         await until(lambda: here.supervisor.ready)
         future = here.supervisor.submit(request("!slow 0.3", steps=10, sampler="flow_heun"))
-        assert here.supervisor.queued_seconds == pytest.approx((2 * 10 - 1 + 2) * 0.001)
+        assert here.supervisor.queued_seconds == pytest.approx((2 * 10 - 1 + 2) * RATE)
         await future
 
     play(scenario)

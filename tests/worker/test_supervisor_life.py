@@ -16,12 +16,13 @@ from app.errors import (
 from app.report import ModelState
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.fake_worker import RATE
 from tests.worker.parts import CARDS, PATIENCE, request, run, serving, until
 
 
 def test_overload_is_refused_by_the_wait_ahead():
     async def scenario():
-        async with serving(max_wait=0.05) as here:
+        async with serving(max_wait=50 * RATE) as here:
             await until(lambda: here.supervisor.ready)
             large = here.supervisor.submit(request("!slow 60", steps=60))
             with pytest.raises(Overloaded) as refused:
@@ -44,9 +45,9 @@ def test_two_workers_the_least_queued_gets_the_next():
             await asyncio.gather(*warm)
             slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 10, 10, 10, 10)]
             queues = sorted(supervisor.queues)
-            assert queues == pytest.approx([0.048, 0.052])
+            assert queues == pytest.approx([48 * RATE, 52 * RATE])
             slow.append(supervisor.submit(request("!slow 60", steps=10)))
-            assert sorted(supervisor.queues) == pytest.approx([0.052, 0.06])
+            assert sorted(supervisor.queues) == pytest.approx([52 * RATE, 60 * RATE])
             for future in slow:
                 future.cancel()
             await asyncio.sleep(0)
@@ -96,8 +97,8 @@ def test_a_queue_shorter_than_a_load_is_joined(monkeypatch):
         async with serving(devices="cpu,cpu", preload="") as here:
             supervisor = here.supervisor
             await supervisor.submit(request())
-            slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 500)]
-            assert supervisor.queues == pytest.approx([0.554, 0.0])
+            slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 5_000)]
+            assert supervisor.queues == pytest.approx([5_054 * RATE, 0.0])
             slow.append(supervisor.submit(request("!slow 60", steps=10)))
             assert supervisor.queues[1] > 0.0
             for future in slow:
@@ -111,11 +112,11 @@ def test_a_full_queue_is_left_for_a_load(monkeypatch):
     monkeypatch.setenv("INSTEP_FAKE_LOAD", "0.5")
 
     async def scenario():
-        async with serving(devices="cpu,cpu", preload="", max_wait=0.05) as here:
+        async with serving(devices="cpu,cpu", preload="", max_wait=50 * RATE) as here:
             supervisor = here.supervisor
             await supervisor.submit(request())
             slow = [supervisor.submit(request("!slow 60", steps=100)) for _ in range(2)]
-            assert supervisor.queues[0] == pytest.approx(0.102) and supervisor.queues[1] > 0.0
+            assert supervisor.queues[0] == pytest.approx(102 * RATE) and supervisor.queues[1] > 0.0
             for future in slow:
                 future.cancel()
             await asyncio.sleep(0)
@@ -129,7 +130,7 @@ def test_states_ready_and_load():
             await until(lambda: here.supervisor.ready)
             states = here.supervisor.states
             assert (states["fake"].state, states["other"].state) == ("ready", "absent")
-            assert states["fake"].rates == {"32x32": 0.001}
+            assert states["fake"].rates == {"32x32": RATE}
             here.supervisor.load("other")
             await until(lambda: here.supervisor.states["other"].state == "ready")
             with pytest.raises(ModelNotFound):
@@ -145,7 +146,7 @@ def test_a_preload_that_was_unloaded_leaves_the_server_ready_and_one_that_failed
             await until(lambda: supervisor.ready)
             supervisor.unload("other")
             await until(lambda: supervisor.states["other"].state == "absent")
-            assert supervisor.ready and supervisor.states["other"].rates == {"32x32": 0.001}
+            assert supervisor.ready and supervisor.states["other"].rates == {"32x32": RATE}
             with pytest.raises(ModelNotFound):
                 supervisor.unload("nobody")
             with pytest.raises(CheckpointError):
