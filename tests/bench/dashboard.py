@@ -141,7 +141,7 @@ def below(axes: Axes, names: Sequence[str], most: int = 10) -> None:
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = [handles[name] for name in names[:most]]
     words = [*names[: most - 1], f"{names[most - 1]}, ..."] if len(names) > most else names
-    columns = 5 if len(words) > 4 else max(1, len(words))
+    columns = max(1, min(len(words), 110 // (max(map(len, words)) + 5)))
     axes.legend(shown, words, fontsize=6.3, ncols=columns, loc="upper left", bbox_to_anchor=(-0.04, -0.13),
                 frameon=False, borderpad=0, handlelength=1, columnspacing=0.8, handletextpad=0.4)  # fmt: skip
 

@@ -192,10 +192,11 @@ def _played_gpus() -> Iterator[str]:
         def do_GET(self) -> None:
             lines = metrics.render(_NoWorkers()).decode().splitlines()
             text = "".join(f"{line}\n" for line in lines if "instep_gpu_" in line)
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain; version=0.0.4")
-            self.end_headers()
-            self.wfile.write(text.encode())
+            with suppress(ConnectionError):
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4")
+                self.end_headers()
+                self.wfile.write(text.encode())
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing."""

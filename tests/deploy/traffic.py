@@ -58,8 +58,11 @@ class Traffic:
                 time.sleep(dice.uniform(0.0, 0.2))
 
     def picture(self, http: httpx.Client, dice: random.Random) -> str:
-        accept = dice.choice(("application/json", "image/png", "image/webp"))
-        return str(http.post(self.url, json=self._body(dice), headers={"Accept": accept}).status_code)
+        body = self._body(dice)
+        accept = dice.choice(("application/json", "image/png", "image/webp")) if body["n"] == 1 else "application/json"
+        reply = http.post(self.url, json=body, headers={"Accept": accept})
+        time.sleep(min(2.0, float(reply.headers.get("Retry-After", 0))))
+        return str(reply.status_code)
 
     def picture_stream(self, http: httpx.Client, dice: random.Random) -> str:
         reply = http.post(self.url, json={**self._body(dice), "stream": True, "partial_images": 1})
