@@ -1,11 +1,10 @@
-"""No key, right or wrong, in anything that a server writes, wherever its clients put it; none in the engine's process."""
+"""No key, right or wrong, in anything that a server writes, wherever its clients put it; none in the engine."""
 
 from __future__ import annotations
 
 import json
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -103,5 +102,3 @@ def test_no_key_is_written_or_passed_on(served: Served) -> None:
     assert any(line["level"] == "debug" for line in logged)
     for key in (*KNOWN, WRONG):
         assert key not in written and key not in public and key.encode() not in passed
-        with suppress(ValueError):
-            raise AssertionError(written[written.index(key[:9]) - 200 :][:400])
