@@ -199,29 +199,33 @@ class Books:
     def _bring(self) -> Bring | None:
         """The first need that is not met, strictly in order: a later one would take the room that it waits for.
 
-        Loads that no row waits for come last. After a need is met nothing moves until the next `need`: whoever waited
-        must be able to lease what came before somebody else's need takes it away again.
+        Loads that no row waits for come last. After a need is met nothing moves until the next `need`, and what meets
+        one is spared by those after it: whoever waited must be able to lease what came before it is taken away again.
         """
         if not self._fresh:
             return None
+        met: set[int] = set()
         for need in self._needs:
             model = self.models[need.model]
             if model.state == "failed" or model.family is None:
                 continue
             phases = need.phases if model.brought.issuperset(PHASES) else model.first(self.store.budget)
             if model.state == "ready" and all(one.place == "device" for one in model.components(phases)):
+                met.update(id(one) for one in model.components(phases))
                 continue
-            job = self._plan(need.model, phases, () if need.urgent else self._kept)
+            job = self._plan(need.model, phases, () if need.urgent else self._kept, met)
             self._fresh = self.blocked = job is None
             return job
         self.blocked = False
-        loads = (self._plan(id_, self.models[id_].first(self.store.budget), self._kept) for id_ in self._loads)
+        loads = (self._plan(id_, self.models[id_].first(self.store.budget), self._kept, met) for id_ in self._loads)
         return next(loads, None)
 
-    def _plan(self, model_id: str, phases: tuple[Phase, ...], kept: Collection[str]) -> Bring | None:
+    def _plan(
+        self, model_id: str, phases: tuple[Phase, ...], kept: Collection[str], met: Collection[int] = ()
+    ) -> Bring | None:
         model, spared = self.models[model_id], set(kept) - {model_id}
         wanted = model.components(phases)
-        leaving = self.store.room_for(wanted, lambda one: not spared.isdisjoint(one.owners))
+        leaving = self.store.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.owners))
         if leaving is None:
             return None
         if model.state == "absent":

@@ -1,0 +1,158 @@
+"""Several models in less memory than they take: every request is answered, with the image that it has alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from app.card import Card, read_card, read_cards
+from app.pool.books import PHASES
+from app.pool.pool import Pool
+from app.report import Evicted, Memory
+from app.request import ClassLabel, ImageSpec, Prompt, Request
+from tests.engine.conftest import load_all
+from tests.engine.harness import Bench
+
+MODELS = ("tiny-dit", "tiny-sd3", "copy")
+
+
+@pytest.fixture(scope="module")
+def cards(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Card]:
+    """Three models that share nothing: the third has files of its own."""
+    cards = read_cards(tiny_models)
+    folder = tmp_path_factory.mktemp("other") / "copy"
+    shutil.copytree(tiny_models / "tiny-sd3", folder)
+    cards["copy"] = read_card(folder / "card.toml").model_copy(update={"id": "copy", "aliases": ()})
+    return {model: cards[model] for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def largest(cards: dict[str, Card]) -> tuple[int, int]:
+    """Bytes of the largest model, and of its largest phase."""
+    pool = load_all(Pool(cards, "cpu", torch.float32))
+    models = pool._books.models
+    whole = max(model.bytes for model in models.values())
+    phase = max(sum(one.bytes for one in model.components((p,))) for model in models.values() for p in PHASES)
+    pool.close()
+    return whole, phase
+
+
+def ask(model: str, number: int, guided: bool) -> Request:
+    condition = ClassLabel(number % 10) if model == "tiny-dit" else Prompt(f"red {number}")
+    sampler = "ddim" if model == "tiny-dit" else "flow_euler"
+    return Request(
+        id=f"{model}-{number}", model=model, images=(ImageSpec(condition, number),), width=32, height=32,
+        sampler=sampler, steps=3 + number % 5, guided=guided, guidance=4.0, text_length=24, keep_latents=True,
+    )  # fmt: skip
+
+
+def requests(count: int) -> list[Request]:
+    return [ask(MODELS[number % 3], number, number % 2 == 0) for number in range(count)]
+
+
+class Bounded(Bench):
+    """A bench that turns until every request is answered, also while models load."""
+
+    def answer(self, asked: list[Request], seconds: float = 100.0) -> Bounded:
+        for request in asked:
+            self.engine.submit(request)
+        self.wait(len(asked), seconds)
+        return self
+
+    def wait(self, count: int, seconds: float = 100.0) -> None:
+        deadline, before = time.monotonic() + seconds, len(self.results)
+        while len(self.results) - before < count:
+            assert not self.failures, self.failures
+            assert time.monotonic() < deadline, f"{len(self.results) - before} of {count} answered"
+            if not self.engine.tick():
+                time.sleep(0.002)
+
+
+@pytest.fixture
+def bound(cards: dict[str, Card]) -> Iterator[list[Pool]]:
+    pools: list[Pool] = []
+    yield pools
+    for pool in pools:
+        pool.close()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def plain(cards: dict[str, Card], asked: list[Request]) -> dict[tuple[str, int], np.ndarray]:
+    pool = load_all(Pool(cards, "cpu", torch.float32))
+    results = {key: one.pixels for key, one in Bench(pool).run(asked).results.items()}
+    pool.close()
+    return results
+
+
+def test_sixty_alternating_requests_for_three_models_in_the_memory_of_one(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
+) -> None:
+    """At 1.3 times the largest model: all answered, evictions told, weights within the budget, memory flat."""
+    budget = int(1.3 * largest[0])
+    bound.append(Pool(cards, "cpu", torch.float32, budget=budget))
+    bench = Bounded(bound[0])
+    asked = requests(60)
+    sizes = []
+    for start in range(0, 60, 3):  # three at a time, one for each model: every three are two evictions or more
+        bench.answer(asked[start : start + 3])
+        sizes.append(resident())
+    evictions = [report for report in bench.reports if isinstance(report, Evicted)]
+    assert len({report.model for report in evictions}) == 3 and len(evictions) >= 40
+    told = [report.bytes for report in bench.reports if isinstance(report, Memory)]
+    assert told and all(held.get("weights", 0) <= budget for held in told)
+    # If what left were kept, these ten rounds would keep some 25 times the largest model.
+    assert sizes[-1] - sizes[9] < 8 * largest[0]
+    expected = plain(cards, asked)
+    for key, pixels in expected.items():
+        assert np.abs(bench.results[key].pixels.astype(int) - pixels.astype(int)).max() <= 1, key
+
+
+def test_a_crowd_for_three_models_at_once(cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]) -> None:
+    """Nobody waits for ever: the models take turns while requests for each are there."""
+    bound.append(Pool(cards, "cpu", torch.float32, budget=largest[0]))
+    bench = Bounded(bound[0]).answer(requests(60))
+    done = [report.model for report in bench.reports if type(report).__name__ == "Tick" and report.phase == "decode"]  # type: ignore[attr-defined]
+    assert len([model for model, _ in itertools.groupby(done)]) >= 3
+    assert {key[0] for key in bench.results} == {request.id for request in requests(60)}
+
+
+def test_a_model_whose_parts_fit_one_at_a_time(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
+) -> None:
+    """Encoders, network and VAE come in turn, and the pictures are the same."""
+    bound.append(Pool(cards, "cpu", torch.float32, budget=largest[1]))
+    asked = [replace(ask("tiny-sd3", number, number % 2 == 0), previews=1) for number in range(12)]
+    bench = Bounded(bound[0]).answer(asked)
+    assert not bound[0].fits("tiny-sd3")
+    expected = plain(cards, asked)
+    for key, pixels in expected.items():
+        assert np.abs(bench.results[key].pixels.astype(int) - pixels.astype(int)).max() <= 1, key
+    moved = {report.part for report in bench.reports if isinstance(report, Evicted)}
+    assert {"transformer", "vae", "text_encoder"} <= moved
+
+
+def test_rows_keep_coming_to_a_model_in_parts_and_to_another(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
+) -> None:
+    bound.append(Pool(cards, "cpu", torch.float32, budget=largest[1]))
+    bench = Bounded(bound[0])
+    for start in range(0, 36, 6):
+        for request in requests(36)[start : start + 6]:
+            bench.engine.submit(request)
+        bench.turn(3)
+    bench.wait(36)
+    assert not bench.failures
