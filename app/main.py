@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +37,9 @@ ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
 LAST_ANSWERS = 5
 """Seconds, after the drain, in which the 503s to what did not finish may still go out."""
+
+OTHER_FILES = 256
+"""Open files besides the connections within the caps."""
 
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
@@ -81,6 +85,7 @@ def serve(settings: Settings) -> None:
     app = create_app(settings)
     settings = settings.without_secrets()
     forget_secrets()
+    make_room(settings.max_connections)
     listener = listen(settings.host, settings.port)
     # NOTE: uvicorn drains on a signal and then raises it again, which would end the process with a failure. By then
     # these handlers are back in place; before uvicorn takes over, they end the start just as quietly.
@@ -114,6 +119,15 @@ def forget_secrets() -> None:
     names = {f"{Settings.model_config.get('env_prefix')}{name}".upper() for name in SECRETS}
     for name in [name for name in os.environ if name.upper() in names]:
         del os.environ[name]
+
+
+def make_room(connections: int) -> None:
+    """Let this process hold so many connections, where the system lets it: it starts out with 1024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if resource.RLIM_INFINITY != soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

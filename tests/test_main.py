@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import resource
 import signal
 import socket
 import subprocess
@@ -168,6 +170,37 @@ def test_a_port_in_use_is_one_line(settings: Settings) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
             main.listen("127.0.0.1", port)
+
+
+def test_there_is_room_for_the_connections() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
+        for connections, files in ((100, 500), (300, 300 + main.OTHER_FILES), (0, 300 + main.OTHER_FILES)):
+            main.make_room(connections)
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (files, before[1])
+        main.make_room(2**40)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_keys_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("INSTEP_API_KEYS", "instep_admin_key", "INSTEP_API_KEYS_FILE", "INSTEP_PORT"):
+        monkeypatch.setenv(name, "1")
+    main.forget_secrets()
+    assert {name for name in os.environ if name.upper().startswith("INSTEP")} >= {"INSTEP_API_KEYS_FILE", "INSTEP_PORT"}
+    assert not {"INSTEP_API_KEYS", "instep_admin_key"} & set(os.environ)
+
+
+def test_the_engines_are_given_settings_without_keys(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Settings] = []
+    real = main.Supervisor
+    monkeypatch.setattr(main, "Supervisor", lambda settings, *a, **k: given.append(settings) or real(settings, *a, **k))
+    key = "sk-0123456789abcdef"
+    app = main.create_app(settings.model_copy(update={"api_keys": key, "admin_key": f"{key}2"}))
+    assert key not in pickle.dumps([given, app.state.front.settings, app.state.front.keys]).decode("latin-1")
+    assert len(given) == 1 and app.state.front.keys.find(key.encode()).name == "key-1"
 
 
 def test_an_address_that_is_not_ours() -> None:

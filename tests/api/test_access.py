@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.conftest import Server, generate
+from tests.api.conftest import ALICE, BOB, Server, bearer, generate
 
 
 def lines(caplog: pytest.LogCaptureFixture, count: int = 0) -> list[dict[str, Any]]:
@@ -58,9 +60,45 @@ def test_probes_are_quiet(http: httpx.Client, log: pytest.LogCaptureFixture) -> 
 
 def test_a_request_id_is_kept_when_it_is_safe(http: httpx.Client) -> None:
     assert http.get("/health", headers={"X-Request-ID": "abc-1.2_3"}).headers["x-request-id"] == "abc-1.2_3"
-    for given in ("a b", "x" * 65, "", 'a"b', "ä"):
+    for given in ("a b", "x" * 65, "", 'a"b', "ä", "a,b", "a%0d%0ab", "a/../b", "\u0430"):
         told = http.get("/health", headers={"X-Request-ID": given.encode()}).headers["x-request-id"]
         assert told != given and len(told) == 32
+
+
+@pytest.mark.parametrize(
+    "lines_",
+    [
+        b"X-Request-ID: one\r\nX-Request-ID: two\r\n",
+        b"X-Request-ID: one\r\n two\r\n",
+        b"X-Request-ID: one\xe4\r\n",
+        b"X-Request-ID: one\r\nx-request-id: one\r\n",
+    ],
+    ids=["two", "folded", "latin", "twice"],
+)
+def test_one_request_has_one_id(url: str, lines_: bytes) -> None:
+    """As raw bytes, which no client library would send."""
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, int(address.port or 0)), timeout=10) as wire:
+        wire.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + lines_ + b"\r\n")
+        head = wire.makefile("rb").read().partition(b"\r\n\r\n")[0].lower()
+    ids = re.findall(rb"^x-request-id: (.*?)\r?$", head, re.MULTILINE)
+    assert len(ids) == 1 and re.fullmatch(rb"[0-9a-f]{32}", ids[0])
+
+
+def test_a_key_is_no_request_id(closed: Server) -> None:
+    for given, key in ((ALICE, BOB), (BOB, BOB), (f"{BOB}.7", BOB), ("sk-not-known-4242", "sk-not-known-4242")):
+        headers = {"X-Request-ID": given, **bearer(key)}
+        assert len(httpx.get(f"{closed.url}/v1/models", headers=headers).headers["x-request-id"]) == 32
+    headers = {"X-Request-ID": "trace-1", **bearer("trace")}
+    assert httpx.get(f"{closed.url}/v1/models", headers=headers).headers["x-request-id"] == "trace-1"
+
+
+def test_a_path_is_logged_as_its_route(http: httpx.Client, log: pytest.LogCaptureFixture) -> None:
+    for path in ("/v1/models/tiny-text", "/v1/models/secret-name/classes?q=secret", "/secret"):
+        http.get(path)
+    told = [line["path"] for line in lines(log, 3)]
+    assert told == ["/v1/models/{model}", "/v1/models/{model}/classes", None]
+    assert "secret" not in str(log.records)
 
 
 def test_the_same_request_id_may_come_twice_at_once(http: httpx.Client, url: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from app.api.registry import Registry
 from app.card import read_cards
-from app.errors import CardError, ModelNotFound, SettingsError
+from app.errors import CardError, ModelNotAllowed, ModelNotFound, SettingsError
 from app.settings import Settings
 from tests.api.conftest import TEXT, write_cards
 
@@ -35,6 +35,21 @@ def test_an_unknown_name_is_answered_with_a_known_one(settings: Settings, name: 
         Registry(read_cards(settings.models), settings).find(name)
     assert caught.value.param == "model"
     assert len(caught.value.message) < 200
+
+
+def test_only_some_models(settings: Settings) -> None:
+    registry = Registry(read_cards(settings.models), settings)
+    view = registry.only(frozenset({"tiny-label"}))
+    assert list(view.cards) == ["tiny-label"]
+    assert view.find(None) is view.find("tiny-label") is view.default
+    for name in ("tiny-text", "gpt-image-1"):
+        with pytest.raises(ModelNotAllowed, match=f'"{name}"'):
+            view.find(name)
+        assert "tiny-text" not in view.missing(name).message.replace('no model "tiny-text"', "")
+    with pytest.raises(ModelNotFound, match=r"there are tiny-label$"):
+        view.find("other")
+    assert registry.only(frozenset(registry.cards)).default is registry.default
+    assert registry.find("gpt-image-1").id == "tiny-text"
 
 
 def test_no_cards(tmp_path: Path) -> None:

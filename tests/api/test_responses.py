@@ -70,6 +70,12 @@ def test_retry_after(seconds: float | None, header: str) -> None:
         (errors.Unsupported, 400, "unsupported_parameter"),
         (errors.InvalidJSON, 400, "invalid_json"),
         (errors.BodyTooLarge, 413, "body_too_large"),
+        (errors.HeadersTooLarge, 431, "headers_too_large"),
+        (errors.RequestTimeout, 408, "request_timeout"),
+        (errors.Unauthorized, 401, "invalid_api_key"),
+        (errors.Forbidden, 403, "not_allowed"),
+        (errors.ModelNotAllowed, 403, "model_not_allowed"),
+        (errors.RateLimited, 429, "rate_limit_exceeded"),
         (errors.ModelNotFound, 404, "model_not_found"),
         (errors.NoWorker, 503, "no_worker"),
         (errors.ShuttingDown, 503, "shutting_down"),
@@ -82,6 +88,11 @@ def test_retry_after(seconds: float | None, header: str) -> None:
 def test_statuses(kind: type[errors.InstepError], status: int, code: str) -> None:
     got, _, body = answer(kind("x"))
     assert (got, body["code"]) == (status, code)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_lacks_a_key_is_told_how_to_send_one(kind: type[errors.InstepError]) -> None:
+    assert answer(kind("x"))[1].get("www-authenticate") == ("Bearer" if kind is errors.Unauthorized else None)
 
 
 def test_a_lone_surrogate_in_an_error_is_escaped() -> None:
