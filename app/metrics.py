@@ -223,7 +223,8 @@ class Metrics:
             self._batch_rows.labels(tick.model).observe(tick.rows)
             self._batch_passes.labels(tick.model).observe(passes)
             if tick.cap:
-                self._occupancy.labels(tick.model).observe(passes / tick.cap)
+                # One guided image makes two passes, also where only one pays: such a forward is full, not more.
+                self._occupancy.labels(tick.model).observe(min(1.0, passes / tick.cap))
 
     def _plain(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"instep_{name}", text, labels, registry=self.registry)

@@ -104,6 +104,12 @@ def test_occupancy_is_of_the_passes_that_are_not_padding() -> None:
     assert seen["instep_batch_occupancy_ratio_bucket", "1.0", "a"] == 2
 
 
+def test_a_forward_is_never_more_than_full() -> None:
+    metrics = Metrics()
+    metrics.observe(tick(rows=1, passes=2, padding=0, cap=1))
+    assert read(metrics)["instep_batch_occupancy_ratio_sum", "a"] == 1
+
+
 def test_each_forward_that_ran_out_of_memory_is_counted_once() -> None:
     metrics = Metrics()
     assert read(metrics)["instep_oom_total", "a"] == 0
