@@ -6,6 +6,7 @@ Knows nothing of a running server (`test_prometheus.py`).
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,30 @@ def test_a_wrong_threshold_would_be_seen(tmp_path: Path) -> None:
     alerts.write_text(alerts.read_text(encoding="utf-8").replace("> 0.97", "> 0.99"), encoding="utf-8")
     words = [str(tool("promtool")), "test", "rules", str(tmp_path / "tests" / TESTS.name)]
     assert subprocess.run(words, capture_output=True, timeout=60).returncode != 0
+
+
+def fetch(path: Path, into: Path) -> list[str]:
+    """What deploy/prometheus/fetch says on a machine that has these programs and no others."""
+    for name in ("bash", "mktemp", "realpath", "rm"):
+        (path / name).symlink_to(str(shutil.which(name)))
+    words = [str(path / "bash"), str(PROMETHEUS / "fetch"), str(into)]
+    done = subprocess.run(words, env={"PATH": str(path)}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_without_apt_setup_says_so_in_a_line_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (line,) = fetch(tmp_path / "bin", tmp_path)
+    assert "no Prometheus" in line and "apt install prometheus" in line
+    assert not (tmp_path / "prometheus").exists()
+
+
+def test_what_is_on_path_is_not_fetched(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("prometheus", "promtool"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which("bash")))
+    assert fetch(tmp_path / "bin", tmp_path) == ["setup: Prometheus is on PATH"]
 
 
 def test_every_alert_is_in_the_unit_tests_and_in_the_table() -> None:
