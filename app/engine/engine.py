@@ -190,7 +190,7 @@ class Engine:
         self._turns.loaded(state.model, state.seconds)
         key = default_key(self._pool.cards[state.model])
         error = None
-        while not self._promises and error is None and self._runner.measurable(key):
+        while not self._promises and self._inbox.empty() and error is None and self._runner.measurable(key):
             self._announce("profile", FIRST_WORK)
             error = self._measure(key)
         return replace(state, state="failed", detail=error.message) if error else state

@@ -15,11 +15,13 @@ import torch
 from app.card import Card
 from app.errors import DoesNotFit, LoadError
 from app.families import FAMILIES
+from app.families.components import has_weights
 from app.pool.books import PHASES, Books, Bring, Build, Drop, Job
 from app.pool.budget import readable
 from app.pool.building import build_family, part_dtype
 from app.pool.component import Component
 from app.pool.layout import Part, read_parts
+from app.pool.weights import read_outline
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +67,13 @@ class Loader:
     def _build(self, model_id: str) -> None:
         """Everything but the weights: parts found, headers and configs checked, sizes known and compared."""
         card = self._cards[model_id]
-        parts = {part.name: self._component(card, part) for part in read_parts(card, self._cards)}
+        found = read_parts(card, self._cards)
+        # Networks before tokenizers, which take longest to read, so that files that lie are refused at once.
+        found.sort(key=lambda part: (not has_weights(part.class_name), part.name not in FAMILIES[card.family].required))
+        for part in found:
+            if has_weights(part.class_name):
+                read_outline(part.folder)
+        parts = {part.name: self._component(card, part) for part in found}
         family = build_family(card, {name: one.value for name, one in parts.items()}, self._device, self._dtype)
         with self._books.wake:
             model = self._books.models[model_id]

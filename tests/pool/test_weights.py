@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,9 +15,16 @@ from safetensors.torch import save_file
 
 from app.errors import CheckpointError
 from app.pool import weights
-from app.pool.weights import read_state
+from app.pool.weights import read_outline, read_state
 
+Read = Callable[[Path], dict[str, torch.Tensor]]
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "d": torch.tensor(3.5)}
+
+
+@pytest.fixture(params=[read_state, read_outline], ids=["state", "outline"])
+def read(request: pytest.FixtureRequest) -> Read:
+    """Both ways to read: what the headers can show is refused before a tensor is read."""
+    return cast(Read, request.param)
 
 
 def write_raw(file: Path, header: bytes, data: bytes = b"") -> Path:
@@ -64,17 +71,26 @@ def test_shards_before_a_single_file(tmp_path: Path) -> None:
     assert read.keys() == STATE.keys() and all(torch.equal(read[key], STATE[key]) for key in STATE)
 
 
-def test_every_truncation(tmp_path: Path) -> None:
+def test_an_outline_has_the_shapes_and_formats_and_no_data(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    outline = read_outline(tmp_path)
+    assert {key: (value.shape, value.dtype) for key, value in outline.items()} == {
+        key: (value.shape, value.dtype) for key, value in STATE.items()
+    }
+    assert all(value.is_meta for value in outline.values())
+
+
+def test_every_truncation(read: Read, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(STATE, file)
     whole = file.read_bytes()
     for length in range(len(whole)):
         file.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=re.escape(str(file))):
-            read_state(tmp_path)
+            read(tmp_path)
     file.write_bytes(whole + b"\0")
     with pytest.raises(CheckpointError, match="file not fully covered"):
-        read_state(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -96,10 +112,10 @@ def test_every_truncation(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_headers_that_lie(tmp_path: Path, header: Any, reason: str) -> None:
+def test_headers_that_lie(read: Read, tmp_path: Path, header: Any, reason: str) -> None:
     file = write_header(tmp_path / "model.safetensors", header, bytes(20))
     with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}.*{reason}"):
-        read_state(tmp_path)
+        read(tmp_path)
 
 
 ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -115,36 +131,36 @@ ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
     ],
     ids=["twice", "deep", "utf8", "open"],
 )
-def test_headers_that_are_no_headers(tmp_path: Path, header: bytes, reason: str) -> None:
+def test_headers_that_are_no_headers(read: Read, tmp_path: Path, header: bytes, reason: str) -> None:
     write_raw(tmp_path / "model.safetensors", header, bytes(4))
     with pytest.raises(CheckpointError, match=reason):
-        read_state(tmp_path)
+        read(tmp_path)
 
 
-def test_giant_headers_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_giant_headers_are_not_parsed(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[int] = []
     monkeypatch.setattr(weights.json, "loads", lambda raw, **_: parsed.append(len(raw)))
     file = tmp_path / "model.safetensors"
     many = b'{"data_offsets":[0,0],"dtype":"F32","shape":[0]}'
     write_raw(file, b"{" + b",".join(b'"%d":%b' % (i, many) for i in range(weights.TENSOR_LIMIT + 1)) + b"}")
     with pytest.raises(CheckpointError, match="over 20000 tensors"):
-        read_state(tmp_path)
+        read(tmp_path)
     write_raw(file, b'{"a":[' + b"{}," * (weights.COMMAS * weights.TENSOR_LIMIT) + b"1,1]}")
     with pytest.raises(CheckpointError, match="over 20000 tensors"):
-        read_state(tmp_path)
+        read(tmp_path)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", weights.HEADER_LIMIT + 1))
         stream.truncate(weights.HEADER_LIMIT + 9)
     with pytest.raises(CheckpointError, match="a header of 16777217 bytes"):
-        read_state(tmp_path)
+        read(tmp_path)
     assert not parsed
 
 
-def test_a_missing_shard(tmp_path: Path) -> None:
+def test_a_missing_shard(read: Read, tmp_path: Path) -> None:
     write_shards(tmp_path)
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-2\.safetensors: missing"):
-        read_state(tmp_path)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,24 +177,26 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     ],
     ids=range(8),
 )
-def test_an_index_that_does_not_agree(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], reason: str) -> None:
+def test_an_index_that_does_not_agree(
+    read: Read, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], reason: str
+) -> None:
     folder = tmp_path / "inside"
     folder.mkdir()
     save_file({"a": STATE["a"]}, tmp_path / "model-1.safetensors")
     edit_index(write_shards(folder), edit)
     with pytest.raises(CheckpointError, match=reason):
-        read_state(folder)
+        read(folder)
 
 
-def test_a_corrupt_index(tmp_path: Path) -> None:
+def test_a_corrupt_index(read: Read, tmp_path: Path) -> None:
     write_shards(tmp_path).write_text("{")
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
-        read_state(tmp_path)
+        read(tmp_path)
 
 
-def test_no_weights_and_pickles(tmp_path: Path) -> None:
+def test_no_weights_and_pickles(read: Read, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"missing$"):
-        read_state(tmp_path)
+        read(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match=r"only safetensors are loaded, not pytorch_model\.bin"):
-        read_state(tmp_path)
+        read(tmp_path)

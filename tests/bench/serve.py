@@ -1,0 +1,108 @@
+"""What serving adds: one request after the other through HTTP, against the same work in this process.
+
+    python -m tests.bench.serve [--rounds 12] [--model emoji-mmdit]
+
+Both engines are alive the whole time and take turns in the order A B B A. Ends in one JSON line. The bar: the served
+time less the encoding of its PNG is at most 5 % or 5 ms over the time in the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import httpx
+
+from app.api.schemas import read_body
+from app.card import Card, read_cards
+from app.cli.local import Local
+from app.report import Report, Result
+from app.settings import Settings
+
+BODY = {"prompt": "a red apple on a blue background", "seed": 7}
+
+
+def start(models: Path) -> tuple[subprocess.Popen[str], str]:
+    """A real server on a free port, once it is ready."""
+    instep = Path(sys.executable).with_name("instep")
+    command = [str(instep), "serve", "--port", "0", "--preload", "all", "--models", str(models)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    url = ""
+    while not url:
+        line = process.stderr.readline()
+        assert line, "the server ended before it listened"
+        found = re.search(r"http://[\d.:]+", line)
+        url = found[0] if found else ""
+    while httpx.get(f"{url}/readyz").status_code != 200:
+        time.sleep(0.2)
+    return process, url
+
+
+def served(client: httpx.Client, body: dict[str, object]) -> tuple[float, float]:
+    """Seconds from request to reply, and those of them that encoded the PNG."""
+    begin = time.perf_counter()
+    reply = client.post("/v1/images/generations", json=body).raise_for_status().json()
+    return time.perf_counter() - begin, reply["timings"]["image_encode"]
+
+
+def inside(local: Local, done: queue.SimpleQueue[float], card: Card, body: dict[str, object], number: int) -> float:
+    """Seconds from request to pixels."""
+    begin = time.perf_counter()
+    local.submit(read_body(body).to_request(card, f"inside-{number}"))
+    return done.get(timeout=60) - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--model", default="emoji-mmdit")
+    args = parser.parse_args()
+    models = Path("models")
+    cards, body = read_cards(models), {**BODY, "model": args.model}
+    done: queue.SimpleQueue[float] = queue.SimpleQueue()
+
+    def hear(report: Report) -> None:
+        if isinstance(report, Result):
+            done.put(time.perf_counter())
+
+    process, url = start(models)
+    times: dict[str, list[float]] = {"served": [], "encode": [], "inside": []}
+    try:
+        with (
+            Local(Settings(models=models), cards, listen=hear) as local,
+            httpx.Client(base_url=url, timeout=60) as http,
+        ):
+            for number in range(4 * args.rounds):
+                if number % 4 in (0, 3):
+                    total, encode = served(http, body)
+                    times["served"].append(total)
+                    times["encode"].append(encode)
+                else:
+                    times["inside"].append(inside(local, done, cards[args.model], body, number))
+    finally:
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(60)
+    medians = {name: round(1e3 * statistics.median(values[2:]), 2) for name, values in times.items()}
+    added = round(medians["served"] - medians["encode"] - medians["inside"], 2)
+    share = round(added / medians["inside"], 4)
+    print(
+        "   ".join(f"{name} {value:.1f} ms" for name, value in medians.items()),
+        f"  serving adds {added} ms, {share:.1%}",
+    )
+    facts = {"bench": "serve", "date": str(date.today()), **medians, "added_ms": added, "added_share": share}
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
