@@ -14,6 +14,9 @@ DEFAULT_RATE = 0.05
 PACE = 0.1
 """How far an average moves towards what was just measured."""
 
+FULL = 0.75
+"""Forwards of at least this part of the key's cap teach what a pass takes: a narrow one costs more a pass."""
+
 OUTLIER = 4.0
 """A measurement over so many times the average counts as that: the first decode after a load also loads."""
 
@@ -21,7 +24,8 @@ OUTLIER = 4.0
 class Costs:
     """What one device takes. Kept when its process dies: the next one has the same device and the same files.
 
-    An encode and a decode count as one pass each until they have been seen.
+    An encode and a decode count as one pass each until they have been seen. The engine tells the rate of an idle
+    device; what a shared or a hot one takes is learned from the full forwards, which is what a queue is made of.
     """
 
     def __init__(self) -> None:
@@ -29,14 +33,21 @@ class Costs:
         self._seen: dict[tuple[str, Phase, int, int], float] = {}
 
     def hear(self, report: ModelState | Tick) -> None:
-        """Learn from a report of the engine. Forwards of the network teach nothing: their rate is measured."""
+        """Learn from a report of the engine."""
         if isinstance(report, ModelState):
             self._rates.setdefault(report.model, {}).update(report.rates)
-        elif report.phase != "denoise" and report.rows and report.width:
+        elif report.phase == "denoise":
+            self._hear_forward(report)
+        elif report.rows and report.width:
             place = (report.model, report.phase, report.width, report.height)
             known = self._seen.get(place, self.rate(report.model, report.width, report.height))
-            taken = min(report.seconds / report.rows, OUTLIER * known)
-            self._seen[place] = known + PACE * (taken - known)
+            self._seen[place] = _nearer(known, report.seconds / report.rows)
+
+    def _hear_forward(self, tick: Tick) -> None:
+        size, passes = f"{tick.width}x{tick.height}", tick.passes - tick.padding
+        rates = self._rates.get(tick.model, {})
+        if size in rates and 0 < tick.cap * FULL <= passes:
+            rates[size] = _nearer(rates[size], tick.seconds / passes)
 
     def measured(self, model: str) -> bool:
         """Whether the estimates for this model are more than a guess."""
@@ -60,3 +71,7 @@ class Costs:
         areas = {w * h: seconds for (w, h), seconds in ((parse_size(size), s) for size, s in rates.items())}
         nearest = min(areas, key=lambda area: abs(area - pixels))
         return areas[nearest] * pixels / nearest
+
+
+def _nearer(known: float, taken: float) -> float:
+    return known + PACE * (min(taken, OUTLIER * known) - known)

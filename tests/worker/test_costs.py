@@ -42,9 +42,20 @@ def test_encode_and_decode_are_learned_by_image_and_size():
     for _ in range(200):
         costs.hear(tick("encode", 0.8, rows=4))
         costs.hear(tick("decode", 3.0))
-        costs.hear(tick("denoise", 50.0))
     assert costs.image("fake", 32, 32, 10) == pytest.approx(0.2 + 10 + 3.0, rel=1e-3)
     assert costs.image("fake", 64, 64, 10) == pytest.approx(12.0)
+
+
+def test_a_pass_is_learned_from_full_forwards_alone():
+    costs = measured(**{"32x32": 1.0})
+    for _ in range(200):
+        costs.hear(tick("denoise", 50.0, rows=11))
+        costs.hear(tick("denoise", 50.0, rows=16, size=64))
+    assert costs.rate("fake", 32, 32) == 1.0
+    for _ in range(200):
+        costs.hear(tick("denoise", 30.0, rows=12))
+    assert costs.rate("fake", 32, 32) == pytest.approx(2.5, rel=1e-3)
+    assert costs.rate("fake", 64, 32) == pytest.approx(5.0, rel=1e-3)
 
 
 def test_one_slow_decode_moves_little_and_many_move_it_all_the_way():
