@@ -52,7 +52,8 @@ DOORS: dict[str, str | tuple[str, ...]] = {
 FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.imaging")
 """The server's front process: neither these nor what they import may import torch."""
 
-TORCH_FREE = (*FRONT, "app.samplers", "app.engine.batcher", "app.card", "app.request", "app.report", "app.settings")
+PLAIN = ("app.card", "app.request", "app.report", "app.settings", "app.keys")
+TORCH_FREE = (*FRONT, *PLAIN, "app.samplers", "app.engine.batcher", "app.engine.turns")
 TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from app.errors import LoadError, ModelNotFound
 from app.families.base import Family
 from app.pool.component import Component, Place
+from app.pool.need import Need
 from app.pool.store import Store
 from app.report import Evicted, Memory, ModelState, Phase, State
 
@@ -23,15 +24,6 @@ PHASES: tuple[Phase, ...] = ("decode", "encode", "denoise")
 """The order of a first load: the VAE first, because the map of previews is made of it."""
 
 Change = ModelState | Evicted | Memory
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Parts of a model that rows wait for. urgent: these rows hold memory already, so nothing unleased is spared."""
-
-    model: str
-    phases: tuple[Phase, ...]
-    urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ import torch
 from app.card import Card
 from app.errors import LoadError
 from app.families.base import Family
-from app.pool.books import Books, Change, Need
+from app.pool.books import Books, Change
 from app.pool.component import Component
 from app.pool.loader import Loader
+from app.pool.need import Need
 from app.report import Phase
 
 

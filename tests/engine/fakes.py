@@ -11,7 +11,7 @@ import torch
 from app.card import Card
 from app.errors import LoadError
 from app.families.base import Conditions
-from app.pool.books import Need
+from app.pool.need import Need
 from app.report import ModelState, Phase
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 

@@ -11,7 +11,8 @@ import torch
 
 from app.card import Card, read_cards
 from app.errors import CheckpointError, DoesNotFit
-from app.pool.books import PHASES, Need
+from app.pool.books import PHASES
+from app.pool.need import Need
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import Prompt
