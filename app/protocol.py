@@ -6,6 +6,7 @@ Knows nothing of routes and error envelopes: what a refusal says is `refuse`'s.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
@@ -23,6 +24,8 @@ HEADERS = 100
 HEADER_BYTES = 32 * 1024
 """Bytes of a request's target and headers together."""
 
+_TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them."
+
 SLOWEST = 8 * 1024
 """Bytes a second that a client must take of its answer while it has not taken all."""
 
@@ -35,9 +38,15 @@ PROBES = (b"/healthz", b"/readyz")
 probes come from an address like any other's."""
 
 SPARE = 64
-"""Connections over the caps that are heard at all, GRACE seconds each; further ones are dropped without a word."""
+SPARE_EACH = 8
+"""Connections over the caps that are heard at all, of all addresses and of one, GRACE seconds each. Further ones are
+dropped without a word."""
 
 GRACE = 2.0
+
+_QUIET = logging.getLogger("instep.protocol")
+_QUIET.setLevel(logging.ERROR)
+"""For uvicorn, which warns of every request that is refused: the metrics count them, and a crowd could fill a disk."""
 
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body of a refusal."""
@@ -51,7 +60,7 @@ class Door:
         self.refuse = refuse
         self._caps = (settings.max_connections, settings.connections_per_address)
         self._inside: Counter[str] = Counter()
-        self._over = 0
+        self._over: Counter[str] = Counter()
 
     def protocol(self, **made: Any) -> Guarded:
         """One connection: for uvicorn, which calls this as it would a class."""
@@ -63,17 +72,15 @@ class Door:
         if all(now < most for most, now in pairs if most):
             self._inside[address] += 1
             return True
-        self._over += 1
-        return False if self._over <= SPARE else None
+        self._over[address] += 1
+        return False if self._over.total() <= SPARE and self._over[address] <= SPARE_EACH else None
 
     def leave(self, address: str, entered: bool | None) -> None:
         """The connection is gone. entered: what `enter` said of it."""
-        if not entered:
-            self._over -= 1
-        elif self._inside[address] > 1:
-            self._inside[address] -= 1
-        else:
-            del self._inside[address]
+        counts = self._inside if entered else self._over
+        counts[address] -= 1
+        if not counts[address]:
+            del counts[address]
 
 
 class _Parser(h11.Connection):
@@ -91,7 +98,7 @@ class _Parser(h11.Connection):
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-                self.fault = too_large()
+                self.fault = HeadersTooLarge(_TOO_LARGE)
             raise
         fault = self._check(event) if isinstance(event, h11.Request) else None
         if fault:
@@ -117,6 +124,7 @@ class Guarded(H11Protocol):
     def __init__(self, door: Door, **made: Any) -> None:
         super().__init__(**made)
         self.conn: _Parser = _Parser(self._fault, self._sending)
+        self.logger = _QUIET
         self._door = door
         self._address = ""
         self._entered: bool | None = True
@@ -130,10 +138,7 @@ class Guarded(H11Protocol):
         super().connection_made(transport)
         self._address = self.client[0] if self.client else ""
         self._entered = self._door.enter(self._address)
-        if self._entered is None:
-            transport.abort()
-        else:
-            self._start_clock()
+        transport.abort() if self._entered is None else self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the transport: the client is gone."""
@@ -171,7 +176,7 @@ class Guarded(H11Protocol):
     def _fault(self, request: h11.Request) -> InstepError | None:
         size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
         if len(request.headers) > HEADERS or size > HEADER_BYTES:
-            return too_large()
+            return HeadersTooLarge(_TOO_LARGE)
         if not self._entered and request.target not in PROBES:
             return Overloaded("Too many connections are open. Try again later.", retry_after=GRACE)
         return None
@@ -239,8 +244,3 @@ class Guarded(H11Protocol):
             self.transport.abort()
         else:
             self._watch_on(self._sent)
-
-
-def too_large() -> HeadersTooLarge:
-    """The one answer to too many headers, and to too long ones."""
-    return HeadersTooLarge(f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them.")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import repeat
-from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -19,9 +14,9 @@ from app import protocol
 from app.protocol import HEADERS, PROBES
 from app.settings import Settings
 from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
+from tests.wires import GET, answer, asked, connect, dripped, heard, refusal
 
 SECONDS = 0.5
-GET = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n"
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
 
 
@@ -38,59 +33,6 @@ def server(settings: Settings) -> Iterator[Server]:
     server.start()
     yield server
     server.stop()
-
-
-def connect(url: str, source: str = "127.0.0.1") -> socket.socket:
-    address = urlsplit(url)
-    return socket.create_connection((str(address.hostname), int(address.port or 0)), 20, (source, 0))
-
-
-def heard(wire: socket.socket) -> bytes:
-    """Everything until the server closes, which is no reset."""
-    return b"".join(iter(lambda: wire.recv(65536), b""))
-
-
-def dripped(wire: socket.socket, start: bytes, drops: Iterator[bytes]) -> bytes:
-    """What the server says to a client that goes on dripping until it is cut off."""
-    wire.sendall(start)
-    gone = threading.Event()
-
-    def drip() -> None:
-        with suppress(OSError):
-            while not gone.wait(SECONDS / 10):
-                wire.sendall(next(drops))
-
-    thread = threading.Thread(target=drip)
-    thread.start()
-    try:
-        return heard(wire)
-    finally:
-        gone.set()
-        thread.join()
-
-
-def asked(wire: socket.socket, request: bytes = GET) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON of one exchange; the connection stays."""
-    wire.sendall(request + b"\r\n")
-    return answer(wire)
-
-
-def answer(wire: socket.socket) -> tuple[int, dict[str, str], Any]:
-    with wire.makefile("rb") as file:
-        status = int(file.readline().split()[1])
-        lines = (line.decode().strip().split(": ", 1) for line in iter(file.readline, b"\r\n"))
-        headers = {name.lower(): value for name, value in lines}
-        return status, headers, json.loads(file.read(int(headers["content-length"])))
-
-
-def refusal(said: bytes) -> tuple[int, str]:
-    """Status and code of the one answer that these bytes are, whole and closing."""
-    head, _, body = said.partition(b"\r\n\r\n")
-    lines = head.decode().lower().split("\r\n")
-    assert "connection: close" in lines and f"content-length: {len(body)}" in lines
-    error = json.loads(body)["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return int(lines[0].split()[1]), error["code"]
 
 
 @pytest.fixture(autouse=True)
@@ -187,8 +129,11 @@ def test_a_broken_chunk_after_the_answer_began_is_cut_off(server: Server, caplog
     assert "Traceback" not in caplog.text
 
 
-def test_too_many_connections_get_503_and_probes_an_answer(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "SPARE", 1)
+@pytest.mark.parametrize("spare", ["SPARE", "SPARE_EACH"])
+def test_too_many_connections_get_503_and_probes_an_answer(
+    server: Server, monkeypatch: pytest.MonkeyPatch, spare: str
+) -> None:
+    monkeypatch.setattr(protocol, spare, 1)
     crowd = [connect(server.url) for _ in range(6)]
     try:
         assert [asked(wire)[0] for wire in crowd] == [200] * 6
@@ -217,6 +162,21 @@ def test_more_than_a_crowd_is_dropped_without_a_word(server: Server, monkeypatch
         assert [asked(wire)[0] for wire in crowd] == [200] * 6
         with connect(server.url) as wire:
             assert heard(wire) == b""
+    finally:
+        for wire in crowd:
+            wire.close()
+
+
+def test_a_crowd_from_one_address_leaves_room_for_probes_from_another(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "SPARE_EACH", 1)
+    crowd = [connect(server.url) for _ in range(7)]
+    try:
+        assert [asked(wire)[0] for wire in crowd[:6]] == [200] * 6
+        with connect(server.url) as wire, connect(server.url, "127.0.0.2") as probe:
+            assert heard(wire) == b""
+            assert asked(probe, b"GET /healthz HTTP/1.1\r\nHost: a\r\n")[0] == 200
     finally:
         for wire in crowd:
             wire.close()

@@ -13,8 +13,9 @@ import uvicorn
 from app.protocol import Door
 from app.settings import Settings
 from tests.api.conftest import eventually
-from tests.test_protocol import GET, SECONDS, connect, heard
+from tests.wires import GET, connect, heard
 
+SECONDS = 0.5
 PLENTY = 64 * 1024 * 1024
 
 

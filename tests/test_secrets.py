@@ -13,7 +13,7 @@ import pytest
 from app.settings import Settings
 from tests.api.conftest import bearer, eventually, write_cards
 from tests.test_main import Served
-from tests.test_protocol import connect
+from tests.wires import connect
 
 ALICE, BOB, ADMIN = ("sk-alice-4242424242", "sk-bob-5353535353", "sk-admin-6464646464")
 KNOWN = (ALICE, BOB, ADMIN)
