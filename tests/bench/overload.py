@@ -164,7 +164,7 @@ async def measure(url: str, named: bool, rate: float | None, options: argparse.N
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seconds", type=float, default=45.0, help="of arrivals in each of the four runs")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals in each of the four runs")
     parser.add_argument("--patience", type=float, default=8.0, help="seconds after which an image is of no use")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
