@@ -5,6 +5,8 @@ Knows nothing of images.
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -53,4 +55,7 @@ async def readyz(request: Request) -> dict[str, str]:
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     front = front_of(request)
-    return Response(front.metrics.render(front.supervisor), media_type=CONTENT_TYPE)
+    front.metrics.refresh(front.supervisor)
+    # Many models make many lines: off the event loop.
+    text = await asyncio.to_thread(front.metrics.text)
+    return Response(text, media_type=CONTENT_TYPE)

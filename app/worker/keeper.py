@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from app.errors import InstepError, NoWorker
-from app.report import ModelState, Report, Result, State, Tick
+from app.report import Memory, ModelState, Report, Result, State, Tick
 from app.worker import wire
 from app.worker.backlog import Backlog
 from app.worker.costs import Costs
@@ -61,6 +61,7 @@ class Keeper:
         self.backlog = Backlog(costs := Costs())
         self._costs = costs
         self.states: dict[str, ModelState] = {}
+        self.memory = Memory(device, {})
         self._were_ready: set[str] = set()
         self.restarts = 0
         self.back_in = 5.0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -31,6 +33,16 @@ def devices(text: str, dev: Path = Path("/dev")) -> list[str]:
     if not entries:
         raise SettingsError('INSTEP_DEVICES is empty; "auto" picks what is there', param="devices")
     return entries
+
+
+def named(devices: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, device) of each engine process: "cpu" alone is called so, of two the second is "cpu#1"."""
+    seen: Counter[str] = Counter()
+    names = []
+    for device in devices:
+        names.append((f"{device}#{seen[device]}" if seen[device] else device, device))
+        seen[device] += 1
+    return names
 
 
 def count_gpus(dev: Path = Path("/dev")) -> int:

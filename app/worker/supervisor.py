@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from app.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
-from app.report import Announce, Evicted, Failure, Memory, ModelState, Preview, Progress, Report, Result, Tick
+from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result
 from app.request import Request
 from app.settings import Settings
 from app.worker import plan, wire
@@ -53,8 +53,8 @@ class Supervisor:
         self._jobs: dict[str, Job] = {}
         self._closing = False
         self._keepers = [
-            Keeper(device, command, wire.Start(settings, cards, device), self._hear, self._bury)
-            for device in plan.devices(settings.devices)
+            Keeper(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
+            for name, device in plan.named(plan.devices(settings.devices))
         ]
 
     @property
@@ -190,10 +190,10 @@ class Supervisor:
                 job = keeper.jobs.get(report.request_id)
                 if job:
                     self._fail(job, report.error)
+            case Memory(bytes=held):
+                report = keeper.memory = Memory(keeper.device, held)
             case ModelState(model):
                 report = best(model, (other.states.get(model) for other in self._keepers))
-            case Tick() | Announce() | Evicted() | Memory():
-                pass
         self._tell(report)
 
     def _tell(self, report: Report) -> None:
@@ -242,6 +242,7 @@ class Supervisor:
             else:
                 message = "The engine process died while it worked on this request. Try again."
                 self._fail(job, NoWorker(message, retry_after=retry_after))
+        self._tell(Memory(keeper.device, dict.fromkeys(keeper.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", keeper.device, len(lost), reason)
         for model in keeper.forget():

@@ -75,3 +75,7 @@ def test_the_front_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert CARDS
+
+
+def test_processes_on_one_device_have_names_of_their_own() -> None:
+    assert plan.named(["cuda:0", "cpu", "cpu"]) == [("cuda:0", "cuda:0"), ("cpu", "cpu"), ("cpu#1", "cpu")]

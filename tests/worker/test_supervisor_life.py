@@ -13,7 +13,7 @@ from app.errors import (
     SettingsError,
     ShuttingDown,
 )
-from app.report import ModelState
+from app.report import Memory, ModelState, Report
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.fake_worker import RATE
@@ -216,3 +216,16 @@ def test_settings_that_make_no_sense():
     for wrong in ({"devices": "tpu"}, {"preload": "nobody", "devices": "cpu"}):
         with pytest.raises(SettingsError):
             Supervisor(Settings(**wrong), CARDS)
+
+
+def test_a_dead_worker_holds_no_memory():
+    told: list[Report] = []
+    supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, observe=told.append)
+    for keeper in supervisor._keepers:
+        supervisor._hear(keeper, Memory("cpu", {"weights": 5, "budget": 9}))
+    supervisor._bury(supervisor._keepers[1], "died")
+    assert [report for report in told if isinstance(report, Memory)] == [
+        Memory("cpu", {"weights": 5, "budget": 9}),
+        Memory("cpu#1", {"weights": 5, "budget": 9}),
+        Memory("cpu#1", {"weights": 0, "budget": 0}),
+    ]
