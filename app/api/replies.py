@@ -5,7 +5,6 @@ Knows nothing of requests in flight. Everything here is plain computing: it runs
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from app.api.schemas import ImageBody
 from app.api.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
+from app.api.splice import mark, spliced
 from app.card import Card
 from app.imaging import Format, encode_image, grid
 from app.report import Preview, Result
@@ -53,7 +53,8 @@ def json_reply(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
     """The whole JSON reply, and the seconds the encoding took."""
     started = time.perf_counter()
     groups = [results] if ask.columns else [[result] for result in results]
-    data = [Item(b64_json=_b64(_file(ask, group)), **_item(ask, group[0])) for group in groups]
+    files = [_file(ask, group) for group in groups]
+    data = [Item(b64_json=mark(place), **_item(ask, group[0])) for place, group in enumerate(groups)]
     seconds = time.perf_counter() - started
     reply = ImagesReply(
         created=int(time.time()),
@@ -63,28 +64,29 @@ def json_reply(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
         warnings=warnings(ask, results) or None,
         **effective(ask, len(groups[0])),
     )
-    return reply.model_dump_json(exclude_none=True).encode(), seconds
+    return spliced(reply, files), seconds
 
 
 def partial_event(ask: Ask, preview: Preview) -> bytes:
     """A preview as a server-sent event. It carries no facts: it is not the image that they make."""
+    file = encode_image(preview.pixels, ask.format, ask.body.output_compression, {})
     event = PartialEvent(
-        b64_json=_b64(encode_image(preview.pixels, ask.format, ask.body.output_compression, {})),
+        b64_json=mark(0),
         created_at=int(time.time()),
         partial_image_index=preview.partial,
         image_index=preview.index if len(ask.request.images) > 1 else None,
         **effective(ask, 1),
     )
-    return sse(event)
+    return sse(event, file)
 
 
 def completed_event(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
     """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
     started = time.perf_counter()
-    data = _b64(_file(ask, results))
+    file = _file(ask, results)
     seconds = time.perf_counter() - started
     event = CompletedEvent(
-        b64_json=data,
+        b64_json=mark(0),
         created_at=int(time.time()),
         usage=usage(ask, len(results)),
         timings=stages(results, seconds, ask.estimate),
@@ -93,12 +95,12 @@ def completed_event(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
         **_item(ask, results[0]),
         **effective(ask, len(results)),
     )
-    return sse(event), seconds
+    return sse(event, file), seconds
 
 
-def sse(event: PartialEvent | CompletedEvent) -> bytes:
-    """One server-sent event; JSON has no newlines, so one data line holds it."""
-    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n".encode()
+def sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
+    """One server-sent event with its file; JSON has no newlines, so one data line holds it."""
+    return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
 
 
 def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
@@ -186,7 +188,3 @@ def _item(ask: Ask, result: Result) -> dict[str, Any]:
 
 def _one_or_list(values: list[Any]) -> object:
     return values[0] if len(set(values)) == 1 else values
-
-
-def _b64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
