@@ -100,6 +100,8 @@ def refuses(url: str) -> bool:
         httpx.get(f"{url}/health")
     except httpx.ConnectError:
         return True
+    except (httpx.NetworkError, httpx.RemoteProtocolError):  # it came in the moment in which the socket was closed
+        return False
     return False
 
 

@@ -116,7 +116,7 @@ def test_what_nobody_caught_is_a_fixed_500(
     def broken(*_: object) -> bytes:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(server.metrics, "render", broken)
+    monkeypatch.setattr(server.metrics, "text", broken)
     reply = http.get("/metrics")
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in reply.text and reply.headers["x-request-id"]
