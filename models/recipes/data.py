@@ -161,6 +161,13 @@ def draw_scene(rng: np.random.Generator, subjects: list[Subject], every_pair: bo
     return Scene(index, colour, named, small, place, int(rng.integers(2)), bool(rng.integers(2)), side, x, y)
 
 
+def plain_scene(rng: np.random.Generator, index: int) -> Scene:
+    """A scene that says only its subject: white, middle, full size; drawing, mirroring, scale and place vary."""
+    side = round(SIZE * rng.uniform(0.8, 1.0))
+    x, y = position(rng, side, None)
+    return Scene(index, "white", False, False, None, int(rng.integers(2)), bool(rng.integers(2)), side, x, y)
+
+
 def position(rng: np.random.Generator, side: int, place: str | None) -> tuple[int, int]:
     """The upper left corner of a square of `side` pixels: near the named edge, or about the middle."""
     room = SIZE - side

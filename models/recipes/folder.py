@@ -1,4 +1,7 @@
-"""A trained MMDiT as a diffusers folder: weights in bf16, scheduler, index; tokenizers and VAE are there already."""
+"""Trained networks as diffusers folders: weights in bf16, scheduler, index, and the subjects that were learned.
+
+Knows nothing about training. Tokenizers and the VAE are there already, or are named by the card.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from data import Subject
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -16,11 +20,32 @@ def export(model: nn.Module, encoders: Iterable[nn.Module], out: Path, shift: fl
     names = {"transformer": "SD3Transformer2DModel", "text_encoder": "CLIPTextModelWithProjection"}
     names |= {"text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel"}
     for name, module in zip(names, [model, *encoders], strict=True):
-        kept = {key: value.detach().clone() for key, value in module.state_dict().items()}
-        module.to(torch.bfloat16).save_pretrained(out / name)
-        module.float().load_state_dict(kept)
+        save_bf16(module, out / name)
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift).save_pretrained(out / "scheduler")
     write_index(out)
+
+
+def save_bf16(module: nn.Module, folder: Path) -> None:
+    """Write a network in bf16; its own weights stay what they are."""
+    kept = {key: value.detach().clone() for key, value in module.state_dict().items()}
+    module.to(torch.bfloat16).save_pretrained(folder)
+    module.float().load_state_dict(kept)
+
+
+def write_subjects(out: Path, subjects: Iterable[Subject]) -> None:
+    """subjects.txt beside the card: what the network has seen, one name a line."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "subjects.txt").write_text("\n".join(s.name for s in subjects) + "\n")
+
+
+def read_subjects(folder: Path, subjects: list[Subject]) -> list[Subject]:
+    """Those of `subjects` that stand in the folder's subjects.txt; all of them where there is none."""
+    file = folder / "subjects.txt"
+    named = set(file.read_text().splitlines()) if file.exists() else {s.name for s in subjects}
+    unknown = named - {s.name for s in subjects}
+    if unknown:
+        raise ValueError(f"{file} names no emoji: {sorted(unknown)}")
+    return [s for s in subjects if s.name in named]
 
 
 def write_index(out: Path) -> None:

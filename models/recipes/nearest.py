@@ -1,0 +1,129 @@
+"""Nearest drawing: which emoji a picture shows, how large and where, by squared error over all drawings there are.
+
+Knows nothing about models or captions: pictures and the colours they were asked on come in, matches go out.
+
+With F and A a drawing's premultiplied colour and alpha, the picture X is compared with F + (1 - A) c. On Y = X - c the
+squared error is |Y|^2 - 2 Y.(F - A c) + |F - A c|^2, so one matrix product of (F, A) with patches of (Y, -Y.c) gives it
+at every place at once. That is done for every drawing at half size; the best are measured again at full size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from data import COLOURS, SIZE, Scene, Subject, render
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+SIDES = (*range(13, 17), *range(19, 23), *range(26, 33))  # at half size: the scales that scenes have
+HALF, REFINED = SIZE // 2, 16
+
+
+@dataclass(frozen=True)
+class Match:
+    """One drawing laid into a picture: upper left corner and side in pixels, root mean squared error of 255 levels."""
+
+    subject: int
+    drawing: int
+    mirrored: bool
+    side: int
+    x: int
+    y: int
+    error: float
+
+
+def sprite(subject: Subject, drawing: int, side: int) -> Tensor:
+    """float [4, side, side] in 0 to 1: premultiplied colour, and alpha."""
+    pixels = subject.drawings[drawing].resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(pixels, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def features(pictures: Tensor, colours: Tensor) -> Tensor:
+    """float [n, 3, h, w] and [n, 3] in 0 to 1 -> (Y, -Y.c), float [n, 4, h, w]."""
+    y = pictures - colours[:, :, None, None]
+    return torch.cat([y, -(y * colours[:, :, None, None]).sum(1, keepdim=True)], dim=1)
+
+
+def energy(sprites: Tensor, colours: Tensor) -> Tensor:
+    """|F - A c|^2 of each drawing [m, 4, s, s] on each colour [n, 3]: float [n, m]."""
+    colour, alpha = sprites[:, :3].flatten(2), sprites[:, 3:].flatten(2)
+    mixed = colours @ (colour * alpha).sum(2).T
+    return colour.pow(2).sum((1, 2)) - 2 * mixed + colours.pow(2).sum(1)[:, None] * alpha.pow(2).sum((1, 2))
+
+
+class Nearest:
+    """All drawings of all subjects, ready to be looked for."""
+
+    def __init__(self, subjects: list[Subject], device: str = "cpu") -> None:
+        self.subjects, self.device = subjects, device
+        self.drawings = [(index, d) for index, s in enumerate(subjects) for d in range(len(s.drawings))]
+
+    @torch.inference_mode()
+    def find(self, pictures: np.ndarray, colours: list[str], batch: int = 8) -> list[list[Match]]:
+        """For each picture, uint8 [n, 64, 64, 3], the nearest drawing of each of the nearest subjects, best first."""
+        full = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 255
+        asked = torch.tensor([COLOURS[c] for c in colours], device=self.device) / 255
+        rough = self._rough(F.avg_pool2d(full, 2), asked, batch)
+        return [self._refine(*each) for each in zip(pictures, full, asked, colours, rough, strict=True)]
+
+    def _rough(self, pictures: Tensor, asked: Tensor, batch: int) -> list[Tensor]:
+        """For each picture, the REFINED best as rows (drawing, mirrored, side, x, y) in pixels of the full size."""
+        count, device = len(pictures), pictures.device
+        best = torch.full((count, 2, len(self.drawings)), torch.inf, device=device)
+        where = torch.zeros(count, 2, len(self.drawings), 3, dtype=torch.long, device=device)
+        seen = torch.stack([features(p, asked) for p in (pictures, pictures.flip(3))], dim=1)
+        for side in SIDES:
+            sprites = torch.stack([sprite(self.subjects[s], d, side) for s, d in self.drawings]).to(device)
+            stride = 2 if HALF - side > 8 else 1
+            columns = (HALF - side) // stride + 1
+            base = energy(sprites, asked)
+            for start in range(0, count, batch):
+                some = slice(start, start + batch)
+                patches = F.unfold(seen[some].flatten(0, 1), side, stride=stride)
+                least, place = (sprites.flatten(1) @ patches).max(dim=2)
+                score = base[some, None] - 2 * least.unflatten(0, (-1, 2))
+                place = place.unflatten(0, (-1, 2))
+                x, y = place % columns * stride, place // columns * stride
+                x[:, 1] = HALF - side - x[:, 1]
+                better = score < best[some]
+                best[some] = torch.where(better, score, best[some])
+                spot = torch.stack([torch.full_like(x, side), x, y], dim=-1)
+                where[some] = torch.where(better[..., None], spot, where[some])
+        order = best.flatten(1).topk(min(REFINED, best[0].numel()), largest=False).indices
+        spots = where.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 3)) * 2
+        which = torch.stack([order % len(self.drawings), order // len(self.drawings)], dim=-1)
+        return list(torch.cat([which, spots], dim=-1).cpu())
+
+    def _refine(self, picture: np.ndarray, full: Tensor, asked: Tensor, colour: str, rough: Tensor) -> list[Match]:
+        """Each rough match at the best of the sides and places around it; the best match of each subject."""
+        found: dict[int, Match] = {}
+        for which, mirrored, side, x, y in rough.tolist():
+            subject, drawing = self.drawings[which]
+            best = (float("inf"), side, x, y)
+            for steps in ((-3, 0, 3), (-2, 2), (-1, 1)):
+                _, s, x, y = best
+                best = min(best, *(self._local(full, asked, which, bool(mirrored), s + step, x, y) for step in steps))
+            _, s, x, y = best
+            scene = Scene(subject, colour, True, False, None, drawing, bool(mirrored), s, x, y)
+            gap = render(scene, self.subjects[subject]).astype(np.float32) - picture
+            match = Match(subject, drawing, bool(mirrored), s, x, y, float(np.sqrt(np.square(gap).mean())))
+            if subject not in found or match.error < found[subject].error:
+                found[subject] = match
+        return sorted(found.values(), key=lambda match: match.error)
+
+    def _local(
+        self, full: Tensor, asked: Tensor, which: int, mirrored: bool, side: int, x: int, y: int
+    ) -> tuple[float, int, int, int]:
+        """(squared error but for a constant, side, x, y) of the best place within 3 pixels of (x, y)."""
+        side = min(side, SIZE)
+        subject, drawing = self.drawings[which]
+        small = sprite(self.subjects[subject], drawing, side).to(full.device)
+        small = small.flip(2) if mirrored else small
+        left, top = (max(0, min(place - 3, SIZE - side)) for place in (x, y))
+        window = full[:, top : min(y + 3, SIZE - side) + side, left : min(x + 3, SIZE - side) + side]
+        errors = energy(small[None], asked[None]) - 2 * F.conv2d(features(window[None], asked[None]), small[None])[0, 0]
+        at = int(errors.argmin())
+        return float(errors.min()), side, left + at % errors.shape[1], top + at // errors.shape[1]

@@ -1,0 +1,226 @@
+"""Train the class-conditional DiT: one class a subject, noise and variance predicted, linear betas, a null class.
+
+Knows nothing about captions or colours: a class says only its subject, which stands on white. Loss: the original's
+(Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by noise level.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from bound import TIMES, Levels, bound, weight_of
+from common import Average, Clock, Workers, load_state, plot_curve, save_grid, save_state, to_float
+from data import Subject, load_subjects, plain_scene, render
+from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from folder import save_bf16, write_subjects
+from torch import Tensor, nn
+from tqdm import tqdm
+
+WIDTH, HEADS, LAYERS = 192, 6, 6
+CARD = """\
+id = "emoji-dit"
+family = "dit"
+description = "A small class-conditional DiT that draws emoji at 64 px, one class a subject; trained by models/recipes"
+source = { path = "." }
+components = { vae = "VAE" }
+schedule = { kind = "diffusion", prediction = "epsilon", betas = "linear", variance = "learned_range" }
+bucket = { passes = 8, encode = 8, decode = 8 }
+defaults = { sampler = "ddim", num_inference_steps = 50, guidance_scale = 4.0, size = "64x64" }
+limits = { num_inference_steps = 250, sizes = { min = 64, max = 64, multiple = 64, square = true }, n = 16 }
+license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
+"""
+
+
+def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
+    """The network, new or from a folder.
+
+    NOTE: it stays in eval mode, because diffusers' blocks would each drop labels by themselves: `loss_of` drops them.
+    """
+    if trained:
+        return DiTTransformer2DModel.from_pretrained(trained / "transformer", torch_dtype=torch.float32).eval()
+    model = DiTTransformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=16,
+        out_channels=32,
+        num_layers=LAYERS,
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        num_embeds_ada_norm=classes,
+        activation_fn="gelu",
+    )
+    start(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def start(model: nn.Module) -> None:
+    """adaLN-zero: every block starts as the identity, the output as zero; classes start clearly apart."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+            if name.endswith("norm1.linear") or name.startswith("proj_out"):
+                nn.init.zeros_(module.weight)
+        elif isinstance(module, LabelEmbedding):
+            nn.init.normal_(module.embedding_table.weight, std=0.3)  # the original's 0.02 is fainter than the time
+
+
+class Latents:
+    """Encoded scenes, the same number for every subject, renewed a little at a time."""
+
+    def __init__(self, vae: AutoencoderKL, subjects: list[Subject], each: int, rng: np.random.Generator) -> None:
+        self.vae, self.subjects, self.rng, self.next = vae, subjects, rng, 0
+        self.labels = torch.arange(len(subjects)).repeat(each)
+        self.mean = torch.empty(len(self.labels), 16, 8, 8, device=vae.device)
+        self.std = torch.empty_like(self.mean)
+        for _ in tqdm(range(0, len(self.labels), 64), desc="encoding", mininterval=10):
+            self.renew(64)
+
+    @torch.no_grad()
+    def renew(self, count: int) -> None:
+        """New scenes of the same subjects in the place of the `count` oldest."""
+        where = (torch.arange(count) + self.next) % len(self.labels)
+        scenes = [plain_scene(self.rng, index) for index in self.labels[where].tolist()]
+        pictures = to_float([render(s, self.subjects[s.subject]) for s in scenes]).to(self.mean.device)
+        posterior = self.vae.encode(pictures).latent_dist
+        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        self.mean[where] = (posterior.mean - shift) * scale
+        self.std[where] = posterior.std * scale
+        self.next = (self.next + count) % len(self.labels)
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Fresh samples of `count` latents and their labels."""
+        where = torch.as_tensor(self.rng.integers(len(self.labels), size=count))
+        mean, std = self.mean[where], self.std[where]
+        return mean + std * torch.randn_like(mean), self.labels[where].to(mean.device)
+
+
+def loss_of(
+    model: DiTTransformer2DModel, levels: Levels, args: argparse.Namespace, clean: Tensor, labels: Tensor
+) -> Tensor:
+    t = torch.randint(TIMES, (len(clean),), device=clean.device)
+    noise = torch.randn_like(clean)
+    x = levels("alpha", t) * clean + levels("sigma", t) * noise
+    dropped = torch.rand(len(labels), device=labels.device) < args.empty
+    labels = torch.where(dropped, model.config.num_embeds_ada_norm, labels)
+    found, v = model(x, t, labels, return_dict=False)[0].chunk(2, dim=1)
+    weight = weight_of(levels("snr", t), args.gamma, args.lift)
+    return (weight * (found - noise).pow(2)).mean() + bound(levels, noise, found, v, t, x, clean).mean()
+
+
+@torch.no_grad()
+def sample(model: nn.Module, vae: AutoencoderKL, labels: list[int], guidance: float, steps: int = 25) -> Tensor:
+    """Guided pictures, float [n, 3, 64, 64], for a look while training; all channels guided, as diffusers does."""
+    scheduler = DDIMScheduler(TIMES, 1e-4, 2e-2, "linear", clip_sample=False)
+    scheduler.set_timesteps(steps)
+    null = model.config.num_embeds_ada_norm
+    asked = torch.tensor(labels + [null] * len(labels), device=vae.device)
+    x = torch.randn(len(labels), 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(vae.device)
+    for t in scheduler.timesteps:
+        out = model(torch.cat([x, x]), t.to(x.device).expand(len(asked)), asked, return_dict=False)[0][:, :16]
+        own, empty = out.chunk(2)
+        x = scheduler.step(empty + guidance * (own - empty), t, x, return_dict=False)[0]
+    return vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
+
+
+def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> None:
+    """The folder as diffusers' DiTPipeline has it, less the VAE, with the card that names whose VAE it is."""
+    save_bf16(model, out / "transformer")
+    DDIMScheduler(TIMES, 1e-4, 2e-2, "linear", clip_sample=False).save_pretrained(out / "scheduler")
+    index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.42.1"}
+    index |= {"id2label": {str(i): s.name for i, s in enumerate(subjects)}}
+    index |= {"scheduler": ["diffusers", "DDIMScheduler"], "transformer": ["diffusers", "DiTTransformer2DModel"]}
+    (out / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
+    write_subjects(out, subjects)
+    (out / "card.toml").write_text(CARD.replace("VAE", vae).replace("emoji-dit", out.name))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where the emoji packages lie")
+    parser.add_argument("--work", type=Path, default=Path("runs/dit"), help="training state, curve, grids")
+    parser.add_argument("--out", type=Path, default=Path("models/emoji-dit"))
+    parser.add_argument("--vae", default="emoji-mmdit/vae", help="the shared VAE: another card's folder beside --out")
+    parser.add_argument("--init", type=Path, help="start from the weights of this folder, of the same subjects")
+    parser.add_argument("--subjects", type=int, default=0, help="only the first N subjects; 0 is all")
+    parser.add_argument("--minutes", type=float, default=95, help="planned training time")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1.2e-3)
+    parser.add_argument("--empty", type=float, default=0.1, help="share of null labels")
+    parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio above which loss counts less")
+    parser.add_argument("--lift", type=float, default=5.0, help="most weight of the noisiest steps; 1 is min-SNR")
+    parser.add_argument("--each", type=int, default=8, help="encoded pictures kept of each subject")
+    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    subjects = load_subjects(args.cache, args.subjects)
+    torch.manual_seed(0)
+    model = build(len(subjects), args.init).to(args.device)
+    if model.config.num_embeds_ada_norm != len(subjects):
+        raise SystemExit(f"{args.init} knows {model.config.num_embeds_ada_norm} classes, not {len(subjects)}")
+    vae = AutoencoderKL.from_pretrained(args.out.parent / args.vae, torch_dtype=torch.float32).to(args.device)
+    train(args, model, vae.requires_grad_(False), subjects)
+
+
+def train(args: argparse.Namespace, model: nn.Module, vae: AutoencoderKL, subjects: list[Subject]) -> None:
+    average = Average(model, 0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
+    step, losses, used, recent = 0, [], 0.0, []
+    if state := load_state(args.work / "state.pt"):
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values = {name: value.to(args.device) for name, value in state["average"].items()}
+        step, losses, used = state["step"], state["losses"], state["used"]
+    torch.manual_seed(step)
+    pool = Latents(vae, subjects, args.each, np.random.default_rng(step))
+    levels, clock = Levels(args.device), Clock(args.minutes, used)
+    workers, bar = Workers(args.threads), tqdm(initial=step, mininterval=10)
+    while clock.share < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = clock.rate(args.rate)
+        parts = [pool.batch(args.batch // args.threads) for _ in range(args.threads)]
+        loss = workers.backward(model, [partial(loss_of, model, levels, args, *part) for part in parts])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        average.update(step)
+        recent.append(loss)
+        bar.update()
+        if step % 8 == 0:
+            pool.renew(64)
+        if step % 50 == 0:
+            losses.append(float(np.mean(recent)))
+            recent = []
+            bar.set_description(f"loss {losses[-1]:.4f}", refresh=False)
+        if step % args.every == 0 or clock.share >= 1:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
+            save_state(args.work / "state.pt", **state, step=step, losses=losses, used=clock.used)
+            publish(args, model, vae, average, subjects, losses, step)
+
+
+def publish(args, model, vae, average, subjects, losses, step) -> None:  # type: ignore[no-untyped-def]
+    """The averaged weights as a card, the loss curve, and a grid of the first subjects."""
+    plot_curve(args.work / "loss.png", losses, "loss")
+    average.swap()
+    export(model, subjects, args.out, args.vae)
+    save_grid(args.work / f"grid-{step}.png", sample(model, vae, list(range(len(subjects)))[:16], 4.0), 8)
+    average.swap()
+    tqdm.write(f"step {step} loss {losses[-1] if losses else float('nan'):.4f}")
+
+
+if __name__ == "__main__":
+    main()
