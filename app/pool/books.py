@@ -6,7 +6,6 @@ Knows nothing of threads and moves nothing: everything here is decided at once, 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -55,7 +54,10 @@ Job = Build | Bring | Drop
 
 @dataclass
 class Model:
-    """How a model stands. brought: the phases whose parts were on the device since it was built."""
+    """How a model stands. brought: the phases whose parts were on the device since it was built.
+
+    spent: seconds of the loader's time that the load took so far, without those in which it waited for room.
+    """
 
     state: State = "absent"
     family: Family | None = None
@@ -63,7 +65,7 @@ class Model:
     brought: set[Phase] = field(default_factory=set)
     error: LoadError | None = None
     since: float = 0.0
-    began: float = 0.0
+    spent: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -119,7 +121,7 @@ class Books:
         retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
         robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
         if model.state == "absent" or retry:
-            model.error, model.began = None, time.monotonic()
+            model.error, model.spent = None, 0.0
             self.change(model_id, "loading")
         elif not robbed or model_id in self._loads:
             return
@@ -221,7 +223,7 @@ class Books:
         if leaving is None:
             return None
         if model.state == "absent":
-            model.began = time.monotonic()
+            model.spent = 0.0
             self.change(model_id, "loading")
         self.store.claim(wanted, leaving)
         return Bring(model_id, phases, wanted, leaving)

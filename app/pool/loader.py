@@ -66,6 +66,7 @@ class Loader:
 
     def _build(self, model_id: str) -> None:
         """Everything but the weights: parts found, headers and configs checked, sizes known and compared."""
+        start = time.monotonic()
         card = self._cards[model_id]
         found = read_parts(card, self._cards)
         # Networks before tokenizers, which take longest to read, so that files that lie are refused at once.
@@ -78,6 +79,7 @@ class Loader:
         with self._books.wake:
             model = self._books.models[model_id]
             model.family, model.parts = family, parts
+            model.spent += time.monotonic() - start
             for one in parts.values():
                 one.owners.add(model_id)
             sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
@@ -99,17 +101,18 @@ class Loader:
         return known
 
     def _bring(self, job: Bring) -> None:
-        books, model = self._books, self._books.models[job.model]
+        books, model, start = self._books, self._books.models[job.model], time.monotonic()
         left = books.store.bring(job.wanted, job.leaving)
         if "decode" in job.phases and "decode" not in model.brought and model.family is not None:
             with torch.inference_mode():
                 model.family.prepare()
         with books.wake:
             model.brought.update(job.phases)
+            model.spent += time.monotonic() - start
             if model.brought.issuperset(PHASES):
                 books.loaded(job.model)
                 if model.state != "ready":
-                    books.change(job.model, "ready", seconds=time.monotonic() - model.began)
+                    books.change(job.model, "ready", seconds=model.spent)
             books.tell(left)
 
     def _drop(self, leaving: list[Component]) -> None:
