@@ -60,6 +60,7 @@ class Nearest:
     def __init__(self, subjects: list[Subject], device: str = "cpu") -> None:
         self.subjects, self.device = subjects, device
         self.drawings = [(index, d) for index, s in enumerate(subjects) for d in range(len(s.drawings))]
+        self.small = [torch.stack([sprite(subjects[s], d, side) for s, d in self.drawings]) for side in SIDES]
 
     @torch.inference_mode()
     def find(self, pictures: np.ndarray, colours: list[str], batch: int = 8) -> list[list[Match]]:
@@ -75,8 +76,7 @@ class Nearest:
         best = torch.full((count, 2, len(self.drawings)), torch.inf, device=device)
         where = torch.zeros(count, 2, len(self.drawings), 3, dtype=torch.long, device=device)
         seen = torch.stack([features(p, asked) for p in (pictures, pictures.flip(3))], dim=1)
-        for side in SIDES:
-            sprites = torch.stack([sprite(self.subjects[s], d, side) for s, d in self.drawings]).to(device)
+        for side, sprites in zip(SIDES, (each.to(device) for each in self.small), strict=True):
             stride = 2 if HALF - side > 8 else 1
             columns = (HALF - side) // stride + 1
             base = energy(sprites, asked)

@@ -1,0 +1,250 @@
+"""Distil the turbo: reflow (Liu et al. 2022) on pairs of noise and what the guided teacher makes of it.
+
+Knows nothing about pictures: the teacher is the only source. First the pairs are drawn and kept on disk, then the
+student, which starts as the teacher, learns the straight path between the two ends of each pair, unguided, at the times
+where its card's schedule will ask it in 1 to 4 steps. Text encoders and VAE stay the teacher's, named by the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Average, Clock, Workers, load_state, plot_curve, save_grid, save_state
+from data import Subject, caption, draw_scene, load_subjects
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from folder import read_subjects, save_bf16, write_subjects
+from text import Text
+from torch import Tensor, nn
+from tqdm import tqdm
+from train_mmdit import PROBES, build
+
+from app.card import Schedule, read_card
+from app.samplers.table import compile_table
+
+SHARED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+STEPS = (1, 2, 3, 4)
+CARD = """\
+id = "NAME"
+family = "sd3"
+description = "The emoji MMDiT in 1 to 4 steps without guidance, distilled from it by models/recipes"
+source = { path = "." }
+schedule = { kind = "flow", shift = SHIFT, spacing = "flux" }
+text = { clip = 24, t5 = 24 }
+bucket = { passes = 8, encode = 8, decode = 8 }
+defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 0.0, size = "64x64" }
+limits = { num_inference_steps = 100, sizes = { min = 64, max = 64, multiple = 64 }, n = 16, prompt = 1000 }
+license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
+
+[components]
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the student stands on straight paths: its time, what it sees there, both ends, and what it answers."""
+
+    sigma: Tensor
+    x: Tensor
+    noise: Tensor
+    clean: Tensor
+    found: Tensor
+
+    @property
+    def guess(self) -> Tensor:
+        """The clean latent that the answer amounts to."""
+        return self.x - self.sigma * self.found
+
+
+def straight(point: Point) -> Tensor:
+    """Reflow: the velocity of the straight line between the ends, noise - clean."""
+    return (point.found - (point.noise - point.clean)).pow(2).mean()
+
+
+TERMS: list[tuple[float, Callable[[Point], Tensor]]] = [(1.0, straight)]
+"""The loss: weights and terms. An adversarial term (Sauer et al. 2023) is one more, on `guess` against `clean`, with a
+step of its discriminator beside the optimizer's in `train`."""
+
+
+def walk(schedule: Schedule, steps: int) -> list[float]:
+    """The noise levels that this many steps visit, the final 0 included."""
+    return [*(compile_table(schedule, "flow_euler", steps).t / schedule.train_steps), 0.0]
+
+
+@torch.no_grad()
+def follow(model: nn.Module, sigmas: list[float], x: Tensor, text: tuple[Tensor, Tensor], guidance: float) -> Tensor:
+    """Euler steps from noise x; text holds the captions' embeddings, and then the empty one's where guided."""
+    for here, there in pairwise(sigmas):
+        both = torch.cat([x, x]) if guidance > 1 else x
+        out = model(both, *text, torch.full((len(both),), 1000 * here, device=x.device), return_dict=False)[0]
+        if guidance > 1:
+            asked, empty = out.chunk(2)
+            out = empty + guidance * (asked - empty)
+        x = x + (there - here) * out
+    return x
+
+
+@torch.no_grad()
+def embed(text: Text, captions: list[str], device: str | torch.device) -> tuple[Tensor, Tensor]:
+    return text(captions, torch.ones(len(captions), 3, device=device))
+
+
+def write_pairs(args: argparse.Namespace, teacher: nn.Module, text: Text, subjects: list[Subject]) -> None:
+    """One file for each batch under `work`/pairs, made once: a restart goes on after the last one."""
+    folder = args.work / "pairs"
+    folder.mkdir(parents=True, exist_ok=True)
+    sigmas = walk(read_card(args.teacher / "card.toml").schedule, args.steps)
+    for number in tqdm(range(-(-args.pairs // args.draw)), desc="pairs", mininterval=10):
+        file = folder / f"{number:05}.pt"
+        if file.exists():
+            continue
+        rng = np.random.default_rng([7, number])
+        scenes = [draw_scene(rng, subjects) for _ in range(args.draw)]
+        captions = [caption(rng, s, subjects[s.subject]) for s in scenes]
+        generator = torch.Generator().manual_seed(number)
+        noise = torch.randn(args.draw, 16, 8, 8, generator=generator).half()  # kept so: the pair starts at just this
+        both = embed(text, captions + [""] * args.draw, args.device)
+        clean = follow(teacher, sigmas, noise.float().to(args.device), both, args.guidance)
+        save_state(file, captions=captions, noise=noise, clean=clean.cpu().half())
+
+
+def read_pairs(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """All pairs: noise and clean float16 [n, 16, 8, 8], captions."""
+    files = [state for file in sorted(folder.glob("*.pt")) if (state := load_state(file))]
+    noise, clean = (torch.cat([f[end] for f in files]) for end in ("noise", "clean"))
+    return noise, clean, [text for f in files for text in f["captions"]]
+
+
+def draw_times(rng: np.random.Generator, schedule: Schedule, count: int, anywhere: float) -> np.ndarray:
+    """Noise levels: of a random line of a random number of STEPS; a share of them anywhere, for other numbers."""
+    grids = [walk(schedule, steps)[:-1] for steps in STEPS]
+    lines = [float(rng.choice(grids[rng.integers(len(grids))])) for _ in range(count)]
+    return np.where(rng.random(count) < anywhere, rng.random(count), lines).astype(np.float32)
+
+
+def loss_of(model: nn.Module, text: Text, captions: list[str], noise: Tensor, clean: Tensor, times: Tensor) -> Tensor:
+    sigma = times[:, None, None, None]
+    x = (1 - sigma) * clean + sigma * noise
+    point = Point(
+        sigma, x, noise, clean, model(x, *embed(text, captions, x.device), 1000 * times, return_dict=False)[0]
+    )
+    return sum((weight * term(point) for weight, term in TERMS), start=torch.zeros((), device=x.device))
+
+
+def export(model: nn.Module, subjects: list[Subject], args: argparse.Namespace) -> None:
+    """The student's network and schedule; everything else is the teacher's, by the names in the card."""
+    save_bf16(model, args.out / "transformer")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=args.shift).save_pretrained(args.out / "scheduler")
+    shutil.copy(args.teacher / "model_index.json", args.out)
+    write_subjects(args.out, subjects)
+    owned = read_card(args.teacher / "card.toml").components
+    shared = {part: owned.get(part, f"{args.teacher.name}/{part}") for part in SHARED}
+    card = CARD.replace("NAME", args.out.name).replace("SHIFT", str(args.shift))
+    lines = [f'{part} = "{target}"\n' for part, target in shared.items()]
+    (args.out / "card.toml").write_text(card + "".join(lines))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where the emoji packages lie")
+    parser.add_argument("--work", type=Path, default=Path("runs/turbo"), help="pairs, training state, curve, grids")
+    parser.add_argument("--teacher", type=Path, default=Path("models/emoji-mmdit"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/emoji-mmdit-turbo"), help="must stand beside --teacher"
+    )
+    parser.add_argument("--init", type=Path, help="start from this folder's weights, not the teacher's")
+    parser.add_argument("--subjects", type=int, default=0, help="the first N; 0 is all that the teacher knows")
+    parser.add_argument("--pairs", type=int, default=20000)
+    parser.add_argument("--draw", type=int, default=64, help="pairs drawn at once")
+    parser.add_argument("--steps", type=int, default=28, help="the teacher's")
+    parser.add_argument("--guidance", type=float, default=4.0, help="the teacher's")
+    parser.add_argument("--shift", type=float, default=1.0, help="of the student's schedule, as its card names it")
+    parser.add_argument("--anywhere", type=float, default=0.2, help="share of times that are on no line")
+    parser.add_argument("--minutes", type=float, default=60, help="planned training time, after the pairs")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=4e-4)
+    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
+    parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
+    subjects = load_subjects(args.cache, args.subjects)
+    subjects = subjects if args.subjects else read_subjects(args.teacher, subjects)
+    text = Text(args.teacher, args.teacher).to(args.device).requires_grad_(False)
+    write_pairs(args, build(args.teacher).to(args.device), text, subjects)
+    student = build(args.init or args.teacher).to(args.device)
+    train(args, student, text, subjects)
+
+
+def train(args: argparse.Namespace, student: SD3Transformer2DModel, text: Text, subjects: list[Subject]) -> None:
+    noise, clean, captions = read_pairs(args.work / "pairs")
+    schedule = Schedule(kind="flow", shift=args.shift, spacing="flux")
+    average = Average(student, 0.999)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
+    step, losses, used, recent = 0, [], 0.0, []
+    if state := load_state(args.work / "state.pt"):
+        student.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values = {name: value.to(args.device) for name, value in state["average"].items()}
+        step, losses, used = state["step"], state["losses"], state["used"]
+    rng, clock = np.random.default_rng(step), Clock(args.minutes, used)
+    workers, bar = Workers(args.threads), tqdm(initial=step, mininterval=10)
+    while clock.share < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = clock.rate(args.rate)
+        parts = []
+        for which in rng.integers(len(captions), size=(args.threads, args.batch // args.threads)):
+            times = torch.from_numpy(draw_times(rng, schedule, len(which), args.anywhere)).to(args.device)
+            ends = (end[which].float().to(args.device) for end in (noise, clean))
+            parts.append((text, [captions[i] for i in which], *ends, times))
+        loss = workers.backward(student, [partial(loss_of, student, *part) for part in parts])
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        average.update(step)
+        recent.append(loss)
+        bar.update()
+        if step % 50 == 0:
+            losses.append(float(np.mean(recent)))
+            recent = []
+            bar.set_description(f"loss {losses[-1]:.4f}", refresh=False)
+        if step % args.every == 0 or clock.share >= 1:
+            state = {"model": student.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
+            save_state(args.work / "state.pt", **state, step=step, losses=losses, used=clock.used)
+            publish(args, student, text, average, subjects, losses, step)
+
+
+@torch.no_grad()
+def publish(args, student, text, average, subjects, losses, step) -> None:  # type: ignore[no-untyped-def]
+    """The averaged weights as a card, the loss curve, and a grid: the same noise in 1, 2 and 4 steps."""
+    plot_curve(args.work / "loss.png", losses, "loss")
+    average.swap()
+    export(student, subjects, args)
+    vae = AutoencoderKL.from_pretrained(args.teacher / "vae", torch_dtype=torch.float32).to(args.device)
+    both = embed(text, list(PROBES[:8]), args.device)
+    noise = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(args.device)
+    schedule = Schedule(kind="flow", shift=args.shift, spacing="flux")
+    drawn = torch.cat([follow(student, walk(schedule, steps), noise, both, 0.0) for steps in (1, 2, 4)])
+    save_grid(
+        args.work / f"grid-{step}.png",
+        vae.decode(drawn / vae.config.scaling_factor + vae.config.shift_factor).sample,
+        8,
+    )
+    average.swap()
+    tqdm.write(f"step {step} loss {losses[-1] if losses else float('nan'):.4f}")
+
+
+if __name__ == "__main__":
+    main()

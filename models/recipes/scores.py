@@ -1,0 +1,121 @@
+"""Scores of drawn pictures: what is right in each, their sums, and how these are shown.
+
+Knows nothing about models or the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from data import COLOURS, SIZE, Scene, Subject, trained
+from nearest import Match
+from PIL import Image, ImageOps
+
+VALUES = np.array(list(COLOURS.values()), dtype=np.float32)
+BAR = 5  # pixels off the middle from which a place counts as named: scenes without one stay within 3.5, with one over 6
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One picture: the scene that its caption names, the caption, its seed."""
+
+    scene: Scene
+    text: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is right in one picture; None where nothing was asked. distance: to the nearest drawing, 0 to 255."""
+
+    known: bool
+    subject: bool
+    among_five: bool
+    background: bool
+    spot: bool | None
+    distance: float
+
+
+def background(picture: np.ndarray) -> str:
+    """The colour of the ten that is nearest to the median of the border."""
+    border = np.concatenate([picture[0], picture[-1], picture[1:-1, 0], picture[1:-1, -1]])
+    median = np.median(border.astype(np.float32), axis=0)
+    return list(COLOURS)[int(np.square(VALUES - median).sum(axis=1).argmin())]
+
+
+def spot_is_right(scene: Scene, match: Match) -> bool | None:
+    """Whether the nearest drawing has the size and the place that the caption names; None when it names neither.
+
+    Measured on the square of the drawing, not on the ink's bounding box: thin drawings have narrow boxes that need not
+    be in the middle, and ink of the background's colour is in no mask.
+    """
+    if not (scene.small or scene.place):
+        return None
+    if scene.small != (match.side <= 0.55 * SIZE) or (scene.place and match.side > 0.75 * SIZE):
+        return False
+    right, down = (at + match.side / 2 - SIZE / 2 for at in (match.x, match.y))
+    off = {"left": (-right, down), "right": (right, down), "top": (-down, right), "bottom": (down, right)}
+    return scene.place is None or (off[scene.place][0] > BAR and abs(off[scene.place][1]) < BAR)
+
+
+def score(subjects: list[Subject], asked: Asked, picture: np.ndarray, matches: list[Match]) -> Score:
+    scene = asked.scene
+    near = [match.subject for match in matches]
+    return Score(
+        trained(subjects[scene.subject], scene.colour),
+        near[0] == scene.subject,
+        scene.subject in near[:5],
+        background(picture) == scene.colour,
+        spot_is_right(scene, matches[0]),
+        matches[0].error,
+    )
+
+
+def share(values: Iterable[bool | None]) -> tuple[int, int]:
+    """(how many are right, of how many that were asked)"""
+    said = [value for value in values if value is not None]
+    return sum(said), len(said)
+
+
+def summary(name: str, scores: list[Score], seconds: float | None, classes: bool) -> dict[str, object]:
+    """One line of the table: right and asked of each kind."""
+    known, new = [s for s in scores if s.known], [s for s in scores if not s.known]
+    return {
+        "run": name,
+        "subject": share(s.subject for s in known),
+        "subject_new": share(s.subject for s in new),
+        "among_five": share(s.among_five for s in scores),
+        "background": (0, 0) if classes else share(s.background for s in known),
+        "background_new": share(s.background for s in new),
+        "size_and_place": (0, 0) if classes else share(s.spot for s in scores),
+        "distance": round(float(np.mean([s.distance for s in scores])), 2),
+        "seconds": seconds and round(seconds, 3),
+    }
+
+
+def table(lines: list[dict[str, object]]) -> str:
+    """Markdown; "new" are the (subject, colour) pairs that were never trained."""
+    heads = ("run", "subject", "subject, new", "among 5 nearest", "background", "background, new", "size and place")
+    rows = [(*heads, "distance", "s an image"), ("---",) * 9]
+    for line in lines:
+        rows.append(tuple(cell(value) for value in line.values()))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"{100 * value[0] / value[1]:.1f} % of {value[1]}" if value[1] else "-"
+    return "-" if value is None else str(value)
+
+
+def save_grid(path: Path, pictures: np.ndarray, scores: list[Score], columns: int = 16) -> None:
+    """All pictures, those whose subject is wrong in a red frame."""
+    height = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (SIZE + 4), height * (SIZE + 4)), "white")
+    for at, (picture, each) in enumerate(zip(pictures, scores, strict=True)):
+        tile = ImageOps.expand(Image.fromarray(picture), 2, "white" if each.subject else "red")
+        sheet.paste(tile, (at % columns * (SIZE + 4), at // columns * (SIZE + 4)))
+    sheet.save(path)
