@@ -1,0 +1,58 @@
+"""The recipes on the path, and a few made-up subjects: the real drawings are not in the repository."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT / "models" / "recipes"))
+
+
+def drawing(seed: int) -> Image.Image:
+    """A disc of twelve coloured wedges and rings on nothing, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:64, :64] - 31.5
+    ring, wedge = (np.hypot(x, y) // 10).astype(int), ((np.arctan2(y, x) + np.pi) // (np.pi / 2)).astype(int) % 4
+    pixels = np.zeros((64, 64, 4), dtype=np.uint8)
+    pixels[..., :3] = rng.integers(256, size=(4, 4, 3))[ring.clip(max=3), wedge]
+    pixels[..., 3] = 255 * (np.hypot(x, y) < 30)
+    return Image.fromarray(pixels).convert("RGBa")
+
+
+def run(script: str, subjects: list[Any], *words: object) -> None:
+    """A recipe as from the command line, but on these subjects."""
+    module = importlib.import_module(script)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_subjects", lambda cache, count=0: subjects[: count or None])
+        patch.setattr(sys, "argv", [script, *map(str, words)])
+        module.main()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def made(subjects: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of cards: the committed MMDiT, and a DiT and a turbo that were trained for a second."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "emoji-mmdit").symlink_to(ROOT / "models" / "emoji-mmdit")
+    common = ("--minutes", 0.02, "--batch", 4, "--device", "cpu")
+    run("train_dit", subjects, *common, "--work", folder / "runs/dit", "--out", folder / "emoji-dit", "--each", 2)
+    ends = ("--teacher", folder / "emoji-mmdit", "--out", folder / "emoji-mmdit-turbo", "--work", folder / "runs/turbo")
+    run("distill_turbo", subjects, *common, *ends, "--subjects", 12, "--pairs", 8, "--draw", 4, "--steps", 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def subjects() -> list[Any]:
+    """Twelve subjects in two drawings each."""
+    from data import Subject
+
+    return [Subject(f"key{i}", (f"thing {i}",), (drawing(2 * i), drawing(2 * i + 1))) for i in range(12)]

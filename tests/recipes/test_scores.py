@@ -1,0 +1,65 @@
+"""What counts as right: background, size, place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from data import COLOURS, PLACES, Scene, draw_scene, render
+from nearest import Match
+from scores import Asked, background, score, share, spot_is_right, summary, table
+
+
+def match(scene: Scene, **changes: Any) -> Match:
+    return replace(Match(scene.subject, scene.drawing, scene.mirrored, scene.side, scene.x, scene.y, 1.0), **changes)
+
+
+def test_the_background_is_the_median_of_the_border(subjects: list[Any]) -> None:
+    for colour in COLOURS:
+        scene = Scene(0, colour, True, False, None, 0, False, 60, 2, 2)
+        picture = render(scene, subjects[0])
+        picture[0, :40] = 77  # not the most of the border
+        assert background(picture) == colour
+
+
+def test_every_scene_is_where_its_caption_says(subjects: list[Any]) -> None:
+    rng = np.random.default_rng(0)
+    said = {True: 0, None: 0, False: 0}
+    for _ in range(500):
+        scene = draw_scene(rng, subjects)
+        said[spot_is_right(scene, match(scene))] += 1
+    assert said[False] == 0 and said[True] > 100 and said[None] > 100
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_elsewhere_is_wrong(place: str) -> None:
+    at = {"left": (2, 12), "right": (22, 12), "top": (12, 2), "bottom": (12, 22)}
+    scene = Scene(0, "red", True, False, place, 0, False, 40, *at[place])
+    assert spot_is_right(scene, match(scene)) is True
+    others = [spot for name, spot in at.items() if name != place] + [(12, 12), (2, 2), (22, 22), (2, 22), (22, 2)]
+    assert not any(spot_is_right(scene, match(scene, x=x, y=y)) for x, y in others)
+
+
+def test_the_wrong_size_is_wrong() -> None:
+    small = Scene(0, "red", True, True, None, 0, False, 28, 18, 18)
+    assert spot_is_right(small, match(small)) is True
+    assert spot_is_right(small, match(small, side=42, x=11, y=11)) is False
+    large = Scene(0, "red", True, False, "left", 0, False, 42, 1, 11)
+    assert spot_is_right(large, match(large, side=28, x=2, y=18)) is False
+    assert spot_is_right(replace(large, place=None), match(large)) is None
+
+
+def test_a_table_tells_rights_from_asked(subjects: list[Any]) -> None:
+    scene = Scene(0, "white", True, False, None, 0, False, 60, 2, 2)
+    picture = render(scene, subjects[0])
+    right = score(subjects, Asked(scene, "", 0), picture, [match(scene)])
+    wrong = score(subjects, Asked(scene, "", 0), picture, [match(scene, subject=1), match(scene)])
+    assert (right.subject, wrong.subject, wrong.among_five) == (True, False, True)
+    line = summary("a card", [right, wrong, wrong], 0.5, classes=False)
+    assert line["subject"] == (1, 3) and line["subject_new"] == (0, 0) and line["size_and_place"] == (0, 0)
+    assert (
+        table([line]).splitlines()[2].startswith("| a card | 33.3 % of 3 | - | 100.0 % of 3 | 100.0 % of 3 | - | - |")
+    )
+    assert share([True, None, False]) == (1, 2)

@@ -1,0 +1,103 @@
+"""The DiT's losses against plain formulas, and the card that its recipe writes."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bound import TIMES, Levels, bound, weight_of
+from torch.distributions import Normal, kl_divergence
+from train_dit import build, loss_of
+
+from app.card import read_cards
+from app.cli.models import check_folder
+from app.pool.building import build_family, build_parts
+from app.samplers.schedules import alpha_bar
+from tests.recipes.conftest import run
+
+LEVELS = Levels("cpu")
+
+
+def test_the_levels_are_those_that_the_card_names(made: Path) -> None:
+    bar = torch.from_numpy(alpha_bar(read_cards(made)["emoji-dit"].schedule)).float()
+    assert torch.allclose(LEVELS.columns["alpha"].flatten() ** 2, bar, rtol=1e-4)
+
+
+def test_the_bound_is_the_divergence_of_two_normals() -> None:
+    t = torch.tensor([1, 40, 500, 999])
+    clean, noise, wrong, v = (torch.randn(4, 16, 8, 8) for _ in range(4))
+    v = v.clamp(-1, 1)
+    x = LEVELS("alpha", t) * clean + LEVELS("sigma", t) * noise
+    bar, before = LEVELS("alpha", t) ** 2, LEVELS("alpha", t - 1) ** 2
+    beta = 1 - bar / before
+
+    def back(start: torch.Tensor) -> torch.Tensor:
+        return (before.sqrt() * beta * start + (bar / before).sqrt() * (1 - before) * x) / (1 - bar)
+
+    guess = (x - LEVELS("sigma", t) * wrong) / LEVELS("alpha", t)
+    low = beta * (1 - before) / (1 - bar)
+    ours = ((v + 1) / 2 * beta.log() + (1 - v) / 2 * low.log()).exp()
+    plain = kl_divergence(Normal(back(clean), low.sqrt()), Normal(back(guess), ours.sqrt())).mean((1, 2, 3))
+    found = bound(LEVELS, noise, wrong, v, t, x, clean) * torch.tensor(2.0).log()
+    assert torch.allclose(found, plain, rtol=2e-2)
+
+
+def test_only_the_variance_learns_from_the_bound() -> None:
+    t = torch.tensor([3, 700])
+    clean, noise = torch.randn(2, 2, 16, 8, 8)
+    found, v = torch.randn(2, 2, 16, 8, 8).unbind()
+    found.requires_grad_(), v.requires_grad_()
+    x = LEVELS("alpha", t) * clean + LEVELS("sigma", t) * noise
+    bound(LEVELS, noise, found, v, t, x, clean).sum().backward()
+    assert found.grad is None and v.grad is not None and v.grad.abs().min() > 0
+    exact = bound(LEVELS, noise, noise, torch.full_like(noise, -1), t, x, clean)
+    assert exact.abs().max() < 1e-4
+
+
+def test_weights_fall_with_the_signal() -> None:
+    snr = torch.tensor([1e-4, 0.5, 1.0, 5.0, 50.0])
+    assert torch.allclose(weight_of(snr, 5, 5), torch.tensor([5.0, 2.0, 1.0, 1.0, 0.1]))
+    assert torch.allclose(weight_of(snr, 5, 1), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.1]))
+
+
+@pytest.mark.parametrize(("empty", "rows"), [(0.0, {2}), (1.0, {5})])
+def test_a_label_is_dropped_in_every_block_or_in_none(empty: float, rows: set[int]) -> None:
+    model = build(5)
+    for block in model.transformer_blocks:
+        torch.nn.init.normal_(block.norm1.linear.weight, std=0.1)
+    torch.nn.init.normal_(model.proj_out_2.weight)
+    args = Namespace(empty=empty, gamma=5.0, lift=5.0)
+    loss_of(model, LEVELS, args, torch.randn(6, 16, 8, 8), torch.full((6,), 2)).backward()
+    for block in model.transformer_blocks:
+        seen = block.norm1.emb.class_embedder.embedding_table.weight.grad.abs().sum(1).nonzero().flatten()
+        assert set(seen.tolist()) == rows
+
+
+def test_the_card_loads_and_knows_its_classes(subjects: list[Any], made: Path) -> None:
+    assert check_folder(made, 2)["emoji-dit"] == ("ok", "2 parts")
+    cards = read_cards(made)
+    card = cards["emoji-dit"]
+    assert card.labels == tuple(each.name for each in subjects)
+    parts = build_parts(card, cards, torch.device("cpu"), torch.float32)
+    assert parts["transformer"].config.activation_fn == "gelu"
+    assert build_family(card, parts, torch.device("cpu"), torch.float32).learned_variance
+    assert (made / "emoji-dit" / "subjects.txt").read_text().splitlines() == list(card.labels)
+
+
+def test_training_goes_on_where_it_stopped(subjects: list[Any], made: Path) -> None:
+    work = made / "runs" / "dit"
+    before = torch.load(work / "state.pt", weights_only=True)["step"]
+    options = ("--minutes", 0.04, "--batch", 4, "--device", "cpu", "--each", 2, "--threads", 1)
+    run("train_dit", subjects, *options, "--work", work, "--out", made / "emoji-dit")
+    assert torch.load(work / "state.pt", weights_only=True)["step"] > before > 0
+    assert (work / "loss.png").exists() and list(work.glob("grid-*.png"))
+
+
+def test_a_warm_start_needs_the_same_classes(subjects: list[Any], made: Path) -> None:
+    with pytest.raises(SystemExit, match="knows 12 classes, not 3"):
+        run("train_dit", subjects, "--subjects", 3, "--init", made / "emoji-dit", "--work", made / "runs/other")
+    assert build(12, made / "emoji-dit").config.num_embeds_ada_norm == 12
+    assert TIMES == 1000
