@@ -154,7 +154,9 @@ def _read(file: Path) -> _File:
         return _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "[key]") or "file"
+        # NOTE: a key may stand where a name belongs; what is shorter than any key is none.
+        parts = (str(part) for part in first["loc"] if part != "[key]")
+        where = ".".join(part if len(part) < KEY_LENGTH else "..." for part in parts) or "file"
         reason = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     except UnicodeDecodeError:
         reason = "not UTF-8"

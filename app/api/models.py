@@ -141,7 +141,7 @@ def _entry(card: Card, state: ModelState | None) -> ModelEntry:
         condition="class_label" if draws_classes(card) else "prompt",
         classes=len(card.labels),
         state=state.state,
-        detail=state.detail,
+        detail=state.detail.replace(f"{card.folder.parent}/", ""),
         device_bytes=state.device_bytes,
         defaults=card.defaults.model_dump(),
         limits=card.limits.model_dump(),

@@ -67,6 +67,7 @@ class Batcher:
         """The row has run its last line and waits to be decoded."""
         row.stage = "finished"
         self._queues[row.key].started.remove(row)
+        self._queues[row.key].finished += 1
         self.finished.append(row)
 
     def remove(self, row: Row) -> None:
@@ -80,6 +81,7 @@ class Batcher:
         elif stage == "started":
             self._queues[row.key].started.remove(row)
         elif stage == "finished":
+            self._queues[row.key].finished -= 1
             self.finished.remove(row)
 
     def charge(self, work: Work, seconds: float) -> None:

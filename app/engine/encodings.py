@@ -39,6 +39,11 @@ class Encodings:
         while len(self._kept) > max(KEPT, len(wanted)):
             self._kept.popitem(last=False)
 
+    def forget(self, model: str) -> None:
+        """Drop what is kept of a model."""
+        for name in [name for name in self._kept if name[0] == model]:
+            del self._kept[name]
+
     def of(self, family: Family, row: Row) -> Conditions:
         """The row's conditions, [1 or 2, ...] by name: its own, then the one that guidance moves away from."""
         parts = [self._kept[name][0] for name in _names(family, row)]

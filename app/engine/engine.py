@@ -20,7 +20,7 @@ from app.engine.settler import Settler
 from app.engine.turns import Turns, standing
 from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
 from app.pool.pool import Pool
-from app.report import Announce, Failure, Memory, ModelState, Report
+from app.report import Announce, Failure, Memory, ModelState, Phase, Report
 from app.request import Request
 from app.settings import Settings
 
@@ -51,11 +51,12 @@ class Engine:
         self._emit = emit
         self._clock = clock
         self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic)
-        self._batcher = Batcher(self._caps, pool.resident)
+        self._batcher = Batcher(self._caps, self._ready)
         self._turns = Turns(pool, lambda row: self._runner.measured(row.key))
         self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)
         self._promises = self._settler.promises
         self._unmeasured: dict[Key, None] = {}
+        self._leaving: set[str] = set()
         self._memory = self._told = Memory(str(pool.device), {"slots": 0})
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequence = itertools.count()
@@ -72,11 +73,11 @@ class Engine:
 
     def load(self, model_id: str) -> None:
         """Start loading a model that no request has asked for yet."""
-        self._inbox.put(lambda: self._pool.want(model_id))
+        self._inbox.put(lambda: self._load(model_id))
 
     def unload(self, model_id: str) -> None:
-        """Let a model go as soon as no row holds it; one that rows wait for comes back."""
-        self._inbox.put(lambda: self._pool.unload(model_id))
+        """Let a model go when no request for it is open."""
+        self._inbox.put(lambda: self._leaving.add(model_id))
 
     def stop(self, drain: bool = False) -> None:
         """End `run`: at once, failing what is open, or with `drain` when the last open request is answered."""
@@ -112,9 +113,17 @@ class Engine:
         rows = self._batcher.started
         for row in rows:
             self._runner.hold(row)
+        for model in [model for model in self._leaving if not self._promises.of(model)]:
+            self._leaving.discard(model)
+            self._pool.unload(model)
         plan = self._turns.plan(standing(self._batcher.finished, rows), self._clock())
         self._pool.need(plan.needs, plan.kept)
         self._batcher.held = plan.held
+
+    def _ready(self, model: str, phase: Phase) -> bool:
+        """Whether rows may begin this phase; one that starts must find its network, where all parts fit together."""
+        both = phase == "encode" and self._pool.fits(model)
+        return self._pool.resident(model, phase) and (not both or self._pool.resident(model, "denoise"))
 
     def _caps(self, key: Key) -> Caps | None:
         """The caps of a key; one that has none is measured, a width a turn, and its rows wait until it is done."""
@@ -156,6 +165,10 @@ class Engine:
         with contextlib.suppress(queue.Empty):
             self._inbox.get(timeout=seconds)()
 
+    def _load(self, model_id: str) -> None:
+        self._leaving.discard(model_id)
+        self._pool.want(model_id)
+
     def _add(self, request: Request) -> None:
         try:
             rows = rows_of(request, self._pool.cards, self._clock(), self._sequence)
@@ -178,6 +191,9 @@ class Engine:
                 error = self._pool.failure(change.model) if change.state == "failed" else None
                 if error is not None:
                     self._fail_all(change.model, error)
+                    self._runner.forget(change.model)
+                elif change.state == "absent":
+                    self._runner.tidy(change.model)
             self._memory = change if isinstance(change, Memory) else self._memory
             if not isinstance(change, Memory):
                 self._emit(change)

@@ -134,6 +134,11 @@ class Profiles:
         _store(self._file(family, key), seconds)
         return seconds
 
+    def forget(self, model: str) -> None:
+        """Drop what is known of a model in memory, and a measurement of it that is not at its end."""
+        self._known.pop(model, None)
+        self._open = {key: steps for key, steps in self._open.items() if key.model != model}
+
     def _file(self, family: Family, key: Key) -> Path:
         return self._folder / "profiles" / (self._name(family, key) + ".json")
 

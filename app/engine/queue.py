@@ -26,12 +26,15 @@ Order = tuple[bool, int, float, int, float, int]
 class Queue:
     """The rows of one key: a lane of those waiting for each tenant, a list of those started, and one ordering for all.
 
+    finished: how many wait to be decoded; they hold their slots until then.
+
     Arrivals enter their lane once the key's rate is known, because the age limit is a multiple of it.
     """
 
     def __init__(self, key: Key, shares: Shares) -> None:
         self.key = key
         self.started: list[Row] = []
+        self.finished = 0
         self.arrivals: list[Row] = []
         self._shares = shares
         self._lanes: dict[str, Lane] = {}
@@ -55,7 +58,7 @@ class Queue:
 
     @property
     def empty(self) -> bool:
-        return not (self.started or self._lanes)
+        return not (self.started or self.finished or self._lanes)
 
     def order(self, row: Row, now: float, rate: float) -> Order:
         """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline."""
@@ -87,7 +90,7 @@ class Queue:
     def candidates(self, now: float, caps: Caps) -> list[Row]:
         """Rows that could share the next forward, best first: all started ones and the best few that may start."""
         self.admit(caps.rate)
-        room = caps.slots - len(self.started)
+        room = caps.slots - len(self.started) - self.finished
         waiting = self._best_waiting(now, min(caps.passes, room), caps.rate) if room > 0 else []
         if waiting and room <= caps.slots // 4:
             waiting = self._last_quarter(waiting, caps.slots - caps.slots // 4)

@@ -52,6 +52,17 @@ class Runner:
         caps = self._caps.get(key)
         return caps if caps is None or self._space.has_room(key, caps.bytes) else replace(caps, slots=0)
 
+    def tidy(self, model: str) -> None:
+        """Give back what is kept for a model that is off the device: its encoded prompts, and slots without rows."""
+        self._encodings.forget(model)
+        self._space.forget(model)
+
+    def forget(self, model: str) -> None:
+        """Everything that was learned of a model whose files may be others when it comes back."""
+        self.tidy(model)
+        self._profiles.forget(model)
+        self._caps = {key: caps for key, caps in self._caps.items() if key.model != model}
+
     def measurable(self, key: Key) -> bool:
         """Whether `measure` would get on: the key is not measured, and its model, or its stored profile, is there."""
         family = self._pool.family(key.model)

@@ -125,6 +125,12 @@ class Space:
         self._slots[key], self._sizes[key] = slots, size
         return slots
 
+    def forget(self, model: str) -> None:
+        """Close the slots of this model that hold no rows."""
+        for key, slots in list(self._slots.items()):
+            if key.model == model and slots.free == slots.capacity:
+                del self._slots[key], self._sizes[key]
+
     def _close_idle(self, size: int) -> None:
         idle = [key for key, slots in self._slots.items() if slots.free == slots.capacity]
         while idle and (len(idle) > IDLE_KEYS or sum(self._sizes.values()) + size > self._budget):

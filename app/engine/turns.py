@@ -68,6 +68,7 @@ class Turns:
         self._shelf, self._measured = shelf, measured
         self._waiting: dict[str, deque[Row]] = {}
         self._turns: dict[str, _Turn] = {}
+        self._latest = ""
 
     def add(self, row: Row) -> None:
         """A row has arrived."""
@@ -90,6 +91,8 @@ class Turns:
         absent = [head for head in heads if not self._here(head, now)]
         here = standing.started | {head.key.model for head in heads} - {head.key.model for head in absent}
         over = frozenset(model for model in here if absent and self._over(model, absent[0], now))
+        if not all(self._shelf.resident(need.model, phase) for need in urgent for phase in need.phases):
+            over = frozenset(here)  # rows that hold memory wait: who stands in their way takes no new ones
         needs = urgent + [Need(head.key.model, self._phases(head)) for head in absent]
         return Plan(needs, frozenset(here) - over, over if self._shelf.blocked else frozenset())
 
@@ -110,10 +113,11 @@ class Turns:
 
     def _here(self, head: Row, now: float) -> bool:
         """Whether this model can take the row; notes when that began."""
-        turn = self._turn(head.key.model)
-        was, turn.here = turn.here, all(self._shelf.resident(head.key.model, phase) for phase in self._phases(head))
-        if turn.here and not was:
-            turn.since = now
+        model = head.key.model
+        turn = self._turn(model)
+        was, turn.here = turn.here, all(self._shelf.resident(model, phase) for phase in self._phases(head))
+        if turn.here and not was and self._latest != model:  # else its own parts took turns
+            turn.since, self._latest = now, model
         return turn.here
 
     def _over(self, model: str, head: Row, now: float) -> bool:

@@ -118,6 +118,7 @@ class Books:
     def want(self, model_id: str) -> None:
         """Begin to load, if absent or failed long enough ago; a model that has lost parts of it gets them back."""
         model = self.model(model_id)
+        self._dropped.discard(model_id)
         retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
         robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
         if model.state == "absent" or retry:
@@ -125,7 +126,6 @@ class Books:
             self.change(model_id, "loading")
         elif not robbed or model_id in self._loads:
             return
-        self._dropped.discard(model_id)
         self._loads.append(model_id)
         self.wake.notify()
 
@@ -135,6 +135,7 @@ class Books:
             self.loaded(model_id)
             self.change(model_id, "absent")
         self._dropped.add(model_id)
+        self._needs = ()  # rows that wait for it say so again
         self.wake.notify()
 
     def need(self, needs: Sequence[Need], kept: Collection[str]) -> None:
@@ -215,7 +216,7 @@ class Books:
         return next(loads, None)
 
     def _plan(
-        self, model_id: str, phases: tuple[Phase, ...], kept: Collection[str], met: Collection[int] = ()
+        self, model_id: str, phases: tuple[Phase, ...], kept: Collection[str], met: Collection[int]
     ) -> Bring | None:
         model, spared = self.models[model_id], set(kept) - {model_id}
         wanted = model.components(phases)

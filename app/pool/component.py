@@ -25,6 +25,7 @@ class Component:
 
     bytes: of its weights in `dtype`, from the headers of its files. leases: how many hold it where it is.
     used: when it was last leased. owners: ids of the models that it is part of. origin: where a moving one was.
+    arrived: it has come to the device, which is not written down yet.
     """
 
     def __init__(self, part: Part, device: torch.device, dtype: torch.dtype) -> None:
@@ -36,6 +37,7 @@ class Component:
         self.bytes = 0
         self.place: Place = "device"  # a tokenizer is always there
         self.origin: Place = "away"
+        self.arrived = False
         if not has_weights(part.class_name):
             self.value: Any = build_tokenizer(part.class_name, part.folder)
             return
@@ -53,17 +55,23 @@ class Component:
         else:
             state = read_state(self.part.folder)
             fill_network(self.value, self.part.class_name, self.part.folder, state, self.device, self.dtype)
-        self.origin, self.used = "device", time.monotonic()
+        self.arrived, self.used = True, time.monotonic()
 
     def settle(self) -> None:
-        """Where it is after an arrival that may have failed: on the device, or empty."""
-        if self.origin != "device":
+        """Where it is after a move; one that did not come to its end leaves nothing behind."""
+        if self.place == "moving" and not self.arrived:
             self.leave()
-        self.place = "device" if self.origin == "device" else "away"
+        if self.place == "moving":
+            self.place = "device" if self.arrived else "away"
+        self.origin, self.arrived = self.place, False
 
-    def park(self) -> None:
-        """From the device to host memory, pinned where there is a GPU to copy back to."""
-        _move(self.value, torch.device("cpu"), pin=self.device.type == "cuda")
+    def park(self) -> bool:
+        """From the device to host memory, pinned where there is a GPU to copy back to; False where there is no room."""
+        try:
+            _move(self.value, torch.device("cpu"), pin=self.device.type == "cuda")
+        except (RuntimeError, MemoryError):
+            return False
+        return True
 
     def leave(self) -> None:
         """Away: the memory is free, the files are what is left."""

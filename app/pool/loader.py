@@ -62,7 +62,16 @@ class Loader:
                 case Bring():
                     self._bring(job)
         except Exception as error:
-            self._fail("" if isinstance(job, Drop) else job.model, error)
+            if isinstance(job, Drop):  # what could not be emptied is no model's failure
+                _log.exception("dropping weights")
+                self._settle(job.leaving)
+            else:
+                self._fail(job.model, error)
+
+    def _settle(self, leaving: list[Component]) -> None:
+        with self._books.wake:
+            for one in leaving:
+                one.settle()
 
     def _build(self, model_id: str) -> None:
         """Everything but the weights: parts found, headers and configs checked, sizes known and compared."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from app.pool.component import Component, Key, Place
 
@@ -27,8 +28,8 @@ class Store:
 
     @property
     def parked(self) -> int:
-        """Bytes put aside in host memory."""
-        return sum(one.bytes for one in self.components.values() if one.place == "host")
+        """Bytes put aside in host memory, those on their way from there to the device included."""
+        return sum(one.bytes for one in self.components.values() if "host" in (one.place, one.origin))
 
     def room_for(self, wanted: Iterable[Component], kept: Callable[[Component], bool]) -> list[Component] | None:
         """What must leave the device so that all of `wanted` are there, longest unused first.
@@ -52,22 +53,21 @@ class Store:
 
         The caller has chosen both under the lock, by `claim`. Raises what loading raises; what did not come is away.
         """
-        left = [(one, self.put_aside(one)) for one in leaving]
         coming = [one for one in wanted if one.place == "moving"]
         try:
+            left = [(one, self.put_aside(one)) for one in leaving]
             for one in coming:
                 one.arrive()
         finally:
             with self._lock:
-                for one in coming:
+                for one in (*leaving, *coming):
                     one.settle()
         return left
 
     def claim(self, wanted: Iterable[Component], leaving: Iterable[Component]) -> None:
         """From now on nobody leases these: they are about to move. Under the lock."""
-        for one in (*wanted, *leaving):
-            if one.place != "device" or one in leaving:
-                one.origin, one.place = one.place, "moving"
+        for one in (*(one for one in wanted if one.place != "device"), *leaving):
+            one.origin, one.place = one.place, "moving"
 
     def put_aside(self, one: Component) -> Place:
         """A claimed component off the device: to host memory when it may be there, else away."""
@@ -77,32 +77,36 @@ class Store:
                 other.place = "moving"
         for other in parting or ():
             other.leave()
-        if parting is None:
-            one.leave()
+        place: Place = "away"
+        if parting is not None and one.park():
+            place = "host"
         else:
-            one.park()
-        place: Place = "away" if parting is None else "host"
+            one.leave()
         with self._lock:
-            one.place = place
+            one.place = one.origin = place
             for other in parting or ():
-                other.place = "away"
+                other.place = other.origin = "away"
         return place
 
     def forget(self) -> None:
-        """Leave out the components that no model has any more. Under the lock."""
-        self.components = {key: one for key, one in self.components.items() if one.owners}
+        """Leave out the components that no model has any more. What is still leased counts on, under no one's name."""
+        kept = {}
+        for (folder, *rest), one in self.components.items():
+            if one.owners:
+                kept[folder, *rest] = one
+            elif one.leases:
+                kept[Path(f"{folder}#{id(one)}"), *rest] = one
+        self.components = kept  # type: ignore[assignment]
 
     def drop(self, one: Component) -> None:
         """A claimed component away, wherever it was."""
         one.leave()
         with self._lock:
-            one.place = "away"
+            one.place = one.origin = "away"
 
     def _parting(self, one: Component) -> list[Component] | None:
-        """What must leave host memory so that this fits there, longest unused first; None when it never fits."""
+        """What must leave host memory so that this fits there, longest unused first; None when it does not."""
         excess = self.parked + one.bytes - self.host
-        if one.bytes > self.host:
-            return None
         leaving: list[Component] = []
         for other in sorted(self.components.values(), key=lambda other: other.used):
             if excess <= 0:
@@ -110,7 +114,7 @@ class Store:
             if other.place == "host":
                 leaving.append(other)
                 excess -= other.bytes
-        return leaving
+        return leaving if excess <= 0 else None
 
     def _idle(self) -> list[Component]:
         return [one for one in self.components.values() if one.place == "device" and not one.leases and one.bytes]

@@ -42,8 +42,10 @@ class Door:
         wait = chosen.wait(request.tenant, request.weight, own)
         if wait > self.max_wait:
             raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - self.max_wait))
-        first = chosen.wait(request.tenant, request.weight, chosen.before(kind))
-        estimate = Estimate(first, position, len(request.images) * chosen.image(kind))
+        cost = len(request.images) * chosen.image(kind)
+        # Others have their turns while it waits and while it runs: both are in its wait.
+        finish = chosen.wait(request.tenant, request.weight, chosen.before(kind) + cost)
+        estimate = Estimate(finish - cost, position, cost)
         if request.deadline is not None and chosen.measured(request.model):
             _check_deadline(estimate, request.deadline - time.monotonic())
         return estimate

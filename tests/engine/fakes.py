@@ -154,6 +154,9 @@ class FakeProfiles:
     def __init__(self, passes: int = 16, rate: float = 1e-3) -> None:
         self.curve = {passes: passes * rate}
 
+    def forget(self, model: str) -> None:
+        pass
+
     def known(self, family: object, key: object) -> dict[int, float] | None:
         return self.curve
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +16,11 @@ import pytest
 import torch
 
 from app.card import Card, read_card, read_cards
-from app.pool.books import PHASES
+from app.engine.profile import Profiles
+from app.errors import CheckpointError
+from app.pool.books import PHASES, RETRY_AFTER
 from app.pool.pool import Pool
-from app.report import Evicted, Memory
+from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from tests.engine.conftest import load_all
 from tests.engine.harness import Bench
@@ -83,6 +86,15 @@ def bound(cards: dict[str, Card]) -> Iterator[list[Pool]]:
     yield pools
     for pool in pools:
         pool.close()
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def resident() -> int:
@@ -156,3 +168,73 @@ def test_rows_keep_coming_to_a_model_in_parts_and_to_another(
         bench.turn(3)
     bench.wait(36)
     assert not bench.failures
+
+
+def test_more_rows_than_slots_for_a_model_whose_parts_take_turns(
+    cards: dict[str, Card], bound: list[Pool], largest: tuple[int, int]
+) -> None:
+    """Finished rows wait for the VAE and keep their slots meanwhile: no row is given one that is not there."""
+    pool = load_all(Pool(cards, "cpu", torch.float32))
+    parts = max(sum(one.bytes for one in pool._books.models["tiny-dit"].components((phase,))) for phase in PHASES)
+    pool.close()
+    bound.append(Pool(cards, "cpu", torch.float32, budget=parts))
+    asked = [ask("tiny-dit", number, number % 2 == 0) for number in range(150)]
+    assert len(Bounded(bound[0]).answer(asked).results) == 150
+
+
+def test_a_started_row_is_not_starved_by_another_models_traffic(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
+) -> None:
+    bound.append(Pool(cards, "cpu", torch.float32, budget=largest[0]))
+    bench = Bounded(bound[0])
+    bench.answer([ask("tiny-sd3", 1000, True), ask("tiny-dit", 1000, True)])
+    waiting = {ask("tiny-dit", number, True).id for number in range(0, 120, 20)}
+    for number in range(120):
+        bench.engine.submit(ask("tiny-dit" if number % 20 == 0 else "tiny-sd3", number, True))
+        bench.turn(2)
+    done = {key[0] for key in bench.results}
+    while not waiting <= done:
+        assert len(done) < 2000, "the others go on, and these wait"
+        bench.engine.submit(ask("tiny-sd3", 2000 + len(done), True))
+        bench.wait(1)
+        done = {key[0] for key in bench.results}
+
+
+def test_an_unload_waits_for_the_requests_there(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
+) -> None:
+    bound.append(Pool(cards, "cpu", torch.float32))
+    bench = Bounded(bound[0])
+    for number in range(6):
+        bench.engine.submit(ask("tiny-sd3", number, True))
+    bench.turn(3)
+    bench.engine.unload("tiny-sd3")
+    bench.wait(6)
+    assert not [report for report in bench.reports if isinstance(report, Evicted)]
+    deadline = time.monotonic() + 30
+    while not [report for report in bench.reports if isinstance(report, ModelState) and report.state == "absent"]:
+        assert time.monotonic() < deadline
+        bench.turn()
+        time.sleep(0.005)
+    assert bench.reports[-1] == Memory("cpu", {"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0})
+
+
+def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(
+    cards: dict[str, Card], bound: list[Pool], tmp_path: Path
+) -> None:
+    """Nothing that was learned of the old files is used for the new ones."""
+    clock = Clock()
+    bound.append(Pool(cards, "cpu", torch.float32, clock=clock))
+    profiles = Profiles(tmp_path)
+    bench = Bounded(bound[0], profiles=profiles)
+    bench.engine.submit(ask("tiny-dit", 1, True))
+    deadline = time.monotonic() + 60
+    while not profiles._open:
+        assert time.monotonic() < deadline
+        bench.turn()
+    bound[0]._loader._fail("tiny-dit", CheckpointError("the disk is gone"))
+    bench.turn(2)
+    assert isinstance(bench.failures["tiny-dit-1"].error, CheckpointError) and not profiles._open
+    bench.reports.clear()
+    clock.now = RETRY_AFTER + 1
+    bench.answer([ask("tiny-dit", 2, True)])

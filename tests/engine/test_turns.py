@@ -99,3 +99,28 @@ def test_rows_that_started_or_left_are_no_heads() -> None:
     made = turns(Shelf(), first, second)
     first.stage, second.stage = "started", "gone"
     assert made.plan(IDLE, 0.0).needs == []
+
+
+def test_rows_that_hold_memory_make_room_for_themselves() -> None:
+    """A started row without its network, or a finished one without its VAE: who stands in its way takes no new rows."""
+    shelf = Shelf("a")
+    shelf.blocked = True
+    made = turns(shelf, row("a"))
+    for standing in (Standing([], ["b"], {"a", "b"}), Standing(["b"], [], {"a"})):
+        plan = made.plan(standing, 0.0)
+        assert "a" in plan.held and not plan.kept
+    shelf.here = {"a", "b"}
+    assert not made.plan(Standing(["b"], [], {"a"}), 0.0).held
+
+
+def test_the_parts_of_one_model_taking_turns_do_not_renew_its_time() -> None:
+    shelf = Shelf()
+    shelf.whole, shelf.blocked = False, True
+    made = turns(shelf, row("a"), row("b"))
+    made.served("a", 2.0)
+    shelf.parts = {("a", "encode")}
+    made.plan(IDLE, 0.0)
+    shelf.parts = {("a", "denoise")}
+    made.plan(Standing([], [], {"a"}), 1.5)
+    shelf.parts = {("a", "encode")}
+    assert "a" in made.plan(Standing([], [], {"a"}), 2.1).held

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from app.card import Card, read_cards
 from app.errors import CheckpointError, DoesNotFit
+from app.families.components import empty_network
 from app.pool.books import PHASES
 from app.pool.need import Need
 from app.pool.pool import Pool
+from app.pool.weights import read_state
 from app.report import Evicted, Memory, ModelState
 from app.request import Prompt
 from tests.tiny import write_models
@@ -51,6 +54,32 @@ def made(cards: dict[str, Card]) -> Iterator[Callable[..., Pool]]:
     yield make
     for pool in pools:
         pool.close()
+
+
+class Once:
+    """What raises the first time that it is called."""
+
+    called = False
+
+    def __call__(self, network: torch.nn.Module) -> None:
+        if not self.called:
+            self.called = True
+            raise RuntimeError("no")
+        empty_network(network)
+
+
+class Counting:
+    """Reads, and remembers the names of the folders."""
+
+    folders: ClassVar[set[str]] = set()
+
+    def __init__(self, real: Callable[[Path], dict[str, torch.Tensor]]) -> None:
+        self._real = real
+        self.folders.clear()
+
+    def __call__(self, folder: Path) -> dict[str, torch.Tensor]:
+        self.folders.add(folder.name)
+        return self._real(folder)
 
 
 def until(done: Callable[[], Any]) -> None:
@@ -209,3 +238,52 @@ def test_files_that_change_while_a_model_is_away_fail_its_return(
     finally:
         file.write_bytes(whole)
     ready(pool, "tiny-dit")
+
+
+def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
+    made: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next need brings it all the same."""
+    pool = made(10**9)
+    needs = [Need("tiny-dit", ("encode", "denoise", "decode"))]
+    with pool._lock:
+        pool._books.want("tiny-dit")
+        pool._books.need(needs, ())
+        pool._books.unload("tiny-dit")
+    pool.need(needs)
+    until(lambda: pool.resident("tiny-dit", "denoise"))
+
+
+def test_the_loader_outlives_a_drop_that_raises(made: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = made(10**9)
+    ready(pool, "tiny-dit")
+    with monkeypatch.context() as patch:
+        patch.setattr("app.pool.component.empty_network", fail_once := Once())
+        pool.unload("tiny-dit")
+        until(lambda: fail_once.called)
+    ready(pool, "tiny-sd3")
+    ready(pool, "tiny-dit")
+
+
+def test_weights_put_aside_come_back_the_same(
+    made: Callable[..., Pool], sizes: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Host memory, played on the CPU: the moves are real, and the two tiers are the same memory."""
+    budget = max(sum(size.values()) for size in sizes.values())
+    pool = made(budget)
+    pool._books.store.host = 10**9
+    ready(pool, "tiny-sd3")
+    family: Any = pool.family("tiny-sd3")
+    assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
+    with torch.inference_mode():
+        before = family.encode([Prompt("red")], 24)
+    monkeypatch.setattr("app.pool.component.read_state", Counting(read_state))
+    ready(pool, "tiny-dit")
+    assert pool._books.store.parked and not pool.resident("tiny-sd3", "encode")
+    ready(pool, "tiny-sd3")
+    with torch.inference_mode():
+        after = family.encode([Prompt("red")], 24)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert Counting.folders == {"transformer", "vae"}, "only the other model was read from its files"
+    evicted = [change for change in pool.poll() if isinstance(change, Evicted)]
+    assert evicted and all(change.to == "host" for change in evicted)

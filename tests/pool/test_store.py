@@ -20,6 +20,7 @@ class Counted:
         self.name, self.bytes, self.used, self.place, self.breaks = name, size, used, place, breaks
         self.origin: Place = "away"
         self.leases = 0
+        self.arrived = False
         self.owners = {name}
         self.moves: list[str] = []
 
@@ -27,13 +28,14 @@ class Counted:
         self.moves.append(f"from {self.origin}")
         if self.breaks:
             raise OSError("the disk is gone")
-        self.origin = "device"
+        self.arrived = True
 
     def settle(self) -> None:
-        self.place = "device" if self.origin == "device" else "away"
+        Component.settle(cast(Component, self))
 
-    def park(self) -> None:
+    def park(self) -> bool:
         self.moves.append("park")
+        return not self.breaks
 
     def leave(self) -> None:
         self.moves.append("leave")
@@ -108,6 +110,33 @@ def test_bringing_moves_out_then_in_and_says_where_to() -> None:
     assert [(cast(Any, one).name, place) for one, place in left] == [("old", "host")]
     assert parked.moves == ["from host"] and filed.moves == ["from away"]
     assert [one.place for one in (old, parked, filed)] == ["host", "device", "device"]
+
+
+def test_what_does_not_fit_into_host_memory_after_all_goes_away() -> None:
+    old, fresh = Counted("old", 50, 1, breaks=True), Counted("fresh", 50, 0, "away")
+    shelf = store(50, 100, old, fresh)
+    wanted, leaving = [cast(Component, fresh)], [cast(Component, old)]
+    shelf.claim(wanted, leaving)
+    assert [place for _, place in shelf.bring(wanted, leaving)] == ["away"]
+    assert old.moves == ["park", "leave"] and (old.place, fresh.place) == ("away", "device")
+
+
+def test_host_memory_counts_what_is_on_its_way_from_it() -> None:
+    old, parked = Counted("old", 50, 1), Counted("parked", 60, 0, "host")
+    shelf = store(60, 100, old, parked)
+    shelf.claim([cast(Component, parked)], [cast(Component, old)])
+    assert shelf.parked == 60
+    assert shelf.put_aside(cast(Component, old)) == "away", "60 of 100 are taken until they have come"
+
+
+def test_a_part_of_a_model_that_failed_counts_while_it_is_leased() -> None:
+    leased, idle = Counted("leased", 50, 1), Counted("idle", 50, 2)
+    leased.leases = 1
+    shelf = store(100, 0, leased, idle)
+    leased.owners, idle.owners = set(), set()
+    shelf.forget()
+    assert shelf.used == 50
+    assert (Path("leased"), torch.float32, ()) not in shelf.components, "a new load does not take it for its own"
 
 
 def test_a_load_that_breaks_leaves_nothing_moving() -> None:

@@ -37,7 +37,15 @@ def test_alone_a_tenant_may_fill_the_queue_and_is_told_how_long_it_drains():
 
 
 def test_behind_a_full_queue_of_another_a_small_tenant_enters():
-    assert ask(backlog(flood=(1.0, 11)), "small").wait == 0.0
+    """It waits for none of the other's eleven, but for one of them while it runs itself."""
+    assert ask(backlog(flood=(1.0, 11)), "small").wait == pytest.approx(1.0)
+
+
+def test_among_many_tenants_a_turn_is_as_long_as_they_are_many():
+    crowd = backlog(**{f"t{number}": (5.0, 4) for number in range(40)})
+    assert ask(crowd, "new").wait == pytest.approx(40.0)
+    with pytest.raises(Overloaded):
+        ask(crowd, "new", deadline=time.monotonic() + 8.0)
 
 
 def test_over_half_full_a_tenant_over_its_share_is_told_so():
@@ -77,7 +85,9 @@ def test_a_deadline_that_the_queue_misses_may_be_met_elsewhere():
         ask(backlog(a=(1.0, 8)), "a", deadline=time.monotonic() + 5.0)
     assert refused.value.retry_after >= 3.0
     ask(backlog(a=(1.0, 8)), "a", deadline=time.monotonic() + 10.0)
-    ask(backlog(flood=(1.0, 8)), "small", deadline=time.monotonic() + 2.0)
+    ask(backlog(flood=(1.0, 8)), "small", deadline=time.monotonic() + 2.1)
+    with pytest.raises(Overloaded):
+        ask(backlog(flood=(1.0, 8)), "small", deadline=time.monotonic() + 1.9)
 
 
 def test_a_short_request_is_not_refused_for_long_ones_that_let_it_pass():
@@ -107,7 +117,7 @@ def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
             flood = [supervisor.submit(request("!slow 60", steps=18, tenant="flood")) for _ in range(3)]
             assert flood[-1].estimate == Estimate(pytest.approx(40 * RATE), 2, pytest.approx(20 * RATE))
             small = supervisor.submit(request("!slow 60", tenant="small"))
-            assert small.estimate.wait == 0.0
+            assert small.estimate.wait == pytest.approx(6 * RATE)
             assert supervisor.tenants() == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
             with pytest.raises(RateLimited):
                 supervisor.submit(request(tenant="flood"))
