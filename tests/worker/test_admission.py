@@ -42,7 +42,7 @@ def test_behind_a_full_queue_of_another_a_small_tenant_enters():
 
 
 def test_among_many_tenants_a_turn_is_as_long_as_they_are_many():
-    crowd = backlog(**{f"t{number}": (5.0, 4) for number in range(40)})
+    crowd = backlog(**{f"t{number}": (1.0, 4) for number in range(40)})
     assert ask(crowd, "new").wait == pytest.approx(40.0)
     with pytest.raises(Overloaded):
         ask(crowd, "new", deadline=time.monotonic() + 8.0)
