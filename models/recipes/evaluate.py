@@ -24,7 +24,7 @@ from common import to_float
 from data import COLOURS, Subject, caption, draw_scene, load_subjects, plain_scene, render
 from diffusers import AutoencoderKL
 from folder import read_subjects
-from nearest import Nearest
+from nearest import Nearest, twins
 from scores import Asked, save_grid, score, summary, table
 from tqdm import tqdm
 
@@ -183,7 +183,7 @@ def report(args, everything, cards, drawn) -> None:  # type: ignore[no-untyped-d
         target = cards[run.card].components.get("vae", f"{run.card}/vae").partition("/")
         vae = cards[target[0]].folder / target[2]
         drawn = [*drawn, (Run("the VAE alone", None, None, True), asked, ceiling(vae, everything, asked), None)]
-    lines, finders = [], {}
+    lines, finders, same = [], {}, twins(everything)
     for number, (run, asked, pictures, seconds) in enumerate(drawn):
         there = sorted({each.scene.subject for each in asked}) if args.among == "asked" else range(len(everything))
         if tuple(there) not in finders:
@@ -193,7 +193,10 @@ def report(args, everything, cards, drawn) -> None:  # type: ignore[no-untyped-d
             some = slice(start, start + 256)
             found = finders[tuple(there)].find(pictures[some], [each.scene.colour for each in asked[some]])
             matches += [[replace(m, subject=there[m.subject]) for m in each] for each in found]
-        scores = [score(everything, *each) for each in zip(asked, pictures, matches, strict=True)]
+        scores = [
+            score(everything, same[each.scene.subject], each, *its)
+            for each, *its in zip(asked, pictures, matches, strict=True)
+        ]
         classes = run.card in cards and bool(cards[run.card].labels)
         lines.append(summary(run.name, scores, seconds, classes))
         if args.grid:

@@ -54,6 +54,23 @@ def energy(sprites: Tensor, colours: Tensor) -> Tensor:
     return colour.pow(2).sum((1, 2)) - 2 * mixed + colours.pow(2).sum(1)[:, None] * alpha.pow(2).sum((1, 2))
 
 
+def twins(subjects: list[Subject]) -> list[set[int]]:
+    """For each subject those that have a drawing in common with it, mirrored or not, and itself.
+
+    No picture can tell them apart: a drawing may be mirrored, so the first and the last quarter of the moon are one.
+    """
+    drawings = [(index, d) for index, s in enumerate(subjects) for d in range(len(s.drawings))]
+    small = torch.stack([sprite(subjects[s], d, HALF) for s, d in drawings])
+    on_gray = small[:, :3] + (1 - small[:, 3:]) * 0.5
+    flat, owner = on_gray.flatten(1), [s for s, _ in drawings]
+    same = [{index} for index in range(len(subjects))]
+    for other in (flat, on_gray.flip(3).flatten(1)):
+        gap = torch.cdist(flat, other) * 255 / flat.shape[1] ** 0.5
+        for one, two in (gap < 3).nonzero().tolist():
+            same[owner[one]].add(owner[two])
+    return same
+
+
 class Nearest:
     """All drawings of all subjects, ready to be looked for."""
 

@@ -61,13 +61,14 @@ def spot_is_right(scene: Scene, match: Match) -> bool | None:
     return scene.place is None or (off[scene.place][0] > BAR and abs(off[scene.place][1]) < BAR)
 
 
-def score(subjects: list[Subject], asked: Asked, picture: np.ndarray, matches: list[Match]) -> Score:
+def score(subjects: list[Subject], same: set[int], asked: Asked, picture: np.ndarray, matches: list[Match]) -> Score:
+    """same: the subjects that count as the asked one, itself among them."""
     scene = asked.scene
-    near = [match.subject for match in matches]
+    near = [match.subject in same for match in matches]
     return Score(
         trained(subjects[scene.subject], scene.colour),
-        near[0] == scene.subject,
-        scene.subject in near[:5],
+        near[0],
+        any(near[:5]),
         background(picture) == scene.colour,
         spot_is_right(scene, matches[0]),
         matches[0].error,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from data import COLOURS, Scene, draw_scene, render
-from nearest import Nearest, energy, features, sprite
+from nearest import Nearest, energy, features, sprite, twins
+from PIL import Image
 from torch.nn import functional as F
 
 
@@ -50,3 +52,10 @@ def test_noise_moves_it_little(subjects: list[Any]) -> None:
         assert matches[0].subject == scene.subject
         assert max(abs(matches[0].x - scene.x), abs(matches[0].y - scene.y), abs(matches[0].side - scene.side)) <= 1
         assert 10 < matches[0].error < 16
+
+
+def test_twins_share_a_drawing_or_its_mirror_image(subjects: list[Any]) -> None:
+    left = replace(subjects[0], key="left")
+    turned = subjects[1].drawings[0].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    right = replace(subjects[1], key="right", drawings=(subjects[5].drawings[1], turned))
+    assert twins([*subjects[:4], left, right]) == [{0, 4}, {1, 5}, {2}, {3}, {0, 4}, {1, 5}]

@@ -54,9 +54,10 @@ def test_the_wrong_size_is_wrong() -> None:
 def test_a_table_tells_rights_from_asked(subjects: list[Any]) -> None:
     scene = Scene(0, "white", True, False, None, 0, False, 60, 2, 2)
     picture = render(scene, subjects[0])
-    right = score(subjects, Asked(scene, "", 0), picture, [match(scene)])
-    wrong = score(subjects, Asked(scene, "", 0), picture, [match(scene, subject=1), match(scene)])
+    right = score(subjects, {0}, Asked(scene, "", 0), picture, [match(scene)])
+    wrong = score(subjects, {0}, Asked(scene, "", 0), picture, [match(scene, subject=1), match(scene)])
     assert (right.subject, wrong.subject, wrong.among_five) == (True, False, True)
+    assert score(subjects, {0, 1}, Asked(scene, "", 0), picture, [match(scene, subject=1)]).subject
     line = summary("a card", [right, wrong, wrong], 0.5, classes=False)
     assert line["subject"] == (1, 3) and line["subject_new"] == (0, 0) and line["size_and_place"] == (0, 0)
     assert (
