@@ -154,6 +154,8 @@ def plan(args: argparse.Namespace, cards: dict[str, Card], everything: list[Subj
     """The pictures of a run."""
     known = everything[: args.subjects] if args.subjects else read_subjects(cards[run.card].folder, everything)
     known = [subject for subject in known if not cards[run.card].labels or subject.name in cards[run.card].labels]
+    if not args.subjects and not (cards[run.card].folder / "subjects.txt").exists():
+        print(f"{run.card} has no subjects.txt: it is asked for all {len(everything)}; --subjects N for the first N")
     index = {subject.key: at for at, subject in enumerate(everything)}
     classes = bool(cards[run.card].labels)
     asked = [ask(everything, index[s.key], again, classes) for s in known for again in range(args.each)]
