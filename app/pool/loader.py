@@ -39,6 +39,8 @@ class Loader:
         self._thread.join(timeout=seconds)
 
     def _work(self) -> None:
+        # Copies of weights on one core only: the others are for those who run. Of this thread alone: OpenMP's setting.
+        torch.set_num_threads(1)
         while job := self._next():
             self._do(job)
 

@@ -67,9 +67,15 @@ class Traffic:
         self.forwards: list[float] = []
         self.states: dict[str, str] = {}
         self._count = 0
-        threading.Thread(target=self.engine.run, daemon=True).start()
+        self._thread = threading.Thread(target=self.engine.run, daemon=True)
+        self._thread.start()
         for _ in range(CLIENTS):
             self._ask()
+
+    def stop(self) -> None:
+        self.engine.stop()
+        self._thread.join(60)
+        self.pool.close()
 
     def until(self, model: str, state: str) -> None:
         while self.states.get(model) != state:
@@ -121,7 +127,7 @@ def main() -> None:
             seconds.append(end - middle)
             traffic.engine.unload("large")
             traffic.until("large", "absent")
-        traffic.engine.stop()
+        traffic.stop()
     facts: dict[str, object] = {"bench": "load", "date": str(date.today()), "megabytes": args.megabytes}
     facts["load_seconds"] = [round(one, 2) for one in seconds]
     for name, found in gaps.items():
