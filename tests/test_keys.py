@@ -153,6 +153,13 @@ def test_a_bad_file_is_named_with_its_field(tmp_path: Path, text: str, said: str
     assert caught.value.__cause__ is None and (caught.value.__suppress_context__ or not caught.value.__context__)
 
 
+@pytest.mark.parametrize("text", [f"[keys.alice]\n{KEY} = 1", f"[keys.{KEY}]\nweight = 1", f'[keys]\n{KEY} = "alice"'])
+def test_a_key_that_stands_where_a_name_belongs_is_not_told(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_keys(written(tmp_path, text))
+    assert KEY not in caught.value.message and "..." in caught.value.message
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     settings = written(tmp_path, "")
     (tmp_path / "keys.toml").write_bytes(b"\xff\xfe")

@@ -34,10 +34,11 @@ class Outcome:
     out_of_memory: int = 0
 
 
-Phase = Callable[[list[Row], Outcome], None]
+Compute = Callable[[list[Row], Outcome], None]
+"""What one phase does for rows."""
 
 
-def isolate(phase: Phase, rows: list[Row], outcome: Outcome) -> None:
+def isolate(phase: Compute, rows: list[Row], outcome: Outcome) -> None:
     """Run a phase; when it raises, halve the rows and run each half again, until one row fails alone.
 
     This is also the split and retry of a step that is out of memory. Phases change nothing before they succeed.
@@ -56,7 +57,7 @@ def isolate(phase: Phase, rows: list[Row], outcome: Outcome) -> None:
     isolate(phase, rows[middle:], outcome)
 
 
-def _attempt(phase: Phase, rows: list[Row], outcome: Outcome) -> InstepError | None:
+def _attempt(phase: Compute, rows: list[Row], outcome: Outcome) -> InstepError | None:
     """The error of a phase, or None. Nothing of the exception outlives this call: its traceback holds tensors."""
     try:
         phase(rows, outcome)

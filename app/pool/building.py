@@ -1,6 +1,6 @@
-"""Building: from a card's files to its family, one part after the other.
+"""Building: from built parts to a family; and, for a check of a checkpoint, all of its parts at once on the CPU.
 
-Knows nothing of what is already on a device: the pool shares parts, and builds here those that it lacks.
+Knows nothing of what is already on a device: the pool builds and shares parts itself (component.py).
 """
 
 from __future__ import annotations
