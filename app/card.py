@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from app.errors import CardError
 from app.labels import cached_index, read_labels
+from app.schedule import Part, Schedule
 
 Size = tuple[int, int]
 INDEX = "model_index.json"
@@ -28,11 +29,7 @@ def parse_size(text: str) -> Size:
     return int(found[1]), int(found[2])
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Source(_Part):
+class Source(Part):
     """Where the files are: a folder (relative to the card's own) or a Hub repository at a revision."""
 
     path: str | None = None
@@ -46,60 +43,7 @@ class Source(_Part):
         return self
 
 
-class DynamicShift(_Part):
-    """FLUX's resolution-dependent shift: exp of a line through (base_tokens, base) and (max_tokens, max)."""
-
-    base_tokens: int = 256
-    max_tokens: int = 4096
-    base: float = 0.5
-    max: float = 1.15
-
-    @model_validator(mode="after")
-    def _is_a_line(self) -> DynamicShift:
-        if self.max_tokens <= self.base_tokens:
-            raise ValueError("max_tokens must be over base_tokens")
-        return self
-
-
-class Schedule(_Part):
-    """The noise process the network was trained on, and the grid its samplers walk.
-
-    kind "diffusion": alpha-bar from betas; "flow": x_t = (1 - s) x0 + s noise. `spacing` names the grid:
-    leading, linspace or trailing for diffusion, sd3 or flux for flow. `variance` is what ddpm adds back.
-    `clip_sample` and `thresholding` are there to be refused: they are not affine.
-    """
-
-    kind: Literal["diffusion", "flow"]
-    prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
-    spacing: Literal["leading", "linspace", "trailing", "sd3", "flux"] = "leading"
-    train_steps: Annotated[int, Field(ge=1, le=10_000)] = 1000
-    betas: Literal["linear", "scaled_linear"] = "linear"
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 2e-2
-    steps_offset: Annotated[int, Field(ge=0, le=10)] = 0
-    set_alpha_to_one: bool = True
-    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
-    shift: Annotated[float, Field(gt=0)] = 1.0
-    dynamic_shift: DynamicShift | None = None
-    clip_sample: Literal[False] = False
-    thresholding: Literal[False] = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flow_defaults(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("kind") == "flow":
-            raw = {"prediction": "flow", "spacing": "sd3", **raw}
-        return raw
-
-    @model_validator(mode="after")
-    def _agrees(self) -> Schedule:
-        flow = self.kind == "flow"
-        if flow != (self.prediction == "flow") or flow != (self.spacing in ("sd3", "flux")):
-            raise ValueError(f"kind {self.kind}, prediction {self.prediction}, spacing {self.spacing} do not agree")
-        return self
-
-
-class Defaults(_Part):
+class Defaults(Part):
     """What a request gets when it does not say."""
 
     sampler: str
@@ -108,7 +52,7 @@ class Defaults(_Part):
     size: str
 
 
-class Sizes(_Part):
+class Sizes(Part):
     """Allowed width and height in pixels; min == max means that size only; square means width == height."""
 
     min: Annotated[int, Field(ge=8)]
@@ -117,7 +61,7 @@ class Sizes(_Part):
     square: bool = False
 
 
-class Limits(_Part):
+class Limits(Part):
     """The bounds of a request; an error names the field and this range."""
 
     sizes: Sizes
@@ -127,14 +71,27 @@ class Limits(_Part):
     prompt: Annotated[int, Field(ge=1, le=32_000)] = 10_000
 
 
-class Text(_Part):
+class Text(Part):
     """Padded text lengths in tokens, as the upstream pipeline pads: SD3 has 77 CLIP and 256 T5 tokens."""
 
     clip: Annotated[int, Field(ge=2, le=77)] = 77
     t5: Annotated[int, Field(ge=1, le=512)] = 256
 
 
-class Bucket(_Part):
+class SkipLayers(Part):
+    """Skip-layer guidance: a third pass without these blocks, which guidance moves away from too (SD3.5-medium).
+
+    layers: blocks that the pass leaves out. scale: 0 is off, unless a request says more. It acts on the steps i with
+    start * steps < i < stop * steps, counted from 0, as pipeline_stable_diffusion_3.py counts them.
+    """
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    scale: Annotated[float, Field(ge=0)] = 0.0
+    start: Annotated[float, Field(ge=0, le=1)] = 0.01
+    stop: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+
+class Bucket(Part):
     """The fixed batch sizes of deterministic mode: every forward is padded to these."""
 
     passes: Annotated[int, Field(ge=8)] = 8
@@ -142,16 +99,20 @@ class Bucket(_Part):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-class Card(_Part):
+class Card(Part):
     """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML.
 
     classes: how many a dit has whose model_index.json names none, or is not downloaded yet.
+    files: parts whose tensors are in one safetensors file of the authors' own layout, not in the part's folder.
+    guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of the network, where 1 is
+    a scale like others. parameters: of the denoising network. bytes: of all weights as they are downloaded.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    family: Literal["dit", "sd3"]
+    family: Literal["dit", "sd3", "flux"]
     source: Source
-    components: dict[str, str] = {}
+    components: dict[str, str] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
     aliases: tuple[str, ...] = ()
     description: str = ""
     schedule: Schedule
@@ -159,12 +120,16 @@ class Card(_Part):
     limits: Limits
     text: Text = Text()
     bucket: Bucket = Bucket()
-    guidance: Literal["cfg"] = "cfg"
+    guidance: Literal["cfg", "embedded"] = "cfg"
+    skip_layer_guidance: SkipLayers | None = None
     guided_channels: Annotated[int, Field(ge=1)] | None = None
     time_freq_shift: Annotated[float, Field(ge=0)] | None = None
     norm_eps: Annotated[float, Field(gt=0)] | None = None
     classes: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    parameters: Annotated[int, Field(ge=1)] | None = None
+    bytes: Annotated[int, Field(ge=1)] | None = None
     license: str = ""
+    gated: bool = False
     folder: Path = Path()
     labels: tuple[str, ...] = ()
 
@@ -188,6 +153,13 @@ class Card(_Part):
             raise ValueError("defaults.num_inference_steps is over limits.num_inference_steps")
         if self.classes is not None and self.family != "dit":
             raise ValueError(f"classes: {self.family} draws prompts")
+        if self.guidance == "embedded" and self.family != "flux":
+            raise ValueError(f"guidance: {self.family} has no embedded guidance")
+        if self.skip_layer_guidance is not None and self.family != "sd3":
+            raise ValueError(f"skip_layer_guidance: {self.family} has none")
+        twice = sorted(self.components.keys() & self.files.keys())
+        if twice:
+            raise ValueError(f"files.{twice[0]}: components names it too")
         return self
 
 

@@ -35,11 +35,21 @@ class ImageSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SkipGuidance:
+    """Skip-layer guidance of a request: its scale, and the share of the steps between which it acts."""
+
+    scale: float
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """A complete request: no field is left to a default further down.
 
     width, height: pixels. guidance: the scale w in out = uncond + w (cond - uncond), used only when `guided`.
     deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.
+    embedded: the scale that a network with embedded guidance (FLUX.1-dev) is given, None for other networks.
     tenant, weight: the API key's name, and its share of the device beside other keys'.
     """
 
@@ -53,6 +63,8 @@ class Request:
     guided: bool
     guidance: float
     text_length: int
+    embedded: float | None = None
+    skip: SkipGuidance | None = None
     priority: int = 0
     deadline: float | None = None
     previews: int = 0

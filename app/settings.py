@@ -27,7 +27,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Number format of the networks")
     deterministic: bool = Field(False, description="Same request, same bits: pads every forward to the card's bucket")
     preload: str = Field("", description="Model ids to load at start, comma separated; `all` for every card")
-    default_model: str = Field("", description="The model of a request that names none; empty: the first card")
+    default_model: str = Field(
+        "", description="The model of a request that names none; empty: the first with files beside it"
+    )
     device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')
     host_memory: str = Field("50%", description="Host memory for weights that a GPU has no room for; the same forms")
     api_keys: str = Field("", repr=False, description="Keys that clients must send, comma separated: name=key")

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    **dict.fromkeys(("card", "labels", "request", "report", "settings", "errors", "keys"), 0),
+    **dict.fromkeys(("card", "labels", "request", "report", "settings", "errors", "keys", "schedule"), 0),
     "imaging": 1,
     "logs": 1,
     "gpu": 1,

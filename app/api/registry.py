@@ -31,7 +31,9 @@ class Registry:
         if settings.default_model and settings.default_model not in self._names:
             message = f'default_model: no card is named "{settings.default_model}"'
             raise SettingsError(message, param="default_model")
-        self.default = self._names[settings.default_model] if settings.default_model else next(iter(cards.values()))
+        # One whose files lie beside it, if there is one: the others may not be downloaded.
+        here = [card for card in cards.values() if card.source.repo is None] or list(cards.values())
+        self.default = self._names[settings.default_model] if settings.default_model else here[0]
 
     def find(self, name: str | None) -> Card:
         """The card of this id or alias; the default one for None and "". Raises ModelNotFound, ModelNotAllowed."""

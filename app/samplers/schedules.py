@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.card import Schedule
 from app.errors import CardError, InvalidValue
+from app.schedule import Schedule
 
 Array = npt.NDArray[np.float64]
 

@@ -17,11 +17,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from app.card import Schedule
 from app.errors import InvalidValue
 from app.samplers import schedules, solvers
 from app.samplers.schedules import Array, Path, Walk, at_size
 from app.samplers.solvers import Lines
+from app.schedule import Schedule
 
 COLUMNS = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo")
 

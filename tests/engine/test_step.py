@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from app.card import Schedule
 from app.engine.slots import PASSES, Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions, Family
 from app.samplers.table import Table, compile_table
+from app.schedule import Schedule
 from tests.engine.fakes import FakeFamily, card
 
 SHAPE = (4, 4, 6)

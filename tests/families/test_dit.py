@@ -11,11 +11,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 
-from app.card import Limits, Schedule, Sizes
+from app.card import Limits, Sizes
 from app.errors import CheckpointError, InvalidValue
 from app.families import DiT
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
+from app.schedule import Schedule
 from tests.families.plain import ask, build, distance, final, load, serve
 
 BASE = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "num_train_timesteps": 1000}

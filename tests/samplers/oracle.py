@@ -19,9 +19,9 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 
-from app.card import Schedule
 from app.samplers.schedules import Array
 from app.samplers.table import COLUMNS, Table
+from app.schedule import Schedule
 
 Network = Callable[[Array, float], Array]
 

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from app.card import DynamicShift, Schedule
 from app.errors import CardError, InvalidValue
 from app.samplers import schedules
 from app.samplers.schedules import alpha_bar, at_size
+from app.schedule import DynamicShift, Schedule
 
 
 def diffusion(**fields) -> Schedule:

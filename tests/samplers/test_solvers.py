@@ -7,11 +7,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from app.card import Schedule
 from app.errors import InvalidValue
 from app.samplers import solvers
 from app.samplers.schedules import Path, Points
 from app.samplers.table import SAMPLERS, compile_table, compose
+from app.schedule import Schedule
 from tests.samplers.oracle import PLACE, Array, channel, distance, draw, network, run_table
 
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

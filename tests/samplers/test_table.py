@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from app.card import DynamicShift, Schedule
 from app.errors import InvalidValue
 from app.samplers.schedules import at_size
 from app.samplers.table import COLUMNS, SAMPLERS, compile_table, valid_pairs, valid_samplers
+from app.schedule import DynamicShift, Schedule
 from tests.samplers.oracle import (
     UPSTREAM,
     Array,
