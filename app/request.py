@@ -5,6 +5,7 @@ Knows nothing of HTTP bodies (`app/api/schemas.py`) and nothing of tensors (`app
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -42,6 +43,10 @@ class SkipGuidance:
     start: float
     stop: float
 
+    def steps(self, steps: int) -> range:
+        """Steps of so many on which it acts: those i with start * steps < i < stop * steps, counted from 0."""
+        return range(math.floor(self.start * steps) + 1, math.ceil(self.stop * steps))
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -72,3 +77,14 @@ class Request:
     keep_latents: bool = False
     tenant: str = ""
     weight: float = 1.0
+
+    def skipping(self, lines: int) -> range:
+        """Lines of its table, of so many, that take a pass more, for skip-layer guidance. Heun has two lines a step."""
+        if self.skip is None or not self.skip.scale or not self.guided:
+            return range(0)
+        acts, each = self.skip.steps(self.steps), -(-lines // self.steps)
+        return range(acts.start * each, min(acts.stop * each, lines))
+
+    def passes(self, lines: int) -> int:
+        """Passes through the network that one image takes, whose table has so many lines."""
+        return lines * (2 if self.guided else 1) + len(self.skipping(lines))

@@ -1,6 +1,6 @@
 """Field types of the request body: what each kind of value may look like, with the words an error uses.
 
-Knows nothing of cards or of bounds (`app/api/schemas.py` has both); needs no fastapi.
+Knows nothing of cards or of what the bounds are (`app/api/schemas.py` has both); needs no fastapi.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import math
 from typing import Annotated
 
 from pydantic import BeforeValidator
+
+from app.errors import InvalidValue
 
 OTHER_NAMES = {
     "steps": "num_inference_steps",
@@ -79,6 +81,13 @@ def flag(value: object) -> bool:
     """true or false, and nothing that merely resembles them."""
     if not isinstance(value, bool):
         raise ValueError("expects true or false")
+    return value
+
+
+def within(field: str, value: float | None, low: float, high: float) -> float | None:
+    """The value if it is inside [low, high] or absent. NOTE: keeps an int an int: a seed does not fit in a float."""
+    if value is not None and not low <= value <= high:
+        raise InvalidValue(f"{field}: expects {low} to {high}", param=field)
     return value
 
 

@@ -154,7 +154,18 @@ def _common(card: Card) -> Json:
         },
     }
     ignored = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
-    return fields | {name: {} for name in ignored}
+    return fields | _guidance_fields(card) | {name: {} for name in ignored}
+
+
+def _guidance_fields(card: Card) -> Json:
+    """Of the kinds of guidance that only some models have."""
+    most, skip = card.limits.guidance_scale, card.skip_layer_guidance
+    fields: Json = {"true_cfg_scale": _real(0, most, 1.0)} if card.guidance == "embedded" else {}
+    if skip is not None:
+        fields["skip_layer_guidance_scale"] = _real(0, most, skip.scale)
+        fields["skip_layer_guidance_start"] = _real(0, 1, skip.start)
+        fields["skip_layer_guidance_stop"] = _real(0, 1, skip.stop)
+    return fields
 
 
 def _text_fields(card: Card) -> Json:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from app.api.guidance import guidance_facts
 from app.api.schemas import ImageBody
 from app.api.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
 from app.api.splice import mark, spliced
@@ -123,7 +124,7 @@ def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
         "size": f"{request.width}x{request.height}",
         "sampler": request.sampler,
         "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
+        **guidance_facts(request),
     }
 
 
@@ -134,7 +135,7 @@ def effective(ask: Ask, images: int) -> dict[str, Any]:
         "model": request.model,
         "sampler": request.sampler,
         "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance,
+        "guidance_scale": guidance_facts(request)["guidance_scale"],
         "size": f"{request.width * columns}x{request.height * -(-images // columns)}",
         "output_format": ask.format,
     }

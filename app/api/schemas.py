@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.classes import draws_classes, find_label
-from app.api.fields import OTHER_NAMES, Flag, Labels, Real, Text, Texts, Whole
+from app.api.fields import OTHER_NAMES, Flag, Labels, Real, Text, Texts, Whole, within
+from app.api.guidance import guidance_of
 from app.api.hints import did_you_mean
 from app.card import Card, Size, Sizes, parse_size
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
@@ -53,6 +54,12 @@ class ImageBody(BaseModel):
     negative_prompt: Text | None = Field(None, description="What guidance moves away from")
     num_inference_steps: Whole | None = Field(None, description="Denoising steps")
     guidance_scale: Real | None = Field(None, description="Classifier-free guidance; 1 or less draws without it")
+    true_cfg_scale: Real | None = Field(
+        None, description="Classifier-free guidance of a model whose guidance_scale its network is given (FLUX.1-dev)"
+    )
+    skip_layer_guidance_scale: Real | None = Field(None, description="Skip-layer guidance (SD3.5-medium); 0 is none")
+    skip_layer_guidance_start: Real | None = Field(None, description="Share of the steps after which it acts")
+    skip_layer_guidance_stop: Real | None = Field(None, description="Share of the steps before which it acts")
     seed: Whole | None = Field(None, description="Seed of the first image; the next ones count up. Drawn if absent")
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
@@ -78,14 +85,12 @@ class ImageBody(BaseModel):
         """
         self._served()
         conditions = self._conditions(card)
-        steps = _within("num_inference_steps", self.num_inference_steps, 1, card.limits.num_inference_steps)
-        scale = _within("guidance_scale", self.guidance_scale, 0, card.limits.guidance_scale)
-        guidance = float(card.defaults.guidance_scale if scale is None else scale)
-        seed = _within("seed", self.seed, 0, SEEDS - 1)
+        steps = within("num_inference_steps", self.num_inference_steps, 1, card.limits.num_inference_steps)
+        seed = within("seed", self.seed, 0, SEEDS - 1)
         # NOTE: drawn below 2**32, so that a JavaScript client, whose numbers end at 2**53, can send it back.
         first = secrets.randbelow(2**32) if seed is None else int(seed)
-        previews = _within("partial_images", self.partial_images, 0, 3)
-        priority = int(_within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0)
+        previews = within("partial_images", self.partial_images, 0, 3)
+        priority = int(within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0)
         width, height = self._size(card)
         return Request(
             id=request_id,
@@ -95,8 +100,7 @@ class ImageBody(BaseModel):
             height=height,
             sampler=self._sampler(card),
             steps=int(steps or card.defaults.num_inference_steps),
-            guided=guidance > 1,
-            guidance=guidance,
+            **guidance_of(self, card)._asdict(),
             text_length=self._text_length(card),
             priority=min(priority, key.priority),
             deadline=self._deadline(patience),
@@ -116,7 +120,7 @@ class ImageBody(BaseModel):
 
         NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
         """
-        asked = _within("deadline", self.deadline, 0.1, DEADLINE_LIMIT)
+        asked = within("deadline", self.deadline, 0.1, DEADLINE_LIMIT)
         known = [seconds for seconds in (asked, None if self.stream else patience) if seconds is not None]
         return time.monotonic() + min(known) if known else None
 
@@ -129,13 +133,13 @@ class ImageBody(BaseModel):
             )
         if self.output_format is not None and self.output_format not in FORMATS:
             raise Unsupported(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
-        _within("output_compression", self.output_compression, 0, 100)
+        within("output_compression", self.output_compression, 0, 100)
 
     def _conditions(self, card: Card) -> list[Condition]:
         """One condition for each image, in order."""
-        n = int(_within("n", self.n, 1, card.limits.n) or 1)
+        n = int(within("n", self.n, 1, card.limits.n) or 1)
         if self.grid is not None:
-            _within("grid.columns", self.grid.columns, 1, card.limits.n)
+            within("grid.columns", self.grid.columns, 1, card.limits.n)
         given, field = self._wanted(card)
         if not isinstance(given, list):
             return [self._condition(card, given)] * n
@@ -191,7 +195,7 @@ class ImageBody(BaseModel):
 
     def _text_length(self, card: Card) -> int:
         if not draws_classes(card):
-            return int(_within("max_sequence_length", self.max_sequence_length, 1, card.text.t5) or card.text.t5)
+            return int(within("max_sequence_length", self.max_sequence_length, 1, card.text.t5) or card.text.t5)
         if self.max_sequence_length is not None:
             message = f"max_sequence_length: {card.id} draws classes and reads no text"
             raise InvalidValue(message, param="max_sequence_length")
@@ -230,13 +234,6 @@ def describe_sizes(sizes: Sizes) -> str:
         return f'"{sizes.min}x{sizes.min}"'
     shape = "WxW" if sizes.square else "WxH"
     return f'"{shape}" with sides of {sizes.min} to {sizes.max} pixels, multiples of {sizes.multiple}'
-
-
-def _within(field: str, value: float | None, low: float, high: float) -> float | None:
-    """The value if it is inside [low, high] or absent. NOTE: keeps an int an int: a seed does not fit in a float."""
-    if value is not None and not low <= value <= high:
-        raise InvalidValue(f"{field}: expects {low} to {high}", param=field)
-    return value
 
 
 def _reason(kind: str, message: str) -> str:

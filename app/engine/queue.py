@@ -64,7 +64,7 @@ class Queue:
         """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline."""
         owing = not self._shares.has(row.request.tenant)
         waited = now - row.arrived - row.served
-        if waited > AGE_LIMIT * row.lines * row.passes * rate:
+        if waited > AGE_LIMIT * row.request.passes(row.lines) * rate:
             return (owing, 0, row.arrived, 0, 0.0, row.sequence)
         return (owing, 1, row.remaining * rate, -row.request.priority, row.deadline, row.sequence)
 

@@ -43,7 +43,7 @@ Stage = Literal["waiting", "started", "finished", "gone"]
 class Row:
     """One image of a request, from its arrival to its pixels.
 
-    lines: lines of its table; line: the next one to run; passes: forwards of the network a line costs.
+    lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
     slot: its place in the key's `Slots` once started. noisy: the lines whose noise is not drawn yet.
     Times are on the engine's clock, in seconds.
     """
@@ -59,6 +59,7 @@ class Row:
     slot: int = -1
     lease: Lease | None = None
     noise: torch.Generator | None = None
+    skipping: range = range(0)
     noisy: set[int] = field(default_factory=set)
     warnings: tuple[str, ...] = ()
     served: float = 0.0
@@ -70,12 +71,14 @@ class Row:
 
     @property
     def passes(self) -> int:
-        return 2 if self.request.guided else 1
+        """Passes of its next line."""
+        return (2 if self.request.guided else 1) + (self.line in self.skipping)
 
     @property
     def remaining(self) -> int:
         """Passes through the network still to come."""
-        return (self.lines - self.line) * self.passes
+        skipping = max(0, self.skipping.stop - max(self.line, self.skipping.start))
+        return (self.lines - self.line) * (2 if self.request.guided else 1) + skipping
 
     @property
     def condition(self) -> Condition:
@@ -144,4 +147,7 @@ def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: It
         raise ModelNotFound(f"there is no model {request.model}", param="model")
     key = Key(request.model, request.width, request.height, request.text_length)
     lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
-    return [Row(request, index, key, lines, now, next(numbers)) for index in range(len(request.images))]
+    skipping = request.skipping(lines)
+    return [
+        Row(request, index, key, lines, now, next(numbers), skipping=skipping) for index in range(len(request.images))
+    ]

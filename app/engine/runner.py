@@ -15,7 +15,7 @@ from app.engine.encodings import Encodings
 from app.engine.outcome import Image, Outcome, isolate
 from app.engine.profile import Profiles, caps_of
 from app.engine.row import Caps, Key, Row, Work
-from app.engine.slots import PASSES, Slots, Space
+from app.engine.slots import PASSES, Slots, Space, guidance_of
 from app.engine.step import denoise_step, gather
 from app.errors import EngineError, InstepError, NonFiniteOutput
 from app.families.base import Family
@@ -166,7 +166,7 @@ class Runner:
         slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cut = self._encodings.cut(family, row)
         row.warnings = (f'the prompt is too long for the text encoder; not seen: "{cut}"',) if cut else ()
-        row.slot = slots.take(table, first, conditions, request.guidance if request.guided else None)
+        row.slot = slots.take(table, first, conditions, guidance_of(request, table.lines))
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])

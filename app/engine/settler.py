@@ -43,6 +43,8 @@ class Settler:
     def settle(self, work: Work, outcome: Outcome, start: float) -> None:
         """The work is done, since `start`."""
         now = self._clock()
+        passes = work.passes if work.phase == "denoise" else len(work.rows)  # before the rows go to their next lines
+        self._batcher.charge(work, now - start)
         for row, error in outcome.failed:
             self.fail(row.request.id, error)
         alive = [row for row in work.rows if row.stage != "gone"]
@@ -52,8 +54,7 @@ class Settler:
             self._settle_denoise(alive, start, now)
         for image in outcome.images:
             self._settle_image(image, start)
-        self._batcher.charge(work, now - start)
-        self._emit(self._tick(work, outcome, now - start))
+        self._emit(self._tick(work, passes, outcome, now - start))
 
     def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
         for row in rows:
@@ -95,9 +96,8 @@ class Settler:
         timings = row.timings(now)
         self._emit(Result(row.request.id, row.index, row.seed, image.pixels, timings, image.latents, row.warnings))
 
-    def _tick(self, work: Work, outcome: Outcome, seconds: float) -> Tick:
+    def _tick(self, work: Work, passes: int, outcome: Outcome, seconds: float) -> Tick:
         cap = caps.passes if (caps := self._runner.caps(work.key)) else 0
-        passes = work.passes if work.phase == "denoise" else len(work.rows)
         return Tick(
             work.key.model, work.phase, len(work.rows), passes + outcome.padding, outcome.padding, cap, seconds,
             self._batcher.running, self._batcher.waiting, work.key.width, work.key.height, outcome.out_of_memory,

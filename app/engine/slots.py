@@ -6,12 +6,14 @@ Knows nothing of requests, of order, or of what a forward computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from app.engine.row import Key
 from app.families.base import Conditions
+from app.request import Request
 from app.samplers.table import COLUMNS, Table
 
 IDLE_KEYS = 4
@@ -23,10 +25,28 @@ SPACE_BYTES = 1 << 30
 PASSES = 2
 """Condition places a slot has: its own and the one that guidance moves away from."""
 
-LINE = (*COLUMNS, "weight")
-"""Columns of a row's plan: the sampler's table, and guidance (scale - 1)."""
+LINE = (*COLUMNS, "weight", "skip", "scale")
+"""Columns of a row's plan: the sampler's table; the weights of guidance (its scale - 1) and of skip-layer guidance on
+that line; the scale that a network with embedded guidance is given."""
 
-_XX = LINE.index("xx")
+_XX, _SKIP = LINE.index("xx"), LINE.index("skip")
+
+
+class Guidance(NamedTuple):
+    """What of a row guides it. weight: scale - 1, 0 for an unguided row. skip: weight on the lines of `skipping`."""
+
+    guided: bool = False
+    weight: float = 0.0
+    skip: float = 0.0
+    skipping: range = range(0)
+    scale: float = 0.0
+
+
+def guidance_of(request: Request, lines: int) -> Guidance:
+    """The guidance of a request's rows, whose tables have so many lines."""
+    weight = request.guidance - 1 if request.guided else 0.0
+    skip = request.skip.scale if request.skip else 0.0
+    return Guidance(request.guided, weight, skip, request.skipping(lines), request.embedded or 0.0)
 
 
 class Slots:
@@ -52,8 +72,8 @@ class Slots:
     def free(self) -> int:
         return len(self._free)
 
-    def take(self, table: Table, x: torch.Tensor, conditions: Conditions, scale: float | None) -> int:
-        """Put a row in and return its slot. x: [C, h, w], the first noise; scale: the guidance, None when unguided.
+    def take(self, table: Table, x: torch.Tensor, conditions: Conditions, guidance: Guidance) -> int:
+        """Put a row in and return its slot. x: [C, h, w], the first noise.
 
         conditions: by name, [1 or 2, ...]: the row's own first. mem and noise start at zero (0 * NaN is NaN).
         """
@@ -62,8 +82,8 @@ class Slots:
         self.mem[slot] = 0
         self.noise[slot] = 0
         self.line[slot] = 0
-        self.guided[slot] = scale is not None
-        self._write_plan(slot, table, 0.0 if scale is None else scale - 1.0)
+        self.guided[slot] = guidance.guided
+        self._write_plan(slot, table, guidance)
         self._write_conditions(slot, conditions)
         return self._free.pop()
 
@@ -80,13 +100,20 @@ class Slots:
         plan[self.spare, :, _XX] = 1.0
         return plan
 
-    def _write_plan(self, slot: int, table: Table, weight: float) -> None:
+    def skipping(self, rows: np.ndarray) -> np.ndarray:
+        """Which of these slots make a pass more on the line they run next: int64 [R], 0 or 1."""
+        extra: np.ndarray = (self.plan[rows, self.line[rows], _SKIP] != 0).astype(np.int64)
+        return extra
+
+    def _write_plan(self, slot: int, table: Table, guidance: Guidance) -> None:
         if table.lines > self.plan.shape[1]:
             longer = self._empty_plan(table.lines)
             longer[:, : self.plan.shape[1]] = self.plan
             self.plan = longer
-        self.plan[slot, : table.lines, :-1] = table.coefficients()
-        self.plan[slot, : table.lines, -1] = weight
+        width = len(COLUMNS)
+        self.plan[slot, : table.lines, :width] = table.coefficients()
+        self.plan[slot, : table.lines, width:] = guidance.weight, 0.0, guidance.scale
+        self.plan[slot, guidance.skipping.start : guidance.skipping.stop, _SKIP] = guidance.skip
 
     def _write_conditions(self, slot: int, conditions: Conditions) -> None:
         for name, value in conditions.items():

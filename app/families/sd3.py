@@ -56,6 +56,9 @@ class SD3:
         self.clips, self.t5 = (_pair(card, parts, ""), _pair(card, parts, "_2")), _pair(card, parts, "_3")
         self.shares = self._clip_shares()
         self._check()
+        self._skips: torch.Tensor | None = None
+        for layer in card.skip_layer_guidance.layers if card.skip_layer_guidance else ():
+            self.network.transformer_blocks[layer].register_forward_hook(self._skip, with_kwargs=True)
 
     @staticmethod
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
@@ -98,6 +101,7 @@ class SD3:
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [P, C, h, w] float32, t [P] float32 (0..1000) -> (out float32 [P, C, h, w], None)."""
+        self._skips = conditions.get("skip")
         out = self.network(
             hidden_states=x.to(self.dtype),
             timestep=t,
@@ -118,6 +122,13 @@ class SD3:
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
         return linear_preview(self.vae)(latents)
+
+    def _skip(self, block: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """A block's output, but its input for the passes that leave it out (`skip_layers` of diffusers, row by row)."""
+        if self._skips is None:
+            return output
+        inputs = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        return tuple(torch.where(self._skips[:, None, None], *pair) for pair in zip(inputs, output, strict=True))
 
     def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(text [B, clip + text_length, joint], pooled [B, pooled]), as StableDiffusion3Pipeline.encode_prompt."""
@@ -162,10 +173,15 @@ class SD3:
                 self.card.text.clip > clip[0].config.max_position_embeddings for clip in self.clips if clip
             ),
             "the VAE has another number of latent channels": self.vae.config.latent_channels != config.in_channels,
+            "skip_layer_guidance.layers: the network has not these blocks, or one is its last": self._last_skipped()
+            >= config.num_layers - 1,
         }
         for problem, found in problems.items():
             if found:
                 raise CheckpointError(f"{file}: {problem}")
+
+    def _last_skipped(self) -> int:
+        return max(self.card.skip_layer_guidance.layers) if self.card.skip_layer_guidance else -1
 
     def _cell(self) -> int:
         return int(self.scale * self.config.patch_size)

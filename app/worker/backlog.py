@@ -28,8 +28,7 @@ def kind_of(request: Request, card: Card) -> Kind:
     """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     # The engine compiles the same table, for the image's own number of tokens.
     lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
-    passes = lines * (2 if request.guided else 1)
-    return Kind(request.tenant, request.model, request.width, request.height, passes)
+    return Kind(request.tenant, request.model, request.width, request.height, request.passes(lines))
 
 
 class Backlog:

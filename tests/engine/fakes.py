@@ -74,6 +74,10 @@ class FakeFamily:
         self.widths.append(len(x))
         assert t.shape == (len(x),)
         code = conditions["code"][:, :, None, None]
+        if "guidance" in conditions:
+            code = code + 0.2 * conditions["guidance"][:, None, None, None]
+        if "skip" in conditions:
+            code = torch.where(conditions["skip"][:, None, None, None], 0.5 * code, code)
         out = torch.tanh(0.7 * x + code) + 0.3 * torch.cos(t / 300)[:, None, None, None] * x
         return out, torch.sigmoid(out) if self.learned_variance else None
 

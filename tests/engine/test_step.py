@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.slots import PASSES, Slots
+from app.engine.slots import COLUMNS, PASSES, Guidance, Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions, Family
 from app.samplers.table import Table, compile_table
@@ -18,6 +18,10 @@ from tests.engine.fakes import FakeFamily, card
 SHAPE = (4, 4, 6)
 FLOW = Schedule(kind="flow", shift=3.0)
 EPSILON = Schedule(kind="diffusion", variance="learned_range", spacing="linspace")
+
+
+def guided(scale: float | None) -> Guidance:
+    return Guidance() if scale is None else Guidance(True, scale - 1)
 
 
 def plain_step(
@@ -59,7 +63,7 @@ def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | 
         table = compile_table(EPSILON, sampler, steps)
         codes = [number / 7, number / 5][: 1 if scale is None else 2]
         x, mem, noise = torch.randn(3, *SHAPE, generator=generator)
-        slot = slots.take(table, x, {"code": torch.tensor(codes)[:, None]}, scale)
+        slot = slots.take(table, x, {"code": torch.tensor(codes)[:, None]}, guided(scale))
         slots.mem[slot], slots.noise[slot], slots.line[slot] = mem, noise, line
         expected.append(plain_step(family, table, line, x, mem, noise, codes, scale))
         taken.append(slot)
@@ -72,11 +76,44 @@ def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | 
         torch.testing.assert_close(slots.mem[slot], mem, rtol=1e-5, atol=1e-5)
 
 
+KINDS = [  # guidance, the line the row stands at, passes it makes there
+    (Guidance(True, 3.0, 2.5, range(2, 4)), 2, 3), (Guidance(True, 3.0, 2.5, range(2, 4)), 4, 2),
+    (Guidance(True, 3.0), 2, 2), (Guidance(), 3, 1), (Guidance(True, 1.0, 4.0, range(3)), 0, 3),
+    (Guidance(scale=3.5), 1, 1), (Guidance(True, 2.0, scale=1.0), 1, 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bucket", [None, 16])
+@pytest.mark.parametrize("embedded", [False, True])
+def test_each_kind_of_guidance_equals_its_row_alone(bucket: int | None, embedded: bool) -> None:
+    kind = {"family": "flux", "guidance": "embedded"} if embedded else {}
+    family = FakeFamily(card(**kind))
+    table = compile_table(FLOW, "flow_euler", 8)
+    slots = Slots(7, SHAPE, torch.device("cpu"))
+    taken, expected = [], []
+    for guidance, line, _ in KINDS:
+        codes, x, t = torch.rand(2, 1)[: 1 + guidance.guided], torch.randn(SHAPE), torch.tensor([float(table.t[line])])
+        given = {"guidance": torch.tensor([guidance.scale])} if embedded else {}
+        own, other = (family.denoise(x[None], t, {"code": codes[[i]], **given})[0][0] for i in (0, -1))
+        skip = {"code": codes[:1], "skip": torch.tensor([True]), **given}
+        pull = guidance.skip * (own - family.denoise(x[None], t, skip)[0][0]) if line in guidance.skipping else 0
+        expected.append(x + float(table.xo[line]) * (own + guidance.weight * (own - other) + pull))
+        taken.append(slots.take(table, x, {"code": codes}, guidance))
+        slots.line[taken[-1]] = line
+    order = np.array([4, 1, 6, 0, 3, 2, 5])
+    plan = gather(slots, np.array(taken)[order], bucket)
+    denoise_step(family, slots, plan)
+    assert family.widths[-1] == (bucket or sum(passes for *_, passes in KINDS))
+    assert plan.skips.sum() == sum(passes == 3 for *_, passes in KINDS)
+    for slot, x in zip(taken, expected, strict=True):
+        torch.testing.assert_close(slots.x[slot], x, rtol=1e-5, atol=1e-5)
+
+
 def test_slots_that_do_not_take_part_and_the_spare_one_stay_as_they_are() -> None:
     family = FakeFamily(card())
     slots = Slots(4, SHAPE, torch.device("cpu"))
     table = compile_table(FLOW, "flow_euler", 4)
-    taken = [slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, 3.0) for _ in range(3)]
+    taken = [slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guided(3.0)) for _ in range(3)]
     before = slots.x.clone()
     denoise_step(family, slots, gather(slots, np.array(taken[:1]), 8))
     others = [slot for slot in range(5) if slot != taken[0]]
@@ -91,9 +128,9 @@ def test_an_unguided_row_is_exact_beside_a_guided_one() -> None:
     results = []
     for company in (False, True):
         slots = Slots(4, SHAPE, torch.device("cpu"))
-        rows = [slots.take(table, start, {"code": torch.tensor([[0.5]])}, None)]
+        rows = [slots.take(table, start, {"code": torch.tensor([[0.5]])}, Guidance())]
         if company:
-            rows.append(slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, 5.0))
+            rows.append(slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guided(5.0)))
         denoise_step(family, slots, gather(slots, np.array(rows)))
         results.append(slots.x[rows[0]].clone())
     assert torch.equal(*results)
@@ -104,21 +141,23 @@ def test_a_row_that_is_not_finite_is_told_apart_and_harms_no_other() -> None:
     slots = Slots(4, SHAPE, torch.device("cpu"))
     table = compile_table(FLOW, "flow_euler", 4)
     codes = [0.1, float("nan"), 0.3]
-    rows = np.array([slots.take(table, torch.randn(SHAPE), {"code": torch.tensor([[code]])}, None) for code in codes])
+    rows = np.array(
+        [slots.take(table, torch.randn(SHAPE), {"code": torch.tensor([[code]])}, Guidance()) for code in codes]
+    )
     assert denoise_step(family, slots, gather(slots, rows)).tolist() == [True, False, True]
 
 
 def test_a_taken_slot_remembers_nothing_of_the_row_before() -> None:
     slots = Slots(1, SHAPE, torch.device("cpu"))
     long, short = compile_table(EPSILON, "ddpm", 250), compile_table(EPSILON, "ddim", 2)
-    slot = slots.take(long, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, 9.0)
+    slot = slots.take(long, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guided(9.0))
     slots.mem[slot], slots.noise[slot], slots.line[slot] = float("nan"), float("nan"), 200
     slots.release(slot)
-    again = slots.take(short, torch.randn(SHAPE), {"code": torch.rand(1, 1)}, None)
+    again = slots.take(short, torch.randn(SHAPE), {"code": torch.rand(1, 1)}, Guidance())
     assert again == slot
     assert not slots.mem[slot].any() and not slots.noise[slot].any()
     assert (slots.line[slot], slots.guided[slot]) == (0, 0)
-    np.testing.assert_array_equal(slots.lines(np.array([slot]))[0, :-1], short.coefficients()[0])
+    np.testing.assert_array_equal(slots.lines(np.array([slot]))[0, : len(COLUMNS)], short.coefficients()[0])
 
 
 @pytest.mark.parametrize("guided", list(itertools.product([0, 1], repeat=3)))
@@ -154,7 +193,7 @@ def test_a_step_never_waits_for_the_device(bucket: int | None) -> None:
     slots = Slots(4, SHAPE, meta)
     for scale in (None, 3.0, None):
         codes = torch.zeros(1 if scale is None else 2, 1, device=meta)
-        slots.take(compile_table(EPSILON, "ddpm", 10), torch.zeros(SHAPE, device=meta), {"code": codes}, scale)
+        slots.take(compile_table(EPSILON, "ddpm", 10), torch.zeros(SHAPE, device=meta), {"code": codes}, guided(scale))
     finite = denoise_step(MetaFamily(card()), slots, gather(slots, np.array([3, 2, 1]), bucket))
     assert finite.shape == (bucket or 3,)
     with pytest.raises(RuntimeError):

@@ -15,7 +15,7 @@ from app.families.base import Family
 from app.pool.building import build_family, build_parts
 from app.pool.pool import Pool
 from app.report import Result
-from app.request import Condition, ImageSpec, Request
+from app.request import Condition, ImageSpec, Request, SkipGuidance
 from tests.engine.harness import Bench
 
 CPU = torch.device("cpu")
@@ -43,12 +43,15 @@ def ask(
     seed: int = 0,
     text_length: int = 24,
     name: str = "",
+    embedded: float | None = None,
+    skip: SkipGuidance | None = None,
 ) -> Request:
     """One image, of which the latent is kept."""
     width, height = size
     images, guided = (ImageSpec(condition, seed),), guidance > 1
     return Request(
-        name, model, images, width, height, sampler, steps, guided, guidance, text_length, keep_latents=True
+        name, model, images, width, height, sampler, steps, guided, guidance, text_length, embedded, skip,
+        keep_latents=True,
     )  # fmt: skip
 
 
