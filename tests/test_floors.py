@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     **dict.fromkeys(("card", "labels", "request", "report", "settings", "errors", "keys", "schedule"), 0),
     "imaging": 1,
+    "panel": 1,
     "logs": 1,
     "gpu": 1,
     "samplers": 2,
@@ -39,7 +40,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "diffusers": "app.families",
     "transformers": "app.families",
     "tokenizers": "app.families",
-    "PIL": "app.imaging",
+    "PIL": ("app.imaging", "app.panel"),
     "isal": "app.imaging",
     "structlog": "app.logs",
     "pynvml": "app.gpu",
@@ -49,7 +50,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "click": "app.cli",
     "rich": "app.cli",
 }
-FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.imaging")
+FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.imaging", "app.panel")
 """The server's front process: neither these nor what they import may import torch."""
 
 PLAIN = ("app.card", "app.request", "app.report", "app.settings", "app.keys")
