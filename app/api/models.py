@@ -6,12 +6,14 @@ Knows nothing of weights: states come from the supervisor.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 
 from app.api.classes import draws_classes, search
+from app.api.downloads import downloaded
 from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
@@ -44,6 +46,10 @@ class ModelEntry(BaseModel):
     limits: dict[str, Any]
     samplers: list[str]
     license: str
+    gated: bool = Field(description="Whether its authors' repository gives its files to those alone who took its terms")
+    parameters: int | None = Field(description="Of the denoising network; null where the card does not say")
+    bytes: int | None = Field(description="Of all weights as they are downloaded; null where the card does not say")
+    downloaded: bool = Field(description="Whether all its files are on this machine")
 
 
 class ModelList(BaseModel):
@@ -72,15 +78,14 @@ async def list_models(request: Request) -> ModelList:
     """Every model that this server can draw with, the default first."""
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
-    states = front.supervisor.states
-    return ModelList(data=[_entry(card, states.get(card.id)) for card in cards])
+    return ModelList(data=await _entries(front, cards))
 
 
 @router.get("/{model}", responses=NOT_FOUND)
 async def get_model(request: Request, model: str) -> ModelEntry:
     """One model, by id or alias."""
     front, card = _found(request, model)
-    return _entry(card, front.supervisor.states.get(card.id))
+    return (await _entries(front, [card]))[0]
 
 
 @router.get("/{model}/classes", responses=NOT_FOUND)
@@ -97,7 +102,7 @@ async def load_model(request: Request, model: str) -> ModelEntry:
     """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
     front, card = _working(request, model)
     front.supervisor.load(card.id)
-    return _entry(card, front.supervisor.states.get(card.id))
+    return (await _entries(front, [card]))[0]
 
 
 @router.post("/{model}/unload", status_code=202, responses=NOT_FOUND | NO_WORKER)
@@ -105,7 +110,7 @@ async def unload_model(request: Request, model: str) -> ModelEntry:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     front, card = _working(request, model)
     front.supervisor.unload(card.id)
-    return _entry(card, front.supervisor.states.get(card.id))
+    return (await _entries(front, [card]))[0]
 
 
 def _working(request: Request, name: str) -> tuple[Front, Card]:
@@ -126,7 +131,14 @@ def _found(request: Request, name: str) -> tuple[Front, Card]:
     return front, card
 
 
-def _entry(card: Card, state: ModelState | None) -> ModelEntry:
+async def _entries(front: Front, cards: list[Card]) -> list[ModelEntry]:
+    """The entries of these cards, in order; the disk is looked at in a thread."""
+    states = front.supervisor.states
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(front.pool, lambda: [_entry(front, card, states.get(card.id)) for card in cards])
+
+
+def _entry(front: Front, card: Card, state: ModelState | None) -> ModelEntry:
     state = state or ModelState(card.id, "absent")
     try:
         created = int((card.folder / "card.toml").stat().st_mtime)
@@ -147,4 +159,8 @@ def _entry(card: Card, state: ModelState | None) -> ModelEntry:
         limits=card.limits.model_dump(),
         samplers=list(valid_samplers(card.schedule)),
         license=card.license,
+        gated=card.gated,
+        parameters=card.parameters,
+        bytes=card.bytes,
+        downloaded=downloaded(card, front.registry.all),
     )

@@ -16,14 +16,14 @@ from app.settings import Settings
 
 
 class Registry:
-    """Cards by id and alias, and the card of a request that names none."""
+    """Cards by id and alias, and the card of a request that names none. all: those too that a key may not use."""
 
     def __init__(self, cards: Mapping[str, Card], settings: Settings) -> None:
         """Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one, CardError for a card whose
         default sampler does not go with its schedule."""
         if not cards:
             raise SettingsError(f"no cards in {settings.models}: expected {settings.models}/<id>/card.toml")
-        self.cards = dict(cards)
+        self.cards = self.all = dict(cards)
         self._hidden: frozenset[str] = frozenset()
         self._names = {name: card for card in cards.values() for name in (card.id, *card.aliases)}
         for card in cards.values():

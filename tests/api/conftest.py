@@ -30,6 +30,9 @@ family = "sd3"
 source = { path = "." }
 aliases = ["gpt-image-1"]
 license = "apache-2.0"
+gated = true
+parameters = 6_543_210
+bytes = 13_000_000
 schedule = { kind = "flow", shift = 3.0 }
 defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 3.0, size = "32x32" }
 limits.sizes = { min = 16, max = 64, multiple = 16 }

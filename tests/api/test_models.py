@@ -24,6 +24,17 @@ def test_a_model_tells_its_facts(http: httpx.Client) -> None:
     assert model["defaults"]["num_inference_steps"] == 4
     assert model["limits"]["sizes"] == {"min": 16, "max": 64, "multiple": 16, "square": False}
     assert model["aliases"] == ["gpt-image-1"]
+    assert (model["parameters"], model["bytes"], model["gated"]) == (6_543_210, 13_000_000, True)
+    assert model["downloaded"] is False
+    other = http.get("/v1/models").json()["data"][1]
+    assert (other["parameters"], other["bytes"], other["gated"]) == (None, None, False)
+
+
+def test_the_document_says_what_the_facts_of_a_model_are(http: httpx.Client) -> None:
+    entry = http.get("/openapi.json").json()["components"]["schemas"]["ModelEntry"]
+    facts = {"parameters", "bytes", "gated", "license", "downloaded"}
+    assert facts <= set(entry["required"])
+    assert all(entry["properties"][name]["description"] for name in facts - {"license"})
 
 
 def test_classes_by_part_of_a_name(http: httpx.Client) -> None:
