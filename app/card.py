@@ -203,12 +203,16 @@ def read_cards(folder: Path) -> dict[str, Card]:
 
 
 def _labels(card: Card) -> tuple[str, ...]:
-    """A DiT's class names: those of its model_index.json, else as many as `classes` says, by number."""
+    """A DiT's class names: those of its model_index.json, else as many as `classes` says, by number.
+
+    While the repository is not downloaded, the index that is shipped beside the card stands for its own.
+    """
     if card.family != "dit":
         return ()
-    source = card.source
-    index = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
-    labels = read_labels(index) if index and index.is_file() else ()
+    source, shipped = card.source, card.folder / INDEX
+    own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
+    index = own or shipped
+    labels = read_labels(index) if index.is_file() else ()
     if labels and card.classes not in (None, len(labels)):
         raise CardError(f"{card.folder / 'card.toml'}: classes: {card.classes}, but {index} names {len(labels)}")
     return labels or tuple(f"class {number}" for number in range(card.classes or 0))

@@ -102,6 +102,19 @@ def test_labels_of_a_hub_repository_come_from_the_local_cache(tmp_path: Path, mo
     card = read_card(file)
     assert card.labels == ("cat", "dog") and find_label(card, "dog") == 1
     assert read_card(write(tmp_path, source='source = { repo = "no repository" }')).labels == ()
+    index(tmp_path, {"id2label": {"0": "fish"}})
+    assert read_card(write(tmp_path, source=REPO)).labels == ("cat", "dog"), "what is downloaded goes before what is shipped"
+
+
+def test_classes_are_named_before_the_download_by_the_index_beside_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    index(tmp_path, {"id2label": {"0": "tench, Tinca tinca", "1": "goldfish"}})
+    card = read_card(write(tmp_path, source=REPO, more="classes = 2"))
+    assert card.labels == ("tench, Tinca tinca", "goldfish") and find_label(card, "Tinca tinca") == 0
+    with pytest.raises(CardError, match=r"classes: 3, but .*model_index\.json names 2"):
+        read_card(write(tmp_path, source=REPO, more="classes = 3"))
 
 
 def test_classes_without_names_are_asked_for_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
