@@ -103,7 +103,9 @@ def test_labels_of_a_hub_repository_come_from_the_local_cache(tmp_path: Path, mo
     assert card.labels == ("cat", "dog") and find_label(card, "dog") == 1
     assert read_card(write(tmp_path, source='source = { repo = "no repository" }')).labels == ()
     index(tmp_path, {"id2label": {"0": "fish"}})
-    assert read_card(write(tmp_path, source=REPO)).labels == ("cat", "dog"), "what is downloaded goes before what is shipped"
+    assert read_card(write(tmp_path, source=REPO)).labels == ("cat", "dog"), (
+        "what is downloaded goes before what is shipped"
+    )
 
 
 def test_classes_are_named_before_the_download_by_the_index_beside_the_card(
