@@ -30,7 +30,7 @@ class Local:
     def __init__(
         self, settings: Settings, cards: dict[str, Card], *, listen: Callable[[Report], None] = lambda report: None
     ) -> None:
-        device = plan.devices(settings.devices)[0]
+        device, self._threads = plan.devices(settings.devices)[0], plan.threads(settings)
         self._listen = listen
         self._reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self._pool, self._engine = build(Start(settings, cards, device), self._hear)
@@ -62,6 +62,10 @@ class Local:
         self._reports.put(report)
 
     def _run(self) -> None:
+        import torch
+
+        # NOTE: a thread starts with what was set last anywhere in the process, and the pool's loader sets 1 for itself.
+        torch.set_num_threads(self._threads)
         try:
             self._engine.run()
         except Exception as error:
