@@ -157,6 +157,10 @@ class CheckpointError(LoadError):
     """The checkpoint's files are missing, truncated, or not what the card says."""
 
 
+class NotDownloaded(CheckpointError):
+    """The card's Hub repository is not in the local cache; the message has the command that gets it."""
+
+
 class DoesNotFit(LoadError):
     """Parts that must be on the device together are over the memory that weights may take; the message has both."""
 

@@ -26,7 +26,9 @@ class Settings(BaseSettings):
     devices: str = Field("auto", description='One engine process for each entry: "cuda:0,cuda:1", "cpu,cpu", "auto"')
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Number format of the networks")
     deterministic: bool = Field(False, description="Same request, same bits: pads every forward to the card's bucket")
-    preload: str = Field("", description="Model ids to load at start, comma separated; `all` for every card")
+    preload: str = Field(
+        "", description="Model ids to load at start, comma separated; `all` for every one that is here"
+    )
     default_model: str = Field(
         "", description="The model of a request that names none; empty: the first with files beside it"
     )

@@ -63,6 +63,7 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.LoadError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
     e.CardError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
     e.CheckpointError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
+    e.NotDownloaded: Told(503, "server_error", "model_not_downloaded", False),
     e.DoesNotFit: Told(507, "server_error", "insufficient_gpu_memory", False),
     e.SettingsError: _INTERNAL,
 }

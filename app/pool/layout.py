@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from app.card import Card
-from app.errors import CheckpointError
+from app.errors import CheckpointError, NotDownloaded
 from app.families import FAMILIES
 from app.families.components import read_json
 
@@ -37,7 +37,8 @@ class Part:
 
 
 def source_folder(card: Card) -> Path:
-    """The card's folder of files: beside the card, or in the local Hub cache. Raises CheckpointError; asks nobody."""
+    """The card's folder of files: beside the card, or in the local Hub cache. Raises CheckpointError, NotDownloaded;
+    asks nobody."""
     if card.source.repo is None:
         folder = (card.folder / (card.source.path or ".")).resolve()
         if not folder.is_dir():
@@ -46,9 +47,7 @@ def source_folder(card: Card) -> Path:
     try:
         found = snapshot_download(card.source.repo, revision=card.source.revision, local_files_only=True)
     except (OSError, ValueError) as error:  # LocalEntryNotFoundError is both
-        revision = f" --revision {card.source.revision}" if card.source.revision else ""
-        command = f"hf download {card.source.repo}{revision}"
-        raise CheckpointError(f"{card.id}: not downloaded: run `{command}`") from error
+        raise NotDownloaded(f"{card.id}: not downloaded: run `instep models pull {card.id}`") from error
     return Path(found).resolve()
 
 

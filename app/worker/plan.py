@@ -14,6 +14,7 @@ from pathlib import Path
 
 from app.card import Card
 from app.errors import SettingsError
+from app.labels import cached_index
 from app.settings import Settings
 
 _DEVICE = re.compile(r"^(cpu|cuda(:\d+)?)$")
@@ -66,9 +67,15 @@ def count_gpus(dev: Path = Path("/dev")) -> int:
 
 
 def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
-    """Ids of the models that load at start. Raises SettingsError on a name that no card has."""
+    """Ids of the models that load at start: `all` is all that are on this machine, a name is taken at its word.
+
+    Raises SettingsError on a name that no card has.
+    """
     if settings.preload.strip() == "all":
-        return list(cards)
+        sources = {name: card.source for name, card in cards.items()}
+        return [
+            name for name, source in sources.items() if not source.repo or cached_index(source.repo, source.revision)
+        ]
     names = {name: card.id for card in cards.values() for name in (card.id, *card.aliases)}
     wanted = dict.fromkeys(entry.strip() for entry in settings.preload.split(",") if entry.strip())
     for name in wanted:

@@ -49,6 +49,11 @@ def test_a_failure_inside_is_told_in_fixed_words(kind: type[errors.InstepError])
     assert headers["x-should-retry"] == "false"
 
 
+def test_what_is_not_downloaded_is_told_with_the_command_that_gets_it() -> None:
+    _, headers, body = answer(errors.NotDownloaded("a: not downloaded: run `instep models pull a`"))
+    assert "instep models pull a" in str(body["message"]) and headers["x-should-retry"] == "false"
+
+
 def test_a_subclass_that_is_not_in_the_table_is_told_as_its_parent() -> None:
     class Fuller(errors.Overloaded):
         """More than full."""
@@ -83,6 +88,8 @@ def test_retry_after(seconds: float | None, header: str) -> None:
         (errors.OutOfMemory, 507, "insufficient_gpu_memory"),
         (errors.NonFiniteOutput, 500, "non_finite_output"),
         (errors.EngineError, 500, "internal_error"),
+        (errors.CheckpointError, 503, "model_load_failed"),
+        (errors.NotDownloaded, 503, "model_not_downloaded"),
     ],
 )
 def test_statuses(kind: type[errors.InstepError], status: int, code: str) -> None:

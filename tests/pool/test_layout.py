@@ -11,7 +11,7 @@ import diffusers
 import pytest
 
 from app.card import Card, Source, read_cards
-from app.errors import CheckpointError
+from app.errors import CheckpointError, NotDownloaded
 from app.pool.layout import CLIPS_BY_DEFAULT, check_schedule, read_parts
 from tests.tiny import write_dit, write_models
 
@@ -97,9 +97,7 @@ def test_missing_folders(dit: Card, cards: dict[str, Card]) -> None:
 
 def test_a_repository_is_looked_for_in_the_local_cache_only(dit: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Source(repo="facebook/DiT-XL-2-256", revision="a" * 40)
-    with pytest.raises(
-        CheckpointError, match=f"not downloaded: run `hf download facebook/DiT-XL-2-256 --revision {'a' * 40}`"
-    ):
+    with pytest.raises(NotDownloaded, match=f"not downloaded: run `instep models pull {dit.id}`"):
         read_parts(dit.model_copy(update={"source": source}), {})
     asked: dict[str, Any] = {}
 

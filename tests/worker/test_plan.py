@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import constants
 
+from app.card import Source
 from app.errors import SettingsError
 from app.settings import Settings
 from app.worker import plan
@@ -60,6 +62,18 @@ def test_preloads_are_ids_each_once():
     assert plan.preloads(Settings(preload="b, uno,a,one"), cards) == ["b", "a"]
     with pytest.raises(SettingsError, match='no card is named "c"'):
         plan.preloads(Settings(preload="a,c"), cards)
+
+
+def test_preload_of_all_leaves_out_what_is_not_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cards = {"a": card("a", source=Source(repo="some/a", revision="main")), "b": card("b")}
+    assert plan.preloads(Settings(preload="all"), cards) == ["b"]
+    assert plan.preloads(Settings(preload="a"), cards) == ["a"], "who names it wants to be told that it is missing"
+    repo = tmp_path / "models--some--a"
+    for name, content in (("refs/main", "c0ffee"), ("snapshots/c0ffee/model_index.json", "{}")):
+        (repo / name).parent.mkdir(parents=True)
+        (repo / name).write_text(content)
+    assert plan.preloads(Settings(preload="all"), cards) == ["a", "b"]
 
 
 def test_threads_share_the_cores():
