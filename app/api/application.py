@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from app import errors
-from app.api import docs, health, images, models
+from app.api import compare, docs, health, images, models
 from app.api.access import Access
 from app.api.front import Front, record_of
 from app.api.responses import error_response, http_error_response, told
@@ -40,7 +40,7 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
     )
     app.state.front = front
     app.state.documents = {}
-    for part in (images, models, health, docs):
+    for part in (images, compare, models, health, docs):
         app.include_router(part.router)
     app.add_middleware(Access)
     app.add_exception_handler(errors.InstepError, _ours)

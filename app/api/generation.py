@@ -53,10 +53,7 @@ class Generation:
         """Count and note a request that was answered in full."""
         total = time.perf_counter() - self.started
         self.front.metrics.answered(self.ask.request.model, results, total, image_encode)
-        slowest = max(results, key=lambda result: result.timings.queue + result.timings.denoise).timings
-        stages = {"queue": slowest.queue, "encode": slowest.encode, "denoise": slowest.denoise}
-        stages |= {"decode": slowest.decode, "image_encode": image_encode}
-        self.record.facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
+        self.record.facts |= milliseconds(results, image_encode)
 
     def failed(self, error: Exception) -> InstepError:
         """Count and note an accepted request that failed; the full message is for the log, not for the client.
@@ -71,3 +68,11 @@ class Generation:
         self.record.facts |= {"error": code, "detail": error.message}
         self.record.gone = self.record.gone or isinstance(error, Cancelled)
         return error
+
+
+def milliseconds(results: list[Result], image_encode: float) -> dict[str, float]:
+    """Where the time of the slowest image went, for the log."""
+    slowest = max(results, key=lambda result: result.timings.queue + result.timings.denoise).timings
+    stages = {"queue": slowest.queue, "encode": slowest.encode, "denoise": slowest.denoise}
+    stages |= {"decode": slowest.decode, "image_encode": image_encode}
+    return {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}

@@ -10,7 +10,7 @@ import json
 import re
 import time
 import uuid
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -28,6 +28,8 @@ from app.imaging import Format
 from app.report import Result
 
 router = APIRouter()
+
+T = TypeVar("T")
 
 _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 
@@ -47,7 +49,7 @@ async def create_image(request: Request) -> Response:
         card = front.registry.find(body.model)
         record.facts["model"] = model = card.id
         wanted = accepted_format(request)
-        asked = body.to_request(card, _engine_id(record), record.key, _patience(request))
+        asked = body.to_request(card, engine_id(record), record.key, patience(request))
         ask = Ask(body, card, asked, wanted or cast(Format, body.output_format or "png"), wanted is not None)
         record.facts |= {"seed": asked.images[0].seed, "steps": asked.steps, "images": len(asked.images)}
         _single(ask)
@@ -66,10 +68,12 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
     """Wait for the images, then encode them; stop both when the client goes."""
     ask = generation.ask
     try:
-        results = await _unless_gone(request, future)
+        results = await unless_gone(request, future)
         if ask.raw:
             data, seconds = await generation.in_thread(raw_image, ask, results)
-            response = Response(data, media_type=f"image/{ask.format}", headers=_headers(ask, results))
+            response = Response(
+                data, media_type=f"image/{ask.format}", headers=headers(results[0].seed, warnings(ask, results))
+            )
         else:
             data, seconds = await generation.in_thread(json_reply, ask, results)
             response = Response(data, media_type="application/json")
@@ -79,15 +83,13 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
     return response
 
 
-def _headers(ask: Ask, results: list[Result]) -> dict[str, str]:
+def headers(seed: int, told: list[str]) -> dict[str, str]:
     """What raw bytes cannot say. NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header."""
-    told = warnings(ask, results)
-    headers = {"X-Seed": str(results[0].seed)}
-    return {**headers, "X-Warning": json.dumps("; ".join(told)[:400])} if told else headers
+    return {"X-Seed": str(seed), **({"X-Warning": json.dumps("; ".join(told)[:400])} if told else {})}
 
 
-async def _unless_gone(request: Request, future: asyncio.Future[list[Result]]) -> list[Result]:
-    """The future's results. Raises Cancelled, and cancels the future, as soon as the client has closed."""
+async def unless_gone(request: Request, future: asyncio.Future[T]) -> T:
+    """The future's result. Raises Cancelled, and cancels the future, as soon as the client has closed."""
     watcher: asyncio.Future[None] = asyncio.ensure_future(_gone(request))
     either: set[asyncio.Future[Any]] = {future, watcher}
     try:
@@ -114,13 +116,13 @@ def _single(ask: Ask) -> None:
         )
 
 
-def _patience(request: Request) -> float | None:
+def patience(request: Request) -> float | None:
     """Seconds that OpenAI's client waits for the reply, by the header it sends; None where that makes no sense."""
     told = request.headers.getlist("x-stainless-read-timeout")
     seconds = float(told[0]) if len(told) == 1 and _SECONDS.fullmatch(told[0]) else 0.0
     return seconds if seconds > 0 else None
 
 
-def _engine_id(record: Record) -> str:
+def engine_id(record: Record) -> str:
     """The log's id with a unique tail: a client may send the same X-Request-ID twice at once."""
     return f"{record.id}-{uuid.uuid4().hex[:12]}"

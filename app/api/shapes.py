@@ -92,3 +92,40 @@ class CompletedEvent(Effective, Item):
     timings: Stages
     image_index: int | None = None
     warnings: list[str] | None = None
+
+
+class Panel(BaseModel):
+    """The one picture of a comparison."""
+
+    b64_json: str
+
+
+class Cell(BaseModel):
+    """One picture of a comparison, and the request that made it."""
+
+    row: int
+    column: int
+    model: str
+    parameters: int | None = Field(None, description="Of the model's denoising network, where its card says")
+    prompt: str | None = None
+    class_label: int | None = None
+    seed: int
+    size: str
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    timings: Stages
+
+
+class CompareReply(BaseModel):
+    """One labelled panel, and what is in each cell of it, row by row."""
+
+    created: int
+    data: list[Panel]
+    models: list[str] = Field(description="Of the columns, by the number of their parameters")
+    cells: list[Cell]
+    size: str = Field(description="Of the whole panel")
+    output_format: str
+    usage: Usage
+    timings: Stages
+    warnings: list[str] | None = None

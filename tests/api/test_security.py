@@ -49,7 +49,8 @@ def unguarded(app: FastAPI, http: httpx.Client) -> set[str]:
 
 def test_every_route_but_the_open_ones_wants_a_key(closed: Server) -> None:
     known = {path for _, path in routes(closed.app.routes)}
-    assert known >= {*OPEN, *ADMIN_ROUTES, "/health", "/docs", "/openapi.json", "/v1/models", "/v1/images/generations"}
+    images = {"/v1/images/generations", "/v1/images/compare"}
+    assert known >= {*OPEN, *ADMIN_ROUTES, *images, "/health", "/docs", "/openapi.json", "/v1/models"}
     with httpx.Client(base_url=closed.url) as http:
         assert unguarded(closed.app, http) == OPEN
 

@@ -1,0 +1,95 @@
+"""The OpenAPI document of POST /v1/images/compare: what may be compared, in the bounds of the models that are named.
+
+Knows nothing of serving; `app/api/comparison.py` enforces what is written here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.api.body_schema import Json, body_schema
+from app.api.classes import draws_classes
+from app.api.comparison import MODELS, OWN, ROWS, SHARED, CompareBody
+from app.api.downloads import downloaded
+from app.api.presets import PRESETS, takes_preset
+from app.api.registry import Registry
+from app.api.schemas import ImageBody
+from app.card import Card
+
+_EXAMPLES: dict[str, list[Any]] = {"prompt": ["a red apple", "a blue car"], "class_label": [0]}
+
+
+def place_comparison(document: Json, registry: Registry) -> None:
+    """Put the bodies of comparisons into the document: of prompts, of classes, and by a preset."""
+    kinds: Json = {}
+    cards = list(registry.cards.values())
+    for what, fitting in (
+        ("prompt", [card for card in cards if not draws_classes(card)]),
+        ("class_label", [card for card in cards if draws_classes(card) and card.labels]),
+    ):
+        if fitting:
+            kinds[what] = compare_schema(registry, fitting, what)
+    for name, preset in PRESETS.items():
+        fitting = [card for card in cards if takes_preset(card, preset)]
+        if fitting:
+            kinds[name] = compare_schema(registry, fitting, None, name)
+    schemas = document["components"]["schemas"]
+    schemas |= {f"CompareBody.{kind}": schema for kind, schema in kinds.items()}
+    content = document["paths"]["/v1/images/compare"]["post"]["requestBody"]["content"]["application/json"]
+    content["schema"] = {"anyOf": [{"$ref": f"#/components/schemas/CompareBody.{kind}"} for kind in kinds]}
+    content["examples"] = {kind: {"value": schema["examples"][0]} for kind, schema in kinds.items()}
+
+
+def compare_schema(registry: Registry, cards: list[Card], what: str | None, preset: str | None = None) -> Json:
+    """JSON schema of the comparisons of these cards by `what`, a field, or by a preset.
+
+    The bounds of a card hold where it is named; without models, those of all.
+    """
+    bounds = {card.id: _bounds(registry, card, what) for card in cards}
+    models = {"type": "array", "items": {"enum": _names(registry, cards)}, "minItems": 1, "maxItems": MODELS}
+    chosen = preset and 1 <= sum(downloaded(card, registry.all) for card in cards) <= MODELS
+    own: Json = {"models": {"anyOf": [models, {"type": "null"}]} if chosen else models, "preset": {"enum": [preset]}}
+    for field in OWN:
+        own[field]["description"] = CompareBody.model_fields[field].description
+    absent = {field: {"type": "null"} for field in ("prompt", "class_label") if field != what}
+    schema: Json = {
+        "title": f"by {what or preset}",
+        "type": "object",
+        "additionalProperties": False,
+        "required": [*([] if chosen else ["models"]), what or "preset"],
+        "properties": {**_merged(bounds), **absent, **own, "stream": {"enum": [False, None]}},
+    }
+    if len(cards) > 1:
+        schema["allOf"] = [
+            {
+                "if": {"properties": {"models": {"contains": {"enum": _names(registry, [card])}}}},
+                "then": {"properties": bounds[card.id]},
+            }
+            for card in cards
+        ]
+    example = {"preset": preset} if what is None else {what: _EXAMPLES[what]}
+    few = {} if chosen else {"models": [card.id for card in cards[:2]]}
+    return {**schema, "examples": [{**few, **example, "seed": 7}]}
+
+
+def _bounds(registry: Registry, card: Card, what: str | None) -> Json:
+    """The shared fields as this card takes them; `what` may be a list of up to ROWS."""
+    fields = body_schema(card, registry.names(card), False)["properties"]
+    kept = {name: dict(fields[name]) for name in SHARED if name in fields and name not in ("prompt", "class_label")}
+    if what:
+        *single, many = fields[what]["anyOf"]
+        rows = {**many, "maxItems": ROWS}
+        kept[what] = {"anyOf": [*single, rows], "description": "What the rows show: one, or a list"}
+    return kept
+
+
+def _merged(bounds: dict[str, Json]) -> Json:
+    """The fields of all cards: the bounds of the only one, else their descriptions alone."""
+    if len(bounds) == 1:
+        return next(iter(bounds.values()))
+    names = dict.fromkeys(name for fields in bounds.values() for name in fields)
+    return {name: {"description": ImageBody.model_fields[name].description} for name in names}
+
+
+def _names(registry: Registry, cards: list[Card]) -> list[str]:
+    return [name for card in cards for name in registry.names(card)]
