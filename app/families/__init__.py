@@ -6,8 +6,9 @@ Knows nothing of where weights come from (app/pool).
 from __future__ import annotations
 
 from app.families.dit import DiT
+from app.families.flux import Flux
 from app.families.sd3 import SD3
 
-FAMILIES: dict[str, type[DiT] | type[SD3]] = {"dit": DiT, "sd3": SD3}
+FAMILIES: dict[str, type[DiT] | type[SD3] | type[Flux]] = {"dit": DiT, "sd3": SD3, "flux": Flux}
 
-__all__ = ["FAMILIES", "SD3", "DiT"]
+__all__ = ["FAMILIES", "SD3", "DiT", "Flux"]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, SD3Transformer2DModel
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import nn
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -51,7 +52,9 @@ _NETWORKS = {
     "DiTTransformer2DModel": _DIT,
     "Transformer2DModel": _DIT,
     "SD3Transformer2DModel": _Network(SD3Transformer2DModel),
+    "FluxTransformer2DModel": _Network(FluxTransformer2DModel),
     "AutoencoderKL": _Network(AutoencoderKL, keys=vae_keys),
+    "CLIPTextModel": _Network(CLIPTextModel, CLIPTextConfig, clip_keys),
     "CLIPTextModelWithProjection": _Network(CLIPTextModelWithProjection, CLIPTextConfig, clip_keys),
     "T5EncoderModel": _Network(T5EncoderModel, T5Config, t5_keys),
 }

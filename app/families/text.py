@@ -1,28 +1,38 @@
 """Text: prompts to embeddings, padded as diffusers pads them, each different text once.
 
-Knows nothing of how a network joins the encoders' outputs (sd3.py).
+Knows nothing of how a network joins the encoders' outputs (sd3.py, flux.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from app.card import Card
+from app.errors import CheckpointError, InvalidValue
+from app.request import Condition, Prompt
+
 State = dict[str, torch.Tensor]
 Encode = Callable[[list[str]], tuple[torch.Tensor, ...]]
+Encoder = tuple[Any, Any]
+"""A text encoder and its tokenizer."""
 
 
 def clip_keys(state: State, expected: set[str]) -> State:
-    """CLIP files with or without the `text_model.` prefix, and with the position_ids that old ones hold."""
-    prefix = "text_model."
+    """CLIP files with or without the `text_model.` prefix, and with the position_ids that old ones hold.
+
+    A projection is left out for a CLIPTextModel, which has none: the one file of a CLIP-L serves SD3 and FLUX.
+    """
+    prefix, projection = "text_model.", "text_projection."
     prefixed = any(key.startswith(prefix) for key in expected)
+    unused = {"embeddings.position_ids"} | ({f"{projection}weight"} - expected)
     found: State = {}
     for key, value in state.items():
         bare = key.removeprefix(prefix)
-        if bare != "embeddings.position_ids":
-            found[prefix + bare if prefixed and not bare.startswith("text_projection.") else bare] = value
+        if bare not in unused:
+            found[prefix + bare if prefixed and not bare.startswith(projection) else bare] = value
     return found
 
 
@@ -54,6 +64,13 @@ def clip_states(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> 
     return output.hidden_states[-2], output.text_embeds
 
 
+def clip_pooled(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
+    """Pooled state before any projection [B, width], which FLUX takes, of a CLIP with or without a projection."""
+    model = getattr(encoder, "text_model", encoder)
+    pooled: torch.Tensor = model(token_ids(tokenizer, texts, length).to(encoder.device)).pooler_output
+    return pooled
+
+
 def t5_states(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
     """Final hidden states [B, length, width]. NOTE: no attention mask, as in SD3's and FLUX's pipelines."""
     states: torch.Tensor = encoder(token_ids(tokenizer, texts, length).to(encoder.device))[0]
@@ -73,3 +90,24 @@ def cut_text(tokenizer: Any, text: str, length: int) -> str:
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
     room = max(length - tokenizer.num_special_tokens_to_add(), 0)
     return text[offsets[room][0] :] if len(offsets) > room else ""
+
+
+def unseen_text(encoders: Iterable[tuple[Encoder | None, int]], text: str) -> str | None:
+    """The end of `text` that none of these (encoder or None, its length in tokens) sees; None when one sees all."""
+    cuts = [cut_text(encoder[1], text, length) for encoder, length in encoders if encoder]
+    return min(cuts, key=len, default="") or None
+
+
+def text_encoder(card: Card, parts: dict[str, Any], suffix: str = "") -> Encoder | None:
+    """`text_encoder` + suffix with its tokenizer, None if it is absent. Raises CheckpointError: no tokenizer."""
+    encoder, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
+    if encoder is not None and tokenizer is None:
+        raise CheckpointError(f"{card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
+    return None if encoder is None else (encoder, tokenizer)
+
+
+def prompt_text(condition: Condition) -> str:
+    """The text of a prompt. Raises InvalidValue for a class label."""
+    if not isinstance(condition, Prompt):
+        raise InvalidValue("this model takes a prompt, not a class label", param="class_label")
+    return condition.text

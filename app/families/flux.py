@@ -1,0 +1,184 @@
+"""FLUX.1: rectified flow transformers with a CLIP and a T5 (Black Forest Labs 2024) on diffusers' network.
+
+Knows nothing of samplers: shift, spacing and defaults stand in the card; dev and schnell are cards of this family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import pad
+
+from app.card import Card
+from app.errors import CheckpointError
+from app.families.base import Conditions
+from app.families.text import clip_pooled, encode_unique, prompt_text, t5_states, text_encoder, unseen_text
+from app.families.vae import decode, linear_preview, pixels_per_latent
+from app.report import Phase
+from app.request import Condition, Prompt
+
+PATCH = 2
+"""Latent pixels along a side of what is packed into one token."""
+
+
+class Flux:
+    """A FLUX transformer with its VAE and whichever of its two text encoders the checkpoint holds.
+
+    Conditions: `text` [P, text_length, joint width] of the T5, `pooled` [P, pooled width] of the CLIP, and where the
+    card says `guidance = "embedded"` the engine's `guidance` [P]. An absent encoder is zeros of the same shape.
+    """
+
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "transformer": ("FluxTransformer2DModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+        "text_encoder_2": ("T5EncoderModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
+    }
+    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    phases: ClassVar[Mapping[Phase, tuple[str, ...]]] = {
+        "encode": ("text_encoder", "text_encoder_2"),
+        "denoise": ("transformer",),
+        "decode": ("vae",),
+    }
+    learned_variance = False
+
+    def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
+        self.card, self.device, self.dtype = card, torch.device(device), dtype
+        self.network, self.vae = parts["transformer"], parts["vae"]
+        self.config = self.network.config
+        self.scale = pixels_per_latent(self.vae)
+        self.clip, self.t5 = text_encoder(card, parts), text_encoder(card, parts, "_2")
+        self.embedded = card.guidance == "embedded"
+        self._check()
+
+    @staticmethod
+    def traits(card: Card, part: str) -> tuple[float | None, ...]:
+        """Nothing of the card changes a part itself."""
+        return ()
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(channels, height, width) of the latent of an image of width x height pixels, unpacked."""
+        return self.vae.config.latent_channels, height // self.scale, width // self.scale
+
+    def image_tokens(self, width: int, height: int) -> int:
+        """Number of packed tokens, of which the dynamic shift is a function (calculate_shift of pipeline_flux.py)."""
+        return (height // self._cell()) * (width // self._cell())
+
+    def opposite(self, condition: Condition) -> Condition:
+        """The negative prompt, as a prompt."""
+        return Prompt(condition.negative if isinstance(condition, Prompt) else "")
+
+    def truncated(self, condition: Condition, text_length: int) -> str | None:
+        """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
+        return unseen_text([(self.t5, text_length), (self.clip, self.card.text.clip)], prompt_text(condition))
+
+    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
+        """Each different text is encoded once. Raises InvalidValue for a class label."""
+        texts = [prompt_text(condition) for condition in conditions]
+        text, pooled = encode_unique(texts, batch, lambda chunk: self._encode(chunk, text_length))
+        return {"text": text, "pooled": pooled}
+
+    def blank(self, text_length: int) -> Conditions:
+        """Zeros of the shapes that `encode` gives, and the guidance that the engine adds to them."""
+        text = self._zeros(1, text_length, self.config.joint_attention_dim)
+        pooled = self._zeros(1, self.config.pooled_projection_dim)
+        scale = {"guidance": torch.ones(1, device=self.device)} if self.embedded else {}
+        return {"text": text, "pooled": pooled, **scale}
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [P, C, h, w] float32, t [P] float32 (0..1000) -> (out float32 [P, C, h, w], None).
+
+        NOTE: the network multiplies t / 1000 by 1000 again, in its own number format: in bfloat16 857.14 becomes 856,
+        and a guidance of 3.5 is 3504 for 3500. The authors' own code rounds exactly so (sampling.py and layers.py of
+        black-forest-labs/flux), so it stays. diffusers' pipeline rounds t before it divides as well, and is off by one
+        more rounding at a quarter of the timesteps.
+        """
+        height, width = x.shape[2] // PATCH, x.shape[3] // PATCH
+        out = self.network(
+            hidden_states=pack(x.to(self.dtype)),
+            timestep=t / 1000,
+            guidance=conditions["guidance"] if self.embedded else None,
+            encoder_hidden_states=conditions["text"],
+            pooled_projections=conditions["pooled"],
+            txt_ids=torch.zeros(conditions["text"].shape[1], 3, dtype=torch.int64, device=x.device),
+            img_ids=image_ids(height, width, x.device),
+            return_dict=False,
+        )[0]
+        return unpack(out.float(), height, width), None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
+        return decode(self.vae, latents)
+
+    def prepare(self) -> None:
+        """Fit the VAE's linear map, once for all models that share it."""
+        linear_preview(self.vae)
+
+    def preview(self, latents: torch.Tensor) -> torch.Tensor:
+        """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
+        return linear_preview(self.vae)(latents)
+
+    def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(text [B, text_length, joint], pooled [B, pooled]), as FluxPipeline.encode_prompt."""
+        config, count, length = self.config, len(texts), self.card.text.clip
+        text, pooled = (count, text_length, config.joint_attention_dim), (count, config.pooled_projection_dim)
+        states = t5_states(*self.t5, texts, text_length) if self.t5 else self._zeros(*text)
+        summary = clip_pooled(*self.clip, texts, length) if self.clip else self._zeros(*pooled)
+        return states.to(self.dtype), summary.to(self.dtype)
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def _check(self) -> None:
+        file, config, sizes = self.card.folder / "card.toml", self.config, self.card.limits.sizes
+        clip, t5 = (pair[0].config if pair else None for pair in (self.clip, self.t5))
+        channels, packed = PATCH**2 * self.vae.config.latent_channels, (config.in_channels, self.network.out_channels)
+        rope, wants = config.axes_dims_rope, "embedded" if config.guidance_embeds else "cfg"
+        problems = {
+            "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % self._cell(),
+            "limits.sizes.min: not a multiple of the network's patches": sizes.min % self._cell(),
+            f'guidance: this is a network for "{wants}": its guidance_embeds is {config.guidance_embeds}': wants
+            != self.card.guidance,
+            "the network's channels are not the VAE's, packed": packed != (channels, channels),
+            "patch_size: the network is not FLUX.1's, which packs outside": config.patch_size != 1,
+            "axes_dims_rope: not three even numbers that add up to attention_head_dim": len(rope) != 3
+            or any(axis % 2 for axis in rope)
+            or sum(rope) != config.attention_head_dim,
+            "the CLIP is not as wide as the network's pooled input": clip
+            and clip.hidden_size != config.pooled_projection_dim,
+            "text.clip: longer than the CLIP's position table": clip
+            and self.card.text.clip > clip.max_position_embeddings,
+            "the T5 is not as wide as the network": t5 and t5.d_model != config.joint_attention_dim,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise CheckpointError(f"{file}: {problem}")
+
+    def _cell(self) -> int:
+        return PATCH * self.scale
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """[P, C, 2h, 2w] -> [P, h w, 4C]: a token holds 2x2 latent pixels, channel by channel (pipeline_flux.py)."""
+    passes, channels, height, width = x.shape
+    cells = x.reshape(passes, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(passes, -1, channels * PATCH**2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[P, height width, 4C] -> [P, C, 2 height, 2 width]: the inverse of `pack`."""
+    cells = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height * PATCH, width * PATCH)
+
+
+def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """(0, row, column) of every token, int64 [height width, 3], which its rotary embedding is a function of."""
+    rows, columns = (torch.arange(count, device=device) for count in (height, width))
+    return pad(torch.cartesian_prod(rows, columns), (1, 0))
