@@ -9,6 +9,8 @@ Knows nothing of the app: it writes files with diffusers, transformers and safet
     tiny-sd3-turbo    every component of tiny-sd3, 4 steps, no guidance
     tiny-sd3-no-t5    tiny-sd3 without its T5
 
+`write_flux` writes FLUX.1 checkpoints, which are not among these.
+
 Weights are drawn so that outputs are O(1) and depend visibly on text, time and class: as these networks are
 initialised for training, a DiT's output would not depend on anything.
 """
@@ -19,7 +21,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_parts import write_first_clip, write_json, write_network, write_second_clip, write_t5, write_vae
+from tests.tiny_parts import (
+    write_first_clip,
+    write_json,
+    write_network,
+    write_pooled_clip,
+    write_second_clip,
+    write_t5,
+    write_vae,
+)
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown", "pink")
 DIT_CLASSES = {
@@ -36,6 +46,16 @@ SD3_CLASSES = {
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
     "text_encoder_3": ("transformers", "T5EncoderModel"),
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+}
+
+FLUX_CLASSES = {
+    "transformer": ("diffusers", "FluxTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer_2": ("transformers", "T5TokenizerFast"),
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
 }
 
@@ -61,6 +81,17 @@ schedule = {{ kind = "flow", shift = 3.0 }}
 defaults = {{ sampler = "flow_euler", num_inference_steps = {steps}, guidance_scale = {guidance}, size = "32x32" }}
 limits = {{ num_inference_steps = 100, sizes = {{ min = 16, max = 64, multiple = 16 }} }}
 text = {{ clip = 24, t5 = 24 }}
+bucket = {{ passes = 8, encode = 8, decode = 8 }}
+"""
+
+FLUX_CARD = """\
+id = "{id}"
+family = "flux"
+source = {{ path = "." }}
+schedule = {{ kind = "flow", spacing = "flux", {shift} }}
+{guidance}defaults = {{ sampler = "flow_euler", num_inference_steps = 4, guidance_scale = {scale}, size = "32x32" }}
+limits = {{ num_inference_steps = 100, sizes = {{ min = 16, max = 64, multiple = 8 }} }}
+text = {{ clip = 24, t5 = {t5} }}
 bucket = {{ passes = 8, encode = 8, decode = 8 }}
 """
 
@@ -156,6 +187,47 @@ def write_sd3(
     write_json(folder / "scheduler" / "scheduler_config.json", _FLOW)
     _write_index(folder, index)
     (folder / "card.toml").write_text(SD3_CARD.format(id=name, components="", steps=8, guidance=4.0), encoding="utf-8")
+
+
+_FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False}
+_SCHNELL = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
+_DEV = {"num_layers": 2, "num_single_layers": 1, "attention_head_dim": 24, "axes_dims_rope": (8, 8, 8)}
+
+
+def write_flux(
+    folder: Path, *, dev: bool, seed: int = 30, leave_out: tuple[str, ...] = (), tokens: int = 64, **changes: Any
+) -> None:
+    """A FLUX.1 with its card, named as its folder: like schnell, or like dev, which has embedded guidance and a shift
+    that grows to its most at `tokens`. `leave_out` names encoders; `changes` go to the network's config."""
+    from diffusers import FluxTransformer2DModel
+
+    config = {
+        "in_channels": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": dev,
+        **(_DEV if dev else _SCHNELL),
+    }
+    write_network(FluxTransformer2DModel(**{**config, **changes}), folder / "transformer", seed)
+    write_vae(folder / "vae", seed + 1, **_FLUX_VAE)
+    index: dict[str, tuple[str | None, str | None]] = {**FLUX_CLASSES}
+    for part, write in {"text_encoder": write_pooled_clip, "text_encoder_2": write_t5}.items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        if part in leave_out:
+            index[part] = index[tokenizer] = (None, None)
+        else:
+            write(folder / part, folder / tokenizer, seed + 2)
+    _write_index(folder, index, pipeline="FluxPipeline")
+    scheduler, shift = {**_FLOW, "shift": 1.0}, "shift = 1.0"
+    if dev:
+        line = {"base_image_seq_len": 4, "max_image_seq_len": tokens, "base_shift": 0.5, "max_shift": 1.15}
+        scheduler |= {"use_dynamic_shifting": True, **line}
+        shift = f"dynamic_shift = {{ base_tokens = 4, max_tokens = {tokens}, base = 0.5, max = 1.15 }}"
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    guidance, scale, t5 = ('guidance = "embedded"\n', 3.5, 32) if dev else ("", 0.0, 24)
+    card = FLUX_CARD.format(id=folder.name, shift=shift, guidance=guidance, scale=scale, t5=t5)
+    (folder / "card.toml").write_text(card, encoding="utf-8")
 
 
 def _write_index(

@@ -42,6 +42,15 @@ def write_first_clip(folder: Path, tokenizer: Path, seed: int) -> None:
     _write_clip(folder, seed, len(vocab), hidden_size=16, projection_dim=16, eos_token_id=2, bos_token_id=0)
 
 
+def write_pooled_clip(folder: Path, tokenizer: Path, seed: int) -> None:
+    """As FLUX's CLIP-L: SD3's without its projection, keys with the prefix of files older than transformers 5."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    write_first_clip(folder, tokenizer, seed)
+    (folder / "model.safetensors").unlink()
+    write_network(CLIPTextModel(CLIPTextConfig.from_pretrained(folder)), folder, seed, prefix="text_model.")
+
+
 def write_second_clip(folder: Path, tokenizer: Path, seed: int) -> None:
     """As SD3's CLIP-G: pads with "!", the true eos_token_id, tokenizer.json."""
     from transformers import CLIPTokenizer
@@ -94,8 +103,8 @@ def write_t5(folder: Path, tokenizer: Path, seed: int) -> None:
     write_network(T5EncoderModel(config), folder, seed)
 
 
-def write_network(network: Any, folder: Path, seed: int) -> None:
-    """Draw the weights of a diffusers or transformers module and write config and safetensors."""
+def write_network(network: Any, folder: Path, seed: int, prefix: str = "") -> None:
+    """Draw the weights of a diffusers or transformers module and write config and safetensors, keys after `prefix`."""
     from safetensors.torch import save_file
 
     _draw(network, seed)
@@ -108,7 +117,7 @@ def write_network(network: Any, folder: Path, seed: int) -> None:
         network.config.save_pretrained(folder)
         name = "model.safetensors"
     tied = {"encoder.embed_tokens.weight"}
-    state = {key: value.contiguous() for key, value in network.state_dict().items() if key not in tied}
+    state = {prefix + key: value.contiguous() for key, value in network.state_dict().items() if key not in tied}
     save_file(state, folder / name, metadata={"format": "pt"})
 
 
