@@ -75,10 +75,10 @@ def parameters_of(card: Card) -> str | None:
     count = card.parameters
     if count is None:
         return None
-    for unit, letter, digits in ((10**9, "B", 2), (10**6, "M", 1), (10**3, "K", 1)):
-        if round(count / unit, digits) >= 1:
-            return f"{count / unit:.{digits}f} {letter}"
-    return str(count)
+    for unit, letter in ((1, ""), (10**3, "K"), (10**6, "M")):
+        if round(count / unit, 1) < 1000:
+            return f"{count / unit:.1f} {letter}" if letter else str(count)
+    return f"{count / 10**9:.2f} B"
 
 
 def _heading(ask: Ask) -> Heading:

@@ -1,4 +1,4 @@
-"""The command line: `instep serve | generate | models | demo`. The only home of typer and rich.
+"""The command line: `instep serve | generate | compare | models | demo`. The only home of typer and rich.
 
 Knows nothing of HTTP bodies' rules (`app/api/schemas.py`). What goes wrong is one line on stderr and exit code 1.
 """
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from app.cli import demo, generate, models, pull, serve
+from app.cli import compare, demo, generate, models, pull, serve
 from app.errors import InstepError
 
 
@@ -53,6 +53,7 @@ app = typer.Typer(
 )
 app.command()(serve.serve)
 app.command()(generate.generate)
+app.command()(compare.compare)
 models.app.command()(pull.pull)
 app.add_typer(models.app, name="models")
 app.command()(demo.demo)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from app.request import Prompt
 from app.settings import Settings
 
 Body = dict[str, Any]
+_IDS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
@@ -42,15 +44,29 @@ def curl(ask: Ask, settings: Settings, out: Path) -> str:
     """The shell command that asks a server with these settings for the same; several images come as one sheet."""
     body = {"model": ask.card.id, **ask.body.model_dump(exclude_none=True), "seed": ask.request.images[0].seed}
     if len(ask.request.images) > 1:
-        body["grid"] = {"columns": len(ask.request.images)}
+        body.setdefault("grid", {"columns": len(ask.request.images)})
+    return curl_of("images/generations", body, ask.format, settings, out)
+
+
+def curl_of(route: str, body: Body, format: Format, settings: Settings, out: Path) -> str:
+    """The shell command that posts this body to a route of a server with these settings, for the file alone."""
     host = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::") else settings.host
     host = f"[{host}]" if ":" in host else host
     words = [
-        *("curl", f"{host}:{settings.port}/v1/images/generations"),
-        *("-H", "Content-Type: application/json", "-H", f"Accept: image/{ask.format}"),
+        *("curl", f"{host}:{settings.port}/v1/{route}"),
+        *("-H", "Content-Type: application/json", "-H", f"Accept: image/{format}"),
         *("-d", json.dumps(body, ensure_ascii=False), "-o", str(out)),
     ]
     return shlex.join(words)
+
+
+def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None:
+    """What --class-label was given: nothing, one, or several; "162,247" is a list of ids."""
+    if not given:
+        return None
+    if len(given) > 1:
+        return list(given)
+    return [int(index) for index in given[0].split(",")] if _IDS.fullmatch(given[0]) else given[0]
 
 
 def what(ask: Ask) -> str:

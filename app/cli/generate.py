@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from safetensors.numpy import save_file
 
 from app.api.replies import Ask, raw_image, warnings
-from app.cli.bodies import build, curl, file_name, in_folder, kind_of, open_registry
+from app.cli.bodies import build, curl, file_name, in_folder, kind_of, labels_of, open_registry
 from app.cli.local import Local, loading
 from app.cli.paint import half_blocks
 from app.cli.serve import read_settings
+from app.imaging import grid
 from app.report import Progress as Step
 from app.report import Report, Result
 from app.request import Request
@@ -29,7 +30,9 @@ from app.request import Request
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw")] = None,
-    class_label: Annotated[str | None, typer.Option(help="A class id or name, for a model of classes")] = None,
+    class_label: Annotated[
+        list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A model id or alias")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
@@ -38,6 +41,7 @@ def generate(
     size: Annotated[str | None, typer.Option(help="WxH in pixels")] = None,
     negative: Annotated[str | None, typer.Option(help="What guidance moves away from")] = None,
     n: Annotated[int | None, typer.Option("-n", help="Images, seeds counting up")] = None,
+    columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
     models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
@@ -46,9 +50,9 @@ def generate(
     settings = read_settings(models=models)
     registry = open_registry(settings)
     body: dict[str, Any] = {
-        "prompt": prompt, "class_label": class_label, "model": model, "num_inference_steps": steps,
+        "prompt": prompt, "class_label": labels_of(class_label), "model": model, "num_inference_steps": steps,
         "guidance_scale": guidance, "seed": seed, "sampler": sampler, "size": size, "negative_prompt": negative, "n": n,
-        "output_format": kind_of(out) if out else None,
+        "grid": None if columns is None else {"columns": columns}, "output_format": kind_of(out) if out else None,
     }  # fmt: skip
     ask = build(body, registry, "generate", keep_latents=bool(save_latents and in_folder(save_latents)))
     console = Console()
@@ -95,12 +99,14 @@ def watch(reports: Iterator[Report], request: Request, console: Console) -> list
 
 def deliver(console: Console, ask: Ask, results: list[Result], out: Path, seconds: float) -> None:
     """Write the files; for each the picture in half-block cells where the terminal can, then path, seed, seconds."""
-    for result, path in zip(results, paths(out, len(results)), strict=True):
-        path.write_bytes(raw_image(ask, [result])[0])
+    files = [results] if ask.columns else [[result] for result in results]
+    for group, path in zip(files, paths(out, len(files)), strict=True):
+        path.write_bytes(raw_image(ask, group)[0])
         if console.is_terminal:
-            console.print(half_blocks(result.pixels, min(console.width, 64)))
-        drawn = result.timings.encode + result.timings.denoise + result.timings.decode
-        say(console, f"{path}  seed {result.seed}  {drawn:.2f} s ({seconds:.1f} s with loading)")
+            pixels = grid([result.pixels for result in group], ask.columns or 1)
+            console.print(half_blocks(pixels, min(console.width, 64)))
+        drawn = max(one.timings.encode + one.timings.denoise + one.timings.decode for one in group)
+        say(console, f"{path}  seed {group[0].seed}  {drawn:.2f} s ({seconds:.1f} s with loading)")
     for warning in warnings(ask, results):
         print(f"instep: {warning}", file=sys.stderr)
 
