@@ -10,9 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from app.api.classes import draws_classes
+from app.api.downloads import downloaded
 from app.api.registry import check_sampler
 from app.api.schemas import describe_sizes
 from app.card import Card, read_card, read_cards
@@ -28,24 +31,27 @@ Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODEL
 
 @app.command("list")
 def list_models(models: Folder = None) -> None:
-    """One line for each card."""
-    table = _table("model", "family", "draws", "size", "steps", "guidance", "sampler", "license")
-    for card in open_registry(read_settings(models=models)).cards.values():
-        draws = f"{len(card.labels)} classes" if draws_classes(card) else "prompts"
+    """One line for each card. files: here; or to pull, `gated` where a licence must be accepted first."""
+    table = _table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
+    cards = open_registry(read_settings(models=models)).cards
+    for card in cards.values():
         given = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
+        files = "here" if downloaded(card, cards) else "gated" if card.gated else "pull" if card.source.repo else "none"
         steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
-        table.add_row(names, card.family, draws, given.size, steps, guidance, given.sampler, card.license)
+        amounts = _count(card.parameters), decimal(card.bytes) if card.bytes else "-"
+        table.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
     _print(table)
 
 
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="A model id or alias")], models: Folder = None) -> None:
     """Everything one card says."""
-    card = open_registry(read_settings(models=models)).find(model)
+    registry = open_registry(read_settings(models=models))
+    card = registry.find(model)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in facts_of(card).items():
-        table.add_row(name, value)
+    for name, value in facts_of(card, downloaded(card, registry.cards)).items():
+        table.add_row(name, escape(value))
     _print(table)
 
 
@@ -56,26 +62,33 @@ def check(models: Folder = None) -> None:
     states = check_folder(settings.models, plan.threads(settings))
     table = _table("model", "state", "detail")
     for name, (state, detail) in states.items():
-        table.add_row(name, state, detail)
+        table.add_row(escape(name), state, escape(detail))
     _print(table)
     broken = [name for name, (state, _) in states.items() if state == "broken"]
     if broken:
         raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
 
 
-def facts_of(card: Card) -> dict[str, str]:
-    """A card in words, by the name of the fact."""
+def facts_of(card: Card, here: bool) -> dict[str, str]:
+    """A card in words, by the name of the fact. here: whether its files are on this machine."""
     given, limits, schedule = card.defaults, card.limits, card.schedule
-    source = card.source.path if card.source.path is not None else f"{card.source.repo}@{card.source.revision}"
+    source = (
+        card.source.path if card.source.path is not None else f"{card.source.repo}@{card.source.revision or 'main'}"
+    )
     return {
         "id": card.id,
         "aliases": ", ".join(card.aliases) or "none",
         "description": card.description or "none",
         "license": card.license or "not said",
+        **({"gated": f"accept its licence at {_page(card)}, and set HF_TOKEN"} if card.gated else {}),
         "family": card.family,
-        "draws": f"{len(card.labels)} classes" if draws_classes(card) else "prompts",
+        "draws": _draws(card),
+        "parameters": f"{card.parameters:,} in the network" if card.parameters else "not said",
+        "bytes": f"{decimal(card.bytes)} of weights" if card.bytes else "not said",
         "card": str(card.folder / "card.toml"),
         "source": str(source),
+        "files": "here" if here else f"not here: instep models pull {card.id}" if card.source.repo else "missing",
+        **{f"file {part}": file for part, file in card.files.items()},
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",
         "samplers": ", ".join(valid_samplers(schedule)),
@@ -138,10 +151,29 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
     return "ok", f"{len(parts)} parts"
 
 
+def _draws(card: Card) -> str:
+    return f"{len(card.labels)} classes" if draws_classes(card) else "prompts"
+
+
+def _count(parameters: int | None) -> str:
+    """Parameters in words: 8.06 B, 675 M."""
+    if not parameters:
+        return "-"
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
+
+
+def _page(card: Card) -> str:
+    # NOTE: imported late: the Hub library takes a third of a second.
+    from app.cli.hub import page
+
+    return page(str(card.source.repo))
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        number = column in ("parameters", "bytes", "steps", "guidance")
+        table.add_column(column, overflow="fold", justify="right" if number else "left")
     return table
 
 

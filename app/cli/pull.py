@@ -93,8 +93,9 @@ def choose(ids: Sequence[str], everything: bool, registry: Registry, settings: S
     """The cards to pull, each once. Raises ModelNotFound; LoadError when nothing says which."""
     named = list(ids)
     if not named and not everything:
-        named = [word.strip() for word in (*settings.preload.split(","), settings.default_model) if word.strip()]
-    if everything or "all" in named:
+        named = [word.strip() for word in (*settings.preload.split(","), settings.default_model)]
+        named = [word for word in named if word not in ("", "all")]  # to the server, all are those that are here
+    if everything:
         return [card for card in registry.cards.values() if card.source.repo]
     if not named:
         known = ", ".join(card.id for card in registry.cards.values() if card.source.repo) or "none"

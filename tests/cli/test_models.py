@@ -28,7 +28,7 @@ def test_list_has_a_line_for_each_card(run: Run) -> None:
     lines = run("models", "list").stdout.splitlines()
     names = ["tiny-dit", "tiny-dit-sample", "tiny-dit-v", "tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
     assert [line.split()[0] for line in lines[1:]] == names
-    assert lines[1].split() == ["tiny-dit", "dit", "10", "classes", "32x32", "8", "4", "ddim"]
+    assert lines[1].split() == ["tiny-dit", "dit", "-", "-", "here", "10", "classes", "32x32", "8", "4"]
 
 
 def test_show_tells_what_a_request_may_ask(run: Run) -> None:
@@ -36,6 +36,20 @@ def test_show_tells_what_a_request_may_ask(run: Run) -> None:
     for part in ("flow_euler, flow_heun, flow_dpmpp_2m", "tiny-sd3/vae", "flow_euler, 4 steps, guidance 0", "32x32"):
         assert part in told
     assert 'did you mean "tiny-sd3"' in one_line(run("models", "show", "tiny-sd"))
+
+
+def test_the_shipped_cards_fit_in_100_columns(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And what is not downloaded says how to get it, square brackets and all."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("INSTEP_MODELS", str(Path(__file__).parent.parent.parent / "models"))
+    lines = [line.rstrip() for line in run("models", "list").stdout.splitlines()]
+    assert max(map(len, lines)) <= 100 and len(lines) > 9
+    (large,) = [line for line in lines if line.startswith("sd3.5-large ")]
+    assert large.split()[:7] == ["sd3.5-large", "sd3", "8.06", "B", "27.6", "GB", "gated"]
+    told = run("models", "show", "flux.1-dev").stdout
+    for part in ("FLUX.1 [dev]", "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev, and set"):
+        assert part in told
+    assert "11,901,408,320" in told and "not here: instep models pull flux.1-dev" in told
 
 
 def test_check_of_good_models(run: Run) -> None:
@@ -57,7 +71,7 @@ def test_check_names_what_is_wrong_with_each(run: Run, copy: Path) -> None:
     assert states(result.stdout) == {**dict.fromkeys(broken, "broken"), "tiny-sd3-no-t5": "absent"}
     for said in (f"{weights}: not a whole safetensors file", "thresholding is true", "tokenizer.json: missing"):
         assert said in result.stdout
-    assert "hf download nobody/nothing" in result.stdout
+    assert "instep models pull tiny-sd3-no-t5" in result.stdout
     assert result.stderr == f"instep: 5 of 6 models are broken: {', '.join(broken)}\n"
 
 
