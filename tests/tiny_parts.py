@@ -108,6 +108,7 @@ def write_network(network: Any, folder: Path, seed: int, prefix: str = "") -> No
     from safetensors.torch import save_file
 
     _draw(network, seed)
+    _copy_embedders(network)
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(network, "save_config"):
         network.save_config(folder)
@@ -134,6 +135,13 @@ def _draw(network: Any, seed: int) -> None:
                 weight.copy_(noise * (weight[0].numel() ** -0.5))
             else:
                 weight.copy_(0.1 * noise + (1.0 if key.endswith("weight") else 0.0))
+
+
+def _copy_embedders(network: Any) -> None:
+    """A DiT's blocks have copies of one timestep and label embedder, as in every checkpoint of the original's."""
+    blocks = [block for block in getattr(network, "transformer_blocks", ()) if getattr(block.norm1, "emb", None)]
+    for block in blocks[1:]:
+        block.norm1.emb.load_state_dict(blocks[0].norm1.emb.state_dict())
 
 
 def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:

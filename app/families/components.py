@@ -28,6 +28,7 @@ from transformers import (
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from app.errors import CheckpointError
+from app.families.dit import dit_keys, share_embedders
 from app.families.text import clip_keys, t5_keys
 from app.families.vae import vae_keys
 
@@ -45,9 +46,10 @@ class _Network:
     kind: Any
     config: type | None = None
     keys: Callable[[State, set[str]], State] = lambda state, expected: state
+    shape: Callable[[Any], None] = lambda network: None
 
 
-_DIT = _Network(DiTTransformer2DModel)
+_DIT = _Network(DiTTransformer2DModel, keys=dit_keys, shape=share_embedders)
 _NETWORKS = {
     "DiTTransformer2DModel": _DIT,
     "Transformer2DModel": _DIT,
@@ -175,6 +177,7 @@ def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:
     try:
         with torch.device("meta"):
             network: nn.Module = spec.kind(spec.config(**known)) if spec.config else spec.kind(**known)
+            spec.shape(network)
             return network
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'}: {spec.kind.__name__} refuses it: {error}") from error

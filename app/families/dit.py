@@ -5,10 +5,12 @@ Knows nothing of samplers: the schedule that the network was trained on stands i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import nn
 
 from app.card import Card
@@ -17,6 +19,9 @@ from app.families.base import Conditions
 from app.families.vae import decode, linear_preview, pixels_per_latent
 from app.report import Phase
 from app.request import ClassLabel, Condition
+
+_COPY = re.compile(r"transformer_blocks\.[0-9]+(\.norm1\.emb\..+)")
+"""The name of a tensor of a block's embedders, of which diffusers writes a copy for every block."""
 
 
 class DiT:
@@ -87,7 +92,7 @@ class DiT:
         frac = (v + 1) / 2 of the variance channels v (Nichol and Dhariwal 2021, eq. 15): 0 is the lower bound of the
         log variance, 1 the upper. NOTE: as in the original it is not clamped.
         """
-        out = self.network(x.to(self.dtype), timestep=t, class_labels=conditions["label"], return_dict=False)[0].float()
+        out = predict(self.network, x.to(self.dtype), t, conditions["label"]).float()
         frac = (out[:, self.channels :] + 1) / 2 if self.learned_variance else None
         return out[:, : self.channels], frac
 
@@ -116,6 +121,60 @@ class DiT:
             raise CheckpointError(f"{file}: schedule.variance: the network has {outputs} output channels")
         if labels > self.null_class:
             raise CheckpointError(f"{file}: {labels} labels, but the network knows {self.null_class} classes")
+
+
+class SharedEmbedder(CombinedTimestepLabelEmbeddings):
+    """The timestep and label embedders of all blocks. What it made, given to it as `timestep`, is passed through."""
+
+    def __init__(self, own: CombinedTimestepLabelEmbeddings) -> None:
+        nn.Module.__init__(self)
+        self.time_proj, self.timestep_embedder = own.time_proj, own.timestep_embedder
+        self.class_embedder = own.class_embedder
+
+    def forward(
+        self, timestep: torch.Tensor, class_labels: torch.Tensor, hidden_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """timestep [P], class_labels [P] -> [P, D]; a timestep [P, D] is the answer already."""
+        if timestep.ndim == 2:
+            return timestep
+        embedded: torch.Tensor = super().forward(timestep, class_labels, hidden_dtype)
+        return embedded
+
+
+def share_embedders(network: nn.Module) -> None:
+    """Give all blocks of diffusers' DiT the embedders of the first, as in the original, which has one of each.
+
+    The names in its state stay diffusers' own: every block's, of one tensor.
+    """
+    blocks: Any = network.transformer_blocks
+    shared = SharedEmbedder(blocks[0].norm1.emb)
+    for block in blocks:
+        block.norm1.emb = shared
+
+
+def predict(network: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """One forward of a network with shared embedders, which embed once and not once a block: [P, 2C or C, h, w]."""
+    embedded = network.transformer_blocks[0].norm1.emb(t, labels, hidden_dtype=x.dtype)
+    out: torch.Tensor = network(x, timestep=embedded, class_labels=labels, return_dict=False)[0]
+    return out
+
+
+def dit_keys(state: dict[str, torch.Tensor], expected: set[str]) -> dict[str, torch.Tensor]:
+    """The state with one tensor for all copies of an embedder's; files that hold the first block's alone will do.
+
+    Raises ValueError naming the first copy that is not equal (never on the meta device, where there is nothing to see).
+    """
+    named = dict(state)
+    for key in sorted(expected, key=lambda key: (len(key), key)):
+        copy = _COPY.fullmatch(key)
+        first = state.get(f"transformer_blocks.0{copy[1]}") if copy else None
+        if first is None:
+            continue
+        own = state.get(key, first)
+        if own.shape != first.shape or own.dtype != first.dtype or not (own.is_meta or torch.equal(own, first)):
+            raise ValueError(f"{key} is not equal to the first block's, and this network has one for all blocks")
+        named[key] = first
+    return named
 
 
 def _apply(network: nn.Module, time_freq_shift: float | None, norm_eps: float | None) -> None:

@@ -40,6 +40,11 @@ def upstream(folder: Path, sampler: str, *, steps: int, guidance: float, label: 
     return seen[0] * pipeline.vae.config.scaling_factor, images
 
 
+def rounds(pixels: Any, image: Any) -> bool:
+    """Whether these are the pixels of an image in 0..1, whichever way one falls that lies halfway but for rounding."""
+    return bool(np.abs(pixels - image * 255.0).max() <= 0.5 + 1e-3)
+
+
 CASES = (("ddim", 8, 4.0), ("ddim", 5, 1.0), ("dpmpp_2m", 10, 4.0), ("dpmpp_2m", 4, 1.0))
 
 
@@ -51,13 +56,13 @@ def test_latents_are_those_of_the_pipeline(
     (ours,) = serve(pool, ask("dit", ClassLabel(3), steps=steps, guidance=guidance, sampler=sampler))
     assert distance(final(ours), theirs) < 1e-4
     with torch.inference_mode():
-        assert np.array_equal(dit.decode(theirs).numpy(), (image * 255).round().astype("uint8"))
+        assert rounds(dit.decode(theirs).numpy(), image)
 
 
 def test_the_image_is_that_of_the_pipeline(checkpoints: Path, pool: Pool) -> None:
     _, image = upstream(checkpoints / "dit", "dpmpp_2m", steps=10, guidance=4.0)
     (ours,) = serve(pool, ask("dit", ClassLabel(3), steps=10, guidance=4.0, sampler="dpmpp_2m"))
-    assert np.array_equal(ours.pixels, (image[0] * 255).round())
+    assert rounds(ours.pixels, image[0])
 
 
 def test_in_mixed_traffic_too(checkpoints: Path, dit: DiT, pool: Pool) -> None:
