@@ -1,12 +1,14 @@
 """Train the class-conditional DiT: one class a subject, noise and variance predicted, linear betas, a null class.
 
 Knows nothing about captions or colours: a class says only its subject, which stands on white. Loss: the original's
-(Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by noise level.
+(Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by noise level. The
+blocks share one embedder of times and classes, as the original's do.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from folder import save_bf16, write_subjects
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from app.families.dit import dit_keys, predict, share_embedders
 
 WIDTH, HEADS, LAYERS = 192, 6, 6
 CARD = """\
@@ -38,12 +42,15 @@ license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0
 
 
 def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
-    """The network, new or from a folder.
+    """The network, new or from a folder. Raises ValueError: the blocks of the one in the folder embed differently.
 
-    NOTE: it stays in eval mode, because diffusers' blocks would each drop labels by themselves: `loss_of` drops them.
+    NOTE: it stays in eval mode, because diffusers' embedders would drop labels by themselves: `loss_of` drops them.
     """
     if trained:
-        return DiTTransformer2DModel.from_pretrained(trained / "transformer", torch_dtype=torch.float32).eval()
+        model = DiTTransformer2DModel.from_pretrained(trained / "transformer", torch_dtype=torch.float32)
+        dit_keys(model.state_dict(), set(model.state_dict()))
+        share_embedders(model)
+        return model.eval()
     model = DiTTransformer2DModel(
         sample_size=8,
         patch_size=1,
@@ -55,6 +62,7 @@ def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
         num_embeds_ada_norm=classes,
         activation_fn="gelu",
     )
+    share_embedders(model)
     start(model)
     return model.eval()
 
@@ -110,7 +118,7 @@ def loss_of(
     x = levels("alpha", t) * clean + levels("sigma", t) * noise
     dropped = torch.rand(len(labels), device=labels.device) < args.empty
     labels = torch.where(dropped, model.config.num_embeds_ada_norm, labels)
-    found, v = model(x, t, labels, return_dict=False)[0].chunk(2, dim=1)
+    found, v = predict(model, x, t, labels).chunk(2, dim=1)
     weight = weight_of(levels("snr", t), args.gamma, args.lift)
     return (weight * (found - noise).pow(2)).mean() + bound(levels, noise, found, v, t, x, clean).mean()
 
@@ -124,7 +132,7 @@ def sample(model: nn.Module, vae: AutoencoderKL, labels: list[int], guidance: fl
     asked = torch.tensor(labels + [null] * len(labels), device=vae.device)
     x = torch.randn(len(labels), 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(vae.device)
     for t in scheduler.timesteps:
-        out = model(torch.cat([x, x]), t.to(x.device).expand(len(asked)), asked, return_dict=False)[0][:, :16]
+        out = predict(model, torch.cat([x, x]), t.to(x.device).expand(len(asked)), asked)[:, :16]
         own, empty = out.chunk(2)
         x = scheduler.step(empty + guidance * (own - empty), t, x, return_dict=False)[0]
     return vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
@@ -132,7 +140,7 @@ def sample(model: nn.Module, vae: AutoencoderKL, labels: list[int], guidance: fl
 
 def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> None:
     """The folder as diffusers' DiTPipeline has it, less the VAE, with the card that names whose VAE it is."""
-    save_bf16(model, out / "transformer")
+    save_bf16(with_copies(model), out / "transformer")
     DDIMScheduler(TIMES, 1e-4, 2e-2, "linear", clip_sample=False).save_pretrained(out / "scheduler")
     index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.42.1"}
     index |= {"id2label": {str(i): s.name for i, s in enumerate(subjects)}}
@@ -140,6 +148,14 @@ def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> No
     (out / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
     write_subjects(out, subjects)
     (out / "card.toml").write_text(CARD.replace("VAE", vae).replace("emoji-dit", out.name))
+
+
+def with_copies(model: nn.Module) -> nn.Module:
+    """The same network with an embedder in every block, which is how diffusers reads and writes a DiT."""
+    apart = copy.deepcopy(model)
+    for block in apart.transformer_blocks:
+        block.norm1.emb = copy.deepcopy(block.norm1.emb)
+    return apart
 
 
 def arguments() -> argparse.Namespace:

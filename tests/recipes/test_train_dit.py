@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from bound import TIMES, Levels, bound, weight_of
+from diffusers import DiTTransformer2DModel
 from torch.distributions import Normal, kl_divergence
 from train_dit import build, loss_of
 
 from app.card import read_cards
 from app.cli.models import check_folder
+from app.families.dit import predict
 from app.pool.building import build_family, build_parts
 from app.samplers.schedules import alpha_bar
 from tests.recipes.conftest import run
@@ -64,16 +66,16 @@ def test_weights_fall_with_the_signal() -> None:
 
 
 @pytest.mark.parametrize(("empty", "rows"), [(0.0, {2}), (1.0, {5})])
-def test_a_label_is_dropped_in_every_block_or_in_none(empty: float, rows: set[int]) -> None:
+def test_a_label_is_dropped_for_every_block_or_for_none(empty: float, rows: set[int]) -> None:
     model = build(5)
     for block in model.transformer_blocks:
         torch.nn.init.normal_(block.norm1.linear.weight, std=0.1)
     torch.nn.init.normal_(model.proj_out_2.weight)
     args = Namespace(empty=empty, gamma=5.0, lift=5.0)
     loss_of(model, LEVELS, args, torch.randn(6, 16, 8, 8), torch.full((6,), 2)).backward()
-    for block in model.transformer_blocks:
-        seen = block.norm1.emb.class_embedder.embedding_table.weight.grad.abs().sum(1).nonzero().flatten()
-        assert set(seen.tolist()) == rows
+    embedders = {block.norm1.emb for block in model.transformer_blocks}
+    (seen,) = (one.class_embedder.embedding_table.weight.grad.abs().sum(1).nonzero().flatten() for one in embedders)
+    assert set(seen.tolist()) == rows
 
 
 def test_the_card_loads_and_knows_its_classes(subjects: list[Any], made: Path) -> None:
@@ -85,6 +87,25 @@ def test_the_card_loads_and_knows_its_classes(subjects: list[Any], made: Path) -
     assert parts["transformer"].config.activation_fn == "gelu"
     assert build_family(card, parts, torch.device("cpu"), torch.float32).learned_variance
     assert (made / "emoji-dit" / "subjects.txt").read_text().splitlines() == list(card.labels)
+
+
+def test_diffusers_reads_it_with_a_copy_in_every_block(made: Path) -> None:
+    theirs = DiTTransformer2DModel.from_pretrained(made / "emoji-dit" / "transformer", torch_dtype=torch.float32).eval()
+    embedders = [block.norm1.emb for block in theirs.transformer_blocks]
+    assert len({id(one) for one in embedders}) == len(embedders)
+    x, t, labels = torch.randn(2, 16, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 12])
+    ours = build(12, made / "emoji-dit")
+    assert torch.allclose(predict(ours, x, t, labels), theirs(x, t, labels).sample, atol=1e-5)
+    assert len({id(block.norm1.emb) for block in ours.transformer_blocks}) == 1
+    assert sum(p.numel() for p in ours.parameters()) < sum(p.numel() for p in theirs.parameters())
+
+
+def test_a_warm_start_refuses_blocks_that_embed_differently(made: Path, tmp_path: Path) -> None:
+    theirs = DiTTransformer2DModel.from_pretrained(made / "emoji-dit" / "transformer")
+    torch.nn.init.zeros_(theirs.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight)
+    theirs.save_pretrained(tmp_path / "transformer")
+    with pytest.raises(ValueError, match=r"transformer_blocks\.2\.norm1\.emb.*not equal"):
+        build(12, tmp_path)
 
 
 def test_training_goes_on_where_it_stopped(subjects: list[Any], made: Path) -> None:
