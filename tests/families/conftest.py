@@ -15,7 +15,7 @@ from app.pool.pool import Pool
 from app.schedule import Schedule
 from tests.engine.conftest import load_all
 from tests.families.plain import build, load
-from tests.tiny import SD3_PARTS, write_dit, write_sd3
+from tests.tiny import SD3_PARTS, write_dit, write_flux, write_sd3
 from tests.tiny_parts import write_json
 
 
@@ -38,6 +38,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_sd3(folder / "no-t5", leave_out=("text_encoder_3",), patch_size=1, sample_size=4, pos_embed_max_size=16)
     write_dit(folder / "dit", classes=1000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fluxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """schnell and dev: FLUX.1 without and with embedded guidance and a shift that depends on the size."""
+    folder = tmp_path_factory.mktemp("flux")
+    for name in ("schnell", "dev"):
+        write_flux(folder / name, dev=name == "dev")
     return folder
 
 
