@@ -1,0 +1,170 @@
+"""The commands that the README shows under "Three pictures", run as they stand there on tiny checkpoints.
+
+The cards are the shipped ones, with their ids, samplers and schedules; sizes, text lengths and weights are tiny ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from app.api.presets import PRESETS
+from app.card import read_card
+from app.cli import app
+from tests.tiny import write_dit, write_flux, write_sd3
+
+ROOT = Path(__file__).parent.parent.parent
+Run = Callable[[str], list[str]]
+
+TINY = {
+    r"source = \{.*\}": 'source = { path = "." }',
+    r'size = "\d+x\d+"': 'size = "32x32"',
+    r"sizes = \{[^}]*\}": "sizes = { min = 32, max = 32, multiple = 32 }",
+    r"text = \{.*\}": "text = { clip = 24, t5 = 24 }",
+}
+"""What of a card depends on the size of its checkpoint, and what stands there for a tiny one."""
+
+
+def commands() -> list[str]:
+    """The lines of the fenced blocks of the README's section."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Three pictures\n(.*?)^## ", readme, re.DOTALL | re.MULTILINE)
+    assert section, "README.md has no section Three pictures"
+    found = re.findall(r"^```\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
+    return [line for block in found for line in block.splitlines()]
+
+
+def options(line: str) -> dict[str, str]:
+    """The options of a command, by name; what stands before the first of them is "words"."""
+    words = shlex.split(line)
+    assert words[0] == "instep" and max(map(len, line.splitlines())) < 130
+    named = {name: value for name, value in pairwise(words) if name.startswith("-")}
+    return {**named, "words": " ".join(word for word in words[1:3] if not word.startswith("-"))}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny checkpoints of the layouts of the cards that the commands name."""
+    folder = tmp_path_factory.mktemp("seeds") / "models"
+    write_dit(folder / "dit-xl-2-256", classes=1000)
+    write_sd3(folder / "sd3-medium")
+    for seed, name in ((20, "sd3.5-large"), (40, "sd3.5-large-turbo")):
+        write_sd3(folder / name, seed=seed, qk_norm="rms_norm")
+    write_flux(folder / "flux.1-schnell", dev=False)
+    for path in folder.iterdir():
+        card = (ROOT / "models" / path.name / "card.toml").read_text(encoding="utf-8")
+        for fact, tiny in TINY.items():
+            card = re.sub(rf"^(?!#)(.*?){fact}", rf"\g<1>{tiny}", card, flags=re.MULTILINE)
+        (path / "card.toml").write_text(card, encoding="utf-8")
+        ours, theirs = read_card(path / "card.toml"), read_card(ROOT / "models" / path.name / "card.toml")
+        assert (ours.id, ours.schedule, ours.parameters) == (theirs.id, theirs.schedule, theirs.parameters)
+        assert ours.default_size == (32, 32) and ours.source.path == "."
+    return folder
+
+
+@pytest.fixture
+def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs one line in an empty folder and returns what it says. NOTE: equal bytes are what DETERMINISTIC promises."""
+    settings = {"MODELS": models, "CACHE": models.parent, "DEVICES": "cpu", "DTYPE": "float32", "THREADS": 1}
+    for name, value in {**settings, "DETERMINISTIC": True}.items():
+        monkeypatch.setenv(f"INSTEP_{name}", str(value))
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> list[str]:
+        threads = torch.get_num_threads()
+        try:
+            done = CliRunner().invoke(app, shlex.split(line)[1:])
+        finally:
+            torch.set_num_threads(threads)
+        assert done.exit_code == 0, done.output
+        return done.stdout.splitlines()
+
+    return call
+
+
+def facts(file: str) -> dict[str, object]:
+    """The request that a PNG carries."""
+    with Image.open(file) as image:
+        image.load()
+        assert "Seed: 0" in image.text["parameters"]
+        return dict(json.loads(image.text["instep"]))
+
+
+def pixels(file: str) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_the_readme_asks_for_what_people_ask_for() -> None:
+    dit, turbo, schnell, compare = map(options, commands())
+    asked = {"--model": "dit-xl-2-256", "--class-label": "162,247,248,254", "--steps": "100", "--guidance": "4"}
+    assert {name: dit[name] for name in asked} == asked and (dit["--seed"], dit["--columns"]) == ("0", "2")
+    for one, model in ((turbo, "sd3.5-large-turbo"), (schnell, "flux.1-schnell")):
+        assert (one["--model"], one["--steps"], one["--guidance"], one["--seed"]) == (model, "4", "0", "0")
+        assert one["words"].startswith("generate ")
+    assert (compare["words"], compare["--preset"]) == ("compare sd3-medium", "two_prompts")
+
+
+@pytest.mark.parametrize("place", range(4), ids=["dit", "turbo", "schnell", "compare"])
+def test_the_same_command_twice_gives_the_same_bytes(run: Run, place: int) -> None:
+    line = commands()[place]
+    out = Path(options(line)["-o"])
+    digests = set()
+    for _ in range(2):
+        assert run(line)[0].startswith(f"{out}  seed 0  ")
+        digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+        out.unlink()
+    assert len(digests) == 1
+
+
+def test_the_labels_are_two_by_two_with_seeds_that_count_up(run: Run) -> None:
+    line = commands()[0]
+    file = options(line)["-o"]
+    run(line)
+    wanted = {"model": "dit-xl-2-256", "class_label": [162, 247, 248, 254], "grid": {"columns": 2}, "seed": 0}
+    wanted |= {"size": "32x32", "sampler": "ddpm", "num_inference_steps": 100, "guidance_scale": 4.0}
+    assert facts(file) == wanted
+    sheet = pixels(file)
+    assert sheet.shape == (64, 64, 3)
+    for index, label in enumerate((162, 247, 248, 254)):
+        words = f"--class-label {label} --steps 100 --guidance 4 --seed {index} -o a.png"
+        run(f"instep generate --model dit-xl-2-256 {words}")
+        top, left = 32 * (index // 2), 32 * (index % 2)
+        assert np.abs(sheet[top : top + 32, left : left + 32].astype(int) - pixels("a.png")).max() <= 1
+    assert len({sheet[top : top + 32, left : left + 32].tobytes() for top in (0, 32) for left in (0, 32)}) == 4
+
+
+@pytest.mark.parametrize("place", [1, 2], ids=["turbo", "schnell"])
+def test_four_steps_without_guidance(run: Run, place: int) -> None:
+    line = commands()[place]
+    given = options(line)
+    told = run(line)
+    assert pixels(given["-o"]).shape == (32, 32, 3) and pixels(given["-o"]).std() > 1
+    request = facts(given["-o"])
+    wanted = {"model": given["--model"], "num_inference_steps": 4, "guidance_scale": 0.0, "seed": 0, "size": "32x32"}
+    assert {name: request[name] for name in wanted} == wanted
+    assert request["sampler"] == "flow_euler" and given["words"] == f"generate {request['prompt']}"
+    body = json.loads(shlex.split(told[-1])[shlex.split(told[-1]).index("-d") + 1])
+    assert body.items() <= {**request, "model": given["--model"]}.items()
+
+
+def test_the_panel_of_the_preset(run: Run) -> None:
+    line = commands()[3]
+    run(line)
+    request = facts(options(line)["-o"])
+    assert request["models"] == ["sd3-medium", "sd3.5-large"] and request["seed"] == 0
+    assert request["prompt"] == list(PRESETS["two_prompts"].prompts)
+    assert (request["num_inference_steps"], request["guidance_scale"]) == (28, 7.0)
+    height, width, _ = pixels(options(line)["-o"]).shape
+    assert width > 2 * 256 + 100 and height > 2 * 256 + 40
