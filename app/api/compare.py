@@ -21,7 +21,7 @@ from app.api.panels import json_panel, panel_warnings, raw_panel
 from app.api.responses import accepted_format, told
 from app.api.schemas import ImageBody
 from app.card import Card
-from app.errors import InstepError, InvalidValue, Overloaded, RateLimited
+from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
 from app.report import Result
 from app.request import Request as Asked
 
@@ -119,11 +119,19 @@ async def _reply(request: Request, comparison: Comparison, cells: list[Generatio
 
 
 def _failed(cells: list[Generation], futures: Futures, error: Exception) -> InstepError:
-    """Count the cell that failed as failed and the others as cancelled; returns the error as it is to be told."""
-    guilty = next((cell for cell, future in zip(cells, futures, strict=True) if _raised(future) is error), cells[0])
-    _dropped(guilty.front, [cell for cell in cells if cell is not guilty])
-    guilty.record.facts["model"] = guilty.ask.request.model
-    return guilty.failed(error)
+    """Count the cell that failed as failed and the others as cancelled; returns the error as it is to be told.
+
+    An error of one model names it as the field, where it names none: `models.<id>`.
+    """
+    failing = (cell for cell, future in zip(cells, futures, strict=True) if _raised(future) is error)
+    guilty = next(failing, None)
+    first = guilty or cells[0]
+    _dropped(first.front, [cell for cell in cells if cell is not first])
+    told = first.failed(error)
+    if guilty and told.param is None and isinstance(told, EngineError | LoadError):
+        guilty.record.facts["model"] = guilty.ask.request.model
+        return type(told)(told.message, param=f"models.{guilty.ask.request.model}", retry_after=told.retry_after)
+    return told
 
 
 def _raised(future: asyncio.Future[list[Result]]) -> BaseException | None:

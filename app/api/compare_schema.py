@@ -5,6 +5,7 @@ Knows nothing of serving; `app/api/comparison.py` enforces what is written here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from app.api.body_schema import Json, body_schema
@@ -16,6 +17,7 @@ from app.api.registry import Registry
 from app.api.schemas import ImageBody
 from app.card import Card
 
+_ROW_FIELDS = ("prompt", "class_label")
 _EXAMPLES: dict[str, list[Any]] = {"prompt": ["a red apple", "a blue car"], "class_label": [0]}
 
 
@@ -45,25 +47,31 @@ def compare_schema(registry: Registry, cards: list[Card], what: str | None, pres
 
     The bounds of a card hold where it is named; without models, those of all.
     """
-    bounds = {card.id: _bounds(registry, card, what) for card in cards}
+    bounds = {card.id: _bounds(card, what) for card in cards}
+    every = dict.fromkeys(name for fields in bounds.values() for name in fields)
     models = {"type": "array", "items": {"enum": _names(registry, cards)}, "minItems": 1, "maxItems": MODELS}
     chosen = preset and 1 <= sum(downloaded(card, registry.all) for card in cards) <= MODELS
     own: Json = {"models": {"anyOf": [models, {"type": "null"}]} if chosen else models, "preset": {"enum": [preset]}}
     for field in OWN:
         own[field]["description"] = CompareBody.model_fields[field].description
-    absent = {field: {"type": "null"} for field in ("prompt", "class_label") if field != what}
+    absent = {field: {"type": "null"} for field in _ROW_FIELDS if field != what}
     schema: Json = {
         "title": f"by {what or preset}",
         "type": "object",
         "additionalProperties": False,
         "required": [*([] if chosen else ["models"]), what or "preset"],
-        "properties": {**_merged(bounds), **absent, **own, "stream": {"enum": [False, None]}},
+        "properties": {
+            **(_described(every) if len(cards) > 1 else bounds[cards[0].id]),
+            **absent,
+            **own,
+            "stream": {"enum": [False, None]},
+        },
     }
     if len(cards) > 1:
         schema["allOf"] = [
             {
                 "if": {"properties": {"models": {"contains": {"enum": _names(registry, [card])}}}},
-                "then": {"properties": bounds[card.id]},
+                "then": {"properties": {name: bounds[card.id].get(name, {"type": "null"}) for name in every}},
             }
             for card in cards
         ]
@@ -72,23 +80,21 @@ def compare_schema(registry: Registry, cards: list[Card], what: str | None, pres
     return {**schema, "examples": [{**few, **example, "seed": 7}]}
 
 
-def _bounds(registry: Registry, card: Card, what: str | None) -> Json:
-    """The shared fields as this card takes them; `what` may be a list of up to ROWS."""
-    fields = body_schema(card, registry.names(card), False)["properties"]
-    kept = {name: dict(fields[name]) for name in SHARED if name in fields and name not in ("prompt", "class_label")}
+def _bounds(card: Card, what: str | None) -> Json:
+    """The shared fields as this card takes them, by reference to its body; `what` may be a list of up to ROWS."""
+    fields = body_schema(card, (card.id,), False)["properties"]
+    place = f"#/components/schemas/ImageBody.{card.id}/properties"
+    kept: Json = {name: {"$ref": f"{place}/{name}"} for name in SHARED if name in fields and name not in _ROW_FIELDS}
     if what:
-        *single, many = fields[what]["anyOf"]
-        rows = {**many, "maxItems": ROWS}
+        single = [{"$ref": f"{place}/{what}/anyOf/{index}"} for index in range(len(fields[what]["anyOf"]) - 1)]
+        rows = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": ROWS}
         kept[what] = {"anyOf": [*single, rows], "description": "What the rows show: one, or a list"}
     return kept
 
 
-def _merged(bounds: dict[str, Json]) -> Json:
-    """The fields of all cards: the bounds of the only one, else their descriptions alone."""
-    if len(bounds) == 1:
-        return next(iter(bounds.values()))
-    names = dict.fromkeys(name for fields in bounds.values() for name in fields)
-    return {name: {"description": ImageBody.model_fields[name].description} for name in names}
+def _described(fields: Iterable[str]) -> Json:
+    """Fields of several cards: their descriptions alone, as their bounds are those of the cards that are named."""
+    return {name: {"description": ImageBody.model_fields[name].description} for name in fields}
 
 
 def _names(registry: Registry, cards: list[Card]) -> list[str]:

@@ -31,6 +31,7 @@ CARDS = {
     "tiny-text": TEXT,
     "large-text": TEXT.replace("6_543_210", "8_056_627_520").replace('"gpt-image-1"', ""),
     "wide-text": TEXT.replace("parameters = 6_543_210\n", "").replace('"gpt-image-1"', "").replace("32x32", "64x32"),
+    "guided-text": TEXT.replace('"sd3"', '"flux"\nguidance = "embedded"').replace('"gpt-image-1"', ""),
     "tiny-label": LABEL,
     "large-label": LABEL.replace("source", "parameters = 675_129_632\nsource"),
 }
@@ -39,7 +40,7 @@ TWO = ["a red apple", "a blue car"]
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the fake worker, five cards and two keys."""
+    """A server with the fake worker, six cards and two keys."""
     folder = tmp_path_factory.mktemp("compare") / "models"
     for name, card in CARDS.items():
         (folder / name).mkdir(parents=True)
@@ -187,6 +188,13 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def checker_of(http: httpx.Client) -> Any:
+    """What the document says of a comparison's body."""
+    document = http.get("/openapi.json").json()
+    schema = document["paths"]["/v1/images/compare"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    return jsonschema_rs.validator_for({**schema, "components": document["components"]})
+
+
 @pytest.mark.parametrize(("fields", "param", "said"), BAD, ids=[f"{param}-{i}" for i, (_, param, _) in enumerate(BAD)])
 def test_a_bad_comparison_names_the_field_and_the_model(
     several: Server, alice: httpx.Client, fields: dict[str, Any], param: str, said: str
@@ -195,12 +203,20 @@ def test_a_bad_comparison_names_the_field_and_the_model(
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, param) and said in error["message"], error
     assert several.supervisor.running + several.supervisor.waiting == 0
-    document = alice.get("/openapi.json").json()
-    schema = document["paths"]["/v1/images/compare"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    checker = jsonschema_rs.validator_for({**schema, "components": document["components"]})
+    checker = checker_of(alice)
     assert checker.is_valid({"models": ["tiny-text"], "prompt": "a"})
     assert checker.is_valid({"models": ["wide-text", "gpt-image-1"], "prompt": ["a", "b"], "size": "48x32"})
     assert not checker.is_valid({"models": ["tiny-text"], "prompt": "a", **fields})
+
+
+def test_a_field_that_one_model_does_not_have_is_no_field_of_both(alice: httpx.Client) -> None:
+    """Only guided-text has embedded guidance, and so a true_cfg_scale."""
+    body = {"models": ["guided-text"], "prompt": "a", "true_cfg_scale": 2}
+    checker = checker_of(alice)
+    assert compare(alice, body).status_code == 200 and checker.is_valid(body)
+    reply = compare(alice, body | {"models": ["guided-text", "tiny-text"]})
+    assert "tiny-text: true_cfg_scale: " in reply.json()["error"]["message"]
+    assert not checker.is_valid(body | {"models": ["guided-text", "tiny-text"]})
 
 
 def test_pictures_are_bounded_together(alice: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +267,8 @@ def test_one_cell_that_fails_fails_the_whole_and_cancels_the_rest(alice: httpx.C
     before = outcomes(alice, "tiny-text")
     body = {"models": ["tiny-text"], "prompt": ["!slow 60", "!nan", "!slow 60"], "num_inference_steps": 50}
     reply = compare(alice, body)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (500, "non_finite_output")
+    error = reply.json()["error"]
+    assert (reply.status_code, error["code"], error["param"]) == (500, "non_finite_output", "models.tiny-text")
     eventually(lambda: idle(several))
     assert grown(alice, "tiny-text", before) == {"failed": 1.0, "cancelled": 2.0}
 
