@@ -1,0 +1,122 @@
+"""What diffusers' pipelines make of the body of a request: the final latent, on the files of a tiny checkpoint.
+
+Knows nothing of the app but its cards: prompts, sizes, steps and scales are the body's own words.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch.nn.functional import pad
+
+from app.card import Card, parse_size, read_card
+
+Body = dict[str, Any]
+
+
+@cache
+def opened(folder: Path) -> Any:
+    """The pipeline that the folder's model_index.json names, with the parts that it has."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def final_latent(folder: Path, body: Body) -> torch.Tensor:
+    """[1, C, h, w] float32, as the pipeline's VAE would be given it, but for scale and shift."""
+    pipeline, card = opened(folder), read_card(folder / "card.toml")
+    run = {"DiTPipeline": _dit, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux}[type(pipeline).__name__]
+    return run(pipeline, card, body)
+
+
+def _dit(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    hook = pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    pipeline(
+        [body["class_label"]],
+        guidance_scale=body["guidance_scale"],
+        generator=torch.Generator().manual_seed(body["seed"]),
+        num_inference_steps=body["num_inference_steps"],
+        output_type="np",
+    )
+    hook.remove()
+    return seen[0] * pipeline.vae.config.scaling_factor
+
+
+def _sd3(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
+    skip = {name: value for name, value in body.items() if name.startswith("skip_layer_guidance_")}
+    layers = {"skip_guidance_layers": list(card.skip_layer_guidance.layers)} if card.skip_layer_guidance else {}
+    if pipeline.text_encoder_2 is None:
+        text = _sd3_without_second_clip(pipeline, card, body)
+    else:
+        text = {"prompt": body["prompt"], "negative_prompt": body.get("negative_prompt", "")}
+    latent: torch.Tensor = pipeline(
+        **text, **_common(card, body), **skip, **layers, guidance_scale=body["guidance_scale"]
+    ).images
+    return latent
+
+
+def _sd3_without_second_clip(pipeline: Any, card: Card, body: Body) -> dict[str, torch.Tensor]:
+    """encode_prompt of pipeline_stable_diffusion_3.py, with zeros for what the second CLIP (24 wide) would give."""
+    config, found = pipeline.transformer.config, {}
+    for name, text in (("", body["prompt"]), ("negative_", body.get("negative_prompt", ""))):
+        clip, pooled = pipeline._get_clip_prompt_embeds(text, clip_model_index=0)
+        t5 = pipeline._get_t5_prompt_embeds(text, max_sequence_length=_length(card, body))
+        states = pad(clip, (0, config.joint_attention_dim - clip.shape[-1]))
+        found[f"{name}prompt_embeds"] = torch.cat([states, t5], dim=1)
+        missing = config.pooled_projection_dim - pooled.shape[-1]
+        found[f"{name}pooled_prompt_embeds"] = pad(pooled, (0, missing))
+    return found
+
+
+def _flux(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
+    """NOTE: true_cfg_scale is what an ordinary card calls guidance_scale; a network without embedding ignores that."""
+    width, height = parse_size(body["size"])
+    embedded = pipeline.transformer.config.guidance_embeds
+    scale = {"guidance_scale": body["guidance_scale"]} if embedded else {}
+    scale["true_cfg_scale"] = body.get("true_cfg_scale", 1.0) if embedded else body["guidance_scale"]
+    if pipeline.text_encoder is None or pipeline.text_encoder_2 is None:
+        text = _flux_with_zeros(pipeline, card, body)
+    else:
+        text = {"prompt": body["prompt"], "negative_prompt": body.get("negative_prompt", "")}
+    packed = pipeline(**text, **_common(card, body), **scale).images
+    latent: torch.Tensor = pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor)
+    return latent
+
+
+def _flux_with_zeros(pipeline: Any, card: Card, body: Body) -> dict[str, torch.Tensor]:
+    """encode_prompt of pipeline_flux.py, with zeros for what an absent encoder would give."""
+    config, length, found = pipeline.transformer.config, _length(card, body), {}
+    for name, prompt in (("", body["prompt"]), ("negative_", body.get("negative_prompt", ""))):
+        text = torch.zeros(1, length, config.joint_attention_dim)
+        pooled = torch.zeros(1, config.pooled_projection_dim)
+        if pipeline.text_encoder_2 is not None:
+            text = pipeline._get_t5_prompt_embeds(prompt, max_sequence_length=length, dtype=torch.float32)
+        if pipeline.text_encoder is not None:
+            pooled = pipeline._get_clip_prompt_embeds(prompt)
+        found |= {f"{name}prompt_embeds": text, f"{name}pooled_prompt_embeds": pooled}
+    return found
+
+
+def _common(card: Card, body: Body) -> dict[str, Any]:
+    width, height = parse_size(body["size"])
+    return {
+        "width": width,
+        "height": height,
+        "num_inference_steps": body["num_inference_steps"],
+        "generator": torch.Generator().manual_seed(body["seed"]),
+        "max_sequence_length": _length(card, body),
+        "output_type": "latent",
+    }
+
+
+def _length(card: Card, body: Body) -> int:
+    return int(body.get("max_sequence_length", card.text.t5))
