@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 SMALLEST, LARGEST = 256, 16_000
 """Pixels: what the longer side of a cell is brought up to; what no side of the sheet is over (WebP ends at 16,383)."""
 
-MOST = 64_000_000
+MOST = 40_000_000
 """Pixels of a whole sheet, above which its cells are made smaller."""
 
 _ROOM = (160, 72)
@@ -51,12 +51,13 @@ def panel(
     """
     layout = _fitted(cells, [_plain(text) for text in rows], columns, _plain(corner))
     sheet = Image.new("RGB", layout.size, "white")
-    draw = ImageDraw.Draw(sheet)
-    _write(draw, layout)
+    _write(draw := ImageDraw.Draw(sheet), layout)
     for row, pictures in enumerate(cells):
         for column, pixels in enumerate(pictures):
             _place(sheet, draw, pixels, layout, row, column)
-    return np.asarray(sheet)
+    # NOTE: in strips, because Pillow holds the interpreter lock, and the event loop with it, while it copies pixels.
+    tops = range(0, sheet.height, 256)
+    return np.concatenate([np.asarray(sheet.crop((0, top, sheet.width, min(top + 256, sheet.height)))) for top in tops])
 
 
 def unreadable(texts: Sequence[str]) -> str:
@@ -124,8 +125,7 @@ class _Layout:
 
     def corner_of(self, row: int, column: int) -> tuple[int, int]:
         """x and y of the upper left pixel of a cell."""
-        width, height = self.cell
-        return self.left + column * (width + self.gutter), self.top + row * (height + self.gutter)
+        return self.left + column * (self.cell[0] + self.gutter), self.top + row * (self.cell[1] + self.gutter)
 
 
 def _fitted(

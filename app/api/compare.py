@@ -106,7 +106,8 @@ async def _reply(request: Request, comparison: Comparison, cells: list[Generatio
         results = [one[0] for one in await unless_gone(request, asyncio.gather(*futures))]
         if comparison.raw:
             data, seconds = await cells[0].in_thread(raw_panel, comparison, results)
-            beside = headers(comparison.seed, panel_warnings(comparison, results))
+            said = await cells[0].in_thread(panel_warnings, comparison, results)
+            beside = headers(comparison.seed, said)
             response = Response(data, media_type=f"image/{comparison.format}", headers=beside)
         else:
             asks = [cell.ask for cell in cells]
