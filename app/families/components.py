@@ -88,7 +88,7 @@ def build_component(class_name: str, folder: Path, state: State | None, dtype: t
     if class_name in ALLOWED and state is None:
         raise CheckpointError(f"{folder}: a {class_name} needs weights")
     network = blank_network(class_name, folder, state or {})
-    fill_network(network, class_name, folder, state or {}, torch.device("cpu"), dtype)
+    fill_network(network, class_name, folder, [state or {}], torch.device("cpu"), dtype)
     return network
 
 
@@ -109,16 +109,16 @@ def build_tokenizer(class_name: str, folder: Path) -> Any:
     return tokenizer
 
 
-def blank_network(class_name: str, folder: Path, outline: State) -> nn.Module:
+def blank_network(class_name: str, folder: Path, outline: State, file: Path | None = None) -> nn.Module:
     """The network of a config.json in eval mode, its weights on the meta device: no memory is spent.
 
     outline: the tensors that its files hold, of which only names, shapes and number formats are looked at (they may be
-    on the meta device). Raises CheckpointError as `build_component`.
+    on the meta device). file: where they are, when not in the folder. Raises CheckpointError as `build_component`.
     """
     if class_name not in _NETWORKS:
         raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')
     network = _without_weights(_NETWORKS[class_name], folder, len(outline))
-    _named(network, class_name, folder, outline)
+    _named(network, class_name, file or folder, outline, whole=True)
     _compute_buffers(network, folder)
     if isinstance(network, T5EncoderModel):
         network.set_input_embeddings(network.shared)  # type: ignore[no-untyped-call]
@@ -126,15 +126,29 @@ def blank_network(class_name: str, folder: Path, outline: State) -> nn.Module:
 
 
 def fill_network(
-    network: nn.Module, class_name: str, folder: Path, state: State, device: torch.device, dtype: torch.dtype
+    network: nn.Module, class_name: str, where: Path, states: Iterable[State], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Give a blank or emptied network its own copy of these weights, tensor by tensor. Raises CheckpointError."""
-    named = _named(network, class_name, folder, state)
-    # A copy even where the dtype agrees: what was read may be a map of the file, which can change under the model.
-    own = {id(value): value.to(device, dtype, copy=True) for value in {id(v): v for v in named.values()}.values()}
-    network.load_state_dict({key: own[id(value)] for key, value in named.items()}, strict=True, assign=True)
+    """Give a blank or emptied network its own copy of the weights of these shards, one after another.
+
+    where: the folder or file to name in errors. Raises CheckpointError: names, shapes, or two tensors for one weight.
+    """
+    for state in states:
+        _fill(network, where, _named(network, class_name, where, state), device, dtype)
+        del state  # and its map, before the next is made
+    _refuse(where, "missing", (key for key, value in network.state_dict().items() if value.is_meta))
     for _, module, key in _computed(network):
         module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
+
+
+def _fill(network: nn.Module, where: Path, named: State, device: torch.device, dtype: torch.dtype) -> None:
+    # A copy even where the dtype agrees: what was read may be a map of the file, which can change under the model.
+    own = {key: value.to(device, dtype, copy=True) for key, value in {id(v): v for v in named.values()}.items()}
+    filled = {key: value for key, value in network.state_dict().items() if key in named and not value.is_meta}
+    for key, value in filled.items():  # a weight of two names, one of which stood in an earlier shard
+        if not torch.equal(own[id(named[key])], value):
+            raise CheckpointError(f"{where}: {key} is a second name of weights, and differs from the first")
+    fresh = {key: own[id(value)] for key, value in named.items() if key not in filled}
+    network.load_state_dict(fresh, strict=False, assign=True)
 
 
 def empty_network(network: nn.Module) -> None:
@@ -183,14 +197,14 @@ def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:
         raise CheckpointError(f"{folder / 'config.json'}: {spec.kind.__name__} refuses it: {error}") from error
 
 
-def _named(network: nn.Module, class_name: str, folder: Path, state: State) -> State:
-    """The state by the network's own names, which must be exactly its keys and shapes."""
+def _named(network: nn.Module, class_name: str, folder: Path, state: State, whole: bool = False) -> State:
+    """The state by the network's own names, in exactly its shapes: all of them if it is to be the whole."""
     expected = network.state_dict()
     try:
         named = _NETWORKS[class_name].keys(state, set(expected))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    _refuse(folder, "missing", expected.keys() - named.keys())
+    _refuse(folder, "missing", expected.keys() - named.keys() if whole else ())
     _refuse(folder, "unexpected", named.keys() - expected.keys())
     for key, value in named.items():
         if value.shape != expected[key].shape:
@@ -218,8 +232,7 @@ def _compute_buffers(network: nn.Module, folder: Path) -> None:
 
 
 def _computed(network: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    owners = list(network.named_modules())
-    return [(name, module, key) for name, module in owners for key in sorted(module._non_persistent_buffers_set)]
+    return [(n, module, key) for n, module in network.named_modules() for key in module._non_persistent_buffers_set]
 
 
 def _buffer(module: nn.Module, key: str) -> torch.Tensor:

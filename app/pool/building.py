@@ -13,9 +13,9 @@ import torch
 from app.card import Card
 from app.families import FAMILIES
 from app.families.base import Family
-from app.families.components import build_component, has_weights
+from app.families.components import blank_network, build_tokenizer, fill_network, has_weights
+from app.pool.contents import part_outline, part_states
 from app.pool.layout import Part, read_parts
-from app.pool.weights import read_state
 
 
 def part_dtype(part: Part, device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -26,9 +26,11 @@ def part_dtype(part: Part, device: torch.device, dtype: torch.dtype) -> torch.dt
 def build_part(part: Part, device: torch.device, dtype: torch.dtype) -> Any:
     """A network on the device, or a tokenizer. Raises CheckpointError."""
     if not has_weights(part.class_name):
-        return build_component(part.class_name, part.folder, None, dtype)
-    state = read_state(part.folder)
-    return build_component(part.class_name, part.folder, state, part_dtype(part, device, dtype)).to(device)
+        return build_tokenizer(part.class_name, part.folder)
+    network = blank_network(part.class_name, part.folder, part_outline(part), part.file)
+    own = part_dtype(part, device, dtype)
+    fill_network(network, part.class_name, part.weights, part_states(part), device, own)
+    return network
 
 
 def build_parts(card: Card, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -6,18 +6,18 @@ Knows nothing of models, budgets or of when to move: the pool decides, and moves
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import torch
 
 from app.families.components import blank_network, build_tokenizer, empty_network, fill_network, has_weights
+from app.pool.contents import part_outline, part_states
 from app.pool.layout import Part
-from app.pool.weights import read_outline, read_state
 
 Place = Literal["device", "host", "away", "moving"]
-Key = tuple[Path, torch.dtype, tuple[float | None, ...]]
-"""What two models must have in common to share a part: real path, number format, what the card changes of it."""
+Key = tuple[tuple[Hashable, ...], torch.dtype, tuple[float | None, ...]]
+"""What two models must have in common to share a part: its identity, number format, what the card changes of it."""
 
 
 class Component:
@@ -41,8 +41,7 @@ class Component:
         if not has_weights(part.class_name):
             self.value: Any = build_tokenizer(part.class_name, part.folder)
             return
-        outline = read_outline(part.folder)
-        self.value = blank_network(part.class_name, part.folder, outline)
+        self.value = blank_network(part.class_name, part.folder, part_outline(part), part.file)
         # What the headers say, each tensor once: the network accepts no other names or shapes.
         own = {id(tensor): tensor for tensor in (*self.value.parameters(), *self.value.buffers())}
         self.bytes = sum(tensor.numel() for tensor in own.values()) * dtype.itemsize
@@ -53,8 +52,8 @@ class Component:
         if self.origin == "host":
             _move(self.value, self.device)
         else:
-            state = read_state(self.part.folder)
-            fill_network(self.value, self.part.class_name, self.part.folder, state, self.device, self.dtype)
+            states = part_states(self.part)
+            fill_network(self.value, self.part.class_name, self.part.weights, states, self.device, self.dtype)
         self.arrived, self.used = True, time.monotonic()
 
     def settle(self) -> None:

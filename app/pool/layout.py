@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from app.card import Card
 from app.errors import CheckpointError, NotDownloaded
 from app.families import FAMILIES
 from app.families.components import read_json
+from app.pool.weights import CONVERT, PICKLES
 
 CLIPS_BY_DEFAULT = frozenset(
     f"{name}Scheduler" for name in ("DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "CogVideoXDDIM")
@@ -29,11 +30,20 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One component of a model: its name in model_index.json, its class, its folder with links resolved."""
+    """One component of a model: its name in model_index.json, its class, its folder with links resolved.
+
+    file: where its weights are when they are not in the folder, but in a file of the authors' own layout.
+    """
 
     name: str
     class_name: str
     folder: Path
+    file: Path | None = None
+
+    @property
+    def weights(self) -> Path:
+        """What to name when its weights are not right."""
+        return self.file or self.folder
 
 
 def source_folder(card: Card) -> Path:
@@ -67,7 +77,7 @@ def read_parts(card: Card, cards: Mapping[str, Card]) -> list[Part]:
     for name, entry in own.items():
         class_name = _class_of(folder / "model_index.json", name, entry)
         if class_name is not None and name not in card.components:
-            parts.append(Part(name, class_name, folder / name))
+            parts.append(Part(name, class_name, folder / name, _file(card, name)))
     for name, target in card.components.items():
         parts.append(_shared(name, target, cards))
     for part in parts:
@@ -78,7 +88,10 @@ def read_parts(card: Card, cards: Mapping[str, Card]) -> list[Part]:
     missing = [name for name in family.required if name not in {part.name for part in parts}]
     if missing:
         raise CheckpointError(f"{folder / 'model_index.json'}: {missing[0]}: missing, and {card.family} needs it")
-    return [Part(part.name, part.class_name, part.folder.resolve()) for part in parts]
+    unknown = sorted(card.files.keys() - {part.name for part in parts})
+    if unknown:
+        raise CheckpointError(f"{folder / 'model_index.json'}: {unknown[0]}: missing, though the card's files name it")
+    return [replace(part, folder=part.folder.resolve()) for part in parts]
 
 
 def check_schedule(file: Path) -> None:
@@ -100,7 +113,19 @@ def _shared(name: str, target: str, cards: Mapping[str, Card]) -> Part:
     class_name = _class_of(file, part, read_json(file).get(part))
     if class_name is None:
         raise CheckpointError(f"{file}: {part}: missing, though another card's components.{name} names it")
-    return Part(name, class_name, folder / part)
+    return Part(name, class_name, folder / part, _file(cards[owner], part))
+
+
+def _file(card: Card, name: str) -> Path | None:
+    """The file that the card names for this part, with links resolved. Raises CheckpointError: missing, a pickle."""
+    if name not in card.files:
+        return None
+    file = (card.folder / card.files[name]).resolve()
+    if file.suffix in PICKLES:
+        raise CheckpointError(f"{file}: only safetensors are loaded ({CONVERT})")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: missing, though the card's files.{name} names it")
+    return file
 
 
 def _class_of(file: Path, name: str, entry: Any) -> str | None:

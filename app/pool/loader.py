@@ -20,8 +20,8 @@ from app.pool.books import PHASES, Books, Bring, Build, Drop, Job
 from app.pool.budget import readable
 from app.pool.building import build_family, part_dtype
 from app.pool.component import Component
+from app.pool.contents import part_identity, part_outline
 from app.pool.layout import Part, read_parts
-from app.pool.weights import read_outline
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Loader:
         found.sort(key=lambda part: (not has_weights(part.class_name), part.name not in FAMILIES[card.family].required))
         for part in found:
             if has_weights(part.class_name):
-                read_outline(part.folder)
+                part_outline(part)
         parts = {part.name: self._component(card, part) for part in found}
         family = build_family(card, {name: one.value for name, one in parts.items()}, self._device, self._dtype)
         with self._books.wake:
@@ -103,7 +103,7 @@ class Loader:
 
     def _component(self, card: Card, part: Part) -> Component:
         dtype = part_dtype(part, self._device, self._dtype)
-        key = (part.folder, dtype, FAMILIES[card.family].traits(card, part.name))
+        key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
         known = self._books.store.components.get(key)
         if known is None:
             known = Component(part, self._device, dtype)

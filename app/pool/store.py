@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from app.pool.component import Component, Key, Place
 
@@ -90,13 +89,13 @@ class Store:
 
     def forget(self) -> None:
         """Leave out the components that no model has any more. What is still leased counts on, under no one's name."""
-        kept = {}
-        for (folder, *rest), one in self.components.items():
+        kept: dict[Key, Component] = {}
+        for (identity, dtype, traits), one in self.components.items():
             if one.owners:
-                kept[folder, *rest] = one
+                kept[identity, dtype, traits] = one
             elif one.leases:
-                kept[Path(f"{folder}#{id(one)}"), *rest] = one
-        self.components = kept  # type: ignore[assignment]
+                kept[(*identity, id(one)), dtype, traits] = one
+        self.components = kept
 
     def drop(self, one: Component) -> None:
         """A claimed component away, wherever it was."""

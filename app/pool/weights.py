@@ -11,7 +11,7 @@ twice, number formats that no network here is stored in.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,15 @@ from safetensors import SafetensorError, safe_open
 from app.errors import CheckpointError
 from app.families.components import read_json
 
+State = dict[str, torch.Tensor]
+
 HEADER_LIMIT = 16 * 2**20
 TENSOR_LIMIT = 20_000
 COMMAS = 8
 """For each tensor: four between its fields, those of its shape, and some for the metadata."""
+
+PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pickle", ".pkl")
+CONVERT = "`instep models convert` makes them of the DiT authors' .pt"
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _FORMATS = {
@@ -42,36 +47,53 @@ _FORMATS = {
 }
 
 
-def read_outline(folder: Path) -> dict[str, torch.Tensor]:
-    """Names, shapes and number formats of a component's tensors, on the meta device, from the headers alone.
+def read_outline(place: Path, prefix: str = "") -> State:
+    """Names, shapes and number formats of the tensors of a folder or a file, on the meta device, from headers alone.
 
-    Reads no tensor. Raises CheckpointError as `read_state`, but for what only the data can show.
+    prefix: of the names to read; number formats of others do not matter. Reads no tensor. Raises CheckpointError as
+    `read_states`, but for what only the data can show.
     """
     outline = {}
-    for file in _headers(folder):
+    for file in _headers(place, prefix):
         with _opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(key)
-                outline[key] = torch.empty(part.get_shape(), dtype=_FORMATS[part.get_dtype()], device="meta")
+                if key.startswith(prefix):
+                    part = opened.get_slice(key)
+                    outline[key] = torch.empty(part.get_shape(), dtype=_FORMATS[part.get_dtype()], device="meta")
     return outline
 
 
-def read_state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a component's folder, from one safetensors file or from the shards that its index names.
+def read_states(place: Path, prefix: str = "") -> Iterator[State]:
+    """The tensors whose names begin so: of a file, or of a component's folder, one of its files after another.
 
-    The tensors may be maps of the files. Raises CheckpointError naming the file: missing, not whole, over 16 MB of
-    header or 20,000 tensors, shards and index that do not agree.
+    The tensors may be maps of the file: who lets go of a shard before the next never holds two. Raises CheckpointError
+    naming the file: missing, not whole, over 16 MB of header or 20,000 tensors, shards and index that do not agree; all
+    headers are checked before the first tensor is read.
     """
-    state: dict[str, torch.Tensor] = {}
-    for file in _headers(folder):
-        state.update(_read(file))
+    for file in _headers(place, prefix):
+        with _opened(file) as opened:
+            yield {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}  # noqa: SIM118
+
+
+def read_state(place: Path) -> State:
+    """All tensors of a folder or a file at once. Raises CheckpointError as `read_states`."""
+    state: State = {}
+    for shard in read_states(place):
+        state.update(shard)
     return state
 
 
-def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
+def read_names(file: Path) -> set[str]:
+    """The names of all tensors of one file, whatever their number formats. Raises CheckpointError as `read_states`."""
+    return set(_header(file))
+
+
+def _headers(folder: Path, prefix: str) -> dict[Path, dict[str, Any]]:
     """The header of every shard, checked against the index."""
     shards = _shards(folder)
     headers = {file: _header(file) for file in shards}
+    for file, header in headers.items():
+        _formats(file, header, prefix)
     if sum(len(header) for header in headers.values()) > TENSOR_LIMIT:
         raise CheckpointError(f"{folder}: over {TENSOR_LIMIT} tensors")
     for file, listed in shards.items():
@@ -83,16 +105,16 @@ def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """The files to read, each with the keys that the index promises (None without an index)."""
+    if folder.is_file():
+        return {folder: None}
     for stem in _STEMS:
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.is_file():
             return _indexed(index)
         if single.is_file():
             return {single: None}
-    others = sorted(
-        path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".ckpt", ".pth", ".pickle")
-    )
-    hint = f" (only safetensors are loaded, not {others[0]})" if others else ""
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    hint = f" (only safetensors are loaded, not {others[0]}; {CONVERT})" if others else ""
     raise CheckpointError(f"{folder / _STEMS[0]}.safetensors: missing{hint}")
 
 
@@ -109,11 +131,6 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
             raise CheckpointError(f"{index.parent / name}: missing, though the index names it")
         shards[index.parent / name] = {key for key, file in listed.items() if file == name}
     return shards
-
-
-def _read(file: Path) -> dict[str, torch.Tensor]:
-    with _opened(file) as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
 
 @contextmanager
@@ -146,11 +163,20 @@ def _header(file: Path) -> dict[str, Any]:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
         header.pop("__metadata__", None)
         for key, entry in header.items():
-            if entry["dtype"] not in _FORMATS:
-                raise ValueError(f"{key} has number format {entry['dtype']}, which this server does not load")
+            if not isinstance(entry["dtype"], str):
+                raise ValueError(f"{key} has no number format")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: invalid header: {error}") from error
     return dict(header)
+
+
+def _formats(file: Path, header: Mapping[str, Any], prefix: str) -> None:
+    """Refuse number formats that no network here is stored in."""
+    for key, entry in header.items():
+        if key.startswith(prefix) and entry["dtype"] not in _FORMATS:
+            raise CheckpointError(
+                f"{file}: invalid header: {key} has number format {entry['dtype']}, which this server does not load"
+            )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

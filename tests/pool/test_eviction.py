@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -14,9 +13,10 @@ from app.card import Card, read_cards
 from app.errors import CheckpointError, DoesNotFit
 from app.families.components import empty_network
 from app.pool.books import PHASES
+from app.pool.contents import part_states
+from app.pool.layout import Part
 from app.pool.need import Need
 from app.pool.pool import Pool
-from app.pool.weights import read_state
 from app.report import Evicted, Memory, ModelState
 from app.request import Prompt
 from tests.tiny import write_models
@@ -73,13 +73,13 @@ class Counting:
 
     folders: ClassVar[set[str]] = set()
 
-    def __init__(self, real: Callable[[Path], dict[str, torch.Tensor]]) -> None:
+    def __init__(self, real: Callable[[Part], Iterator[dict[str, torch.Tensor]]]) -> None:
         self._real = real
         self.folders.clear()
 
-    def __call__(self, folder: Path) -> dict[str, torch.Tensor]:
-        self.folders.add(folder.name)
-        return self._real(folder)
+    def __call__(self, part: Part) -> Iterator[dict[str, torch.Tensor]]:
+        self.folders.add(part.folder.name)
+        return self._real(part)
 
 
 def until(done: Callable[[], Any]) -> None:
@@ -166,7 +166,7 @@ def test_parts_that_fit_one_at_a_time(made: Callable[..., Pool], sizes: dict[str
 def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
     made: Callable[..., Pool], sizes: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.pool.component.read_state", lambda folder: pytest.fail("not a byte moves"))
+    monkeypatch.setattr("app.pool.component.part_states", lambda part: pytest.fail("not a byte moves"))
     pool = made(max(sizes["tiny-sd3"].values()) - 1)
     pool.want("tiny-sd3")
     until(lambda: pool.failure("tiny-sd3"))
@@ -277,7 +277,7 @@ def test_weights_put_aside_come_back_the_same(
     assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
     with torch.inference_mode():
         before = family.encode([Prompt("red")], 24)
-    monkeypatch.setattr("app.pool.component.read_state", Counting(read_state))
+    monkeypatch.setattr("app.pool.component.part_states", Counting(part_states))
     ready(pool, "tiny-dit")
     assert pool._books.store.parked and not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")

@@ -16,6 +16,7 @@ from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
 from app.pool import component
 from app.pool.books import RETRY_AFTER
+from app.pool.layout import Part
 from app.pool.pool import Pool
 from app.report import ModelState
 from app.request import ClassLabel
@@ -87,15 +88,15 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened, self.reads = threading.Event(), threading.Event(), [Path()]
-        real = component.read_state
+        real = component.part_states
 
-        def read(folder: Path) -> Any:
-            self.reads.append(folder)
+        def read(part: Part) -> Any:
+            self.reads.append(part.folder)
             self.reached.set()
             assert self.opened.wait(60)
-            return real(folder)
+            return real(part)
 
-        monkeypatch.setattr(component, "read_state", read)
+        monkeypatch.setattr(component, "part_states", read)
 
 
 def test_a_load_is_told_step_by_step(pool: Pool) -> None:
@@ -158,7 +159,7 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {key[0].name: one for key, one in pool._books.store.components.items()}
+    held = {key[0][0].name: one for key, one in pool._books.store.components.items()}
     leases = [
         pool.lease(model_id, phase) for model_id in ("tiny-sd3", "tiny-sd3-no-t5") for phase in ("encode", "denoise")
     ]
@@ -196,11 +197,11 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
 def test_the_pool_survives_what_nobody_foresaw(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([RuntimeError("secret"), torch.OutOfMemoryError("secret")])
 
-    def broken(folder: Path) -> Any:
+    def broken(part: Part) -> Any:
         raise next(errors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(component, "read_state", broken)
+        patch.setattr(component, "part_states", broken)
         for model_id in ("tiny-dit", "tiny-sd3"):
             pool.want(model_id)
             states_until(pool, model_id, "failed")

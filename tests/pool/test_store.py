@@ -43,7 +43,7 @@ class Counted:
 
 def store(budget: int, host: int, *components: Counted) -> Store:
     made = Store(budget, host, threading.Condition())
-    made.components = {(Path(one.name), torch.float32, ()): cast(Component, one) for one in components}
+    made.components = {((Path(one.name),), torch.float32, ()): cast(Component, one) for one in components}
     return made
 
 
@@ -97,7 +97,7 @@ def test_host_memory_before_the_files_and_its_oldest_give_way() -> None:
     assert [one.place for one in (a, b, c)] == ["away", "host", "host"] and shelf.parked == 80
     assert a.moves == ["park", "leave"] and b.moves == c.moves == ["park"]
     whale = Counted("whale", 101, 4)
-    shelf.components[Path("whale"), torch.float32, ()] = cast(Component, whale)
+    shelf.components[(Path("whale"),), torch.float32, ()] = cast(Component, whale)
     assert shelf.put_aside(cast(Component, whale)) == "away" and whale.moves == ["leave"] and b.place == "host"
 
 
@@ -136,7 +136,7 @@ def test_a_part_of_a_model_that_failed_counts_while_it_is_leased() -> None:
     leased.owners, idle.owners = set(), set()
     shelf.forget()
     assert shelf.used == 50
-    assert (Path("leased"), torch.float32, ()) not in shelf.components, "a new load does not take it for its own"
+    assert ((Path("leased"),), torch.float32, ()) not in shelf.components, "a new load does not take it for its own"
 
 
 def test_a_load_that_breaks_leaves_nothing_moving() -> None:
