@@ -1,0 +1,44 @@
+"""`instep models convert`: the DiT authors' `.pt`, once and offline, to a folder that the server loads.
+
+Knows nothing of how: app/pool/converting.py does it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from app.cli.models import Folder
+from app.cli.serve import read_settings
+from app.labels import read_labels
+
+LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
+"""Cards whose index names the 1000 classes of ImageNet."""
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(help="The authors' .pt, or one that their train.py saved (its EMA is taken)")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist")],
+    vae: Annotated[
+        Path, typer.Option(help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names")
+    ],
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Number format of the network's weights")
+    ] = "bfloat16",
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
+    ] = None,
+    models: Folder = None,
+) -> None:
+    """Convert a DiT's .pt in its authors' names to a model: a card and safetensors in diffusers' names."""
+    import torch
+
+    from app.pool.converting import Conversion, convert_dit
+
+    shipped = (read_settings(models=models).models / card / "model_index.json" for card in LABELLED)
+    index = next((one for one in shipped if one.is_file()), None)
+    labels = read_labels(index) if index else ()
+    convert_dit(Conversion(file, folder, vae, getattr(torch, dtype), heads, labels), typer.echo)
+    typer.echo(f"next: instep serve --models {folder.parent}")
