@@ -26,7 +26,8 @@ MOST = 40_000_000
 _ROOM = (160, 72)
 """Width and height of a cell at least, so that there is room for words: narrower pictures stand in white."""
 _DARK, _GREY, _QUIET, _LINE = "#2b2b2b", "#6b6b6b", "#8f8f8f", "#e4e4e4"
-_SIGNS = {"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00d7": "x", "\u00df": "ss"}
+_SIGNS = {"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00d7": "x"}
+_SIGNS |= dict(zip("ßøØłŁđĐıæÆœŒ", ("ss", *"oOlLdDi", "ae", "AE", "oe", "OE"), strict=True))
 _MISSING = "\uffff"
 """No character: what the font draws for it, it draws for every letter that it lacks."""
 _Font = ImageFont.FreeTypeFont

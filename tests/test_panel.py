@@ -150,7 +150,7 @@ def test_a_sheet_has_a_longest_side(width: int, height: int, rows: int, columns:
 
 
 def test_a_letter_that_the_font_lacks_is_told() -> None:
-    assert unreadable(["a red apple, café, naïve – “quoted” × 2…", "Straße\n\t"]) == ""
+    assert unreadable(["a red apple, café, naïve – “quoted” × 2…", "Straße\n\t", "Łódź, smørrebrød, œuvre"]) == ""
     assert unreadable(["красный", "苹果 a 苹", "한🍎"]) == "красный苹果한🍎"
     cells = grid_of(1, 1)
     assert (panel(cells, ["苹"], headings(1)) == panel(cells, ["果"], headings(1))).all()

@@ -209,6 +209,14 @@ def test_a_bad_comparison_names_the_field_and_the_model(
     assert not checker.is_valid({"models": ["tiny-text"], "prompt": "a", **fields})
 
 
+def test_the_examples_of_the_document_work(alice: httpx.Client) -> None:
+    route = alice.get("/openapi.json").json()["paths"]["/v1/images/compare"]["post"]
+    examples = route["requestBody"]["content"]["application/json"]["examples"]
+    assert set(examples) == {"prompt", "class_label", "two_prompts"} and "labelled panel" in route["description"]
+    for example in examples.values():
+        assert compare(alice, example["value"]).status_code == 200, example
+
+
 def test_a_field_that_one_model_does_not_have_is_no_field_of_both(alice: httpx.Client) -> None:
     """Only guided-text has embedded guidance, and so a true_cfg_scale."""
     body = {"models": ["guided-text"], "prompt": "a", "true_cfg_scale": 2}
