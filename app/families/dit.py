@@ -164,17 +164,23 @@ def dit_keys(state: dict[str, torch.Tensor], expected: set[str]) -> dict[str, to
 
     Raises ValueError naming the first copy that is not equal (never on the meta device, where there is nothing to see).
     """
-    named = dict(state)
+    copies: dict[str, list[str]] = {}
     for key in sorted(expected, key=lambda key: (len(key), key)):
-        copy = _COPY.fullmatch(key)
-        first = state.get(f"transformer_blocks.0{copy[1]}") if copy else None
-        if first is None:
-            continue
-        own = state.get(key, first)
-        if own.shape != first.shape or own.dtype != first.dtype or not (own.is_meta or torch.equal(own, first)):
-            raise ValueError(f"{key} is not equal to the first block's, and this network has one for all blocks")
-        named[key] = first
+        if found := _COPY.fullmatch(key):
+            copies.setdefault(found[1], []).append(key)
+    named = dict(state)
+    for keys in copies.values():
+        held = [key for key in keys if key in state]
+        for key in held[1:]:
+            if not _same(state[key], state[held[0]]):
+                raise ValueError(f"{key} is not equal to {held[0]}, and this network has one for all blocks")
+        # In a shard without the first block's, nothing is said of those that are not in it.
+        named.update(dict.fromkeys(keys if keys[0] in state else held, state[held[0]]) if held else {})
     return named
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and (one.is_meta or torch.equal(one, other))
 
 
 def _apply(network: nn.Module, time_freq_shift: float | None, norm_eps: float | None) -> None:

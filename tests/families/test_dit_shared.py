@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from app.card import read_card
 from app.errors import CheckpointError
 from app.families import DiT
-from app.families.components import blank_network, build_component
+from app.families.components import blank_network, build_component, fill_network
 from app.families.dit import SharedEmbedder
 from app.pool.component import Component
 from app.pool.layout import Part
@@ -98,7 +98,7 @@ def test_copies_that_differ_are_refused_by_the_name_of_the_first(folder: Path, n
             state[f"transformer_blocks.{block}{EMBEDDER}{name}"][-1] += 1e-6
 
     rewritten(folder, differ)
-    with pytest.raises(CheckpointError, match=rf"transformer_blocks\.1\.norm1\.emb\.{name} is not equal to the first"):
+    with pytest.raises(CheckpointError, match=rf"transformer_blocks\.1\.norm1\.emb\.{name} is not equal to"):
         build(folder)
 
 
@@ -107,8 +107,28 @@ def test_copies_of_another_shape_or_format_are_refused(folder: Path) -> None:
     whole = load_file(weights(folder))
     for wrong in (whole[key][:-1].clone(), whole[key].half()):
         rewritten(folder, lambda state, wrong=wrong: state.update({key: wrong}))
-        with pytest.raises(CheckpointError, match=r"transformer_blocks\.2.*is not equal to the first"):
+        with pytest.raises(CheckpointError, match=r"transformer_blocks\.2.*is not equal to"):
             blank_network("DiTTransformer2DModel", folder / "transformer", read_outline(folder / "transformer"))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_copies_in_two_shards_are_compared(folder: Path, order: tuple[int, int]) -> None:
+    state = load_file(weights(folder))
+    late = [key for key in state if key.startswith(("transformer_blocks.1.", "transformer_blocks.2."))]
+    shards = [{key: value for key, value in state.items() if (key in late) == bool(number)} for number in (0, 1)]
+
+    def fill() -> Any:
+        network = blank_network("DiTTransformer2DModel", folder / "transformer", state)
+        split = (shards[number] for number in order)
+        fill_network(network, "DiTTransformer2DModel", folder, split, CPU, torch.float32)
+        return network
+
+    whole = build(folder).state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in fill().state_dict().items())
+    for block in (1, 2):
+        shards[1][f"transformer_blocks.{block}{EMBEDDER}class_embedder.embedding_table.weight"] += 1.0
+    with pytest.raises(CheckpointError, match=r"class_embedder\.embedding_table\.weight"):
+        fill()
 
 
 def test_a_file_with_the_first_copy_alone_is_the_same_network(folder: Path) -> None:
