@@ -19,7 +19,9 @@ from app.request import Request
 from app.schedule import DynamicShift
 from tests.engine.conftest import load_all
 from tests.families.plain import distance, final, serve
-from tests.seeds.upstream import Body, final_latent, opened
+from tests.seeds.upstream import Body, final_latent, picture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("schnell", "schnell-no-t5", "dev", "dev-no-clip")
 PROMPT = {"prompt": "a red apple on a blue background"}
@@ -56,12 +58,9 @@ def cards(seed_models: Path) -> dict[str, Card]:
 
 @pytest.fixture(scope="module")
 def pool(cards: dict[str, Card]) -> Iterator[Pool]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     loaded = load_all(Pool(cards, "cpu", torch.float32))
     yield loaded
     loaded.close()
-    torch.set_num_threads(before)
 
 
 @cache
@@ -124,8 +123,5 @@ def test_controls_are_told_from_the_pipeline(
 def test_the_picture_is_that_of_the_pipeline(seed_models: Path, cards: dict[str, Card], pool: Pool) -> None:
     name, body = CASES[8]
     (ours,) = serve(pool, asked(cards[name], body))
-    pipeline = opened(seed_models / name)
-    with torch.no_grad():
-        latent = theirs(seed_models, 8) / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
-        image = pipeline.image_processor.postprocess(pipeline.vae.decode(latent).sample, output_type="np")[0]
-    assert np.abs(ours.pixels - image * 255.0).max() <= 0.5 + 1e-2, "further away than rounding"
+    image = picture(seed_models / name, theirs(seed_models, 8))
+    assert np.abs(ours.pixels - image).max() <= 0.5 + 1e-2, "further away than rounding"

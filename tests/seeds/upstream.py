@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -37,6 +38,15 @@ def final_latent(folder: Path, body: Body) -> torch.Tensor:
     return run(pipeline, card, body)
 
 
+@torch.no_grad()
+def picture(folder: Path, latent: torch.Tensor) -> np.ndarray:
+    """The pipeline's image of a final latent, float [H, W, 3] in 0..255, before it is rounded."""
+    vae = opened(folder).vae
+    scaled = latent / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    image: np.ndarray = (vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()
+    return image * 255.0
+
+
 def _dit(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     hook = pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -53,14 +63,14 @@ def _dit(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
 
 def _sd3(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
     skip = {name: value for name, value in body.items() if name.startswith("skip_layer_guidance_")}
-    layers = {"skip_guidance_layers": list(card.skip_layer_guidance.layers)} if card.skip_layer_guidance else {}
+    if skip and card.skip_layer_guidance:
+        skip["skip_guidance_layers"] = list(card.skip_layer_guidance.layers)
     if pipeline.text_encoder_2 is None:
         text = _sd3_without_second_clip(pipeline, card, body)
     else:
         text = {"prompt": body["prompt"], "negative_prompt": body.get("negative_prompt", "")}
-    latent: torch.Tensor = pipeline(
-        **text, **_common(card, body), **skip, **layers, guidance_scale=body["guidance_scale"]
-    ).images
+    scale = body["guidance_scale"]
+    latent: torch.Tensor = pipeline(**text, **_common(card, body), **skip, guidance_scale=scale).images
     return latent
 
 
