@@ -26,9 +26,11 @@ from app.cli.bodies import Body, curl_of, kind_of, labels_of, open_registry
 from app.cli.generate import say
 from app.cli.local import Local, loading
 from app.cli.serve import read_settings
+from app.errors import InstepError
+from app.report import Failure, Report, Result
 from app.report import Progress as Step
-from app.report import Report, Result
 from app.request import Request
+from app.settings import Settings
 
 
 def compare(
@@ -60,10 +62,7 @@ def compare(
     comparison = plan(body, registry)
     out = out or Path(f"compare-{comparison.seed}.png")
     start = time.monotonic()
-    with Local(settings, registry.cards) as local:
-        for ask in comparison.asks:
-            local.submit(ask.request)
-        results = watch(local.reports(), comparison, Console(stderr=True))
+    results = draw(comparison, settings, registry.cards)
     out.write_bytes(raw_panel(comparison, results)[0])
     for warning in panel_warnings(comparison, results):
         print(f"instep: {warning}", file=sys.stderr)
@@ -80,6 +79,26 @@ def plan(body: Body, registry: Registry) -> Comparison:
         return replace(image.to_request(card, f"compare-{next(numbers)}"), progress=True)
 
     return lay_out(read_comparison(body), registry, complete)
+
+
+def draw(comparison: Comparison, settings: Settings, cards: dict[str, Card]) -> list[Result]:
+    """The result of every cell, row by row. Raises the error of the first that fails, with its model before it."""
+    failed: dict[str, Failure] = {}
+
+    def listen(report: Report) -> None:
+        if isinstance(report, Failure):
+            failed[report.request_id] = report
+
+    with Local(settings, cards, listen=listen) as local:
+        for ask in comparison.asks:
+            local.submit(ask.request)
+        try:
+            return watch(local.reports(), comparison, Console(stderr=True))
+        except InstepError as error:
+            models = [ask.card.id for ask in comparison.asks if ask.request.id in failed]
+            if not models or models[0] in error.message:
+                raise
+            raise type(error)(f"{models[0]}: {error.message}") from None
 
 
 def watch(reports: Iterator[Report], comparison: Comparison, console: Console) -> list[Result]:

@@ -15,8 +15,11 @@ from rich.console import Console
 from app.api.panels import parameters_of
 from app.cli import compare
 from app.cli.bodies import open_registry
-from app.report import ModelState, Progress, Timings
+from app.cli.local import Local
+from app.errors import NonFiniteOutput
+from app.report import Failure, ModelState, Progress, Timings
 from app.report import Result as Drawn
+from app.request import Request
 from app.settings import Settings
 from tests.cli.conftest import Run, one_line
 
@@ -119,6 +122,16 @@ def test_the_preset_takes_every_model_of_prompts_that_is_here(run: Run) -> None:
 def test_a_bad_comparison_is_one_line(run: Run, words: tuple[object, ...], said: str) -> None:
     assert said in one_line(run("compare", *words))
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_an_error_of_the_engine_names_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(local: Local, request: Request) -> None:
+        if request.model == "tiny-sd3-turbo":
+            local._hear(Failure(request.id, NonFiniteOutput("the network gave NaN")))
+
+    monkeypatch.setattr(Local, "submit", fail)
+    said = one_line(run("compare", "tiny-sd3", "tiny-sd3-turbo", "--prompt", "red"))
+    assert said == "tiny-sd3-turbo: the network gave NaN" and list(Path.cwd().iterdir()) == []
 
 
 def test_a_terminal_sees_a_bar_for_each_model(run: Run) -> None:
