@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from app.cli import compare, demo, generate, models, pull, serve
+from app.cli import add, check, compare, convert, demo, generate, models, pull, serve
 from app.errors import InstepError
 
 
@@ -55,6 +55,9 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(compare.compare)
 models.app.command()(pull.pull)
+models.app.command()(convert.convert)
+models.app.command()(check.check)
+models.app.command()(add.add)
 app.add_typer(models.app, name="models")
 app.command()(demo.demo)
 

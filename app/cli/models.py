@@ -1,4 +1,4 @@
-"""`instep models list | show | check`: what the cards say, and whether the files bear them out.
+"""`instep models list | show`: what the cards say; and whether their files bear them out, for `check`.
 
 Knows nothing of devices: nothing is loaded onto one.
 """
@@ -23,7 +23,6 @@ from app.cli.bodies import open_registry
 from app.cli.serve import read_settings
 from app.errors import CardError, CheckpointError, InstepError, LoadError
 from app.samplers.table import compile_table, valid_samplers
-from app.worker import plan
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
 Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")]
@@ -32,16 +31,16 @@ Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODEL
 @app.command("list")
 def list_models(models: Folder = None) -> None:
     """One line for each card. files: here; or to pull, `gated` where a licence must be accepted first."""
-    table = _table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
+    rows = table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
     cards = open_registry(read_settings(models=models)).cards
     for card in cards.values():
         given = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
         files = "here" if downloaded(card, cards) else "gated" if card.gated else "pull" if card.source.repo else "none"
         steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
-        amounts = _count(card.parameters), decimal(card.bytes) if card.bytes else "-"
-        table.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
-    _print(table)
+        amounts = count(card.parameters), decimal(card.bytes) if card.bytes else "-"
+        rows.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
+    print_table(rows)
 
 
 @app.command()
@@ -49,24 +48,10 @@ def show(model: Annotated[str, typer.Argument(help="A model id or alias")], mode
     """Everything one card says."""
     registry = open_registry(read_settings(models=models))
     card = registry.find(model)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in facts_of(card, downloaded(card, registry.cards)).items():
-        table.add_row(name, escape(value))
-    _print(table)
-
-
-@app.command()
-def check(models: Folder = None) -> None:
-    """Cards valid, files present and whole, samplers affine. Exit code 1 when a model is broken."""
-    settings = read_settings(models=models)
-    states = check_folder(settings.models, plan.threads(settings))
-    table = _table("model", "state", "detail")
-    for name, (state, detail) in states.items():
-        table.add_row(escape(name), state, escape(detail))
-    _print(table)
-    broken = [name for name, (state, _) in states.items() if state == "broken"]
-    if broken:
-        raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
+        rows.add_row(name, escape(value))
+    print_table(rows)
 
 
 def facts_of(card: Card, here: bool) -> dict[str, str]:
@@ -155,7 +140,7 @@ def _draws(card: Card) -> str:
     return f"{len(card.labels)} classes" if draws_classes(card) else "prompts"
 
 
-def _count(parameters: int | None) -> str:
+def count(parameters: int | None) -> str:
     """Parameters in words: 8.06 B, 675 M."""
     if not parameters:
         return "-"
@@ -169,15 +154,16 @@ def _page(card: Card) -> str:
     return page(str(card.source.repo))
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+def table(*columns: str) -> Table:
+    """A table without lines; amounts stand at the right."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
         number = column in ("parameters", "bytes", "steps", "guidance")
-        table.add_column(column, overflow="fold", justify="right" if number else "left")
-    return table
+        made.add_column(column, overflow="fold", justify="right" if number else "left")
+    return made
 
 
-def _print(table: Table) -> None:
+def print_table(rows: Table) -> None:
     """As wide as it needs when the output is not a terminal, so that it can be searched."""
     console = Console()
-    console.print(table) if console.is_terminal else Console(width=1000).print(table)
+    console.print(rows) if console.is_terminal else Console(width=1000).print(rows)

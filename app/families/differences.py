@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from app.errors import CheckpointError
 from app.families.components import _NETWORKS, State, _without_weights
@@ -28,14 +29,13 @@ def outline_of(class_name: str, folder: Path) -> State:
     return _without_weights(_NETWORKS[class_name], folder, DEPTH).state_dict(keep_vars=True)
 
 
-def parameters(class_name: str, folder: Path) -> int:
-    """Parameters of that network; what it holds under several names counts once."""
-    return size_of(outline_of(class_name, folder))
+def counts(class_name: str, folder: Path) -> tuple[int, int]:
+    """Parameters of that network, as they are published; and all numbers that it keeps in memory.
 
-
-def size_of(state: State) -> int:
-    """Elements of these tensors; what is there under several names counts once."""
-    return sum(value.numel() for value in {id(value): value for value in state.values()}.values())
+    The second has buffers too (SD3's positions). What it holds under several names counts once.
+    """
+    own = {id(value): value for value in outline_of(class_name, folder).values()}.values()
+    return sum(one.numel() for one in own if isinstance(one, nn.Parameter)), sum(one.numel() for one in own)
 
 
 def differences(class_name: str, folder: Path, outline: State) -> list[str]:

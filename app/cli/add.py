@@ -1,0 +1,240 @@
+"""`instep models add`: a card for files that a user has, where they are: no weights are copied.
+
+Knows nothing of how files are compared (app/pool/identify.py) or read; it writes a card, links, and copies of configs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.api.classes import draws_classes
+from app.api.downloads import downloaded
+from app.api.registry import Registry
+from app.card import INDEX, Card, read_cards
+from app.cli.bodies import open_registry
+from app.cli.check import no_card
+from app.cli.models import Folder
+from app.cli.serve import read_settings
+from app.errors import CheckpointError, LoadError
+
+if TYPE_CHECKING:
+    from app.pool.identify import Report, Shipped
+
+OWN = ("id", "aliases", "source", "components", "files", "bytes", "gated")
+"""Fields of a card that are not taken from the one that it is like."""
+
+Given = Annotated[
+    Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
+]
+
+
+@dataclass
+class Makings:
+    """What a card is made of. files: part -> file that has it. links: part -> its folder. rest: part -> other card's.
+
+    source: a whole diffusers folder, where that is what was given.
+    """
+
+    like: Shipped
+    files: dict[str, Path] = field(default_factory=dict)
+    links: dict[str, Path] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)
+    source: Path | None = None
+    inside: set[str] = field(default_factory=set)
+
+    @property
+    def parts(self) -> set[str]:
+        return {*self.files, *self.links, *self.rest, *self.inside}
+
+
+def add(
+    path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
+    like: Annotated[str | None, typer.Option(help="The card whose settings it takes; none: the one that fits")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Its id; none: made of the file's name")] = None,
+    vae: Given = None,
+    text_encoder: Given = None,
+    text_encoder_2: Given = None,
+    text_encoder_3: Given = None,
+    tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
+    rest: Annotated[str | None, typer.Option(help="The card that gives the parts that are still missing")] = None,
+    models: Folder = None,
+) -> None:
+    """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
+    from app.pool.identify import identify
+
+    settings = read_settings(models=models)
+    registry = open_registry(settings)
+    path = path.absolute()
+    makings = start(identify(path, registry.cards), registry, like)
+    given = {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
+        "text_encoder_3": text_encoder_3,
+    }
+    for part, place in given.items():
+        if place is not None:
+            take(makings, part, place.absolute())
+    if tokenizers is not None:
+        take_tokenizers(makings, tokenizers.absolute())
+    if rest is not None:
+        take_rest(makings, registry.find(rest).id, registry)
+    refuse_gaps(makings, path)
+    model = name or re.sub(r"[^a-z0-9._]+", "-", path.stem.lower()).strip("-.")[:64] or "model"
+    folder = settings.models / model
+    if folder.exists() or any(model in registry.names(card) for card in registry.cards.values()):
+        raise LoadError(f"{folder}: there is a model of this name already; give another with --id")
+    write(folder, model, makings)
+    typer.echo(f"{model}: {folder / 'card.toml'}, like {makings.like.card.id}; the weights stay where they are")
+    typer.echo(f"next: {_next(model, read_cards(settings.models))}")
+
+
+def start(report: Report, registry: Registry, like: str | None) -> Makings:
+    """The card that these files are like, and what of it they are. Raises CheckpointError, LoadError."""
+    if report.pickled:
+        raise LoadError(f"{report.path}: a server does not load torch files; first: instep models convert")
+    if "transformer" not in report.pieces:
+        raise LoadError(
+            f"{report.path}: the network is not in it; add takes the rest beside it (--vae, --text-encoder)"
+        )
+    fits = {one.card.id: one for one, _ in report.fits}
+    wanted = registry.find(like).id if like else None
+    if not fits or (wanted and wanted not in fits):
+        others = f"; it fits {', '.join(fits)}" if fits else ""
+        raise CheckpointError(no_card(report) if not fits else f"{report.path}: is not like {wanted}{others}")
+    if wanted is None and len(fits) > 1:
+        raise LoadError(f"{report.path}: fits {', '.join(fits)}, and the files cannot tell which: say it with --like")
+    makings = Makings(fits[wanted or next(iter(fits))])
+    good = [part for part in report.pieces if part not in report.odd]
+    if report.path.is_dir():
+        makings.source, makings.inside = report.path, {*good, *report.tokenizers}
+    else:
+        makings.files = dict.fromkeys(good, report.path)
+    return makings
+
+
+def take(makings: Makings, part: str, place: Path) -> None:
+    """A part from a place of its own, instead of the one that is there. Raises CheckpointError."""
+    from app.pool.identify import look
+
+    if part not in makings.like.classes:
+        raise LoadError(f"--{part.replace('_', '-')}: {makings.like.card.id} has no such part")
+    place = place / part if (place / INDEX).is_file() else place
+    for piece in look(place).pieces.values():
+        if makings.like.differences(part, piece) == []:
+            break
+    else:
+        raise CheckpointError(f"{place}: is not the {part} of {makings.like.card.id}")
+    if place.is_file() and piece.held is None:
+        raise LoadError(f"{place}: has diffusers' names; give the folder that it is in, with its config.json")
+    _forget(makings, part)
+    (makings.links if place.is_dir() else makings.files)[part] = place
+
+
+def take_tokenizers(makings: Makings, place: Path) -> None:
+    """Those of the folder that the model has a use for. Raises LoadError: there are none."""
+    named = [part for part in makings.like.classes if part.startswith("tokenizer") and (place / part).is_dir()]
+    if not named:
+        raise LoadError(f"{place}: there is no folder tokenizer, tokenizer_2 or tokenizer_3 in it")
+    for part in named:
+        _forget(makings, part)
+        makings.links[part] = place / part
+
+
+def take_rest(makings: Makings, owner: str, registry: Registry) -> None:
+    """What is still missing, from another card. Raises LoadError: it is of another kind."""
+    from app.pool.identify import shipped_of
+
+    other = shipped_of(registry.cards[owner])
+    if other is None or other.card.family != makings.like.card.family:
+        raise LoadError(f"--rest {owner}: it is no {makings.like.card.family}, as {makings.like.card.id} is")
+    for part in makings.like.missing(makings.parts):
+        if makings.like.classes[part] == other.classes.get(part):
+            makings.rest[part] = other.card.components.get(part, f"{owner}/{part}")
+
+
+def refuse_gaps(makings: Makings, path: Path) -> None:
+    """Raises LoadError when a part is missing that the model cannot do without, with what to do."""
+    from app.families import FAMILIES
+
+    def flag(part: str) -> str:
+        return "--tokenizers FOLDER" if part.startswith("tokenizer") else f"--{part.replace('_', '-')} PATH"
+
+    encoders = [part for part in makings.parts if part.startswith("text_encoder")]
+    needed = [*FAMILIES[makings.like.card.family].required, *(f"tokenizer{one[12:]}" for one in sorted(encoders))]
+    lacking = [part for part in needed if part not in makings.parts]
+    if lacking:
+        flags = " ".join(dict.fromkeys(map(flag, lacking)))
+        raise LoadError(
+            f"{path}: {', '.join(lacking)} missing: give {flags}, or --rest {makings.like.card.id} "
+            "to take what is missing from that card"
+        )
+
+
+def write(folder: Path, model: str, makings: Makings) -> None:
+    """The card's folder, the card last; nothing stays of one that could not be written or is not right."""
+    folder.mkdir()
+    try:
+        like = makings.like
+        if makings.source is None:
+            _write_layout(folder, makings)
+        raw = tomllib.loads((like.card.folder / "card.toml").read_text(encoding="utf-8"))
+        card = {
+            "id": model,
+            **{name: value for name, value in raw.items() if name not in OWN},
+            "source": {"path": str(makings.source or ".")},
+            **({"components": makings.rest} if makings.rest else {}),
+            **({"files": {part: str(file) for part, file in makings.files.items()}} if makings.files else {}),
+        }
+        lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
+        (folder / "card.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        read_cards(folder.parent)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def _write_layout(folder: Path, makings: Makings) -> None:
+    """model_index.json, the configs of parts in files, and links to the folders of others."""
+    like = makings.like
+    index = json.loads((like.folder / INDEX).read_text(encoding="utf-8"))
+    absent = like.missing([*makings.files, *makings.links])
+    (folder / INDEX).write_text(json.dumps({k: v for k, v in index.items() if k not in absent}, indent=2) + "\n")
+    for part in (*makings.files, "scheduler"):
+        for file in sorted((like.folder / part).glob("*config.json")):
+            (folder / part).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / part / file.name)
+    for part, place in makings.links.items():
+        (folder / part).symlink_to(place)
+
+
+def to_toml(value: Any) -> str:
+    """A value of a card as TOML, tables in one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _next(model: str, cards: dict[str, Card]) -> str:
+    """The command that comes after `add`."""
+    if not downloaded(cards[model], cards):
+        return f"instep models pull {model}"
+    return "instep serve" if draws_classes(cards[model]) else f'instep generate "a red apple" --model {model}'
+
+
+def _forget(makings: Makings, part: str) -> None:
+    if makings.source is not None:
+        raise LoadError(f"{makings.source}: is a whole model; parts of it cannot be given beside it")
+    makings.files.pop(part, None)
+    makings.links.pop(part, None)

@@ -1,0 +1,125 @@
+"""Files in the layouts of SD3's authors, made of diffusers' tensors: the way back, written plainly.
+
+Knows nothing of the app, whose tables go the other way. Tensors may be on the meta device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+State = dict[str, torch.Tensor]
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def read(folder: Path) -> State:
+    """The tensors of a part's folder."""
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+def write(state: State, file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    return file
+
+
+def write_sparse(state: State, file: Path, number: str = "BF16") -> Path:
+    """A file of the true size of meta tensors, which has its header and holes."""
+    header, end = {}, 0
+    for name, tensor in state.items():
+        begin, end = end, end + math.prod(tensor.shape) * _NAMES[number].itemsize
+        header[name] = {"dtype": number, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    with file.open("r+b") as stream:
+        stream.truncate(8 + len(text) + end)
+    return file
+
+
+def sd3_file(folder: Path, *encoders: str) -> State:
+    """What stands in one file: network and VAE of a diffusers folder, and these of its text encoders."""
+    state = {f"model.diffusion_model.{name}": value for name, value in sd3(read(folder / "transformer")).items()}
+    state |= {f"first_stage_model.{name}": value for name, value in vae(read(folder / "vae")).items()}
+    for part in encoders:
+        state |= {f"text_encoders.{ENCODERS[part]}.transformer.{k}": v for k, v in read(folder / part).items()}
+    return state
+
+
+def sd3(own: State) -> State:
+    """mmditx.py's names of an SD3Transformer2DModel."""
+    last = max(int(name.split(".")[1]) for name in own if name.startswith("transformer_blocks."))
+    found: State = {"pos_embed": own["pos_embed.pos_embed"]}
+    for kind in ("weight", "bias"):
+        plain = {"x_embedder.proj": "pos_embed.proj", "context_embedder": "context_embedder"}
+        for theirs, ours in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder")):
+            plain |= {f"{theirs}.mlp.{2 * n}": f"time_text_embed.{ours}.linear_{n + 1}" for n in (0, 1)}
+        plain["final_layer.linear"] = "proj_out"
+        found |= {f"{theirs}.{kind}": own[f"{ours}.{kind}"] for theirs, ours in plain.items()}
+        found[f"final_layer.adaLN_modulation.1.{kind}"] = swap(own[f"norm_out.linear.{kind}"])
+        for index in range(last + 1):
+            found |= _block(own, index, kind, index == last)
+    for name, value in own.items():
+        if ".norm_" in name and name.startswith("transformer_blocks."):
+            index, attn, norm = name.split(".")[1:4]
+            block = "context_block" if "added" in norm else "x_block"
+            found[f"joint_blocks.{index}.{block}.{attn}.ln_{norm[-1]}.weight"] = value
+    return found
+
+
+def _block(own: State, index: int, kind: str, last: bool) -> State:
+    ours, theirs = f"transformer_blocks.{index}", f"joint_blocks.{index}"
+    found: State = {}
+    for block, ff, norm in (("x_block", "ff", "norm1"), ("context_block", "ff_context", "norm1_context")):
+        modulation = own[f"{ours}.{norm}.linear.{kind}"]
+        found[f"{theirs}.{block}.adaLN_modulation.1.{kind}"] = (
+            swap(modulation) if last and block == "context_block" else modulation
+        )
+        if f"{ours}.{ff}.net.2.{kind}" in own:
+            found[f"{theirs}.{block}.mlp.fc1.{kind}"] = own[f"{ours}.{ff}.net.0.proj.{kind}"]
+            found[f"{theirs}.{block}.mlp.fc2.{kind}"] = own[f"{ours}.{ff}.net.2.{kind}"]
+    for block, attn, to, out in (
+        ("x_block", "attn", "to_{}", "to_out.0"),
+        ("context_block", "attn", "add_{}_proj", "to_add_out"),
+        ("x_block", "attn2", "to_{}", "to_out.0"),
+    ):
+        if f"{ours}.{attn}.{to.format('q')}.{kind}" in own:
+            parts = [own[f"{ours}.{attn}.{to.format(letter)}.{kind}"] for letter in "qkv"]
+            found[f"{theirs}.{block}.{attn}.qkv.{kind}"] = torch.cat(parts)
+        if f"{ours}.{attn}.{out}.{kind}" in own:
+            found[f"{theirs}.{block}.{attn}.proj.{kind}"] = own[f"{ours}.{attn}.{out}.{kind}"]
+    return found
+
+
+def vae(own: State) -> State:
+    """latent-diffusion's names of an AutoencoderKL."""
+    top = max(int(name.split(".")[2]) for name in own if name.startswith("decoder.up_blocks."))
+    words = {"conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "mid_block": "mid"}
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    found = {}
+    for name, value in own.items():
+        new = name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+        for ours, theirs in words.items():
+            new = new.replace(ours, theirs)
+        if ".attentions.0." in new:
+            for ours, theirs in attention.items():
+                new = new.replace(f"attentions.0.{ours}.", f"attn_1.{theirs}.")
+            value = value[:, :, None, None] if value.ndim == 2 else value
+        if "mid.resnets." in new:
+            new = new.replace("mid.resnets.0", "mid.block_1").replace("mid.resnets.1", "mid.block_2")
+        for half, ours, theirs in (("encoder", "down_blocks", "down"), ("decoder", "up_blocks", "up")):
+            if new.startswith(f"{half}.{ours}."):
+                index, rest = new.removeprefix(f"{half}.{ours}.").split(".", 1)
+                place = index if half == "encoder" else str(top - int(index))
+                new = f"{half}.{theirs}.{place}.{rest.replace('resnets', 'block')}"
+        found[new] = value
+    return found
+
+
+def swap(value: torch.Tensor) -> torch.Tensor:
+    return torch.cat(value.chunk(2)[::-1])
