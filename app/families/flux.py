@@ -140,7 +140,7 @@ class Flux:
         file, config, sizes = self.card.folder / "card.toml", self.config, self.card.limits.sizes
         clip, t5 = (pair[0].config if pair else None for pair in (self.clip, self.t5))
         channels, packed = PATCH**2 * self.vae.config.latent_channels, (config.in_channels, self.network.out_channels)
-        rope, wants = config.axes_dims_rope, "embedded" if config.guidance_embeds else "cfg"
+        wants = "embedded" if config.guidance_embeds else "cfg"
         problems = {
             "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % self._cell(),
             "limits.sizes.min: not a multiple of the network's patches": sizes.min % self._cell(),
@@ -148,9 +148,9 @@ class Flux:
             != self.card.guidance,
             "the network's channels are not the VAE's, packed": packed != (channels, channels),
             "patch_size: the network is not FLUX.1's, which packs outside": config.patch_size != 1,
-            "axes_dims_rope: not three even numbers that add up to attention_head_dim": len(rope) != 3
-            or any(axis % 2 for axis in rope)
-            or sum(rope) != config.attention_head_dim,
+            "axes_dims_rope: not three even numbers that add up to attention_head_dim": not _turns(
+                config.axes_dims_rope, config.attention_head_dim
+            ),
             "the CLIP is not as wide as the network's pooled input": clip
             and clip.hidden_size != config.pooled_projection_dim,
             "text.clip: longer than the CLIP's position table": clip
@@ -163,6 +163,12 @@ class Flux:
 
     def _cell(self) -> int:
         return PATCH * self.scale
+
+
+def _turns(axes: Any, width: int) -> bool:
+    """Whether a config's rotary axes are of a head so wide. They come from a file and may be anything."""
+    whole = isinstance(axes, list | tuple) and all(type(axis) is int and axis > 0 and axis % 2 == 0 for axis in axes)
+    return whole and len(axes) == 3 and sum(axes) == width
 
 
 def pack(x: torch.Tensor) -> torch.Tensor:

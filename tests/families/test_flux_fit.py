@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import FluxTransformer2DModel
 
 from app.card import Card, Sizes, Text, read_card
 from app.errors import CheckpointError
 from app.families import Flux
+from app.families.components import build_component
+from app.pool.weights import read_state
 from tests.families.plain import build
 
 
@@ -47,6 +51,9 @@ def test_guidance_is_what_the_network_takes(fluxes: Path, name: str) -> None:
         ({"axes_dims_rope": (4, 6, 4)}, "axes_dims_rope"),
         ({"axes_dims_rope": (8, 8)}, "axes_dims_rope"),
         ({"axes_dims_rope": (5, 5, 6)}, "axes_dims_rope"),
+        ({"axes_dims_rope": (-4, 10, 10)}, "axes_dims_rope"),
+        ({"axes_dims_rope": ["4", "6", "6"]}, "axes_dims_rope"),
+        ({"axes_dims_rope": 16}, "axes_dims_rope"),
         ({"joint_attention_dim": 40}, "the T5 is not as wide"),
         ({"pooled_projection_dim": 24}, "the CLIP is not as wide"),
     ],
@@ -57,6 +64,27 @@ def test_a_network_of_another_kind(fluxes: Path, changes: dict[str, Any], proble
     assert make(card, {**parts, "transformer": FluxTransformer2DModel(**config)}).denoise
     with pytest.raises(CheckpointError, match=problem):
         make(card, {**parts, "transformer": FluxTransformer2DModel(**{**config, **changes})})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_single_layers": 10**9},
+        {"num_layers": 10**9},
+        {"attention_head_dim": -16},
+        {"num_attention_heads": 10**6},
+        {"in_channels": "16"},
+        {"guidance_embeds": True},
+        {"patch_size": 1.5},
+    ],
+    ids=str,
+)
+def test_a_config_that_lies(fluxes: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    part = fluxes / "schnell" / "transformer"
+    state, config = read_state(part), json.loads((part / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=tmp_path.name):
+        build_component("FluxTransformer2DModel", tmp_path, state, torch.float32)
 
 
 @pytest.mark.parametrize("changes", [{"multiple": 12, "min": 24}, {"min": 20}])
