@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
+from transformers import CLIPTextModel
 
 from app.api.schemas import ImageBody
 from app.card import Card, read_cards
@@ -19,13 +21,19 @@ from app.request import Request
 from app.schedule import DynamicShift
 from tests.engine.conftest import load_all
 from tests.families.plain import distance, final, serve
-from tests.seeds.upstream import Body, final_latent, picture
+from tests.seeds.upstream import Body, final_latent, opened, picture, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("schnell", "schnell-no-t5", "dev", "dev-no-clip")
 PROMPT = {"prompt": "a red apple on a blue background"}
 NEGATIVE = {"true_cfg_scale": 4.0, "negative_prompt": "green dog"}
+SHARED = {
+    "text_encoder": "sd3/text_encoder",
+    "tokenizer": "sd3/tokenizer",
+    "text_encoder_2": "sd3/text_encoder_3",
+    "tokenizer_2": "sd3/tokenizer_3",
+}
 LONG = " ".join(["a small yellow flower"] * 12)
 
 CASES: list[tuple[str, Body]] = [
@@ -49,8 +57,9 @@ def whole(body: Body) -> Body:
 
 @pytest.fixture(scope="module")
 def cards(seed_models: Path) -> dict[str, Card]:
-    """The checkpoints, and dev under a card with another dynamic shift."""
-    found = {name: card for name, card in read_cards(seed_models).items() if name in NAMES}
+    """The checkpoints; dev under a card with another dynamic shift; and schnell with the encoders of an SD3."""
+    found = {name: card for name, card in read_cards(seed_models).items() if name in (*NAMES, "sd3")}
+    found["sharing"] = found["schnell"].model_copy(update={"id": "sharing", "components": SHARED})
     shift = DynamicShift(base_tokens=4, max_tokens=64, base=0.5, max=1.25)
     schedule = found["dev"].schedule.model_copy(update={"dynamic_shift": shift})
     return {**found, "shifted": found["dev"].model_copy(update={"id": "shifted", "schedule": schedule})}
@@ -125,3 +134,17 @@ def test_the_picture_is_that_of_the_pipeline(seed_models: Path, cards: dict[str,
     (ours,) = serve(pool, asked(cards[name], body))
     image = picture(seed_models / name, theirs(seed_models, 8))
     assert np.abs(ours.pixels - image).max() <= 0.5 + 1e-2, "further away than rounding"
+
+
+def test_encoders_may_be_those_of_an_sd3(seed_models: Path, cards: dict[str, Card], pool: Pool) -> None:
+    """SD3's CLIP-L, with its projection, and its T5: held once for both models, and FLUX sees what it pools before."""
+    name, body = CASES[3]
+    (ours,) = serve(pool, asked(cards["sharing"], body))
+    own, sd3 = opened(seed_models / name), opened(seed_models / "sd3")
+    clip = CLIPTextModel.from_pretrained(seed_models / "sd3" / "text_encoder")
+    parts = {**own.components, "text_encoder": clip, "tokenizer": sd3.tokenizer}
+    shared = FluxPipeline(**{**parts, "text_encoder_2": sd3.text_encoder_3, "tokenizer_2": sd3.tokenizer_3})
+    assert distance(final(ours), run(shared, cards["sharing"], whole(body))) < 1e-4
+    assert distance(final(ours), theirs(seed_models, 3)) > 1e-3
+    both = pool.family("sharing"), pool.family("sd3")
+    assert both[0].clip[0] is both[1].clips[0][0] and both[0].t5[0] is both[1].t5[0]

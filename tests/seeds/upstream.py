@@ -30,12 +30,16 @@ def opened(folder: Path) -> Any:
     return pipeline
 
 
-@torch.no_grad()
 def final_latent(folder: Path, body: Body) -> torch.Tensor:
     """[1, C, h, w] float32, as the pipeline's VAE would be given it, but for scale and shift."""
-    pipeline, card = opened(folder), read_card(folder / "card.toml")
-    run = {"DiTPipeline": _dit, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux}[type(pipeline).__name__]
-    return run(pipeline, card, body)
+    return run(opened(folder), read_card(folder / "card.toml"), body)
+
+
+@torch.no_grad()
+def run(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
+    """`final_latent` of a pipeline that is there."""
+    runs = {"DiTPipeline": _dit, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux}
+    return runs[type(pipeline).__name__](pipeline, card, body)
 
 
 @torch.no_grad()
