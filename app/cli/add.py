@@ -39,13 +39,15 @@ Given = Annotated[
 
 @dataclass
 class Makings:
-    """What a card is made of. files: part -> file that has it. links: part -> its folder. rest: part -> other card's.
+    """What a card is made of. files: part -> file that has it by its authors' names; plain: by diffusers' names.
 
-    source: a whole diffusers folder, where that is what was given.
+    links: part -> its folder. rest: part -> another card's. source: a whole diffusers folder, if that was given, and
+    inside: its parts.
     """
 
     like: Shipped
     files: dict[str, Path] = field(default_factory=dict)
+    plain: dict[str, Path] = field(default_factory=dict)
     links: dict[str, Path] = field(default_factory=dict)
     rest: dict[str, str] = field(default_factory=dict)
     source: Path | None = None
@@ -53,7 +55,7 @@ class Makings:
 
     @property
     def parts(self) -> set[str]:
-        return {*self.files, *self.links, *self.rest, *self.inside}
+        return {*self.files, *self.plain, *self.links, *self.rest, *self.inside}
 
 
 def add(
@@ -102,23 +104,24 @@ def start(report: Report, registry: Registry, like: str | None) -> Makings:
     """The card that these files are like, and what of it they are. Raises CheckpointError, LoadError."""
     if report.pickled:
         raise LoadError(f"{report.path}: a server does not load torch files; first: instep models convert")
-    if "transformer" not in report.pieces:
-        raise LoadError(
-            f"{report.path}: the network is not in it; add takes the rest beside it (--vae, --text-encoder)"
-        )
-    fits = {one.card.id: one for one, _ in report.fits}
+    fits = {one.card.id: (one, pieces) for one, pieces in report.fits}
     wanted = registry.find(like).id if like else None
-    if not fits or (wanted and wanted not in fits):
-        others = f"; it fits {', '.join(fits)}" if fits else ""
-        raise CheckpointError(no_card(report) if not fits else f"{report.path}: is not like {wanted}{others}")
+    if not fits:
+        raise CheckpointError(no_card(report))
+    if wanted and wanted not in fits:
+        raise CheckpointError(f"{report.path}: is not like {wanted}; it fits {', '.join(fits)}")
+    if not all("transformer" in pieces for _, pieces in fits.values()):
+        raise LoadError(f"{report.path}: the network is not in it; this goes beside one (--vae, --text-encoder ...)")
     if wanted is None and len(fits) > 1:
         raise LoadError(f"{report.path}: fits {', '.join(fits)}, and the files cannot tell which: say it with --like")
-    makings = Makings(fits[wanted or next(iter(fits))])
-    good = [part for part in report.pieces if part not in report.odd]
+    one, pieces = fits[wanted or next(iter(fits))]
+    makings = Makings(one)
+    good = {part: piece for part, piece in pieces.items() if part not in report.odd}
     if report.path.is_dir():
         makings.source, makings.inside = report.path, {*good, *report.tokenizers}
-    else:
-        makings.files = dict.fromkeys(good, report.path)
+        return makings
+    for part, piece in good.items():
+        (makings.files if piece.held else makings.plain)[part] = report.path
     return makings
 
 
@@ -134,10 +137,8 @@ def take(makings: Makings, part: str, place: Path) -> None:
             break
     else:
         raise CheckpointError(f"{place}: is not the {part} of {makings.like.card.id}")
-    if place.is_file() and piece.held is None:
-        raise LoadError(f"{place}: has diffusers' names; give the folder that it is in, with its config.json")
     _forget(makings, part)
-    (makings.links if place.is_dir() else makings.files)[part] = place
+    (makings.links if place.is_dir() else makings.files if piece.held else makings.plain)[part] = place
 
 
 def take_tokenizers(makings: Makings, place: Path) -> None:
@@ -207,14 +208,16 @@ def _write_layout(folder: Path, makings: Makings) -> None:
     """model_index.json, the configs of parts in files, and links to the folders of others."""
     like = makings.like
     index = json.loads((like.folder / INDEX).read_text(encoding="utf-8"))
-    absent = like.missing([*makings.files, *makings.links])
+    absent = like.missing(makings.parts - makings.rest.keys())
     (folder / INDEX).write_text(json.dumps({k: v for k, v in index.items() if k not in absent}, indent=2) + "\n")
-    for part in (*makings.files, "scheduler"):
+    for part in (*makings.files, *makings.plain, "scheduler"):
         for file in sorted((like.folder / part).glob("*config.json")):
             (folder / part).mkdir(exist_ok=True)
             shutil.copyfile(file, folder / part / file.name)
     for part, place in makings.links.items():
         (folder / part).symlink_to(place)
+    for part, file in makings.plain.items():
+        (folder / part / "model.safetensors").symlink_to(file)
 
 
 def to_toml(value: Any) -> str:
@@ -236,5 +239,5 @@ def _next(model: str, cards: dict[str, Card]) -> str:
 def _forget(makings: Makings, part: str) -> None:
     if makings.source is not None:
         raise LoadError(f"{makings.source}: is a whole model; parts of it cannot be given beside it")
-    makings.files.pop(part, None)
-    makings.links.pop(part, None)
+    for places in (makings.files, makings.plain, makings.links):
+        places.pop(part, None)

@@ -41,12 +41,12 @@ def check(
 ) -> None:
     """Whether the cards and their files are sound; with PATH, which card fits these files and what is missing.
 
-    PATH is a diffusers folder, a safetensors file (the authors' own layout too) or a .pt. Exit code 1 when a model is
-    broken or nothing fits.
+    PATH is a folder of cards, a diffusers folder, a safetensors file (in the authors' own layout too) or a .pt. Exit
+    code 1 when a model is broken or nothing fits.
     """
     settings = read_settings(models=models)
-    if path is None:
-        return check_cards(settings)
+    if path is None or any(path.glob("*/card.toml")):
+        return check_cards(path or settings.models, plan.threads(settings))
     if not path.exists():
         raise LoadError(f"{path}: there is no such file or folder")
     from app.pool.identify import identify
@@ -57,9 +57,9 @@ def check(
     return tell(report, settings)
 
 
-def check_cards(settings: Settings) -> None:
+def check_cards(folder: Path, threads: int) -> None:
     """A line for each card of the folder. Raises LoadError when a model is broken."""
-    states = check_folder(settings.models, plan.threads(settings))
+    states = check_folder(folder, threads)
     rows = table("model", "state", "detail")
     for name, (state, detail) in states.items():
         rows.add_row(escape(name), state, escape(detail))
@@ -89,7 +89,8 @@ def tell(report: Report, settings: Settings) -> None:
     typer.echo(f"fits {', '.join(names)}{unsure}")
     each = bytes_each(one, settings)
     rows = table("part", "state", "parameters", "bytes", "in memory")
-    for part in [*pieces, *one.missing([*pieces, *report.tokenizers])]:
+    missing = one.missing([*pieces, *report.tokenizers]) if "transformer" in pieces else []
+    for part in [*pieces, *missing]:
         there = pieces.get(part)
         parameters, numbers = one.counts(part) if part in each else (0, 0)
         state = f"stored as {there.formats}" if there else _absent(one.card, part, pieces)
@@ -102,6 +103,8 @@ def tell(report: Report, settings: Settings) -> None:
         typer.echo(_memory(one, list(pieces), each, settings))
         typer.echo(f"next: {_next(report, one, settings.models)}")
     else:
+        if report.others:
+            typer.echo(f"besides, {len(report.others)} tensors that no layout has, the first {report.others[0]}")
         typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(_flag, pieces))})")
 
 

@@ -81,7 +81,7 @@ class Report:
 
     tokenizers: those that are there. pickled: it is a torch file. nearest: the card that comes nearest where none fits,
     the part, and what keeps it from that. odd: parts that this server cannot read, or that are not the first fitting
-    card's, and why.
+    card's, and why. others: names in a file that no layout has.
     """
 
     path: Path
@@ -91,6 +91,7 @@ class Report:
     fits: list[tuple[Shipped, dict[str, Piece]]] = field(default_factory=list)
     nearest: tuple[Card, str, list[str]] | None = None
     odd: dict[str, str] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
 
 def identify(path: Path, cards: Mapping[str, Card]) -> Report:
@@ -126,10 +127,12 @@ def _look_in(file: Path) -> Report:
         state = {key: torch.empty_like(value, device="meta") for key, value in read_torch_zip(file).items()}
         named = {part: Piece(file, state, one) for part, one in parts_in(state).items()}
         return Report(file, named or {"": Piece(file, state)}, pickled=True)
-    held = parts_in(read_names(file))
+    names = read_names(file)
+    held = parts_in(names)
     if not held:
         return Report(file, {"": Piece(file, read_outline(file))})
-    report, error = Report(file, {}), None
+    prefixes = tuple(one.prefix for one in held.values())
+    report, error = Report(file, {}, others=sorted(name for name in names if not name.startswith(prefixes))), None
     for part, one in held.items():
         try:
             report.pieces[part] = Piece(file, read_outline(file, one.prefix), one)

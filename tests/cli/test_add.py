@@ -83,6 +83,15 @@ def test_a_folder_of_diffusers(run: Run, store: Path, tiny: Path) -> None:
     assert [file.name for file in (store / "second").iterdir()] == ["card.toml"]
 
 
+def test_one_file_by_diffusers_names(run: Run, store: Path, tiny: Path, tmp_path: Path) -> None:
+    (net,) = (tiny / "tiny-sd3" / "transformer").glob("*.safetensors")
+    (vae,) = (tiny / "tiny-sd3" / "vae").glob("*.safetensors")
+    assert "--like tiny-sd3 --rest tiny-sd3" in run("models", "check", net).stdout
+    assert run("models", "add", net, "--id", "plain", "--vae", vae, "--rest", "tiny-sd3").exit_code == 0
+    assert (store / "plain" / "vae" / "model.safetensors").resolve() == vae.resolve()
+    assert np.array_equal(picture(run, "plain", tmp_path), picture(run, "tiny-sd3", tmp_path))
+
+
 def test_nothing_is_overwritten(run: Run, store: Path, network: Path) -> None:
     before = (store / "tiny-sd3" / "card.toml").read_text()
     said = one_line(run("models", "add", network, "--id", "tiny-sd3", "--rest", "tiny-sd3"))

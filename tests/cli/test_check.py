@@ -67,6 +67,23 @@ def test_parts_alone(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert "(--vae)" in run("models", "check", tiny / "tiny-sd3" / "vae").stdout
 
 
+def test_a_file_of_another_kind_that_has_a_part(run: Run, tiny: Path, tmp_path: Path) -> None:
+    """As a U-Net's file, whose autoencoder is one that is known."""
+    state = originals.vae(originals.read(tiny / "tiny-dit" / "vae"))
+    unet = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}
+    file = originals.write(
+        {**{f"first_stage_model.{k}": v for k, v in state.items()}, **unet}, tmp_path / "xl.safetensors"
+    )
+    told = run("models", "check", file).stdout
+    assert "besides, 1 tensors that no layout has, the first model.diffusion_model.input_blocks.0.0.weight" in told
+    assert "no network is in it" in told and "transformer" not in told
+
+
+def test_a_folder_of_cards(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INSTEP_MODELS", str(tmp_path))
+    assert rows(run("models", "check", tiny).stdout)["tiny-dit"] == "tiny-dit ok 2 parts"
+
+
 def test_nothing_fits(run: Run, tiny: Path, single: Path, tmp_path: Path) -> None:
     state = originals.read(single.parent)
     key = "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias"

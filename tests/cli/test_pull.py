@@ -13,6 +13,7 @@ import pytest
 
 from app.cli.pull import wanted
 from app.errors import CheckpointError
+from tests.cli import originals
 from tests.cli.conftest import Run, one_line
 from tests.cli.hub import COMMIT, Hub
 
@@ -151,6 +152,27 @@ def test_a_host_without_ranges_begins_again(models: Path, hub: Hub, pull: Run) -
     assert pull("tiny-sd3").exit_code == 0
     assert cached(models, VAE).read_bytes() == (hub.root / "lab" / "tiny" / VAE).read_bytes()
     assert [bool(range_) for path, _, range_ in hub.stored if path == VAE] == [False, True]
+
+
+def test_files_of_ones_own_bring_only_what_they_lack(
+    models: Path, hub: Hub, pull: Run, run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network and VAE in the authors' layout; the card of the Hub ships its configs and gives the encoders."""
+    for config in ("model_index.json", *(f"{part}/config.json" for part in ("transformer", "vae", "text_encoder"))):
+        (models / "tiny-sd3" / config).parent.mkdir(exist_ok=True)
+        shutil.copyfile(tiny / "tiny-sd3" / config, models / "tiny-sd3" / config)
+    file = originals.write(originals.sd3_file(tiny / "tiny-sd3"), models.parent / "net.safetensors")
+    made = run("models", "add", file, "--id", "mine", "--rest", "tiny-sd3", "--models", models)
+    assert (made.exit_code, made.stdout.splitlines()[-1]) == (0, "next: instep models pull mine"), made.output
+    assert pull("mine").exit_code == 0
+    assert sorted(path.split("/")[0] for path, _, _ in hub.stored) == [
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    ]
+    monkeypatch.setenv("INSTEP_MODELS", str(models))
+    drawn = run("generate", "red", "--model", "mine", "--steps", 2, "--out", models / "a.png")
+    assert (drawn.exit_code, (models / "a.png").is_file()) == (0, True), drawn.output
 
 
 @pytest.mark.parametrize("path", [NETWORK, "vae/config.json"], ids=["sha256", "git"])
