@@ -20,6 +20,7 @@ from app.pool.pool import Pool
 from app.request import Request
 from app.schedule import DynamicShift
 from tests.engine.conftest import load_all
+from tests.engine.harness import Bench
 from tests.families.plain import distance, final, serve
 from tests.seeds.upstream import Body, final_latent, opened, picture, run
 
@@ -102,6 +103,15 @@ def test_in_a_mixed_batch_too(seed_models: Path, cards: dict[str, Card], pool: P
     for case, ours in enumerate(results):
         assert ours.timings.shared > 1, "it shared no forward"
         assert distance(final(ours), theirs(seed_models, case)) < 1e-4
+
+
+def test_deterministic_mode_is_bit_equal_alone_and_among_others(cards: dict[str, Card], pool: Pool) -> None:
+    rows = [asked(cards[name], body, f"row-{case}") for case, (name, body) in enumerate(CASES) if "24" in body["size"]]
+    together = Bench(pool, deterministic=True).run(rows)
+    assert {tick.passes for tick in together.forwards} == {8} and max(tick.rows for tick in together.forwards) > 1
+    for row in rows:
+        alone = Bench(pool, deterministic=True).run([row])
+        assert np.array_equal(alone.results[row.id, 0].latents, together.results[row.id, 0].latents)
 
 
 @pytest.mark.parametrize(
