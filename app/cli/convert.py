@@ -19,11 +19,20 @@ LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="The authors' .pt, or one that their train.py saved (its EMA is taken)")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The authors' .pt, or one that their train.py saved (its EMA is taken); or a folder of diffusers' .bin"
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist")],
     vae: Annotated[
-        Path, typer.Option(help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names")
-    ],
+        Path | None,
+        typer.Option(
+            show_default=False,
+            help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names; a .pt has none",
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option(help="Number format of the network's weights")
     ] = "bfloat16",
@@ -32,13 +41,15 @@ def convert(
     ] = None,
     models: Folder = None,
 ) -> None:
-    """Convert a DiT's .pt in its authors' names to a model: a card and safetensors in diffusers' names."""
+    """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
     import torch
 
+    from app.pool.bins import write_folder
     from app.pool.converting import Conversion, convert_dit
 
     shipped = (read_settings(models=models).models / card / "model_index.json" for card in LABELLED)
     index = next((one for one in shipped if one.is_file()), None)
     labels = read_labels(index) if index else ()
-    convert_dit(Conversion(file, folder, vae, getattr(torch, dtype), heads, labels), typer.echo)
+    wanted = Conversion(file, folder, vae, getattr(torch, dtype), heads, labels)
+    convert_dit(wanted, typer.echo, write_folder if file.is_dir() else None)
     typer.echo(f"next: instep serve --models {folder.parent}")

@@ -85,14 +85,14 @@ class Conversion:
 
     file: Path
     folder: Path
-    vae: Path
+    vae: Path | None
     dtype: torch.dtype = torch.bfloat16
     heads: int | None = None
     labels: tuple[str, ...] = ()
 
 
-def convert_dit(wanted: Conversion, tell: Callable[[str], None]) -> None:
-    """Write the folder, all of it or nothing. Raises CheckpointError: it exists, or the files cannot be converted."""
+def convert_dit(wanted: Conversion, tell: Callable[[str], None], write: Callable[..., None] | None = None) -> None:
+    """Write the folder whole or not at all, by `write` or as a .pt's. Raises CheckpointError: it exists; bad files."""
     folder = wanted.folder.absolute()
     if folder.exists():
         raise CheckpointError(f"{folder} exists: name a folder that does not")
@@ -101,7 +101,7 @@ def convert_dit(wanted: Conversion, tell: Callable[[str], None]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write(wanted, unfinished, folder.name, tell)
+        (write or _write)(wanted, unfinished, folder.name, tell)
         unfinished.chmod(0o755)
         os.rename(unfinished, folder)
     except BaseException:
@@ -121,15 +121,14 @@ def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str]
     told = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
     tell(f"a DiT: {told.format(**config)}, {config['num_embeds_ada_norm']} classes")
     outline = {key: value.to("meta") for key, value in state.items()}
-    _checked(folder / "transformer", CLASS, config, outline, wanted.file)
-    vae, vae_config = _vae(wanted.vae)
-    _checked(folder / "vae", VAE, vae_config, part_outline(vae), vae.weights)
-    _write_index(wanted, folder, config)
+    check_written(folder / "transformer", CLASS, config, outline, wanted.file)
+    vae, vae_config = open_vae(wanted.vae)
+    check_written(folder / "vae", VAE, vae_config, part_outline(vae), vae.weights)
+    write_index(wanted, folder, config)
     scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    _write_card(wanted, folder, model_id, config, scale, sum(value.numel() for value in theirs.values()))
-    tell("writing the network")
+    write_card(wanted, folder, model_id, config, scale, sum(value.numel() for value in theirs.values()))
+    tell("writing the network and the VAE")
     write_weights(folder / "transformer", state, wanted.dtype)
-    tell("writing the VAE")
     write_weights(folder / "vae", {key: value for shard in part_states(vae) for key, value in shard.items()}, None)
 
 
@@ -184,8 +183,10 @@ def write_weights(folder: Path, state: State, dtype: torch.dtype | None) -> None
         _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": placed})
 
 
-def _vae(place: Path) -> tuple[Part, dict[str, Any]]:
+def open_vae(place: Path | None) -> tuple[Part, dict[str, Any]]:
     """The VAE as a part, with its config: that of its folder, or what its file's tensors say."""
+    if place is None:
+        raise CheckpointError("a .pt holds no VAE: give one with --vae")
     if place.is_dir():
         return Part("vae", VAE, place), read_json(place / "config.json")
     part = Part("vae", VAE, place.parent, place)
@@ -211,14 +212,14 @@ def vae_config(state: State) -> dict[str, Any]:
     }
 
 
-def _checked(folder: Path, class_name: str, config: dict[str, Any], outline: State, file: Path) -> None:
+def check_written(folder: Path, class_name: str, config: dict[str, Any], outline: State, file: Path) -> None:
     """Write the config, and see that the network of it takes these tensors, before any of them is written."""
     folder.mkdir()
     _write_json(folder / "config.json", config)
     blank_network(class_name, folder, outline, file)
 
 
-def _write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> None:
+def write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> None:
     index: dict[str, Any] = {"_class_name": "DiTPipeline"}
     if len(wanted.labels) == config["num_embeds_ada_norm"]:
         index["id2label"] = {str(number): label for number, label in enumerate(wanted.labels)}
@@ -228,7 +229,7 @@ def _write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> No
     _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
 
 
-def _write_card(
+def write_card(
     wanted: Conversion, folder: Path, model_id: str, config: dict[str, Any], scale: int, parameters: int
 ) -> None:
     pixels = config["sample_size"] * scale
