@@ -1,16 +1,16 @@
 """`instep models pull`: the files that cards name on the Hub, into the local Hub cache, for servers that ask nobody.
 
-Knows nothing of servers or devices, and of the Hub only what it holds (hub.py) and how files come (download.py).
+Knows nothing of servers or devices, nor of what a card needs (needs.py) and how files come (download.py).
+
+NOTE: hub.py and download.py are imported late: the Hub library takes a third of a second, and this command alone needs
+it.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,41 +20,16 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from app.api.registry import Registry
-from app.card import INDEX, Card
+from app.card import Card
 from app.cli.bodies import open_registry
 from app.cli.models import Folder
+from app.cli.needs import Plan, plan
 from app.cli.serve import read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.cli.hub import Repo
-
-# NOTE: hub.py and download.py are imported late: the Hub library takes a third of a second, and this command alone
-# needs it.
-
-_STEMS = ("diffusion_pytorch_model", "model")
-_SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
-_OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
-_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
-INDEX_LIMIT = 2**20
-
-
-@dataclass
-class Plan:
-    """What a card needs: of each repository, these files."""
-
-    card: Card
-    pieces: dict[str, tuple[Repo, list[str]]] = field(default_factory=dict)
-
-    @property
-    def left(self) -> int:
-        """Bytes that are still to come."""
-        return sum(repo.left(paths) for repo, paths in self.pieces.values())
-
-    @property
-    def size(self) -> int:
-        return sum(repo.files[path].size for repo, paths in self.pieces.values() for path in paths)
 
 
 def pull(
@@ -103,55 +78,6 @@ def choose(ids: Sequence[str], everything: bool, registry: Registry, settings: S
     return list({card.id: card for card in map(registry.find, named)}.values())
 
 
-def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan:
-    """What this card needs: its own parts, and those that it takes from others. Raises CheckpointError.
-
-    opened: repositories that were asked for already; grows.
-    """
-    made = Plan(card)
-    if card.source.repo:
-        repo, index = _open(card, opened)
-        own = {part for part, entry in index.items() if isinstance(entry, list) and entry not in (None, [None, None])}
-        _add(made, repo, own - set(card.components), bare=set(card.files))
-    for target in card.components.values():
-        owner, _, folder = target.partition("/")
-        if cards[owner].source.repo:
-            repo, index = _open(cards[owner], opened)
-            _add(made, repo, {folder}, bare={folder} & set(cards[owner].files))
-    return made
-
-
-def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = ()) -> list[str]:
-    """Of a repository's files, those that a server reads for these parts (folders): settings, tokenizers, weights.
-
-    bare: parts whose weights are elsewhere. Raises CheckpointError for a part without safetensors.
-    """
-    listed = list(files)
-    found: list[str] = []
-    for part in parts:
-        names = {path.removeprefix(f"{part}/") for path in listed if path.startswith(f"{part}/")}
-        mine = [name for name in names if _SETTINGS.fullmatch(name)]
-        if part not in bare:
-            mine += _weights(part, names)
-        found += [f"{part}/{name}" for name in mine]
-    return sorted(found)
-
-
-def _weights(part: str, names: set[str]) -> list[str]:
-    """One format of a part's weights, without variants; the order is that in which app/pool/weights.py looks."""
-    for stem in _STEMS:
-        index = f"{stem}.safetensors.index.json"
-        if index in names:
-            shard = re.compile(rf"{stem}-\d+-of-\d+\.safetensors")
-            return [index, *(name for name in names if shard.fullmatch(name))]
-        if f"{stem}.safetensors" in names:
-            return [f"{stem}.safetensors"]
-    others = sorted(name for name in names if _OTHERS.fullmatch(name))
-    if others:
-        raise CheckpointError(f"{part} has no safetensors there, only {others[0]}, which this server does not load")
-    return []
-
-
 def check_room(plans: Iterable[Plan]) -> None:
     """Raises LoadError when the disk of the cache has less room than is to come, with both numbers."""
     from app.cli.hub import cache
@@ -161,7 +87,8 @@ def check_room(plans: Iterable[Plan]) -> None:
         pieces.setdefault(str(repo.folder), (repo, set()))[1].update(paths)
     left = sum(repo.left(paths) for repo, paths in pieces.values())
     if left > (free := free_bytes(cache())):
-        raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {cache()} (HF_HOME is elsewhere)")
+        where = f"{cache()} (HF_HOME may name a larger disk)"
+        raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
 
 
 def free_bytes(folder: Path) -> int:
@@ -214,37 +141,3 @@ def _progress(left: int) -> Iterator[Callable[[Repo, str], Callable[[int], None]
             return lambda count: bars.advance(task, count)
 
         yield show
-
-
-def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, dict[str, object]]:
-    """The repository of a card and what its model_index.json says."""
-    from app.cli.download import fetch
-    from app.cli.hub import open_repo
-
-    name, revision = str(card.source.repo), card.source.revision
-    key = f"{name}@{revision}"
-    if key not in opened:
-        opened[key] = open_repo(name, revision)
-    repo = opened[key]
-    if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
-        raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
-    try:
-        index = json.loads(fetch(repo, INDEX).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: {INDEX}: {error}") from error
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{name}: {INDEX} is not a table")
-    return repo, index
-
-
-def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str]) -> None:
-    for part in parts:
-        if not _PART.fullmatch(part):
-            raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
-    try:
-        paths = wanted(repo.files, parts, bare)
-    except CheckpointError as error:
-        raise CheckpointError(f"{repo.name}: {error.message}") from error
-    key = f"{repo.name}@{repo.commit}"
-    before = made.pieces.get(key, (repo, []))[1]
-    made.pieces[key] = repo, sorted({INDEX, *before, *paths})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.pull import wanted
+from app.cli.needs import wanted
 from app.errors import CheckpointError
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line

@@ -1,0 +1,124 @@
+"""Needs: which files of which Hub repositories a card needs, and no more.
+
+Knows nothing of how they come (download.py), except model_index.json, which says what the others are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from app.card import INDEX, Card
+from app.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from app.cli.hub import Repo
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
+_OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
+_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
+INDEX_LIMIT = 2**20
+
+
+@dataclass
+class Plan:
+    """What a card needs: of each repository, these files."""
+
+    card: Card
+    pieces: dict[str, tuple[Repo, list[str]]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are still to come."""
+        return sum(repo.left(paths) for repo, paths in self.pieces.values())
+
+    @property
+    def size(self) -> int:
+        return sum(repo.files[path].size for repo, paths in self.pieces.values() for path in paths)
+
+
+def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan:
+    """What this card needs: its own parts, and those that it takes from others. Raises CheckpointError.
+
+    opened: repositories that were asked for already; grows.
+    """
+    made = Plan(card)
+    if card.source.repo:
+        repo, index = _open(card, opened)
+        own = {part for part, entry in index.items() if isinstance(entry, list) and entry not in (None, [None, None])}
+        _add(made, repo, own - set(card.components), bare=set(card.files))
+    for target in card.components.values():
+        owner, _, folder = target.partition("/")
+        if cards[owner].source.repo:
+            repo, index = _open(cards[owner], opened)
+            _add(made, repo, {folder}, bare={folder} & set(cards[owner].files))
+    return made
+
+
+def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = ()) -> list[str]:
+    """Of a repository's files, those that a server reads for these parts (folders): settings, tokenizers, weights.
+
+    bare: parts whose weights are elsewhere. Raises CheckpointError for a part without safetensors.
+    """
+    listed = list(files)
+    found: list[str] = []
+    for part in parts:
+        names = {path.removeprefix(f"{part}/") for path in listed if path.startswith(f"{part}/")}
+        mine = [name for name in names if _SETTINGS.fullmatch(name)]
+        if part not in bare:
+            mine += _weights(part, names)
+        found += [f"{part}/{name}" for name in mine]
+    return sorted(found)
+
+
+def _weights(part: str, names: set[str]) -> list[str]:
+    """One format of a part's weights, without variants; the order is that in which app/pool/weights.py looks."""
+    for stem in _STEMS:
+        index = f"{stem}.safetensors.index.json"
+        if index in names:
+            shard = re.compile(rf"{stem}-\d+-of-\d+\.safetensors")
+            return [index, *(name for name in names if shard.fullmatch(name))]
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+    others = sorted(name for name in names if _OTHERS.fullmatch(name))
+    if others:
+        raise CheckpointError(f"{part} has no safetensors there, only {others[0]}, which this server does not load")
+    return []
+
+
+def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, dict[str, object]]:
+    """The repository of a card and what its model_index.json says."""
+    from app.cli.download import fetch
+    from app.cli.hub import open_repo
+
+    name, revision = str(card.source.repo), card.source.revision
+    key = f"{name}@{revision}"
+    if key not in opened:
+        opened[key] = open_repo(name, revision)
+    repo = opened[key]
+    if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
+        raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
+    try:
+        index = json.loads(fetch(repo, INDEX).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: {INDEX}: {error}") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{name}: {INDEX} is not a table")
+    return repo, index
+
+
+def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str]) -> None:
+    for part in parts:
+        if not _PART.fullmatch(part):
+            raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
+    try:
+        paths = wanted(repo.files, parts, bare)
+    except CheckpointError as error:
+        raise CheckpointError(f"{repo.name}: {error.message}") from error
+    key = f"{repo.name}@{repo.commit}"
+    before = made.pieces.get(key, (repo, []))[1]
+    made.pieces[key] = repo, sorted({INDEX, *before, *paths})
