@@ -12,9 +12,9 @@ import torch
 from torch.nn.functional import pad
 
 from app.card import Card
-from app.errors import CheckpointError, InvalidValue
+from app.errors import CheckpointError
 from app.families.base import Conditions
-from app.families.text import clip_states, cut_text, encode_unique, t5_states
+from app.families.text import clip_states, encode_unique, prompt_text, t5_states, text_encoder, unseen_text
 from app.families.vae import decode, linear_preview, pixels_per_latent
 from app.report import Phase
 from app.request import Condition, Prompt
@@ -53,7 +53,8 @@ class SD3:
         self.network, self.vae = parts["transformer"], parts["vae"]
         self.config = self.network.config
         self.scale = pixels_per_latent(self.vae)
-        self.clips, self.t5 = (_pair(card, parts, ""), _pair(card, parts, "_2")), _pair(card, parts, "_3")
+        self.clips = text_encoder(card, parts), text_encoder(card, parts, "_2")
+        self.t5 = text_encoder(card, parts, "_3")
         self.shares = self._clip_shares()
         self._check()
         self._skips: torch.Tensor | None = None
@@ -80,14 +81,12 @@ class SD3:
 
     def truncated(self, condition: Condition, text_length: int) -> str | None:
         """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
-        text = _text(condition)
-        encoders = [(clip, self.card.text.clip) for clip in self.clips if clip] + [(self.t5, text_length)]
-        cuts = [cut_text(encoder[1], text, length) for encoder, length in encoders if encoder]
-        return min(cuts, key=len, default="") or None
+        encoders = [*((clip, self.card.text.clip) for clip in self.clips), (self.t5, text_length)]
+        return unseen_text(encoders, prompt_text(condition))
 
     def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
         """Each different text is encoded once. Raises InvalidValue for a class label."""
-        texts = [_text(condition) for condition in conditions]
+        texts = [prompt_text(condition) for condition in conditions]
         text, pooled = encode_unique(texts, batch, lambda chunk: self._encode(chunk, text_length))
         return {"text": text, "pooled": pooled}
 
@@ -185,16 +184,3 @@ class SD3:
 
     def _cell(self) -> int:
         return int(self.scale * self.config.patch_size)
-
-
-def _pair(card: Card, parts: dict[str, Any], suffix: str) -> tuple[Any, Any] | None:
-    encoder, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
-    if encoder is not None and tokenizer is None:
-        raise CheckpointError(f"{card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
-    return None if encoder is None else (encoder, tokenizer)
-
-
-def _text(condition: Condition) -> str:
-    if not isinstance(condition, Prompt):
-        raise InvalidValue("this model takes a prompt, not a class label", param="class_label")
-    return condition.text
