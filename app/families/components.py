@@ -219,7 +219,7 @@ def _refuse(folder: Path, what: str, keys: Iterable[str]) -> None:
     first = sorted(keys)
     if first:
         more = f" and {len(first) - 1} more" if len(first) > 1 else ""
-        raise CheckpointError(f"{folder}: {what} weights: {first[0]}{more}")
+        raise CheckpointError(f"{folder}: {what} weights: {first[0]:.200}{more}")
 
 
 def _compute_buffers(network: nn.Module, folder: Path) -> None:

@@ -104,7 +104,8 @@ class Held:
         try:
             found = apply(self.layout.rules, own)
         except ValueError as error:
-            raise ValueError(f"{error} (as {self.layout.name} names it, after {self.prefix!r})") from error
+            after = f" after {self.prefix}" if self.prefix else ""
+            raise ValueError(f"{str(error):.400} (in the layout of {self.layout.name}{after})") from error
         return tables.identity_projection(found) if class_name == "CLIPTextModelWithProjection" else found
 
 
