@@ -58,7 +58,7 @@ def fetch(repo: Repo, path: str, tell: Callable[[int], None] = lambda count: Non
 def link(repo: Repo, paths: Iterable[str]) -> None:
     """Show files that were fetched where the Hub library looks for them: the snapshot of the commit."""
     for path in paths:
-        shown = repo.folder / "snapshots" / repo.commit / path
+        shown = repo.snapshot / path
         shown.parent.mkdir(parents=True, exist_ok=True)
         if not shown.exists():
             shown.unlink(missing_ok=True)  # a link to nothing

@@ -49,6 +49,11 @@ class Repo:
     files: dict[str, Entry]
     folder: Path
 
+    @property
+    def snapshot(self) -> Path:
+        """The folder in which the files have their own names."""
+        return self.folder / "snapshots" / self.commit
+
     def blob(self, path: str) -> Path:
         return self.folder / "blobs" / self.files[path].digest
 

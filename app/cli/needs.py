@@ -17,6 +17,7 @@ from app.errors import CheckpointError
 if TYPE_CHECKING:
     from app.cli.hub import Repo
 
+_BIN = "/diffusion_pytorch_model.bin"
 _STEMS = ("diffusion_pytorch_model", "model")
 _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
@@ -37,6 +38,11 @@ class Plan:
         return sum(repo.left(paths) for repo, paths in self.pieces.values())
 
     @property
+    def pickled(self) -> Repo | None:
+        """The repository whose weights are torch files, to be converted once they are here."""
+        return next((repo for repo, paths in self.pieces.values() if any(path.endswith(_BIN) for path in paths)), None)
+
+    @property
     def size(self) -> int:
         return sum(repo.files[path].size for repo, paths in self.pieces.values() for path in paths)
 
@@ -50,7 +56,7 @@ def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan
     if card.source.repo:
         repo, index = _open(card, opened)
         own = {part for part, entry in index.items() if isinstance(entry, list) and entry not in (None, [None, None])}
-        _add(made, repo, own - set(card.components), bare=set(card.files))
+        _add(made, repo, own - set(card.components), bare=set(card.files), torch=card.family == "dit")
     for target in card.components.values():
         owner, _, folder = target.partition("/")
         if cards[owner].source.repo:
@@ -59,10 +65,11 @@ def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan
     return made
 
 
-def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = ()) -> list[str]:
+def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = (), torch: bool = False) -> list[str]:
     """Of a repository's files, those that a server reads for these parts (folders): settings, tokenizers, weights.
 
-    bare: parts whose weights are elsewhere. Raises CheckpointError for a part without safetensors.
+    bare: parts whose weights are elsewhere. torch: whether diffusers' torch files will do, which `instep models
+    convert` reads, for parts without safetensors; else raises CheckpointError for those.
     """
     listed = list(files)
     found: list[str] = []
@@ -70,12 +77,12 @@ def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = ())
         names = {path.removeprefix(f"{part}/") for path in listed if path.startswith(f"{part}/")}
         mine = [name for name in names if _SETTINGS.fullmatch(name)]
         if part not in bare:
-            mine += _weights(part, names)
+            mine += _weights(part, names, torch)
         found += [f"{part}/{name}" for name in mine]
     return sorted(found)
 
 
-def _weights(part: str, names: set[str]) -> list[str]:
+def _weights(part: str, names: set[str], torch: bool) -> list[str]:
     """One format of a part's weights, without variants; the order is that in which app/pool/weights.py looks."""
     for stem in _STEMS:
         index = f"{stem}.safetensors.index.json"
@@ -84,6 +91,8 @@ def _weights(part: str, names: set[str]) -> list[str]:
             return [index, *(name for name in names if shard.fullmatch(name))]
         if f"{stem}.safetensors" in names:
             return [f"{stem}.safetensors"]
+    if torch and _BIN[1:] in names:
+        return [_BIN[1:]]
     others = sorted(name for name in names if _OTHERS.fullmatch(name))
     if others:
         raise CheckpointError(f"{part} has no safetensors there, only {others[0]}, which this server does not load")
@@ -111,12 +120,12 @@ def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, dict[str, object]]
     return repo, index
 
 
-def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str]) -> None:
+def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:
     for part in parts:
         if not _PART.fullmatch(part):
             raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
     try:
-        paths = wanted(repo.files, parts, bare)
+        paths = wanted(repo.files, parts, bare, torch)
     except CheckpointError as error:
         raise CheckpointError(f"{repo.name}: {error.message}") from error
     key = f"{repo.name}@{repo.commit}"

@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def pull(
     check_room(plans)
     for one in plans:
         try:
-            carry_out(one)
+            carry_out(one, settings.models)
         except CheckpointError as error:
             failed.append(f"{one.card.id}: {error.message}")
     if failed:
@@ -97,8 +98,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def carry_out(one: Plan) -> None:
-    """Download what is still to come. Raises CheckpointError."""
+def carry_out(one: Plan, models: Path) -> None:
+    """Download what is still to come. models: the folder of cards. Raises CheckpointError."""
     from app.cli.download import fetch, link
     from app.cli.hub import cache
 
@@ -118,6 +119,9 @@ def carry_out(one: Plan) -> None:
         typer.echo(f"{name}: here, {repo.name} at {repo.commit}")
         if repo.name == card.source.repo and repo.revision != repo.commit:
             typer.echo(f'{name}: not pinned; to stay with these files: source.revision = "{repo.commit}" in its card')
+    if torch_files := one.pickled:
+        words = shlex.join(["instep", "models", "convert", str(torch_files.snapshot), str(models / f"my-{name}")])
+        typer.echo(f"{name}: its weights are torch files, which a server does not load; next: {words}")
 
 
 @contextmanager

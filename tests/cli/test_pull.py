@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.cli.needs import wanted
 from app.errors import CheckpointError
@@ -172,6 +173,28 @@ def test_files_of_ones_own_bring_only_what_they_lack(
     ]
     monkeypatch.setenv("INSTEP_MODELS", str(models))
     drawn = run("generate", "red", "--model", "mine", "--steps", 2, "--out", models / "a.png")
+    assert (drawn.exit_code, (models / "a.png").is_file()) == (0, True), drawn.output
+
+
+def test_a_dit_of_torch_files_is_brought_to_be_converted(
+    models: Path, hub: Hub, pull: Run, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As facebook/DiT-XL-2-256 is."""
+    repo = hub.root / "lab" / "dit"
+    shutil.copytree(models / "tiny-dit", repo)
+    for file in repo.rglob("*.safetensors"):
+        torch.save(originals.read(file.parent), file.with_suffix(".bin"))
+        file.unlink()
+    card = (repo / "card.toml").rename(models / "tiny-dit" / "card.toml")
+    card.write_text(card.read_text().replace('path = "."', 'repo = "lab/dit"'))
+    result = pull("tiny-dit")
+    snapshot = models.parent / "home" / "hub" / "models--lab--dit" / "snapshots" / COMMIT
+    words = ["models", "convert", str(snapshot), str(models / "my-tiny-dit")]
+    assert (result.exit_code, result.stdout.splitlines()[-1].partition("next: ")[2]) == (0, f"instep {' '.join(words)}")
+    monkeypatch.setenv("INSTEP_MODELS", str(models))
+    converted = run(*words)
+    assert converted.exit_code == 0, converted.output
+    drawn = run("generate", "--class-label", 3, "--model", "my-tiny-dit", "--steps", 2, "--out", models / "a.png")
     assert (drawn.exit_code, (models / "a.png").is_file()) == (0, True), drawn.output
 
 
