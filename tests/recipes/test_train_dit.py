@@ -48,6 +48,7 @@ def test_the_bound_is_the_divergence_of_two_normals() -> None:
 
 
 def test_only_the_variance_learns_from_the_bound() -> None:
+    torch.manual_seed(0)  # of other draws a gradient may be so near 0 that float32 has no number for it
     t = torch.tensor([3, 700])
     clean, noise = torch.randn(2, 2, 16, 8, 8)
     found, v = torch.randn(2, 2, 16, 8, 8).unbind()
