@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,13 @@ from app.families.differences import counts, differences
 from app.families.originals import Held, parts_in
 from app.pool.torchzip import read_torch_zip
 from app.pool.weights import PICKLES, read_names, read_outline
+
+BESIDES = {
+    "AutoencoderKL": ("scaling_factor", "shift_factor"),
+    "DiTTransformer2DModel": ("sample_size",),
+    "Transformer2DModel": ("sample_size",),
+}
+"""Fields of configs that tell networks of the same shapes apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +65,26 @@ class Shipped:
         class_name = self.classes.get(part, "")
         if not has_weights(class_name):
             return None
-        if piece.held is None:
-            return differences(class_name, self.folder / part, piece.state)
-        if class_name not in piece.held.layout.classes:
-            return None
-        try:
-            state = piece.held.read(class_name, piece.state)
-        except ValueError as error:
-            return [str(error)]
-        return differences(class_name, self.folder / part, state)
+        state = piece.state
+        if piece.held is not None:
+            if class_name not in piece.held.layout.classes:
+                return None
+            try:
+                state = piece.held.read(class_name, piece.state)
+            except ValueError as error:
+                return [str(error)]
+        return differences(class_name, self.folder / part, state) or self._besides(part, piece)
+
+    def _besides(self, part: str, piece: Piece) -> list[str]:
+        """Differences that no shape of the network shows: what a config says, and the places of a DiT's file."""
+        own = read_json(self.folder / part / "config.json")
+        theirs: Mapping[str, Any] = {}
+        if piece.place.is_dir() and (piece.place / "config.json").is_file():
+            theirs = read_json(piece.place / "config.json")
+        elif piece.held and piece.held.layout.family == "dit" and "pos_embed" in piece.state:
+            theirs = {"sample_size": isqrt(piece.state["pos_embed"].shape[1]) * int(own.get("patch_size", 2))}
+        said = [name for name in BESIDES.get(self.classes[part], ()) if name in own and name in theirs]
+        return [f"its {name} is {theirs[name]}, not {own[name]}" for name in said if theirs[name] != own[name]]
 
     def counts(self, part: str) -> tuple[int, int]:
         """Parameters of a network, and all numbers that it keeps in memory."""

@@ -64,7 +64,8 @@ def test_parts_alone(run: Run, tiny: Path, tmp_path: Path) -> None:
     assert "no network is in it: give it to `instep models add` beside one (--vae)" in told
     (t5,) = (tiny / "tiny-sd3" / "text_encoder_3").glob("*.safetensors")
     assert "(--text-encoder-3)" in run("models", "check", t5).stdout
-    assert "(--vae)" in run("models", "check", tiny / "tiny-sd3" / "vae").stdout
+    told = run("models", "check", tiny / "tiny-sd3" / "vae").stdout  # its config has the scale, the file has not
+    assert told.startswith("fits tiny-sd3\n") and "(--vae)" in told
 
 
 def test_a_file_of_another_kind_that_has_a_part(run: Run, tiny: Path, tmp_path: Path) -> None:
@@ -102,6 +103,18 @@ def test_a_part_that_is_stored_in_eighths_is_named(run: Run, tiny: Path, tmp_pat
     told = run("models", "check", originals.write(eighth, tmp_path / "fp8.safetensors")).stdout
     assert "number format F8_E4M3, which this server does not load" in rows(told)["text_encoder_3"]
     assert rows(told)["transformer"].startswith("transformer stored as float32")
+
+
+def test_the_two_dits_are_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the places in a file of their authors: the networks have the same shapes."""
+    from app.families.differences import outline_of
+
+    monkeypatch.setenv("INSTEP_MODELS", str(SHIPPED))
+    own = outline_of("DiTTransformer2DModel", SHIPPED / "dit-xl-2-256" / "transformer")
+    for side, size in ((16, 256), (32, 512)):
+        state = {**original_state(dict(own), 2), "pos_embed": torch.empty(1, side**2, 1152, device="meta")}
+        told = run("models", "check", originals.write_sparse(state, tmp_path / "dit.safetensors", "F32")).stdout
+        assert told.startswith(f"fits dit-xl-2-{size}\n")
 
 
 def test_true_sizes_by_their_headers(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

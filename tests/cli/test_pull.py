@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -221,6 +223,27 @@ def test_no_room_is_told_before_anything_comes(models: Path, hub: Hub, pull: Run
     said = one_line(pull("tiny-sd3"))
     assert said.startswith("no room: 1.0 EB to come, ") and "B free in " in said
     assert hub.stored == []
+
+
+def test_a_disk_that_takes_no_more_is_one_line(models: Path, hub: Hub, pull: Run) -> None:
+    """The system refuses to make a file any longer, as it does when a disk is full; then there is room again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
+    try:
+        said = one_line(pull("tiny-sd3"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said == f"tiny-sd3: lab/tiny: {models.parent / 'home' / 'hub'}: File too large"
+    assert sum(partials(models)) > 0 and pull("tiny-sd3").exit_code == 0
+
+
+def test_two_downloads_of_one_file_do_not_mix(models: Path, hub: Hub, pull: Run) -> None:
+    hub.cut[VAE] = 100
+    assert "broke off" in one_line(pull("tiny-sd3"))
+    (partial,) = (models.parent / "home").rglob("*.incomplete")
+    with partial.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert one_line(pull("tiny-sd3")).endswith(f"{VAE}: another download of it is under way")
 
 
 @pytest.mark.parametrize(
