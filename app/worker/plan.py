@@ -72,16 +72,21 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     Raises SettingsError on a name that no card has.
     """
     if settings.preload.strip() == "all":
-        sources = {name: card.source for name, card in cards.items()}
-        return [
-            name for name, source in sources.items() if not source.repo or cached_index(source.repo, source.revision)
-        ]
+        return [name for name, card in cards.items() if _here(card)]
     names = {name: card.id for card in cards.values() for name in (card.id, *card.aliases)}
     wanted = dict.fromkeys(entry.strip() for entry in settings.preload.split(",") if entry.strip())
     for name in wanted:
         if name not in names:
             raise SettingsError(f'INSTEP_PRELOAD: no card is named "{name}"', param="preload")
     return list(dict.fromkeys(names[name] for name in wanted))
+
+
+def _here(card: Card) -> bool:
+    """Whether its files lie beside it, or its repository is in the local cache with weights that a server loads."""
+    if card.source.repo is None:
+        return True
+    index = cached_index(card.source.repo, card.source.revision)
+    return index is not None and bool(card.files or card.components or any(index.parent.glob("*/*.safetensors")))
 
 
 def threads(settings: Settings) -> int:

@@ -73,6 +73,10 @@ def test_preload_of_all_leaves_out_what_is_not_downloaded(tmp_path, monkeypatch)
     for name, content in (("refs/main", "c0ffee"), ("snapshots/c0ffee/model_index.json", "{}")):
         (repo / name).parent.mkdir(parents=True)
         (repo / name).write_text(content)
+    assert plan.preloads(Settings(preload="all"), cards) == ["b"], "an index alone, or with torch files"
+    weights = repo / "snapshots/c0ffee/transformer/diffusion_pytorch_model.safetensors"
+    weights.parent.mkdir()
+    weights.touch()
     assert plan.preloads(Settings(preload="all"), cards) == ["a", "b"]
 
 
