@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,18 @@ def measure(folder: Path, dtype: torch.dtype, held: bool = False) -> dict[str, i
     network = blank_network(CLASS, folder, part_outline(part))
     states = list(part_states(part)) if held else part_states(part)
     model = sum(value.numel() * dtype.itemsize for value in network.state_dict().values())
+    taken = peak(lambda: fill_network(network, CLASS, folder, states, cpu, dtype))
+    shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"model": model, "shard": shard, "above": taken - model}
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """Bytes of memory that this process takes while it does this, at the highest, above those that it had."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the highest is from here
     before = _status("VmRSS")
-    fill_network(network, CLASS, folder, states, cpu, dtype)
-    return {
-        "model": model,
-        "shard": max(file.stat().st_size for file in folder.glob("*.safetensors")),
-        "above": _status("VmHWM") - before - model,
-    }
+    call()
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:
