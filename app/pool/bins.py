@@ -13,6 +13,7 @@ from typing import Any
 
 from app.errors import CheckpointError
 from app.families.components import read_json
+from app.families.dit import dit_keys
 from app.pool.contents import part_states
 from app.pool.converting import CLASS, Conversion, check_written, open_vae, write_card, write_index, write_weights
 from app.pool.layout import Part
@@ -30,10 +31,14 @@ def write_folder(wanted: Conversion, folder: Path, model_id: str, tell: Callable
     """
     config = _config(wanted.file / "transformer")
     network = _part(tell, folder, Part("transformer", CLASS, wanted.file / "transformer"), config)
+    try:
+        network = dit_keys(network, set(network))
+    except ValueError as error:
+        raise CheckpointError(f"{wanted.file / 'transformer'}: {error}") from error
     vae, vae_config = open_vae(wanted.vae or wanted.file / "vae")
     pixels = _part(tell, folder, vae, vae_config)
     write_index(wanted, folder, config)
-    scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    scale = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
     write_card(wanted, folder, model_id, config, scale, _parameters(network, config))
     tell("writing the network and the VAE")
     write_weights(folder / "transformer", network, wanted.dtype)

@@ -78,6 +78,12 @@ def test_what_is_not_such_a_folder_is_refused_and_nothing_is_left(folder: Path) 
     torch.save({**torch.load(network, weights_only=True), "more": torch.zeros(1)}, network)
     with pytest.raises(CheckpointError, match="unexpected weights: more"):
         convert(folder)
+    state = torch.load(network, weights_only=True)
+    del state["more"]
+    state["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"] += 1
+    torch.save(state, network)
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.2.* is not equal to transformer_blocks\.0"):
+        convert(folder)
     network.unlink()
     with pytest.raises(CheckpointError, match=r"transformer.*missing"):
         convert(folder)
