@@ -40,7 +40,9 @@ class OneLine(TyperGroup):
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"instep: {' '.join(message.split())}", file=sys.stderr)
+    # NOTE: names out of files may hold what a terminal obeys.
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+    print(f"instep: {line}", file=sys.stderr)
     sys.exit(1)
 
 

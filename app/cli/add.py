@@ -1,18 +1,13 @@
 """`instep models add`: a card for files that a user has, where they are: no weights are copied.
 
-Knows nothing of how files are compared (app/pool/identify.py) or read; it writes a card, links, and copies of configs.
+Knows nothing of how files are compared (app/pool/identify.py), nor of how the card is written (makings.py).
 """
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,40 +17,17 @@ from app.api.registry import Registry
 from app.card import INDEX, Card, read_cards
 from app.cli.bodies import open_registry
 from app.cli.check import no_card
+from app.cli.makings import Makings, write
 from app.cli.models import Folder
 from app.cli.serve import read_settings
 from app.errors import CheckpointError, LoadError
 
 if TYPE_CHECKING:
-    from app.pool.identify import Report, Shipped
-
-OWN = ("id", "aliases", "source", "components", "files", "bytes", "gated")
-"""Fields of a card that are not taken from the one that it is like."""
+    from app.pool.identify import Report
 
 Given = Annotated[
     Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
 ]
-
-
-@dataclass
-class Makings:
-    """What a card is made of. files: part -> file that has it by its authors' names; plain: by diffusers' names.
-
-    links: part -> its folder. rest: part -> another card's. source: a whole diffusers folder, if that was given, and
-    inside: its parts.
-    """
-
-    like: Shipped
-    files: dict[str, Path] = field(default_factory=dict)
-    plain: dict[str, Path] = field(default_factory=dict)
-    links: dict[str, Path] = field(default_factory=dict)
-    rest: dict[str, str] = field(default_factory=dict)
-    source: Path | None = None
-    inside: set[str] = field(default_factory=set)
-
-    @property
-    def parts(self) -> set[str]:
-        return {*self.files, *self.plain, *self.links, *self.rest, *self.inside}
 
 
 def add(
@@ -92,12 +64,20 @@ def add(
         take_rest(makings, registry.find(rest).id, registry)
     refuse_gaps(makings, path)
     model = name or re.sub(r"[^a-z0-9._]+", "-", path.stem.lower()).strip("-.")[:64] or "model"
-    folder = settings.models / model
-    if folder.exists() or any(model in registry.names(card) for card in registry.cards.values()):
-        raise LoadError(f"{folder}: there is a model of this name already; give another with --id")
+    folder = free(model, registry, settings.models)
     write(folder, model, makings)
     typer.echo(f"{model}: {folder / 'card.toml'}, like {makings.like.card.id}; the weights stay where they are")
     typer.echo(f"next: {_next(model, read_cards(settings.models))}")
+
+
+def free(model: str, registry: Registry, models: Path) -> Path:
+    """The folder of a new model. Raises LoadError: its name is none, or is taken."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", model):
+        raise LoadError(f'"{model}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    folder = models / model
+    if folder.exists() or any(model in registry.names(card) for card in registry.cards.values()):
+        raise LoadError(f"{folder}: there is a model of this name already; give another with --id")
+    return folder
 
 
 def start(report: Report, registry: Registry, like: str | None) -> Makings:
@@ -179,54 +159,6 @@ def refuse_gaps(makings: Makings, path: Path) -> None:
             f"{path}: {', '.join(lacking)} missing: give {flags}, or --rest {makings.like.card.id} "
             "to take what is missing from that card"
         )
-
-
-def write(folder: Path, model: str, makings: Makings) -> None:
-    """The card's folder, the card last; nothing stays of one that could not be written or is not right."""
-    folder.mkdir()
-    try:
-        like = makings.like
-        if makings.source is None:
-            _write_layout(folder, makings)
-        raw = tomllib.loads((like.card.folder / "card.toml").read_text(encoding="utf-8"))
-        card = {
-            "id": model,
-            **{name: value for name, value in raw.items() if name not in OWN},
-            "source": {"path": str(makings.source or ".")},
-            **({"components": makings.rest} if makings.rest else {}),
-            **({"files": {part: str(file) for part, file in makings.files.items()}} if makings.files else {}),
-        }
-        lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
-        (folder / "card.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        read_cards(folder.parent)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
-
-
-def _write_layout(folder: Path, makings: Makings) -> None:
-    """model_index.json, the configs of parts in files, and links to the folders of others."""
-    like = makings.like
-    index = json.loads((like.folder / INDEX).read_text(encoding="utf-8"))
-    absent = like.missing(makings.parts - makings.rest.keys())
-    (folder / INDEX).write_text(json.dumps({k: v for k, v in index.items() if k not in absent}, indent=2) + "\n")
-    for part in (*makings.files, *makings.plain, "scheduler"):
-        for file in sorted((like.folder / part).glob("*config.json")):
-            (folder / part).mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / part / file.name)
-    for part, place in makings.links.items():
-        (folder / part).symlink_to(place)
-    for part, file in makings.plain.items():
-        (folder / part / "model.safetensors").symlink_to(file)
-
-
-def to_toml(value: Any) -> str:
-    """A value of a card as TOML, tables in one line."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _next(model: str, cards: dict[str, Card]) -> str:

@@ -72,11 +72,16 @@ def check_cards(folder: Path, threads: int) -> None:
 def no_card(report: Report) -> str:
     """What is said when nothing fits: the nearest card and the first difference."""
     if report.nearest is None:
-        held = ", ".join(sorted(report.pieces)) or "nothing"
-        return f"{report.path}: no card has parts like these ({held})"
+        names = next((list(piece.state) for piece in report.pieces.values() if piece.state), ["none"])
+        return f"{report.path}: in no layout that is known here; its tensors: {', '.join(map(short, names[:3]))} ..."
     card, part, found = report.nearest
     more = f", and {len(found) - 1} more differences" if len(found) > 1 else ""
-    return f"{report.path}: fits no card; the nearest is {card.id}, whose {part} is another: {found[0]}{more}"
+    return f"{report.path}: fits no card; the nearest is {card.id}, whose {part} is another: {short(found[0])}{more}"
+
+
+def short(text: str) -> str:
+    """What a file says, fit for a line."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def tell(report: Report, settings: Settings) -> None:
@@ -95,7 +100,7 @@ def tell(report: Report, settings: Settings) -> None:
         parameters, numbers = one.counts(part) if part in each else (0, 0)
         state = f"stored as {there.formats}" if there else _absent(one.card, part, pieces)
         if part in report.odd:
-            state = f"not usable: {report.odd[part]}"
+            state = f"not usable: {short(report.odd[part])}"
         memory = decimal(numbers * each[part]) if numbers else "-"
         rows.add_row(part, escape(state), count(parameters), decimal(there.bytes) if there else "-", memory)
     print_table(rows)
@@ -104,7 +109,7 @@ def tell(report: Report, settings: Settings) -> None:
         typer.echo(f"next: {_next(report, one, settings.models)}")
     else:
         if report.others:
-            typer.echo(f"besides, {len(report.others)} tensors that no layout has, the first {report.others[0]}")
+            typer.echo(f"besides, {len(report.others)} tensors that no layout has, the first {short(report.others[0])}")
         typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(_flag, pieces))})")
 
 

@@ -5,6 +5,7 @@ Knows nothing of what will be done with them. Only headers are read, and each is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -17,7 +18,7 @@ from app.card import INDEX, Card
 from app.errors import CheckpointError
 from app.families import FAMILIES
 from app.families.components import State, has_weights, read_json
-from app.families.differences import counts, differences
+from app.families.differences import counts, differences, outline_of
 from app.families.originals import Held, parts_in
 from app.pool.torchzip import read_torch_zip
 from app.pool.weights import PICKLES, read_names, read_outline
@@ -28,6 +29,8 @@ BESIDES = {
     "Transformer2DModel": ("sample_size",),
 }
 """Fields of configs that tell networks of the same shapes apart."""
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,10 @@ class Shipped:
     def counts(self, part: str) -> tuple[int, int]:
         """Parameters of a network, and all numbers that it keeps in memory."""
         return counts(self.classes[part], self.folder / part)
+
+    def names(self, part: str) -> set[str]:
+        """Of a network's tensors."""
+        return set(outline_of(self.classes[part], self.folder / part))
 
     def missing(self, parts: Iterable[str]) -> list[str]:
         """What of this card's parts is not among these."""
@@ -167,7 +174,7 @@ def classes_of(index: Path) -> dict[str, str]:
     """The class of each part that a model_index.json names, less the scheduler. Raises CheckpointError."""
     entries = {name: entry for name, entry in read_json(index).items() if name != "scheduler" and name[:1] != "_"}
     pairs = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
-    return {name: entry[1] for name, entry in pairs.items() if isinstance(entry[1], str) and Path(name).name == name}
+    return {name: entry[1] for name, entry in pairs.items() if isinstance(entry[1], str) and _NAME.fullmatch(name)}
 
 
 def shipped_of(card: Card) -> Shipped | None:
@@ -202,9 +209,10 @@ def _by_looks(report: Report, one: Shipped) -> dict[str, Piece]:
 
 
 def _near(report: Report, one: Shipped, part: str, piece: Piece) -> list[str] | None:
-    """The differences, and the nearest card so far noted down."""
+    """The differences, and the nearest card so far noted down: one that has a name in common with it."""
     found = one.differences(part, piece)
-    if found and (report.nearest is None or len(found) < len(report.nearest[2])):
+    alike = found and (piece.held is not None or one.names(part) & piece.state.keys())
+    if found and alike and (report.nearest is None or len(found) < len(report.nearest[2])):
         report.nearest = one.card, part, found
     return found
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.add import to_toml
+from app.cli.makings import to_toml
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line
 
@@ -115,6 +115,11 @@ def test_what_is_missing_is_one_line_and_leaves_nothing(run: Run, store: Path, n
     vae = originals.write(originals.vae(originals.read(tiny / "tiny-sd3" / "vae")), network.parent / "ae.safetensors")
     assert "the network is not in it" in one_line(run("models", "add", vae))
     assert "is a whole model" in one_line(run("models", "add", tiny / "tiny-sd3", "--vae", vae, "--id", "x"))
+    assert '"../x" cannot be the id of a model' in one_line(run("models", "add", tiny / "tiny-sd3", "--id", "../x"))
+    shutil.copytree(tiny / "tiny-sd3", network.parent / "deep")
+    config = network.parent / "deep" / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 2', '"num_layers": 99999999'))
+    assert "num_layers = 99999999, but the weights hold" in one_line(run("models", "add", network.parent / "deep"))
     assert sorted(folder.name for folder in store.iterdir()) == ["tiny-dit", "tiny-sd3"]
 
 
