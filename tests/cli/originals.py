@@ -1,4 +1,4 @@
-"""Files in the layouts of SD3's authors, made of diffusers' tensors: the way back, written plainly.
+"""Files in the layouts of SD3's and FLUX's authors, made of diffusers' tensors: the way back, written plainly.
 
 Knows nothing of the app, whose tables go the other way. Tensors may be on the meta device.
 """
@@ -93,6 +93,68 @@ def _block(own: State, index: int, kind: str, last: bool) -> State:
             found[f"{theirs}.{block}.{attn}.qkv.{kind}"] = torch.cat(parts)
         if f"{ours}.{attn}.{out}.{kind}" in own:
             found[f"{theirs}.{block}.{attn}.proj.{kind}"] = own[f"{ours}.{attn}.{out}.{kind}"]
+    return found
+
+
+_FLUX = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    **{
+        f"time_text_embed.{ours}_embedder.linear_{n}": f"{theirs}_in.{layer}"
+        for ours, theirs in (("timestep", "time"), ("guidance", "guidance"), ("text", "vector"))
+        for n, layer in ((1, "in_layer"), (2, "out_layer"))
+    },
+}
+_DOUBLE = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE = {
+    "norm.linear": "modulation.lin",
+    "proj_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
+}
+_FUSED = {
+    ("transformer_blocks", "attn.to_q"): (["attn.to_q", "attn.to_k", "attn.to_v"], "img_attn.qkv"),
+    ("transformer_blocks", "attn.add_q_proj"): (
+        ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        "txt_attn.qkv",
+    ),
+    ("single_transformer_blocks", "attn.to_q"): (["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], "linear1"),
+}
+
+
+def flux(own: State) -> State:
+    """model.py's names of a FluxTransformer2DModel."""
+    blocks = {"transformer_blocks": ("double_blocks", _DOUBLE), "single_transformer_blocks": ("single_blocks", _SINGLE)}
+    found: State = {}
+    for name, value in own.items():
+        module, _, kind = name.rpartition(".")
+        if module in _FLUX:
+            found[f"{_FLUX[module]}.{kind}"] = swap(value) if module == "norm_out.linear" else value
+            continue
+        ours, index, rest = module.split(".", 2)
+        theirs, names = blocks[ours]
+        if rest in names:
+            found[f"{theirs}.{index}.{names[rest]}.{'scale' if '.norm_' in rest else kind}"] = value
+        elif (ours, rest) in _FUSED:
+            parts, fused = _FUSED[ours, rest]
+            found[f"{theirs}.{index}.{fused}.{kind}"] = torch.cat(
+                [own[f"{ours}.{index}.{one}.{kind}"] for one in parts]
+            )
     return found
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from app.cli.makings import to_toml
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line
+from tests.tiny import write_flux
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -73,6 +74,22 @@ def test_every_part_from_a_place_of_its_own(run: Run, store: Path, network: Path
     assert made.exit_code == 0, made.output
     assert np.array_equal(picture(run, "mine", tmp_path), picture(run, "tiny-sd3", tmp_path))
     assert state_of(run, "mine") == "ok"
+
+
+def test_flux_from_the_files_that_its_users_have(run: Run, store: Path, tmp_path: Path) -> None:
+    """flux1-dev, ae, clip_l and t5xxl, each in a file of its own."""
+    whole = store / "tiny-flux"
+    write_flux(whole, dev=True)
+    net = originals.write(
+        originals.flux(originals.read(whole / "transformer")), tmp_path / "f" / "flux1-dev.safetensors"
+    )
+    ae = originals.write(originals.vae(originals.read(whole / "vae")), tmp_path / "f" / "ae.safetensors")
+    (clip,), (t5,) = ((whole / part).glob("*.safetensors") for part in ("text_encoder", "text_encoder_2"))
+    assert run("models", "check", net).stdout.startswith("fits tiny-flux\n")
+    words = ["--vae", ae, "--text-encoder", clip, "--text-encoder-2", t5, "--tokenizers", whole]
+    made = run("models", "add", net, *words)
+    assert made.exit_code == 0, made.output
+    assert np.array_equal(picture(run, "flux1-dev", tmp_path), picture(run, "tiny-flux", tmp_path))
 
 
 def test_a_folder_of_diffusers(run: Run, store: Path, tiny: Path) -> None:
