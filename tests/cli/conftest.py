@@ -1,8 +1,9 @@
-"""The tiny models, and the command line as a user calls it, in this process."""
+"""The tiny models, the command line as a user calls it, in this process, and a Hub that it asks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from app.cli import app
+from tests.cli.hub import Hub
+from tests.cli.pulls import SPARE, TOKEN
 from tests.tiny import write_models
 
 Run = Callable[..., Result]
@@ -53,3 +56,40 @@ def one_line(result: Result) -> str:
     lines = result.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("instep: "), result.stderr
     return lines[0].removeprefix("instep: ")
+
+
+@pytest.fixture
+def models(tiny: Path, tmp_path: Path) -> Path:
+    """The tiny models: tiny-sd3 is on the Hub as lab/tiny, tiny-sd3-turbo takes its components from there."""
+    folder, repo = tmp_path / "models", tmp_path / "hub" / "lab" / "tiny"
+    shutil.copytree(tiny, folder)
+    shutil.copytree(tiny / "tiny-sd3", repo)
+    for file in SPARE:
+        (repo / file).parent.mkdir(exist_ok=True)
+        (repo / file).write_bytes(b"spare")
+    card = (repo / "card.toml").rename(tmp_path / "card.toml").read_text()
+    shutil.rmtree(folder / "tiny-sd3")
+    (folder / "tiny-sd3").mkdir()
+    (folder / "tiny-sd3" / "card.toml").write_text(card.replace('path = "."', 'repo = "lab/tiny"'))
+    return folder
+
+
+@pytest.fixture
+def hub(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The Hub that this process asks, with an empty cache; nothing is gated, and no token is there."""
+    with Hub(models.parent / "hub", token=TOKEN) as server:
+        constants = "huggingface_hub.constants"
+        monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(models.parent / "home" / "hub"))
+        monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(models.parent / "home" / "token"))
+        monkeypatch.setattr("app.cli.download.PAUSES", (0.0, 0.0, 0.0))
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        yield server
+
+
+@pytest.fixture
+def pull(models: Path, run: Run) -> Callable[..., object]:
+    return lambda *words: run("models", "pull", *words, "--models", models)

@@ -1,14 +1,11 @@
-"""`instep models pull`: what a server needs and no more, resumed, checked; every trouble one line without a token."""
+"""`instep models pull`: what a server needs and no more, resumed where it was cut, and used without the Hub."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,63 +16,7 @@ from app.errors import CheckpointError
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line
 from tests.cli.hub import COMMIT, Hub
-
-TOKEN = "hf_secretsecretsecret"
-SPARE = (
-    *("sd3.safetensors", ".gitattributes", "README.md", "text_encoders/clip.safetensors", "vae/run.py"),
-    *("text_encoder/pytorch_model.bin", "text_encoder/model.fp16.safetensors"),
-    *("text_encoder_3/model.fp16-00001-of-00002.safetensors", "text_encoder_3/model.safetensors.index.fp16.json"),
-)
-"""What repositories of SD3 have besides, some of it larger than what is needed."""
-
-VAE = "vae/diffusion_pytorch_model.safetensors"
-NETWORK = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def models(tiny: Path, tmp_path: Path) -> Path:
-    """The tiny models: tiny-sd3 is on the Hub as lab/tiny, tiny-sd3-turbo takes its components from there."""
-    folder, repo = tmp_path / "models", tmp_path / "hub" / "lab" / "tiny"
-    shutil.copytree(tiny, folder)
-    shutil.copytree(tiny / "tiny-sd3", repo)
-    for file in SPARE:
-        (repo / file).parent.mkdir(exist_ok=True)
-        (repo / file).write_bytes(b"spare")
-    card = (repo / "card.toml").rename(tmp_path / "card.toml").read_text()
-    shutil.rmtree(folder / "tiny-sd3")
-    (folder / "tiny-sd3").mkdir()
-    (folder / "tiny-sd3" / "card.toml").write_text(card.replace('path = "."', 'repo = "lab/tiny"'))
-    return folder
-
-
-@pytest.fixture
-def hub(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The Hub that this process asks, with an empty cache; nothing is gated, and no token is there."""
-    with Hub(models.parent / "hub", token=TOKEN) as server:
-        constants = "huggingface_hub.constants"
-        monkeypatch.setattr(f"{constants}.ENDPOINT", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(models.parent / "home" / "hub"))
-        monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(models.parent / "home" / "token"))
-        monkeypatch.setattr("app.cli.download.PAUSES", (0.0, 0.0, 0.0))
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        yield server
-
-
-@pytest.fixture
-def pull(models: Path, run: Run) -> Callable[..., object]:
-    return lambda *words: run("models", "pull", *words, "--models", models)
-
-
-def cached(models: Path, path: str) -> Path:
-    return models.parent / "home" / "hub" / "models--lab--tiny" / "snapshots" / COMMIT / path
-
-
-def partials(models: Path) -> list[int]:
-    """Bytes of what came of files that were cut off."""
-    return [file.stat().st_size for file in (models.parent / "home").rglob("*.incomplete")]
+from tests.cli.pulls import NETWORK, SPARE, TOKEN, VAE, cached, partials
 
 
 def test_what_was_pulled_is_whole_without_the_hub(models: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,118 +139,6 @@ def test_a_dit_of_torch_files_is_brought_to_be_converted(
     assert converted.exit_code == 0, converted.output
     drawn = run("generate", "--class-label", 3, "--model", "my-tiny-dit", "--steps", 2, "--out", models / "a.png")
     assert (drawn.exit_code, (models / "a.png").is_file()) == (0, True), drawn.output
-
-
-@pytest.mark.parametrize("path", [NETWORK, "vae/config.json"], ids=["sha256", "git"])
-def test_what_is_not_what_the_hub_lists_is_thrown_away(models: Path, hub: Hub, pull: Run, path: str) -> None:
-    hub.flipped.add(path)
-    said = one_line(pull("tiny-sd3"))
-    assert said.startswith(f"tiny-sd3: lab/tiny: {path}: what came is not what the Hub lists")
-    assert partials(models) == [] and not cached(models, path).exists()
-    hub.flipped.clear()
-    assert pull("tiny-sd3").exit_code == 0
-
-
-def test_more_or_less_than_the_hub_lists_is_not_taken(models: Path, hub: Hub, pull: Run) -> None:
-    hub.sizes[NETWORK] = 100
-    assert "what came is not what the Hub lists" in one_line(pull("tiny-sd3"))
-    hub.sizes[NETWORK] = 10**6
-    assert "of 1000000 bytes (" in one_line(pull("tiny-sd3"))
-    assert sum(partials(models)) < 10**6
-
-
-def test_no_room_is_told_before_anything_comes(models: Path, hub: Hub, pull: Run) -> None:
-    hub.sizes[NETWORK] = 10**18
-    said = one_line(pull("tiny-sd3"))
-    assert said.startswith("no room: 1.0 EB to come, ") and "B free in " in said
-    assert hub.stored == []
-
-
-def test_a_disk_that_takes_no_more_is_one_line(models: Path, hub: Hub, pull: Run) -> None:
-    """The system refuses to make a file any longer, as it does when a disk is full; then there is room again."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
-    try:
-        said = one_line(pull("tiny-sd3"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said == f"tiny-sd3: lab/tiny: {models.parent / 'home' / 'hub'}: File too large"
-    assert sum(partials(models)) > 0 and pull("tiny-sd3").exit_code == 0
-
-
-def test_two_downloads_of_one_file_do_not_mix(models: Path, hub: Hub, pull: Run) -> None:
-    hub.cut[VAE] = 100
-    assert "broke off" in one_line(pull("tiny-sd3"))
-    (partial,) = (models.parent / "home").rglob("*.incomplete")
-    with partial.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert one_line(pull("tiny-sd3")).endswith(f"{VAE}: another download of it is under way")
-
-
-@pytest.mark.parametrize(
-    ("token", "change", "said"),
-    [
-        ("", {"gated": ("lab/tiny",)}, "lab/tiny is gated: accept its licence at {url}/lab/tiny and set HF_TOKEN to a"),
-        (
-            TOKEN,
-            {"gated": ("lab/tiny",), "accepted": False},
-            "lab/tiny is gated: accept its licence at {url}/lab/tiny with the account of this HF_TOKEN",
-        ),
-        ("hf_wrongwrongwrong", {}, "the Hub does not know this HF_TOKEN (401): make another at {url}/settings/tokens"),
-        ("hf_two\x01lines", {}, "HF_TOKEN is not a token: it has characters that no token has"),
-        ("", {"repo": "lab/nothing"}, "lab/nothing: there is no such repository, or this HF_TOKEN may not see it"),
-        (TOKEN, {"repo": "lab/nothing"}, "lab/nothing: there is no such repository"),
-        ("", {"repo": "a b/c"}, "a b/c: Repo id must"),
-        ("", {"revision": "v9"}, 'lab/tiny: there is no revision "v9"'),
-        ("", {"gone": True}, "lab/tiny: the Hub ({url}) cannot be reached ("),
-        ("", {"bin": True}, "lab/tiny: transformer has no safetensors there, only diffusion_pytorch_model.bin"),
-    ],
-)
-def test_what_cannot_be_pulled_is_one_line(
-    models: Path,
-    hub: Hub,
-    pull: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    token: str,
-    change: dict[str, object],
-    said: str,
-) -> None:
-    if token:
-        monkeypatch.setenv("HF_TOKEN", token)
-    break_it(models, hub, dict(change), monkeypatch)
-    line = one_line(pull("tiny-sd3"))
-    assert line.startswith("tiny-sd3: " + said.format(url=hub.url)) and "hf_" not in line
-    assert not cached(models, VAE).exists()
-
-
-def break_it(models: Path, hub: Hub, change: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """gone: nobody listens there. bin: a repository from before safetensors. Else a field of the Hub or the source."""
-    file = models / "tiny-sd3" / "card.toml"
-    source = {"repo": "lab/tiny", **{name: change.pop(name) for name in ("repo", "revision") if name in change}}
-    told = ", ".join(f'{name} = "{value}"' for name, value in source.items())
-    file.write_text(file.read_text().replace('repo = "lab/tiny"', told))
-    if change.pop("gone", False):
-        hub.server_close()
-    if change.pop("bin", False):
-        weights = hub.root / "lab" / "tiny" / NETWORK
-        weights.rename(weights.with_suffix(".bin"))
-    for name, value in change.items():
-        monkeypatch.setattr(hub, name, value)
-
-
-def test_of_several_models_the_others_are_pulled(models: Path, hub: Hub, pull: Run) -> None:
-    shutil.copytree(models / "tiny-dit", models / "other")
-    card = models / "other" / "card.toml"
-    card.write_text(card.read_text().replace("tiny-dit", "other").replace('path = "."', 'repo = "lab/nothing"'))
-    result = pull("--all")
-    assert result.exit_code == 1 and "tiny-sd3: here" in result.stdout
-    assert result.stderr.startswith("instep: 1 of 2 models were not pulled: other: lab/nothing: there is no such")
-
-
-def test_names_that_would_leave_the_cache_are_refused(models: Path, hub: Hub, pull: Run) -> None:
-    index = hub.root / "lab" / "tiny" / "model_index.json"
-    index.write_text('{"..": ["diffusers", "AutoencoderKL"]}')
-    assert '".." is not the name of a part' in one_line(pull("tiny-sd3"))
 
 
 def test_one_format_without_variants_is_wanted() -> None:
