@@ -100,7 +100,8 @@ def told(repo: str, revision: str | None) -> Iterator[None]:
         whose = "with the account of this HF_TOKEN" if token else "and set HF_TOKEN to a token of that account"
         raise CheckpointError(f"{repo} is gated: accept its licence at {page(repo)} {whose}") from error
     except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{repo}: there is no such repository, or this HF_TOKEN may not see it") from error
+        said = "there is no such repository, or this HF_TOKEN may not see it"
+        raise CheckpointError(f"{repo}: {said} (look at {page(repo)})") from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f'{repo}: there is no revision "{revision}"') from error
     except EntryNotFoundError as error:
