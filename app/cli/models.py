@@ -5,6 +5,7 @@ Knows nothing of devices: nothing is loaded onto one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,9 @@ def list_models(models: Folder = None) -> None:
     for card in cards.values():
         given = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
-        files = "here" if downloaded(card, cards) else "gated" if card.gated else "pull" if card.source.repo else "none"
+        files = (
+            "here" if downloaded(card, cards) else "gated" if card.gated else "pull" if on_hub(card, cards) else "none"
+        )
         steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
         amounts = count(card.parameters), decimal(card.bytes) if card.bytes else "-"
         rows.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
@@ -49,13 +52,26 @@ def show(model: Annotated[str, typer.Argument(help="A model id or alias")], mode
     registry = open_registry(read_settings(models=models))
     card = registry.find(model)
     rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in facts_of(card, downloaded(card, registry.cards)).items():
+    for name, value in facts_of(card, where(card, registry.cards)).items():
         rows.add_row(name, escape(value))
     print_table(rows)
 
 
-def facts_of(card: Card, here: bool) -> dict[str, str]:
-    """A card in words, by the name of the fact. here: whether its files are on this machine."""
+def on_hub(card: Card, cards: Mapping[str, Card]) -> bool:
+    """Whether any of its files are to be had from the Hub, those that other cards give it too."""
+    givers = (cards[target.partition("/")[0]] for target in card.components.values())
+    return any(one.source.repo for one in (card, *givers))
+
+
+def where(card: Card, cards: Mapping[str, Card]) -> str:
+    """Whether a card's files are on this machine, and what to do when not."""
+    if downloaded(card, cards):
+        return "here"
+    return f"not here: instep models pull {card.id}" if on_hub(card, cards) else "missing"
+
+
+def facts_of(card: Card, files: str) -> dict[str, str]:
+    """A card in words, by the name of the fact. files: where they are."""
     given, limits, schedule = card.defaults, card.limits, card.schedule
     source = (
         card.source.path if card.source.path is not None else f"{card.source.repo}@{card.source.revision or 'main'}"
@@ -72,7 +88,7 @@ def facts_of(card: Card, here: bool) -> dict[str, str]:
         "bytes": f"{decimal(card.bytes)} of weights" if card.bytes else "not said",
         "card": str(card.folder / "card.toml"),
         "source": str(source),
-        "files": "here" if here else f"not here: instep models pull {card.id}" if card.source.repo else "missing",
+        "files": files,
         **{f"file {part}": file for part, file in card.files.items()},
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",

@@ -108,6 +108,8 @@ def test_files_of_ones_own_bring_only_what_they_lack(
     file = originals.write(originals.sd3_file(tiny / "tiny-sd3"), models.parent / "net.safetensors")
     made = run("models", "add", file, "--id", "mine", "--rest", "tiny-sd3", "--models", models)
     assert (made.exit_code, made.stdout.splitlines()[-1]) == (0, "next: instep models pull mine"), made.output
+    monkeypatch.setenv("INSTEP_MODELS", str(models))
+    assert "not here: instep models pull mine" in run("models", "show", "mine").stdout
     assert pull("mine").exit_code == 0
     assert sorted(path.split("/")[0] for path, _, _ in hub.stored) == [
         "text_encoder",
