@@ -105,7 +105,7 @@ class Held:
             found = apply(self.layout.rules, own)
         except ValueError as error:
             after = f" after {self.prefix}" if self.prefix else ""
-            raise ValueError(f"{str(error):.400} (in the layout of {self.layout.name}{after})") from error
+            raise ValueError(f"{error!s:.400} (in the layout of {self.layout.name}{after})") from error
         return tables.identity_projection(found) if class_name == "CLIPTextModelWithProjection" else found
 
 

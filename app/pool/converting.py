@@ -102,7 +102,8 @@ def convert_dit(wanted: Conversion, tell: Callable[[str], None], write: Callable
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         (write or _write)(wanted, unfinished, folder.name, tell)
-        unfinished.chmod(0o755)
+        for path in (unfinished, *unfinished.rglob("*")):  # of which two libraries would let only the owner read some
+            path.chmod(0o755 if path.is_dir() else 0o644)
         os.rename(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -120,8 +121,7 @@ def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str]
         raise CheckpointError(f"{wanted.file}: {error}") from error
     told = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
     tell(f"a DiT: {told.format(**config)}, {config['num_embeds_ada_norm']} classes")
-    outline = {key: value.to("meta") for key, value in state.items()}
-    check_written(folder / "transformer", CLASS, config, outline, wanted.file)
+    check_written(folder / "transformer", CLASS, config, {k: v.to("meta") for k, v in state.items()}, wanted.file)
     vae, vae_config = open_vae(wanted.vae)
     check_written(folder / "vae", VAE, vae_config, part_outline(vae), vae.weights)
     write_index(wanted, folder, config)
@@ -172,8 +172,8 @@ def write_weights(folder: Path, state: State, dtype: torch.dtype | None) -> None
         shards[-1].append(key)
         size += more
     stem = "diffusion_pytorch_model"
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else [f"{stem}.safetensors"]
+    several = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = several if len(shards) > 1 else [f"{stem}.safetensors"]
     for name, keys in zip(names, shards, strict=True):
         # A copy of each, also where two names have one tensor: the format has no second names.
         own = {key: state[key].to(dtype or state[key].dtype, copy=True).contiguous() for key in keys}

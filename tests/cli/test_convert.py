@@ -78,6 +78,7 @@ def test_diffusers_reads_the_folder(run: Run, pt: Path, tiny: Path) -> None:
     state = load_file(folder / "transformer" / WEIGHTS)
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
     assert state.keys() == network.state_dict().keys()
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (folder, *folder.rglob("*"))), "others may read it"
     table = "norm1.emb.class_embedder.embedding_table.weight"
     for block in range(2):
         own = state[f"transformer_blocks.{block}.{table}"]
