@@ -25,7 +25,7 @@ def convert(
             help="The authors' .pt, or one that their train.py saved (its EMA is taken); or a folder of diffusers' .bin"
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist, or see --replace")],
     vae: Annotated[
         Path | None,
         typer.Option(
@@ -39,6 +39,9 @@ def convert(
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="FOLDER may be a card without weights; its facts are kept")
+    ] = False,
     models: Folder = None,
 ) -> None:
     """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
@@ -47,9 +50,10 @@ def convert(
     from app.pool.bins import write_folder
     from app.pool.converting import Conversion, convert_dit
 
-    shipped = (read_settings(models=models).models / card / "model_index.json" for card in LABELLED)
-    index = next((one for one in shipped if one.is_file()), None)
+    shipped = [read_settings(models=models).models / card for card in LABELLED]
+    indices = [place / "model_index.json" for place in (*[folder] * replace, *shipped)]
+    index = next((one for one in indices if one.is_file()), None)
     labels = read_labels(index) if index else ()
-    wanted = Conversion(file, folder, vae, getattr(torch, dtype), heads, labels)
+    wanted = Conversion(file, folder, vae, getattr(torch, dtype), heads, labels, replace)
     convert_dit(wanted, typer.echo, write_folder if file.is_dir() else None)
     typer.echo(f"next: instep serve --models {folder.parent}")

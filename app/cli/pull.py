@@ -120,7 +120,7 @@ def carry_out(one: Plan, models: Path) -> None:
         if repo.name == card.source.repo and repo.revision != repo.commit:
             typer.echo(f'{name}: not pinned; to stay with these files: source.revision = "{repo.commit}" in its card')
     if torch_files := one.pickled:
-        words = shlex.join(["instep", "models", "convert", str(torch_files.snapshot), str(models / f"my-{name}")])
+        words = shlex.join(["instep", "models", "convert", str(torch_files.snapshot), str(models / name), "--replace"])
         typer.echo(f"{name}: its weights are torch files, which a server does not load; next: {words}")
 
 

@@ -10,10 +10,7 @@ the authors' sample.py.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
@@ -23,13 +20,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from app.card import Card, read_card
 from app.errors import CheckpointError
-from app.families.components import blank_network, read_json
+from app.families.components import blank_network
 from app.families.originals import from_original
 from app.pool.contents import part_outline, part_states
-from app.pool.layout import Part
 from app.pool.torchzip import read_torch_zip
+from app.pool.vaes import VAE, open_vae
 from app.pool.weights import State
+from app.pool.whole import whole
 
 SHARD = 5 * 10**9
 """The most bytes of a file of weights that is written."""
@@ -46,7 +45,6 @@ _SHAPES = {
 """The tensors that say how large a DiT is."""
 
 CLASS = "DiTTransformer2DModel"
-VAE = "AutoencoderKL"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CARD = """\
@@ -81,6 +79,7 @@ class Conversion:
     """What to convert to what. vae: a folder in diffusers' layout, or a safetensors file in the authors'.
 
     heads: None for those of the width. labels: names of classes, used if they are as many as the network's.
+    replace: the folder may be a card without weights, whose facts are kept.
     """
 
     file: Path
@@ -89,26 +88,43 @@ class Conversion:
     dtype: torch.dtype = torch.bfloat16
     heads: int | None = None
     labels: tuple[str, ...] = ()
+    replace: bool = False
 
 
 def convert_dit(wanted: Conversion, tell: Callable[[str], None], write: Callable[..., None] | None = None) -> None:
     """Write the folder whole or not at all, by `write` or as a .pt's. Raises CheckpointError: it exists; bad files."""
     folder = wanted.folder.absolute()
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists: name a folder that does not")
+    card = _card_without_weights(folder) if wanted.replace else None
+    if folder.exists() and card is None:
+        hint = " and holds no card without weights" if wanted.replace else ": name a folder that does not"
+        raise CheckpointError(f"{folder} exists{hint}")
     if not _ID.fullmatch(folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole(folder) as unfinished:
         (write or _write)(wanted, unfinished, folder.name, tell)
-        for path in (unfinished, *unfinished.rglob("*")):  # of which two libraries would let only the owner read some
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        os.rename(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        if card is not None:
+            _keep_facts(card, unfinished / "card.toml")
     tell(f"wrote {folder}")
+
+
+def _card_without_weights(folder: Path) -> Card | None:
+    """The card of a folder that holds its facts alone, as the shipped ones do."""
+    bare = (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
+    return read_card(folder / "card.toml") if bare else None
+
+
+def _keep_facts(before: Card, file: Path) -> None:
+    """The facts of the card that is replaced, but for where its files are. Raises CheckpointError: other networks'."""
+    fresh = read_card(file)
+    if (before.family, before.limits.sizes.max) != (fresh.family, fresh.limits.sizes.max):
+        pixels = fresh.limits.sizes.max
+        raise CheckpointError(
+            f"{before.folder}: its card is for another network than these files, a DiT of {pixels} px"
+        )
+    text = (before.folder / "card.toml").read_text(encoding="utf-8")
+    source = re.compile(r"^source = .*$", re.MULTILINE)
+    file.write_text(source.sub('source = { path = "." }', text), encoding="utf-8")
+    read_card(file)
 
 
 def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str], None]) -> None:
@@ -181,35 +197,6 @@ def write_weights(folder: Path, state: State, dtype: torch.dtype | None) -> None
     if len(shards) > 1:
         placed = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": placed})
-
-
-def open_vae(place: Path | None) -> tuple[Part, dict[str, Any]]:
-    """The VAE as a part, with its config: that of its folder, or what its file's tensors say."""
-    if place is None:
-        raise CheckpointError("a .pt holds no VAE: give one with --vae")
-    if place.is_dir():
-        return Part("vae", VAE, place), read_json(place / "config.json")
-    part = Part("vae", VAE, place.parent, place)
-    return part, vae_config(part_outline(part))
-
-
-def vae_config(state: State) -> dict[str, Any]:
-    """diffusers' config of an autoencoder by diffusers' names, with the scale of the first latent diffusion models."""
-    channels = [
-        state[key].shape[0] for i in range(9) if (key := f"encoder.down_blocks.{i}.resnets.0.conv1.weight") in state
-    ]
-    latent, first = state.get("decoder.conv_in.weight"), "encoder.down_blocks.0.resnets."
-    return {
-        "_class_name": VAE,
-        "block_out_channels": channels,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "latent_channels": 4 if latent is None else latent.shape[1],
-        "layers_per_block": len({key.split(".")[4] for key in state if key.startswith(first)}),
-        "use_quant_conv": "quant_conv.weight" in state,
-        "use_post_quant_conv": "post_quant_conv.weight" in state,
-        "scaling_factor": 0.18215,
-    }
 
 
 def check_written(folder: Path, class_name: str, config: dict[str, Any], outline: State, file: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from app.card import read_cards
+from app.card import read_card, read_cards
 from app.pool import converting
 from app.pool.building import build_family, build_parts
 from app.request import ClassLabel
@@ -171,6 +171,25 @@ def test_a_folder_that_exists_is_left_as_it_is(run: Run, pt: Path, tiny: Path) -
     again = run("models", "convert", pt, folder, "--vae", tiny / "tiny-dit" / "vae", "--heads", 2)
     assert "exists: name a folder that does not" in one_line(again)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_only_a_card_without_weights_is_replaced(run: Run, pt: Path, tiny: Path) -> None:
+    folder, vae = converted(run, pt, tiny), tiny / "tiny-dit" / "vae"
+    words = ("models", "convert", pt, folder, "--vae", vae, "--heads", 2, "--replace")
+    assert "exists and holds no card without weights" in one_line(run(*words))
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    card = folder / "card.toml"
+    card.write_text(card.read_text() + 'license = "kept"\n')
+    again = run(*words)
+    assert again.exit_code == 0, again.output
+    assert read_card(card).license == "kept" and list(folder.rglob("*.safetensors"))
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    text = card.read_text().replace("32", "64")
+    card.write_text(text)
+    assert "another network than these files, a DiT of 32 px" in one_line(run(*words))
+    assert card.read_text() == text and [one.name for one in folder.parent.iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("name", ["a b", ".hidden", "x" * 65])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.card import read_card
 from app.cli.needs import wanted
 from app.errors import CheckpointError
 from tests.cli import originals
@@ -131,15 +132,18 @@ def test_a_dit_of_torch_files_is_brought_to_be_converted(
         torch.save(originals.read(file.parent), file.with_suffix(".bin"))
         file.unlink()
     card = (repo / "card.toml").rename(models / "tiny-dit" / "card.toml")
-    card.write_text(card.read_text().replace('path = "."', 'repo = "lab/dit"'))
+    card.write_text(card.read_text().replace('path = "."', 'repo = "lab/dit"') + 'license = "kept"\n')
+    for file in (models / "tiny-dit").rglob("*.safetensors"):
+        file.unlink()
     result = pull("tiny-dit")
     snapshot = models.parent / "home" / "hub" / "models--lab--dit" / "snapshots" / COMMIT
-    words = ["models", "convert", str(snapshot), str(models / "my-tiny-dit")]
+    words = ["models", "convert", str(snapshot), str(models / "tiny-dit"), "--replace"]
     assert (result.exit_code, result.stdout.splitlines()[-1].partition("next: ")[2]) == (0, f"instep {' '.join(words)}")
     monkeypatch.setenv("INSTEP_MODELS", str(models))
     converted = run(*words)
     assert converted.exit_code == 0, converted.output
-    drawn = run("generate", "--class-label", 3, "--model", "my-tiny-dit", "--steps", 2, "--out", models / "a.png")
+    assert read_card(card).license == "kept" and read_card(card).source.path == "."
+    drawn = run("generate", "--class-label", 3, "--model", "tiny-dit", "--steps", 2, "--out", models / "a.png")
     assert (drawn.exit_code, (models / "a.png").is_file()) == (0, True), drawn.output
 
 
