@@ -36,7 +36,7 @@ TOOLS = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH"
 SERVE = (sys.executable, "-c", "from app.cli import main; main()", "serve")
 SERVICE_LOG = "service.log"
 BROKEN = "broken-dit"
-MEMORY = "1200kB"
+MEMORY = "1050kB"
 """DEVICE_MEMORY of the service: all models but a part or two, so that there are evictions."""
 WAIT = 3.0
 """MAX_WAIT of the service: short, so that a few long requests fill its queue."""
