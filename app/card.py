@@ -90,6 +90,12 @@ class SkipLayers(Part):
     start: Annotated[float, Field(ge=0, le=1)] = 0.01
     stop: Annotated[float, Field(ge=0, le=1)] = 0.2
 
+    @model_validator(mode="after")
+    def _is_a_share(self) -> SkipLayers:
+        if self.start >= self.stop:
+            raise ValueError("start must be under stop")
+        return self
+
 
 class Bucket(Part):
     """The fixed batch sizes of deterministic mode: every forward is padded to these."""

@@ -65,8 +65,8 @@ def unreadable(texts: Sequence[str]) -> str:
     """The letters of these texts that the font does not have, each once, in order; the sheet shows a box for each."""
     font = _font(20)
     box = _ink(font, _MISSING)
-    letters = dict.fromkeys(letter for text in texts for letter in _plain(text) if not letter.isspace())
-    return "".join(letter for letter in letters if not letter.isascii() and _ink(font, letter) == box)
+    letters = dict.fromkeys(_plain("".join(dict.fromkeys("".join(texts)))))
+    return "".join(one for one in letters if not one.isascii() and not one.isspace() and _ink(font, one) == box)
 
 
 @dataclass(frozen=True)
@@ -197,12 +197,12 @@ def _wrap(text: str, font: _Font, width: int, most: int) -> list[str]:
     lines: list[str] = []
     line = ""
     for word in text.split():
-        if line and font.getlength(f"{line} {word}") <= width:
+        if line and font.getlength(f"{line} {word[:width]}") <= width:
             line = f"{line} {word}"
             continue
         if line:
             lines.append(line)
-        while font.getlength(word) > width and len(word) > 1 and len(lines) < most:
+        while font.getlength(word[:width]) > width and len(word) > 1 and len(lines) < most:
             end = _breaks(word, font, width)
             lines.append(word[:end])
             word = word[end:]

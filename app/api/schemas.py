@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.classes import draws_classes, find_label
 from app.api.fields import OTHER_NAMES, Flag, Labels, Real, Text, Texts, Whole, within
-from app.api.guidance import guidance_of
+from app.api.guidance import guidance_of, in_vain
 from app.api.hints import did_you_mean
 from app.card import Card, Size, Sizes, parse_size
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
@@ -55,7 +55,8 @@ class ImageBody(BaseModel):
     num_inference_steps: Whole | None = Field(None, description="Denoising steps")
     guidance_scale: Real | None = Field(None, description="Classifier-free guidance; 1 or less draws without it")
     true_cfg_scale: Real | None = Field(
-        None, description="Classifier-free guidance of a model whose guidance_scale its network is given (FLUX.1-dev)"
+        None,
+        description="Guidance away from negative_prompt, where the network is given guidance_scale (FLUX.1-dev)",
     )
     skip_layer_guidance_scale: Real | None = Field(None, description="Skip-layer guidance (SD3.5-medium); 0 is none")
     skip_layer_guidance_start: Real | None = Field(None, description="Share of the steps after which it acts")
@@ -113,7 +114,7 @@ class ImageBody(BaseModel):
         """What this body asks for in vain, in words for the reply."""
         if draws_classes(card) and self.class_label is not None and self.prompt:
             return [f"prompt is ignored: {card.id} draws class_label"]
-        return []
+        return in_vain(self, card)
 
     def _deadline(self, patience: float | None) -> float | None:
         """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.

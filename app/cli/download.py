@@ -57,17 +57,18 @@ def fetch(repo: Repo, path: str, tell: Callable[[int], None] = lambda count: Non
 
 def link(repo: Repo, paths: Iterable[str]) -> None:
     """Show files that were fetched where the Hub library looks for them: the snapshot of the commit."""
-    for path in paths:
-        shown = repo.snapshot / path
-        shown.parent.mkdir(parents=True, exist_ok=True)
-        if not shown.exists():
-            shown.unlink(missing_ok=True)  # a link to nothing
-            shown.symlink_to(os.path.relpath(repo.blob(path), shown.parent))
-    revision = repo.revision or constants.DEFAULT_REVISION
-    if revision != repo.commit:
-        ref = repo.folder / "refs" / revision
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(repo.commit, encoding="ascii")
+    with told(repo.name, repo.revision):
+        for path in paths:
+            shown = repo.snapshot / path
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            if not shown.exists():
+                shown.unlink(missing_ok=True)  # a link to nothing
+                shown.symlink_to(os.path.relpath(repo.blob(path), shown.parent))
+        revision = repo.revision or constants.DEFAULT_REVISION
+        if revision != repo.commit:
+            ref = repo.folder / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(repo.commit, encoding="ascii")
 
 
 class _Arrival:

@@ -27,6 +27,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from app.errors import CheckpointError
 
+NAME_LIMIT = 255
+"""Bytes of a name in a folder that file systems take."""
+
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -79,11 +82,22 @@ def open_repo(name: str, revision: str | None) -> Repo:
         api = HfApi()
         commit = str(api.model_info(name, revision=revision).sha)
         listed = [one for one in api.list_repo_tree(name, revision=commit, recursive=True) if isinstance(one, RepoFile)]
-    files = {one.path: Entry(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in listed}
-    # NOTE: digests and the commit become names in the cache.
-    if not all(_DIGEST.fullmatch(word) for word in (commit, *(entry.digest for entry in files.values()))):
-        raise CheckpointError(f"{name}: the Hub's list of files is not readable")
+        files = {one.path: Entry(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in listed}
+        if not _DIGEST.fullmatch(commit) or not all(map(_sound, files.values())):
+            raise TypeError
     return Repo(name, revision, commit, files, cache() / repo_folder_name(repo_id=name, repo_type="model"))
+
+
+def _sound(entry: Entry) -> bool:
+    """Whether it says of a file what may be said. NOTE: digests and paths become names in the cache, and are shown."""
+    names = entry.path.split("/")
+    return (
+        entry.path.isprintable()
+        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in names)
+        and isinstance(entry.size, int)
+        and entry.size >= 0
+        and _DIGEST.fullmatch(entry.digest) is not None
+    )
 
 
 @contextmanager
@@ -114,6 +128,8 @@ def told(repo: str, revision: str | None) -> Iterator[None]:
     except OSError as error:
         what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise CheckpointError(f"{repo}: {error.filename or cache()}: {what}") from error
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of other things than were asked for
+        raise CheckpointError(f"{repo}: the Hub's list of files is not readable") from error
     except ValueError as error:  # the name of a repository, or JSON
         raise CheckpointError(f"{repo}: {str(error).replace(token or '(no token)', '...')}") from error
 

@@ -5,7 +5,8 @@ Knows nothing of samplers: shift, spacing and defaults stand in the card; a turb
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -57,9 +58,6 @@ class SD3:
         self.t5 = text_encoder(card, parts, "_3")
         self.shares = self._clip_shares()
         self._check()
-        self._skips: torch.Tensor | None = None
-        for layer in card.skip_layer_guidance.layers if card.skip_layer_guidance else ():
-            self.network.transformer_blocks[layer].register_forward_hook(self._skip, with_kwargs=True)
 
     @staticmethod
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
@@ -100,14 +98,14 @@ class SD3:
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [P, C, h, w] float32, t [P] float32 (0..1000) -> (out float32 [P, C, h, w], None)."""
-        self._skips = conditions.get("skip")
-        out = self.network(
-            hidden_states=x.to(self.dtype),
-            timestep=t,
-            encoder_hidden_states=conditions["text"],
-            pooled_projections=conditions["pooled"],
-            return_dict=False,
-        )[0]
+        with self._skipping(conditions.get("skip")):
+            out = self.network(
+                hidden_states=x.to(self.dtype),
+                timestep=t,
+                encoder_hidden_states=conditions["text"],
+                pooled_projections=conditions["pooled"],
+                return_dict=False,
+            )[0]
         return out.float(), None
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -122,12 +120,27 @@ class SD3:
         """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
         return linear_preview(self.vae)(latents)
 
-    def _skip(self, block: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """A block's output, but its input for the passes that leave it out (`skip_layers` of diffusers, row by row)."""
-        if self._skips is None:
-            return output
-        inputs = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
-        return tuple(torch.where(self._skips[:, None, None], *pair) for pair in zip(inputs, output, strict=True))
+    @contextmanager
+    def _skipping(self, skips: torch.Tensor | None) -> Iterator[None]:
+        """The card's skip layers hand on their inputs for passes in `skips` [P]: diffusers' `skip_layers`, by row."""
+        # For one forward only, because another card may share the network.
+        facts = self.card.skip_layer_guidance
+        if skips is None or facts is None:
+            yield
+            return
+        mask = skips[:, None, None]
+
+        def skip(block: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+            inputs = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+            return tuple(torch.where(mask, *pair) for pair in zip(inputs, output, strict=True))
+
+        blocks = [self.network.transformer_blocks[layer] for layer in facts.layers]
+        hooks = [block.register_forward_hook(skip, with_kwargs=True) for block in blocks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(text [B, clip + text_length, joint], pooled [B, pooled]), as StableDiffusion3Pipeline.encode_prompt."""

@@ -63,8 +63,21 @@ def test_skip_layer_guidance_is_off_until_it_is_asked_for(skipping: Card) -> Non
 def test_a_card_may_turn_it_on(plain: Card) -> None:
     card = plain.model_copy(update={"skip_layer_guidance": SkipLayers(layers=(1,), scale=2.5)})
     assert ask(card, guidance_scale=4).skip == SkipGuidance(2.5, 0.01, 0.2)
-    assert ask(card, guidance_scale=4, skip_layer_guidance_scale=0).skip is None
+    off = ask(card, guidance_scale=4, skip_layer_guidance_scale=0)
+    assert off.passes(40) == 80 and not off.skipping(40)
+    again = ask(card, **guidance_facts(off))
+    assert again.skip == off.skip == SkipGuidance(0.0, 0.01, 0.2)
     assert ask(card, guidance_scale=0).skip is None
+
+
+def test_what_changes_nothing_is_told(embedded: Card, skipping: Card) -> None:
+    def said(card: Card, **fields: Any) -> list[str]:
+        return read_body({"prompt": "a", **fields}).warnings(card)
+
+    assert said(embedded, negative_prompt="b") == ["negative_prompt is ignored: it takes a true_cfg_scale over 1"]
+    assert said(embedded, negative_prompt="b", true_cfg_scale=2) == []
+    assert [one.split()[0] for one in said(skipping, skip_layer_guidance_start=0)] == ["skip_layer_guidance_start"]
+    assert said(skipping, skip_layer_guidance_start=0, skip_layer_guidance_scale=2) == []
 
 
 @pytest.mark.parametrize(
@@ -77,6 +90,8 @@ def test_a_card_may_turn_it_on(plain: Card) -> None:
         ("embedded", {"true_cfg_scale": -1}, "true_cfg_scale"),
         ("skipping", {"skip_layer_guidance_scale": 31}, "skip_layer_guidance_scale"),
         ("skipping", {"skip_layer_guidance_start": 1.1}, "skip_layer_guidance_start"),
+        ("skipping", {"skip_layer_guidance_start": 0.2}, "skip_layer_guidance_start"),
+        ("skipping", {"skip_layer_guidance_stop": 0.01}, "skip_layer_guidance_stop"),
         ("skipping", {"skip_layer_guidance_scale": 2.8, "guidance_scale": 1}, "skip_layer_guidance_scale"),
     ],
 )

@@ -18,7 +18,8 @@ from app.pool.pool import Pool
 from app.request import Prompt, Request, SkipGuidance
 from tests.engine.conftest import load_all
 from tests.families.plain import ask, build, distance, final, serve
-from tests.tiny import write_sd3
+from tests.tiny import SD3_PARTS, write_sd3
+from tests.tiny_parts import write_json
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
 LAYERS = (1, 2)
@@ -99,6 +100,25 @@ def test_an_unguided_row_has_none(pool: Pool) -> None:
     requests = [asked(name, 4, (32, 32), each, guidance=1.0) for name, each in (("a", skip), ("b", None))]
     with_, without = serve(pool, *requests)
     assert with_.timings.shared == 2 and torch.equal(final(with_), final(without))
+
+
+def test_another_card_may_share_the_network(card: Card, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The one that skips leaves nothing behind in it: the other's rows are what they were."""
+    shared = {part: f"medium/{part}" for part in SD3_PARTS}
+    folder = tmp_path_factory.mktemp("other")
+    write_json(folder / "model_index.json", {})
+    other = {"id": "other", "skip_layer_guidance": None, "components": shared, "folder": folder}
+    pool = load_all(Pool({"medium": card, "other": card.model_copy(update=other)}, "cpu", torch.float32))
+    plain = [
+        ask("other", PROMPT, name=f"{i}", sampler="flow_euler", steps=3, guidance=g) for i, g in enumerate((4.0, 1))
+    ]
+    before = [final(result) for result in serve(pool, *plain)]
+    serve(pool, asked("skips", 3, (32, 32), SkipGuidance(2.8, 0.0, 1.0)))
+    after = [final(result) for result in serve(pool, *plain)]
+    families = [pool.family(name) for name in ("medium", "other")]
+    assert families[0].network is families[1].network  # type: ignore[union-attr]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    pool.close()
 
 
 @pytest.mark.parametrize(("sampler", "steps", "lines"), [("flow_euler", 10, {1}), ("flow_heun", 10, {2, 3})])
