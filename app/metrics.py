@@ -97,13 +97,15 @@ class Metrics:
         self._occupancy = self._histogram("batch_occupancy_ratio", text, SHARES)
         self._padding = self._counter("padding_passes", "Passes of denoising forwards that only filled a bucket")
         self._oom = self._counter("oom", "Forwards that ran out of memory and were split or failed")
+        self._hits = self._counter("text_cache_hits", "Texts that a text encoder had encoded before, by encoder")
+        self._misses = self._counter("text_cache_misses", "Texts that a text encoder had to encode, by encoder")
 
     def _make_models(self) -> None:
         self._loaded = self._gauge("model_loaded", "1 while a worker has the model ready")
         self._load = self._gauge("model_load_seconds", "How long the last load took")
         self._loads = self._counter("model_loads", "Loads of a model by how they ended", "result")
         self._evicted = self._counter("model_evictions", "Parts of a model that left the device", "to")
-        text = "weights and slots: held on the device; parked: held in host memory; budget: what weights may take"
+        text = "weights, slots, text: on the device; parked: held in host memory; budget: what weights may take"
         self._memory = self._plain("device_memory_bytes", text, "device", "kind")
 
     def _make_service(self) -> None:
@@ -195,7 +197,7 @@ class Metrics:
             self._loads.labels(model, result)
         for to in ("host", "away"):
             self._evicted.labels(model, to)
-        for counter in (self._images, self._padding, self._oom):
+        for counter in (self._images, self._padding, self._oom, self._hits, self._misses):
             counter.labels(model)
 
     def _show_gpus(self) -> None:
@@ -216,6 +218,8 @@ class Metrics:
     def _tick(self, tick: Tick) -> None:
         self._phases[tick.phase].labels(tick.model).observe(tick.seconds)
         self._oom.labels(tick.model).inc(tick.out_of_memory)
+        self._hits.labels(tick.model).inc(tick.text_hits)
+        self._misses.labels(tick.model).inc(tick.text_misses)
         if tick.phase == "denoise":
             passes = tick.passes - tick.padding
             self._rows[tick.model] = tick.rows

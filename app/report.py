@@ -33,6 +33,7 @@ class Tick:
     """One unit of work done: a forward of `passes` (of which `padding` were padding) for `rows` rows.
 
     width, height: pixels of its images. out_of_memory: forwards of it that were split because they did not fit.
+    text_hits, text_misses: texts that each text encoder had encoded before, or encoded now.
     """
 
     model: str
@@ -47,6 +48,8 @@ class Tick:
     width: int = 0
     height: int = 0
     out_of_memory: int = 0
+    text_hits: int = 0
+    text_misses: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ class Evicted:
 class Memory:
     """What an engine process holds now, in bytes by kind, told whenever it changes.
 
-    weights and slots are on the device, parked in the host's memory; budget is what weights may take of the device.
+    weights, slots and text (encoded prompts) are on the device, parked in the host's memory; budget is what weights may
+    take of the device.
     """
 
     device: str

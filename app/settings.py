@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     )
     device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')
     host_memory: str = Field("50%", description="Host memory for weights that a GPU has no room for; the same forms")
+    text_cache: str = Field(
+        "256MB", description='Memory of a device for encoded prompts, so that none is encoded again: bytes, "1GB"'
+    )
     api_keys: str = Field("", repr=False, description="Keys that clients must send, comma separated: name=key")
     api_keys_file: str = Field("", description="TOML file of keys with their weights and limits")
     admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")

@@ -119,6 +119,15 @@ def test_each_forward_that_ran_out_of_memory_is_counted_once() -> None:
     assert read(metrics)["instep_oom_total", "a"] == 3
 
 
+def test_texts_that_were_encoded_before_are_counted() -> None:
+    metrics = Metrics()
+    names = ("instep_text_cache_hits_total", "instep_text_cache_misses_total")
+    assert [read(metrics)[name, "a"] for name in names] == [0, 0]
+    for one in (tick("encode", text_hits=2, text_misses=4), tick("encode", text_hits=3), tick()):
+        metrics.observe(one)
+    assert [read(metrics)[name, "a"] for name in names] == [5, 4]
+
+
 def test_outcomes_add_up_and_start_at_zero() -> None:
     metrics = Metrics()
     outcomes = ("answered", "failed", "cancelled", "refused")

@@ -1,60 +1,142 @@
-"""Encodings: the encoded conditions used last, so that a prompt asked twice, or the empty one, is encoded once.
+"""Encodings: what text encoders gave, kept within a budget, so that a prompt asked again is not encoded again.
 
-Knows nothing of slots or steps.
+Knows nothing of slots or steps, nor of how a family joins the encoders' outputs.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from app.engine.row import Row
 from app.families.base import Conditions, Family
+from app.families.text import Encoder, States, read_texts
 from app.request import Condition, Prompt
 
-KEPT = 64
-"""Encoded conditions kept for reuse; the empty prompt of guided rows is the one that matters."""
+CUTS = 1024
+"""Prompts of which it is remembered what no encoder sees."""
 
-Name = tuple[str, Condition, int]
+Name = tuple[Encoder, str, int]
+
+
+@dataclass(slots=True)
+class _Known:
+    """An encoder that has something here. weights: its first parameter, another object once they are read anew.
+
+    models: those that asked for it. empty: the length of the empty prompt that was asked for last.
+    """
+
+    weights: weakref.ref[torch.Tensor]
+    models: set[str] = field(default_factory=set)
+    empty: int = -1
 
 
 class Encodings:
-    """Conditions of one pass each, by model, condition and text length; the least recently used leaves first."""
+    """Outputs by (encoder, text, length) in at most `budget` bytes of the device; the least recently used leaves first.
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Name, tuple[Conditions, str | None]] = OrderedDict()
+    Models that share an encoder share what it gave. Of each encoder the empty prompt, at the length it was last asked
+    for, stays while one of the encoder's models does, whatever the budget.
+    """
 
-    def prepare(self, family: Family, rows: list[Row], batch: int | None) -> None:
-        """Encode, in one batch, what these rows of one key need and is not kept; then `of` has it for each of them."""
-        wanted = dict.fromkeys(name for row in rows for name in _names(family, row))
-        fresh = [name for name in wanted if name not in self._kept]
-        if fresh:
-            encoded = family.encode([condition for _, condition, _ in fresh], fresh[0][2], batch)
-            for place, name in enumerate(fresh):
-                one = {key: value[place : place + 1].clone() for key, value in encoded.items()}
-                self._kept[name] = one, family.truncated(name[1], name[2])
-        for name in wanted:
-            self._kept.move_to_end(name)
-        while len(self._kept) > max(KEPT, len(wanted)):
-            self._kept.popitem(last=False)
+    def __init__(self, budget: int) -> None:
+        self.bytes = 0
+        self._budget = budget
+        self._kept: OrderedDict[Name, States] = OrderedDict()
+        self._known: dict[Encoder, _Known] = {}
+        self._cuts: OrderedDict[tuple[str, Condition, int], str | None] = OrderedDict()
+        self._hits = self._misses = 0
 
-    def forget(self, model: str) -> None:
-        """Drop what is kept of a model."""
-        for name in [name for name in self._kept if name[0] == model]:
-            del self._kept[name]
+    def of(self, family: Family, rows: list[Row], batch: int | None) -> list[Conditions]:
+        """The conditions of each of these rows of one key, [1 or 2, ...] by name: its own, then what guidance leaves.
 
-    def of(self, family: Family, row: Row) -> Conditions:
-        """The row's conditions, [1 or 2, ...] by name: its own, then the one that guidance moves away from."""
-        parts = [self._kept[name][0] for name in _names(family, row)]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        What is not kept is encoded, by each encoder in one batch; the encoders must be on the device. batch: as
+        `Family.encode`.
+        """
+        wanted = [_conditions(family, row) for row in rows]
+        places = {one: place for place, one in enumerate(dict.fromkeys(one for both in wanted for one in both))}
+        read = partial(self._read, family.card.id)
+        encoded = family.encode(list(places), rows[0].key.text_length, batch, read)
+        parts = {name: value.chunk(len(places)) for name, value in encoded.items()}
+        return [
+            {name: torch.cat([part[places[one]] for one in both]) for name, part in parts.items()} for both in wanted
+        ]
 
     def cut(self, family: Family, row: Row) -> str | None:
         """The end of the row's prompt that no encoder sees; None when nothing is cut."""
-        return self._kept[_names(family, row)[0]][1]
+        name = row.key.model, _conditions(family, row)[0], row.key.text_length
+        if name not in self._cuts:
+            self._cuts[name] = family.truncated(*name[1:])
+        self._cuts.move_to_end(name)
+        if len(self._cuts) > CUTS:
+            self._cuts.popitem(last=False)
+        return self._cuts[name]
+
+    def forget(self, model: str) -> None:
+        """Drop what is kept of a model, and of its encoders all that no other model asked for."""
+        for name in [name for name in self._cuts if name[0] == model]:
+            del self._cuts[name]
+        for encoder, known in list(self._known.items()):
+            known.models.discard(model)
+            if not known.models:
+                self._drop(encoder)
+
+    def count(self) -> tuple[int, int]:
+        """(hits, misses) since the last call: texts of a batch that were kept, or encoded, each encoder's counted."""
+        counted, self._hits, self._misses = (self._hits, self._misses), 0, 0
+        return counted
+
+    def _read(self, model: str, encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
+        """As `read_texts`, of those texts alone that are not kept."""
+        known = self._meet(encoder)
+        known.models.add(model)
+        unique = dict.fromkeys(texts)
+        fresh = [text for text in unique if (encoder, text, length) not in self._kept]
+        self._hits += len(unique) - len(fresh)
+        if fresh:
+            outputs = read_texts(encoder, fresh, length, batch)
+            for text, *states in zip(fresh, *(output.chunk(len(fresh)) for output in outputs), strict=True):
+                self._keep((encoder, text, length), tuple(state.clone() for state in states))
+        self._misses += len(fresh)
+        for text in unique:
+            self._kept.move_to_end((encoder, text, length))
+        known.empty = length if "" in unique else known.empty
+        found = [self._kept[encoder, text, length] for text in texts]
+        self._trim()
+        return tuple(torch.cat(states) for states in zip(*found, strict=True))
+
+    def _meet(self, encoder: Encoder) -> _Known:
+        """What is known of an encoder on the device; nothing any more of one whose files were read again."""
+        weights = next(encoder.network.parameters())
+        known = self._known.get(encoder)
+        if known is not None and known.weights() is not weights:
+            self._drop(encoder)  # NOTE: the files may have changed while it was away
+            known = None
+        return known or self._known.setdefault(encoder, _Known(weakref.ref(weights)))
+
+    def _keep(self, name: Name, states: States) -> None:
+        self._kept[name] = states
+        self.bytes += _bytes(states)
+
+    def _trim(self) -> None:
+        staying = {(encoder, "", known.empty) for encoder, known in self._known.items()}
+        while self.bytes > self._budget and (name := next((n for n in self._kept if n not in staying), None)):
+            self.bytes -= _bytes(self._kept.pop(name))
+
+    def _drop(self, encoder: Encoder) -> None:
+        del self._known[encoder]
+        for name in [name for name in self._kept if name[0] == encoder]:
+            self.bytes -= _bytes(self._kept.pop(name))
 
 
-def _names(family: Family, row: Row) -> list[Name]:
+def _bytes(states: States) -> int:
+    return sum(state.nbytes for state in states)
+
+
+def _conditions(family: Family, row: Row) -> list[Condition]:
     own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
-    both = [own, family.opposite(row.condition)] if row.request.guided else [own]
-    return [(row.key.model, condition, row.key.text_length) for condition in both]
+    return [own, family.opposite(row.condition)] if row.request.guided else [own]

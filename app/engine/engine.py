@@ -19,6 +19,7 @@ from app.engine.runner import Runner
 from app.engine.settler import Settler
 from app.engine.turns import Turns, standing
 from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
+from app.pool.budget import text_bytes
 from app.pool.pool import Pool
 from app.report import Announce, Failure, Memory, ModelState, Phase, Report
 from app.request import Request
@@ -50,14 +51,14 @@ class Engine:
         self._pool = pool
         self._emit = emit
         self._clock = clock
-        self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic)
+        self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic, text_bytes(settings))
         self._batcher = Batcher(self._caps, self._ready)
         self._turns = Turns(pool, lambda row: self._runner.measured(row.key))
         self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)
         self._promises = self._settler.promises
         self._unmeasured: dict[Key, None] = {}
         self._leaving: set[str] = set()
-        self._memory = self._told = Memory(str(pool.device), {"slots": 0})
+        self._memory = self._told = Memory(str(pool.device), self._runner.bytes)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequence = itertools.count()
         self._announced, self._announced_at = Announce("start", 0.0), 0.0
@@ -212,8 +213,8 @@ class Engine:
         return replace(state, state="failed", detail=error.message) if error else state
 
     def _tell_memory(self) -> None:
-        """What the device holds, when that has changed; the pool knows of weights, the runner of slots."""
-        held = replace(self._memory, bytes={**self._memory.bytes, "slots": self._runner.slot_bytes})
+        """What the device holds, when that has changed; the pool knows of weights, the runner of the rest."""
+        held = replace(self._memory, bytes={**self._memory.bytes, **self._runner.bytes})
         if held != self._told:
             self._told = held
             self._emit(held)

@@ -26,12 +26,17 @@ class Image:
 
 @dataclass(slots=True)
 class Outcome:
-    """Images that are done, rows that failed alone, padding passes, and how many forwards ran out of memory."""
+    """Images that are done, rows that failed alone, padding passes, and how many forwards ran out of memory.
+
+    text_hits, text_misses: texts that each encoder had encoded before, or now.
+    """
 
     images: list[Image] = field(default_factory=list)
     failed: list[tuple[Row, InstepError]] = field(default_factory=list)
     padding: int = 0
     out_of_memory: int = 0
+    text_hits: int = 0
+    text_misses: int = 0
 
 
 Compute = Callable[[list[Row], Outcome], None]

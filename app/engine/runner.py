@@ -18,7 +18,7 @@ from app.engine.row import Caps, Key, Row, Work
 from app.engine.slots import PASSES, Slots, Space, guidance_of
 from app.engine.step import denoise_step, gather
 from app.errors import EngineError, InstepError, NonFiniteOutput
-from app.families.base import Family
+from app.families.base import Conditions, Family
 from app.pool.pool import Pool
 from app.samplers.table import compile_table
 
@@ -30,19 +30,20 @@ class Runner:
     depend on its neighbours.
     """
 
-    def __init__(self, pool: Pool, profiles: Profiles, deterministic: bool) -> None:
+    def __init__(self, pool: Pool, profiles: Profiles, deterministic: bool, text_bytes: int) -> None:
+        """text_bytes: of the device, for prompts that are encoded already."""
         self._pool = pool
         self._profiles = profiles
         self._deterministic = deterministic
         self._space = Space()
         self._caps: dict[Key, Caps] = {}
-        self._encodings = Encodings()
+        self._encodings = Encodings(text_bytes)
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of the slots of all keys."""
-        return self._space.bytes
+    def bytes(self) -> dict[str, int]:
+        """Bytes of the device that are held here, by kind: the slots of all keys, and encoded prompts."""
+        return {"slots": self._space.bytes, "text": self._encodings.bytes}
 
     def measured(self, key: Key) -> bool:
         return key in self._caps
@@ -111,6 +112,7 @@ class Runner:
         rows = [row for row in work.rows if id(row) not in lost]
         with torch.inference_mode():
             isolate(phases[work.phase], rows, outcome)
+        outcome.text_hits, outcome.text_misses = self._encodings.count()
         return outcome
 
     def preview(self, rows: list[Row]) -> Outcome:
@@ -145,20 +147,20 @@ class Runner:
             return  # the encoders left between the choice and now: the rows wait on
         family = lease.model
         try:
-            self._encodings.prepare(family, rows, family.card.bucket.encode if self._deterministic else None)
+            batch = family.card.bucket.encode if self._deterministic else None
+            encoded = self._encodings.of(family, rows, batch)
         finally:
             lease.release()
-        for row in rows:
+        for row, conditions in zip(rows, encoded, strict=True):
             if row.slot < 0:  # else placed by an attempt that failed at a later row
-                self._place(family, row)
+                self._place(family, row, conditions)
 
-    def _place(self, family: Family, row: Row) -> None:
+    def _place(self, family: Family, row: Row, conditions: Conditions) -> None:
         """Give the row its table, first noise and slot. Noise is from a CPU generator: one seed, any device."""
         request = row.request
         shape = family.latent_shape(request.width, request.height)
         tokens = family.image_tokens(request.width, request.height)
         table = compile_table(family.card.schedule, request.sampler, request.steps, tokens=tokens)
-        conditions = self._encodings.of(family, row)
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
         row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init

@@ -101,4 +101,5 @@ class Settler:
         return Tick(
             work.key.model, work.phase, len(work.rows), passes + outcome.padding, outcome.padding, cap, seconds,
             self._batcher.running, self._batcher.waiting, work.key.width, work.key.height, outcome.out_of_memory,
+            outcome.text_hits, outcome.text_misses,
         )  # fmt: skip

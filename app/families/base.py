@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 
 from app.card import Card
+from app.families.text import Read, read_texts
 from app.report import Phase
 from app.request import Condition
 
@@ -44,11 +45,14 @@ class Family(Protocol):
     def opposite(self, condition: Condition) -> Condition:
         """The condition that guidance moves away from: the negative prompt as a Prompt, or the null class."""
 
-    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
+    def encode(
+        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+    ) -> Conditions:
         """Conditions for len(conditions) passes, in order; `Prompt.negative` is not read here.
 
         text_length: padded length of the longest encoder (T5) in tokens. batch: pad every encoder forward to this
-        fixed batch size (deterministic mode); None runs them all in one batch of their own number.
+        fixed batch size (deterministic mode); None runs them all in one batch of their own number. read: what gives
+        the encoders' outputs, so that what they gave before need not be encoded again.
         """
 
     def blank(self, text_length: int) -> Conditions:

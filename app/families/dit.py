@@ -16,6 +16,7 @@ from torch import nn
 from app.card import Card
 from app.errors import CheckpointError, InvalidValue
 from app.families.base import Conditions
+from app.families.text import Read, read_texts
 from app.families.vae import decode, linear_preview, pixels_per_latent
 from app.report import Phase
 from app.request import ClassLabel, Condition
@@ -72,7 +73,9 @@ class DiT:
         """None: a label is never cut."""
         return None
 
-    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
+    def encode(
+        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+    ) -> Conditions:
         """`label` [P]. InvalidValue for a prompt or a class that the network has no embedding of."""
         indices = [condition.index if isinstance(condition, ClassLabel) else -1 for condition in conditions]
         # NOTE: an index past the embedding would poison the whole CUDA context, so it is refused on the host.

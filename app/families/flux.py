@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from app.card import Card
 from app.errors import CheckpointError
 from app.families.base import Conditions
-from app.families.text import clip_pooled, encode_unique, prompt_text, t5_states, text_encoder, unseen_text
+from app.families.text import Read, clip_pooled, prompt_text, read_texts, t5_states, text_encoder, unseen_text
 from app.families.vae import decode, linear_preview, pixels_per_latent
 from app.report import Phase
 from app.request import Condition, Prompt
@@ -52,7 +52,8 @@ class Flux:
         self.network, self.vae = parts["transformer"], parts["vae"]
         self.config = self.network.config
         self.scale = pixels_per_latent(self.vae)
-        self.clip, self.t5 = text_encoder(card, parts), text_encoder(card, parts, "_2")
+        self.clip = text_encoder(card, parts, "", clip_pooled)
+        self.t5 = text_encoder(card, parts, "_2", t5_states)
         self.embedded = card.guidance == "embedded"
         self._check()
 
@@ -77,16 +78,21 @@ class Flux:
         """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
         return unseen_text([(self.t5, text_length), (self.clip, self.card.text.clip)], prompt_text(condition))
 
-    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
-        """Each different text is encoded once. Raises InvalidValue for a class label."""
+    def encode(
+        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+    ) -> Conditions:
+        """As FluxPipeline.encode_prompt. Raises InvalidValue for a class label."""
         texts = [prompt_text(condition) for condition in conditions]
-        text, pooled = encode_unique(texts, batch, lambda chunk: self._encode(chunk, text_length))
+        text, pooled = self._blanks(len(texts), text_length)
+        if self.t5:
+            text = read(self.t5, texts, text_length, batch)[0].to(self.dtype)
+        if self.clip:
+            pooled = read(self.clip, texts, self.card.text.clip, batch)[0].to(self.dtype)
         return {"text": text, "pooled": pooled}
 
     def blank(self, text_length: int) -> Conditions:
         """Zeros of the shapes that `encode` gives, and the guidance that the engine adds to them."""
-        text = self._zeros(1, text_length, self.config.joint_attention_dim)
-        pooled = self._zeros(1, self.config.pooled_projection_dim)
+        text, pooled = self._blanks(1, text_length)
         scale = {"guidance": torch.ones(1, device=self.device)} if self.embedded else {}
         return {"text": text, "pooled": pooled, **scale}
 
@@ -125,13 +131,10 @@ class Flux:
         """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
         return linear_preview(self.vae)(latents)
 
-    def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(text [B, text_length, joint], pooled [B, pooled]), as FluxPipeline.encode_prompt."""
-        config, count, length = self.config, len(texts), self.card.text.clip
-        text, pooled = (count, text_length, config.joint_attention_dim), (count, config.pooled_projection_dim)
-        states = t5_states(*self.t5, texts, text_length) if self.t5 else self._zeros(*text)
-        summary = clip_pooled(*self.clip, texts, length) if self.clip else self._zeros(*pooled)
-        return states.to(self.dtype), summary.to(self.dtype)
+    def _blanks(self, count: int, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros for (text, pooled), which stand for an absent encoder's."""
+        joint, pooled = self.config.joint_attention_dim, self.config.pooled_projection_dim
+        return self._zeros(count, text_length, joint), self._zeros(count, pooled)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=self.device, dtype=self.dtype)

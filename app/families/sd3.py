@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from app.card import Card
 from app.errors import CheckpointError
 from app.families.base import Conditions
-from app.families.text import clip_states, encode_unique, prompt_text, t5_states, text_encoder, unseen_text
+from app.families.text import Read, clip_states, prompt_text, read_texts, t5_states, text_encoder, unseen_text
 from app.families.vae import decode, linear_preview, pixels_per_latent
 from app.report import Phase
 from app.request import Condition, Prompt
@@ -54,8 +54,8 @@ class SD3:
         self.network, self.vae = parts["transformer"], parts["vae"]
         self.config = self.network.config
         self.scale = pixels_per_latent(self.vae)
-        self.clips = text_encoder(card, parts), text_encoder(card, parts, "_2")
-        self.t5 = text_encoder(card, parts, "_3")
+        self.clips = text_encoder(card, parts, "", clip_states), text_encoder(card, parts, "_2", clip_states)
+        self.t5 = text_encoder(card, parts, "_3", t5_states)
         self.shares = self._clip_shares()
         self._check()
 
@@ -82,11 +82,24 @@ class SD3:
         encoders = [*((clip, self.card.text.clip) for clip in self.clips), (self.t5, text_length)]
         return unseen_text(encoders, prompt_text(condition))
 
-    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
-        """Each different text is encoded once. Raises InvalidValue for a class label."""
+    def encode(
+        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+    ) -> Conditions:
+        """As StableDiffusion3Pipeline.encode_prompt. Raises InvalidValue for a class label."""
         texts = [prompt_text(condition) for condition in conditions]
-        text, pooled = encode_unique(texts, batch, lambda chunk: self._encode(chunk, text_length))
-        return {"text": text, "pooled": pooled}
+        count, length, joint = len(texts), self.card.text.clip, self.config.joint_attention_dim
+        hidden, pooled = [], []
+        for encoder, (width, projection) in zip(self.clips, self.shares, strict=True):
+            if encoder:
+                states, summary = read(encoder, texts, length, batch)
+            else:
+                states, summary = self._zeros(count, length, width), self._zeros(count, projection)
+            hidden.append(states.to(self.dtype))
+            pooled.append(summary.to(self.dtype))
+        clip = torch.cat(hidden, dim=-1)
+        clip = pad(clip, (0, joint - clip.shape[-1]))
+        t5 = read(self.t5, texts, text_length, batch)[0] if self.t5 else self._zeros(count, text_length, joint)
+        return {"text": torch.cat([clip, t5.to(self.dtype)], dim=-2), "pooled": torch.cat(pooled, dim=-1)}
 
     def blank(self, text_length: int) -> Conditions:
         """Zeros of the shapes that `encode` gives."""
@@ -141,22 +154,6 @@ class SD3:
         finally:
             for hook in hooks:
                 hook.remove()
-
-    def _encode(self, texts: list[str], text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(text [B, clip + text_length, joint], pooled [B, pooled]), as StableDiffusion3Pipeline.encode_prompt."""
-        length, joint = self.card.text.clip, self.config.joint_attention_dim
-        hidden, pooled = [], []
-        for pair, (width, projection) in zip(self.clips, self.shares, strict=True):
-            if pair:
-                states, summary = clip_states(*pair, texts, length)
-            else:
-                states, summary = self._zeros(len(texts), length, width), self._zeros(len(texts), projection)
-            hidden.append(states.to(self.dtype))
-            pooled.append(summary.to(self.dtype))
-        clip = torch.cat(hidden, dim=-1)
-        clip = pad(clip, (0, joint - clip.shape[-1]))
-        t5 = t5_states(*self.t5, texts, text_length) if self.t5 else self._zeros(len(texts), text_length, joint)
-        return torch.cat([clip, t5.to(self.dtype)], dim=-2), torch.cat(pooled, dim=-1)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, device=self.device, dtype=self.dtype)

@@ -1,12 +1,12 @@
 """Text: prompts to embeddings, padded as diffusers pads them, each different text once.
 
-Knows nothing of how a network joins the encoders' outputs (sd3.py, flux.py).
+Knows nothing of how a network joins the encoders' outputs (sd3.py, flux.py), or of what is kept (engine/encodings.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,9 +15,21 @@ from app.errors import CheckpointError, InvalidValue
 from app.request import Condition, Prompt
 
 State = dict[str, torch.Tensor]
-Encode = Callable[[list[str]], tuple[torch.Tensor, ...]]
-Encoder = tuple[Any, Any]
-"""A text encoder and its tokenizer."""
+States = tuple[torch.Tensor, ...]
+"""What an encoder gives for B texts: tensors [B, ...]."""
+
+
+class Encoder(NamedTuple):
+    """A text encoder, its tokenizer, and which of its outputs a network takes. Two are equal if all three are the same
+    objects: then they give the same for the same text, whichever model they are part of."""
+
+    network: Any
+    tokenizer: Any
+    states: Callable[[Any, torch.Tensor], States]
+
+
+Read = Callable[[Encoder, Sequence[str], int, int | None], States]
+"""How a family gets what an encoder gives: `read_texts`, or one that keeps what it gave (engine/encodings.py)."""
 
 
 def clip_keys(state: State, expected: set[str]) -> State:
@@ -45,36 +57,38 @@ def t5_keys(state: State, expected: set[str]) -> State:
     return {**state, **{name: held[0] for name in names if held and name in expected}}
 
 
-def encode_unique(texts: Sequence[str], batch: int | None, encode: Encode) -> tuple[torch.Tensor, ...]:
-    """Run `encode` over the different texts and give each of `texts` its rows.
+def read_texts(encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
+    """What the encoder gives for each of `texts`, padded to `length` tokens; each different text is encoded once.
 
     batch: run forwards of exactly this many texts (the last filled up by repeating), or None for one forward of all.
     """
     unique = list(dict.fromkeys(texts))
     size = batch or len(unique)
     chunks = [unique[start : start + size] for start in range(0, len(unique), size)]
-    outputs = [encode(chunk + chunk[-1:] * (size - len(chunk))) for chunk in chunks]
+    outputs = [_forward(encoder, chunk + chunk[-1:] * (size - len(chunk)), length) for chunk in chunks]
     rows = torch.tensor([unique.index(text) for text in texts])
     return tuple(torch.cat(part)[rows.to(part[0].device)] for part in zip(*outputs, strict=True))
 
 
-def clip_states(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(encoder: Encoder, texts: list[str], length: int) -> States:
+    ids = token_ids(encoder.tokenizer, texts, length)
+    return encoder.states(encoder.network, ids.to(encoder.network.device))
+
+
+def clip_states(network: Any, ids: torch.Tensor) -> States:
     """(last hidden states but one [B, length, width], projected pooled state [B, projection])."""
-    output = encoder(token_ids(tokenizer, texts, length).to(encoder.device), output_hidden_states=True)
+    output = network(ids, output_hidden_states=True)
     return output.hidden_states[-2], output.text_embeds
 
 
-def clip_pooled(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
+def clip_pooled(network: Any, ids: torch.Tensor) -> States:
     """Pooled state before any projection [B, width], which FLUX takes, of a CLIP with or without a projection."""
-    model = getattr(encoder, "text_model", encoder)
-    pooled: torch.Tensor = model(token_ids(tokenizer, texts, length).to(encoder.device)).pooler_output
-    return pooled
+    return (getattr(network, "text_model", network)(ids).pooler_output,)
 
 
-def t5_states(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
+def t5_states(network: Any, ids: torch.Tensor) -> States:
     """Final hidden states [B, length, width]. NOTE: no attention mask, as in SD3's and FLUX's pipelines."""
-    states: torch.Tensor = encoder(token_ids(tokenizer, texts, length).to(encoder.device))[0]
-    return states
+    return (network(ids)[0],)
 
 
 def token_ids(tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
@@ -94,16 +108,18 @@ def cut_text(tokenizer: Any, text: str, length: int) -> str:
 
 def unseen_text(encoders: Iterable[tuple[Encoder | None, int]], text: str) -> str | None:
     """The end of `text` that none of these (encoder or None, its length in tokens) sees; None when one sees all."""
-    cuts = [cut_text(encoder[1], text, length) for encoder, length in encoders if encoder]
+    cuts = [cut_text(encoder.tokenizer, text, length) for encoder, length in encoders if encoder]
     return min(cuts, key=len, default="") or None
 
 
-def text_encoder(card: Card, parts: dict[str, Any], suffix: str = "") -> Encoder | None:
+def text_encoder(
+    card: Card, parts: dict[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
+) -> Encoder | None:
     """`text_encoder` + suffix with its tokenizer, None if it is absent. Raises CheckpointError: no tokenizer."""
-    encoder, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
-    if encoder is not None and tokenizer is None:
+    network, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
+    if network is not None and tokenizer is None:
         raise CheckpointError(f"{card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
-    return None if encoder is None else (encoder, tokenizer)
+    return None if network is None else Encoder(network, tokenizer, states)
 
 
 def prompt_text(condition: Condition) -> str:

@@ -1,4 +1,4 @@
-"""Budget: how many bytes weights may take, as the settings say it: "40GB", "512MiB", or a share, "80%".
+"""Budget: how many bytes something may take, as the settings say it: "40GB", "512MiB", or a share, "80%".
 
 Knows nothing of models or of what is loaded.
 """
@@ -18,15 +18,14 @@ _AMOUNT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[kmgt]?i?b?)\s*$", re.IGNO
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def parse_bytes(text: str, total: int, name: str) -> int:
-    """Bytes that `text` means where `total` are there. name: the setting's. Raises SettingsError."""
+def parse_bytes(text: str, total: int | None, name: str) -> int:
+    """Bytes that `text` means where `total` are there; None: no share. name: the setting's. Raises SettingsError."""
     found = _AMOUNT.match(text)
-    if not found:
-        raise SettingsError(
-            f'INSTEP_{name.upper()}: "{text}" is neither bytes ("40GB") nor a share ("80%")', param=name
-        )
-    number, unit = float(found[1]), found[2].lower()
-    if unit == "%":
+    number, unit = (float(found[1]), found[2].lower()) if found else (0.0, "")
+    if not found or (unit == "%" and total is None):
+        forms = 'is not bytes ("256MB")' if total is None else 'is neither bytes ("40GB") nor a share ("80%")'
+        raise SettingsError(f'INSTEP_{name.upper()}: "{text}" {forms}', param=name)
+    if unit == "%" and total is not None:
         if number > 100:
             raise SettingsError(f"INSTEP_{name.upper()}: {text} is over 100 %", param=name)
         return int(total * number / 100)
@@ -54,6 +53,11 @@ def budgets(settings: Settings, device: torch.device, processes: int) -> tuple[i
         parse_bytes(settings.device_memory, total, "device_memory"),
         parse_bytes(settings.host_memory, host, "host_memory"),
     )
+
+
+def text_bytes(settings: Settings) -> int:
+    """Bytes that encoded prompts may take of a device. Raises SettingsError."""
+    return parse_bytes(settings.text_cache, None, "text_cache")
 
 
 def readable(count: int) -> str:

@@ -59,6 +59,19 @@ BATCHING = (
         most=1,
         limits=((None, "green"), (0.5, "yellow")),
     ),
+    Panel(
+        "Text cache",
+        "percentunit",
+        "Texts that a text encoder had encoded before, as a share of all it was asked for; TEXT_CACHE is its memory.",
+        (
+            (
+                f"{rate('text_cache_hits_total', 'model')} / "
+                f"({rate('text_cache_hits_total', 'model')} + {rate('text_cache_misses_total', 'model')})",
+                "{{model}}",
+            ),
+        ),
+        most=1,
+    ),
 )
 
 POOL = (
@@ -72,7 +85,7 @@ POOL = (
     Panel(
         "Device memory by kind",
         "bytes",
-        "weights and slots are on the device, parked in the host's memory; budget is what weights may take.",
+        "weights, slots and text are on the device, parked in the host's memory; budget is what weights may take.",
         ((f"sum by (device, kind) (instep_device_memory_bytes{{{HERE}}})", "{{device}} {{kind}}"),),
     ),
     Panel(

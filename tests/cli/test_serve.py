@@ -26,6 +26,7 @@ OTHER = {
     "default_model": "a", "max_wait": "1.5", "drain": "2.5", "threads": "3", "cache": "profiles", "log_level": "debug",
     "device_memory": "3GB", "host_memory": "25%", "api_keys": "alice=0123456789abcdef", "api_keys_file": "keys.toml",
     "admin_key": "fedcba9876543210", "request_timeout": "12.5", "max_connections": "20", "connections_per_address": "5",
+    "text_cache": "64MB",
 }  # fmt: skip
 """For each setting that is not a switch a value that is not its default."""
 

@@ -91,7 +91,7 @@ def test_failures_and_outcomes_by_reason(stage: Stage) -> None:
 def test_models_take_turns_in_the_memory_there_is(stage: Stage) -> None:
     assert stage.series("instep_model_evictions_total > 0")
     kinds = {one["metric"]["kind"]: one["values"] for one in stage.series("instep_device_memory_bytes")}
-    assert set(kinds) == {"weights", "slots", "parked", "budget"}
+    assert set(kinds) == {"weights", "slots", "text", "parked", "budget"}
     assert max(float(value) for _, value in kinds["weights"]) <= float(kinds["budget"][0][1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from app.card import Card
 from app.errors import LoadError
 from app.families.base import Conditions
+from app.families.text import Encoder, Read, States, read_texts
 from app.pool.need import Need
 from app.report import ModelState, Phase
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
@@ -42,6 +44,7 @@ class FakeFamily:
         self.learned_variance = learned_variance
         self.widths: list[int] = []
         self.encoded: list[int] = []
+        self.encoder = Encoder(_Codes(), _Letters(), self._states)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         return (4, height // 8, width // 8)
@@ -52,12 +55,19 @@ class FakeFamily:
     def opposite(self, condition: Condition) -> Condition:
         return Prompt(condition.negative) if isinstance(condition, Prompt) else ClassLabel(10)
 
-    def encode(self, conditions: Sequence[Condition], text_length: int, batch: int | None = None) -> Conditions:
-        self.encoded.append(len(conditions))
+    def encode(
+        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+    ) -> Conditions:
         if POISON in conditions:
             raise ValueError("a poison prompt")
-        codes = [[float("nan") if each == NOT_A_NUMBER else _code(each)] for each in conditions]
-        return {"code": torch.tensor(codes)}
+        if isinstance(conditions[0], ClassLabel):
+            return {"code": torch.tensor([[_code(each)] for each in conditions])}
+        texts = [each.text for each in conditions if isinstance(each, Prompt)]
+        return {"code": read(self.encoder, texts, text_length, batch)[0]}
+
+    def _states(self, network: Any, ids: torch.Tensor) -> States:
+        self.encoded.append(len(ids))
+        return (ids,)
 
     def blank(self, text_length: int) -> Conditions:
         return {"code": torch.zeros(1, 1)}
@@ -87,6 +97,23 @@ class FakeFamily:
         return flat.permute(0, 2, 3, 1).reshape(rows, height, width, 3)
 
     preview = decode
+
+
+class _Codes(torch.nn.Linear):
+    """Stands for a network with weights."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+class _Letters:
+    """A tokenizer whose one token is the text's code."""
+
+    def __call__(self, texts: list[str], **_: object) -> SimpleNamespace:
+        codes = [[float("nan") if Prompt(text) == NOT_A_NUMBER else _code(Prompt(text))] for text in texts]
+        return SimpleNamespace(input_ids=torch.tensor(codes))
 
 
 def _code(condition: Condition) -> float:

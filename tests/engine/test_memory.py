@@ -216,7 +216,7 @@ def test_an_unload_waits_for_the_requests_there(
         assert time.monotonic() < deadline
         bench.turn()
         time.sleep(0.005)
-    assert bench.reports[-1] == Memory("cpu", {"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0})
+    assert bench.reports[-1] == Memory("cpu", {"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0, "text": 0})
 
 
 def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(

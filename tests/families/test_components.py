@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from app.errors import CheckpointError
 from app.families.components import build_component
-from app.families.text import cut_text, encode_unique, token_ids
+from app.families.text import Encoder, cut_text, read_texts, token_ids
 from app.pool.weights import read_state
 
 UPSTREAM: dict[str, tuple[str, Any]] = {
@@ -203,10 +204,13 @@ def test_padding_is_the_tokenizers_own(checkpoints: Path) -> None:
 def test_each_different_text_is_encoded_once() -> None:
     calls: list[list[str]] = []
 
-    def encode(texts: list[str]) -> tuple[torch.Tensor, ...]:
+    def ids(texts: list[str], max_length: int, **_: object) -> SimpleNamespace:
         calls.append(texts)
-        return torch.tensor([[float(len(text))] for text in texts]), torch.zeros(len(texts), 2)
+        assert max_length == 7
+        return SimpleNamespace(input_ids=torch.tensor([[float(len(text))] for text in texts]))
 
-    lengths, zeros = encode_unique(["aa", "b", "aa", "", "cccc"], 3, encode)
+    network = SimpleNamespace(device=torch.device("cpu"))
+    encoder = Encoder(network, ids, lambda network, ids: (ids, torch.zeros(len(ids), 2)))
+    lengths, zeros = read_texts(encoder, ["aa", "b", "aa", "", "cccc"], 7, 3)
     assert lengths.flatten().tolist() == [2, 1, 2, 0, 4] and zeros.shape == (5, 2)
     assert calls == [["aa", "b", ""], ["cccc", "cccc", "cccc"]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.errors import SettingsError
-from app.pool.budget import budgets, host_bytes, parse_bytes, readable
+from app.pool.budget import budgets, host_bytes, parse_bytes, readable, text_bytes
 from app.settings import Settings
 
 
@@ -28,6 +28,14 @@ def test_what_is_neither(text: str) -> None:
     with pytest.raises(SettingsError, match="INSTEP_HOST_MEMORY") as caught:
         parse_bytes(text, 1000, "host_memory")
     assert caught.value.param == "host_memory"
+
+
+@pytest.mark.parametrize("text", ["10%", "100 %", "lots", ""])
+def test_encoded_prompts_take_bytes_and_no_share(text: str) -> None:
+    assert (text_bytes(Settings(text_cache="64 MB")), text_bytes(Settings())) == (64 * 10**6, 256 * 10**6)
+    with pytest.raises(SettingsError, match="INSTEP_TEXT_CACHE: .* is not bytes") as caught:
+        text_bytes(Settings(text_cache=text))
+    assert caught.value.param == "text_cache"
 
 
 def test_a_container_has_what_its_cgroup_says(tmp_path: Path) -> None:
