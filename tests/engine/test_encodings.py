@@ -1,0 +1,207 @@
+"""The cache of encoded prompts against its plain twin: a family that encodes every text anew."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.engine.encodings import Encodings
+from app.families.base import Family
+from app.families.components import empty_network, fill_network
+from app.pool.component import _move
+from app.pool.pool import Pool
+from app.pool.weights import read_state
+from app.request import ClassLabel, Prompt
+from tests.engine.texts import Plain, anew, encoders, equal, forwards, row
+from tests.families.plain import distance
+from tests.tiny_parts import WORDS, write_t5
+
+AMPLE = 10**9
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """Networks this small only lose by sharing their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sd3(tiny_pool: Pool) -> Family:
+    family = tiny_pool.family("tiny-sd3")
+    assert family is not None
+    return family
+
+
+def test_what_is_kept_is_what_was_encoded_bit_for_bit(sd3: Family) -> None:
+    encodings, texts = Encodings(AMPLE), ["red apple", "", "a cat and a dog", "moon"]
+    theirs = anew(sd3, texts)
+    with forwards(sd3) as seen:
+        first = encodings.of(sd3, [row(text) for text in texts], None)
+        again = encodings.of(sd3, [row(text) for text in reversed(texts)], None)
+        alone = [encodings.of(sd3, [row(text)], None)[0] for text in texts]
+    assert seen == [4, 4, 4], "each encoder, all four in one batch, once"
+    for place in range(4):
+        expected = {name: value[place : place + 1] for name, value in theirs.items()}
+        assert equal(first[place], expected) and equal(again[3 - place], expected) and equal(alone[place], expected)
+    assert encodings.count() == (24, 12) and encodings.count() == (0, 0)
+
+
+def test_only_what_is_missing_is_encoded_each_text_once(sd3: Family) -> None:
+    encodings = Encodings(AMPLE)
+    encodings.of(sd3, [row("red", guided=True)], None)
+    rows = [row(text, guided=True) for text in ("red", "blue", "green", "blue")]
+    with forwards(sd3) as seen:
+        encodings.of(sd3, rows, None)
+    assert seen == [2, 2, 2] and encodings.count() == (3 * 2, 3 * 2 + 3 * 2)
+    with forwards(sd3) as seen:
+        encodings.of(sd3, [row("red", length=30)], None)
+    assert seen == [1], "the CLIPs' length is the card's, whatever the T5's is"
+    assert encodings.count() == (2, 1)
+
+
+def test_a_rows_conditions_are_its_own_and_what_it_is_guided_away_from(sd3: Family) -> None:
+    encodings = Encodings(AMPLE)
+    one, other = Prompt("red apple", negative="green dog"), Prompt("green dog", negative="red apple")
+    with forwards(sd3) as seen:
+        rows = [row(one, guided=True), row(other, guided=True), row(one), row("moon", guided=True)]
+        ours = encodings.of(sd3, rows, 8)
+    assert seen == [8, 8, 8]
+    expected = (["red apple", "green dog"], ["green dog", "red apple"], ["red apple"], ["moon", ""])
+    for conditions, texts in zip(ours, expected, strict=True):
+        assert equal(conditions, anew(sd3, texts, batch=8))
+
+
+def test_class_labels_pass_through(tiny_pool: Pool) -> None:
+    family, encodings = tiny_pool.family("tiny-dit"), Encodings(AMPLE)
+    assert family is not None
+    guided, plain = encodings.of(
+        family, [row(ClassLabel(3), "tiny-dit", guided=True), row(ClassLabel(7), "tiny-dit")], 8
+    )
+    assert guided["label"].tolist() == [3, 10] and plain["label"].tolist() == [7]
+    assert encodings.bytes == 0 and encodings.count() == (0, 0)
+
+
+def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
+    """Hits, misses and bytes are those of the plain rule at every batch; the empty prompt is never encoded again."""
+    budget, dice, words, asked = 120_000, random.Random(1), WORDS.split(), 0
+    encodings, plain, counted = Encodings(budget), Plain(budget), [0, 0]
+    batches = [(24, [""])]
+    while asked < 1000:
+        length = dice.choice((8, 16, 24, 24, 24, 48, 64))
+        texts = [" ".join(dice.choices(words, k=dice.choice((1, 1, 1, 2, 30)))) for _ in range(dice.randrange(1, 12))]
+        batches.append((length, texts))
+        asked += len(texts)
+    for length, texts in batches:
+        encodings.of(sd3, [row(text, length=length) for text in texts], None)
+        for encoder in encoders(sd3):
+            own = length if encoder is sd3.t5 else 24
+            size = 4 * 48 * own if encoder is sd3.t5 else 4 * encoder.network.config.hidden_size * (own + 1)
+            plain.ask(encoder, texts, own, size)
+        counted = [total + more for total, more in zip(counted, encodings.count(), strict=True)]
+        assert (*counted, encodings.bytes) == (plain.hits, plain.misses, plain.bytes)
+        assert 0 < encodings.bytes <= budget
+    assert plain.hits > 200 and plain.misses > 1000
+    with forwards(sd3) as seen:
+        (ours,) = encodings.of(sd3, [row("")], None)
+    assert not seen and equal(ours, anew(sd3, [""]))
+
+
+def test_random_batches_are_each_text_encoded_anew(sd3: Family) -> None:
+    """With a budget that keeps half: in deterministic mode bit for bit, whoever was encoded beside it."""
+    dice, texts = random.Random(2), ["", "red", "blue moon", "a cat and a dog", "sun", "white star"]
+    for batch, bound in ((8, 0.0), (None, 1e-5)):
+        encodings = Encodings(25_000)
+        alone = {text: anew(sd3, [text], batch=batch) for text in texts}
+        for _ in range(30):
+            chosen = dice.choices(texts, k=dice.randrange(1, 6))
+            for text, ours in zip(chosen, encodings.of(sd3, [row(text) for text in chosen], batch), strict=True):
+                assert all(distance(ours[name], alone[text][name]) <= bound for name in ours)
+        hits, misses = encodings.count()
+        assert hits > 30 and misses > 30
+
+
+def test_a_prompt_wider_than_the_budget_is_kept_while_it_is_needed(sd3: Family) -> None:
+    encodings = Encodings(0)
+    rows = [row("a red apple", guided=True), row("moon")]
+    for _ in range(2):
+        ours = encodings.of(sd3, rows, 8)
+        assert equal(ours[0], anew(sd3, ["a red apple", ""], batch=8)) and equal(ours[1], anew(sd3, ["moon"], batch=8))
+    empty = sum(value.nbytes for value in anew(sd3, [""]).values())
+    assert 0 < encodings.bytes <= empty, "the empty prompt stays, before it is padded to the network's width"
+    assert encodings.count() == (3, 6 + 9)
+
+
+def test_the_empty_prompt_stays_at_one_length_alone(sd3: Family) -> None:
+    """A client may ask for any: at every length it would fill the budget for good."""
+    encodings = Encodings(0)
+    for length in (24, 30, 40, 24):
+        encodings.of(sd3, [row("", length=length)], None)
+        assert encodings.bytes == 4 * (25 * (16 + 24) + length * 48)
+
+
+def test_cards_that_share_encoders_share_what_they_gave(tiny_pool: Pool, sd3: Family) -> None:
+    """Nothing is dropped before the last of them is forgotten, and then all of it."""
+    turbo, without = tiny_pool.family("tiny-sd3-turbo"), tiny_pool.family("tiny-sd3-no-t5")
+    assert turbo is not None and without is not None
+    encodings = Encodings(AMPLE)
+    first = encodings.of(sd3, [row("red apple", guided=True)], None)[0]
+    with forwards(sd3) as seen:
+        again = encodings.of(turbo, [row("red apple", "tiny-sd3-turbo", guided=True)], None)[0]
+        part = encodings.of(without, [row("red apple", "tiny-sd3-no-t5", guided=True)], None)[0]
+    assert not seen and equal(again, first) and encodings.count() == (6 + 4, 6)
+    assert torch.equal(part["text"][:, :24], first["text"][:, :24]) and not part["text"][:, 24:].any()
+    held = encodings.bytes
+    encodings.forget("tiny-sd3")
+    encodings.forget("tiny-dit")
+    assert encodings.bytes == held
+    encodings.forget("tiny-sd3-turbo")
+    assert encodings.bytes == 2 * 4 * 25 * (16 + 24), "the T5's are nobody's any more"
+    encodings.forget("tiny-sd3-no-t5")
+    assert encodings.bytes == 0
+    encodings.of(sd3, [row("red apple")], None)
+    assert encodings.count() == (0, 3)
+
+
+def test_weights_that_were_read_again_are_asked_again(tiny_pool: Pool, sd3: Any, tmp_path: Path) -> None:
+    """An encoder that was away, of a model that never left: its files may be others. In host memory it is the same."""
+    encodings, t5 = Encodings(AMPLE), sd3.t5.network
+    folder = sd3.card.folder / "text_encoder_3"
+    write_t5(tmp_path / "t5", tmp_path / "tokenizer", seed=99)
+    before = encodings.of(sd3, [row("red", guided=True)], 8)[0]
+    with torch.inference_mode(False):
+        _move(t5, torch.device("cpu"))
+    assert equal(encodings.of(sd3, [row("red", guided=True)], 8)[0], before) and encodings.count() == (6, 6)
+    try:
+        for source, same in ((tmp_path / "t5", False), (folder, True)):
+            with torch.inference_mode(False):
+                empty_network(t5)
+                fill_network(t5, "T5EncoderModel", source, [read_state(source)], torch.device("cpu"), torch.float32)
+            after = encodings.of(sd3, [row("red", guided=True)], 8)[0]
+            assert encodings.count() == (4, 2), "the CLIPs stayed"
+            assert equal(after, anew(sd3, ["red", ""], batch=8)) and equal(after, before) == same
+    finally:
+        with torch.inference_mode(False):
+            fill_network(t5, "T5EncoderModel", folder, [read_state(folder)], torch.device("cpu"), torch.float32)
+
+
+def test_what_no_encoder_sees_is_told_again_without_looking(sd3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encodings, looked = Encodings(0), []
+    truncated = type(sd3).truncated
+    monkeypatch.setattr(type(sd3), "truncated", lambda *args: looked.append(args[1]) or truncated(*args))
+    long = Prompt("a red Cat and the " * 5 + "End.", negative="moon")
+    for _ in range(2):
+        assert encodings.cut(sd3, row(long, length=23)) == "Cat and the End."
+        assert encodings.cut(sd3, row(long, length=60)) is None
+        assert encodings.cut(sd3, row("red apple")) is None
+    assert len(looked) == 3
+    encodings.forget("tiny-sd3")
+    assert encodings.cut(sd3, row(long, length=23)) == "Cat and the End." and len(looked) == 4
