@@ -51,7 +51,8 @@ class Engine:
         self._pool = pool
         self._emit = emit
         self._clock = clock
-        self._runner = Runner(pool, profiles or Profiles(settings.cache), settings.deterministic, text_bytes(settings))
+        profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
+        self._runner = Runner(pool, profiles, settings.deterministic, text_bytes(settings))
         self._batcher = Batcher(self._caps, self._ready)
         self._turns = Turns(pool, lambda row: self._runner.measured(row.key))
         self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)

@@ -95,10 +95,13 @@ class Profiles:
     A file is good for one card, size, device, dtype, torch version and thread count; text is as long as the card's. A
     size near one already measured is not measured: it is scaled by area, so that a client who asks for every size
     there is does not stop the others each time.
+
+    compiled: networks compile in their first forwards, so a key is measured at every start and nothing is read or kept:
+    the compiling happens while measuring, which announces itself, and not in the midst of a request.
     """
 
-    def __init__(self, folder: Path, budget: float = 5.0) -> None:
-        self._folder = folder.expanduser()
+    def __init__(self, folder: Path, budget: float = 5.0, *, compiled: bool = False) -> None:
+        self._folder = None if compiled else folder.expanduser()
         self._budget = budget
         self._known: dict[str, dict[int, dict[int, float]]] = {}
         self._open: dict[Key, Iterator[dict[int, float]]] = {}
@@ -110,7 +113,7 @@ class Profiles:
         near = min(known, key=lambda other: abs(math.log(other / area)), default=None)
         if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
             return {passes: cost * area / near for passes, cost in known[near].items()}
-        stored = _stored(self._file(family, key))
+        stored = _stored(file) if (file := self._file(family, key)) else None
         if stored is not None:
             known[area] = stored
         return stored
@@ -131,7 +134,8 @@ class Profiles:
             del self._open[key]
             raise
         self._known.setdefault(key.model, {})[key.width * key.height] = seconds
-        _store(self._file(family, key), seconds)
+        if file := self._file(family, key):
+            _store(file, seconds)
         return seconds
 
     def forget(self, model: str) -> None:
@@ -139,8 +143,8 @@ class Profiles:
         self._known.pop(model, None)
         self._open = {key: steps for key, steps in self._open.items() if key.model != model}
 
-    def _file(self, family: Family, key: Key) -> Path:
-        return self._folder / "profiles" / (self._name(family, key) + ".json")
+    def _file(self, family: Family, key: Key) -> Path | None:
+        return self._folder / "profiles" / (self._name(family, key) + ".json") if self._folder else None
 
     @staticmethod
     def _name(family: Family, key: Key) -> str:

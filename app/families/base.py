@@ -6,7 +6,7 @@ Knows nothing of requests' life, samplers or batches: it maps (latents, timestep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -31,6 +31,8 @@ class Family(Protocol):
     """Names of the parts with weights that each phase needs on the device."""
 
     card: Card
+    network: Any
+    """The denoising network, a torch module."""
     device: torch.device
     dtype: torch.dtype
     learned_variance: bool

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from app.card import Card
 from app.errors import CheckpointError
 from app.families.base import Conditions
+from app.families.compiling import as_written
 from app.families.text import Read, clip_states, prompt_text, read_texts, t5_states, text_encoder, unseen_text
 from app.families.vae import decode, linear_preview, pixels_per_latent
 from app.report import Phase
@@ -150,7 +151,8 @@ class SD3:
         blocks = [self.network.transformer_blocks[layer] for layer in facts.layers]
         hooks = [block.register_forward_hook(skip, with_kwargs=True) for block in blocks]
         try:
-            yield
+            with as_written(self.network):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

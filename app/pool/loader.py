@@ -15,6 +15,7 @@ import torch
 from app.card import Card
 from app.errors import DoesNotFit, LoadError
 from app.families import FAMILIES
+from app.families.compiling import compile_blocks
 from app.families.components import has_weights
 from app.pool.books import PHASES, Books, Bring, Build, Drop, Job
 from app.pool.budget import readable
@@ -29,8 +30,11 @@ _log = logging.getLogger(__name__)
 class Loader:
     """Does the jobs of the books until they are closed."""
 
-    def __init__(self, books: Books, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, books: Books, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype, compiled: bool = False
+    ) -> None:
         self._books, self._cards, self._device, self._dtype = books, cards, device, dtype
+        self._compiled = compiled
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
@@ -87,6 +91,8 @@ class Loader:
                 part_outline(part)
         parts = {part.name: self._component(card, part) for part in found}
         family = build_family(card, {name: one.value for name, one in parts.items()}, self._device, self._dtype)
+        if self._compiled:
+            compile_blocks(family.network)
         with self._books.wake:
             model = self._books.models[model_id]
             model.family, model.parts = family, parts

@@ -51,15 +51,16 @@ class Pool:
         *,
         budget: int = sys.maxsize,
         host: int = 0,
+        compiled: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """dtype: of the networks; a VAE on the CPU is float32 always. budget: bytes that weights may take of the
-        device. clock: seconds, for the wait after a failure."""
+        device. compiled: networks compile their blocks. clock: seconds, for the wait after a failure."""
         self.cards, self.device, self.dtype = dict(cards), torch.device(device), dtype
         # On a CPU the host's memory is the device's: there is nowhere to put weights aside.
         self._books = Books(self.cards, device, budget, host if self.device.type != "cpu" else 0, clock)
         self._lock = self._books.wake
-        self._loader = Loader(self._books, self.cards, self.device, dtype)
+        self._loader = Loader(self._books, self.cards, self.device, dtype, compiled)
 
     def want(self, model_id: str) -> None:
         """Start loading in the background if absent, or if it failed over 30 s ago. Raises ModelNotFound."""

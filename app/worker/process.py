@@ -129,6 +129,7 @@ def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engi
     import torch
 
     from app.engine.engine import Engine
+    from app.families.compiling import allow_compiling
     from app.pool.budget import budgets
     from app.pool.pool import Pool
 
@@ -136,7 +137,9 @@ def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engi
     _check(start.device)
     budget, host = budgets(start.settings, torch.device(start.device), len(plan.devices(start.settings.devices)))
     dtype = resolve_dtype(start.settings, start.device)
-    pool = Pool(start.cards, start.device, dtype, budget=budget, host=host)
+    if start.settings.compile:
+        allow_compiling(start.settings.cache)
+    pool = Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
     return pool, Engine(pool, start.settings, emit)
 
 

@@ -1,0 +1,53 @@
+"""Compiling: torch.compile of a network's blocks, for any number of passes and any size.
+
+Knows nothing of settings, of what is measured, or of when a network's weights come and go.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from app.errors import SettingsError
+
+VARIANTS = 64
+"""Compiled forms kept of one block class: a last block, a single pass, every card's own widths are each a form."""
+
+
+def allow_compiling(cache: Path) -> None:
+    """Let this process compile, and keep what it compiles under `cache`. Call it before anything is compiled.
+
+    Raises SettingsError: no C++ compiler.
+    """
+    # NOTE: on a GPU triton needs one too, to build its launchers.
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
+        raise SettingsError("INSTEP_COMPILE: there is no C++ compiler (g++, clang++) here", param="compile")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.expanduser() / "compiled"))
+    torch._dynamo.config.recompile_limit = VARIANTS
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile each block of the network at its first forward, all blocks of a kind once: seconds, not minutes.
+
+    The whole network compiled for one number of passes is a little faster and takes a minute for each such number.
+    """
+    for module in network.children():
+        for block in module if isinstance(module, nn.ModuleList) else ():
+            if block._compiled_call_impl is None:  # else another card has brought the same network
+                block.compile(dynamic=True)
+
+
+@contextmanager
+def as_written(network: nn.Module) -> Iterator[None]:
+    """Within it, blocks run as they are written: what hooks do to them must not be compiled in the midst of serving."""
+    if all(block._compiled_call_impl is None for block in network.modules()):
+        yield  # the stance would import the compiler, which takes seconds
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
