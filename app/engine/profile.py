@@ -148,7 +148,7 @@ class Profiles:
 
     @staticmethod
     def _name(family: Family, key: Key) -> str:
-        device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else _processor()
+        device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else processor()
         facts = hashlib.sha256(family.card.model_dump_json(exclude={"folder"}).encode()).hexdigest()[:8]
         parts = (
             key.model, facts, f"{key.width}x{key.height}", device, str(family.dtype).split(".")[-1],
@@ -157,7 +157,7 @@ class Profiles:
         return re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(parts))
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model name of this CPU; "cpu" where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
