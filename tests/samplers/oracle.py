@@ -19,6 +19,8 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 
+from app.families.upstream import PREDICTIONS as PREDICTION_TYPE
+from app.families.upstream import SCHEDULERS as UPSTREAM
 from app.samplers.schedules import Array
 from app.samplers.table import COLUMNS, Table
 from app.schedule import Schedule
@@ -27,18 +29,6 @@ Network = Callable[[Array, float], Array]
 
 SHAPE = (1, 2, 3, 4)
 PLACE = np.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE)
-UPSTREAM = {
-    "ddim": diffusers.DDIMScheduler,
-    "ddpm": diffusers.DDPMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    "flow_euler": diffusers.FlowMatchEulerDiscreteScheduler,
-    "flow_heun": diffusers.FlowMatchHeunDiscreteScheduler,
-    "flow_dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-}
-PREDICTION_TYPE = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 
 
 def network(x: Array, t: float) -> Array:
