@@ -6,21 +6,49 @@ Knows nothing of the network, the device, or what becomes of a row when its line
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from app.engine.queue import Queue
+from app.engine.queue import Order, Queue
 from app.engine.row import Caps, Key, Row, Work
 from app.engine.shares import Shares
 from app.report import Phase
 
 
 class Offer(NamedTuple):
-    """What one key would run: its candidates, best first."""
+    """What one key would run: its candidates, those that wait best first."""
 
     queue: Queue
     caps: Caps
     rows: list[Row]
+    now: float
+
+    def order(self, row: Row) -> Order:
+        """The place of a row of this key among all rows of all keys."""
+        return self.queue.order(row, self.now, self.caps.rate)
+
+    def best(self) -> Order:
+        """The place of its best row."""
+        return min(map(self.order, self.rows))
+
+    def fill(self) -> list[Row]:
+        """The rows of the next forward: a greedy choice in order that stays within the cap; the best row always goes.
+
+        Where all fit and none ends there is nothing to choose and so nothing to sort, which is most steps of a crowd.
+        Those who end together are decoded in order.
+        """
+        left = self.caps.passes
+        if sum([row.passes for row in self.rows]) <= left and all([row.line + 1 < row.lines for row in self.rows]):
+            return self.rows
+        chosen: list[Row] = []
+        for row in sorted(self.rows, key=self.order):
+            if row.passes <= left or not chosen:
+                chosen.append(row)
+                left -= row.passes
+            if left <= 0:
+                break
+        return chosen
 
 
 class Batcher:
@@ -86,8 +114,12 @@ class Batcher:
 
     def charge(self, work: Work, seconds: float) -> None:
         """The device took so long for this work: its rows' tenants pay, each by its passes."""
+        passes: Counter[str] = Counter()
         for row in work.rows:
-            self._shares.charge(row.request.tenant, seconds * row.passes / work.passes)
+            passes[row.request.tenant] += row.passes
+        each = seconds / passes.total()
+        for tenant, count in passes.items():
+            self._shares.charge(tenant, count * each)
 
     def doomed(self, now: float) -> list[Row]:
         """Waiting rows that could not be done by their deadline any more; each is told once."""
@@ -118,7 +150,7 @@ class Batcher:
     def _step(self, now: float) -> Work | None:
         """The best row of all keys decides which key runs; waiting rows it takes along are encoded first."""
         offers = self._offers(now)
-        if offers and not any(self._shares.has(offer.rows[0].request.tenant) for offer in offers):
+        if offers and not self._any_credit(offers):
             self._shares.begin_round({row.request.tenant for offer in offers for row in offer.rows})
             offers = self._offers(now)
         if self._encoded_last and any(row.stage == "started" for offer in offers for row in offer.rows):
@@ -126,8 +158,10 @@ class Batcher:
             offers = [offer for offer in map(_started_alone, offers) if offer.rows]
         if not offers:
             return None
-        best = min(offers, key=lambda offer: offer.queue.order(offer.rows[0], now, offer.caps.rate))
-        return _encode_or_denoise(best.rows, best.caps)
+        return _encode_or_denoise(min(offers, key=Offer.best) if len(offers) > 1 else offers[0])
+
+    def _any_credit(self, offers: list[Offer]) -> bool:
+        return any(self._shares.has(row.request.tenant) for offer in offers for row in offer.rows)
 
     def _offers(self, now: float) -> list[Offer]:
         """What each key could run. Where an aged row finds no slots, the other keys take no row younger than it."""
@@ -137,7 +171,7 @@ class Batcher:
         for queue, caps in able:
             rows = [row for row in queue.candidates(now, caps) if self._able(row, held)]
             if rows:
-                offers.append(Offer(queue, caps, rows))
+                offers.append(Offer(queue, caps, rows, now))
         return offers
 
     def _able(self, row: Row, held: float) -> bool:
@@ -152,22 +186,9 @@ def _started_alone(offer: Offer) -> Offer:
     return offer._replace(rows=[row for row in offer.rows if row.stage == "started"])
 
 
-def _encode_or_denoise(rows: list[Row], caps: Caps) -> Work:
-    chosen = _fill(rows, caps.passes)
+def _encode_or_denoise(offer: Offer) -> Work:
+    chosen = offer.fill()
     entering = [row for row in chosen if row.stage == "waiting"]
     if entering:
-        return Work("encode", rows[0].key, entering[: caps.encode])
-    return Work("denoise", rows[0].key, chosen)
-
-
-def _fill(rows: list[Row], passes: int) -> list[Row]:
-    """The longest greedy choice in order that stays within `passes`; the first row always goes."""
-    chosen: list[Row] = []
-    left = passes
-    for row in rows:
-        if row.passes <= left or not chosen:
-            chosen.append(row)
-            left -= row.passes
-        if left <= 0:
-            break
-    return chosen
+        return Work("encode", offer.queue.key, entering[: offer.caps.encode])
+    return Work("denoise", offer.queue.key, chosen)

@@ -64,7 +64,7 @@ class Queue:
         """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline."""
         owing = not self._shares.has(row.request.tenant)
         waited = now - row.arrived - row.served
-        if waited > AGE_LIMIT * row.request.passes(row.lines) * rate:
+        if waited > AGE_LIMIT * row.total * rate:
             return (owing, 0, row.arrived, 0, 0.0, row.sequence)
         return (owing, 1, row.remaining * rate, -row.request.priority, row.deadline, row.sequence)
 
@@ -88,13 +88,13 @@ class Queue:
         return found
 
     def candidates(self, now: float, caps: Caps) -> list[Row]:
-        """Rows that could share the next forward, best first: all started ones and the best few that may start."""
+        """Rows that could share the next forward: all started ones, then the best few that may start, best first."""
         self.admit(caps.rate)
         room = caps.slots - len(self.started) - self.finished
         waiting = self._best_waiting(now, min(caps.passes, room), caps.rate) if room > 0 else []
         if waiting and room <= caps.slots // 4:
             waiting = self._last_quarter(waiting, caps.slots - caps.slots // 4)
-        return sorted(self.started + waiting, key=lambda row: self.order(row, now, caps.rate))
+        return self.started + waiting
 
     def aged_without_room(self, now: float, caps: Caps) -> float:
         """Arrival of the oldest aged row with credit, when this key has no slots at all; infinite otherwise."""

@@ -44,6 +44,7 @@ class Row:
     """One image of a request, from its arrival to its pixels.
 
     lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
+    each: passes of a line without that; total: passes of all lines.
     slot: its place in the key's `Slots` once started. noisy: the lines whose noise is not drawn yet.
     Times are on the engine's clock, in seconds.
     """
@@ -68,17 +69,25 @@ class Row:
     decode_start: float = 0.0
     neighbours: int = 0
     previews: int = 0
+    each: int = field(init=False)
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.each = 2 if self.request.guided else 1
+        self.total = self.lines * self.each + len(self.skipping)
 
     @property
     def passes(self) -> int:
         """Passes of its next line."""
-        return (2 if self.request.guided else 1) + (self.line in self.skipping)
+        return self.each + (self.line in self.skipping)
 
     @property
     def remaining(self) -> int:
         """Passes through the network still to come."""
-        skipping = max(0, self.skipping.stop - max(self.line, self.skipping.start))
-        return (self.lines - self.line) * (2 if self.request.guided else 1) + skipping
+        plain = (self.lines - self.line) * self.each
+        if not self.skipping:
+            return plain
+        return plain + max(0, self.skipping.stop - max(self.line, self.skipping.start))
 
     @property
     def condition(self) -> Condition:

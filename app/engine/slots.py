@@ -6,7 +6,7 @@ Knows nothing of requests, of order, or of what a forward computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from app.engine.row import Key
 from app.families.base import Conditions
 from app.request import Request
 from app.samplers.table import COLUMNS, Table
+
+if TYPE_CHECKING:
+    from app.engine.step import Gather
 
 IDLE_KEYS = 4
 """Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
@@ -54,6 +57,7 @@ class Slots:
 
     x, mem, noise: float32 [capacity + 1, C, h, w]. conditions: by name, [PASSES * (capacity + 1), ...].
     plan: float32 [capacity + 1, lines, len(LINE)] on the host, the rows' tables. line, guided: [capacity + 1].
+    gathered: what the last forward gathered by, until a row comes or goes.
     """
 
     def __init__(self, capacity: int, shape: Sequence[int], device: torch.device) -> None:
@@ -66,6 +70,7 @@ class Slots:
         self.plan = self._empty_plan(64)
         self.line = np.zeros(capacity + 1, np.int64)
         self.guided = np.zeros(capacity + 1, np.int64)
+        self.gathered: Gather | None = None
         self._free = list(range(capacity))[::-1]
 
     @property
@@ -78,6 +83,7 @@ class Slots:
         conditions: by name, [1 or 2, ...]: the row's own first. mem and noise start at zero (0 * NaN is NaN).
         """
         slot = self._free[-1]
+        self.gathered = None
         self.x[slot] = x
         self.mem[slot] = 0
         self.noise[slot] = 0
@@ -88,6 +94,7 @@ class Slots:
         return self._free.pop()
 
     def release(self, slot: int) -> None:
+        self.gathered = None
         self._free.append(slot)
 
     def lines(self, rows: np.ndarray) -> np.ndarray:
@@ -140,8 +147,10 @@ class Space:
 
     def has_room(self, key: Key, size: int) -> bool:
         """Whether slots of `size` bytes can be opened; a key is never refused while no other holds rows."""
+        if key in self._slots:
+            return True
         used = sum(self._sizes[other] for other, slots in self._slots.items() if slots.free < slots.capacity)
-        return key in self._slots or used == 0 or used + size <= self._budget
+        return used == 0 or used + size <= self._budget
 
     def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
         """The key's slots, made on first need; those that nobody has used for longest make room."""

@@ -5,18 +5,19 @@ Knows nothing of which rows these are or why they were chosen.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from app.engine.slots import LINE, PASSES, Slots
-from app.families.base import Family
+from app.families.base import Conditions, Family
 
 _NOISE = LINE.index("xz")
 
 
-class Gather(NamedTuple):
+class Indices(NamedTuple):
     """Indices of one forward of P passes over R rows, int64 on the host.
 
     rows: [R] slots. places: [P] places in `Slots.conditions`. owner: [P] the row (0..R-1) of a pass.
@@ -33,9 +34,41 @@ class Gather(NamedTuple):
     skips: np.ndarray
 
 
+class Gather(NamedTuple):
+    """Indices that are on the device, and the conditions of their passes there. at: the slots, on the host.
+
+    alone: every row makes the one pass that it owns. padding: passes that nobody reads. skips: None when no pass does.
+    """
+
+    key: tuple[bytes, bytes, int | None]
+    at: np.ndarray
+    rows: torch.Tensor
+    owner: torch.Tensor
+    cond: torch.Tensor
+    other: torch.Tensor
+    skip: torch.Tensor
+    skips: torch.Tensor | None
+    conditions: Conditions
+    alone: bool
+    padding: int
+
+
 def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
-    """Lay out the passes of these slots, row after row; with a bucket, every axis is padded to it by the spare slot."""
-    guided, skipping = slots.guided[rows], slots.skipping(rows)
+    """What a forward of these slots [R] gathers; with a bucket, every axis is padded to it by the spare slot.
+
+    The slots keep it: while the same rows run together, in the same order, it is the same object.
+    """
+    skipping = slots.skipping(rows)
+    key = (rows.tobytes(), skipping.tobytes(), bucket)
+    kept = slots.gathered
+    if kept is None or kept.key != key:
+        kept = slots.gathered = _upload(slots, key, indices(slots, rows, skipping, bucket))
+    return kept
+
+
+def indices(slots: Slots, rows: np.ndarray, skipping: np.ndarray, bucket: int | None = None) -> Indices:
+    """Lay out the passes of these slots, row after row. skipping: [R] 1 for a row with a pass more on its line."""
+    guided = slots.guided[rows]
     counts = 1 + guided + skipping
     cond = np.cumsum(counts) - counts
     owner = np.repeat(np.arange(len(rows)), counts)
@@ -44,17 +77,30 @@ def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
     # A pass that skips layers sees the row's own condition.
     places = PASSES * rows[owner] + nth * (1 - skips)
     other, skip = cond + guided, cond + skipping * (guided + 1)
-    plan = Gather(rows, places, owner, cond, other, skip, skips)
+    plan = Indices(rows, places, owner, cond, other, skip, skips)
     if bucket is None:
         return plan
     # When passes are missing so are rows, hence the row after the last real one is a spare and owns the padding.
     idle = min(len(owner), bucket - 1)
     fills = (slots.spare, PASSES * slots.spare, len(rows), idle, idle, idle, 0)
-    return Gather(*(_pad(index, bucket, fill) for index, fill in zip(plan, fills, strict=True)))
+    return Indices(*(_pad(index, bucket, fill) for index, fill in zip(plan, fills, strict=True)))
 
 
 def _pad(index: np.ndarray, length: int, fill: int) -> np.ndarray:
     return np.concatenate([index, np.full(length - len(index), fill, np.int64)])
+
+
+def _upload(slots: Slots, key: tuple[bytes, bytes, int | None], plan: Indices) -> Gather:
+    """One copy to the device for all indices, and the conditions of these passes side by side."""
+    every = torch.from_numpy(np.concatenate(plan)).to(slots.x.device)
+    rows, places, owner, cond, other, skip, skips = every.split([len(index) for index in plan])  # type: ignore[no-untyped-call]
+    return Gather(
+        key, plan.rows, rows, owner, cond, other, skip,
+        skips.bool() if plan.skips.any() else None,
+        {name: value.index_select(0, places) for name, value in slots.conditions.items()},
+        alone=len(plan.owner) == len(plan.rows) and bool((plan.owner == np.arange(len(plan.rows))).all()),
+        padding=int((plan.places >= PASSES * slots.spare).sum()),
+    )  # fmt: skip
 
 
 def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
@@ -66,42 +112,52 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
     likewise (sd3_infer.py of Stability-AI/sd3.5). Buffers change last, so a step that raises can be run again from
     where it started.
     """
-    device = slots.x.device
-    sizes = [len(index) for index in plan]
-    indices = torch.from_numpy(np.concatenate(plan)).to(device)
-    rows, places, owner, cond, other, skip, skips = indices.split(sizes)  # type: ignore[no-untyped-call]
-    lines = slots.lines(plan.rows)
-    columns = torch.from_numpy(lines).to(device)[:, :, None, None, None].unbind(1)
+    lines = slots.lines(plan.at)[:, :, None, None, None]
+    columns = torch.from_numpy(lines).to(slots.x.device).unbind(1)
     t, c_in, xx, xo, xm, xz, zf, mx, mo, weight, skip_weight, scale = columns
+    x, mem = slots.x.index_select(0, plan.rows), slots.mem.index_select(0, plan.rows)
 
-    x, mem = slots.x[rows], slots.mem[rows]
-    conditions = {name: value[places] for name, value in slots.conditions.items()}
+    conditions = dict(plan.conditions)
     if family.card.guidance == "embedded":
-        conditions["guidance"] = scale.flatten()[owner]
-    if plan.skips.any():
-        conditions["skip"] = skips.bool()
-    raw, frac = family.denoise((c_in * x)[owner], t.flatten()[owner], conditions)
-    out = guide(raw, cond, other, weight, family.card.guided_channels)
-    if plan.skips.any():
-        out = out + skip_weight * (raw[cond] - raw[skip])
+        conditions["guidance"] = scale.flatten().index_select(0, plan.owner)
+    if plan.skips is not None:
+        conditions["skip"] = plan.skips
+    raw, frac = family.denoise(_owned(c_in * x, plan), _owned(t.flatten(), plan), conditions)
+    out = raw if plan.alone else guide(raw, plan.cond, plan.other, weight, family.card.guided_channels)
+    if plan.skips is not None:
+        out = out + skip_weight * (raw[plan.cond] - raw[plan.skip])
 
-    new = xx * x + xo * out + xm * mem
+    # A multiply and then a fused multiply-add a term, in place: one call and one walk over the latents for each.
+    clean = (mx * x).addcmul_(mo, out)
+    new = x.mul_(xx).addcmul_(xo, out).addcmul_(xm, mem)
     if lines[:, _NOISE].any():
-        spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[cond])
-        new = new + spread * slots.noise[rows]
-    clean, finite = mx * x + mo * out, torch.isfinite(new).flatten(1).all(1)
+        spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[plan.cond])
+        new.addcmul_(spread, slots.noise.index_select(0, plan.rows))
+    finite = finite_rows(new)
     # Nothing is allocated from here on: an error (out of memory) leaves both buffers as they were.
-    slots.x[rows] = new
-    slots.mem[rows] = clean
+    slots.x.index_copy_(0, plan.rows, new)
+    slots.mem.index_copy_(0, plan.rows, clean)
     return finite
+
+
+def _owned(values: torch.Tensor, plan: Gather) -> torch.Tensor:
+    """One value for each pass, of one for each row."""
+    return values if plan.alone else values.index_select(0, plan.owner)
+
+
+def finite_rows(latents: torch.Tensor) -> torch.Tensor:
+    """latents: [R, C, h, w] -> bool [R].
+
+    By each row's sum: a number that is not finite makes it so too, and `isfinite` of each would take longer than the
+    whole update. Finite latents whose sum is not are beyond 1e33, and no image either.
+    """
+    return latents.flatten(1).sum(1).abs() < math.inf
 
 
 def guide(
     out: torch.Tensor, cond: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, channels: int | None
 ) -> torch.Tensor:
     """out: [P, C, h, w], weight: [R, 1, 1, 1] -> [R, C, h, w]; `channels`: how many are guided (original DiT: 3)."""
-    own = out[cond]
-    pull = weight * (own - out[other])
-    if channels is not None:
-        pull[:, channels:] = 0
-    return own + pull
+    own, away = out.index_select(0, cond), out.index_select(0, other)
+    own[:, :channels].lerp_(away[:, :channels], -weight)  # exact where the two are the same
+    return own

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.engine.slots import COLUMNS, PASSES, Guidance, Slots
-from app.engine.step import denoise_step, gather
+from app.engine.step import denoise_step, finite_rows, gather, indices
 from app.families.base import Conditions, Family
 from app.samplers.table import Table, compile_table
 from app.schedule import Schedule
@@ -104,7 +104,7 @@ def test_each_kind_of_guidance_equals_its_row_alone(bucket: int | None, embedded
     plan = gather(slots, np.array(taken)[order], bucket)
     denoise_step(family, slots, plan)
     assert family.widths[-1] == (bucket or sum(passes for *_, passes in KINDS))
-    assert plan.skips.sum() == sum(passes == 3 for *_, passes in KINDS)
+    assert plan.skips is not None and int(plan.skips.sum()) == sum(passes == 3 for *_, passes in KINDS)
     for slot, x in zip(taken, expected, strict=True):
         torch.testing.assert_close(slots.x[slot], x, rtol=1e-5, atol=1e-5)
 
@@ -165,16 +165,58 @@ def test_a_gather_names_each_pass_once_and_pads_with_the_spare(guided: tuple[int
     slots = Slots(5, SHAPE, torch.device("cpu"))
     rows = np.array([4, 0, 2])
     slots.guided[rows] = guided
-    plan = gather(slots, rows)
+    none = np.zeros(3, np.int64)
+    plan = indices(slots, rows, none)
     assert plan.places.tolist() == [
         p for row, two in zip(rows, guided, strict=True) for p in range(2 * row, 2 * row + 1 + two)
     ]
     assert (plan.places // PASSES == rows[plan.owner]).all()
-    padded = gather(slots, rows, 8)
+    padded = indices(slots, rows, none, 8)
     assert {len(index) for index in padded} == {8}
     assert padded.owner[: len(plan.owner)].tolist() == plan.owner.tolist()
     assert (padded.rows[padded.owner[len(plan.owner) :]] == slots.spare).all()
     assert (padded.places[len(plan.places) :] == PASSES * slots.spare).all()
+    assert (gather(slots, rows).padding, gather(slots, rows, 8).padding) == (0, 8 - len(plan.owner))
+    assert gather(slots, rows).alone == (not any(guided))
+
+
+def test_what_rows_gather_by_is_kept_until_a_row_comes_or_goes() -> None:
+    """And no longer: a slot that is taken again has other conditions, under the same number."""
+    table = compile_table(FLOW, "flow_euler", 4)
+    slots = Slots(3, SHAPE, torch.device("cpu"))
+    taken = [slots.take(table, torch.randn(SHAPE), {"code": torch.full((2, 1), code)}, guided(3.0)) for code in (1, 2)]
+    rows = np.array(taken)
+    kept = gather(slots, rows)
+    slots.line[rows] += 1
+    assert gather(slots, rows) is kept
+    assert gather(slots, rows[::-1].copy()) is not kept
+    assert gather(slots, rows, 8) is not kept
+    slots.release(taken[1])
+    assert slots.take(table, torch.randn(SHAPE), {"code": torch.full((1, 1), 5.0)}, Guidance()) == taken[1]
+    assert gather(slots, rows).conditions["code"].flatten().tolist() == [1.0, 1.0, 5.0]
+    slots.take(table, torch.randn(SHAPE), {"other": torch.ones(1, 2)}, Guidance())
+    assert set(gather(slots, rows).conditions) == {"code", "other"}
+
+
+def test_a_row_that_skips_layers_on_some_lines_gathers_anew_on_them() -> None:
+    slots = Slots(2, SHAPE, torch.device("cpu"))
+    guidance = Guidance(True, 3.0, 2.5, range(1, 3))
+    table = compile_table(FLOW, "flow_euler", 4)
+    row = np.array([slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guidance)])
+    passes = []
+    for line in range(4):
+        slots.line[row] = line
+        passes.append(len(gather(slots, row).owner))
+    assert passes == [2, 3, 3, 2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_enough(bad: float) -> None:
+    latents = torch.randn(3, 16, 64, 64) * 1e6
+    latents[1, 3, 60, 7] = bad
+    assert finite_rows(latents).tolist() == [True, False, True]
+    latents[1, 3, 2, 7] = -bad
+    assert finite_rows(latents).tolist() == [True, False, True]
 
 
 class MetaFamily(FakeFamily):
