@@ -5,9 +5,8 @@ Knows nothing of slots or steps, nor of how a family joins the encoders' outputs
 
 from __future__ import annotations
 
-import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,12 +25,12 @@ Name = tuple[Encoder, str, int]
 
 @dataclass(slots=True)
 class _Known:
-    """An encoder that has something here. weights: its first parameter, another object once they are read anew.
+    """An encoder that has something here. version: of its weights. models: those that asked for it.
 
-    models: those that asked for it. empty: the length of the empty prompt that was asked for last.
+    empty: the length of the empty prompt that was asked for last.
     """
 
-    weights: weakref.ref[torch.Tensor]
+    version: int
     models: set[str] = field(default_factory=set)
     empty: int = -1
 
@@ -40,12 +39,13 @@ class Encodings:
     """Outputs by (encoder, text, length) in at most `budget` bytes of the device; the least recently used leaves first.
 
     Models that share an encoder share what it gave. Of each encoder the empty prompt, at the length it was last asked
-    for, stays while one of the encoder's models does, whatever the budget.
+    for, stays while one of the encoder's models does, whatever the budget. version: of a network's weights, which may
+    have changed while they were away.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, version: Callable[[object], int]) -> None:
         self.bytes = 0
-        self._budget = budget
+        self._budget, self._version = budget, version
         self._kept: OrderedDict[Name, States] = OrderedDict()
         self._known: dict[Encoder, _Known] = {}
         self._cuts: OrderedDict[tuple[str, Condition, int], str | None] = OrderedDict()
@@ -110,13 +110,12 @@ class Encodings:
         return tuple(torch.cat(states) for states in zip(*found, strict=True))
 
     def _meet(self, encoder: Encoder) -> _Known:
-        """What is known of an encoder on the device; nothing any more of one whose files were read again."""
-        weights = next(encoder.network.parameters())
-        known = self._known.get(encoder)
-        if known is not None and known.weights() is not weights:
-            self._drop(encoder)  # NOTE: the files may have changed while it was away
+        """What is known of an encoder on the device; nothing any more of one whose weights are others."""
+        version, known = self._version(encoder.network), self._known.get(encoder)
+        if known is not None and known.version != version:
+            self._drop(encoder)
             known = None
-        return known or self._known.setdefault(encoder, _Known(weakref.ref(weights)))
+        return known or self._known.setdefault(encoder, _Known(version))
 
     def _keep(self, name: Name, states: States) -> None:
         self._kept[name] = states

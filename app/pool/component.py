@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from app.families.components import blank_network, build_tokenizer, empty_network, fill_network, has_weights
-from app.pool.contents import part_outline, part_states
+from app.pool.contents import part_outline, part_stamp, part_states
 from app.pool.layout import Part
 
 Place = Literal["device", "host", "away", "moving"]
@@ -25,7 +25,8 @@ class Component:
 
     bytes: of its weights in `dtype`, from the headers of its files. leases: how many hold it where it is.
     used: when it was last leased. owners: ids of the models that it is part of. origin: where a moving one was.
-    arrived: it has come to the device, which is not written down yet.
+    arrived: it has come to the device, which is not written down yet. version: how often its weights were read from
+    files that had changed since the time before.
     """
 
     def __init__(self, part: Part, device: torch.device, dtype: torch.dtype) -> None:
@@ -38,6 +39,8 @@ class Component:
         self.place: Place = "device"  # a tokenizer is always there
         self.origin: Place = "away"
         self.arrived = False
+        self.version = 0
+        self._stamp: tuple[Hashable, ...] = ()
         if not has_weights(part.class_name):
             self.value: Any = build_tokenizer(part.class_name, part.folder)
             return
@@ -52,8 +55,9 @@ class Component:
         if self.origin == "host":
             _move(self.value, self.device)
         else:
-            states = part_states(self.part)
+            stamp, states = part_stamp(self.part), part_states(self.part)
             fill_network(self.value, self.part.class_name, self.part.weights, states, self.device, self.dtype)
+            self.version, self._stamp = self.version + (stamp != self._stamp), stamp
         self.arrived, self.used = True, time.monotonic()
 
     def settle(self) -> None:

@@ -37,6 +37,13 @@ def part_states(part: Part) -> Iterator[State]:
         yield _named(part, held, state)
 
 
+def part_stamp(part: Part) -> tuple[Hashable, ...]:
+    """Another one when the files of its weights have changed: which they are, their sizes and times. Reads none."""
+    places = [part.weights, *sorted(part.weights.glob("*"))]
+    stats = [(place.name, place.stat()) for place in places if place.is_file()]
+    return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats)
+
+
 def part_identity(part: Part) -> tuple[Hashable, ...]:
     """What two parts have in common that are one: a folder; or a file, what of it, and what its config says."""
     if part.file is None:

@@ -104,6 +104,11 @@ class Pool:
         with self._lock:
             return self._books.model(model_id).family
 
+    def version(self, network: object) -> int:
+        """Of a part that is leased: another number once its weights came from files that had changed."""
+        with self._lock:
+            return next((one.version for one in self._books.store.components.values() if one.value is network), 0)
+
     def fits(self, model_id: str) -> bool:
         """Whether all parts of a built model can be on the device together. Raises ModelNotFound."""
         with self._lock:

@@ -165,6 +165,9 @@ class FakePool:
     def family(self, model_id: str) -> FakeFamily | None:
         return self.families[model_id] if model_id in self.present else None
 
+    def version(self, network: object) -> int:
+        return 1
+
     def fits(self, model_id: str) -> bool:
         return True
 

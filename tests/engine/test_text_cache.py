@@ -98,6 +98,16 @@ def unload(bench: Bench, *models: str) -> None:
     bench.turn()
 
 
+def take_away(pool: Pool, *parts: str) -> None:
+    """These parts of the SD3 off the device, as for others that need the room; the model stays."""
+    books = pool._books
+    leaving = [books.models["sd3"].parts[part] for part in parts]
+    with books.wake:
+        books.store.claim((), leaving)
+    for one in leaving:
+        books.store.drop(one)
+
+
 def held(bench: Bench) -> int:
     """Bytes of encoded prompts as told last."""
     return [report for report in bench.reports if isinstance(report, Memory)][-1].bytes["text"]
@@ -138,6 +148,23 @@ def test_weights_that_were_changed_while_the_model_was_away_give_other_images(
     fresh, _ = answer(Bench(made(), deterministic=True), request)
     assert counted == (0, 6) and np.array_equal(after.latents, fresh.latents)
     assert np.linalg.norm(after.latents - before.latents) > 1e-2 * np.linalg.norm(before.latents)
+
+
+def test_an_encoder_that_was_away_is_asked_again_only_if_its_files_changed(
+    cards: dict[str, Card], made: Callable[[], Pool]
+) -> None:
+    pool, request, folder = made(), prompt("sd3", "red apple", guided=True), cards["sd3"].folder
+    bench = Bench(pool, deterministic=True)
+    before, _ = answer(bench, request)
+    take_away(pool, "text_encoder", "text_encoder_3")
+    same, counted = answer(bench, request)
+    assert counted == (6, 0) and np.array_equal(same.latents, before.latents)
+    take_away(pool, "text_encoder", "text_encoder_3")
+    write_t5(folder / "text_encoder_3", folder / "tokenizer_3", seed=77)
+    after, counted = answer(bench, request)
+    fresh, _ = answer(Bench(made(), deterministic=True), request)
+    assert counted == (4, 2) and np.array_equal(after.latents, fresh.latents)
+    assert not np.array_equal(after.latents, before.latents)
 
 
 def test_texts_are_counted_once_a_batch_for_each_encoder(made: Callable[[], Pool]) -> None:

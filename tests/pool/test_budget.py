@@ -33,7 +33,7 @@ def test_what_is_neither(text: str) -> None:
 @pytest.mark.parametrize("text", ["10%", "100 %", "lots", ""])
 def test_encoded_prompts_take_bytes_and_no_share(text: str) -> None:
     assert (text_bytes(Settings(text_cache="64 MB")), text_bytes(Settings())) == (64 * 10**6, 256 * 10**6)
-    with pytest.raises(SettingsError, match="INSTEP_TEXT_CACHE: .* is not bytes") as caught:
+    with pytest.raises(SettingsError, match=r"INSTEP_TEXT_CACHE: .* is not bytes") as caught:
         text_bytes(Settings(text_cache=text))
     assert caught.value.param == "text_cache"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from app.card import Card, read_card, read_cards
 from app.errors import CheckpointError
 from app.pool import component
 from app.pool.building import build_parts
-from app.pool.contents import part_identity, part_outline, part_states
+from app.pool.contents import part_identity, part_outline, part_stamp, part_states
 from app.pool.layout import Part, read_parts
 from app.pool.pool import Pool
 from tests.cli import originals
@@ -160,3 +161,20 @@ def test_a_card_that_names_no_such_file(models: Path, files: dict[str, str], tol
     card = read_card(models / "one" / "card.toml").model_copy(update={"files": files})
     with pytest.raises(CheckpointError, match=told):
         read_parts(card, {})
+
+
+@pytest.mark.parametrize("name", ["own", "one"])
+def test_changed_files_have_another_stamp(models: Path, tmp_path: Path, name: str) -> None:
+    """In a folder or in one file; also where a file of the same size and date takes another's place."""
+    shutil.copytree(models / name, tmp_path / name)
+    card = read_card(tmp_path / name / "card.toml")
+    (part,) = [part for part in read_parts(card, {}) if part.name == "text_encoder_3"]
+    (file,) = [part.weights] if part.weights.is_file() else part.weights.glob("*.safetensors")
+    first, stat = part_stamp(part), file.stat()
+    assert first and part_stamp(part) == first
+    shutil.copy(file, tmp_path / "other")
+    os.utime(tmp_path / "other", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(tmp_path / "other", file)
+    assert part_stamp(part) != first and file.stat().st_mtime_ns == stat.st_mtime_ns
+    file.unlink()
+    assert part_stamp(part) != first
