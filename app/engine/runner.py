@@ -172,13 +172,14 @@ class Runner:
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])
+        rows = sorted(rows, key=lambda row: row.slot)  # the same rows in the same order, whoever is first to leave
         self._draw(rows, slots)
         index = np.array([row.slot for row in rows], np.int64)
         plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
         finite = denoise_step(family, slots, plan)[: len(rows)]
         self._unread.append((rows, finite))
         slots.line[index] += 1
-        outcome.padding += int((plan.places >= 2 * slots.spare).sum())
+        outcome.padding += plan.padding
 
     @staticmethod
     def _draw(rows: list[Row], slots: Slots) -> None:
@@ -188,7 +189,7 @@ class Runner:
             return
         drawn = [torch.randn((1, *slots.noise.shape[1:]), generator=row.noise) for row in due]
         index = torch.tensor([row.slot for row in due], device=slots.noise.device)
-        slots.noise[index] = torch.cat(drawn).to(slots.noise.device)
+        slots.noise.index_copy_(0, index, torch.cat(drawn).to(slots.noise.device))
         for row in due:
             row.noisy.discard(row.line)
 
