@@ -17,7 +17,7 @@ from app.report import Failure, ModelState, Report
 from app.request import Request
 from app.settings import Settings
 from app.worker import plan
-from app.worker.process import build
+from app.worker.process import build, use_threads
 from app.worker.wire import Start
 
 
@@ -62,10 +62,7 @@ class Local:
         self._reports.put(report)
 
     def _run(self) -> None:
-        import torch
-
-        # NOTE: a thread starts with what was set last anywhere in the process, and the pool's loader sets 1 for itself.
-        torch.set_num_threads(self._threads)
+        use_threads(self._threads)
         try:
             self._engine.run()
         except Exception as error:

@@ -133,7 +133,7 @@ def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engi
     from app.pool.budget import budgets
     from app.pool.pool import Pool
 
-    torch.set_num_threads(plan.threads(start.settings))
+    use_threads(plan.threads(start.settings))
     _check(start.device)
     budget, host = budgets(start.settings, torch.device(start.device), len(plan.devices(start.settings.devices)))
     dtype = resolve_dtype(start.settings, start.device)
@@ -141,6 +141,18 @@ def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engi
         allow_compiling(start.settings.cache)
     pool = Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
     return pool, Engine(pool, start.settings, emit)
+
+
+def use_threads(count: int) -> None:
+    """So many CPU threads for what this thread computes, whatever other threads ask for later.
+
+    NOTE: a thread takes the number that was set last anywhere in the process when it first computes or asks for it;
+    the pool's loader sets 1 for itself, and without the question here that would be the engine's number too.
+    """
+    import torch
+
+    torch.set_num_threads(count)
+    torch.get_num_threads()
 
 
 def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:

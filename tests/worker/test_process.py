@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -172,3 +173,21 @@ def test_big_pictures_do_not_block_the_engine():
         assert wire.receive(sock) == Announce("end", 0.0)
         assert wire.receive(sock) == Announce("closed", 1.0)
         assert running.wait(20) == 0
+
+
+def test_the_engines_threads_stay_when_another_thread_asks_for_fewer():
+    """As the loader does, before the engine's thread has computed anything."""
+    before, seen = torch.get_num_threads(), []
+
+    def engine():
+        process.use_threads(3)
+        loader = threading.Thread(target=torch.set_num_threads, args=(1,))
+        loader.start()
+        loader.join()
+        seen.append(torch.get_num_threads())
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+    assert seen == [3]
