@@ -32,15 +32,16 @@ def allow_compiling(cache: Path) -> None:
     torch._dynamo.config.recompile_limit = VARIANTS
 
 
-def compile_blocks(network: nn.Module) -> None:
+def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Compile each block of the network at its first forward, all blocks of a kind once: seconds, not minutes.
 
-    The whole network compiled for one number of passes is a little faster and takes a minute for each such number.
+    backend: one of torch.compile's. The whole network, compiled for one number of passes, is a little faster and takes
+    a minute for each such number.
     """
     for module in network.children():
         for block in module if isinstance(module, nn.ModuleList) else ():
             if block._compiled_call_impl is None:  # else another card has brought the same network
-                block.compile(dynamic=True)
+                block.compile(dynamic=True, backend=backend)
 
 
 @contextmanager
