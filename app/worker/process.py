@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from app import logs
 from app.errors import InstepError, SettingsError
-from app.report import Report
+from app.report import Report, Tick
 from app.settings import Settings
 from app.worker import plan, wire
 
@@ -30,7 +31,35 @@ if TYPE_CHECKING:
     from app.engine.engine import Engine
     from app.pool.pool import Pool
 
+HOLD = 0.25
+"""Seconds that a Tick may wait for others while the engine works on."""
+
 log = logging.getLogger("instep.worker")
+
+
+class Bundle:
+    """Ticks wait for company, because each message on its own wakes the front, which shares the cores with a forward.
+
+    Any other word takes them along at once, and so does a Tick when HOLD seconds have passed since the last were sent:
+    nobody who waits for a picture, a preview or a step waits longer, and the Ticks still arrive one by one, in order.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[wire.Word] = []
+        self._last = -HOLD
+
+    def add(self, word: wire.Word, now: float) -> list[wire.Word]:
+        """What is to be sent now, at `now` seconds: nothing, or all that was held and the word."""
+        self._held.append(word)
+        if isinstance(word, Tick) and now < self._last + HOLD:
+            return []
+        self._last = now
+        return self.rest()
+
+    def rest(self) -> list[wire.Word]:
+        """All that is held."""
+        held, self._held = self._held, []
+        return held
 
 
 class Ends:
@@ -38,7 +67,8 @@ class Ends:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._outbox: SimpleQueue[wire.Word | None] = SimpleQueue()
+        self._outbox: SimpleQueue[list[wire.Word] | None] = SimpleQueue()
+        self._bundle = Bundle()
         self._attached = threading.Event()
         self._engine: Engine | None = None
         threading.Thread(target=self._read, name="reader", daemon=True).start()
@@ -46,8 +76,9 @@ class Ends:
         self._sender.start()
 
     def emit(self, word: wire.Word) -> None:
-        """Queue one message for the front; thread-safe, never blocks."""
-        self._outbox.put(word)
+        """Queue one message for the front; never blocks. For the main thread alone."""
+        if words := self._bundle.add(word, time.monotonic()):
+            self._outbox.put(words)
 
     def attach(self, engine: Engine) -> None:
         """From now on orders are obeyed."""
@@ -56,6 +87,7 @@ class Ends:
 
     def finish(self) -> None:
         """Wait until everything queued is sent."""
+        self._outbox.put(self._bundle.rest())
         self._outbox.put(None)
         self._sender.join(timeout=5.0)
 
@@ -88,8 +120,8 @@ class Ends:
 
     def _send(self) -> None:
         try:
-            while (word := self._outbox.get()) is not None:
-                wire.send(self._sock, word)
+            while (words := self._outbox.get()) is not None:
+                wire.send(self._sock, *words)
         except OSError:
             os._exit(0)
         except Exception:

@@ -100,9 +100,12 @@ def pack(message: Order | Word) -> bytes:
     return _HEADER.pack(len(body)) + body
 
 
-def send(sock: socket.socket, message: Order | Word) -> None:
-    """Blocking send of one frame. Raises OSError when the other side is gone, WireError above FRAME_CAP."""
-    sock.sendall(pack(message))
+def send(sock: socket.socket, *messages: Order | Word) -> None:
+    """Blocking send of one frame each, in one piece.
+
+    Raises OSError when the other side is gone, WireError above FRAME_CAP.
+    """
+    sock.sendall(pack(messages[0]) if len(messages) == 1 else b"".join(map(pack, messages)))
 
 
 def receive(sock: socket.socket) -> Order | None:

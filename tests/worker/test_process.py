@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.errors import SettingsError
-from app.report import Announce, Failure
+from app.report import Announce, Failure, Progress, Tick
 from app.settings import Settings
 from app.worker import process, wire
 from tests.worker.parts import CARDS, request
@@ -20,7 +20,7 @@ from tests.worker.parts import CARDS, request
 STAND_IN = """
 import ctypes, queue, sys, time
 from app.errors import EngineError, SettingsError
-from app.report import Announce, Failure
+from app.report import Announce, Failure, Progress, Tick
 from app.worker import process
 
 class Pool:
@@ -191,3 +191,40 @@ def test_the_engines_threads_stay_when_another_thread_asks_for_fewer():
     thread.join()
     torch.set_num_threads(before)
     assert seen == [3]
+
+
+def tick(number: int) -> Tick:
+    return Tick("m", "denoise", 1, 1, 0, 1, 0.01 * number, 1, 0)
+
+
+def test_ticks_go_together_and_nothing_else_waits():
+    bundle, sent = process.Bundle(), []
+    for number in range(40):  # 20 a second
+        sent.append(bundle.add(tick(number), 0.05 * number))
+    assert max(map(len, sent)) * 0.05 <= process.HOLD + 0.001
+    told = [len(words) for words in sent if words]
+    assert told[0] == 1 and len(told) <= 2 / process.HOLD
+    step = Progress("a", 0, 1, 4)
+    sent.append(bundle.add(tick(40), 2.0))
+    sent.append(bundle.add(step, 2.01))
+    assert sent[-1][-1] is step
+    sent.append(bundle.add(step, 2.02))
+    assert sent[-1] == [step]
+    bundle.add(tick(41), 2.03)
+    sent.append(bundle.rest())
+    ticks = [word for words in sent for word in words if isinstance(word, Tick)]
+    assert ticks == [tick(number) for number in range(42)]
+    assert bundle.rest() == []
+
+
+def test_every_tick_arrives_also_those_that_are_held_when_the_engine_ends():
+    run = (
+        "[said.put(Tick('m', 'denoise', 1, 1, 0, 1, 0.01 * n, 1, 0)) for n in range(20)]; "
+        "said.put(Announce('on', 1.0)); [said.put(Tick('m', 'denoise', 1, 1, 0, 1, 0.01 * n, 1, 0)) "
+        "for n in range(20, 42)]"
+    )
+    with child(run, "from app.report import Tick; globals()['Tick'] = Tick") as (_, sock):
+        words = list(iter(lambda: wire.receive(sock), None))
+    ticks = [word for word in words if isinstance(word, Tick)]
+    assert ticks == [tick(number) for number in range(42)]
+    assert words.index(Announce("on", 1.0)) < words.index(ticks[20])
