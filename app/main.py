@@ -76,13 +76,14 @@ def create_app(
     return build(front, lifespan, version())
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, app: Application | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Call it on the main thread.
 
-    Raises SettingsError when the port is taken, CardError, and what an engine process refused to start with.
+    app: made of these settings already, with workers of its own. Raises SettingsError when the port is taken,
+    CardError, and what an engine process refused to start with.
     """
     logs.setup(settings.log_level)
-    app = create_app(settings)
+    app = app or create_app(settings)
     settings = settings.without_secrets()
     forget_secrets()
     make_room(settings.max_connections)

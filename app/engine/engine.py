@@ -36,7 +36,7 @@ class Engine:
     """Rows of any sampler, step count and guidance through shared forwards, on one device.
 
     `submit`, `cancel`, `load` and `stop` are thread-safe; the rest runs on the caller of `tick` or `run`.
-    clock: seconds, monotonic; deadlines are on it.
+    batcher, runner: of another order of work, for a bench. clock: seconds, monotonic; deadlines are on it.
     """
 
     def __init__(
@@ -46,14 +46,16 @@ class Engine:
         emit: Callable[[Report], None],
         *,
         profiles: Profiles | None = None,
+        batcher: type[Batcher] = Batcher,
+        runner: type[Runner] = Runner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._emit = emit
         self._clock = clock
         profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
-        self._runner = Runner(pool, profiles, settings.deterministic, text_bytes(settings))
-        self._batcher = Batcher(self._caps, self._ready)
+        self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings))
+        self._batcher = batcher(self._caps, self._ready)
         self._turns = Turns(pool, lambda row: self._runner.measured(row.key))
         self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)
         self._promises = self._settler.promises

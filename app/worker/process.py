@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from app.engine.engine import Engine
     from app.pool.pool import Pool
 
+    Make = Callable[[wire.Start, Callable[[Report], None]], tuple[Pool, Engine]]
+
 HOLD = 0.25
 """Seconds that a Tick may wait for others while the engine works on."""
 
@@ -129,8 +131,11 @@ class Ends:
             os._exit(1)
 
 
-def main(descriptor: int) -> int:
-    """Serve the front at the other end of this socket until it says Stop or is gone. Returns the exit code."""
+def main(descriptor: int, make: Make | None = None) -> int:
+    """Serve the front at the other end of this socket until it says Stop or is gone. Returns the exit code.
+
+    make: puts pool and engine together, where it is not `build`.
+    """
     # NOTE: Ctrl-C reaches the whole terminal group; the front decides what to do about it. SIGTERM ends us at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(descriptor, False)
@@ -141,7 +146,7 @@ def main(descriptor: int) -> int:
     logs.setup(start.settings.log_level)
     ends = Ends(sock)
     try:
-        pool, engine = build(start, ends.emit)
+        pool, engine = (make or build)(start, ends.emit)
     except InstepError as error:
         ends.emit(wire.Refusal(error))
         ends.finish()
@@ -158,9 +163,16 @@ def main(descriptor: int) -> int:
 
 def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
     """Pool and engine on the device, in this process. Raises SettingsError when there is no such device."""
+    from app.engine.engine import Engine
+
+    pool = open_pool(start)
+    return pool, Engine(pool, start.settings, emit)
+
+
+def open_pool(start: wire.Start) -> Pool:
+    """The pool on the device, for the calling thread's engine. Raises SettingsError when there is no such device."""
     import torch
 
-    from app.engine.engine import Engine
     from app.families.compiling import allow_compiling
     from app.pool.budget import budgets
     from app.pool.pool import Pool
@@ -171,8 +183,7 @@ def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engi
     dtype = resolve_dtype(start.settings, start.device)
     if start.settings.compile:
         allow_compiling(start.settings.cache)
-    pool = Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
-    return pool, Engine(pool, start.settings, emit)
+    return Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
 
 
 def use_threads(count: int) -> None:
