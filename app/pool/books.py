@@ -176,8 +176,9 @@ class Books:
         self.changes.append(Memory(self._device, held))
 
     def _drop(self) -> Drop | None:
+        gone = self._dropped | {model_id for model_id, model in self.models.items() if model.state == "absent"}
         for model_id in list(self._dropped):
-            mine = [one for one in self.models[model_id].parts.values() if one.bytes and one.owners <= self._dropped]
+            mine = [one for one in self.models[model_id].parts.values() if one.bytes and one.owners <= gone]
             idle = [one for one in mine if one.place in ("device", "host") and not one.leases]
             if idle:
                 self.store.claim((), idle)

@@ -240,6 +240,18 @@ def test_files_that_change_while_a_model_is_away_fail_its_return(
     ready(pool, "tiny-dit")
 
 
+def test_models_that_share_parts_leave_nothing_behind_when_they_go_one_after_the_other(
+    made: Callable[..., Pool],
+) -> None:
+    pool = made(10**9)
+    for model_id in ("tiny-sd3", "tiny-sd3-turbo"):
+        ready(pool, model_id)
+    for model_id in ("tiny-sd3-turbo", "tiny-sd3"):
+        pool.unload(model_id)
+        until(lambda model_id=model_id: pool._books.models[model_id].state == "absent")
+    until(lambda: not held_now(pool))
+
+
 def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
     made: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
