@@ -5,10 +5,12 @@ Knows nothing of tensors; reading a card opens no weights. An invalid card stops
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -206,6 +208,15 @@ def read_cards(folder: Path) -> dict[str, Card]:
                     f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"'
                 )
     return cards
+
+
+def to_toml(value: Any) -> str:
+    """A value of a card as TOML, tables in one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _labels(card: Card) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The command line: `instep serve | generate | compare | models | demo`. The only home of typer and rich.
+"""The command line: `instep serve | generate | compare | models | bench | demo`. The only home of typer and rich.
 
 Knows nothing of HTTP bodies' rules (`app/api/schemas.py`). What goes wrong is one line on stderr and exit code 1.
 """
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from app.cli import add, check, compare, convert, demo, generate, models, pull, serve
+from app.cli import add, bench, check, compare, convert, demo, generate, models, pull, serve
 from app.errors import InstepError
 
 
@@ -61,6 +61,7 @@ models.app.command()(convert.convert)
 models.app.command()(check.check)
 models.app.command()(add.add)
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)
 
 

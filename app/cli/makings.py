@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from app.card import INDEX, Card, read_cards
+from app.card import INDEX, Card, read_cards, to_toml
 from app.errors import NotDownloaded
 
 if TYPE_CHECKING:
@@ -98,12 +97,3 @@ def _write_layout(folder: Path, makings: Makings) -> None:
         (folder / part).symlink_to(place)
     for part, file in makings.plain.items():
         (folder / part / "model.safetensors").symlink_to(file)
-
-
-def to_toml(value: Any) -> str:
-    """A value of a card as TOML, tables in one line."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)

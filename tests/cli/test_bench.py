@@ -1,0 +1,78 @@
+"""`instep bench step` and `image` on tiny models: what they print, and what of it does not depend on time."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from app.bench import machine
+from tests.cli.conftest import Run, one_line
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings of small matrices, which are measured in no time."""
+    monkeypatch.setattr(machine, "MATMULS", {"cpu": (64,)})
+    monkeypatch.setattr(machine, "COPIED", {"cpu": 1 << 20})
+
+
+def last(result: Any) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output
+    line: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return line
+
+
+def test_step_tells_times_work_and_floor(run: Run) -> None:
+    result = run("bench", "step", "--model", "tiny-sd3", "--passes", "4,1", "--rounds", 2, "--size", "32x16")
+    line = last(result)
+    assert (line["bench"], line["model"], line["size"], line["rounds"]) == ("step", "tiny-sd3", "32x16", 2)
+    one, four = line["steps"]
+    assert (one["passes"], four["passes"]) == (1, 4) and four["gflop"] == pytest.approx(4 * one["gflop"], rel=0.02)
+    for row in line["steps"]:
+        assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"]["median"], abs=0.01)
+    assert "share of floor" in result.stdout and "GFLOP/s of a matrix product" in result.stdout
+
+
+def test_step_with_random_weights_needs_no_files(run: Run) -> None:
+    result = run("bench", "step", "--model", "tiny-dit", "--passes", "1", "--rounds", 1, "--random-weights", "--json")
+    assert last(result)["random_weights"] is True and len(result.stdout.splitlines()) == 1
+
+
+def test_image_is_the_baselines_picture(run: Run) -> None:
+    """Instep's picture, encoded anew or not, is diffusers' float32 one within rounding; stages are all there."""
+    words = ("--steps", 3, "--rounds", 1, "--baselines", "eager-float32,eager-bfloat16")
+    line = last(run("bench", "image", "--model", "tiny-sd3", *words))
+    assert list(line["ways"]) == ["instep", "instep-cached", "eager-float32", "eager-bfloat16"]
+    assert line["ways"]["eager-float32"]["off"] == {"mean": 0.0, "largest": 0}
+    for name in ("instep", "instep-cached"):
+        assert line["ways"][name]["off"]["largest"] <= 1
+    assert line["ways"]["eager-bfloat16"]["off"]["mean"] > 0
+    assert line["ways"]["instep"]["against_instep"] == 1.0
+    assert set(line["stages"]) == {
+        *("encode text, fresh", "encode text, cached", "denoise", "denoise, a step", "decode"),
+        *("a step: network", "a step: outside the network", "encode PNG"),
+    }
+
+
+def test_image_of_classes_alone(run: Run) -> None:
+    line = last(run("bench", "image", "--model", "tiny-dit", "--steps", 2, "--rounds", 1, "--baselines", "none"))
+    assert list(line["ways"]) == ["instep", "instep-cached"] and line["ways"]["instep"]["off"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("step", "--passes", "1,x"), 'passes: "1,x" is not numbers'),
+        (("step", "--size", "33x32"), "size: "),
+        (("step", "--model", "nobody"), 'There is no model "nobody"'),
+        (("step", "--rounds", "0"), "--rounds"),
+        (("image", "--steps", "0"), "num_inference_steps"),
+        (("image", "--baselines", "fastest"), 'baselines: there is no "fastest"; there are eager-float32'),
+        (("image", "--model", "tiny-dit"), "diffusers' DiTPipeline draws 1000 classes, not 10"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(run: Run, words: tuple[str, ...], told: str) -> None:
+    given = words if "--model" in words else (*words, "--model", "tiny-sd3")
+    assert told in one_line(run("bench", *given))
