@@ -1,0 +1,172 @@
+"""Policies: other orders of work for the same engine, as baselines of the server's own.
+
+Knows nothing of how they are measured; each takes the place of `Batcher`, and of `Runner` where another code draws.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from app.engine.batcher import Batcher
+from app.engine.outcome import Image, Outcome, isolate
+from app.engine.row import Caps, Key, Row, Work
+from app.engine.runner import Runner
+from app.errors import EngineError
+from app.families.upstream import Upstream
+from app.report import Phase
+
+PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
+
+
+def likeness(row: Row) -> tuple[object, ...]:
+    """What rows of a static batch have in common: all that decides their steps, and not what they show."""
+    request = row.request
+    scale = request.guidance if request.guided else 0.0
+    return (row.key, request.sampler, request.steps, request.guided, scale, request.embedded, request.skip)
+
+
+class Static(Batcher):
+    """Batches that run to their end: the oldest row, and those of its likeness that stand right behind it.
+
+    There is no wait for more, and the cap of passes is the server's own. Who is next is who came first.
+    contiguous: whether a row of another likeness ends the search for more.
+    """
+
+    contiguous = True
+
+    def __init__(
+        self, caps: Callable[[Key], Caps | None], resident: Callable[[str, Phase], bool] = lambda model, phase: True
+    ) -> None:
+        super().__init__(caps, resident)
+        self._line: dict[Row, None] = {}
+        self._batch: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        super().add(row)
+        self._line[row] = None
+
+    def remove(self, row: Row) -> None:
+        super().remove(row)
+        self._line.pop(row, None)
+
+    def _step(self, now: float) -> Work | None:
+        self._batch = [row for row in self._batch if row.stage != "gone"] or self._head()
+        if not self._batch:
+            return None
+        key = self._batch[0].key
+        entering = [row for row in self._batch if row.stage == "waiting"]
+        if entering:
+            caps = self._caps(key)
+            ready = caps is not None and self._resident(key.model, "encode")
+            return Work("encode", key, entering[: caps.encode]) if caps and ready else None
+        held = all(row.stage == "started" and row.lease is not None for row in self._batch)
+        return Work("denoise", key, list(self._batch)) if held else None
+
+    def _head(self) -> list[Row]:
+        """The rows of the next batch, which leave the line; none while the oldest cannot start."""
+        first = next(iter(self._line), None)
+        caps = self._caps(first.key) if first and self._free(first) else None
+        if first is None or caps is None or not caps.slots:
+            return []
+        most = max(1, min(caps.slots, caps.passes // (first.each + bool(first.skipping))))
+        batch: list[Row] = []
+        for row in self._line:
+            if len(batch) == most or (not (joins := self._joins(row, first)) and self.contiguous):
+                break
+            if joins:
+                batch.append(row)
+        for row in batch:
+            del self._line[row]
+        return batch
+
+    def _free(self, row: Row) -> bool:
+        return row.key.model not in self.held and self._resident(row.key.model, "encode")
+
+    def _joins(self, row: Row, first: Row) -> bool:
+        return likeness(row) == likeness(first)
+
+
+class Keyed(Static):
+    """The same, with those of the oldest row's likeness wherever they stand in the line."""
+
+    contiguous = False
+
+
+class Single(Static):
+    """First come, first served, one row at a time."""
+
+    def _joins(self, row: Row, first: Row) -> bool:
+        return row is first
+
+
+class Whole(Single):
+    """The same, where one work is all of an image, from its text to its pixels."""
+
+    def next(self, now: float) -> Work | None:
+        first = next(iter(self._line), None)
+        if first is None or not all(self._resident(first.key.model, phase) for phase in PHASES):
+            return None
+        return Work("decode", first.key, [first])
+
+
+class UpstreamRunner(Runner):
+    """Draws with diffusers' own pipelines, one image a work.
+
+    NOTE: a work here is a whole image; the engine counts as hung what takes longer than it expects of a decode, about
+    a minute and twenty forwards.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._drawing: dict[str, Upstream] = {}
+
+    def run(self, work: Work) -> Outcome:
+        outcome = Outcome()
+        isolate(self._whole, work.rows, outcome)
+        return outcome
+
+    def _whole(self, rows: list[Row], outcome: Outcome) -> None:
+        (row,) = rows
+        model = row.key.model
+        leases = [self._pool.lease(model, phase) for phase in PHASES]
+        try:
+            if any(lease is None for lease in leases) or (family := self._pool.family(model)) is None:
+                raise EngineError("the model is gone")
+            if model not in self._drawing or self._drawing[model].family is not family:
+                self._drawing[model] = Upstream(family, dtype=self.dtype)
+            row.encode_start = row.denoise_start = time.monotonic()
+            outcome.images.append(Image(row, self._drawing[model].draw(row.request, row.index), None))
+        finally:
+            for lease in leases:
+                if lease is not None:
+                    lease.release()
+
+
+class Bfloat16(UpstreamRunner):
+    """The same in bfloat16, whatever the server's number format."""
+
+    dtype = torch.bfloat16
+
+
+class Policy(NamedTuple):
+    """Who runs next, and what computes it."""
+
+    batcher: type[Batcher]
+    runner: type[Runner]
+
+
+POLICIES = {
+    "continuous": Policy(Batcher, Runner),
+    "static": Policy(Static, Runner),
+    "keyed": Policy(Keyed, Runner),
+    "single": Policy(Single, Runner),
+    "diffusers": Policy(Whole, UpstreamRunner),
+    "diffusers-bf16": Policy(Whole, Bfloat16),
+}
+"""By the name that `instep bench serve` knows them by; the first is the server as it is."""

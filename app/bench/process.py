@@ -1,0 +1,122 @@
+"""Process: a server under another policy: `app.bench.process serve POLICY SETTINGS`, and its engine, `POLICY FD`.
+
+Knows nothing of load or of time. The front is the real one, with another command for its engine processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+from app.errors import EngineError
+from app.report import Report
+from app.settings import Settings
+from app.worker import process, wire
+
+if TYPE_CHECKING:
+    from app.engine.engine import Engine
+    from app.pool.pool import Pool
+
+PATIENCE = 1800.0
+"""Seconds that a model may take to load and to be measured."""
+
+ENDLESS = 1e12
+"""Seconds of queue: nothing is refused, because what is measured is the time that all of it takes."""
+
+
+@contextmanager
+def serving(policy: str, settings: Settings, model: str) -> Iterator[tuple[str, int]]:
+    """Host and port of a server under this policy, once the model is loaded. Raises EngineError with its last words."""
+    given = settings.without_secrets().model_copy(
+        update={
+            "host": "127.0.0.1", "port": 0, "preload": model, "max_wait": ENDLESS, "max_connections": 0,
+            "connections_per_address": 0, "api_keys_file": "", "drain": 0.0, "log_level": "info",
+        }
+    )  # fmt: skip
+    command = (sys.executable, "-m", "app.bench.process", "serve", policy, given.model_dump_json())
+    with tempfile.TemporaryFile("w+") as log:  # not a pipe: nobody reads it while the server writes
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            yield _ready(policy, server, log, model)
+        finally:
+            server.terminate()
+            server.wait(timeout=60)
+
+
+def _ready(policy: str, server: subprocess.Popen[bytes], log: IO[str], model: str) -> tuple[str, int]:
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until and server.poll() is None:
+        log.seek(0)
+        found = re.search(r"http://(127\.0\.0\.1):(\d+)", log.read())
+        if found and _get(f"{found[0]}/readyz")[0] == 200:
+            return found[1], int(found[2])
+        if found and b'"failed"' in _get(f"{found[0]}/v1/models/{model}")[1]:
+            break
+        time.sleep(0.1)
+    log.seek(0)
+    raise EngineError(f"the server of policy {policy} did not get ready: {log.read()[-1000:]}")
+
+
+def _get(url: str) -> tuple[int, bytes]:
+    """Status and body; (0, b"") while nobody listens."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return int(reply.status), bytes(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+    except OSError:
+        return 0, b""
+
+
+def serve(policy: str, settings: Settings) -> None:
+    """The front of such a server; its engines run under the policy."""
+    from app.card import read_cards
+    from app.main import create_app
+    from app.main import serve as serve_app
+    from app.metrics import Metrics
+    from app.worker.supervisor import Supervisor
+
+    metrics = Metrics()
+    command = (sys.executable, "-m", "app.bench.process", policy)
+    supervisor = Supervisor(settings, read_cards(settings.models), observe=metrics.observe, command=command)
+    serve_app(settings, create_app(settings, supervisor=supervisor, metrics=metrics))
+
+
+def engine(policy: str, descriptor: int) -> int:
+    """The engine process of such a server. Returns the exit code."""
+
+    def make(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
+        from app.bench.policies import POLICIES
+        from app.engine.engine import Engine
+
+        pool, chosen = process.open_pool(start), POLICIES[policy]
+        return pool, Engine(pool, start.settings, emit, batcher=chosen.batcher, runner=chosen.runner)
+
+    return process.main(descriptor, make)
+
+
+def _run(words: list[str]) -> None:
+    if words[0] == "serve":
+        return serve(words[1], Settings(**json.loads(words[2])))
+    code = 1
+    try:
+        code = engine(words[0], int(words[1]))
+    except Exception:
+        logging.getLogger("instep.worker").exception("the engine process ends")
+    logging.shutdown()
+    os._exit(code)  # as the worker does: threads that load would hold up the exit
+
+
+if __name__ == "__main__":
+    _run(sys.argv[1:])

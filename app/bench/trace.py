@@ -1,0 +1,150 @@
+"""Trace: recorded arrivals: who asks for what and when, as a file that any server can be measured with.
+
+Knows nothing of sockets, of a server or of what an answer takes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from app.api.classes import draws_classes
+from app.card import Card
+from app.errors import InvalidValue
+from app.samplers.table import compile_table, valid_samplers
+
+Mix = Literal["mixed", "homogeneous"]
+
+KINDS: Mapping[Mix, Sequence[tuple[int, bool, int]]] = {
+    "mixed": (
+        (4, False, 0), (6, False, 2), (8, False, 0), (12, False, 1), (20, False, 0), (28, False, 2), (50, False, 0),
+        (4, True, 0), (8, True, 2), (14, True, 1), (20, True, 0), (28, True, 0), (50, True, 2),
+    ),
+    "homogeneous": ((20, True, 0),),
+}  # fmt: skip
+"""(steps, guided, which of the model's samplers), all equally likely."""
+
+CLASSES = {"short": 8, "medium": 40, "long": 10_000}
+"""Most passes of each class; a guided line is two."""
+
+PROMPTS = (
+    "a red apple on a blue background", "a yellow star", "a green tree", "an orange cat", "a purple umbrella",
+    "a slice of pizza", "a red car", "a brown dog", "a pink flower", "a white snowman", "a blue heart", "the sun",
+)  # fmt: skip
+
+
+class Arrival(NamedTuple):
+    """at: seconds from the start. body: of POST /v1/images/generations. deadline: seconds that it may take, if told."""
+
+    at: float
+    kind: str
+    body: dict[str, Any]
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """facts: name, seconds, rate, seed and classes, as they were recorded. Arrivals are in order of time."""
+
+    facts: dict[str, Any]
+    arrivals: tuple[Arrival, ...]
+
+    @property
+    def rate(self) -> float:
+        """Mean requests a second."""
+        return len(self.arrivals) / float(self.facts["seconds"])
+
+    def at_rate(self, rate: float, seconds: float) -> list[Arrival]:
+        """The arrivals of the first `seconds` with all times scaled to this mean rate; the trace repeats if it ends."""
+        scale = self.rate / rate
+        found: list[Arrival] = []
+        for round_ in count():
+            for one in self.arrivals:
+                at = scale * (round_ * float(self.facts["seconds"]) + one.at)
+                if at >= seconds:
+                    return found
+                found.append(one._replace(at=at))
+        return found
+
+    def first(self, number: int) -> list[Arrival]:
+        """So many arrivals in order, from the start again when the trace ends."""
+        return [self.arrivals[index % len(self.arrivals)] for index in range(number)]
+
+    def kinds(self) -> dict[str, Arrival]:
+        """One arrival of every kind of work, by its name: requests that differ in what they show alone are one."""
+        found: dict[str, Arrival] = {}
+        for one in self.arrivals:
+            found.setdefault(work_of(one.body), one)
+        return found
+
+
+def work_of(body: Mapping[str, Any]) -> str:
+    """A name for what the body asks of the device, whatever it shows."""
+    shown = ("prompt", "negative_prompt", "class_label", "seed")
+    return json.dumps({name: value for name, value in sorted(body.items()) if name not in shown})
+
+
+def record(card: Card, name: Mix, rate: float, seconds: float, seed: int) -> Trace:
+    """Arrivals of a Poisson process for one model, the same for the same seed. rate: requests a second.
+
+    Raises InvalidValue when nobody comes in that time.
+    """
+    dice = random.Random(seed)
+    arrivals = []
+    at = dice.expovariate(rate)
+    while at < seconds:
+        kind, body = draw(card, name, dice)
+        arrivals.append(Arrival(round(at, 6), kind, body))
+        at += dice.expovariate(rate)
+    if not arrivals:
+        raise InvalidValue(f"nobody comes in {seconds:g} s at {rate:g} requests a second", param="seconds")
+    facts = {"name": name, "seconds": seconds, "rate": rate, "unit": "requests/s", "seed": seed, "classes": CLASSES}
+    return Trace(facts, tuple(arrivals))
+
+
+def draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, Any]]:
+    """The class and the body of one request."""
+    samplers = valid_samplers(card.schedule)
+    steps, guided, which = dice.choice(KINDS[name])
+    steps = min(steps, card.limits.num_inference_steps)
+    sampler = samplers[(samplers.index(card.defaults.sampler) + which) % len(samplers)]
+    lines = compile_table(card.schedule, sampler, steps, tokens=1).lines
+    passes = lines * (2 if guided and card.guidance == "cfg" else 1)
+    shown: dict[str, Any] = {"prompt": dice.choice(PROMPTS)}
+    if draws_classes(card):
+        shown = {"class_label": dice.randrange(len(card.labels))}
+    body = {
+        "model": card.id, **shown, "sampler": sampler, "num_inference_steps": steps,
+        "guidance_scale": min(4.0, card.limits.guidance_scale) if guided else 0.0, "seed": dice.randrange(2**31),
+    }  # fmt: skip
+    return next(kind for kind, most in CLASSES.items() if passes <= most), body
+
+
+def write(trace: Trace, file: Path) -> None:
+    """One line of facts, then a line a request. Raises OSError."""
+    lines = [trace.facts, *({"at": a, "class": k, "body": b, "deadline": d} for a, k, b, d in trace.arrivals)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def read(file: Path) -> Trace:
+    """The trace of a file. Raises InvalidValue naming the first line that is none of it, OSError."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found: list[Arrival] = []
+    number = 1
+    try:
+        facts = json.loads(lines[0])
+        if not float(facts["seconds"]) > 0:
+            raise ValueError("seconds")
+        number = 2
+        for one in map(json.loads, lines[1:]):
+            found.append(Arrival(float(one["at"]), str(one["class"]), dict(one["body"]), one.get("deadline")))
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise InvalidValue(f"{file}, line {number + len(found)}: not a line of a trace", param="trace") from error
+    if not found:
+        raise InvalidValue(f"{file}: nobody asks for anything", param="trace")
+    return Trace(facts, tuple(sorted(found, key=lambda one: one.at)))
