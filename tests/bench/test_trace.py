@@ -1,0 +1,54 @@
+"""A trace is the same for a seed, survives its file, and is scaled to a rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.bench import trace as traces
+from app.bench.trace import record
+from app.errors import InvalidValue
+from tests.engine.fakes import card
+
+CARD = card(limits={"num_inference_steps": 250, "sizes": {"min": 16, "max": 64, "multiple": 16}})
+
+
+def test_a_trace_round_trips_and_is_the_same_for_a_seed(tmp_path: Path) -> None:
+    drawn = record(CARD, "mixed", 5.0, 60.0, 3)
+    assert drawn == record(CARD, "mixed", 5.0, 60.0, 3) != record(CARD, "mixed", 5.0, 60.0, 4)
+    traces.write(drawn, tmp_path / "trace.jsonl")
+    assert traces.read(tmp_path / "trace.jsonl") == drawn
+
+
+def test_mixed_is_thirteen_kinds_and_homogeneous_one() -> None:
+    mixed = record(CARD, "mixed", 20.0, 60.0, 0)
+    bodies = [one.body for one in mixed.arrivals]
+    assert len(mixed.kinds()) == 13 and len(record(CARD, "homogeneous", 20.0, 60.0, 0).kinds()) == 1
+    assert {one.kind for one in mixed.arrivals} == {"short", "medium", "long"}
+    assert {min(b["num_inference_steps"] for b in bodies), max(b["num_inference_steps"] for b in bodies)} == {4, 50}
+    unguided = sum(one.body["guidance_scale"] == 0 for one in mixed.kinds().values())
+    assert unguided == 7
+
+
+def test_times_scale_to_a_mean_rate_and_the_trace_repeats() -> None:
+    drawn = record(CARD, "mixed", 5.0, 20.0, 0)
+    double = drawn.at_rate(2 * drawn.rate, 10.0)
+    assert len(double) == len(drawn.arrivals)
+    assert [one.at for one in double] == pytest.approx([one.at / 2 for one in drawn.arrivals])
+    again = drawn.at_rate(2 * drawn.rate, 20.0)
+    assert len(again) == 2 * len(double) and again[len(double)].at == pytest.approx(10 + double[0].at)
+    assert [one.at for one in again] == sorted(one.at for one in again)
+
+
+@pytest.mark.parametrize(("lines", "number"), [("", 1), ("{}\n", 1), ('{"seconds": 1}\n{"at": "x"}\n', 2)])
+def test_a_file_that_is_no_trace_is_named_with_its_line(tmp_path: Path, lines: str, number: int) -> None:
+    (tmp_path / "bad").write_text(lines)
+    with pytest.raises(InvalidValue, match=f"line {number}"):
+        traces.read(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("mixed", 13), ("homogeneous", 1)])
+def test_the_traces_that_are_kept_can_be_read(name: str, kinds: int) -> None:
+    kept = traces.read(Path(__file__).parent / "traces" / f"{name}.jsonl")
+    assert len(kept.kinds()) == kinds and kept.facts["name"] == name
