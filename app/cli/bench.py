@@ -16,6 +16,7 @@ from rich.table import Table
 
 from app.api.schemas import describe_sizes
 from app.card import Card, Size, parse_size
+from app.cli import bench_serve
 from app.cli.serve import read_settings
 from app.errors import InvalidValue
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from app.bench.timing import Spread
 
 app = typer.Typer(help="Measure this machine: a step, an image, a server under load.", no_args_is_help=True)
+app.command()(bench_serve.serve)
 
 Model = Annotated[str | None, typer.Option(help="A model id or alias")]
 SizeText = Annotated[str | None, typer.Option(help="WxH in pixels")]

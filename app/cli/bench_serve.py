@@ -103,12 +103,12 @@ def show(console: Console, found: dict[str, Any]) -> None:
         capacity, own = one["capacity"], found["ratios"].get(name)
         title = f"{name}: {capacity['median']:.2f} images/s ({capacity['least']:.2f} to {capacity['most']:.2f})"
         title += f", {own['capacity']:.2f}x of {found['baseline']}" if own else ""
-        table = Table(title=title, title_justify="left")
-        for column in ("class", "requests", "alone s", "p50 s", "p95 s", "p99 s", "mean s", "in time", "p50", "p95"):
-            table.add_column(column, justify="left" if column == "class" else "right")
+        table = Table(title=title, title_justify="left", box=None)
+        for column in ("seconds", "n", "alone", "p50", "p95", "p99", "mean", "in time", "p50", "p95"):
+            table.add_column(column, justify="left" if column == "seconds" else "right")
         for kind, row in one["latency"].items():
-            seconds = [f"{row[what]:.3f}" for what in ("p50", "p95", "p99", "mean")]
-            alone = f"{one['alone'][kind]:.3f}" if kind in one["alone"] else ""
+            seconds = [f"{row[what]:.2f}" for what in ("p50", "p95", "p99", "mean")]
+            alone = f"{one['alone'][kind]:.2f}" if kind in one["alone"] else ""
             better = [f"{own[kind][what]:.2f}x" for what in ("p50", "p95")] if own else ["", ""]
             table.add_row(kind, str(row["count"]), alone, *seconds, f"{row['attainment']:.0%}", *better)
         console.print(table)

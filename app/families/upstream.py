@@ -146,7 +146,7 @@ def scheduler_of(schedule: Schedule, sampler: str) -> Any:
             steps_offset=schedule.steps_offset,
             **own.get(sampler, {}),
         )
-    # NOTE: FluxPipeline always gives a mu, which the multistep takes as a dynamic shift only; a static one is a flat line.
+    # NOTE: FluxPipeline always gives a mu, which the multistep takes as a dynamic shift only; a static one is flat.
     line, multistep = schedule.dynamic_shift, sampler == "flow_dpmpp_2m"
     dynamic = line is not None or (multistep and schedule.spacing == "flux")
     options: dict[str, Any] = {"num_train_timesteps": schedule.train_steps}
