@@ -54,16 +54,20 @@ def serve(
     if record:
         traces.write(drawn, record)
         Console().print(f"{record}: {len(drawn.arrivals)} requests in {seconds:g} s", highlight=False, markup=False)
-        return
+    else:
+        names = tuple(dict.fromkeys(name.strip() for name in policies.split(",") if name.strip()))
+        _compare(settings, card, drawn, (names, baseline, at_capacity, queued, seconds, rounds), random_weights)
+
+
+def _compare(settings: Settings, card: Card, trace: Trace, plan: tuple[Any, ...], random_weights: bool) -> None:
     from app.bench.serve import Plan
 
-    names = tuple(dict.fromkeys(name.strip() for name in policies.split(",") if name.strip()))
-    plan = Plan(names, baseline, at_capacity, queued, seconds, rounds)
-    plan.check()
+    checked = Plan(*plan)
+    checked.check()
     with tempfile.TemporaryDirectory(prefix="instep-bench-") as folder:
         if random_weights:
             settings = _random(settings, card, Path(folder))
-        found = _measure(settings, card, drawn, plan)
+        found = _measure(settings, card, trace, checked)
     show(Console(), found)
     print(json.dumps(found))
 

@@ -88,7 +88,7 @@ class Turns:
         urgent = [Need(model, ("decode",), urgent=True) for model in dict.fromkeys(standing.finished)]
         urgent += [Need(model, ("denoise",), urgent=True) for model in dict.fromkeys(standing.unheld)]
         heads = self._heads()
-        absent = [head for head in heads if not self._here(head, now)]
+        absent = self._in_turn([head for head in heads if not self._here(head, now)], now)
         here = standing.started | {head.key.model for head in heads} - {head.key.model for head in absent}
         over = frozenset(model for model in here if absent and self._over(model, absent[0], now))
         if not all(self._shelf.resident(need.model, phase) for need in urgent for phase in need.phases):
@@ -119,6 +119,18 @@ class Turns:
         if turn.here and not was and self._latest != model:  # else its own parts took turns
             turn.since, self._latest = now, model
         return turn.here
+
+    def _in_turn(self, absent: list[Row], now: float) -> list[Row]:
+        """The same heads; that of the model which had the device last comes after the others once its turn is over.
+
+        Else, where it is the oldest, the model would be brought back before the one that it has just made room for.
+        """
+
+        def spent(head: Row) -> bool:
+            others = (other for other in absent if other is not head)
+            return head.key.model == self._latest and any(self._over(self._latest, other, now) for other in others)
+
+        return sorted(absent, key=spent)
 
     def _over(self, model: str, head: Row, now: float) -> bool:
         """Whether the model has had the device long enough, now that this row of another waits."""

@@ -124,3 +124,15 @@ def test_the_parts_of_one_model_taking_turns_do_not_renew_its_time() -> None:
     made.plan(Standing([], [], {"a"}), 1.5)
     shelf.parts = {("a", "encode")}
     assert "a" in made.plan(Standing([], [], {"a"}), 2.1).held
+
+
+def test_who_made_room_is_not_brought_back_first_although_its_row_is_the_oldest() -> None:
+    shelf = Shelf("a")
+    made = turns(shelf, row("a", 0.0), row("b", 1.0))
+    made.served("a", 2.0)
+    assert made.plan(IDLE, 1.0).needs == [Need("b", ALL)]
+    shelf.here = set()  # b is on its way, and a has left for it
+    assert made.plan(IDLE, 2.0).needs == [Need("a", ALL), Need("b", ALL)], "a's turn is not over yet"
+    assert made.plan(IDLE, 3.5).needs == [Need("b", ALL), Need("a", ALL)]
+    shelf.here = {"b"}
+    assert made.plan(IDLE, 4.0).needs == [Need("a", ALL)]
