@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from app.api.registry import Registry
 from app.bench.weights import write_random
 from app.card import Card, read_cards
@@ -57,7 +55,6 @@ def loaded(settings: Settings, model: str | None, *, random_weights: bool = Fals
         pool, engine = build(Start(settings, cards, device), reports.append)
         try:
             family = _whole(pool, card)
-            torch.set_num_threads(plan.threads(settings))  # the loader sets one for itself, which others inherit
             yield Subject(settings, card, family, pool, engine, reports)
         finally:
             pool.close()

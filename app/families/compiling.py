@@ -35,8 +35,8 @@ def allow_compiling(cache: Path) -> None:
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Compile each block of the network at its first forward, all blocks of a kind once: seconds, not minutes.
 
-    backend: one of torch.compile's. The whole network, compiled for one number of passes, is a little faster and takes
-    a minute for each such number.
+    backend: one of torch.compile's. The whole network, compiled for one number of passes, is a little faster and has to
+    be compiled for each such number.
     """
     for module in network.children():
         for block in module if isinstance(module, nn.ModuleList) else ():

@@ -105,7 +105,7 @@ def send(sock: socket.socket, *messages: Order | Word) -> None:
 
     Raises OSError when the other side is gone, WireError above FRAME_CAP.
     """
-    sock.sendall(pack(messages[0]) if len(messages) == 1 else b"".join(map(pack, messages)))
+    sock.sendall(b"".join(map(pack, messages)))
 
 
 def receive(sock: socket.socket) -> Order | None:

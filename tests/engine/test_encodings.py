@@ -25,13 +25,9 @@ def fresh(budget: int) -> Encodings:
 
 
 @pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    """Networks this small only lose by sharing their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def inference(one_thread: None) -> Iterator[None]:
     with torch.inference_mode():
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

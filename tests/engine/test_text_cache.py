@@ -26,15 +26,7 @@ from tests.tiny_parts import write_first_clip, write_t5
 
 SHARED = {"text_encoder_2": "sd3/text_encoder_3", "tokenizer_2": "sd3/tokenizer_3"}
 numbers = iter(range(1000))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by sharing their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -20,12 +20,8 @@ from tests.tiny_parts import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by sharing their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def computing(one_thread: None) -> None:
+    """Everywhere in this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.tiny import write_dit, write_flux, write_sd3
 
 SMALL = {"min = 16, max = 64, multiple = 16": "min = 16, max = 64, multiple = 8"}
 SKIPPING = {**SMALL, "text = {": "skip_layer_guidance = { layers = [1, 2] }\ntext = {"}
 ODD = {'"32x32"': '"40x40"', "min = 32, max = 32, multiple = 32": "min = 40, max = 40, multiple = 8"}
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by sharing their work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
