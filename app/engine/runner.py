@@ -176,8 +176,7 @@ class Runner:
         self._draw(rows, slots)
         index = np.array([row.slot for row in rows], np.int64)
         plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
-        finite = denoise_step(family, slots, plan)[: len(rows)]
-        self._unread.append((rows, finite))
+        self._unread.append((rows, denoise_step(family, slots, plan)[: len(rows)]))
         slots.line[index] += 1
         outcome.padding += plan.padding
 
@@ -223,9 +222,9 @@ class Runner:
         message = "the network produced a value that is not finite for this image"
         return [
             (row, NonFiniteOutput(message))
-            for rows, finite in unread
-            for row, fine in zip(rows, finite.tolist(), strict=True)
-            if not fine and row.slot >= 0
+            for rows, sums in unread
+            for row, total in zip(rows, sums.tolist(), strict=True)
+            if not math.isfinite(total) and row.slot >= 0
         ]
 
     def _of(self, row: Row) -> tuple[Family, Slots]:

@@ -5,7 +5,6 @@ Knows nothing of which rows these are or why they were chosen.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +103,7 @@ def _upload(slots: Slots, key: tuple[bytes, bytes, int | None], plan: Indices) -
 
 
 def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
-    """Run one line of the table of every row and return bool [R]: whether the row's latent is still finite.
+    """Run one line of the table of every row and return float32 [R]: `totals` of the new latents.
 
     x' = xx x + xo out + xm mem + xz exp(zf frac / 2) noise;  mem' = mx x + mo out, the predicted clean latent.
     out = cond + weight (cond - other) is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) with
@@ -133,11 +132,11 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
     if lines[:, _NOISE].any():
         spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[plan.cond])
         new.addcmul_(spread, slots.noise.index_select(0, plan.rows))
-    finite = finite_rows(new)
+    sums = totals(new)
     # Nothing is allocated from here on: an error (out of memory) leaves both buffers as they were.
     slots.x.index_copy_(0, plan.rows, new)
     slots.mem.index_copy_(0, plan.rows, clean)
-    return finite
+    return sums
 
 
 def _owned(values: torch.Tensor, plan: Gather) -> torch.Tensor:
@@ -145,13 +144,13 @@ def _owned(values: torch.Tensor, plan: Gather) -> torch.Tensor:
     return values if plan.alone else values.index_select(0, plan.owner)
 
 
-def finite_rows(latents: torch.Tensor) -> torch.Tensor:
-    """latents: [R, C, h, w] -> bool [R].
+def totals(latents: torch.Tensor) -> torch.Tensor:
+    """latents: [R, C, h, w] -> [R], the sum of each row: finite as long as every number in it is.
 
-    By each row's sum: a number that is not finite makes it so too, and `isfinite` of each would take longer than the
-    whole update. Finite latents whose sum is not are beyond 1e33, and no image either.
+    `isfinite` of each number would take longer than the whole update. Finite latents whose sum is not are beyond 1e33,
+    and no image either.
     """
-    return latents.flatten(1).sum(1).abs() < math.inf
+    return latents.flatten(1).sum(1)
 
 
 def guide(
@@ -159,5 +158,7 @@ def guide(
 ) -> torch.Tensor:
     """out: [P, C, h, w], weight: [R, 1, 1, 1] -> [R, C, h, w]; `channels`: how many are guided (original DiT: 3)."""
     own, away = out.index_select(0, cond), out.index_select(0, other)
-    own[:, :channels].lerp_(away[:, :channels], -weight)  # exact where the two are the same
+    if channels is None:
+        return own.lerp_(away, -weight)  # exact where the two are the same
+    own[:, :channels].lerp_(away[:, :channels], -weight)
     return own

@@ -12,7 +12,7 @@ from app.engine import step
 from app.engine.queue import AGE_LIMIT
 from app.engine.row import Key
 from app.engine.slots import IDLE_KEYS, Space
-from app.engine.step import finite_rows
+from app.engine.step import totals
 from app.errors import (
     Cancelled,
     CheckpointError,
@@ -103,14 +103,14 @@ def test_a_step_that_raises_while_it_writes_is_replayed_from_where_it_started(
     plain = Bench(pool).run([request("a", sampler="flow_dpmpp_2m"), request("b")]).results
     calls = 0
 
-    def flags(latents: torch.Tensor) -> torch.Tensor:
+    def sums(latents: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise torch.OutOfMemoryError("no room for the flags")
-        return finite_rows(latents)
+            raise torch.OutOfMemoryError("no room for the sums")
+        return totals(latents)
 
-    monkeypatch.setattr(step, "finite_rows", flags)
+    monkeypatch.setattr(step, "totals", sums)
     bench = Bench(pool).run([request("a", sampler="flow_dpmpp_2m"), request("b")])
     assert calls > 3 and not bench.failures
     for name, result in bench.results.items():

@@ -123,7 +123,7 @@ def run_together(dit: DiT, cases: tuple[tuple[int, int, float | None], ...]) -> 
     while rows := [slot for slot in taken if slots.line[slot] < ends[slot]]:
         for slot in rows:
             slots.noise[slot] = next(left[slot])[0]
-        assert denoise_step(dit, slots, gather(slots, np.array(rows))).all()
+        assert denoise_step(dit, slots, gather(slots, np.array(rows))).isfinite().all()
         slots.line[rows] += 1
     return [slots.x[slot].clone()[None] for slot in taken]
 
