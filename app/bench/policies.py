@@ -30,13 +30,10 @@ def likeness(row: Row) -> tuple[object, ...]:
 
 
 class Static(Batcher):
-    """Batches that run to their end: the oldest row, and those of its likeness that stand right behind it.
+    """Batches that run to their end: the oldest row, and those of its likeness wherever they stand in the line.
 
     There is no wait for more, and the cap of passes is the server's own. Who is next is who came first.
-    contiguous: whether a row of another likeness ends the search for more.
     """
-
-    contiguous = True
 
     def __init__(
         self, caps: Callable[[Key], Caps | None], resident: Callable[[str, Phase], bool] = lambda model, phase: True
@@ -75,9 +72,9 @@ class Static(Batcher):
         most = max(1, min(caps.slots, caps.passes // (first.each + bool(first.skipping))))
         batch: list[Row] = []
         for row in self._line:
-            if len(batch) == most or (not (joins := self._joins(row, first)) and self.contiguous):
+            if len(batch) == most:
                 break
-            if joins:
+            if self._joins(row, first):
                 batch.append(row)
         for row in batch:
             del self._line[row]
@@ -88,12 +85,6 @@ class Static(Batcher):
 
     def _joins(self, row: Row, first: Row) -> bool:
         return likeness(row) == likeness(first)
-
-
-class Keyed(Static):
-    """The same, with those of the oldest row's likeness wherever they stand in the line."""
-
-    contiguous = False
 
 
 class Single(Static):
@@ -164,7 +155,6 @@ class Policy(NamedTuple):
 POLICIES = {
     "continuous": Policy(Batcher, Runner),
     "static": Policy(Static, Runner),
-    "keyed": Policy(Keyed, Runner),
     "single": Policy(Single, Runner),
     "diffusers": Policy(Whole, UpstreamRunner),
     "diffusers-bf16": Policy(Whole, Bfloat16),

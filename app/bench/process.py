@@ -42,30 +42,42 @@ def serving(policy: str, settings: Settings, model: str) -> Iterator[tuple[str, 
         update={
             "host": "127.0.0.1", "port": 0, "preload": model, "max_wait": ENDLESS, "max_connections": 0,
             "connections_per_address": 0, "api_keys_file": "", "drain": 0.0, "log_level": "info",
+            "text_cache": "0",  # a trace that repeats repeats its prompts, which users do not
         }
     )  # fmt: skip
     command = (sys.executable, "-m", "app.bench.process", "serve", policy, given.model_dump_json())
-    with tempfile.TemporaryFile("w+") as log:  # not a pipe: nobody reads it while the server writes
+    with tempfile.TemporaryFile() as log:  # not a pipe: nobody reads it while the server writes
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         try:
             yield _ready(policy, server, log, model)
         finally:
-            server.terminate()
-            server.wait(timeout=60)
+            _end(server)
 
 
-def _ready(policy: str, server: subprocess.Popen[bytes], log: IO[str], model: str) -> tuple[str, int]:
+def _end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _ready(policy: str, server: subprocess.Popen[bytes], log: IO[bytes], model: str) -> tuple[str, int]:
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until and server.poll() is None:
-        log.seek(0)
-        found = re.search(r"http://(127\.0\.0\.1):(\d+)", log.read())
+        found = re.search(r"http://(127\.0\.0\.1):(\d+)", _said(log))
         if found and _get(f"{found[0]}/readyz")[0] == 200:
             return found[1], int(found[2])
         if found and b'"failed"' in _get(f"{found[0]}/v1/models/{model}")[1]:
             break
         time.sleep(0.1)
-    log.seek(0)
-    raise EngineError(f"the server of policy {policy} did not get ready: {log.read()[-1000:]}")
+    raise EngineError(f"the server of policy {policy} did not get ready: {_said(log)[-1000:]}")
+
+
+def _said(log: IO[bytes]) -> str:
+    """What the server has written; without `seek`, which would move the place where it writes too."""
+    return os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
 
 
 def _get(url: str) -> tuple[int, bytes]:

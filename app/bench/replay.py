@@ -20,14 +20,13 @@ LOST = 0
 
 
 class Answer(NamedTuple):
-    """What became of one request. sent: seconds from the start; seconds: from its own time to its last byte, so that a
-    client which is late itself is counted too; status: 200 for a whole picture."""
+    """What became of one request. late: seconds that the client sent it late; seconds: from its own time to its last
+    byte, with these; status: 200 for a whole picture."""
 
     arrival: Arrival
-    sent: float
+    late: float
     seconds: float
     status: int
-    picture: bytes = b""
 
 
 async def ask(address: Address, arrival: Arrival) -> tuple[int, bytes]:
@@ -59,9 +58,9 @@ async def open_loop(address: Address, arrivals: Sequence[Arrival]) -> list[Answe
     start = time.perf_counter()
 
     async def one(arrival: Arrival) -> Answer:
-        sent = time.perf_counter() - start
-        status, picture = await ask(address, arrival)
-        return Answer(arrival, sent, time.perf_counter() - start - arrival.at, status, picture)
+        late = time.perf_counter() - start - arrival.at
+        status, _ = await ask(address, arrival)
+        return Answer(arrival, late, time.perf_counter() - start - arrival.at, status)
 
     tasks = []
     for arrival in arrivals:

@@ -6,6 +6,7 @@ Knows nothing of how the numbers are shown.
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,9 @@ from app.bench.timing import spread, turns
 from app.bench.trace import Arrival, Trace, work_of
 from app.errors import EngineError, InvalidValue
 from app.settings import Settings
+
+SAMPLES = 3
+"""Requests of each kind of work that are timed alone, after one that warms up."""
 
 PATIENCE = 3.0
 """Deadlines in multiples of a request's own service time alone, as in vLLM-Omni's diffusion_benchmark_serving.py."""
@@ -50,7 +54,12 @@ class Plan:
             if name not in POLICIES:
                 raise InvalidValue(f"policies: {name}: there are {', '.join(POLICIES)}", param="policies")
         if self.baseline not in self.policies:
-            raise InvalidValue(f"baseline: {self.baseline} is not among the policies", param="baseline")
+            raise InvalidValue(
+                f"baseline: {self.baseline} is not among the policies: {', '.join(self.policies) or 'none'}",
+                param="baseline",
+            )
+        if not (math.isfinite(self.load) and math.isfinite(self.seconds)):
+            raise InvalidValue("at-capacity, seconds: not a number that ends", param="seconds")
 
 
 def compare(
@@ -67,7 +76,7 @@ def compare(
         for name in plan.policies:
             say(f"{name}: starting")
             servers[name] = stack.enter_context(serving(name, settings, model))
-        alone = {name: _alone(address, trace) for name, address in servers.items()}
+        alone = _alone(servers, trace)
         capacity = _capacities(servers, trace, plan, say)
         rate = plan.load * statistics.median(capacity[plan.baseline][0])
         arrivals = trace.at_rate(rate, plan.seconds)
@@ -84,6 +93,7 @@ def compare(
             "alone": _by_class(trace, alone[name]),
             "statuses": _statuses([*capacity[name][1], *answers[name]]),
             "latency": latencies(answers[name], limits),
+            "client_late": max(one.late for one in answers[name]),
         }
         for name in servers
     }
@@ -109,36 +119,44 @@ def latencies(answers: Sequence[Answer], limits: Mapping[str, float]) -> dict[st
 
 
 def ratios(found: Mapping[str, Any], baseline: str) -> dict[str, Any]:
-    """How much better than the baseline, above 1 is better: capacity over its, and its latencies over theirs."""
+    """How much better than the baseline, above 1 is better: capacity over its, and its latencies over theirs.
+
+    Only of policies that answered everything, as the baseline did: who loses its slow requests is not quicker.
+    """
     base = found[baseline]
+    whole = {name: one for name, one in found.items() if set(one["statuses"]) == {"200"}}
     return {
         name: {
             "capacity": one["capacity"]["median"] / base["capacity"]["median"],
             **{
-                kind: {
-                    what: base["latency"][kind][what] / value[what] if value[what] else 0.0
-                    for what in ("p50", "p95", "p99", "mean")
-                }
+                kind: {what: base["latency"][kind][what] / value[what] for what in ("p50", "p95", "p99", "mean")}
                 for kind, value in one["latency"].items()
             },
         }
-        for name, one in found.items()
-        if name != baseline
+        for name, one in whole.items()
+        if name != baseline and baseline in whole
     }
 
 
-def _alone(address: Address, trace: Trace) -> dict[str, float]:
-    """Seconds of one request of each kind of work on the idle server, the second of two; the first warms up."""
-    return {work: asyncio.run(_second(address, arrival)) for work, arrival in trace.kinds().items()}
+def _alone(servers: Mapping[str, Address], trace: Trace) -> dict[str, dict[str, float]]:
+    """Median seconds of one request of each kind of work on each idle server, in turns, after one that warms up."""
+    kinds = trace.kinds()
+    found: dict[str, dict[str, list[float]]] = {name: {work: [] for work in kinds} for name in servers}
+    for name, address in servers.items():
+        for arrival in kinds.values():
+            asyncio.run(_warm(name, address, arrival))
+    for name in turns(tuple(servers), SAMPLES):
+        for work, arrival in kinds.items():
+            (answer,) = asyncio.run(open_loop(servers[name], [arrival._replace(at=0.0)]))
+            found[name][work].append(answer.seconds)
+    return {name: {work: statistics.median(times) for work, times in works.items()} for name, works in found.items()}
 
 
-async def _second(address: Address, arrival: Arrival) -> float:
+async def _warm(name: str, address: Address, arrival: Arrival) -> None:
     status, body = await ask(address, arrival)
     if status != 200:
         said = body[:300].decode(errors="replace")
-        raise EngineError(f"the server answers {status} to {work_of(arrival.body)}: {said}")
-    (answer,) = await open_loop(address, [arrival._replace(at=0.0)])
-    return answer.seconds
+        raise EngineError(f"{name}: the server answers {status} to {work_of(arrival.body)}: {said}")
 
 
 def _capacities(

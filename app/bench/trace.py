@@ -6,6 +6,7 @@ Knows nothing of sockets, of a server or of what an answer takes.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ KINDS: Mapping[Mix, Sequence[tuple[int, bool, int]]] = {
     ),
     "homogeneous": ((20, True, 0),),
 }  # fmt: skip
-"""(steps, guided, which of the model's samplers), all equally likely."""
+"""(steps, guided, which of the samplers that the model and diffusers' pipeline have), all equally likely."""
 
 CLASSES = {"short": 8, "medium": 40, "long": 10_000}
 """Most passes of each class; a guided line is two."""
@@ -109,10 +110,13 @@ def record(card: Card, name: Mix, rate: float, seconds: float, seed: int) -> Tra
 
 def draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, Any]]:
     """The class and the body of one request."""
-    samplers = valid_samplers(card.schedule)
+    from app.families.upstream import DRAWN  # takes seconds, and who reads a trace does not need it
+
+    samplers = [name for name in valid_samplers(card.schedule) if name in DRAWN[card.family]]
     steps, guided, which = dice.choice(KINDS[name])
     steps = min(steps, card.limits.num_inference_steps)
-    sampler = samplers[(samplers.index(card.defaults.sampler) + which) % len(samplers)]
+    first = samplers.index(card.defaults.sampler) if card.defaults.sampler in samplers else 0
+    sampler = samplers[(first + which) % len(samplers)]
     lines = compile_table(card.schedule, sampler, steps, tokens=1).lines
     passes = lines * (2 if guided and card.guidance == "cfg" else 1)
     shown: dict[str, Any] = {"prompt": dice.choice(PROMPTS)}
@@ -133,18 +137,27 @@ def write(trace: Trace, file: Path) -> None:
 
 def read(file: Path) -> Trace:
     """The trace of a file. Raises InvalidValue naming the first line that is none of it, OSError."""
-    lines = file.read_text(encoding="utf-8").splitlines()
     found: list[Arrival] = []
     number = 1
     try:
+        lines = file.read_text(encoding="utf-8").splitlines()
         facts = json.loads(lines[0])
-        if not float(facts["seconds"]) > 0:
+        if not 0 < float(facts["seconds"]) < math.inf:
             raise ValueError("seconds")
         number = 2
         for one in map(json.loads, lines[1:]):
-            found.append(Arrival(float(one["at"]), str(one["class"]), dict(one["body"]), one.get("deadline")))
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+            found.append(_arrival(one))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise InvalidValue(f"{file}, line {number + len(found)}: not a line of a trace", param="trace") from error
     if not found:
         raise InvalidValue(f"{file}: nobody asks for anything", param="trace")
     return Trace(facts, tuple(sorted(found, key=lambda one: one.at)))
+
+
+def _arrival(line: Any) -> Arrival:
+    """Raises ValueError, KeyError, TypeError or AttributeError: not a line of a trace."""
+    told = line.get("deadline")
+    times = (float(line["at"]), 0.0 if told is None else float(told))
+    if not all(0 <= seconds < math.inf for seconds in times):
+        raise ValueError("at or deadline")
+    return Arrival(times[0], str(line["class"]), dict(line["body"]), None if told is None else times[1])

@@ -181,6 +181,6 @@ def _widths(text: str) -> list[int]:
     """Raises InvalidValue: not numbers from 1 up."""
     words = [word.strip() for word in text.split(",")]
     found = sorted({int(word) for word in words if word.isdecimal() and len(word) < 5})
-    if not all(word.isdecimal() for word in words) or not found or not 1 <= found[0] <= found[-1] <= 1024:
+    if not all(word.isdecimal() and len(word) < 5 for word in words) or not 1 <= found[0] <= found[-1] <= 1024:
         raise InvalidValue(f'passes: "{text}" is not numbers from 1 to 1024, like "1,2,4"', param="passes")
     return found

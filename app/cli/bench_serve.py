@@ -29,12 +29,12 @@ def serve(
     models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
     trace: Annotated[Path | None, typer.Option(help="A recorded trace; without one, --mix is drawn anew")] = None,
     policies: Annotated[
-        str, typer.Option(help="continuous, static, keyed, single, diffusers, diffusers-bf16")
+        str, typer.Option(help="continuous, static, single, diffusers, diffusers-bf16")
     ] = "continuous,static",
-    baseline: Annotated[str, typer.Option(help="The policy that the others are compared with")] = "static",
+    baseline: Annotated[str | None, typer.Option(help="What the others are compared with; the last policy")] = None,
     at_capacity: Annotated[float, typer.Option(min=0.01, help="Mean rate, in multiples of the baseline's")] = 0.9,
     queued: Annotated[int, typer.Option(min=1, help="Requests of the closed loop that measures capacity")] = 200,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals, in each round and in a recorded trace")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals: of each round, or of what is recorded")] = 60.0,
     rounds: Annotated[int, typer.Option(min=1, help="For each policy, in the order A B B A")] = 2,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32 (INSTEP_DTYPE)")] = None,
     random_weights: Annotated[bool, typer.Option(help="The card's networks with random weights, at true size")] = False,
@@ -50,13 +50,18 @@ def serve(
     if mix not in MIXES:
         raise InvalidValue(f"mix: {mix}: there are {', '.join(MIXES)}", param="mix")
     card = open_registry(settings).find(model)
+    if record and trace:
+        raise InvalidValue("record: a trace that is read is recorded already", param="record")
     drawn = traces.read(trace) if trace else traces.record(card, mix, rate, seconds, seed)  # type: ignore[arg-type]
     if record:
         traces.write(drawn, record)
         Console().print(f"{record}: {len(drawn.arrivals)} requests in {seconds:g} s", highlight=False, markup=False)
     else:
         names = tuple(dict.fromkeys(name.strip() for name in policies.split(",") if name.strip()))
-        _compare(settings, card, drawn, (names, baseline, at_capacity, queued, seconds, rounds), random_weights)
+        if not names:
+            raise InvalidValue("policies: none is given", param="policies")
+        plan = (names, baseline or names[-1], at_capacity, queued, seconds, rounds)
+        _compare(settings, card, drawn, plan, random_weights)
 
 
 def _compare(settings: Settings, card: Card, trace: Trace, plan: tuple[Any, ...], random_weights: bool) -> None:
@@ -67,7 +72,7 @@ def _compare(settings: Settings, card: Card, trace: Trace, plan: tuple[Any, ...]
     with tempfile.TemporaryDirectory(prefix="instep-bench-") as folder:
         if random_weights:
             settings = _random(settings, card, Path(folder))
-        found = _measure(settings, card, trace, checked)
+        found = {"random_weights": random_weights, **_measure(settings, card, trace, checked)}
     show(Console(), found)
     print(json.dumps(found))
 
@@ -93,6 +98,7 @@ def _measure(settings: Settings, card: Card, trace: Trace, plan: Any) -> dict[st
 
     device = placing.devices(settings.devices)[0]
     told = facts(torch.device(device), resolve_dtype(settings, device))
+    told |= {"threads": placing.threads(settings), "compiled": settings.compile}
     errors = Console(stderr=True)
     bodies = tuple(one._replace(body={**one.body, "model": card.id}) for one in trace.arrivals)
     found = compare(
@@ -108,7 +114,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
         title = f"{name}: {capacity['median']:.2f} images/s ({capacity['least']:.2f} to {capacity['most']:.2f})"
         title += f", {own['capacity']:.2f}x of {found['baseline']}" if own else ""
         table = Table(title=title, title_justify="left", box=None)
-        for column in ("seconds", "n", "alone", "p50", "p95", "p99", "mean", "in time", "p50", "p95"):
+        for column in ("seconds", "n", "alone", "p50", "p95", "p99", "mean", "in time", "p50 x", "p95 x"):
             table.add_column(column, justify="left" if column == "seconds" else "right")
         for kind, row in one["latency"].items():
             seconds = [f"{row[what]:.2f}" for what in ("p50", "p95", "p99", "mean")]
@@ -116,6 +122,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
             better = [f"{own[kind][what]:.2f}x" for what in ("p50", "p95")] if own else ["", ""]
             table.add_row(kind, str(row["count"]), alone, *seconds, f"{row['attainment']:.0%}", *better)
         console.print(table)
-        console.print(f"answers by status: {one['statuses']}", highlight=False)
+        told = f"answers by status: {one['statuses']}; the client at most {1e3 * one['client_late']:.0f} ms late"
+        console.print(told, highlight=False)
     load = f"{found['rate']:.2f} requests/s, {found['load']:g} of {found['baseline']}'s capacity"
     console.print(f"{found['model']}, {load}, {found['rounds']} rounds of {found['seconds']:g} s", highlight=False)

@@ -17,7 +17,7 @@ from app.report import Failure, ModelState, Report
 from app.request import Request
 from app.settings import Settings
 from app.worker import plan
-from app.worker.process import build, use_threads
+from app.worker.process import build
 from app.worker.wire import Start
 
 
@@ -62,6 +62,8 @@ class Local:
         self._reports.put(report)
 
     def _run(self) -> None:
+        from app.pool.threads import use_threads
+
         use_threads(self._threads)
         try:
             self._engine.run()

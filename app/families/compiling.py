@@ -27,7 +27,7 @@ def allow_compiling(cache: Path) -> None:
     """
     # NOTE: on a GPU triton needs one too, to build its launchers.
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name):
-        raise SettingsError("INSTEP_COMPILE: there is no C++ compiler (g++, clang++) here", param="compile")
+        raise SettingsError("there is no C++ compiler (g++, clang++) here for torch.compile", param="compile")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.expanduser() / "compiled"))
     torch._dynamo.config.recompile_limit = VARIANTS
 

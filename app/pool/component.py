@@ -57,7 +57,8 @@ class Component:
         else:
             stamp, states = part_stamp(self.part), part_states(self.part)
             fill_network(self.value, self.part.class_name, self.part.weights, states, self.device, self.dtype)
-            self.version, self._stamp = self.version + (stamp != self._stamp), stamp
+            after = part_stamp(self.part)  # files that changed while they were read count as others
+            self.version, self._stamp = self.version + (not stamp == after == self._stamp), after
         self.arrived, self.used = True, time.monotonic()
 
     def settle(self) -> None:

@@ -23,6 +23,7 @@ from app.pool.building import build_family, part_dtype
 from app.pool.component import Component
 from app.pool.contents import part_identity, part_outline
 from app.pool.layout import Part, read_parts
+from app.pool.threads import use_threads
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +44,7 @@ class Loader:
         self._thread.join(timeout=seconds)
 
     def _work(self) -> None:
-        # Copies of weights on one core only: the others are for those who run. Of this thread alone: OpenMP's setting.
-        torch.set_num_threads(1)
+        use_threads(1)  # for copies of weights; the cores are for those who run
         while job := self._next():
             self._do(job)
 

@@ -176,6 +176,7 @@ def open_pool(start: wire.Start) -> Pool:
     from app.families.compiling import allow_compiling
     from app.pool.budget import budgets
     from app.pool.pool import Pool
+    from app.pool.threads import use_threads
 
     use_threads(plan.threads(start.settings))
     _check(start.device)
@@ -184,18 +185,6 @@ def open_pool(start: wire.Start) -> Pool:
     if start.settings.compile:
         allow_compiling(start.settings.cache)
     return Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
-
-
-def use_threads(count: int) -> None:
-    """So many CPU threads for what this thread computes, whatever other threads ask for later.
-
-    NOTE: a thread takes the number that was set last anywhere in the process when it first computes or asks for it;
-    the pool's loader sets 1 for itself, and without the question here that would be the engine's number too.
-    """
-    import torch
-
-    torch.set_num_threads(count)
-    torch.get_num_threads()
 
 
 def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:

@@ -1,8 +1,9 @@
 """What a step costs beside the network: `python -m tests.bench.host`. Ends in one JSON line.
 
 16 rows, half guided, of 3 samplers, 16x8x8 latents (a 64 px image); the network is replaced by one that returns a
-tensor made before, so that what is left is the batcher, the tables, the gather, the update and the settling. `update`
-is the whole step with the lines of the tables in it; the bar is 0.15 ms for batcher, tables and update together.
+tensor made before, so that what is left is the batcher, the tables, the update and the settling. `update` is the whole
+step with the lines of the tables in it; the bar is 0.15 ms for batcher, tables and update together. The same rows run
+together all the while, so that what they gather by is kept; `gather anew` is what a row that comes or goes costs more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from datetime import date
 import numpy as np
 import torch
 
+from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions
 from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
@@ -56,6 +58,12 @@ def milliseconds(call: object, times: int = 150) -> list[float]:
     return samples
 
 
+def _gather_anew(slots: Slots, index: np.ndarray) -> None:
+    """As after a row has come or gone."""
+    slots.gathered = None
+    gather(slots, index)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     bench = engine_with_rows()
@@ -67,12 +75,14 @@ def main() -> None:
     slots = engine._runner._space[work.key]
     index = np.array([row.slot for row in work.rows])
     layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
+    anew = milliseconds(lambda: _gather_anew(slots, index))
     plan = gather(slots, index)
     family = work.rows[0].lease.model  # type: ignore[union-attr]
     with torch.inference_mode():
         update = milliseconds(lambda: denoise_step(family, slots, plan))
     charge = milliseconds(lambda: engine._batcher.charge(work, 0.0))
     parts = {"tick": whole, "batcher": choice, "charge": charge, "tables": layout, "update": update}
+    parts["gather anew"] = anew
     print(f"{'part':24} {'median ms':>10} {'min':>8} {'max':>8}")
     for name, samples in parts.items():
         print(f"{name:24} {statistics.median(samples):10.3f} {min(samples):8.3f} {max(samples):8.3f}")

@@ -15,7 +15,7 @@ def test_a_job_alone_takes_its_lines_under_every_policy():
             assert ends == [pytest.approx(due)]
 
 
-def test_static_batches_equal_jobs_from_the_head_that_are_there():
+def test_static_batches_the_oldest_and_its_equals_that_are_there():
     jobs = [Job(LONG, 0.0), Job(SHORT, 0.0), Job(SHORT, 1.0), Job(SHORT, 1000.0)]
     long, pair = 50 * COST(2), 4 * COST(4)
     assert static(jobs, COST, 4) == pytest.approx([long, long + pair, long + pair, 1000.0 + 4 * COST(2)])

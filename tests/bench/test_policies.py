@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.bench.policies import POLICIES, Keyed, Single, Static, likeness
+from app.bench.policies import POLICIES, Single, Static, likeness
 from app.card import read_cards
 from app.engine.row import Row
 from app.pool.pool import Pool
@@ -36,17 +36,12 @@ def batches(forwards: list[list[Row]]) -> list[list[Row]]:
     return [rows for place, rows in enumerate(forwards) if place == 0 or rows != forwards[place - 1]]
 
 
-def test_static_batches_are_alike_run_to_their_end_and_come_from_the_head() -> None:
-    a, b, c, d, e = row(3), row(3), row(5), row(3), row(3, guided=True)
+def test_static_batches_are_of_the_oldest_rows_likeness_from_the_whole_line_and_run_to_their_end() -> None:
+    a, b, c, d, e = row(3), row(5), row(3), row(5), row(3, guided=True)
     forwards = ran(Static, a, b, c, d, e)
     assert all(len({likeness(each) for each in rows}) == 1 for rows in forwards)
-    assert batches(forwards) == [[a, b], [c], [d], [e]]
-    assert [len(rows) for rows in forwards] == [2] * 3 + [1] * 5 + [1] * 3 + [1] * 3
-
-
-def test_keyed_takes_the_oldest_rows_likeness_from_the_whole_line() -> None:
-    a, b, c, d = row(3), row(5), row(3), row(5)
-    assert batches(ran(Keyed, a, b, c, d)) == [[a, c], [b, d]]
+    assert batches(forwards) == [[a, c], [b, d], [e]]
+    assert [len(rows) for rows in forwards] == [2] * 3 + [2] * 5 + [1] * 3
 
 
 def test_a_static_batch_stays_within_the_cap_of_passes() -> None:
@@ -96,7 +91,7 @@ def drawn(pool: Pool, policy: str) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize("policy", ["static", "keyed", "single"])
+@pytest.mark.parametrize("policy", ["static", "single"])
 def test_every_order_of_work_draws_the_same_pictures(pool: Pool, policy: str) -> None:
     ours, theirs = drawn(pool, "continuous").results, drawn(pool, policy).results
     for name, result in ours.items():

@@ -53,9 +53,8 @@ def run(answer: bytes, closed: bool = False) -> tuple[list[int], list[Answer]]:
 def test_later_requests_are_sent_while_the_first_is_unanswered() -> None:
     seen, answers = run(reply(PNG + b"x"))
     assert sorted(seen) == list(range(6))
-    sent = [one.sent for one in answers]
-    assert sent == sorted(sent) and [one.arrival for one in answers] == ARRIVALS
-    assert all(one.status == 200 and one.seconds > 0 for one in answers)
+    assert [one.arrival for one in answers] == ARRIVALS
+    assert all(one.status == 200 and 0 <= one.late < one.seconds for one in answers)
 
 
 def test_a_closed_loop_has_all_queued_at_once() -> None:

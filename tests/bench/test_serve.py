@@ -33,10 +33,22 @@ def test_ratios_are_above_one_where_a_policy_is_better() -> None:
         return {
             "capacity": {"median": capacity},
             "latency": {"all": dict.fromkeys(("p50", "p95", "p99", "mean"), seconds)},
+            "statuses": {"200": 9},
         }
 
     found = ratios({"a": one(4, 1), "b": one(2, 3)}, "b")
     assert found == {"a": {"capacity": 2.0, "all": dict.fromkeys(("p50", "p95", "p99", "mean"), 3.0)}}
+
+
+def test_who_lost_a_request_has_no_ratios() -> None:
+    whole = {
+        "capacity": {"median": 1.0},
+        "latency": {"all": dict.fromkeys(("p50", "p95", "p99", "mean"), 1.0)},
+        "statuses": {"200": 9},
+    }
+    broken = whole | {"statuses": {"200": 8, "503": 1}}
+    assert set(ratios({"a": whole, "b": broken, "c": whole}, "a")) == {"c"}
+    assert ratios({"a": whole, "b": broken}, "b") == {}
 
 
 @pytest.mark.parametrize("plan", [Plan(policies=("none",), baseline="none"), Plan(baseline="single")])

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from app.api.schemas import read_body
 from app.cli.bodies import open_registry
 from app.cli.local import Local
+from app.pool.books import Job
+from app.pool.loader import Loader
 from app.report import Report, Result
 from app.settings import Settings
 
 
-def test_the_engine_computes_with_all_threads_of_the_plan(tiny: Path) -> None:
-    """The loader's thread keeps itself to one, which torch hands on to every thread that starts after it."""
+def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_one(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch hands what one thread asks for on to every thread that has not computed yet."""
+    loading: list[int] = []
+    load = Loader._do
+
+    def seen_loading(loader: Loader, job: Job) -> None:
+        loading.append(torch.get_num_threads())
+        load(loader, job)
+
+    monkeypatch.setattr(Loader, "_do", seen_loading)
     settings = Settings(models=tiny, threads=3)
     registry = open_registry(settings)
     seen: list[int] = []
@@ -27,9 +39,9 @@ def test_the_engine_computes_with_all_threads_of_the_plan(tiny: Path) -> None:
     torch.set_num_threads(1)
     try:
         with Local(settings, registry.cards, listen=listen) as local:
-            torch.set_num_threads(1)  # as the loader does
+            torch.set_num_threads(4)  # of whoever computes next for the first time
             local.submit(read_body({"prompt": "a"}).to_request(registry.cards["tiny-sd3"], "id"))
             next(report for report in local.reports() if isinstance(report, Result))
     finally:
         torch.set_num_threads(before)
-    assert set(seen) == {3}, os.cpu_count()
+    assert set(seen) == {3} and set(loading) == {1}

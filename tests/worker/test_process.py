@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from app.errors import SettingsError
+from app.pool.threads import use_threads
 from app.report import Announce, Failure, Progress, Tick
 from app.settings import Settings
 from app.worker import process, wire
@@ -180,7 +181,7 @@ def test_the_engines_threads_stay_when_another_thread_asks_for_fewer():
     before, seen = torch.get_num_threads(), []
 
     def engine():
-        process.use_threads(3)
+        use_threads(3)
         loader = threading.Thread(target=torch.set_num_threads, args=(1,))
         loader.start()
         loader.join()
