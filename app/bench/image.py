@@ -65,7 +65,8 @@ class Way:
 
 
 class Drawn(NamedTuple):
-    """times: of one image, by the way it was drawn; "instep" encodes its prompt anew, "instep-cached" has it.
+    """times: of one image, by the way it was drawn; "instep" encodes its prompt anew, "instep-cached" has it, and both
+    keep the empty one, as a server that has run; diffusers encodes both each time.
     distances: to the picture of REFERENCE; empty when that was not asked for. stages: seconds of Instep's, by name."""
 
     times: dict[str, Spread]
@@ -131,7 +132,8 @@ def _served(engine: Engine, reports: list[Report], request: Request, results: li
 
 
 def _stages(results: dict[str, list[Result]]) -> dict[str, Spread]:
-    """From the engine's own timings. NOTE: the empty prompt is encoded in neither, as in a server that has run."""
+    """From the engine's own timings. NOTE: the engine waits for a step's device time at the next work, so that on a GPU
+    the last step of an image counts as its decode."""
     fresh, cached = ([one.timings for one in results[name]] for name in ("instep", "instep-cached"))
     return {
         "encode text, fresh": spread([one.encode for one in fresh]),

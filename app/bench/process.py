@@ -80,6 +80,14 @@ def _said(log: IO[bytes]) -> str:
     return os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
 
 
+def forwards(address: tuple[str, int]) -> tuple[float, float]:
+    """How many denoising forwards there were so far and the rows in them, by the server's own metrics."""
+    text = _get(f"http://{address[0]}:{address[1]}/metrics")[1].decode()
+    found = re.findall(r"^instep_batch_rows_(count|sum){.*} (\S+)$", text, re.MULTILINE)
+    count, rows = (sum(float(value) for name, value in found if name == what) for what in ("count", "sum"))
+    return count, rows
+
+
 def _get(url: str) -> tuple[int, bytes]:
     """Status and body; (0, b"") while nobody listens."""
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from app.bench.policies import POLICIES
-from app.bench.process import serving
+from app.bench.process import forwards, serving
 from app.bench.replay import Address, Answer, ask, closed_loop, open_loop
 from app.bench.timing import spread, turns
 from app.bench.trace import Arrival, Trace, work_of
@@ -77,20 +77,20 @@ def compare(
             say(f"{name}: starting")
             servers[name] = stack.enter_context(serving(name, settings, model))
         alone = _alone(servers, trace)
+        before = {name: forwards(address) for name, address in servers.items()}
         capacity = _capacities(servers, trace, plan, say)
         rate = plan.load * statistics.median(capacity[plan.baseline][0])
         arrivals = trace.at_rate(rate, plan.seconds)
         if not arrivals:
             raise InvalidValue(f"seconds: nobody comes in {plan.seconds:g} s", param="seconds")
-        answers: dict[str, list[Answer]] = {name: [] for name in servers}
-        for name in turns(tuple(servers), plan.rounds):
-            say(f"{name}: {len(arrivals)} requests in {plan.seconds:g} s")
-            answers[name] += asyncio.run(open_loop(servers[name], arrivals))
+        answers = _replays(servers, arrivals, plan, say)
+        shared = {name: _rows(before[name], forwards(address)) for name, address in servers.items()}
     limits = alone[plan.baseline]
     found = {
         name: {
             "capacity": spread(capacity[name][0])._asdict(),
             "alone": _by_class(trace, alone[name]),
+            "rows": shared[name],
             "statuses": _statuses([*capacity[name][1], *answers[name]]),
             "latency": latencies(answers[name], limits),
             "client_late": max(one.late for one in answers[name]),
@@ -174,6 +174,16 @@ def _capacities(
     return found
 
 
+def _replays(
+    servers: Mapping[str, Address], arrivals: Sequence[Arrival], plan: Plan, say: Callable[[str], None]
+) -> dict[str, list[Answer]]:
+    found: dict[str, list[Answer]] = {name: [] for name in servers}
+    for name in turns(tuple(servers), plan.rounds):
+        say(f"{name}: {len(arrivals)} requests in {plan.seconds:g} s")
+        found[name] += asyncio.run(open_loop(servers[name], arrivals))
+    return found
+
+
 def _by_class(trace: Trace, alone: Mapping[str, float]) -> dict[str, float]:
     """Mean seconds alone of the kinds of work of each class."""
     seconds: dict[str, list[float]] = {}
@@ -184,6 +194,12 @@ def _by_class(trace: Trace, alone: Mapping[str, float]) -> dict[str, float]:
 
 def _deadline(arrival: Arrival, limits: Mapping[str, float]) -> float:
     return PATIENCE * limits[work_of(arrival.body)] if arrival.deadline is None else arrival.deadline
+
+
+def _rows(before: tuple[float, float], after: tuple[float, float]) -> float | None:
+    """Rows a forward in between; None when there was none, as where diffusers draws."""
+    forwards = after[0] - before[0]
+    return (after[1] - before[1]) / forwards if forwards else None
 
 
 def _statuses(answers: Sequence[Answer]) -> dict[str, int]:

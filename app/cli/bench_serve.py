@@ -122,7 +122,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
             better = [f"{own[kind][what]:.2f}x" for what in ("p50", "p95")] if own else ["", ""]
             table.add_row(kind, str(row["count"]), alone, *seconds, f"{row['attainment']:.0%}", *better)
         console.print(table)
-        told = f"answers by status: {one['statuses']}; the client at most {1e3 * one['client_late']:.0f} ms late"
-        console.print(told, highlight=False)
+        shared = f"{one['rows']:.2f} rows a forward; " if one["rows"] else ""
+        late = f"the client at most {1e3 * one['client_late']:.0f} ms late"
+        console.print(f"{shared}answers by status: {one['statuses']}; {late}", highlight=False)
     load = f"{found['rate']:.2f} requests/s, {found['load']:g} of {found['baseline']}'s capacity"
     console.print(f"{found['model']}, {load}, {found['rounds']} rounds of {found['seconds']:g} s", highlight=False)

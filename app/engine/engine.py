@@ -204,7 +204,8 @@ class Engine:
         self._tell_memory()
 
     def _tried(self, state: ModelState) -> ModelState:
-        """A model that becomes ready while nobody waits is measured first, and counts as failed if that fails."""
+        """A model that becomes ready while nobody waits is measured first, or adds to what was measured before; it
+        counts as failed if that fails."""
         if state.state != "ready":
             return state
         self._turns.loaded(state.model, state.seconds)

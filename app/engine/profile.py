@@ -11,8 +11,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -33,28 +34,36 @@ SLOT_BYTES = 256 << 20
 
 
 def measuring(
-    forward: Callable[[int], None], budget: float, clock: Callable[[], float] = time.perf_counter
+    forward: Callable[[int], None],
+    budget: float,
+    clock: Callable[[], float] = time.perf_counter,
+    before: Mapping[int, float] = MappingProxyType({}),
 ) -> Iterator[dict[int, float]]:
     """Seconds of forward(passes) at 1, 2, 4, ... until two doublings bring nothing or `budget` seconds are spent.
 
     Yields what is known after each width, so that others may run in between. Each is the least of a few: whatever else
     the machine does can only add to a measurement. A width that does not fit in memory ends it too. Raises what the
     very first forward raises.
+
+    before: an earlier measurement, to which this one adds a sample of each width; what it reached and this one does
+    not is kept, but for widths that no longer fit.
     """
-    seconds: dict[int, float] = {}
-    passes, spent = 1, 0.0
+    seconds = dict(before)
+    passes, spent, samples = 1, 0.0, 1 if before else 1 + SAMPLES
     while passes <= WIDEST:
         start = clock()
         try:
-            seconds[passes] = min(_once(forward, passes, clock) for _ in range(1 + SAMPLES))
+            took = min(_once(forward, passes, clock) for _ in range(samples))
+            seconds[passes] = min(took, seconds.get(passes, math.inf))
         except torch.OutOfMemoryError:
-            if not seconds:
+            if passes == 1:
                 raise
+            yield {width: cost for width, cost in seconds.items() if width < passes}
             return
         yield dict(seconds)
         spent += clock() - start
         best = min(seconds, key=lambda width: seconds[width] / width)
-        next_costs = 2 * seconds[passes] * (SAMPLES + 1)
+        next_costs = 2 * seconds[passes] * samples
         if passes >= 4 * best or spent + next_costs > budget:
             return
         passes *= 2
@@ -96,6 +105,9 @@ class Profiles:
     size near one already measured is not measured: it is scaled by area, so that a client who asks for every size
     there is does not stop the others each time.
 
+    What a file says is good at once, and `stale` until a sample of each width is added: it may have been measured while
+    the machine was busy, and for good each batch would be as narrow as paid then.
+
     compiled: networks compile in their first forwards, so a key is measured at every start and nothing is read or kept:
     the compiling happens while measuring, which announces itself, and not in the midst of a request.
     """
@@ -106,6 +118,7 @@ class Profiles:
         self._known: dict[str, dict[int, dict[int, float]]] = {}
         self._open: dict[Key, Iterator[dict[int, float]]] = {}
         self._widths: dict[Key, dict[int, float]] = {}
+        self._stale: set[Key] = set()
 
     def known(self, family: Family, key: Key) -> dict[int, float] | None:
         """Seconds by passes, measured before, scaled from a near size, or from disk; None when it is to be measured."""
@@ -116,14 +129,23 @@ class Profiles:
         stored = _stored(file) if (file := self._file(family, key)) else None
         if stored is not None:
             known[area] = stored
+            self._stale.add(key)
         return stored
+
+    def stale(self, key: Key) -> bool:
+        """Whether what is known of the key was read from disk, and nothing added."""
+        return key in self._stale
 
     def advance(self, family: Family, key: Key) -> dict[int, float] | None:
         """Measure one more width, with the network on the device; the seconds by passes when that was the last.
 
-        A folder that cannot be written costs a measurement at the next start. Raises what the first forward raises.
+        What is known of a stale key is added to, and where a width costs more now, the least of before is kept. A
+        folder that cannot be written costs a measurement at the next start. Raises what the first forward raises.
         """
-        steps = self._open.setdefault(key, measuring(_forward(family, key), self._budget))
+        if key not in self._open:
+            before = self._known[key.model][key.width * key.height] if key in self._stale else {}
+            self._open[key] = measuring(_forward(family, key), self._budget, before=before)
+        steps = self._open[key]
         try:
             self._widths[key] = next(steps)
             return None
@@ -133,6 +155,7 @@ class Profiles:
         except BaseException:
             del self._open[key]
             raise
+        self._stale.discard(key)
         self._known.setdefault(key.model, {})[key.width * key.height] = seconds
         if file := self._file(family, key):
             _store(file, seconds)
@@ -142,6 +165,7 @@ class Profiles:
         """Drop what is known of a model in memory, and a measurement of it that is not at its end."""
         self._known.pop(model, None)
         self._open = {key: steps for key, steps in self._open.items() if key.model != model}
+        self._stale = {key for key in self._stale if key.model != model}
 
     def _file(self, family: Family, key: Key) -> Path | None:
         return self._folder / "profiles" / (self._name(family, key) + ".json") if self._folder else None

@@ -65,14 +65,16 @@ class Runner:
         self._caps = {key: caps for key, caps in self._caps.items() if key.model != model}
 
     def measurable(self, key: Key) -> bool:
-        """Whether `measure` would get on: the key is not measured, and its model, or its stored profile, is there."""
+        """Whether `measure` would get on: the key is not measured, and its model, or its stored profile, is there; or
+        that profile is all that is known of it, and its model is there."""
         family = self._pool.family(key.model)
-        if key in self._caps or family is None:
+        if family is None or (key in self._caps and not self._profiles.stale(key)):
             return False
-        return self._pool.resident(key.model, "denoise") or self._profiles.known(family, key) is not None
+        here = self._pool.resident(key.model, "denoise")
+        return here or (key not in self._caps and self._profiles.known(family, key) is not None)
 
     def measure(self, key: Key) -> Caps | None:
-        """Find the caps of a key from its stored profile, or measure one more width of it.
+        """Find the caps of a key from its stored profile, or measure one more width of it, also of one that has caps.
 
         None while there is more to measure, or the model or its network is not there. Raises EngineError: the first
         forward of this checkpoint fails.
@@ -81,7 +83,8 @@ class Runner:
         if family is None:
             return None
         try:
-            seconds = self._profiles.known(family, key) or self._advance(family, key)
+            known = None if key in self._caps else self._profiles.known(family, key)
+            seconds = known or self._advance(family, key)
             if seconds is None:
                 return None
             latent = family.latent_shape(key.width, key.height)

@@ -105,6 +105,12 @@ def test_diffusers_draws_them_within_a_level(pool: Pool) -> None:
         assert np.abs(theirs[name].pixels.astype(int) - result.pixels.astype(int)).max() <= 1
 
 
+def test_diffusers_in_bfloat16_draws_nearly_them(pool: Pool) -> None:
+    ours, theirs = drawn(pool, "continuous").results, drawn(pool, "diffusers-bf16").results
+    away = [np.abs(theirs[name].pixels.astype(int) - result.pixels.astype(int)).mean() for name, result in ours.items()]
+    assert 0 < max(away) < 4  # of 255 levels
+
+
 def test_diffusers_draws_one_after_the_other_in_order(pool: Pool) -> None:
     bench = drawn(pool, "diffusers")
     assert [name for name, _ in bench.results] == [request.id for request in asked()]

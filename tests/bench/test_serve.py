@@ -72,4 +72,5 @@ def test_the_command_answers_every_request(tmp_path: Path, monkeypatch: pytest.M
     for one in found["policies"].values():
         assert one["statuses"] == {"200": 4 + found["requests"]}
         assert one["latency"]["all"]["count"] == found["requests"] and one["capacity"]["median"] > 0
+        assert 1 <= one["rows"] <= 4
     assert set(found["ratios"]) == {"continuous"} and found["commit"] is not None

@@ -9,6 +9,7 @@ import pytest
 from app.bench import trace as traces
 from app.bench.trace import record
 from app.errors import InvalidValue
+from app.families.upstream import DRAWN
 from tests.engine.fakes import card
 
 CARD = card(limits={"num_inference_steps": 250, "sizes": {"min": 16, "max": 64, "multiple": 16}})
@@ -41,7 +42,17 @@ def test_times_scale_to_a_mean_rate_and_the_trace_repeats() -> None:
     assert [one.at for one in again] == sorted(one.at for one in again)
 
 
-@pytest.mark.parametrize(("lines", "number"), [("", 1), ("{}\n", 1), ('{"seconds": 1}\n{"at": "x"}\n', 2)])
+FACTS = '{"seconds": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "number"),
+    [
+        ("", 1), ("{}\n", 1), ('{"seconds": Infinity}\n', 1), (FACTS + '{"at": "x"}\n', 2), (FACTS + "[]\n", 2),
+        (FACTS + '{"at": NaN, "class": "a", "body": {}}\n', 2),
+        (FACTS + '{"at": 0, "class": "a", "body": {}}\n{"at": 0, "class": "a", "body": {}, "deadline": "soon"}\n', 3),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_trace_is_named_with_its_line(tmp_path: Path, lines: str, number: int) -> None:
     (tmp_path / "bad").write_text(lines)
     with pytest.raises(InvalidValue, match=f"line {number}"):
@@ -52,3 +63,14 @@ def test_a_file_that_is_no_trace_is_named_with_its_line(tmp_path: Path, lines: s
 def test_the_traces_that_are_kept_can_be_read(name: str, kinds: int) -> None:
     kept = traces.read(Path(__file__).parent / "traces" / f"{name}.jsonl")
     assert len(kept.kinds()) == kinds and kept.facts["name"] == name
+
+
+def test_a_file_that_is_no_text_is_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidValue, match="line 1"):
+        traces.read(tmp_path / "bad")
+
+
+def test_what_is_drawn_can_be_drawn_by_diffusers_too() -> None:
+    samplers = {one.body["sampler"] for one in record(CARD, "mixed", 20.0, 60.0, 0).arrivals}
+    assert len(samplers) == 3 and samplers <= set(DRAWN[CARD.family])

@@ -65,6 +65,7 @@ def test_image_of_classes_alone(run: Run) -> None:
     ("words", "told"),
     [
         (("step", "--passes", "1,x"), 'passes: "1,x" is not numbers'),
+        (("step", "--passes", "1,99999"), 'passes: "1,99999" is not numbers'),
         (("step", "--size", "33x32"), "size: "),
         (("step", "--model", "nobody"), 'There is no model "nobody"'),
         (("step", "--rounds", "0"), "--rounds"),

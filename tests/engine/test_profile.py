@@ -127,6 +127,44 @@ def test_a_profile_is_measured_once_and_read_again(tmp_path: Path) -> None:
     assert len(family.widths) > forwards, "another shape is another profile"
 
 
+def test_a_profile_that_was_measured_in_a_bad_moment_heals(tmp_path: Path) -> None:
+    """A busy machine spent the budget on one pass, so that no forward would hold two; the next start adds a sample."""
+    family = FakeFamily(card())
+    seconds_of(Profiles(tmp_path), family, KEY)
+    (file,) = (tmp_path / "profiles").iterdir()
+    file.write_text('{"1": 0.98}')
+    profiles = Profiles(tmp_path)
+    assert seconds_of(profiles, family, KEY) == {1: 0.98} and profiles.stale(KEY), "good at once"
+    family.widths.clear()
+    while profiles.advance(family, KEY) is None:
+        pass
+    found = profiles.known(family, KEY)
+    assert found == {int(passes): cost for passes, cost in json.loads(file.read_text()).items()}
+    assert 0 < found[1] < 0.98 and len(found) > 2 and not profiles.stale(KEY)
+    assert family.widths == list(found), "one sample of each width"
+
+
+def test_a_sample_more_keeps_what_was_quicker_before() -> None:
+    device = Device(0.010, 0.010)
+    before = {1: 0.001, 2: 9.0, 4: 0.02}
+    assert measure(device.forward, 60, device.clock, before)[1] == 0.001
+    found = measure(device.forward, 60, device.clock, before)
+    assert found[2] == pytest.approx(0.03) and found[4] == 0.02
+
+
+def test_a_sample_more_keeps_the_widths_it_does_not_reach_but_for_those_that_no_longer_fit() -> None:
+    """Else a busy moment at any later start would narrow a good profile."""
+    device = Device(5.0, 5.0)
+    before = {1: 0.01, 2: 0.015, 4: 0.02, 8: 0.03}
+    assert measure(device.forward, 1, device.clock, before) == before
+
+    def forward(passes: int) -> None:
+        if passes > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    assert measure(forward, 60, before=before).keys() == {1, 2}
+
+
 def test_a_size_near_a_measured_one_is_scaled_by_area(tmp_path: Path) -> None:
     family, profiles = FakeFamily(card()), Profiles(tmp_path)
     first = seconds_of(profiles, family, Key("fake", 64, 64, 24))

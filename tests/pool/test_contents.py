@@ -178,3 +178,27 @@ def test_changed_files_have_another_stamp(models: Path, tmp_path: Path, name: st
     assert part_stamp(part) != first and file.stat().st_mtime_ns == stat.st_mtime_ns
     file.unlink()
     assert part_stamp(part) != first
+
+
+def test_what_came_from_files_that_changed_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when they change while they are read: what was kept of the weights before is not theirs."""
+    write_sd3(tmp_path / "sd3")
+    folder = tmp_path / "sd3" / "text_encoder_3"
+    made = component.Component(Part("text_encoder_3", "T5EncoderModel", folder), CPU, torch.float32)
+
+    def arrive() -> int:
+        made.arrive()
+        made.leave()
+        return made.version
+
+    assert (arrive(), arrive()) == (1, 1)
+    fill = component.fill_network
+
+    def filled_meanwhile(*given: Any) -> None:
+        fill(*given)
+        os.utime(folder / "model.safetensors", ns=(1, 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(component, "fill_network", filled_meanwhile)
+        assert arrive() == 2
+    assert arrive() == 2
