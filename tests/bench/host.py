@@ -9,7 +9,6 @@ together all the while, so that what they gather by is kept; `gather anew` is wh
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from datetime import date
@@ -17,6 +16,7 @@ from datetime import date
 import numpy as np
 import torch
 
+from app.bench.machine import processor
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions
@@ -93,7 +93,7 @@ def main() -> None:
     print(f"batcher, tables and update together: median {medians['host']:.3f} ms, least {medians['host_least']:.3f} ms")
     print(
         json.dumps(
-            {"bench": "host", "rows": ROWS, "date": str(date.today()), "machine": platform.processor(), **medians}
+            {"bench": "host", "rows": ROWS, "date": str(date.today()), "machine": processor(), **medians}
         )
     )
 
