@@ -91,11 +91,7 @@ def main() -> None:
     medians["host"] = round(sum(medians[name] for name in asked), 4)
     medians["host_least"] = round(sum(min(parts[name]) for name in asked), 4)
     print(f"batcher, tables and update together: median {medians['host']:.3f} ms, least {medians['host_least']:.3f} ms")
-    print(
-        json.dumps(
-            {"bench": "host", "rows": ROWS, "date": str(date.today()), "machine": processor(), **medians}
-        )
-    )
+    print(json.dumps({"bench": "host", "rows": ROWS, "date": str(date.today()), "machine": processor(), **medians}))
 
 
 if __name__ == "__main__":
