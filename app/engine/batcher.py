@@ -187,8 +187,13 @@ def _started_alone(offer: Offer) -> Offer:
 
 
 def _encode_or_denoise(offer: Offer) -> Work:
+    """The next forward, or what comes before it: the encode of those in it that wait, and of those that are next.
+
+    Texts encoded together cost a half to a quarter of what they cost one by one, and later ones find it done.
+    """
     chosen = offer.fill()
     entering = [row for row in chosen if row.stage == "waiting"]
-    if entering:
-        return Work("encode", offer.queue.key, entering[: offer.caps.encode])
-    return Work("denoise", offer.queue.key, chosen)
+    if not entering:
+        return Work("denoise", offer.queue.key, chosen)
+    following = [row for row in offer.rows if row.stage == "waiting" and row not in entering]
+    return Work("encode", offer.queue.key, (entering + following)[: offer.caps.encode])

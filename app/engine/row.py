@@ -101,6 +101,12 @@ class Row:
     def deadline(self) -> float:
         return math.inf if self.request.deadline is None else self.request.deadline
 
+    def begin(self, now: float) -> None:
+        """The first step begins at `now`: what the row waited since its encode counts as its queue."""
+        waited = now - self.denoise_start
+        self.encode_start += waited
+        self.denoise_start = now
+
     def preview_due(self) -> bool:
         """Whether the line just run is one after which a partial image was asked for; evenly spread."""
         wanted = self.request.previews

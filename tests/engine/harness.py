@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from app.engine.engine import Engine
-from app.report import Failure, Preview, Progress, Report, Result, Tick
+from app.report import Failure, Report, Result, Tick
 from app.request import Request
 from app.settings import Settings
 from tests.engine.fakes import NOWHERE, FakeProfiles
@@ -46,5 +46,5 @@ class Bench:
     def failures(self) -> dict[str, Failure]:
         return {each.request_id: each for each in self.reports if isinstance(each, Failure)}
 
-    def of(self, kind: type[Preview] | type[Progress]) -> list[Any]:
+    def of(self, kind: type[Report]) -> list[Any]:
         return [each for each in self.reports if isinstance(each, kind)]

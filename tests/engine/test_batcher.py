@@ -126,6 +126,21 @@ def test_never_two_encodes_in_a_row_while_rows_wait_to_be_denoised() -> None:
     assert len(simulation.ended) == 8
 
 
+def test_an_encode_takes_along_who_is_next_and_no_more_than_may_start() -> None:
+    """Two guided rows fill a forward of four passes."""
+    for encode, slots, taken in ((8, 16, 4), (3, 16, 3), (1, 16, 1), (8, 3, 3)):
+        simulation = Simulation(fixed(4, slots=slots, encode=encode))
+        rows = [row(9 - number, guided=True) for number in range(6)]
+        simulation.add(*rows)
+        work = simulation.turn()
+        assert work is not None and (work.phase, work.rows) == ("encode", rows[: -taken - 1 : -1])
+    simulation = Simulation(fixed(4))
+    rows = [row(9 - number, guided=True) for number in range(6)]
+    simulation.add(*rows)
+    simulation.run()
+    assert simulation.phases.count("encode") == 2 and simulation.forwards[0] == rows[:-3:-1]
+
+
 def test_arrivals_of_other_sizes_do_not_keep_a_started_row_from_its_steps() -> None:
     """Each arrival is shorter than all before and of a key of its own, so each would be encoded first."""
     simulation = Simulation(fixed(4))

@@ -25,7 +25,7 @@ from app.errors import (
     ShuttingDown,
 )
 from app.families.base import Conditions
-from app.report import Announce, ModelState, Preview, Progress
+from app.report import Announce, ModelState, Preview, Progress, Tick
 from app.request import ImageSpec, Prompt
 from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, card, request
 from tests.engine.harness import Bench
@@ -115,6 +115,23 @@ def test_a_step_that_raises_while_it_writes_is_replayed_from_where_it_started(
     assert calls > 3 and not bench.failures
     for name, result in bench.results.items():
         np.testing.assert_allclose(result.latents, plain[name].latents, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_row_waits_after_its_encode_is_its_queue(pool: FakePool) -> None:
+    """Both are encoded at once, and a forward holds one of them; on a clock that counts forwards."""
+    bench: Bench
+
+    def clock() -> float:
+        return float(len(bench.forwards)) if started else 0.0
+
+    started = False
+    bench = Bench(pool, profiles=FakeProfiles(passes=2, rate=1.0), clock=clock)
+    started = True
+    bench.run([request("first", steps=5), request("second", steps=8)])
+    first, second = (bench.results[name, 0].timings for name in ("first", "second"))
+    assert (first.queue, first.encode, first.denoise) == (0, 0, 5)
+    assert (second.queue, second.encode, second.denoise) == (5, 0, 8)
+    assert [report.rows for report in bench.of(Tick) if report.phase == "encode"] == [2]
 
 
 def test_a_long_row_ends_within_its_age_limit_under_endless_short_arrivals(pool: FakePool) -> None:

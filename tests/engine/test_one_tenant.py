@@ -61,7 +61,11 @@ class PlainBatcher:
                 chosen.append(each)
                 left -= each.passes
         entering = [each for each in chosen if each.stage == "waiting"]
-        return Work("encode" if entering else "denoise", rows[0].key, entering[: self.caps.encode] or chosen)
+        if not entering:
+            return Work("denoise", rows[0].key, chosen)
+        waiting = [each for each in rows if each.stage == "waiting"]
+        first = sorted(waiting, key=lambda each: each not in entering)  # those of this forward, then those after them
+        return Work("encode", rows[0].key, first[: self.caps.encode])
 
     def candidates(self, key: Key, now: float) -> list[Row]:
         started = [each for each in self.rows if each.key == key and each.stage == "started"]
