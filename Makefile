@@ -9,7 +9,7 @@ else
   SIZE := on Linux the CUDA build, about 3 GB; TORCH=cpu takes the CPU build, 200 MB
 endif
 
-.PHONY: setup serve test check fix
+.PHONY: setup serve test test-gpu check fix
 
 setup: .venv/.stamp .venv/.prometheus
 
@@ -26,6 +26,9 @@ serve: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

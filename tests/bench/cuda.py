@@ -1,0 +1,193 @@
+"""What a GPU does before anything is made faster: `python -m tests.bench.cuda --out FOLDER [--cards a,b] [--tiny]`.
+
+Attention by back end and head size; then of each card at its true size, with random weights: milliseconds a step by
+passes, VAE decodes, and one image beside diffusers' pipelines. A line of JSON each, written to FOLDER/cuda.jsonl as it
+comes, so that a run that is cut short keeps what it has. --tiny is the same on a CPU with networks of a test's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from app.bench.image import asked, measure_image
+from app.bench.machine import Ceilings, ceilings, facts, wait
+from app.bench.step import measure_steps
+from app.bench.subject import Subject, loaded
+from app.bench.timing import Spread, alternate
+from app.card import Size, parse_size
+from app.settings import Settings
+from tests.tiny import write_models
+
+BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+CALLS = 20
+"""Of an attention in one measurement: one alone takes less than its launch."""
+
+DECODES = ("256x256", "512x512", "1024x1024")
+
+
+class Shape(NamedTuple):
+    """Of one attention: passes, heads, tokens, numbers a head."""
+
+    passes: int
+    heads: int
+    tokens: int
+    head: int
+
+
+class Plan(NamedTuple):
+    """Of one card. steps: widths by size. images: (steps, guidance, size); baselines: of the images, by name."""
+
+    steps: Mapping[str, tuple[int, ...]]
+    images: tuple[tuple[int, float, str], ...]
+    baselines: tuple[str, ...] = ("eager-bfloat16", "compiled")
+
+
+SHAPES = {
+    "DiT-XL/2 256, 8 passes": Shape(8, 16, 256, 72),
+    "DiT-XL/2 512, 2 passes": Shape(2, 16, 1024, 72),
+    "SD3-medium 1024, 2 passes": Shape(2, 24, 4096 + 333, 64),
+    "SD3.5-large 1024, 2 passes": Shape(2, 38, 4096 + 333, 64),
+    "FLUX.1 1024, 1 pass": Shape(1, 24, 4096 + 512, 128),
+}
+CARDS = {
+    "dit-xl-2-256": Plan({"256x256": (1, 2, 4, 8, 16, 32, 64)}, ((50, 4.0, "256x256"),)),
+    "dit-xl-2-512": Plan({"512x512": (1, 2, 4, 8, 16)}, ((50, 4.0, "512x512"),)),
+    "sd3-medium": Plan({"512x512": (1, 2, 4, 8), "1024x1024": (1, 2, 4)}, ((28, 7.0, "1024x1024"),)),
+    "sd3.5-large": Plan({"512x512": (1, 2, 4), "1024x1024": (1, 2, 4)}, ((28, 4.5, "1024x1024"),)),
+    "sd3.5-large-turbo": Plan({"1024x1024": (1, 2, 4)}, ((4, 0.0, "1024x1024"),)),
+    "flux.1-dev": Plan({"512x512": (1, 2), "1024x1024": (1, 2)}, ((28, 3.5, "1024x1024"),)),
+    "flux.1-schnell": Plan({"1024x1024": (1, 2)}, ((4, 0.0, "1024x1024"),)),
+}
+"""In the order in which what fails for want of memory or of time costs least."""
+
+TINY_SHAPES = {"tiny, 2 passes": Shape(2, 2, 16, 8)}
+TINY_CARDS = {
+    "tiny-dit": Plan({"32x32": (1, 2)}, ((2, 4.0, "32x32"),), ()),
+    "tiny-sd3": Plan({"32x32": (1, 2), "64x64": (1,)}, ((2, 4.0, "32x32"),), ("eager-float32",)),
+}
+
+Line = dict[str, Any]
+
+
+def attention(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype, rounds: int) -> Iterator[Line]:
+    """Milliseconds of each back end by name, in turns; "refused" for one that has no kernel for the shape."""
+    for name, (passes, heads, tokens, head) in shapes.items():
+        q, k, v = (torch.randn(passes, heads, tokens, head, device=device, dtype=dtype) for _ in range(3))
+        ways, told = {}, dict.fromkeys(BACKENDS, "refused")
+        for backend in BACKENDS:
+            way = _timed(lambda backend=backend, q=q, k=k, v=v: _attend(backend, q, k, v), device, CALLS)
+            try:
+                way()
+                ways[backend] = way
+            except RuntimeError as error:  # torch says "No available kernel"
+                if isinstance(error, torch.AcceleratorError):
+                    raise
+        told |= {backend: _ms(time) for backend, time in alternate(ways, rounds).items()}
+        yield {"bench": "attention", "of": name, "shape": [passes, heads, tokens, head], "ms": told}
+
+
+def _attend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        return scaled_dot_product_attention(q, k, v)
+
+
+def of_card(subject: Subject, plan: Plan, most: Ceilings, rounds: int) -> Iterator[Line]:
+    """Steps of every size and width, decodes, and images."""
+    for text, widths in plan.steps.items():
+        for one in measure_steps(subject.family, parse_size(text), widths, rounds, most):
+            told = {"passes": one.passes, "ms": _ms(one.time), "floor_ms": one.floor * 1e3, "share": one.share}
+            yield {"bench": "step", "size": text, **told}
+    for text in _sizes(subject, (*plan.steps, *DECODES)):
+        yield {"bench": "decode", "size": text, "ms": _ms(_decode(subject, parse_size(text), rounds))}
+    for steps, guidance, text in plan.images:
+        request = asked(subject, steps=steps, guidance=guidance, size=text)
+        drawn = measure_image(subject, request, plan.baselines, rounds)
+        times = {name: _ms(time) for name, time in {**drawn.times, **drawn.stages}.items()}
+        yield {"bench": "image", "size": text, "steps": steps, "guidance": guidance, "ms": times}
+
+
+def _sizes(subject: Subject, texts: Iterable[str]) -> list[str]:
+    """Those that the card allows, each once."""
+    sizes = subject.card.limits.sizes
+    return [text for text in dict.fromkeys(texts) if all(sizes.min <= side <= sizes.max for side in parse_size(text))]
+
+
+def _decode(subject: Subject, size: Size, rounds: int) -> Spread:
+    """One latent to its pixels, on the device."""
+    family = subject.family
+    latents = torch.randn(1, *family.latent_shape(*size), device=family.device)
+    with torch.inference_mode():
+        return alternate({"decode": _timed(lambda: family.decode(latents), family.device)}, rounds)["decode"]
+
+
+def _timed(work: Callable[[], object], device: torch.device, calls: int = 1) -> Callable[[], float]:
+    """A function that gives the seconds of one of so many calls."""
+
+    def way() -> float:
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        wait(device)
+        return (time.perf_counter() - start) / calls
+
+    return way
+
+
+def _ms(time: Spread) -> dict[str, float]:
+    return {name: round(getattr(time, name) * 1e3, 4) for name in ("median", "least", "most")}
+
+
+def sweep(settings: Settings, shapes: Mapping[str, Shape], cards: Mapping[str, Plan], rounds: int) -> Iterator[Line]:
+    """Every line; the first of each card says what measured it. A card that fails says so, and the next one comes."""
+    for number, (name, plan) in enumerate(cards.items()):
+        try:
+            with loaded(settings, name, random_weights=True) as subject:
+                device, dtype = subject.family.device, subject.family.dtype
+                most = ceilings(device, dtype)
+                yield {"bench": "facts", "model": name, **facts(device, dtype), "ceilings": most._asdict()}
+                if not number:
+                    yield from attention(shapes, device, dtype, rounds)
+                for line in of_card(subject, plan, most, rounds):
+                    yield {"model": name, **line}
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            yield {"bench": "failed", "model": name, "error": f"{type(error).__name__}: {error}"}
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cards", default="", help=f"some of {', '.join(CARDS)}")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(words)
+    shapes, cards = (TINY_SHAPES, TINY_CARDS) if args.tiny else (SHAPES, CARDS)
+    chosen = {name: cards[name] for name in args.cards.split(",") if name} or cards
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, (args.out / "cuda.jsonl").open("a", encoding="utf-8") as file:
+        models = Path("models")
+        if args.tiny:
+            models = Path(folder)
+            write_models(models)
+        settings = Settings(models=models, devices="cpu" if args.tiny else "cuda:0", cache=args.out / "cache")
+        for line in sweep(settings, shapes, chosen, args.rounds):
+            text = json.dumps(line)
+            print(text, flush=True)
+            file.write(text + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()

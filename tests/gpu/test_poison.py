@@ -1,0 +1,55 @@
+"""A broken device ends the engine process that has it, and no other; the next one draws the same picture."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.settings import Settings
+from tests.api.conftest import Server
+
+POISONED = (sys.executable, str(Path(__file__).parent.parent / "poisoned_worker.py"))
+MODEL = "tiny-sd3-turbo"
+
+
+def draw(url: str, prompt: str, **more: object) -> httpx.Response:
+    body = {"model": MODEL, "prompt": prompt, "seed": 1, **more}
+    return httpx.post(f"{url}/v1/images/generations", json=body, headers={"Accept": "image/png"}, timeout=100)
+
+
+def ready(url: str) -> None:
+    until = time.monotonic() + 100
+    while httpx.get(f"{url}/readyz").status_code != 200:
+        assert time.monotonic() < until, "the server does not get ready"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(300)
+def test_a_poisoned_device_costs_one_process(device: str, models: Path, tmp_path: Path) -> None:
+    settings = Settings(
+        models=models, devices=device, dtype="float32", deterministic=True, preload=MODEL, port=0, cache=tmp_path
+    )
+    server = Server(settings, POISONED)
+    url = server.start()
+    try:
+        ready(url)
+        before, (first,) = draw(url, "a red square"), server.supervisor.pids
+        with ThreadPoolExecutor(2) as clients:
+            beside = clients.submit(draw, url, "a blue dog", num_inference_steps=100, sampler="flow_heun")
+            while not any(server.supervisor.queues):
+                assert not beside.done(), beside.result().text
+                time.sleep(0.001)
+            poison = clients.submit(draw, url, "poison")
+            assert poison.result().status_code == 503 and beside.result().status_code == 503
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        ready(url)
+        after, (second,) = draw(url, "a red square"), server.supervisor.pids
+        assert first != second and server.supervisor.restarts == 1
+        assert before.status_code == after.status_code == 200 and before.content == after.content
+    finally:
+        server.stop()
