@@ -77,7 +77,8 @@ class Metrics:
     def _make_requests(self) -> None:
         self._running = self._gauge("num_requests_running", "Images in the last batch that are not yet answered")
         self._waiting = self._gauge("num_requests_waiting", "Images accepted, not yet answered and not in a batch")
-        self._queue = self._seconds("request_queue_time_seconds", "From acceptance to the first work on an image")
+        waited = "From acceptance to the first step of an image, less its encode"
+        self._queue = self._seconds("request_queue_time_seconds", waited)
         self._latency = self._seconds("e2e_request_latency_seconds", "From the request to its encoded images")
         self._image_encode = self._seconds("image_encode_seconds", "PNG, JPEG or WebP encoding of one request")
         self._images = self._counter("images", "Images answered")

@@ -72,7 +72,7 @@ class Batcher:
 
     @property
     def started(self) -> list[Row]:
-        """The rows that take part in forwards."""
+        """The rows that take part in forwards, or may."""
         return [row for queue in self._queues.values() for row in queue.started]
 
     @property
@@ -122,7 +122,7 @@ class Batcher:
             self._shares.charge(tenant, count * each)
 
     def doomed(self, now: float) -> list[Row]:
-        """Waiting rows that could not be done by their deadline any more; each is told once."""
+        """Rows not begun that could not be done by their deadline any more; each is told once."""
         rows = []
         for queue in self._queues.values():
             caps = self._caps(queue.key) if queue.arrivals else None
@@ -187,13 +187,14 @@ def _started_alone(offer: Offer) -> Offer:
 
 
 def _encode_or_denoise(offer: Offer) -> Work:
-    """The next forward, or what comes before it: the encode of those in it that wait, and of those that are next.
+    """The next forward, or what comes before it: the encode of those in it that wait, and of a few who are next.
 
-    Texts encoded together cost a half to a quarter of what they cost one by one, and later ones find it done.
+    Texts encoded together cost a half to a quarter of what they cost one by one.
     """
     chosen = offer.fill()
     entering = [row for row in chosen if row.stage == "waiting"]
     if not entering:
         return Work("denoise", offer.queue.key, chosen)
     following = [row for row in offer.rows if row.stage == "waiting" and row not in entering]
-    return Work("encode", offer.queue.key, (entering + following)[: offer.caps.encode])
+    ahead = offer.queue.ahead(offer.caps, len(entering))
+    return Work("encode", offer.queue.key, (entering + following[:ahead])[: offer.caps.encode])

@@ -12,7 +12,7 @@ from collections import Counter
 
 from app.engine.row import Caps, Key, Row
 from app.engine.shares import Shares
-from app.engine.waiting import SLACK, Lane, keep_waiting
+from app.engine.waiting import SLACK, Lane
 
 AGE_LIMIT = 8.0
 """A row that has waited this many times its own service time goes first (DESIGN: order of work)."""
@@ -52,7 +52,8 @@ class Queue:
             del self._lanes[row.request.tenant]
         left = sum(lane.left for lane in self._lanes.values())
         if len(self._latest) > 2 * left + SLACK:
-            keep_waiting(self._latest)
+            self._latest = [entry for entry in self._latest if _unbegun(entry[-1])]
+            heapq.heapify(self._latest)
         if len(self.arrivals) > 2 * left + SLACK:
             self.arrivals = [row for row in self.arrivals if row.stage == "waiting"]
 
@@ -79,11 +80,11 @@ class Queue:
         self.arrivals.clear()
 
     def doomed(self, now: float) -> list[Row]:
-        """Waiting rows whose deadline their own work no longer meets, even alone on the device; each is told once."""
+        """Rows not begun whose deadline their own work no longer meets, even alone on the device; each is told once."""
         found = []
         while self._latest and self._latest[0][0] < now:
             row = heapq.heappop(self._latest)[-1]
-            if row.stage == "waiting":
+            if _unbegun(row):
                 found.append(row)
         return found
 
@@ -95,6 +96,13 @@ class Queue:
         if waiting and room <= caps.slots // 4:
             waiting = self._last_quarter(waiting, caps.slots - caps.slots // 4)
         return self.started + waiting
+
+    def ahead(self, caps: Caps, entering: int) -> int:
+        """How many rows may be encoded before they can run, beside `entering` ones that will: at most half of what an
+        encode holds wait so, and they leave the last quarter of the slots alone."""
+        waiting = sum(not row.begun for row in self.started)
+        open_slots = caps.slots - caps.slots // 4 - len(self.started) - self.finished - entering
+        return max(0, min(caps.encode // 2 - waiting, open_slots))
 
     def aged_without_room(self, now: float, caps: Caps) -> float:
         """Arrival of the oldest aged row with credit, when this key has no slots at all; infinite otherwise."""
@@ -120,3 +128,8 @@ class Queue:
                 chosen.append(row)
                 held[tenant] += 1
         return chosen
+
+
+def _unbegun(row: Row) -> bool:
+    """Whether the row waits, be it encoded already or not."""
+    return row.stage == "waiting" or (row.stage == "started" and not row.begun)

@@ -46,7 +46,7 @@ class Row:
     lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
     each: passes of a line without that; total: passes of all lines.
     slot: its place in the key's `Slots` once started. noisy: the lines whose noise is not drawn yet.
-    Times are on the engine's clock, in seconds.
+    Times are on the engine's clock, in seconds. idled: what it waited between its encode and its first step.
     """
 
     request: Request
@@ -64,6 +64,7 @@ class Row:
     noisy: set[int] = field(default_factory=set)
     warnings: tuple[str, ...] = ()
     served: float = 0.0
+    idled: float = 0.0
     encode_start: float = 0.0
     denoise_start: float = 0.0
     decode_start: float = 0.0
@@ -101,11 +102,10 @@ class Row:
     def deadline(self) -> float:
         return math.inf if self.request.deadline is None else self.request.deadline
 
-    def begin(self, now: float) -> None:
-        """The first step begins at `now`: what the row waited since its encode counts as its queue."""
-        waited = now - self.denoise_start
-        self.encode_start += waited
-        self.denoise_start = now
+    @property
+    def begun(self) -> bool:
+        """Whether it has run a line."""
+        return self.line > 0
 
     def preview_due(self) -> bool:
         """Whether the line just run is one after which a partial image was asked for; evenly spread."""
@@ -118,9 +118,9 @@ class Row:
 
     def timings(self, now: float) -> Timings:
         return Timings(
-            queue=self.encode_start - self.arrived,
+            queue=self.encode_start - self.arrived + self.idled,
             encode=self.denoise_start - self.encode_start,
-            denoise=self.decode_start - self.denoise_start,
+            denoise=self.decode_start - self.denoise_start - self.idled,
             decode=now - self.decode_start,
             steps=self.lines,
             shared=self.neighbours / self.lines,

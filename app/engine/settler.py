@@ -65,8 +65,8 @@ class Settler:
 
     def _settle_denoise(self, rows: list[Row], start: float, now: float) -> None:
         for row in rows:
-            if not row.line:
-                row.begin(start)
+            if not row.begun:
+                row.idled = start - row.denoise_start
             row.line += 1
             row.served += now - start
             row.neighbours += len(rows)

@@ -103,7 +103,7 @@ class Keeper:
 
     @property
     def running(self) -> int:
-        """Images in a batch, as of the last Tick."""
+        """Images in a batch or encoded for the next, as of the last Tick."""
         return min(self.images, self._tick.running if self._tick else 0)
 
     def state(self, model: str) -> State:

@@ -182,6 +182,8 @@ def open_pool(start: wire.Start) -> Pool:
     _check(start.device)
     budget, host = budgets(start.settings, torch.device(start.device), len(plan.devices(start.settings.devices)))
     dtype = resolve_dtype(start.settings, start.device)
+    # Else a GPU's convolutions round float32 to ten bits, in some widths of a batch and not in others.
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     if start.settings.compile:
         allow_compiling(start.settings.cache)
     return Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)

@@ -101,7 +101,7 @@ TRAFFIC = (
 
 LATENCY = (
     stage("Whole request", "e2e_request_latency_seconds", "From the request to its encoded images."),
-    stage("Queue", "request_queue_time_seconds", "From acceptance to the first work on an image."),
+    stage("Queue", "request_queue_time_seconds", "From acceptance to the first step of an image, less its encode."),
     stage("Text encoding", "text_encode_seconds", "One forward of the text encoders or label embeddings."),
     stage("Denoising step", "denoise_step_seconds", "One forward of the network with its update. An image takes many."),
     stage("Image decoding", "vae_decode_seconds", "One forward of the VAE."),

@@ -2,12 +2,15 @@
 
 Attention by back end and head size; then of each card at its true size, with random weights: milliseconds a step by
 passes, VAE decodes, and one image beside diffusers' pipelines. A line of JSON each, written to FOLDER/cuda.jsonl as it
-comes, so that a run that is cut short keeps what it has. --tiny is the same on a CPU with networks of a test's size.
+comes, so that a run that is cut short keeps what it has. Making 1e9 random weights takes a quarter of a minute, most of
+the time: name the cards that there is time for. --tiny is the same on a CPU with networks of a test's size.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import tempfile
 import time
@@ -26,6 +29,8 @@ from app.bench.subject import Subject, loaded
 from app.bench.timing import Spread, alternate
 from app.card import Size, parse_size
 from app.settings import Settings
+from app.worker import plan
+from app.worker.process import resolve_dtype
 from tests.tiny import write_models
 
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
@@ -45,7 +50,10 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Of one card. steps: widths by size. images: (steps, guidance, size); baselines: of the images, by name."""
+    """Of one card. steps: widths by size. images: (steps, guidance, size), each in a run with each of the baselines.
+
+    The baselines come in their order; "" is none.
+    """
 
     steps: Mapping[str, tuple[int, ...]]
     images: tuple[tuple[int, float, str], ...]
@@ -72,7 +80,7 @@ CARDS = {
 
 TINY_SHAPES = {"tiny, 2 passes": Shape(2, 2, 16, 8)}
 TINY_CARDS = {
-    "tiny-dit": Plan({"32x32": (1, 2)}, ((2, 4.0, "32x32"),), ()),
+    "tiny-dit": Plan({"32x32": (1, 2)}, ((2, 4.0, "32x32"),), ("",)),
     "tiny-sd3": Plan({"32x32": (1, 2), "64x64": (1,)}, ((2, 4.0, "32x32"),), ("eager-float32",)),
 }
 
@@ -88,10 +96,11 @@ def attention(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dt
             way = _timed(lambda backend=backend, q=q, k=k, v=v: _attend(backend, q, k, v), device, CALLS)
             try:
                 way()
-                ways[backend] = way
-            except RuntimeError as error:  # torch says "No available kernel"
-                if isinstance(error, torch.AcceleratorError):
-                    raise
+            except (torch.AcceleratorError, torch.OutOfMemoryError):
+                raise
+            except RuntimeError:  # no such kernel; torch says so in several ways
+                continue
+            ways[backend] = way
         told |= {backend: _ms(time) for backend, time in alternate(ways, rounds).items()}
         yield {"bench": "attention", "of": name, "shape": [passes, heads, tokens, head], "ms": told}
 
@@ -101,17 +110,17 @@ def _attend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
         return scaled_dot_product_attention(q, k, v)
 
 
-def of_card(subject: Subject, plan: Plan, most: Ceilings, rounds: int) -> Iterator[Line]:
+def of_card(subject: Subject, chosen: Plan, most: Ceilings, rounds: int) -> Iterator[Line]:
     """Steps of every size and width, decodes, and images."""
-    for text, widths in plan.steps.items():
+    for text, widths in chosen.steps.items():
         for one in measure_steps(subject.family, parse_size(text), widths, rounds, most):
             told = {"passes": one.passes, "ms": _ms(one.time), "floor_ms": one.floor * 1e3, "share": one.share}
             yield {"bench": "step", "size": text, **told}
-    for text in _sizes(subject, (*plan.steps, *DECODES)):
+    for text in _sizes(subject, (*chosen.steps, *DECODES)):
         yield {"bench": "decode", "size": text, "ms": _ms(_decode(subject, parse_size(text), rounds))}
-    for steps, guidance, text in plan.images:
+    for baseline, (steps, guidance, text) in itertools.product(chosen.baselines, chosen.images):
         request = asked(subject, steps=steps, guidance=guidance, size=text)
-        drawn = measure_image(subject, request, plan.baselines, rounds)
+        drawn = measure_image(subject, request, [baseline] if baseline else [], rounds)
         times = {name: _ms(time) for name, time in {**drawn.times, **drawn.stages}.items()}
         yield {"bench": "image", "size": text, "steps": steps, "guidance": guidance, "ms": times}
 
@@ -149,21 +158,38 @@ def _ms(time: Spread) -> dict[str, float]:
 
 
 def sweep(settings: Settings, shapes: Mapping[str, Shape], cards: Mapping[str, Plan], rounds: int) -> Iterator[Line]:
-    """Every line; the first of each card says what measured it. A card that fails says so, and the next one comes."""
-    for number, (name, plan) in enumerate(cards.items()):
-        try:
-            with loaded(settings, name, random_weights=True) as subject:
-                device, dtype = subject.family.device, subject.family.dtype
-                most = ceilings(device, dtype)
-                yield {"bench": "facts", "model": name, **facts(device, dtype), "ceilings": most._asdict()}
-                if not number:
-                    yield from attention(shapes, device, dtype, rounds)
-                for line in of_card(subject, plan, most, rounds):
-                    yield {"model": name, **line}
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            yield {"bench": "failed", "model": name, "error": f"{type(error).__name__}: {error}"}
+    """Every line; the first of each card says what measured it. What fails says so, and the next comes."""
+    device = torch.device(plan.devices(settings.devices)[0])
+    yield from _guarded("attention", attention(shapes, device, resolve_dtype(settings, str(device)), rounds))
+    for name, chosen in cards.items():
+        yield from _guarded(name, _lines(settings, name, chosen, rounds))
+
+
+def _lines(settings: Settings, name: str, chosen: Plan, rounds: int) -> Iterator[Line]:
+    with loaded(settings, name, random_weights=True) as subject:
+        device, dtype = subject.family.device, subject.family.dtype
+        most = ceilings(device, dtype)
+        yield {"bench": "facts", "model": name, **facts(device, dtype), "ceilings": most._asdict()}
+        for line in of_card(subject, chosen, most, rounds):
+            yield {"model": name, **line}
+
+
+def _guarded(name: str, lines: Iterator[Line]) -> Iterator[Line]:
+    """The lines and, when they break off, a last one with the reason; then the memory is free for the next card."""
+    failed = ""
+    try:
+        yield from lines
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        failed = f"{type(error).__name__}: {error}"
+    if failed:
+        yield {"bench": "failed", "model": name, "error": failed}
+    del lines
+    torch.compiler.reset()
+    gc.collect()  # an engine and its parts hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def main(words: list[str] | None = None) -> None:

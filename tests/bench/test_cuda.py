@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
+import pytest
 import torch
 
+from app.bench.subject import Subject
 from app.card import parse_size, read_cards
 from app.settings import Settings
 from tests.bench import cuda
@@ -43,6 +46,22 @@ def test_a_card_that_fails_says_so_and_the_next_one_comes(tmp_path: Path) -> Non
     settings = Settings(models=models, devices="cpu", cache=tmp_path / "cache")
     found = [(line["bench"], line["model"]) for line in cuda.sweep(settings, {}, cards, 1) if line["bench"] != "decode"]
     assert found == [("failed", "no-such-card"), ("facts", "tiny-dit")]
+
+
+def test_a_card_is_gone_before_the_next_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[torch.nn.Module]] = []
+
+    def spied(subject: Subject, *_: object) -> list[dict[str, object]]:
+        assert all(network() is None for network in alive)
+        alive.append(weakref.ref(subject.family.network))
+        return []
+
+    monkeypatch.setattr(cuda, "of_card", spied)
+    cuda.write_models(tmp_path / "models")
+    settings = Settings(models=tmp_path / "models", devices="cpu", cache=tmp_path / "cache")
+    names = ("tiny-dit", "tiny-sd3", "tiny-sd3-turbo")
+    list(cuda.sweep(settings, {}, dict.fromkeys(names, Plan({}, ())), 1))
+    assert len(alive) == 3
 
 
 def test_the_sweep_asks_for_what_the_cards_allow() -> None:

@@ -141,6 +141,30 @@ def test_an_encode_takes_along_who_is_next_and_no_more_than_may_start() -> None:
     assert simulation.phases.count("encode") == 2 and simulation.forwards[0] == rows[:-3:-1]
 
 
+def test_a_crowd_is_encoded_a_few_rows_ahead_and_leaves_the_last_slots_alone() -> None:
+    simulation = Simulation(fixed(8, slots=36, encode=8))
+    simulation.add(*(row(50, guided=True) for _ in range(40)))
+    most, ends = 0, []
+    for turn in range(400):
+        if turn % 40 == 3:
+            ends.append(row(4))
+            simulation.add(ends[-1])
+        simulation.turn()
+        most = max(most, len(simulation.batcher.started))
+    assert 8 < most <= 4 + 4 + 4, "four run, four are ahead, and a few were overtaken"
+    favoured = row(20, priority=1)
+    simulation.add(favoured)
+    before = simulation.now
+    while favoured not in simulation.ended:
+        simulation.turn()
+    assert simulation.ended[favoured] - before <= 21
+    small = Simulation(fixed(8, slots=12, encode=8))
+    small.add(*(row(50, guided=True) for _ in range(40)))
+    for _ in range(100):
+        small.turn()
+        assert len(small.batcher.started) <= 9
+
+
 def test_arrivals_of_other_sizes_do_not_keep_a_started_row_from_its_steps() -> None:
     """Each arrival is shorter than all before and of a key of its own, so each would be encoded first."""
     simulation = Simulation(fixed(4))

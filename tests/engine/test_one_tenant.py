@@ -63,8 +63,11 @@ class PlainBatcher:
         entering = [each for each in chosen if each.stage == "waiting"]
         if not entering:
             return Work("denoise", rows[0].key, chosen)
-        waiting = [each for each in rows if each.stage == "waiting"]
-        first = sorted(waiting, key=lambda each: each not in entering)  # those of this forward, then those after them
+        following = [each for each in rows if each.stage == "waiting" and each not in entering]
+        started = [each for each in self.rows if each.key == rows[0].key and each.stage == "started"]
+        early = self.caps.encode // 2 - len([each for each in started if each.line == 0])
+        room = self.caps.slots - self.caps.slots // 4 - len(started) - len(entering)
+        first = entering + following[: max(0, min(early, room))]
         return Work("encode", rows[0].key, first[: self.caps.encode])
 
     def candidates(self, key: Key, now: float) -> list[Row]:

@@ -152,7 +152,7 @@ def test_an_aged_row_without_room_for_its_slots_stops_the_younger_ones_of_other_
     assert 8 * 3 < simulation.ended[large] <= 8 * 3 + 4 + 3 + 2
 
 
-def test_doomed_rows_are_told_before_they_take_a_slot() -> None:
+def test_doomed_rows_are_told_before_they_run() -> None:
     simulation = Simulation(fixed(1, rate=1.0))
     simulation.add(row(10))
     late, soon, free = row(5, deadline=12.0), row(5, guided=True, deadline=12.0), row(5)
@@ -162,11 +162,21 @@ def test_doomed_rows_are_told_before_they_take_a_slot() -> None:
     assert simulation.batcher.doomed(2.5) == [soon]
     assert simulation.batcher.doomed(2.5) == [], "each is told once"
     assert simulation.batcher.doomed(7.5) == [late]
-    started = row(1, deadline=9.0)
-    simulation.add(started)
-    while started.stage == "waiting":
+    begun = row(1, deadline=9.0)
+    simulation.add(begun)
+    while not begun.begun:
         simulation.turn()
     assert simulation.batcher.doomed(100.0) == []
+
+
+def test_a_row_that_is_encoded_ahead_is_still_told_that_it_is_doomed() -> None:
+    simulation = Simulation(fixed(4, rate=1.0))
+    first, ahead = [row(8, guided=True) for _ in range(2)], [row(9, guided=True, deadline=30.0) for _ in range(2)]
+    simulation.add(*first, *ahead)
+    simulation.turn()
+    assert {each.stage for each in ahead} == {"started"} and simulation.batcher.waiting == 0
+    assert simulation.batcher.doomed(11.0) == []
+    assert simulation.batcher.doomed(13.0) == ahead
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,6 +21,7 @@ def device(request: pytest.FixtureRequest) -> str:
     """Asked for a GPU where torch sees none, the tests fail: nobody shall take silence for a pass."""
     name = str(request.param)
     assert name == "cpu" or torch.cuda.is_available(), "make test-gpu: torch sees no GPU here"
+    torch.backends.cudnn.allow_tf32 = False  # as the engine's process has it in float32
     return name
 
 

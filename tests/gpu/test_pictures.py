@@ -40,7 +40,7 @@ def test_float32_is_what_the_cpu_draws(device: str, opened: Opened) -> None:
     requests = traffic(opened("cpu").cards, 24, seed=11)
     wanted, got = (alone(opened(where), requests) for where in ("cpu", device))
     assert all(psnr(got[name].pixels, one.pixels) >= 40 for name, one in wanted.items())
-    assert furthest(got, wanted) < 1e-2  # a GPU's convolutions may round to ten bits (TF32)
+    assert furthest(got, wanted) < 1e-3
 
 
 def test_bfloat16_is_near_float32(device: str, opened: Opened) -> None:
@@ -56,7 +56,8 @@ def test_mixed_traffic_equals_each_alone(device: str, dtype: torch.dtype, opened
     pool = opened(device, dtype, PAIR)
     requests = [request for request in traffic(pool.cards, 32, seed=13) if request.steps <= 20]
     wanted, got = alone(pool, requests), together(pool, requests)
-    assert all(psnr(got[name].pixels, one.pixels) >= 40 for name, one in wanted.items())
+    distances = [psnr(got[name].pixels, one.pixels) for name, one in wanted.items()]
+    assert np.median(distances) >= 40 and min(distances) >= 30, distances
     assert dtype is torch.bfloat16 or furthest(got, wanted) < 1e-4
 
 
