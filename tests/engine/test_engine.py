@@ -117,16 +117,17 @@ def test_a_step_that_raises_while_it_writes_is_replayed_from_where_it_started(
         np.testing.assert_allclose(result.latents, plain[name].latents, rtol=1e-5, atol=1e-5)
 
 
+def by_forwards(pool: FakePool) -> Bench:
+    """A bench on a clock that counts forwards, of two passes, and a rate that says so."""
+    made: list[Bench] = []
+    profiles = FakeProfiles(passes=2, rate=1.0)
+    made.append(Bench(pool, profiles=profiles, clock=lambda: float(len(made[0].forwards)) if made else 0.0))
+    return made[0]
+
+
 def test_what_a_row_waits_after_its_encode_is_its_queue(pool: FakePool) -> None:
-    """Both are encoded at once, and a forward holds one of them; on a clock that counts forwards."""
-    bench: Bench
-
-    def clock() -> float:
-        return float(len(bench.forwards)) if started else 0.0
-
-    started = False
-    bench = Bench(pool, profiles=FakeProfiles(passes=2, rate=1.0), clock=clock)
-    started = True
+    """Both are encoded at once, and a forward holds one of them."""
+    bench = by_forwards(pool)
     bench.run([request("first", steps=5), request("second", steps=8)])
     first, second = (bench.results[name, 0].timings for name in ("first", "second"))
     assert (first.queue, first.encode, first.denoise) == (0, 0, 5)
@@ -135,15 +136,7 @@ def test_what_a_row_waits_after_its_encode_is_its_queue(pool: FakePool) -> None:
 
 
 def test_a_long_row_ends_within_its_age_limit_under_endless_short_arrivals(pool: FakePool) -> None:
-    """On a clock that counts forwards: one second each, and a rate that says so."""
-    bench: Bench
-
-    def clock() -> float:
-        return float(len(bench.forwards)) if started else 0.0
-
-    started = False
-    bench = Bench(pool, profiles=FakeProfiles(passes=2, rate=1.0), clock=clock)
-    started = True
+    bench = by_forwards(pool)
     bench.engine.submit(request("long", steps=20, guided=False))
     number = 0
     while ("long", 0) not in bench.results:
