@@ -77,21 +77,6 @@ def has_weights(class_name: str) -> bool:
     return class_name in _NETWORKS
 
 
-def build_component(class_name: str, folder: Path, state: State | None, dtype: torch.dtype) -> Any:
-    """A network (eval mode, no gradients, on the CPU, its own copy of the weights in `dtype`) or a tokenizer.
-
-    state: the tensors of `folder` for a network, None for a tokenizer. Raises CheckpointError: class outside the
-    allowlist, corrupt config, keys or shapes that are not exactly the network's.
-    """
-    if class_name in _TOKENIZERS:
-        return build_tokenizer(class_name, folder)
-    if class_name in ALLOWED and state is None:
-        raise CheckpointError(f"{folder}: a {class_name} needs weights")
-    network = blank_network(class_name, folder, state or {})
-    fill_network(network, class_name, folder, [state or {}], torch.device("cpu"), dtype)
-    return network
-
-
 def build_tokenizer(class_name: str, folder: Path) -> Any:
     """A tokenizer from its folder. Raises CheckpointError: its files are missing or not readable."""
     kind: Any = _TOKENIZERS[class_name]
@@ -113,7 +98,8 @@ def blank_network(class_name: str, folder: Path, outline: State, file: Path | No
     """The network of a config.json in eval mode, its weights on the meta device: no memory is spent.
 
     outline: the tensors that its files hold, of which only names, shapes and number formats are looked at (they may be
-    on the meta device). file: where they are, when not in the folder. Raises CheckpointError as `build_component`.
+    on the meta device). file: where they are, when not in the folder. Raises CheckpointError: a class outside the
+    allowlist, a corrupt config, keys or shapes that are not exactly the network's.
     """
     if class_name not in _NETWORKS:
         raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')

@@ -12,6 +12,7 @@ import torch
 
 from app.card import Card, read_card
 from app.families.base import Family
+from app.families.components import ALLOWED, State, blank_network, build_tokenizer, fill_network, has_weights
 from app.pool.building import build_family, build_parts
 from app.pool.pool import Pool
 from app.report import Result
@@ -24,6 +25,15 @@ CPU = torch.device("cpu")
 def build(card: Card, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The parts of a card that shares none with another card."""
     return build_parts(card, {}, CPU, dtype)
+
+
+def build_component(class_name: str, folder: Path, state: State | None, dtype: torch.dtype) -> Any:
+    """A network with the weights of `state`, or a tokenizer, for which that is None."""
+    if not has_weights(class_name) and class_name in ALLOWED:
+        return build_tokenizer(class_name, folder)
+    network = blank_network(class_name, folder, state or {})
+    fill_network(network, class_name, folder, [state or {}], CPU, dtype)
+    return network
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Family:

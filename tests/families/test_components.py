@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, SD3Transformer2DMode
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
 from app.errors import CheckpointError
-from app.families.components import build_component
 from app.families.text import Encoder, cut_text, read_texts, token_ids
 from app.pool.weights import read_state
+from tests.families.plain import build_component
 
 UPSTREAM: dict[str, tuple[str, Any]] = {
     "DiTTransformer2DModel": ("dit/transformer", DiTTransformer2DModel),

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from app.card import read_card
 from app.errors import CheckpointError
 from app.families import DiT
-from app.families.components import blank_network, build_component, fill_network
+from app.families.components import blank_network, fill_network
 from app.families.dit import SharedEmbedder
 from app.pool.component import Component
 from app.pool.layout import Part
 from app.pool.weights import read_outline
-from tests.families.plain import CPU, distance, load
+from tests.families.plain import CPU, build_component, distance, load
 from tests.tiny import write_dit
 
 LABELS = torch.tensor([0, 999, 1000, 17])

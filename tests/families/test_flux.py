@@ -16,14 +16,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from app.card import read_card
 from app.errors import InvalidValue
 from app.families import Flux
-from app.families.components import build_component
 from app.families.flux import pack, unpack
 from app.families.preview import shapes
 from app.pool.weights import read_state
 from app.request import ClassLabel, Prompt
 from app.samplers.schedules import at_size
 from app.schedule import DynamicShift, Schedule
-from tests.families.plain import build, distance
+from tests.families.plain import build, build_component, distance
 from tests.tiny_parts import write_first_clip
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")

@@ -14,9 +14,8 @@ from diffusers import FluxTransformer2DModel
 from app.card import Card, Sizes, Text, read_card
 from app.errors import CheckpointError
 from app.families import Flux
-from app.families.components import build_component
 from app.pool.weights import read_state
-from tests.families.plain import build
+from tests.families.plain import build, build_component
 
 
 @cache
