@@ -1,4 +1,4 @@
-"""What the training scripts share: a clock that plans the learning rate, weight averages, saved state, curves."""
+"""What the training loop is made of: a clock that plans the learning rate, weight averages, saved state, curves."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
 }
 PLACES = ("left", "right", "top", "bottom")
+SIDES = {"plain": (52, 58, 64), "placed": (42,), "small": (30,)}
+"""Pixels: scales 0.8 to 1, less where something is named. Few, and with few places each, because every one is another
+picture to learn of each drawing, and these networks have no room for hundreds."""
 SKIPPED_GROUPS = {
     "keycap", "alphanum", "arrow", "av-symbol", "zodiac", "transport-sign", "warning", "family", "gender", "currency",
     "math", "punctuation", "religion", "geometric", "other-symbol", "person-gesture", "country-flag",
@@ -155,25 +159,38 @@ def draw_scene(rng: np.random.Generator, subjects: list[Subject], every_pair: bo
     colour = str(rng.choice(colours)) if named else "white"
     small = rng.random() < 0.2
     place = str(rng.choice(PLACES)) if rng.random() < (0.6 if small else 0.12) else None
-    low, high = (0.4, 0.5) if small else (0.6, 0.7) if place else (0.8, 1.0)
-    side = round(SIZE * rng.uniform(low, high))
+    side = int(rng.choice(SIDES["small" if small else "placed" if place else "plain"]))
     x, y = position(rng, side, place)
     return Scene(index, colour, named, small, place, int(rng.integers(2)), bool(rng.integers(2)), side, x, y)
 
 
 def plain_scene(rng: np.random.Generator, index: int) -> Scene:
     """A scene that says only its subject: white, middle, full size; drawing, mirroring, scale and place vary."""
-    side = round(SIZE * rng.uniform(0.8, 1.0))
+    side = int(rng.choice(SIDES["plain"]))
     x, y = position(rng, side, None)
     return Scene(index, "white", False, False, None, int(rng.integers(2)), bool(rng.integers(2)), side, x, y)
+
+
+def every_plain_scene(index: int) -> tuple[list[Scene], list[float]]:
+    """All scenes that `plain_scene` can draw of a subject, and how likely it draws each."""
+    scenes, weights = [], []
+    for side, drawing, mirrored in product(SIDES["plain"], range(len(SETS)), (False, True)):
+        places = list(product(middles(side), repeat=2))
+        scenes += [Scene(index, "white", False, False, None, drawing, mirrored, side, x, y) for x, y in places]
+        weights += [1 / (len(SIDES["plain"]) * 2 * len(SETS) * len(places))] * len(places)
+    return scenes, weights
+
+
+def middles(side: int) -> list[int]:
+    """Where a side may begin about the middle: the least of the plain ones a little off it, others in it."""
+    return [(SIZE - side) // 2 + step for step in ((-2, 2) if side == min(SIDES["plain"]) else (0,))]
 
 
 def position(rng: np.random.Generator, side: int, place: str | None) -> tuple[int, int]:
     """The upper left corner of a square of `side` pixels: near the named edge, or about the middle."""
     room = SIZE - side
-    jitter = min(3, room // 2)
-    x, y = (int(room // 2 + rng.integers(-jitter, jitter + 1)) for _ in range(2))
-    near = int(rng.integers(0, 4))
+    x, y = (int(rng.choice(middles(side))) for _ in range(2))
+    near = 2 * int(rng.integers(2))
     if place in ("left", "right"):
         x = near if place == "left" else room - near
     elif place in ("top", "bottom"):

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
-from common import Average, Clock, Workers, load_state, plot_curve, save_grid, save_state
+from common import load_state, save_grid, save_state
 from data import Subject, caption, draw_scene, load_subjects
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from folder import read_subjects, save_bf16, write_subjects
+from loop import Training, parse
 from text import Text
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,20 +34,20 @@ from app.schedule import Schedule
 
 SHARED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 STEPS = (1, 2, 3, 4)
-CARD = """\
-id = "NAME"
+CARD = Template("""\
+id = "$name"
 family = "sd3"
 description = "The emoji MMDiT in 1 to 4 steps without guidance, distilled from it by models/recipes"
 source = { path = "." }
-schedule = { kind = "flow", shift = SHIFT, spacing = "flux" }
-text = { clip = 24, t5 = 24 }
+schedule = { kind = "flow", shift = $shift, spacing = "flux" }
+text = { clip = $clip, t5 = $t5 }
 bucket = { passes = 8, encode = 8, decode = 8 }
 defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 0.0, size = "64x64" }
 limits = { num_inference_steps = 100, sizes = { min = 64, max = 64, multiple = 64 }, n = 16, prompt = 1000 }
 license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
 
 [components]
-"""
+""")
 
 
 @dataclass(frozen=True)
@@ -145,106 +147,61 @@ def export(model: nn.Module, subjects: list[Subject], args: argparse.Namespace) 
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=args.shift).save_pretrained(args.out / "scheduler")
     shutil.copy(args.teacher / "model_index.json", args.out)
     write_subjects(args.out, subjects)
-    owned = read_card(args.teacher / "card.toml").components
-    shared = {part: owned.get(part, f"{args.teacher.name}/{part}") for part in SHARED}
-    card = CARD.replace("NAME", args.out.name).replace("SHIFT", str(args.shift))
+    teacher = read_card(args.teacher / "card.toml")
+    shared = {part: teacher.components.get(part, f"{args.teacher.name}/{part}") for part in SHARED}
+    card = CARD.substitute(name=args.out.name, shift=args.shift, clip=teacher.text.clip, t5=teacher.text.t5)
     lines = [f'{part} = "{target}"\n' for part, target in shared.items()]
     (args.out / "card.toml").write_text(card + "".join(lines))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where the emoji packages lie")
-    parser.add_argument("--work", type=Path, default=Path("runs/turbo"), help="pairs, training state, curve, grids")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", type=Path, default=Path("models/emoji-mmdit"))
     parser.add_argument(
         "--out", type=Path, default=Path("models/emoji-mmdit-turbo"), help="must stand beside --teacher"
     )
     parser.add_argument("--init", type=Path, help="start from this folder's weights, not the teacher's")
-    parser.add_argument("--subjects", type=int, default=0, help="the first N; 0 is all that the teacher knows")
     parser.add_argument("--pairs", type=int, default=20000)
     parser.add_argument("--draw", type=int, default=64, help="pairs drawn at once")
     parser.add_argument("--steps", type=int, default=28, help="the teacher's")
     parser.add_argument("--guidance", type=float, default=4.0, help="the teacher's")
     parser.add_argument("--shift", type=float, default=1.0, help="of the student's schedule, as its card names it")
     parser.add_argument("--anywhere", type=float, default=0.2, help="share of times that are on no line")
-    parser.add_argument("--minutes", type=float, default=60, help="planned training time, after the pairs")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=4e-4)
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
 
 
 def main() -> None:
-    args = arguments()
-    args.work.mkdir(parents=True, exist_ok=True)
+    args = parse(__doc__, "turbo", options, minutes=60, rate=4e-4)
     subjects = load_subjects(args.cache, args.subjects)
     subjects = subjects if args.subjects else read_subjects(args.teacher, subjects)
     text = Text(args.teacher, args.teacher).to(args.device).requires_grad_(False)
     write_pairs(args, build(args.teacher).to(args.device), text, subjects)
-    student = build(args.init or args.teacher).to(args.device)
-    train(args, student, text, subjects)
+    train(args, build(args.init or args.teacher).to(args.device), text, subjects)
 
 
 def train(args: argparse.Namespace, student: SD3Transformer2DModel, text: Text, subjects: list[Subject]) -> None:
     noise, clean, captions = read_pairs(args.work / "pairs")
     schedule = Schedule(kind="flow", shift=args.shift, spacing="flux")
-    average = Average(student, 0.999)
-    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.99), weight_decay=0.0, foreach=True)
-    step, losses, used, recent = 0, [], 0.0, []
-    if state := load_state(args.work / "state.pt"):
-        student.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = {name: value.to(args.device) for name, value in state["average"].items()}
-        step, losses, used = state["step"], state["losses"], state["used"]
-    rng, clock = np.random.default_rng(step), Clock(args.minutes, used)
-    workers, bar = Workers(args.threads), tqdm(initial=step, mininterval=10)
-    while clock.share < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = clock.rate(args.rate)
-        parts = []
-        for which in rng.integers(len(captions), size=(args.threads, args.batch // args.threads)):
-            times = torch.from_numpy(draw_times(rng, schedule, len(which), args.anywhere)).to(args.device)
-            ends = (end[which].float().to(args.device) for end in (noise, clean))
-            parts.append((text, [captions[i] for i in which], *ends, times))
-        loss = workers.backward(student, [partial(loss_of, student, *part) for part in parts])
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average.update(step)
-        recent.append(loss)
-        bar.update()
-        if step % 50 == 0:
-            losses.append(float(np.mean(recent)))
-            recent = []
-            bar.set_description(f"loss {losses[-1]:.4f}", refresh=False)
-        if step % args.every == 0 or clock.share >= 1:
-            state = {"model": student.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-            save_state(args.work / "state.pt", **state, step=step, losses=losses, used=clock.used)
-            publish(args, student, text, average, subjects, losses, step)
+    training = Training(student, args, weight_decay=0.0)
+
+    def part() -> partial[Tensor]:
+        which = training.rng.integers(len(captions), size=training.share)
+        times = torch.from_numpy(draw_times(training.rng, schedule, len(which), args.anywhere)).to(args.device)
+        ends = (end[which].float().to(args.device) for end in (noise, clean))
+        return partial(loss_of, student, text, [captions[i] for i in which], *ends, times)
+
+    def publish() -> None:
+        export(student, subjects, args)
+        save_grid(args.work / f"grid-{training.step}.png", look(args, student, text, schedule), 8)
+
+    training.run(lambda: [part() for _ in range(args.threads)], publish)
 
 
-@torch.no_grad()
-def publish(args, student, text, average, subjects, losses, step) -> None:  # type: ignore[no-untyped-def]
-    """The averaged weights as a card, the loss curve, and a grid: the same noise in 1, 2 and 4 steps."""
-    plot_curve(args.work / "loss.png", losses, "loss")
-    average.swap()
-    export(student, subjects, args)
+def look(args: argparse.Namespace, student: nn.Module, text: Text, schedule: Schedule) -> Tensor:
+    """float [24, 3, 64, 64]: the same noise in 1, 2 and 4 steps."""
     vae = AutoencoderKL.from_pretrained(args.teacher / "vae", torch_dtype=torch.float32).to(args.device)
     both = embed(text, list(PROBES[:8]), args.device)
     noise = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(args.device)
-    schedule = Schedule(kind="flow", shift=args.shift, spacing="flux")
     drawn = torch.cat([follow(student, walk(schedule, steps), noise, both, 0.0) for steps in (1, 2, 4)])
-    save_grid(
-        args.work / f"grid-{step}.png",
-        vae.decode(drawn / vae.config.scaling_factor + vae.config.shift_factor).sample,
-        8,
-    )
-    average.swap()
-    tqdm.write(f"step {step} loss {losses[-1] if losses else float('nan'):.4f}")
+    return vae.decode(drawn / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
 if __name__ == "__main__":

@@ -15,12 +15,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 
-def export(model: nn.Module, encoders: Iterable[nn.Module], out: Path, shift: float) -> None:
-    """Write transformer, encoders, scheduler and index as diffusers does, the weights in bf16."""
-    names = {"transformer": "SD3Transformer2DModel", "text_encoder": "CLIPTextModelWithProjection"}
-    names |= {"text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel"}
-    for name, module in zip(names, [model, *encoders], strict=True):
-        save_bf16(module, out / name)
+def export(model: nn.Module, out: Path, shift: float) -> None:
+    """Write transformer, scheduler and index as diffusers does, the weights in bf16."""
+    save_bf16(model, out / "transformer")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift).save_pretrained(out / "scheduler")
     write_index(out)
 

@@ -24,8 +24,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-CLIP_LENGTH, T5_LENGTH = 24, 24
-CLIP_WIDTHS, T5_WIDTH = (64, 96), 192
+CLIP_LENGTH, T5_LENGTH = 16, 12  # of 20,000 captions 0.03 % and 1.3 % are longer, and are cut
+CLIP_WIDTHS, T5_WIDTH = (64, 64), 160
 FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 SPACE = {"replacement": "▁", "prepend_scheme": "always", "split": True}
 T5_SPECIAL = ["<pad>", "</s>", "<unk>"]
@@ -141,7 +141,7 @@ def build_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
         d_model=T5_WIDTH,
         d_kv=32,
         d_ff=2 * T5_WIDTH,
-        num_layers=2,
+        num_layers=1,
         num_heads=T5_WIDTH // 32,
         feed_forward_proj="relu",
         dropout_rate=0.0,
@@ -169,14 +169,12 @@ class Text(nn.Module):
         self.encoders = nn.ModuleList(loaded).train()
 
     def ids(self, captions: list[str], device: torch.device) -> list[Tensor]:
-        """Padded to full length and never masked, as diffusers does."""
-        lengths = (CLIP_LENGTH, CLIP_LENGTH, T5_LENGTH)
+        """Padded to the length that each tokenizer names and never masked, as diffusers does."""
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        both = zip(self.tokenizers, lengths, strict=True)
-        return [t(captions, max_length=n, **options).input_ids.to(device) for t, n in both]
+        return [tokenizer(captions, **options).input_ids.to(device) for tokenizer in self.tokenizers]
 
     def forward(self, captions: list[str], kept: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, 48, T5_WIDTH] and [n, sum(CLIP_WIDTHS)]; `kept` [n, 3] is 0 where an encoder is absent: zeros."""
+        """[n, tokens, T5's width] and [n, both CLIPs' widths]; `kept` [n, 3] is 0 where an encoder is absent: zeros."""
         first, second, third = self.ids(captions, kept.device)
         one = self.encoders[0](first, output_hidden_states=True)
         two = self.encoders[1](second, output_hidden_states=True)
@@ -184,4 +182,4 @@ class Text(nn.Module):
         outs = ((one, kept[:, 0]), (two, kept[:, 1]))
         hidden = torch.cat([out.hidden_states[-2] * k[:, None, None] for out, k in outs], dim=-1)
         pooled = torch.cat([out.text_embeds * k[:, None] for out, k in outs], dim=-1)
-        return torch.cat([F.pad(hidden, (0, T5_WIDTH - hidden.shape[-1])), t5], dim=1), pooled
+        return torch.cat([F.pad(hidden, (0, t5.shape[-1] - hidden.shape[-1])), t5], dim=1), pooled

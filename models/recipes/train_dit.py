@@ -12,33 +12,35 @@ import copy
 import json
 from functools import partial
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
 from bound import TIMES, Levels, bound, weight_of
-from common import Average, Clock, Workers, load_state, plot_curve, save_grid, save_state, to_float
+from common import save_grid, to_float
 from data import Subject, load_subjects, plain_scene, render
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from folder import save_bf16, write_subjects
+from loop import Training, parse
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from app.families.dit import dit_keys, predict, share_embedders
 
-WIDTH, HEADS, LAYERS = 192, 6, 6
-CARD = """\
-id = "emoji-dit"
+WIDTH, HEADS, LAYERS, PATCH = 224, 7, 6, 2
+CARD = Template("""\
+id = "$name"
 family = "dit"
 description = "A small class-conditional DiT that draws emoji at 64 px, one class a subject; trained by models/recipes"
 source = { path = "." }
-components = { vae = "VAE" }
+components = { vae = "$vae" }
 schedule = { kind = "diffusion", prediction = "epsilon", betas = "linear", variance = "learned_range" }
 bucket = { passes = 8, encode = 8, decode = 8 }
 defaults = { sampler = "ddim", num_inference_steps = 50, guidance_scale = 4.0, size = "64x64" }
 limits = { num_inference_steps = 250, sizes = { min = 64, max = 64, multiple = 64, square = true }, n = 16 }
 license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
-"""
+""")
 
 
 def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
@@ -53,7 +55,7 @@ def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
         return model.eval()
     model = DiTTransformer2DModel(
         sample_size=8,
-        patch_size=1,
+        patch_size=PATCH,
         in_channels=16,
         out_channels=32,
         num_layers=LAYERS,
@@ -147,7 +149,7 @@ def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> No
     index |= {"scheduler": ["diffusers", "DDIMScheduler"], "transformer": ["diffusers", "DiTTransformer2DModel"]}
     (out / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
     write_subjects(out, subjects)
-    (out / "card.toml").write_text(CARD.replace("VAE", vae).replace("emoji-dit", out.name))
+    (out / "card.toml").write_text(CARD.substitute(name=out.name, vae=vae))
 
 
 def with_copies(model: nn.Module) -> nn.Module:
@@ -158,30 +160,18 @@ def with_copies(model: nn.Module) -> nn.Module:
     return apart
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where the emoji packages lie")
-    parser.add_argument("--work", type=Path, default=Path("runs/dit"), help="training state, curve, grids")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("models/emoji-dit"))
     parser.add_argument("--vae", default="emoji-mmdit/vae", help="the shared VAE: another card's folder beside --out")
     parser.add_argument("--init", type=Path, help="start from the weights of this folder, of the same subjects")
-    parser.add_argument("--subjects", type=int, default=0, help="only the first N subjects; 0 is all")
-    parser.add_argument("--minutes", type=float, default=95, help="planned training time")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1.2e-3)
     parser.add_argument("--empty", type=float, default=0.1, help="share of null labels")
-    parser.add_argument("--gamma", type=float, default=5.0, help="signal-to-noise ratio above which loss counts less")
-    parser.add_argument("--lift", type=float, default=5.0, help="most weight of the noisiest steps; 1 is min-SNR")
+    parser.add_argument("--gamma", type=float, default=1.0, help="signal-to-noise ratio above which loss counts less")
+    parser.add_argument("--lift", type=float, default=40.0, help="most weight of the noisiest steps; 1 is min-SNR")
     parser.add_argument("--each", type=int, default=8, help="encoded pictures kept of each subject")
-    parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
 
 
 def main() -> None:
-    args = arguments()
-    args.work.mkdir(parents=True, exist_ok=True)
+    args = parse(__doc__, "dit", options, minutes=300, rate=1.2e-3)
     subjects = load_subjects(args.cache, args.subjects)
     torch.manual_seed(0)
     model = build(len(subjects), args.init).to(args.device)
@@ -192,50 +182,21 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, model: nn.Module, vae: AutoencoderKL, subjects: list[Subject]) -> None:
-    average = Average(model, 0.999)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
-    step, losses, used, recent = 0, [], 0.0, []
-    if state := load_state(args.work / "state.pt"):
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = {name: value.to(args.device) for name, value in state["average"].items()}
-        step, losses, used = state["step"], state["losses"], state["used"]
-    torch.manual_seed(step)
-    pool = Latents(vae, subjects, args.each, np.random.default_rng(step))
-    levels, clock = Levels(args.device), Clock(args.minutes, used)
-    workers, bar = Workers(args.threads), tqdm(initial=step, mininterval=10)
-    while clock.share < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = clock.rate(args.rate)
-        parts = [pool.batch(args.batch // args.threads) for _ in range(args.threads)]
-        loss = workers.backward(model, [partial(loss_of, model, levels, args, *part) for part in parts])
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average.update(step)
-        recent.append(loss)
-        bar.update()
-        if step % 8 == 0:
+    training = Training(model, args)
+    pool, levels = Latents(vae, subjects, args.each, training.rng), Levels(args.device)
+
+    def losses() -> list[partial[Tensor]]:
+        if training.step % 8 == 7:
             pool.renew(64)
-        if step % 50 == 0:
-            losses.append(float(np.mean(recent)))
-            recent = []
-            bar.set_description(f"loss {losses[-1]:.4f}", refresh=False)
-        if step % args.every == 0 or clock.share >= 1:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-            save_state(args.work / "state.pt", **state, step=step, losses=losses, used=clock.used)
-            publish(args, model, vae, average, subjects, losses, step)
+        parts = (pool.batch(training.share) for _ in range(args.threads))
+        return [partial(loss_of, model, levels, args, *part) for part in parts]
 
+    def publish() -> None:
+        export(model, subjects, args.out, args.vae)
+        pictures = sample(model, vae, list(range(len(subjects)))[:16], 4.0)
+        save_grid(args.work / f"grid-{training.step}.png", pictures, 8)
 
-def publish(args, model, vae, average, subjects, losses, step) -> None:  # type: ignore[no-untyped-def]
-    """The averaged weights as a card, the loss curve, and a grid of the first subjects."""
-    plot_curve(args.work / "loss.png", losses, "loss")
-    average.swap()
-    export(model, subjects, args.out, args.vae)
-    save_grid(args.work / f"grid-{step}.png", sample(model, vae, list(range(len(subjects)))[:16], 4.0), 8)
-    average.swap()
-    tqdm.write(f"step {step} loss {losses[-1] if losses else float('nan'):.4f}")
+    training.run(losses, publish)
 
 
 if __name__ == "__main__":

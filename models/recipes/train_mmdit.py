@@ -1,28 +1,44 @@
-"""Train the SD3-style MMDiT and its three text encoders together, by rectified flow on the frozen VAE's latents.
+"""Train the SD3-style MMDiT by rectified flow on the frozen VAE's latents and the frozen text encoders' embeddings.
 
-Timesteps are logit-normal; each text encoder is absent at random, as zeros; some captions are the empty one.
+Timesteps are logit-normal; each text encoder is absent at random, as zeros; some captions are the empty one. The image
+stream may start from a trained DiT's (warm.py).
 """
 
 from __future__ import annotations
 
 import argparse
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import torch
-from common import Average, Clock, Workers, load_state, plot_curve, save_grid, save_state, to_float
+from common import save_grid, to_float
 from data import Scene, Subject, caption, draw_scene, load_subjects, render
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.activations import GELU
-from folder import export
-from text import CLIP_WIDTHS, T5_WIDTH, Text, train_tokenizers
+from folder import export, write_subjects
+from loop import Training, parse
+from text import CLIP_WIDTHS, T5_WIDTH, Text
 from torch import Tensor, nn
 from tqdm import tqdm
+from train_dit import build as build_dit
+from warm import start_from
 
-WIDTH, HEADS, LAYERS, SHIFT = 192, 6, 5, 1.0
+WIDTH, HEADS, LAYERS, PATCH, SHIFT = 224, 7, 4, 2, 1.0
 ABSENT = (0.1, 0.1, 0.25)  # how often each text encoder is left out
+CARD = Template("""\
+id = "$name"
+family = "sd3"
+description = "A small SD3-style MMDiT that draws emoji at 64 px from short captions; trained by models/recipes"
+source = { path = "." }
+schedule = { kind = "flow", shift = $shift }
+text = { clip = $clip, t5 = $t5 }
+bucket = { passes = 8, encode = 8, decode = 8 }
+defaults = { sampler = "flow_euler", num_inference_steps = 28, guidance_scale = 4.0, size = "64x64" }
+limits = { num_inference_steps = 250, sizes = { min = 64, max = 64, multiple = 64 }, n = 16, prompt = 1000 }
+license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
+""")
 PROBES = (
     "red apple on a blue background", "a cat", "dog face on a green background", "slice of pizza on yellow", "car",
     "a rocket on a black background", "tree", "a small sun at the top on a blue background", "house", "red heart",
@@ -41,7 +57,7 @@ def build(trained: Path | None = None) -> SD3Transformer2DModel:
     else:
         model = SD3Transformer2DModel(
             sample_size=8,
-            patch_size=1,
+            patch_size=PATCH,
             in_channels=16,
             out_channels=16,
             num_layers=LAYERS,
@@ -50,7 +66,7 @@ def build(trained: Path | None = None) -> SD3Transformer2DModel:
             caption_projection_dim=WIDTH,
             joint_attention_dim=T5_WIDTH,
             pooled_projection_dim=sum(CLIP_WIDTHS),
-            pos_embed_max_size=16,
+            pos_embed_max_size=8 // PATCH,
             qk_norm="rms_norm",
         )
         start(model)
@@ -69,6 +85,12 @@ def start(model: SD3Transformer2DModel) -> None:
             nn.init.zeros_(module.bias)
             if "norm" in name or name == "proj_out":
                 nn.init.zeros_(module.weight)
+
+
+def write_card(out: Path, text: Text) -> None:
+    """card.toml, with the lengths that the tokenizers name."""
+    clip, _, t5 = (tokenizer.model_max_length for tokenizer in text.tokenizers)
+    (out / "card.toml").write_text(CARD.substitute(name=out.name, shift=SHIFT, clip=clip, t5=t5))
 
 
 class Latents:
@@ -117,7 +139,8 @@ def loss_of(model: SD3Transformer2DModel, text: Text, x: Tensor, captions: list[
 
     The times lean to noise: what the picture shows is settled above 0.8, where a centred draw hardly ever comes.
     """
-    embeddings, pooled = text(captions, kept_encoders(len(x), x.device))
+    with torch.no_grad():
+        embeddings, pooled = text(captions, kept_encoders(len(x), x.device))
     noise = torch.randn_like(x)
     time = torch.sigmoid(1.0 + 1.2 * torch.randn(len(x), device=x.device))
     s = time[:, None, None, None]
@@ -150,92 +173,44 @@ def sample(
     return vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where the emoji packages lie")
-    parser.add_argument("--work", type=Path, default=Path("runs/mmdit"), help="training state, curve, grids")
-    parser.add_argument("--out", type=Path, default=Path("models/emoji-mmdit"), help="has vae/; the rest is written")
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/emoji-mmdit"), help="has the VAE and what train_text.py wrote"
+    )
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
-    parser.add_argument("--subjects", type=int, default=0, help="only the first N subjects; 0 is all")
-    parser.add_argument("--minutes", type=float, default=95, help="planned training time")
-    parser.add_argument("--until", help="HH:MM in UTC; replaces --minutes")
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--like", type=Path, help="start the image stream from the DiT of this folder")
     parser.add_argument("--empty", type=float, default=0.12, help="share of empty captions")
-    parser.add_argument("--pool", type=int, default=4096, help="encoded pictures kept at a time")
-    parser.add_argument("--every", type=int, default=400, help="steps between checkpoints")
-    parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
-
-
-def planned_minutes(args: argparse.Namespace, used: float) -> float:
-    if not args.until:
-        return float(args.minutes)
-    now = datetime.now(UTC)
-    hour, minute = map(int, args.until.split(":"))
-    end = now.replace(hour=hour, minute=minute, second=0)
-    return used / 60 + ((end if end > now else end + timedelta(days=1)) - now).total_seconds() / 60
+    parser.add_argument("--pool", type=int, default=6144, help="encoded pictures kept at a time")
 
 
 def main() -> None:
-    args = arguments()
-    args.work.mkdir(parents=True, exist_ok=True)
-    everything = load_subjects(args.cache)
-    train_tokenizers(everything, args.out)
-    subjects = everything[: args.subjects or None]
-    (args.work / "subjects.txt").write_text("\n".join(s.name for s in subjects) + "\n")
+    args = parse(__doc__, "mmdit", options, minutes=300, rate=1.2e-3)
+    subjects = load_subjects(args.cache, args.subjects)
+    write_subjects(args.out, subjects)
     torch.manual_seed(0)
-    both = nn.ModuleDict({"model": build(args.init), "text": Text(args.out, args.init)}).to(args.device)
+    model, text = build(args.init), Text(args.out, args.out).requires_grad_(False)
+    write_card(args.out, text)
+    if args.like and not (args.work / "state.pt").exists():
+        start_from(model, build_dit(len(subjects), args.like), text, subjects)
     vae = AutoencoderKL.from_pretrained(args.out / "vae", torch_dtype=torch.float32).to(args.device)
-    train(args, both, vae.requires_grad_(False), subjects)
+    train(args, model.to(args.device), text.to(args.device), vae.requires_grad_(False), subjects)
 
 
-def train(args: argparse.Namespace, both: nn.ModuleDict, vae: AutoencoderKL, subjects: list[Subject]) -> None:
-    average = Average(both, 0.999)
-    optimizer = torch.optim.AdamW(both.parameters(), betas=(0.9, 0.99), weight_decay=0.01, foreach=True)
-    step, losses, used, recent = 0, [], 0.0, []
-    if state := load_state(args.work / "state.pt"):
-        both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = {name: value.to(args.device) for name, value in state["average"].items()}
-        step, losses, used = state["step"], state["losses"], state["used"]
-    pool = Latents(vae, subjects, args.pool, np.random.default_rng(step))
-    clock = Clock(planned_minutes(args, used), used)
-    workers, bar = Workers(args.threads), tqdm(initial=step, mininterval=10)
-    while clock.share < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = clock.rate(args.rate)
-        parts = [pool.batch(args.batch // args.threads, args.empty) for _ in range(args.threads)]
-        loss = workers.backward(both, [partial(loss_of, both["model"], both["text"], *part) for part in parts])
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average.update(step)
-        recent.append(loss)
-        bar.update()
-        if step % 8 == 0:
+def train(args: argparse.Namespace, model: nn.Module, text: Text, vae: AutoencoderKL, subjects: list[Subject]) -> None:
+    training = Training(model, args)
+    pool = Latents(vae, subjects, args.pool, training.rng)
+
+    def losses() -> list[partial[Tensor]]:
+        if training.step % 8 == 7:
             pool.renew(64)
-        if step % 50 == 0:
-            losses.append(float(np.mean(recent)))
-            recent = []
-            bar.set_description(f"loss {losses[-1]:.4f}", refresh=False)
-        if step % args.every == 0 or clock.share >= 1:
-            state = {"model": both.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-            save_state(args.work / "state.pt", **state, step=step, losses=losses, used=clock.used)
-            publish(args, both, vae, average, losses, f"step {step} {clock.used:.0f} s")
+        parts = (pool.batch(training.share, args.empty) for _ in range(args.threads))
+        return [partial(loss_of, model, text, *part) for part in parts]
 
+    def publish() -> None:
+        export(model, args.out, SHIFT)
+        save_grid(args.work / f"grid-{training.step}.png", sample(model, text, vae, list(PROBES), guidance=4.0), 8)
 
-def publish(args, both, vae, average, losses, note: str) -> None:  # type: ignore[no-untyped-def]
-    """The averaged weights as a card's files, the loss curve, and a grid of pictures."""
-    plot_curve(args.work / "loss.png", losses, "loss")
-    average.swap()
-    export(both["model"], both["text"].encoders, args.out, SHIFT)
-    pictures = sample(both["model"], both["text"], vae, list(PROBES), guidance=4.0)
-    save_grid(args.work / f"grid-{note.split()[1]}.png", pictures, 8)
-    average.swap()
-    tqdm.write(f"{note} loss {losses[-1] if losses else float('nan'):.4f}")
+    training.run(losses, publish)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Average, Clock, Workers, load_state, plot_curve, save_grid, save_state, to_float
+from common import save_grid, to_float
 from data import SIZE, Subject, draw_scene, load_subjects, render
 from diffusers import AutoencoderKL
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from folder import save_bf16
+from loop import Training, parse
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -107,85 +109,35 @@ def export(vae: AutoencoderKL, subjects: list[Subject], out: Path, device: str, 
     facts = evaluate(vae, subjects, device)
     if rescale:
         vae.register_to_config(scaling_factor=round(1 / facts["std"], 5), shift_factor=round(facts["mean"], 5))
-    kept = {name: p.detach().clone() for name, p in vae.state_dict().items()}
-    vae.to(torch.bfloat16).save_pretrained(out)
-    vae.float().load_state_dict(kept)
-    print(f"exported to {out}: {facts}", flush=True)
+    save_bf16(vae, out)
+    tqdm.write(f"{out}: {facts}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="where the emoji packages lie")
-    parser.add_argument("--work", type=Path, default=Path("runs/vae"), help="training state, curve, grids")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("models/emoji-mmdit/vae"))
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
     parser.add_argument("--decoder-only", action="store_true", help="sharper pictures from the same latents")
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=1.8e-3)
     parser.add_argument("--kl", type=float, default=1e-6)
-    parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    train(args, load_subjects(args.cache))
 
 
-def train(args: argparse.Namespace, subjects: list[Subject]) -> None:
+def main() -> None:
+    args = parse(__doc__, "vae", options, minutes=120, rate=1.8e-3, batch=12)
+    subjects = load_subjects(args.cache, args.subjects)
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build()
     vae.to(args.device).encoder.requires_grad_(not args.decoder_only)
-    average = Average(vae, 0.998)
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4, foreach=True)
-    step, losses, used = 0, [], 0.0
-    if state := load_state(args.work / "state.pt"):
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.values = {name: value.to(args.device) for name, value in state["average"].items()}
-        step, losses, used = state["step"], state["losses"], state["used"]
-    rng, clock, recent = np.random.default_rng(step), Clock(args.minutes, used), []
-    workers = Workers(args.threads)
-    bar = tqdm(initial=step, mininterval=10)
-    while clock.share < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = clock.rate(args.rate)
-        parts = batch(rng, subjects, args.batch).to(args.device).chunk(args.threads)
-        loss = workers.backward(vae, [partial(loss_of, vae, part, args.kl) for part in parts])
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        average.update(step)
-        recent.append(loss)
-        bar.update()
-        if step % 50 == 0:
-            losses.append(float(np.mean(recent)))
-            recent = []
-            bar.set_description(f"loss {losses[-1]:.4f}", refresh=False)
-        if step % 500 == 0:
-            checkpoint(args, vae, optimizer, average, subjects, step=step, losses=losses, used=clock.used)
-    checkpoint(args, vae, optimizer, average, subjects, step=step, losses=losses, used=clock.used)
-    average.swap()
-    export(vae, subjects, args.out, args.device, rescale=not args.decoder_only)
+    training = Training(vae, args, decay=0.998, weight_decay=1e-4)
 
+    def losses() -> list[partial[Tensor]]:
+        parts = batch(training.rng, subjects, args.batch).to(args.device).chunk(args.threads)
+        return [partial(loss_of, vae, part, args.kl) for part in parts]
 
-@torch.no_grad()
-def checkpoint(args, vae, optimizer, average, subjects, **progress) -> None:  # type: ignore[no-untyped-def]
-    """Save what a restart needs, the loss curve, and originals above their reconstructions."""
-    save_state(
-        args.work / "state.pt",
-        model=vae.state_dict(),
-        optimizer=optimizer.state_dict(),
-        average=average.values,
-        **progress,
-    )
-    plot_curve(args.work / "loss.png", progress["losses"], "loss")
-    average.swap()
-    facts = evaluate(vae, subjects, args.device, 128)
-    x = batch(np.random.default_rng(5), subjects, 12).to(args.device)
-    save_grid(args.work / "grid.png", torch.cat([x, vae.decode(vae.encode(x).latent_dist.mean).sample]), 12)
-    average.swap()
-    tqdm.write(f"step {progress['step']} {progress['used']:.0f} s {facts}")
+    def publish() -> None:
+        export(vae, subjects, args.out, args.device, rescale=not args.decoder_only)
+        x = batch(np.random.default_rng(5), subjects, 12).to(args.device)
+        save_grid(args.work / "grid.png", torch.cat([x, vae.decode(vae.encode(x).latent_dist.mean).sample]), 12)
+
+    training.run(losses, publish)
 
 
 if __name__ == "__main__":
