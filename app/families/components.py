@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ _BUFFER_LIMIT = 2**26
 class _Network:
     kind: Any
     config: type | None = None
-    keys: Callable[[State, set[str]], State] = lambda state, expected: state
-    shape: Callable[[Any], None] = lambda network: None
+    keys: Callable[[State, Mapping[str, object]], State] = lambda state, expected: state
+    shape: Callable[[Any, Mapping[str, Any]], None] = lambda network, config: None
 
 
 _DIT = _Network(DiTTransformer2DModel, keys=dit_keys, shape=share_embedders)
@@ -185,7 +185,7 @@ def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:
     try:
         with torch.device("meta"):
             network: nn.Module = spec.kind(spec.config(**known)) if spec.config else spec.kind(**known)
-            spec.shape(network)
+            spec.shape(network, config)
             return network
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'}: {spec.kind.__name__} refuses it: {error}") from error
@@ -193,9 +193,9 @@ def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:
 
 def _named(network: nn.Module, class_name: str, folder: Path, state: State, whole: bool = False) -> State:
     """The state by the network's own names, in exactly its shapes: all of them if it is to be the whole."""
-    expected = network.state_dict()
+    expected = network.state_dict(keep_vars=True)  # so that two names of one tensor are seen to be
     try:
-        named = _NETWORKS[class_name].keys(state, set(expected))
+        named = _NETWORKS[class_name].keys(state, expected)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     _refuse(folder, "missing", expected.keys() - named.keys() if whole else ())

@@ -45,7 +45,7 @@ def differences(class_name: str, folder: Path, outline: State) -> list[str]:
     """
     expected = outline_of(class_name, folder)
     try:
-        named = _NETWORKS[class_name].keys(outline, set(expected))
+        named = _NETWORKS[class_name].keys(outline, expected)
     except ValueError as error:
         return [str(error)]
     return [

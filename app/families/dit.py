@@ -144,11 +144,14 @@ class SharedEmbedder(CombinedTimestepLabelEmbeddings):
         return embedded
 
 
-def share_embedders(network: nn.Module) -> None:
+def share_embedders(network: nn.Module, config: Mapping[str, Any]) -> None:
     """Give all blocks of diffusers' DiT the embedders of the first, as in the original, which has one of each.
 
-    The names in its state stay diffusers' own: every block's, of one tensor.
+    The names in its state stay diffusers' own: every block's, of one tensor. A config with `shared_embedders` false is
+    of a network that learned with one in each block, as diffusers' class has them.
     """
+    if config.get("shared_embedders") is False:
+        return
     blocks: Any = network.transformer_blocks
     shared = SharedEmbedder(blocks[0].norm1.emb)
     for block in blocks:
@@ -156,21 +159,25 @@ def share_embedders(network: nn.Module) -> None:
 
 
 def predict(network: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """One forward of a network with shared embedders, which embed once and not once a block: [P, 2C or C, h, w]."""
-    embedded = network.transformer_blocks[0].norm1.emb(t, labels, hidden_dtype=x.dtype)
-    out: torch.Tensor = network(x, timestep=embedded, class_labels=labels, return_dict=False)[0]
+    """One forward: [P, 2C or C, h, w]. Shared embedders embed once and not once a block."""
+    embedder = network.transformer_blocks[0].norm1.emb
+    if isinstance(embedder, SharedEmbedder):
+        t = embedder(t, labels, hidden_dtype=x.dtype)
+    out: torch.Tensor = network(x, timestep=t, class_labels=labels, return_dict=False)[0]
     return out
 
 
-def dit_keys(state: dict[str, torch.Tensor], expected: set[str]) -> dict[str, torch.Tensor]:
+def dit_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """The state with one tensor for all copies of an embedder's; files that hold the first block's alone will do.
+
+    Names are copies where `expected` has one object for them.
 
     Raises ValueError naming the first copy that is not equal (never on the meta device, where there is nothing to see).
     """
-    copies: dict[str, list[str]] = {}
+    copies: dict[tuple[str, int], list[str]] = {}
     for key in sorted(expected, key=lambda key: (len(key), key)):
         if found := _COPY.fullmatch(key):
-            copies.setdefault(found[1], []).append(key)
+            copies.setdefault((found[1], id(expected[key])), []).append(key)
     named = dict(state)
     for keys in copies.values():
         held = [key for key in keys if key in state]

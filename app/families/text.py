@@ -5,7 +5,7 @@ Knows nothing of how a network joins the encoders' outputs (sd3.py, flux.py), or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,14 +32,14 @@ Read = Callable[[Encoder, Sequence[str], int, int | None], States]
 """How a family gets what an encoder gives: `read_texts`, or one that keeps what it gave (engine/encodings.py)."""
 
 
-def clip_keys(state: State, expected: set[str]) -> State:
+def clip_keys(state: State, expected: Mapping[str, object]) -> State:
     """CLIP files with or without the `text_model.` prefix, and with the position_ids that old ones hold.
 
     A projection is left out for a CLIPTextModel, which has none: the one file of a CLIP-L serves SD3 and FLUX.
     """
     prefix, projection = "text_model.", "text_projection."
     prefixed = any(key.startswith(prefix) for key in expected)
-    unused = {"embeddings.position_ids"} | ({f"{projection}weight"} - expected)
+    unused = {"embeddings.position_ids"} | ({f"{projection}weight"} - expected.keys())
     found: State = {}
     for key, value in state.items():
         bare = key.removeprefix(prefix)
@@ -48,7 +48,7 @@ def clip_keys(state: State, expected: set[str]) -> State:
     return found
 
 
-def t5_keys(state: State, expected: set[str]) -> State:
+def t5_keys(state: State, expected: Mapping[str, object]) -> State:
     """T5 files name the one embedding `shared.weight`, `encoder.embed_tokens.weight`, or both (ValueError: unequal)."""
     names = ("shared.weight", "encoder.embed_tokens.weight")
     held = [state[name] for name in names if name in state]

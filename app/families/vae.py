@@ -5,6 +5,7 @@ Knows nothing of the network that made the latents, nor of image formats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from app.families.preview import LinearPreview
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def vae_keys(state: dict[str, torch.Tensor], expected: set[str]) -> dict[str, torch.Tensor]:
+def vae_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Rename the attention of files written before diffusers 0.17 (`query` for `to_q` and so on)."""
     return {_new_name(key): value for key, value in state.items()}
 

@@ -33,7 +33,7 @@ def write_folder(wanted: Conversion, folder: Path, model_id: str, tell: Callable
     config = _config(wanted.file / "transformer")
     network = _part(tell, folder, Part("transformer", CLASS, wanted.file / "transformer"), config)
     try:
-        network = dit_keys(network, set(network))
+        network = dit_keys(network, dict.fromkeys(network))
     except ValueError as error:
         raise CheckpointError(f"{wanted.file / 'transformer'}: {error}") from error
     vae, vae_config = open_vae(wanted.vae or wanted.file / "vae")

@@ -71,10 +71,11 @@ class Workers:
     """Gradients of a mean loss over parts of a batch, one thread a part.
 
     Threads inside each operation wait for each other at every one: 0.69 s a step of the VAE where this takes 0.54.
+    `autocast`, where given, is the device type whose matrix products are in bfloat16.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, autocast: str | None = None) -> None:
+        self.threads, self.autocast = threads, autocast
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
 
@@ -83,13 +84,15 @@ class Workers:
         parameters = [p for p in module.parameters() if p.requires_grad]
 
         def one(loss: Callable[[], Tensor]) -> tuple[float, tuple[Tensor | None, ...]]:
-            value = loss() / len(losses)
+            with torch.autocast(self.autocast or "cpu", torch.bfloat16, enabled=self.autocast is not None):
+                value = loss() / len(losses)
             return value.item(), torch.autograd.grad(value, parameters, allow_unused=True)
 
         values, gradients = zip(*self.pool.map(one, losses), strict=True)
         for p, *parts in zip(parameters, *gradients, strict=True):
             present = [part for part in parts if part is not None]
-            p.grad = sum(present[1:], start=present[0]) if present else None
+            # NOTE: the fused AdamW reads a gradient in the order of its weight, whatever the strides
+            p.grad = sum(present[1:], start=present[0]).contiguous() if present else None
         return sum(values)
 
 

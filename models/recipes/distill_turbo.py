@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -103,19 +104,33 @@ def write_pairs(args: argparse.Namespace, teacher: nn.Module, text: Text, subjec
     """One file for each batch under `work`/pairs, made once: a restart goes on after the last one."""
     folder = args.work / "pairs"
     folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number:05}.pt" for number in range(-(-args.pairs // args.draw))]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    quick = torch.compile(teacher, dynamic=False) if args.compile else teacher
+    one = partial(write_batch, args, quick, text, subjects)
+    for number in missing[:1]:  # alone, because it compiles
+        one(files[number], number)
+    with ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        drawn = pool.map(lambda number: one(files[number], number), missing[1:])
+        list(tqdm(drawn, total=len(missing[1:]), desc="pairs", mininterval=10))
+
+
+@torch.no_grad()
+def write_batch(
+    args: argparse.Namespace, teacher: nn.Module, text: Text, subjects: list[Subject], file: Path, number: int
+) -> None:
+    """`draw` captions, noises and what the guided teacher makes of them."""
+    rng = np.random.default_rng([7, number])
+    scenes = [draw_scene(rng, subjects) for _ in range(args.draw)]
+    captions = [caption(rng, s, subjects[s.subject]) for s in scenes]
+    generator = torch.Generator().manual_seed(number)
+    noise = torch.randn(args.draw, 16, 8, 8, generator=generator).half()  # kept so: the pair starts at just this
     sigmas = walk(read_card(args.teacher / "card.toml").schedule, args.steps)
-    for number in tqdm(range(-(-args.pairs // args.draw)), desc="pairs", mininterval=10):
-        file = folder / f"{number:05}.pt"
-        if file.exists():
-            continue
-        rng = np.random.default_rng([7, number])
-        scenes = [draw_scene(rng, subjects) for _ in range(args.draw)]
-        captions = [caption(rng, s, subjects[s.subject]) for s in scenes]
-        generator = torch.Generator().manual_seed(number)
-        noise = torch.randn(args.draw, 16, 8, 8, generator=generator).half()  # kept so: the pair starts at just this
+    kind = torch.device(args.device).type
+    with torch.autocast(kind, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         both = embed(text, captions + [""] * args.draw, args.device)
         clean = follow(teacher, sigmas, noise.float().to(args.device), both, args.guidance)
-        save_state(file, captions=captions, noise=noise, clean=clean.cpu().half())
+    save_state(file, captions=captions, noise=noise, clean=clean.cpu().half())
 
 
 def read_pairs(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -181,12 +196,13 @@ def train(args: argparse.Namespace, student: SD3Transformer2DModel, text: Text, 
     noise, clean, captions = read_pairs(args.work / "pairs")
     schedule = Schedule(kind="flow", shift=args.shift, spacing="flux")
     training = Training(student, args, weight_decay=0.0)
+    quick = torch.compile(student, dynamic=False) if args.compile else student
 
     def part() -> partial[Tensor]:
         which = training.rng.integers(len(captions), size=training.share)
         times = torch.from_numpy(draw_times(training.rng, schedule, len(which), args.anywhere)).to(args.device)
         ends = (end[which].float().to(args.device) for end in (noise, clean))
-        return partial(loss_of, student, text, [captions[i] for i in which], *ends, times)
+        return partial(loss_of, quick, text, [captions[i] for i in which], *ends, times)
 
     def publish() -> None:
         export(student, subjects, args)

@@ -30,9 +30,20 @@ def parse(
     parser.add_argument("--every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products; else what is quick here")
+    parser.add_argument("--compile", action="store_true", help="a third faster after a minute of compiling")
     extra(parser)
     parser.set_defaults(**usual)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if quick_bf16(args.device) else "float32")
+    if args.device == "cpu" and args.dtype == "bfloat16":
+        torch.backends.cuda.enable_flash_sdp(False)  # on a CPU its backward in bfloat16 took half of a DiT's step
+    return args
+
+
+def quick_bf16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: on a processor AMX, eight times float32's rate."""
+    return device != "cpu" or torch.cpu._is_amx_tile_supported()
 
 
 class Training:
@@ -46,7 +57,7 @@ class Training:
     ) -> None:
         self.module, self.args, self.average = module, args, Average(module, decay)
         weights = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True)
+        self.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
         self.step, self.curve, self.used = 0, [], 0.0
         if state := load_state(args.work / "state.pt"):
             module.load_state_dict(state["model"])
@@ -61,9 +72,14 @@ class Training:
         """Rows of a batch for each of the losses that are worked on at once."""
         return self.args.batch // self.args.threads
 
+    @property
+    def autocast(self) -> str | None:
+        """The device's type where matrix products are in bfloat16."""
+        return torch.device(self.args.device).type if self.args.dtype == "bfloat16" else None
+
     def run(self, losses: Callable[[], list[Callable[[], Tensor]]], publish: Callable[[], None]) -> None:
         """Train until the clock says so; `publish` is called with the averaged weights in place."""
-        clock, workers = Clock(self.args.minutes, self.used), Workers(self.args.threads)
+        clock, workers = Clock(self.args.minutes, self.used), Workers(self.args.threads, self.autocast)
         recent, done, bar = [], False, tqdm(initial=self.step, mininterval=10)
         while not done:
             recent.append(self._advance(workers, losses(), clock.rate(self.args.rate)))

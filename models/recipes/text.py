@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import Subject, caption, draw_scene
+from folder import save_bf16
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +28,7 @@ from transformers import (
 CLIP_LENGTH, T5_LENGTH = 16, 12  # of 20,000 captions 0.03 % and 1.3 % are longer, and are cut
 CLIP_WIDTHS, T5_WIDTH = (64, 64), 160
 FOLDERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 SPACE = {"replacement": "▁", "prepend_scheme": "always", "split": True}
 T5_SPECIAL = ["<pad>", "</s>", "<unk>"]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -161,12 +163,16 @@ class Text(nn.Module):
         self.tokenizers.append(T5TokenizerFast.from_pretrained(folder / FOLDERS[2]))
         if trained:
             kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-            names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-            loaded = [k.from_pretrained(trained / n, dtype=torch.float32) for k, n in zip(kinds, names, strict=True)]
+            loaded = [k.from_pretrained(trained / n, dtype=torch.float32) for k, n in zip(kinds, ENCODERS, strict=True)]
         else:
             pairs = zip(self.tokenizers[:2], CLIP_WIDTHS, strict=True)
             loaded = [*(build_clip(t, width) for t, width in pairs), build_t5(self.tokenizers[2])]
         self.encoders = nn.ModuleList(loaded).train()
+
+    def save(self, folder: Path) -> None:
+        """The encoders' weights, in bf16; the tokenizers are there already."""
+        for name, encoder in zip(ENCODERS, self.encoders, strict=True):
+            save_bf16(encoder, folder / name)
 
     def ids(self, captions: list[str], device: torch.device) -> list[Tensor]:
         """Padded to the length that each tokenizer names and never masked, as diffusers does."""

@@ -1,14 +1,14 @@
 """Train the class-conditional DiT: one class a subject, noise and variance predicted, linear betas, a null class.
 
 Knows nothing about captions or colours: a class says only its subject, which stands on white. Loss: the original's
-(Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by noise level. The
-blocks share one embedder of times and classes, as the original's do.
+(Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by noise level. Every
+block has embedders of times and classes of its own, as diffusers' class has and the original has not: six tables of
+classes remember more than one, in files that are as large.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from bound import TIMES, Levels, bound, weight_of
 from common import save_grid, to_float
-from data import Subject, load_subjects, plain_scene, render
+from data import Subject, every_plain_scene, load_subjects, render
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from folder import save_bf16, write_subjects
 from loop import Training, parse
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import trange
 
-from app.families.dit import dit_keys, predict, share_embedders
+from app.families.dit import predict
 
 WIDTH, HEADS, LAYERS, PATCH = 224, 7, 6, 2
 CARD = Template("""\
@@ -44,28 +44,28 @@ license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0
 
 
 def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
-    """The network, new or from a folder. Raises ValueError: the blocks of the one in the folder embed differently.
+    """The network, new or from a folder.
 
     NOTE: it stays in eval mode, because diffusers' embedders would drop labels by themselves: `loss_of` drops them.
     """
     if trained:
         model = DiTTransformer2DModel.from_pretrained(trained / "transformer", torch_dtype=torch.float32)
-        dit_keys(model.state_dict(), set(model.state_dict()))
-        share_embedders(model)
-        return model.eval()
-    model = DiTTransformer2DModel(
-        sample_size=8,
-        patch_size=PATCH,
-        in_channels=16,
-        out_channels=32,
-        num_layers=LAYERS,
-        num_attention_heads=HEADS,
-        attention_head_dim=WIDTH // HEADS,
-        num_embeds_ada_norm=classes,
-        activation_fn="gelu",
-    )
-    share_embedders(model)
-    start(model)
+    else:
+        model = DiTTransformer2DModel(
+            sample_size=8,
+            patch_size=PATCH,
+            in_channels=16,
+            out_channels=32,
+            num_layers=LAYERS,
+            num_attention_heads=HEADS,
+            attention_head_dim=WIDTH // HEADS,
+            num_embeds_ada_norm=classes,
+            activation_fn="gelu",
+        )
+        start(model)
+    model.register_to_config(shared_embedders=False)  # which tells the server that the tables differ
+    for block in model.transformer_blocks:  # softmax takes no notice of it: what moved it would be rounding alone
+        block.attn1.to_k.bias.requires_grad_(False)
     return model.eval()
 
 
@@ -83,33 +83,27 @@ def start(model: nn.Module) -> None:
 
 
 class Latents:
-    """Encoded scenes, the same number for every subject, renewed a little at a time."""
+    """Every plain scene of every subject, encoded once."""
 
-    def __init__(self, vae: AutoencoderKL, subjects: list[Subject], each: int, rng: np.random.Generator) -> None:
-        self.vae, self.subjects, self.rng, self.next = vae, subjects, rng, 0
-        self.labels = torch.arange(len(subjects)).repeat(each)
-        self.mean = torch.empty(len(self.labels), 16, 8, 8, device=vae.device)
-        self.std = torch.empty_like(self.mean)
-        for _ in tqdm(range(0, len(self.labels), 64), desc="encoding", mininterval=10):
-            self.renew(64)
+    def __init__(self, vae: AutoencoderKL, subjects: list[Subject], rng: np.random.Generator) -> None:
+        self.rng, self.weights = rng, every_plain_scene(0)[1]
+        encoded = [self._encode(vae, subjects, i) for i in trange(len(subjects), desc="encoding", mininterval=10)]
+        self.mean, self.std = (torch.stack(parts) for parts in zip(*encoded, strict=True))
 
+    @staticmethod
     @torch.no_grad()
-    def renew(self, count: int) -> None:
-        """New scenes of the same subjects in the place of the `count` oldest."""
-        where = (torch.arange(count) + self.next) % len(self.labels)
-        scenes = [plain_scene(self.rng, index) for index in self.labels[where].tolist()]
-        pictures = to_float([render(s, self.subjects[s.subject]) for s in scenes]).to(self.mean.device)
-        posterior = self.vae.encode(pictures).latent_dist
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
-        self.mean[where] = (posterior.mean - shift) * scale
-        self.std[where] = posterior.std * scale
-        self.next = (self.next + count) % len(self.labels)
+    def _encode(vae: AutoencoderKL, subjects: list[Subject], index: int) -> tuple[Tensor, Tensor]:
+        pictures = to_float([render(scene, subjects[index]) for scene in every_plain_scene(index)[0]])
+        posterior = vae.encode(pictures.to(vae.device)).latent_dist
+        scale, shift = vae.config.scaling_factor, vae.config.shift_factor
+        return (posterior.mean - shift) * scale, posterior.std * scale
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
         """Fresh samples of `count` latents and their labels."""
-        where = torch.as_tensor(self.rng.integers(len(self.labels), size=count))
-        mean, std = self.mean[where], self.std[where]
-        return mean + std * torch.randn_like(mean), self.labels[where].to(mean.device)
+        labels = torch.as_tensor(self.rng.integers(len(self.mean), size=count))
+        which = torch.as_tensor(self.rng.choice(len(self.weights), size=count, p=self.weights))
+        mean, std = self.mean[labels, which], self.std[labels, which]
+        return mean + std * torch.randn_like(mean), labels.to(mean.device)
 
 
 def loss_of(
@@ -142,7 +136,7 @@ def sample(model: nn.Module, vae: AutoencoderKL, labels: list[int], guidance: fl
 
 def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> None:
     """The folder as diffusers' DiTPipeline has it, less the VAE, with the card that names whose VAE it is."""
-    save_bf16(with_copies(model), out / "transformer")
+    save_bf16(model, out / "transformer")
     DDIMScheduler(TIMES, 1e-4, 2e-2, "linear", clip_sample=False).save_pretrained(out / "scheduler")
     index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.42.1"}
     index |= {"id2label": {str(i): s.name for i, s in enumerate(subjects)}}
@@ -152,14 +146,6 @@ def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> No
     (out / "card.toml").write_text(CARD.substitute(name=out.name, vae=vae))
 
 
-def with_copies(model: nn.Module) -> nn.Module:
-    """The same network with an embedder in every block, which is how diffusers reads and writes a DiT."""
-    apart = copy.deepcopy(model)
-    for block in apart.transformer_blocks:
-        block.norm1.emb = copy.deepcopy(block.norm1.emb)
-    return apart
-
-
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("models/emoji-dit"))
     parser.add_argument("--vae", default="emoji-mmdit/vae", help="the shared VAE: another card's folder beside --out")
@@ -167,7 +153,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--empty", type=float, default=0.1, help="share of null labels")
     parser.add_argument("--gamma", type=float, default=1.0, help="signal-to-noise ratio above which loss counts less")
     parser.add_argument("--lift", type=float, default=40.0, help="most weight of the noisiest steps; 1 is min-SNR")
-    parser.add_argument("--each", type=int, default=8, help="encoded pictures kept of each subject")
 
 
 def main() -> None:
@@ -183,13 +168,12 @@ def main() -> None:
 
 def train(args: argparse.Namespace, model: nn.Module, vae: AutoencoderKL, subjects: list[Subject]) -> None:
     training = Training(model, args)
-    pool, levels = Latents(vae, subjects, args.each, training.rng), Levels(args.device)
+    pool, levels = Latents(vae, subjects, training.rng), Levels(args.device)
+    quick = torch.compile(model, dynamic=False) if args.compile else model
 
     def losses() -> list[partial[Tensor]]:
-        if training.step % 8 == 7:
-            pool.renew(64)
         parts = (pool.batch(training.share) for _ in range(args.threads))
-        return [partial(loss_of, model, levels, args, *part) for part in parts]
+        return [partial(loss_of, quick, levels, args, *part) for part in parts]
 
     def publish() -> None:
         export(model, subjects, args.out, args.vae)

@@ -1,7 +1,7 @@
-"""Train the SD3-style MMDiT by rectified flow on the frozen VAE's latents and the frozen text encoders' embeddings.
+"""Train the SD3-style MMDiT with its text encoders, by rectified flow on the frozen VAE's latents.
 
-Timesteps are logit-normal; each text encoder is absent at random, as zeros; some captions are the empty one. The image
-stream may start from a trained DiT's (warm.py).
+Timesteps are logit-normal; each text encoder is absent at random, as zeros; some captions are empty. With `--pooled` it
+learns the pictures from the summaries of captions alone, one token where there are 28: the first half of the training.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from loop import Training, parse
 from text import CLIP_WIDTHS, T5_WIDTH, Text
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_dit import build as build_dit
-from warm import start_from
 
 WIDTH, HEADS, LAYERS, PATCH, SHIFT = 224, 7, 4, 2, 1.0
 ABSENT = (0.1, 0.1, 0.25)  # how often each text encoder is left out
@@ -87,6 +85,29 @@ def start(model: SD3Transformer2DModel) -> None:
                 nn.init.zeros_(module.weight)
 
 
+@torch.no_grad()
+def spread(linear: nn.Linear, given: Tensor) -> None:
+    """Start a layer with every direction of `given`, [n, width], equally wide, however narrow it was.
+
+    Captions differ in colour far more than in subject; as they come, a thousand steps told no subject apart.
+    """
+    mean, (values, vectors) = given.mean(0), torch.linalg.eigh(given.T.cov())
+    scaled = vectors / (values + 1e-3 * values.mean()).sqrt()
+    weight = torch.randn(linear.out_features, len(values)) @ scaled.T / len(values) ** 0.5
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ mean)
+
+
+@torch.no_grad()
+def summaries(text: Text, subjects: list[Subject], each: int = 4) -> Tensor:
+    """float [each x subjects, width]: pooled captions."""
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(rng, subjects) for _ in range(each * len(subjects))]
+    captions = [caption(rng, scene, subjects[scene.subject]) for scene in scenes]
+    parts = (captions[at : at + 256] for at in range(0, len(captions), 256))
+    return torch.cat([text(part, torch.ones(len(part), 3))[1] for part in parts])
+
+
 def write_card(out: Path, text: Text) -> None:
     """card.toml, with the lengths that the tokenizers name."""
     clip, _, t5 = (tokenizer.model_max_length for tokenizer in text.tokenizers)
@@ -134,13 +155,15 @@ def kept_encoders(count: int, device: torch.device) -> Tensor:
     return kept
 
 
-def loss_of(model: SD3Transformer2DModel, text: Text, x: Tensor, captions: list[str]) -> Tensor:
+def loss_of(
+    model: SD3Transformer2DModel, text: Text, x: Tensor, captions: list[str], pooled_alone: bool = False
+) -> Tensor:
     """Rectified flow: the velocity from data to noise at a logit-normal time (Esser et al. 2024, section 3.1).
 
     The times lean to noise: what the picture shows is settled above 0.8, where a centred draw hardly ever comes.
     """
-    with torch.no_grad():
-        embeddings, pooled = text(captions, kept_encoders(len(x), x.device))
+    embeddings, pooled = text(captions, kept_encoders(len(x), x.device))
+    embeddings = embeddings[:, :1] * 0 if pooled_alone else embeddings
     noise = torch.randn_like(x)
     time = torch.sigmoid(1.0 + 1.2 * torch.randn(len(x), device=x.device))
     s = time[:, None, None, None]
@@ -178,7 +201,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("models/emoji-mmdit"), help="has the VAE and what train_text.py wrote"
     )
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
-    parser.add_argument("--like", type=Path, help="start the image stream from the DiT of this folder")
+    parser.add_argument("--pooled", action="store_true", help="captions' summaries alone, and no tokens: twice as fast")
     parser.add_argument("--empty", type=float, default=0.12, help="share of empty captions")
     parser.add_argument("--pool", type=int, default=6144, help="encoded pictures kept at a time")
 
@@ -188,26 +211,31 @@ def main() -> None:
     subjects = load_subjects(args.cache, args.subjects)
     write_subjects(args.out, subjects)
     torch.manual_seed(0)
-    model, text = build(args.init), Text(args.out, args.out).requires_grad_(False)
+    text = Text(args.out, args.init or args.out)
     write_card(args.out, text)
-    if args.like and not (args.work / "state.pt").exists():
-        start_from(model, build_dit(len(subjects), args.like), text, subjects)
     vae = AutoencoderKL.from_pretrained(args.out / "vae", torch_dtype=torch.float32).to(args.device)
-    train(args, model.to(args.device), text.to(args.device), vae.requires_grad_(False), subjects)
+    both = nn.ModuleDict({"network": build(args.init), "text": text})
+    if not args.init:
+        spread(both["network"].time_text_embed.text_embedder.linear_1, summaries(text, subjects))
+    both.to(args.device)
+    train(args, both, vae.requires_grad_(False), subjects)
 
 
-def train(args: argparse.Namespace, model: nn.Module, text: Text, vae: AutoencoderKL, subjects: list[Subject]) -> None:
-    training = Training(model, args)
+def train(args: argparse.Namespace, both: nn.ModuleDict, vae: AutoencoderKL, subjects: list[Subject]) -> None:
+    model, text = both["network"], both["text"]
+    training = Training(both, args)
     pool = Latents(vae, subjects, args.pool, training.rng)
+    quick = torch.compile(model, dynamic=False) if args.compile else model
 
     def losses() -> list[partial[Tensor]]:
         if training.step % 8 == 7:
             pool.renew(64)
         parts = (pool.batch(training.share, args.empty) for _ in range(args.threads))
-        return [partial(loss_of, model, text, *part) for part in parts]
+        return [partial(loss_of, quick, text, *part, args.pooled) for part in parts]
 
     def publish() -> None:
         export(model, args.out, SHIFT)
+        text.save(args.out)
         save_grid(args.work / f"grid-{training.step}.png", sample(model, text, vae, list(PROBES), guidance=4.0), 8)
 
     training.run(losses, publish)

@@ -13,14 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import COLOURS, PLACES, Scene, Subject, caption, draw_scene, load_subjects
-from folder import save_bf16
 from loop import Training, parse
 from text import CLIP_WIDTHS, T5_WIDTH, Text, train_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-NAMES = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def facts(scene: Scene) -> tuple[int, int, int, int]:
@@ -88,8 +85,7 @@ def main() -> None:
 
     def publish() -> None:
         tqdm.write(f"right (subject/colour/size/place): {score(both, subjects)}")
-        for name, encoder in zip(NAMES, both["text"].encoders, strict=True):
-            save_bf16(encoder, args.out / name)
+        both["text"].save(args.out)
 
     training.run(losses, publish)
 

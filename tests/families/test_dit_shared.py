@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from app.card import read_card
 from app.errors import CheckpointError
 from app.families import DiT
 from app.families.components import blank_network, fill_network
-from app.families.dit import SharedEmbedder
+from app.families.dit import SharedEmbedder, predict
 from app.pool.component import Component
 from app.pool.layout import Part
 from app.pool.weights import read_outline
@@ -99,6 +100,30 @@ def test_copies_that_differ_are_refused_by_the_name_of_the_first(folder: Path, n
 
     rewritten(folder, differ)
     with pytest.raises(CheckpointError, match=rf"transformer_blocks\.1\.norm1\.emb\.{name} is not equal to"):
+        build(folder)
+
+
+def test_a_network_that_learned_with_an_embedder_in_each_block_is_built_so(folder: Path) -> None:
+    def differ(state: dict[str, torch.Tensor]) -> None:
+        for key in state:
+            if EMBEDDER in key:
+                state[key] += 0.1 * torch.randn(state[key].shape, generator=torch.Generator().manual_seed(len(key)))
+                state[key] *= int(key.split(".")[1]) + 1
+
+    rewritten(folder, differ)
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shared_embedders": False}))
+    theirs = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    ours = build(folder)
+    x, labels = latents(), torch.tensor([0, 9, 10, 3])
+    with torch.inference_mode():
+        whole = theirs(x, timestep=TIMES, class_labels=labels).sample
+        assert distance(predict(ours, x, TIMES, labels), whole) < 1e-6
+    part = Component(Part("transformer", "DiTTransformer2DModel", folder / "transformer"), CPU, torch.float32)
+    assert part.bytes == 4 * (sum(p.numel() for p in theirs.parameters()) + theirs.pos_embed.pos_embed.numel())
+    later = [key for key in load_file(weights(folder)) if EMBEDDER in key and ".0." not in key[:21]]
+    rewritten(folder, lambda state: [state.pop(key) for key in later])
+    with pytest.raises(CheckpointError, match="missing weights"):
         build(folder)
 
 

@@ -40,17 +40,19 @@ def run(script: str, subjects: list[Any], *words: object) -> None:
 
 @pytest.fixture(scope="session")
 def made(subjects: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of cards: the committed MMDiT; a DiT, an MMDiT that began as it, and a turbo, trained for a second."""
+    """A folder of cards: the committed MMDiT; a DiT, an MMDiT in its two halves, and a turbo, trained for a second."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "emoji-mmdit").symlink_to(ROOT / "models" / "emoji-mmdit")
     common = ("--minutes", 0.02, "--batch", 4, "--device", "cpu")
-    run("train_dit", subjects, *common, "--work", folder / "runs/dit", "--out", folder / "emoji-dit", "--each", 2)
+    run("train_dit", subjects, *common, "--work", folder / "runs/dit", "--out", folder / "emoji-dit")
     small = folder / "emoji-small"
     small.mkdir()
     (small / "vae").symlink_to(ROOT / "models" / "emoji-mmdit" / "vae")
     run("train_text", subjects, *common, "--work", folder / "runs/text", "--out", small)
-    like = ("--like", folder / "emoji-dit", "--pool", 64)
-    run("train_mmdit", subjects, *common, *like, "--work", folder / "runs/mmdit", "--out", small)
+    half = ("--pooled", "--pool", 64, "--work", folder / "runs/pooled", "--out", small)
+    run("train_mmdit", subjects, *common, *half)
+    whole = ("--init", small, "--pool", 64, "--work", folder / "runs/mmdit", "--out", small)
+    run("train_mmdit", subjects, *common, *whole)
     ends = ("--teacher", folder / "emoji-mmdit", "--out", folder / "emoji-mmdit-turbo", "--work", folder / "runs/turbo")
     run("distill_turbo", subjects, *common, *ends, "--subjects", 12, "--pairs", 8, "--draw", 4, "--steps", 2)
     return folder

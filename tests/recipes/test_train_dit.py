@@ -6,12 +6,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from bound import TIMES, Levels, bound, weight_of
-from diffusers import DiTTransformer2DModel
+from common import to_float
+from data import every_plain_scene, render
+from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch.distributions import Normal, kl_divergence
-from train_dit import build, loss_of
+from train_dit import Latents, build, loss_of
 
 from app.card import read_cards
 from app.cli.models import check_folder
@@ -74,9 +77,9 @@ def test_a_label_is_dropped_for_every_block_or_for_none(empty: float, rows: set[
     torch.nn.init.normal_(model.proj_out_2.weight)
     args = Namespace(empty=empty, gamma=5.0, lift=5.0)
     loss_of(model, LEVELS, args, torch.randn(6, 16, 8, 8), torch.full((6,), 2)).backward()
-    embedders = {block.norm1.emb for block in model.transformer_blocks}
-    (seen,) = (one.class_embedder.embedding_table.weight.grad.abs().sum(1).nonzero().flatten() for one in embedders)
-    assert set(seen.tolist()) == rows
+    for block in model.transformer_blocks:
+        grad = block.norm1.emb.class_embedder.embedding_table.weight.grad
+        assert set(grad.abs().sum(1).nonzero().flatten().tolist()) == rows
 
 
 def test_the_card_loads_and_knows_its_classes(subjects: list[Any], made: Path) -> None:
@@ -90,29 +93,36 @@ def test_the_card_loads_and_knows_its_classes(subjects: list[Any], made: Path) -
     assert (made / "emoji-dit" / "subjects.txt").read_text().splitlines() == list(card.labels)
 
 
-def test_diffusers_reads_it_with_a_copy_in_every_block(made: Path) -> None:
+def test_diffusers_reads_it_and_so_does_the_server(made: Path) -> None:
     theirs = DiTTransformer2DModel.from_pretrained(made / "emoji-dit" / "transformer", torch_dtype=torch.float32).eval()
-    embedders = [block.norm1.emb for block in theirs.transformer_blocks]
-    assert len({id(one) for one in embedders}) == len(embedders)
+    tables = [block.norm1.emb.class_embedder.embedding_table.weight for block in theirs.transformer_blocks]
+    assert not torch.equal(tables[0], tables[1])
     x, t, labels = torch.randn(2, 16, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 12])
-    ours = build(12, made / "emoji-dit")
-    assert torch.allclose(predict(ours, x, t, labels), theirs(x, t, labels).sample, atol=1e-5)
-    assert len({id(block.norm1.emb) for block in ours.transformer_blocks}) == 1
-    assert sum(p.numel() for p in ours.parameters()) < sum(p.numel() for p in theirs.parameters())
+    cards = read_cards(made)
+    parts = build_parts(cards["emoji-dit"], cards, torch.device("cpu"), torch.float32)
+    whole = theirs(x, t, labels).sample
+    for ours in (build(12, made / "emoji-dit"), parts["transformer"]):
+        assert torch.allclose(predict(ours, x, t, labels), whole, atol=1e-5)
 
 
-def test_a_warm_start_refuses_blocks_that_embed_differently(made: Path, tmp_path: Path) -> None:
-    theirs = DiTTransformer2DModel.from_pretrained(made / "emoji-dit" / "transformer")
-    torch.nn.init.zeros_(theirs.transformer_blocks[2].norm1.emb.class_embedder.embedding_table.weight)
-    theirs.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(ValueError, match=r"transformer_blocks\.2\.norm1\.emb.*not equal"):
-        build(12, tmp_path)
+def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(made / "emoji-mmdit" / "vae")
+    pool = Latents(vae, subjects[:2], np.random.default_rng(0))
+    assert pool.mean.shape == (2, 24, 16, 8, 8) and sum(pool.weights) == pytest.approx(1)
+    scene = every_plain_scene(1)[0][5]
+    posterior = vae.encode(to_float([render(scene, subjects[1])])).latent_dist
+    wanted = (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor
+    assert torch.allclose(pool.mean[1, 5], wanted, atol=1e-4)
+    latents, labels = pool.batch(256)
+    assert latents.shape == (256, 16, 8, 8) and 90 < int(labels.sum()) < 166
+    nearest = (latents[:, None] - pool.mean[labels]).pow(2).mean((2, 3, 4)).amin(1)
+    assert (nearest < 2 * pool.std.pow(2).mean()).all()
 
 
 def test_training_goes_on_where_it_stopped(subjects: list[Any], made: Path) -> None:
     work = made / "runs" / "dit"
     before = torch.load(work / "state.pt", weights_only=True)["step"]
-    options = ("--minutes", 0.04, "--batch", 4, "--device", "cpu", "--each", 2, "--threads", 1)
+    options = ("--minutes", 0.04, "--batch", 4, "--device", "cpu", "--threads", 1)
     run("train_dit", subjects, *options, "--work", work, "--out", made / "emoji-dit")
     assert torch.load(work / "state.pt", weights_only=True)["step"] > before > 0
     assert (work / "loss.png").exists() and list(work.glob("grid-*.png"))

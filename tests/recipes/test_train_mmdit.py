@@ -1,4 +1,4 @@
-"""The text encoders' start, and the MMDiT's start from a DiT, against the DiT itself."""
+"""The text encoders' start, and the two halves of the MMDiT's training."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from bound import Levels
 from data import Scene
 from text import Text
 from torch.nn import functional as F
-from train_dit import build as build_dit
-from train_mmdit import build, kept_encoders
+from train_mmdit import build, kept_encoders, loss_of
 from train_text import Readers, batch, facts, summaries
-from warm import KEPT, copy_stream, fit, match_norms, start_from, times_of
 
 from app.card import read_cards
 from app.cli.models import check_folder
-from app.families.dit import predict
 from app.request import Prompt
 from tests.recipes.conftest import run
 from tests.recipes.test_distill_turbo import family
-
-
-@pytest.fixture(scope="module")
-def dit(made: Path) -> torch.nn.Module:
-    """A DiT of which no weight is zero."""
-    model = build_dit(12, made / "emoji-dit")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    return model
 
 
 def test_facts_are_what_the_caption_says(subjects: list[Any]) -> None:
@@ -66,68 +50,26 @@ def test_an_encoder_is_always_there() -> None:
     assert torch.allclose(kept.mean(0), torch.tensor([0.9, 0.9, 0.75]), atol=0.03)
 
 
-def test_the_image_stream_is_the_dits(dit: Any) -> None:
-    """Patches, every block's modulation, attention and feed-forward, and the way out, each run in both networks."""
-    model = build().eval()
-    with torch.no_grad():
-        copy_stream(model, dit)
-        width = dit.config.attention_head_dim * dit.config.num_attention_heads
-        x, emb = torch.randn(2, 16, width), torch.randn(2, width)
-        latents = torch.randn(2, 16, 8, 8)
-        assert torch.allclose(model.pos_embed.proj(latents), dit.pos_embed.proj(latents), atol=1e-5)
-        for block, index in zip(model.transformer_blocks, KEPT, strict=True):
-            own = dit.transformer_blocks[index]
-            ours, theirs = block.norm1.linear(F.silu(emb)), own.norm1.linear(F.silu(emb))
-            assert torch.equal(ours, theirs)
-            assert torch.allclose(block.ff(x), own.ff(x), atol=1e-4)
-            assert torch.equal(block.attn.to_v(x), own.attn1.to_v(x))
-        shift, scale = dit.proj_out_1(F.silu(emb)).chunk(2, dim=1)
-        plain = dit.proj_out_2(dit.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
-        plain = plain.unflatten(2, (2, 2, 32))[..., :16]
-        ours = model.proj_out(model.norm_out(x, emb)).unflatten(2, (2, 2, 16))
-        assert torch.allclose(ours, plain, atol=1e-4)
-
-
-def test_queries_are_as_long_as_the_dits(dit: Any) -> None:
-    model = build().eval()
-    with torch.no_grad():
-        copy_stream(model, dit)
-        match_norms(model, dit)
-    seen: list[torch.Tensor] = []
-    linear = dit.transformer_blocks[KEPT[-1]].attn1.to_q
-    hook = linear.register_forward_hook(lambda module, given, out: seen.append(out))
-    with torch.no_grad():
-        predict(dit, torch.randn(256, 16, 8, 8), torch.randint(1000, (256,)), torch.randint(12, (256,)))
-        hook.remove()
-        ours = model.transformer_blocks[-1].attn.norm_q(seen[0].unflatten(2, (7, -1)))
-    assert float(ours.pow(2).mean().sqrt()) == pytest.approx(float(seen[0].pow(2).mean().sqrt()), rel=0.1)
-
-
-def test_a_flows_time_is_the_step_that_is_as_noisy(dit: Any) -> None:
-    model = build().eval()
-    given, wanted = times_of(model, dit)
-    snr = Levels("cpu")("snr", torch.arange(1000)).flatten()
-    flow = torch.linspace(0.001, 0.999, 4096)
-    embed = dit.transformer_blocks[0].norm1.emb
-    for at in (1200, 2048, 3000):
-        assert torch.allclose(given[at], model.time_text_embed.time_proj(flow[at : at + 1] * 1000)[0], atol=1e-4)
-        step = int((snr.log() - 2 * ((1 - flow[at]) / flow[at]).log()).abs().argmin())
-        near = torch.stack([embed.timestep_embedder(embed.time_proj(torch.tensor([s])))[0] for s in (step, step + 1)])
-        assert (near - wanted[at]).abs().amax(1).min() < 1e-5
-
-
-def test_fit_finds_a_map_that_there_is() -> None:
+def test_the_first_half_sees_the_summaries_alone(made: Path) -> None:
+    """Only through a caption's summary does it matter, and the encoders learn from it."""
     torch.manual_seed(0)
-    given, true, module = torch.randn(2000, 8), torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
-    fit(module, given, true(given).detach())
-    assert (module.weight - true.weight).abs().max() < 1e-2
-
-
-def test_another_number_of_blocks_is_refused(subjects: list[Any], dit: Any) -> None:
-    model = build()
-    model.transformer_blocks = model.transformer_blocks[:2]
-    with pytest.raises(ValueError, match="2 blocks, not 4"):
-        start_from(model, dit, None, subjects)  # type: ignore[arg-type]
+    model, text = build(made / "emoji-small"), Text(made / "emoji-small", made / "emoji-small")
+    seen: list[tuple[torch.Tensor, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, given, named: seen.append((named["encoder_hidden_states"], named["pooled_projections"])),
+        with_kwargs=True,
+    )
+    captions = [f"thing {i}" for i in range(8)]
+    torch.nn.init.normal_(model.proj_out.weight)
+    for linear in (model.norm_out.linear, model.time_text_embed.text_embedder.linear_1):
+        torch.nn.init.normal_(linear.weight, std=0.1)
+    for alone in (True, False):
+        loss_of(model, text, torch.randn(8, 16, 8, 8), captions, alone).backward()
+    (one, _), (every, pooled) = seen
+    assert one.shape[1] == 1 and one.abs().max() == 0
+    assert every.shape[1] == sum(tokenizer.model_max_length for tokenizer in text.tokenizers[1:])
+    assert every.abs().max() > 0 and pooled.abs().max() > 0
+    assert text.encoders[0].text_projection.weight.grad.abs().max() > 0
 
 
 def test_the_card_loads_and_encodes_as_the_recipe_does(made: Path) -> None:
@@ -141,10 +83,10 @@ def test_the_card_loads_and_encodes_as_the_recipe_does(made: Path) -> None:
     assert torch.allclose(ours, theirs["text"], atol=1e-5) and torch.allclose(pooled, theirs["pooled"], atol=1e-5)
 
 
-def test_training_goes_on_and_does_not_start_warm_again(subjects: list[Any], made: Path) -> None:
+def test_training_goes_on_where_it_stopped(subjects: list[Any], made: Path) -> None:
     work, out = made / "runs" / "mmdit", made / "emoji-small"
     before = torch.load(work / "state.pt", weights_only=True)["step"]
     options = ("--minutes", 0.04, "--batch", 4, "--device", "cpu", "--pool", 64, "--threads", 1)
-    run("train_mmdit", subjects, *options, "--like", made / "nowhere", "--work", work, "--out", out)
+    run("train_mmdit", subjects, *options, "--work", work, "--out", out)
     assert torch.load(work / "state.pt", weights_only=True)["step"] > before > 0
     assert (work / "loss.png").exists() and list(work.glob("grid-*.png"))
