@@ -145,23 +145,19 @@ class SharedEmbedder(CombinedTimestepLabelEmbeddings):
 
 
 def share_embedders(network: nn.Module, config: Mapping[str, Any]) -> None:
-    """Give all blocks of diffusers' DiT the embedders of the first, as in the original, which has one of each.
+    """Give all blocks the embedders of the first, as in the original, unless the config says that they were not shared.
 
-    The names in its state stay diffusers' own: every block's, of one tensor. A config with `shared_embedders` false is
-    of a network that learned with one in each block, as diffusers' class has them.
+    The names in the state stay diffusers' own: every block's, of one tensor.
     """
-    if config.get("shared_embedders") is False:
-        return
     blocks: Any = network.transformer_blocks
     shared = SharedEmbedder(blocks[0].norm1.emb)
-    for block in blocks:
+    for block in blocks if config.get("shared_embedders") is not False else ():
         block.norm1.emb = shared
 
 
 def predict(network: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """One forward: [P, 2C or C, h, w]. Shared embedders embed once and not once a block."""
-    embedder = network.transformer_blocks[0].norm1.emb
-    if isinstance(embedder, SharedEmbedder):
+    """One forward: [P, 2C or C, h, w]. A shared embedder embeds once and not once a block."""
+    if isinstance(embedder := network.transformer_blocks[0].norm1.emb, SharedEmbedder):
         t = embedder(t, labels, hidden_dtype=x.dtype)
     out: torch.Tensor = network(x, timestep=t, class_labels=labels, return_dict=False)[0]
     return out
@@ -170,9 +166,7 @@ def predict(network: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
 def dit_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """The state with one tensor for all copies of an embedder's; files that hold the first block's alone will do.
 
-    Names are copies where `expected` has one object for them.
-
-    Raises ValueError naming the first copy that is not equal (never on the meta device, where there is nothing to see).
+    Names of one object in `expected` are copies. Raises ValueError naming the first that differs (none on "meta").
     """
     copies: dict[tuple[str, int], list[str]] = {}
     for key in sorted(expected, key=lambda key: (len(key), key)):

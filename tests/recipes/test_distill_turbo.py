@@ -32,7 +32,7 @@ def test_a_pair_ends_where_the_engine_does(made: Path) -> None:
     cards = read_cards(made)
     card, teacher = cards["emoji-mmdit"], family(made, "emoji-mmdit")
     with torch.inference_mode():
-        text = teacher.encode([Prompt("a cat"), Prompt("")], 24)
+        text = teacher.encode([Prompt("a cat"), Prompt("")], card.text.t5)
         noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
         pair = (text["text"], text["pooled"])
         ours = follow(teacher.network, walk(card.schedule, 3), noise, pair, 4.0)  # type: ignore[attr-defined]
