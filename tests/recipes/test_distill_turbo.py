@@ -36,7 +36,8 @@ def test_a_pair_ends_where_the_engine_does(made: Path) -> None:
         noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))
         pair = (text["text"], text["pooled"])
         ours = follow(teacher.network, walk(card.schedule, 3), noise, pair, 4.0)  # type: ignore[attr-defined]
-    question = ask("emoji-mmdit", Prompt("a cat"), steps=3, guidance=4.0, sampler="flow_euler", size=(64, 64), seed=3)
+    options = {"steps": 3, "guidance": 4.0, "sampler": "flow_euler", "size": (64, 64), "seed": 3}
+    question = ask("emoji-mmdit", Prompt("a cat"), text_length=card.text.t5, **options)
     pool = load_all(Pool({"emoji-mmdit": card}, "cpu", torch.float32))
     (theirs,) = serve(pool, question)
     pool.close()
