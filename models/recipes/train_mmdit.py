@@ -89,7 +89,8 @@ def start(model: SD3Transformer2DModel) -> None:
 def spread(linear: nn.Linear, given: Tensor) -> None:
     """Start a layer with every direction of `given`, [n, width], equally wide, however narrow it was.
 
-    Captions differ in colour far more than in subject; as they come, a thousand steps told no subject apart.
+    Captions differ in colour and place far more than in subject: as they come, what a fresh layer and the one after it
+    make of 1,169 names has a cosine of 0.79 between neighbours.
     """
     mean, (values, vectors) = given.mean(0), torch.linalg.eigh(given.T.cov())
     scaled = vectors / (values + 1e-3 * values.mean()).sqrt()

@@ -1,7 +1,8 @@
 """Start the text encoders: each learns to tell what a caption says, before a network reads what it writes.
 
 Knows nothing of pictures. Subject, colour, size and place are told from the encoder's summary by linear heads, which
-are thrown away. (SD3's encoders are frozen too, and were trained on tasks of their own: Esser et al. 2024.)
+are thrown away. (SD3's encoders were trained on tasks of their own too, and then frozen: Esser et al. 2024. These go on
+learning with the MMDiT.)
 """
 
 from __future__ import annotations
