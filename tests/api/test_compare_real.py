@@ -23,10 +23,14 @@ HAIRLINE = (0xE4, 0xE4, 0xE4)
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server with the real worker and the tiny models."""
+    """A client of a server with the real worker and the tiny models.
+
+    float32: in bfloat16, which a server takes where a processor has it, who shares a batch may show by a level more.
+    """
     folder = tmp_path_factory.mktemp("compare-real")
     write_models(folder / "models")
-    server = Server(Settings(models=folder / "models", cache=folder / "cache", devices="cpu", port=0, drain=5), WORKER)
+    places = {"models": folder / "models", "cache": folder / "cache"}
+    server = Server(Settings(devices="cpu", dtype="float32", port=0, drain=5, **places), WORKER)
     url = server.start()
     try:
         eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
