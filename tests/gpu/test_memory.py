@@ -20,7 +20,7 @@ SLACK = {"cpu": 8 << 20, "cuda:0": 1 << 20}
 
 
 def test_a_thousand_requests_leave_nothing(device: str, opened: Opened) -> None:
-    """The first tenth opens slots and warms allocators."""
+    """The first three tenths open slots, warm allocators and, where a CPU has AMX, compile oneDNN's kernels by shape."""
     pool = opened(device, torch.bfloat16, PAIR)
     count, sizes = REQUESTS[device], []
     bench = Bench(pool)
@@ -31,7 +31,7 @@ def test_a_thousand_requests_leave_nothing(device: str, opened: Opened) -> None:
         bench.reports.clear()
         # Less the encoded prompts, which TEXT_CACHE bounds.
         sizes.append(held(device) - bench.engine._runner.bytes["text"])
-    assert sizes[-1] - sizes[0] <= SLACK[device], sizes
+    assert sizes[-1] - sizes[2] <= SLACK[device], sizes
 
 
 def test_weights_that_left_the_device_come_back_as_they_were(device: str, opened: Opened) -> None:
