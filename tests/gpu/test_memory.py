@@ -20,7 +20,7 @@ SLACK = {"cpu": 8 << 20, "cuda:0": 1 << 20}
 
 
 def test_a_thousand_requests_leave_nothing(device: str, opened: Opened) -> None:
-    """The first three tenths open slots, warm allocators and, where a CPU has AMX, compile oneDNN's kernels by shape."""
+    """The first three tenths open slots, warm allocators and, on a CPU with AMX, compile kernels for each shape."""
     pool = opened(device, torch.bfloat16, PAIR)
     count, sizes = REQUESTS[device], []
     bench = Bench(pool)
