@@ -81,6 +81,7 @@ def service(folder: Path, command: tuple[str, ...]) -> Iterator[tuple[Server, st
     settings = Settings(
         models=folder / "models",
         devices="cpu",
+        dtype="float32",  # in bfloat16 a CPU with AMX keeps a compiled kernel of each new shape for many rounds
         preload=",".join(MODELS),
         port=0,
         drain=5,

@@ -37,7 +37,7 @@ SERVE = (sys.executable, "-c", "from app.cli import main; main()", "serve")
 SERVICE_LOG = "service.log"
 BROKEN = "broken-dit"
 MEMORY = "1050kB"
-"""DEVICE_MEMORY of the service: all models but a part or two, so that there are evictions."""
+"""DEVICE_MEMORY of the service: all models in float32 but a part or two, so that there are evictions."""
 WAIT = 3.0
 """MAX_WAIT of the service: short, so that a few long requests fill its queue."""
 
@@ -135,7 +135,7 @@ def _service(folder: Path) -> Iterator[tuple[str, int]]:
     url = f"http://127.0.0.1:{free_port()}"
     settings = {
         "port": url.rpartition(":")[2], "models": folder / "models", "devices": "cpu", "cache": folder / "cache",
-        "device_memory": MEMORY, "max_wait": WAIT, "drain": 2, "log_level": "warning",
+        "device_memory": MEMORY, "dtype": "float32", "max_wait": WAIT, "drain": 2, "log_level": "warning",
     }  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     unset = {name: value for name, value in os.environ.items() if not name.startswith("INSTEP_")}
