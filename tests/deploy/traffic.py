@@ -82,8 +82,8 @@ class Traffic:
         time.sleep(3)
         return str(http.post(self.url, json={"model": BROKEN, "class_label": 1}).status_code)
 
-    def rush(self, clients: int = 6, patience: float = 3.0) -> None:
-        """So many long requests at once that the queue is full until their clients leave."""
+    def rush(self, most: int = 100, patience: float = 0.5) -> None:
+        """Long requests, one after another until the queue is full; their clients leave."""
 
         def ask() -> None:
             with httpx.Client() as http:
@@ -91,9 +91,10 @@ class Traffic:
             with self._lock:
                 self.outcomes[f"rush {outcome}"] += 1
 
-        threads = [threading.Thread(target=ask) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
+        while len(threads) < most and not self.outcomes["rush 503"]:
+            threads.append(threading.Thread(target=ask))
+            threads[-1].start()
             time.sleep(0.05)
         for thread in threads:
             thread.join()
