@@ -15,23 +15,25 @@ from tests.gpu.memory import held
 
 PAIR = ("tiny-dit", "tiny-sd3")
 REQUESTS = {"cpu": 150, "cuda:0": 1000}
+BEFORE = {"cpu": 4, "cuda:0": 0}
+"""Tenths before those that count: a CPU with AMX compiles kernels for each shape that it meets."""
 SLACK = {"cpu": 8 << 20, "cuda:0": 1 << 20}
 """Bytes: what the last forward gathered, and what Python keeps of a process."""
 
 
 def test_a_thousand_requests_leave_nothing(device: str, opened: Opened) -> None:
-    """The first three tenths open slots, warm allocators and, on a CPU with AMX, compile kernels for each shape."""
+    """The first tenth opens slots and warms allocators."""
     pool = opened(device, torch.bfloat16, PAIR)
     count, sizes = REQUESTS[device], []
     bench = Bench(pool)
-    for part in range(10):
+    for part in range(BEFORE[device] + 10):
         numbers = range(part * count // 10, (part + 1) * count // 10)
         bench.run(ask(PAIR[number % 2], number, number % 3 == 0) for number in numbers)
         assert len(bench.results) == len(numbers) and not bench.failures
         bench.reports.clear()
         # Less the encoded prompts, which TEXT_CACHE bounds.
         sizes.append(held(device) - bench.engine._runner.bytes["text"])
-    assert sizes[-1] - sizes[2] <= SLACK[device], sizes
+    assert sizes[-1] - sizes[-10] <= SLACK[device], sizes
 
 
 def test_weights_that_left_the_device_come_back_as_they_were(device: str, opened: Opened) -> None:
