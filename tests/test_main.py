@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pickle
@@ -172,6 +173,21 @@ def test_a_port_in_use_is_one_line(settings: Settings) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
             main.listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
+    async def without_delay() -> int:
+        accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        listener = main.listen(host, 0)
+        async with await asyncio.start_server(lambda _, writer: accepted.put(writer), sock=listener):
+            _, client = await asyncio.open_connection(*listener.getsockname()[:2])
+            server = await accepted.get()
+            client.close()
+            server.close()
+            return server.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    assert asyncio.run(without_delay())
 
 
 def test_there_is_room_for_the_connections() -> None:
