@@ -3,7 +3,7 @@
     python -m tests.bench.serve [--rounds 12] [--model emoji-mmdit]
 
 Both engines are alive the whole time and take turns in the order A B B A. Ends in one JSON line. The bar: the served
-time less the encoding of its PNG is at most 5 % or 5 ms over the time in the process.
+time less the encoding of its PNG is at most 3 % or 5 ms over the time in the process.
 """
 
 from __future__ import annotations
