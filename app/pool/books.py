@@ -90,7 +90,7 @@ class Model:
 class Books:
     """The models, what is wanted, and what changed. `wake` is the lock, and is notified when there may be work.
 
-    blocked: the first need that is not met waits for what is leased or kept.
+    blocked: the first need that is not met waits for what is leased or kept. broken: what ended the loader, if it did.
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class Books:
         self.store = Store(budget, host, self.wake)
         self.changes: list[Change] = []
         self.closed = self.blocked = False
+        self.broken: BaseException | None = None
         self._device, self._clock = device, clock
         self._loads: list[str] = []
         self._dropped: set[str] = set()

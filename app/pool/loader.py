@@ -45,8 +45,12 @@ class Loader:
 
     def _work(self) -> None:
         use_threads(1)  # for copies of weights; the cores are for those who run
-        while job := self._next():
-            self._do(job)
+        try:
+            while job := self._next():
+                self._do(job)
+        except BaseException as error:
+            with self._books.wake:
+                self._books.broken = error
 
     def _next(self) -> Job | None:
         """The next job, waited for; None when the books are closed."""
@@ -58,7 +62,7 @@ class Loader:
         return None
 
     def _do(self, job: Job) -> None:
-        """Whatever a job raises is its model's failure, never the thread's end."""
+        """What a job raises is its model's failure, and the thread's end only where the device is lost."""
         try:
             match job:
                 case Drop(leaving):
@@ -67,6 +71,8 @@ class Loader:
                     self._build(model_id)
                 case Bring():
                     self._bring(job)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             if isinstance(job, Drop):  # what could not be emptied is no model's failure
                 _log.exception("dropping weights")

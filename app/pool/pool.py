@@ -125,8 +125,10 @@ class Pool:
             return self._books.model(model_id).error
 
     def poll(self) -> list[Change]:
-        """What has happened since the last call, in order."""
+        """What has happened since the last call, in order. Raises what ended the loader: a device that is lost."""
         with self._lock:
+            if self._books.broken:
+                raise self._books.broken
             changes, self._books.changes = self._books.changes, []
         return changes
 

@@ -211,6 +211,22 @@ def test_the_pool_survives_what_nobody_foresaw(pool: Pool, monkeypatch: pytest.M
     load(pool, "tiny-sd3-turbo")
 
 
+@pytest.mark.parametrize("lost", [True, False], ids=["device", "loader"])
+def test_who_polls_hears_that_the_loader_ended(pool: Pool, monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """A lost device, or what nobody foresaw while a failed load was cleared away: no load would ever end."""
+    error = torch.AcceleratorError("CUDA error: an illegal memory access") if lost else RuntimeError("no room")
+
+    def broken(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(component, "part_states", broken)
+    if not lost:
+        monkeypatch.setattr(pool._books.store, "drop", broken)
+    pool.want("tiny-dit")
+    with pytest.raises(type(error), match=str(error)):
+        until(lambda: pool.poll() and False)
+
+
 def test_a_vae_on_the_cpu_is_float32(cards: dict[str, Card]) -> None:
     pool = Pool(cards, "cpu", torch.bfloat16)
     (family,) = load(pool, "tiny-sd3")
