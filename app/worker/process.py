@@ -136,8 +136,10 @@ def main(descriptor: int, make: Make | None = None) -> int:
 
     make: puts pool and engine together, where it is not `build`.
     """
-    # NOTE: Ctrl-C reaches the whole terminal group; the front decides what to do about it. SIGTERM ends us at once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # NOTE: Ctrl-C reaches the whole terminal group, systemd's SIGTERM the whole control group: the front decides what to
+    # do about them, and drains. Its word, or its end, ends us.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(descriptor, False)
     sock = socket.socket(fileno=descriptor)
     start = wire.receive(sock)

@@ -110,15 +110,16 @@ def test_the_end_of_the_stream_ends_a_process_that_still_builds():
         assert running.wait(20) == 0
 
 
-def test_interrupt_is_ignored_and_termination_ends_it():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_to_the_whole_group_are_left_to_the_front(number):
     with child(SLEEPING) as (running, sock):
         assert isinstance(wire.receive(sock), wire.Hello)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         wire.send(sock, wire.Load("fake"))
         assert wire.receive(sock) == Announce("load fake", 1.0)
         assert running.poll() is None
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == -signal.SIGTERM
+        sock.close()
+        assert running.wait(20) == 0
 
 
 def test_a_device_that_is_not_there_is_refused():
