@@ -217,8 +217,10 @@ class Metrics:
         self._states[state.model] = state.state
 
     def _tick(self, tick: Tick) -> None:
-        self._phases[tick.phase].labels(tick.model).observe(tick.seconds)
         self._oom.labels(tick.model).inc(tick.out_of_memory)
+        if not tick.rows:
+            return
+        self._phases[tick.phase].labels(tick.model).observe(tick.seconds)
         self._hits.labels(tick.model).inc(tick.text_hits)
         self._misses.labels(tick.model).inc(tick.text_misses)
         if tick.phase == "denoise":

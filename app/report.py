@@ -32,7 +32,8 @@ class Timings:
 class Tick:
     """One unit of work done: a forward of `passes` (of which `padding` were padding) for `rows` rows.
 
-    width, height: pixels of its images. out_of_memory: forwards of it that were split because they did not fit.
+    width, height: pixels of its images. out_of_memory: forwards of it that were split because they did not fit; where
+    there are no rows, the first forward of this size did not, which tried it alone.
     text_hits, text_misses: texts that each text encoder had encoded before, or encoded now.
     """
 

@@ -57,6 +57,13 @@ def test_ticks_are_counted_by_phase() -> None:
     assert seen["instep_denoise_step_seconds_bucket", "0.25", "a"] == 2
 
 
+def test_a_first_forward_that_did_not_fit_counts_as_out_of_memory_alone() -> None:
+    metrics = Metrics()
+    metrics.observe(tick(rows=0, passes=0, padding=0, cap=0, seconds=0.0, out_of_memory=1))
+    seen = read(metrics)
+    assert seen["instep_oom_total", "a"] == 1 and not [name for name in seen if "_step_seconds" in name[0]]
+
+
 def test_gauges_rise_and_return_to_zero() -> None:
     metrics = Metrics()
     metrics.started("a", 5)

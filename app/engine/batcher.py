@@ -125,7 +125,7 @@ class Batcher:
         """Rows not begun that could not be done by their deadline any more; each is told once."""
         rows = []
         for queue in self._queues.values():
-            caps = self._caps(queue.key) if queue.arrivals else None
+            caps = self._caps(queue.key) if queue.arrivals and not queue.empty else None  # asking has it measured
             if caps:
                 queue.admit(caps.rate)
             rows += queue.doomed(now)

@@ -153,6 +153,7 @@ class Engine:
         try:
             caps = self._runner.measure(key)
         except InstepError as error:
+            self._settler.unmeasured(key, error)
             return error
         if caps:
             self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))

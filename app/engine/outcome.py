@@ -28,6 +28,7 @@ class Image:
 class Outcome:
     """Images that are done, rows that failed alone, padding passes, and how many forwards ran out of memory.
 
+    idle: the parts left the device between the choice of the work and its start, so that nothing was done.
     text_hits, text_misses: texts that each encoder had encoded before, or now.
     """
 
@@ -37,7 +38,10 @@ class Outcome:
     out_of_memory: int = 0
     text_hits: int = 0
     text_misses: int = 0
+    idle: bool = False
 
+
+ALONE = "this image alone does not fit in the device's memory"
 
 Compute = Callable[[list[Row], Outcome], None]
 """What one phase does for rows."""
@@ -69,7 +73,7 @@ def _attempt(phase: Compute, rows: list[Row], outcome: Outcome) -> InstepError |
     except torch.AcceleratorError:
         raise
     except torch.OutOfMemoryError:
-        return OutOfMemory("this image alone does not fit in the device's memory")
+        return OutOfMemory(ALONE)
     except InstepError as error:
         return type(error)(error.message, param=error.param, retry_after=error.retry_after)
     except (KeyboardInterrupt, SystemExit):

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from app.engine.encodings import Encodings
-from app.engine.outcome import Image, Outcome, isolate
+from app.engine.outcome import ALONE, Image, Outcome, isolate
 from app.engine.profile import Profiles, caps_of
 from app.engine.row import Caps, Key, Row, Work
 from app.engine.slots import PASSES, Slots, Space, guidance_of
 from app.engine.step import denoise_step, gather
-from app.errors import EngineError, InstepError, NonFiniteOutput
+from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
 from app.families.base import Conditions, Family
 from app.pool.pool import Pool
 from app.samplers.table import compile_table
@@ -77,7 +77,7 @@ class Runner:
         """Find the caps of a key from its stored profile, or measure one more width of it, also of one that has caps.
 
         None while there is more to measure, or the model or its network is not there. Raises EngineError: the first
-        forward of this checkpoint fails.
+        forward of this checkpoint fails, OutOfMemory: for want of room.
         """
         family = self._pool.family(key.model)
         if family is None:
@@ -93,6 +93,8 @@ class Runner:
             self._caps[key] = caps_of(seconds, family.card, latent, bytes_, self._deterministic)
         except torch.AcceleratorError:
             raise
+        except torch.OutOfMemoryError:
+            raise OutOfMemory(ALONE) from None
         except Exception as error:
             raise EngineError(f"{type(error).__name__} in the first forward of {key.model}") from None
         return self._caps[key]
@@ -147,7 +149,8 @@ class Runner:
     def _encode(self, rows: list[Row], outcome: Outcome) -> None:
         lease = self._pool.lease(rows[0].key.model, "encode")
         if lease is None:
-            return  # the encoders left between the choice and now: the rows wait on
+            outcome.idle = True  # the rows wait on
+            return
         family = lease.model
         try:
             batch = family.card.bucket.encode if self._deterministic else None
@@ -198,7 +201,8 @@ class Runner:
     def _decode(self, rows: list[Row], outcome: Outcome) -> None:
         lease = self._pool.lease(rows[0].key.model, "decode")
         if lease is None:
-            return  # as in _encode
+            outcome.idle = True
+            return
         family, slots = lease.model, self._space[rows[0].key]
         try:
             index = np.array([row.slot for row in rows], np.int64)

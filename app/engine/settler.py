@@ -10,9 +10,9 @@ from collections.abc import Callable
 from app.engine.batcher import Batcher
 from app.engine.outcome import Image, Outcome
 from app.engine.promises import Promises
-from app.engine.row import Row, Work
+from app.engine.row import Key, Row, Work
 from app.engine.runner import Runner
-from app.errors import InstepError
+from app.errors import InstepError, OutOfMemory
 from app.report import Failure, Preview, Progress, Report, Result, Tick
 
 
@@ -54,11 +54,18 @@ class Settler:
             self._settle_denoise(alive, start, now)
         for image in outcome.images:
             self._settle_image(image, start)
-        self._emit(self._tick(work, passes, outcome, now - start))
+        if not outcome.idle:
+            self._emit(self._tick(work, passes, outcome, now - start))
+
+    def unmeasured(self, key: Key, error: InstepError) -> None:
+        """The first forward of a key failed, before there was a row in it; that it did not fit is counted."""
+        if isinstance(error, OutOfMemory):
+            around = self._batcher.running, self._batcher.waiting, key.width, key.height
+            self._emit(Tick(key.model, "denoise", 0, 0, 0, 0, 0.0, *around, out_of_memory=1))
 
     def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
         for row in rows:
-            if row.slot >= 0:  # else its encoders left the device before they were leased: it waits on
+            if row.slot >= 0:
                 row.encode_start, row.denoise_start = start, now
                 self._batcher.start(row)
                 self._runner.hold(row)

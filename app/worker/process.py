@@ -136,7 +136,7 @@ def main(descriptor: int, make: Make | None = None) -> int:
 
     make: puts pool and engine together, where it is not `build`.
     """
-    # NOTE: Ctrl-C reaches the whole terminal group, systemd's SIGTERM the whole control group: the front decides what to
+    # NOTE: Ctrl-C reaches the whole terminal group, systemd's SIGTERM the control group: the front decides what to
     # do about them, and drains. Its word, or its end, ends us.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

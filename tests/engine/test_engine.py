@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from app.errors import (
     ShuttingDown,
 )
 from app.families.base import Conditions
-from app.report import Announce, ModelState, Preview, Progress, Tick
+from app.report import Announce, ModelState, Phase, Preview, Progress, Tick
 from app.request import ImageSpec, Prompt
 from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, card, request
 from tests.engine.harness import Bench
@@ -345,6 +346,24 @@ def test_a_failed_measurement_of_one_size_leaves_the_others(pool: FakePool) -> N
 
     bench = Bench(pool, profiles=Picky()).run([request("small"), request("large", width=64)])
     assert list(bench.failures) == ["large"] and ("small", 0) in bench.results
+    assert isinstance(bench.failures["large"].error, OutOfMemory)
+    assert [(tick.rows, tick.width) for tick in bench.forwards if tick.out_of_memory] == [(0, 64)]
+
+
+def test_a_phase_whose_parts_left_in_that_moment_is_no_work(pool: FakePool, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = {"encode": 3, "decode": 3}
+    real = pool.lease
+
+    def lease(model: str, phase: Phase) -> Any:
+        if refused.get(phase):
+            refused[phase] -= 1
+            return None
+        return real(model, phase)
+
+    monkeypatch.setattr(pool, "lease", lease)
+    bench = Bench(pool).run([request("late")])
+    assert ("late", 0) in bench.results and refused == {"encode": 0, "decode": 0}
+    assert [tick.phase for tick in bench.of(Tick) if tick.phase != "denoise"] == ["encode", "decode"]
 
 
 def test_slots_of_sizes_that_nobody_uses_are_given_back(pool: FakePool) -> None:
