@@ -5,6 +5,9 @@ Knows nothing of requests, queues or processes.
 
 from __future__ import annotations
 
+import math
+from bisect import bisect, insort
+
 from app.card import parse_size
 from app.report import ModelState, Phase, Tick
 
@@ -26,16 +29,19 @@ class Costs:
 
     An encode and a decode count as one pass each until they have been seen. The engine tells the rate of an idle
     device; what a shared or a hot one takes is learned from the full forwards, which is what a queue is made of.
+    Sizes of the same area have the same number of tokens, and one rate.
     """
 
     def __init__(self) -> None:
-        self._rates: dict[str, dict[str, float]] = {}
+        self._rates: dict[str, dict[int, float]] = {}
+        self._areas: dict[str, list[int]] = {}  # of the rates, in order
         self._seen: dict[tuple[str, Phase, int, int], float] = {}
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
         if isinstance(report, ModelState):
-            self._rates.setdefault(report.model, {}).update(report.rates)
+            for size, rate in report.rates.items():
+                self._measured(report.model, math.prod(parse_size(size)), rate)
         elif report.phase == "denoise":
             self._hear_forward(report)
         elif report.rows and report.width:
@@ -43,11 +49,17 @@ class Costs:
             known = self._seen.get(place, self.rate(report.model, report.width, report.height))
             self._seen[place] = _nearer(known, report.seconds / report.rows)
 
+    def _measured(self, model: str, area: int, rate: float) -> None:
+        rates = self._rates.setdefault(model, {})
+        if area not in rates:
+            insort(self._areas.setdefault(model, []), area)
+        rates[area] = rate
+
     def _hear_forward(self, tick: Tick) -> None:
-        size, passes = f"{tick.width}x{tick.height}", tick.passes - tick.padding
+        area, passes = tick.width * tick.height, tick.passes - tick.padding
         rates = self._rates.get(tick.model, {})
-        if size in rates and 0 < tick.cap * FULL <= passes:
-            rates[size] = _nearer(rates[size], tick.seconds / passes)
+        if area in rates and 0 < tick.cap * FULL <= passes:
+            rates[area] = _nearer(rates[area], tick.seconds / passes)
 
     def measured(self, model: str) -> bool:
         """Whether the estimates for this model are more than a guess."""
@@ -64,13 +76,10 @@ class Costs:
         rates = self._rates.get(model)
         if not rates:
             return DEFAULT_RATE
-        exact = rates.get(f"{width}x{height}")
-        if exact is not None:
-            return exact
-        pixels = width * height
-        areas = {w * h: seconds for (w, h), seconds in ((parse_size(size), s) for size, s in rates.items())}
-        nearest = min(areas, key=lambda area: abs(area - pixels))
-        return areas[nearest] * pixels / nearest
+        area, areas = width * height, self._areas[model]
+        above = bisect(areas, area)
+        nearest = min(areas[max(0, above - 1) : above + 1], key=lambda known: abs(known - area))
+        return rates[nearest] * area / nearest
 
 
 def _nearer(known: float, taken: float) -> float:

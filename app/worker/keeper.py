@@ -36,7 +36,7 @@ def best(model: str, states: Iterable[ModelState | None]) -> ModelState:
 
 
 def merge(old: ModelState | None, new: ModelState) -> ModelState:
-    """What is known of a model in one process after `new`: rates stay, as nothing is measured twice there."""
+    """What is known of a model in one process after `new`: the rate of a size stays until it is measured again."""
     if old is None:
         return new
     new = replace(new, rates={**old.rates, **new.rates})

@@ -65,3 +65,13 @@ def test_one_slow_decode_moves_little_and_many_move_it_all_the_way():
     for _ in range(200):
         costs.hear(tick("decode", 1000.0))
     assert costs.image("fake", 32, 32, 0) == pytest.approx(1001.0, rel=1e-3)
+
+
+def test_the_nearest_of_many_sizes_is_found():
+    """Beside a plain search over all of them: every size that was ever asked for has a rate."""
+    areas = [(16 * n, 16 * (n % 7 + 1)) for n in range(1, 60)]
+    costs = measured(**{f"{w}x{h}": 1e-3 * w + h for w, h in areas})
+    known = {w * h: 1e-3 * w + h for w, h in areas}
+    for width in range(8, 1200, 56):
+        nearest = min(sorted(known), key=lambda area: abs(area - 40 * width))
+        assert costs.rate("fake", width, 40) == pytest.approx(known[nearest] * 40 * width / nearest)
