@@ -28,6 +28,8 @@ from app.errors import InvalidValue
 
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
+LONGEST: dict[Format, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
+"""Pixels of a side at which a format, or what writes it, ends."""
 DEFAULT_QUALITY = 90
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -79,6 +81,12 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
         Image.fromarray(pixels).save(out, format, quality=quality, exif=exif, **options)
         out.seek(0)
         return out.read()
+
+
+def sheet_size(count: int, columns: int, width: int, height: int) -> tuple[int, int]:
+    """Pixels across and down of the sheet that `grid` makes of so many pictures of this size."""
+    columns = min(columns, count)
+    return columns * width, -(-count // columns) * height
 
 
 def grid(pixels: Sequence[np.ndarray], columns: int) -> np.ndarray:

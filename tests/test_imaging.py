@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidValue
-from app.imaging import FORMATS, GENERATED, a1111, encode_image, grid
+from app.imaging import FORMATS, GENERATED, LONGEST, Format, a1111, encode_image, grid, sheet_size
 from tests.pictures import MORE, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
 
 FACTS = {
@@ -180,6 +180,20 @@ def test_grid_places_row_by_row_and_leaves_black() -> None:
 
 def test_grid_is_never_wider_than_its_pictures() -> None:
     assert grid([np.zeros((2, 3, 3), np.uint8)] * 2, 9).shape == (2, 6, 3)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 4), (2, 9), (3, 2), (4, 1), (5, 3)])
+def test_a_sheets_size_is_known_before_it_is_made(count: int, columns: int) -> None:
+    height, width, _ = grid([np.zeros((2, 3, 3), np.uint8)] * count, columns).shape
+    assert sheet_size(count, columns, 3, 2) == (width, height)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_a_side_ends_where_the_format_does(format: Format) -> None:
+    longest = LONGEST[format]
+    assert decoded(encode_image(np.zeros((1, longest, 3), np.uint8), format, None, {})).shape == (1, longest, 3)
+    with pytest.raises((OSError, ValueError)):
+        encode_image(np.zeros((1, longest + 1, 3), np.uint8), format, None, {})
 
 
 @pytest.mark.parametrize("format", ["jpeg", "webp"])

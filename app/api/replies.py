@@ -17,7 +17,8 @@ from app.api.schemas import ImageBody
 from app.api.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
 from app.api.splice import mark, spliced
 from app.card import Card
-from app.imaging import Format, encode_image, grid
+from app.errors import InvalidValue
+from app.imaging import LONGEST, Format, encode_image, grid, sheet_size
 from app.report import Preview, Result
 from app.request import ClassLabel, Prompt, Request
 from app.worker.jobs import Estimate
@@ -28,7 +29,10 @@ TOKEN = 16
 
 @dataclass(frozen=True)
 class Ask:
-    """A valid body with all that the server made of it. estimate: once it was accepted."""
+    """A valid body with all that the server made of it. estimate: once it was accepted.
+
+    Raises InvalidValue: a sheet longer than its format can be.
+    """
 
     body: ImageBody
     card: Card
@@ -36,6 +40,14 @@ class Ask:
     format: Format
     raw: bool
     estimate: Estimate | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns:
+            width, height = sheet_size(len(self.request.images), self.columns, self.request.width, self.request.height)
+            limit = LONGEST[self.format]
+            if max(width, height) > limit:
+                told = f"grid: the sheet has {width} x {height} pixels; a side of {self.format} has at most {limit}"
+                raise InvalidValue(told, param="grid")
 
     @property
     def columns(self) -> int | None:

@@ -14,6 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
+from app.imaging import LONGEST
 from app.request import ClassLabel, Prompt
 from tests.api.conftest import Server, eventually, generate
 from tests.fake_worker import colour
@@ -114,6 +115,18 @@ def test_several_images_as_raw_bytes_need_a_grid(http: httpx.Client) -> None:
     assert sheet.size == (64, 64)
     expected = [colour(Prompt("a"), seed) for seed in (1, 2, 3)] + [(0, 0, 0)]
     assert [corner(sheet, x, y) for y in (0, 32) for x in (0, 32)] == expected
+
+
+def test_a_sheet_longer_than_its_format_is_refused_before_it_is_drawn(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LONGEST, "webp", 64)
+    body = {"prompt": "a", "n": 3, "seed": 1, "output_format": "webp"}
+    refused = generate(http, {**body, "grid": {"columns": 3}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "grid")
+    assert "96 x 32 pixels; a side of webp has at most 64" in refused.json()["error"]["message"]
+    assert generate(http, {**body, "grid": {"columns": 2}}).status_code == 200
+    assert generate(http, body).status_code == 200
 
 
 def test_a_sheet_in_json(http: httpx.Client) -> None:
