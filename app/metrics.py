@@ -37,7 +37,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Workers(Protocol):
-    """What `render` asks of the supervisor. queues: device seconds that wait, by worker."""
+    """What `render` asks of the supervisor. queues: device seconds that wait, by worker; batched: images by model."""
 
     @property
     def states(self) -> Mapping[str, ModelState]: ...
@@ -54,6 +54,9 @@ class Workers(Protocol):
     @property
     def queues(self) -> Sequence[float]: ...
 
+    @property
+    def batched(self) -> Mapping[str, int]: ...
+
 
 class Metrics:
     """One registry, one set of instruments. All methods but `text` belong to the front's event loop.
@@ -66,8 +69,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._gpus = gpus or Gpus()
         self._in_flight: Tally[str] = Tally()
-        self._rows: Tally[str] = Tally()
-        self._states: dict[str, str] = {}
+        self._states: dict[tuple[str, str], str] = {}
         self._restarts = 0
         self._make_requests()
         self._make_batches()
@@ -120,20 +122,18 @@ class Metrics:
             self._plain("build_info", "Always 1", "version").labels(metadata.version("instep")).set(1)
         ProcessCollector(registry=self.registry)
 
-    def observe(self, report: Report) -> None:
-        """Any report of any worker; the kinds that are not counted here pass by."""
+    def observe(self, report: Report, worker: str = "") -> None:
+        """Any report of any worker, which is told apart by its name; the kinds that are not counted here pass by."""
         match report:
             case Tick():
                 self._tick(report)
             case ModelState():
-                self._state(report)
+                self._state(report, worker)
             case Evicted(model, to=to):
                 self._evicted.labels(model, to).inc()
             case Memory(device, kinds):
                 for kind, size in kinds.items():
                     self._memory.labels(device, kind).set(size)
-            case _:
-                pass
 
     def started(self, model: str, images: int) -> None:
         """A request was accepted. Every `started` is followed by one `ended`."""
@@ -173,10 +173,11 @@ class Metrics:
 
     def refresh(self, workers: Workers) -> None:
         """Set the gauges to what is true now."""
+        batched = workers.batched
         for model, state in workers.states.items():
             self._stand(model)
             in_flight = self._in_flight[model]
-            running = min(in_flight, self._rows[model])
+            running = min(in_flight, batched.get(model, 0))
             self._running.labels(model).set(running)
             self._waiting.labels(model).set(in_flight - running)
             self._loaded.labels(model).set(state.state == "ready")
@@ -208,13 +209,13 @@ class Metrics:
             for name, value in figures.items():
                 self._gpu[name].labels(device).set(value)
 
-    def _state(self, state: ModelState) -> None:
+    def _state(self, state: ModelState, worker: str) -> None:
         """NOTE: "ready" is told again whenever a rate was measured; a load is a change of state."""
         if state.state == "ready" and state.seconds:
             self._load.labels(state.model).set(state.seconds)
-        if state.state in ("ready", "failed") and self._states.get(state.model) != state.state:
+        before, self._states[worker, state.model] = self._states.get((worker, state.model)), state.state
+        if state.state in ("ready", "failed") and before != state.state:
             self._loads.labels(state.model, state.state).inc()
-        self._states[state.model] = state.state
 
     def _tick(self, tick: Tick) -> None:
         self._oom.labels(tick.model).inc(tick.out_of_memory)
@@ -225,7 +226,6 @@ class Metrics:
         self._misses.labels(tick.model).inc(tick.text_misses)
         if tick.phase == "denoise":
             passes = tick.passes - tick.padding
-            self._rows[tick.model] = tick.rows
             self._padding.labels(tick.model).inc(tick.padding)
             self._batch_rows.labels(tick.model).observe(tick.rows)
             self._batch_passes.labels(tick.model).observe(passes)

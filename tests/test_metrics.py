@@ -21,6 +21,7 @@ class Workers:
     ready: bool = True
     live: int = 1
     queues: list[float] = field(default_factory=lambda: [0.0])
+    batched: dict[str, int] = field(default_factory=dict)
 
 
 def read(metrics: Metrics, workers: Workers | None = None) -> dict[tuple[str, ...], float]:
@@ -65,13 +66,13 @@ def test_a_first_forward_that_did_not_fit_counts_as_out_of_memory_alone() -> Non
 
 
 def test_gauges_rise_and_return_to_zero() -> None:
-    metrics = Metrics()
+    metrics, workers = Metrics(), Workers()
     metrics.started("a", 5)
     assert [read(metrics)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 5]
-    metrics.observe(tick(rows=3))
-    assert [read(metrics)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [3, 2]
+    workers.batched = {"a": 3}
+    assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [3, 2]
     metrics.ended("a", 5)
-    assert [read(metrics)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 0]
+    assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 0]
 
 
 def test_outcomes() -> None:
@@ -155,6 +156,13 @@ def test_loads_are_changes_of_state() -> None:
     assert read(metrics)["instep_model_loads_total", "a", "failed"] == 1
 
 
+def test_a_load_counts_on_each_worker() -> None:
+    metrics = Metrics()
+    for worker, state in (("cpu", "ready"), ("cpu#1", "loading"), ("cpu#1", "failed"), ("cpu", "ready")):
+        metrics.observe(ModelState("a", state), worker)  # type: ignore[arg-type]
+    assert [read(metrics)["instep_model_loads_total", "a", result] for result in ("ready", "failed")] == [1, 1]
+
+
 def test_evictions_and_memory() -> None:
     metrics = Metrics()
     assert read(metrics)["instep_model_evictions_total", "a", "away"] == 0
@@ -174,9 +182,8 @@ def test_evictions_and_memory() -> None:
 def test_an_evicted_model_is_not_loaded() -> None:
     metrics, workers = Metrics(), Workers()
     metrics.started("a", 1)
-    metrics.observe(tick(rows=1))
     metrics.ended("a", 1)
-    workers.states = {"a": ModelState("a", "absent")}
+    workers.states, workers.batched = {"a": ModelState("a", "absent")}, {"a": 1}
     seen = read(metrics, workers)
     assert [seen[name, "a"] for name in ("instep_model_loaded", "instep_num_requests_running")] == [0, 0]
 

@@ -65,6 +65,9 @@ class Backlog:
     def images(self) -> int:
         return self._images.total()
 
+    def images_of(self, model: str) -> int:
+        return sum(images for kind, images in self._images.items() if kind.model == model)
+
     @property
     def seconds(self) -> float:
         """Device seconds of everything."""

@@ -70,6 +70,7 @@ class Keeper:
         self._hear = hear
         self._bury = bury
         self._tick: Tick | None = None
+        self._rows: dict[str, int] = {}
         self._refusal: InstepError | None = None
         self._end = "ended"
         self._link: Link | None = None
@@ -106,6 +107,11 @@ class Keeper:
         """Images in a batch or encoded for the next, as of the last Tick."""
         return min(self.images, self._tick.running if self._tick else 0)
 
+    @property
+    def batched(self) -> dict[str, int]:
+        """Images in the last denoising forward of each model that has work here, less those answered since."""
+        return {model: min(rows, self.backlog.images_of(model)) for model, rows in self._rows.items()}
+
     def state(self, model: str) -> State:
         """How the model stands here."""
         known = self.states.get(model)
@@ -133,11 +139,13 @@ class Keeper:
         job.results[result.index] = result
 
     def drop(self, job: Job) -> None:
-        """This request is over. The last Tick told of rows that are no more once nothing is left."""
+        """This request is over. What the last Ticks told of rows is true no more once nothing is left."""
         if self.jobs.pop(job.request.id, None) and job.images_left:
             self.backlog.drop(job.kind, job.images_left)
         if not self.jobs:
             self._tick = None
+        if not self.backlog.images_of(job.request.model):
+            self._rows.pop(job.request.model, None)
 
     def forget(self) -> list[str]:
         """Drop what the dead process had; the models it knew."""
@@ -212,6 +220,8 @@ class Keeper:
                 self._hear(self, message)
             case Tick():
                 self._tick = message
+                if message.phase == "denoise" and message.rows:
+                    self._rows[message.model] = message.rows
                 self._costs.hear(message)
                 self._hear(self, message)
             case _:

@@ -32,9 +32,8 @@ log = logging.getLogger("instep.worker")
 class Supervisor:
     """The front's one door to the engines.
 
-    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker; a ModelState
-    is told as it then stands over all workers, also when one died. Raises SettingsError on DEVICES or PRELOAD that
-    make no sense.
+    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker, with its name;
+    what a dead one had is told as absent. Raises SettingsError on DEVICES or PRELOAD that make no sense.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class Supervisor:
         settings: Settings,
         cards: dict[str, Card],
         *,
-        observe: Callable[[Report], None] = lambda report: None,
+        observe: Callable[[Report, str], None] = lambda report, worker: None,
         command: Sequence[str] = WORKER,
     ) -> None:
         self._settings = settings
@@ -102,6 +101,11 @@ class Supervisor:
     def running(self) -> int:
         """Images in a batch now, as the workers last told; with `waiting`, every image not yet answered."""
         return sum(keeper.running for keeper in self._keepers)
+
+    @property
+    def batched(self) -> dict[str, int]:
+        """Images in the workers' last denoising forwards, by model."""
+        return dict(sum((Counter(keeper.batched) for keeper in self._keepers), Counter[str]()))
 
     @property
     def waiting(self) -> int:
@@ -187,18 +191,15 @@ class Supervisor:
                 if job and not job.future.done():
                     self._deliver(keeper, job, report)
             case Failure():
-                job = keeper.jobs.get(report.request_id)
-                if job:
+                if job := keeper.jobs.get(report.request_id):
                     self._fail(job, report.error)
             case Memory(bytes=held):
                 report = keeper.memory = Memory(keeper.device, held)
-            case ModelState(model):
-                report = best(model, (other.states.get(model) for other in self._keepers))
-        self._tell(report)
+        self._tell(keeper, report)
 
-    def _tell(self, report: Report) -> None:
+    def _tell(self, keeper: Keeper, report: Report) -> None:
         try:
-            self._observe(report)
+            self._observe(report, keeper.device)
         except Exception:
             log.exception("the observer failed on %s", type(report).__name__)
 
@@ -242,8 +243,8 @@ class Supervisor:
             else:
                 message = "The engine process died while it worked on this request. Try again."
                 self._fail(job, NoWorker(message, retry_after=retry_after))
-        self._tell(Memory(keeper.device, dict.fromkeys(keeper.memory.bytes, 0)))
+        self._tell(keeper, Memory(keeper.device, dict.fromkeys(keeper.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", keeper.device, len(lost), reason)
         for model in keeper.forget():
-            self._tell(self.states[model])
+            self._tell(keeper, ModelState(model, "absent"))

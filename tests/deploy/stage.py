@@ -182,6 +182,7 @@ class _NoWorkers:
     restarts = live = 0
     ready = False
     queues: tuple[float, ...] = ()
+    batched: dict[str, int] = {}  # noqa: RUF012
 
 
 @contextmanager

@@ -59,21 +59,21 @@ def request(text: str = "a cat", *, seeds: Sequence[int] = (1,), steps: int = 4,
 
 @dataclass
 class Serving:
-    """A started supervisor and everything that its observer was told."""
+    """A started supervisor and everything that its observer was told, with the worker's name."""
 
     supervisor: Supervisor
-    reports: list[Report] = field(default_factory=list)
+    reports: list[tuple[Report, str]] = field(default_factory=list)
 
     def told(self, kind: type) -> list[Report]:
-        return [report for report in self.reports if isinstance(report, kind)]
+        return [report for report, _ in self.reports if isinstance(report, kind)]
 
 
 @asynccontextmanager
 async def serving(*, command: Sequence[str] = FAKE, **settings: object) -> AsyncIterator[Serving]:
     """Start, yield, stop; whatever happened, nothing may be left on the books, and no process may live on."""
-    told: list[Report] = []
+    told: list[tuple[Report, str]] = []
     facts = {"devices": "cpu", "preload": "fake"} | settings
-    supervisor = Supervisor(Settings(**facts), CARDS, observe=told.append, command=command)
+    supervisor = Supervisor(Settings(**facts), CARDS, observe=lambda *report: told.append(report), command=command)
     await supervisor.start()
     try:
         yield Serving(supervisor, told)

@@ -80,6 +80,34 @@ def test_a_worker_where_the_model_failed_draws_no_requests():
     run(scenario)
 
 
+def test_each_workers_loads_are_told_as_its_own():
+    async def scenario():
+        async with serving(devices="cpu,cpu", preload="") as here:
+            with pytest.raises(CheckpointError):
+                await here.supervisor.submit(request("!load"))
+            await here.supervisor.submit(request())
+            states = [(report.state, worker) for report, worker in here.reports if isinstance(report, ModelState)]
+            assert states == [("failed", "cpu"), ("loading", "cpu#1"), ("ready", "cpu#1")]
+
+    run(scenario)
+
+
+def test_each_workers_batch_counts_until_its_images_are_answered():
+    async def scenario():
+        async with serving(devices="cpu,cpu") as here:
+            supervisor = here.supervisor
+            await until(lambda: all(keeper.proved("fake") for keeper in supervisor._keepers))
+            first = supervisor.submit(request("!slow 60", seeds=(1, 2, 3), steps=100))
+            other = supervisor.submit(request("!slow 60", steps=100))
+            await until(lambda: supervisor.batched == {"fake": 4})
+            first.cancel()
+            await until(lambda: supervisor.batched == {"fake": 1})
+            other.cancel()
+            await until(lambda: supervisor.batched == {})
+
+    run(scenario)
+
+
 def test_where_every_worker_failed_one_is_tried_again():
     async def scenario():
         async with serving(preload="") as here:
@@ -220,7 +248,7 @@ def test_settings_that_make_no_sense():
 
 def test_a_dead_worker_holds_no_memory():
     told: list[Report] = []
-    supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, observe=told.append)
+    supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, observe=lambda report, _: told.append(report))
     for keeper in supervisor._keepers:
         supervisor._hear(keeper, Memory("cpu", {"weights": 5, "budget": 9}))
     supervisor._bury(supervisor._keepers[1], "died")
