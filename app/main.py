@@ -41,6 +41,9 @@ LAST_ANSWERS = 5
 OTHER_FILES = 256
 """Open files besides the connections within the caps."""
 
+MOST_FILES = 1 << 20
+"""Open files that are enough where connections have no cap, and the system has none either."""
+
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
 
@@ -123,12 +126,17 @@ def forget_secrets() -> None:
 
 
 def make_room(connections: int) -> None:
-    """Let this process hold so many connections, where the system lets it: it starts out with 1024 open files."""
+    """Let this process hold so many connections, 0 for all it can: it starts out with 1024 open files, as a rule.
+
+    Logs a warning where the system lets it hold fewer.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + OTHER_FILES
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    wanted = connections + OTHER_FILES if connections else min(most, MOST_FILES)
     if resource.RLIM_INFINITY != soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, most), hard))
+    if wanted > most:
+        logs.logger("instep").warning("fewer connections", wanted=connections, open_files=most)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -190,17 +190,38 @@ def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
     assert asyncio.run(without_delay())
 
 
-def test_there_is_room_for_the_connections() -> None:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
-        for connections, files in ((100, 500), (300, 300 + main.OTHER_FILES), (0, 300 + main.OTHER_FILES)):
-            main.make_room(connections)
-            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (files, before[1])
-        main.make_room(2**40)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+@pytest.mark.parametrize(
+    ("connections", "files", "told"),
+    [
+        (100, 500, False),
+        (300, 300 + main.OTHER_FILES, False),
+        (0, 2000, False),
+        (1744, 2000, False),
+        (1745, 2000, True),
+    ],
+)
+def test_there_is_room_for_the_connections(connections: int, files: int, told: bool) -> None:
+    """0 is for as many as there can be. What is set is asked of the system, in a process that has its own limits."""
+    code = f"""
+import resource, sys
+from app import logs, main
+resource.setrlimit(resource.RLIMIT_NOFILE, (500, 2000))
+logs.setup("warning")
+main.make_room({connections})
+print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == [str(files), "2000"]
+    assert ('"event": "fewer connections"' in done.stderr) == told
+
+
+def test_a_limit_that_is_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    endless, given = resource.RLIM_INFINITY, list[tuple[int, int]]()
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
+    for soft in (500, endless):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, endless))
+        main.make_room(0)
+    assert given == [(main.MOST_FILES, endless)]
 
 
 def test_keys_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ Knows nothing of torch: GPUs are counted by their device files, because the fron
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from app.labels import cached_index
 from app.settings import Settings
 
 _DEVICE = re.compile(r"^(cpu|cuda(:\d+)?)$")
+_CGROUP = Path("/sys/fs/cgroup/cpu.max")
 
 
 def devices(text: str, dev: Path = Path("/dev")) -> list[str]:
@@ -89,10 +91,22 @@ def _here(card: Card) -> bool:
     return index is not None and bool(card.files or card.components or any(index.parent.glob("*/*.safetensors")))
 
 
-def threads(settings: Settings) -> int:
+def threads(settings: Settings, cgroup: Path = _CGROUP) -> int:
     """CPU threads for one engine process: as set, or the cores that we may use shared by the processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return settings.threads or max(1, cores // len(devices(settings.devices)))
+    return settings.threads or max(1, cores(cgroup) // len(devices(settings.devices)))
+
+
+def cores(cgroup: Path = _CGROUP) -> int:
+    """Cores that we may use: those we are bound to, or as many as the container's quota of time is worth, rounded up.
+
+    NOTE: more threads than that wait for each other while the quota holds them back.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cgroup.read_text(encoding="ascii").split()
+        return min(bound, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return bound
 
 
 def _torch_version() -> str:

@@ -81,11 +81,25 @@ def test_preload_of_all_leaves_out_what_is_not_downloaded(tmp_path, monkeypatch)
 
 
 def test_threads_share_the_cores():
-    cores = len(os.sched_getaffinity(0))
+    cores = plan.cores()
     assert plan.threads(Settings(devices="cpu")) == cores
     assert plan.threads(Settings(devices="cpu,cpu")) == max(1, cores // 2)
     assert plan.threads(Settings(devices=",".join(["cpu"] * 1000))) == 1
     assert plan.threads(Settings(devices="cpu,cpu", threads=3)) == 3
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("150000 100000", 2), ("400000 100000", 4)])
+def test_a_container_computes_with_what_its_quota_is_worth(tmp_path, monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert plan.cores(tmp_path / "cpu.max") == cores
+    assert plan.threads(Settings(devices="cpu"), tmp_path / "cpu.max") == cores
+
+
+def test_without_a_quota_every_core_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert plan.cores(tmp_path / "cpu.max") == plan.cores(tmp_path / "nothing") == 8
 
 
 def test_the_front_imports_no_torch():
