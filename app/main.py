@@ -15,6 +15,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from importlib import metadata
+from types import FrameType
 from typing import Any, cast
 
 import uvicorn
@@ -149,10 +150,14 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        reason = error.strerror or str(error)
-        raise SettingsError(f"cannot listen on {host}, port {port}: {reason}", param="port") from error
+        raise taken(host, port, error) from error
     listener.set_inheritable(False)
     return listener
+
+
+def taken(host: str, port: int, error: OSError) -> SettingsError:
+    """The error for an address that the system does not give us."""
+    return SettingsError(f"cannot listen on {host}, port {port}: {error.strerror or error}", param="port")
 
 
 def version() -> str:
@@ -168,11 +173,22 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: Application, settings: Settings) -> None:
         self._front: Front = app.state.front
+        self._settings = settings
         super().__init__(configured(app, settings))
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal while the engines start ends the start: nobody is served yet."""
+        if not self.started:
+            raise SystemExit(0)
+        super().handle_exit(sig, frame)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then say where."""
-        await super().startup(sockets)
+        """Start, then say where. Raises SettingsError when another has begun to listen there meanwhile."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            await self.lifespan.shutdown()
+            raise taken(self._settings.host, self._settings.port, error) from error
         for listener in sockets or [] if self.started else []:
             host, port = listener.getsockname()[:2]
             logs.logger("instep").info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")

@@ -45,6 +45,17 @@ sock = socket.socket(fileno=int(sys.argv[1]))
 wire.receive(sock)
 wire.send(sock, wire.Refusal(SettingsError("no such device")))
 """
+LATE = """
+import os, runpy, sys, time
+from pathlib import Path
+go = Path(sys.argv.pop(1))
+waits = go.with_suffix(".part")
+waits.write_text(str(os.getpid()))
+waits.rename(go.with_suffix(".waits"))
+while not go.exists():
+    time.sleep(0.01)
+runpy.run_path({path!r}, run_name="__main__")
+"""
 
 
 class Served:
@@ -173,6 +184,40 @@ def test_a_port_in_use_is_one_line(settings: Settings) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
             main.listen("127.0.0.1", port)
+
+
+def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Settings, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(path=str(Path(FAKE[1]))), encoding="utf-8")
+    settings = settings.model_copy(update={"host": "127.0.0.1", "port": port})
+    late = Served(settings, (sys.executable, str(script), str(tmp_path / "go")))
+    try:
+        eventually(lambda: (tmp_path / "go.waits").exists())
+        with socket.create_server(("127.0.0.1", port)):
+            (tmp_path / "go").touch()
+            assert late.ended()[0] == 1
+        assert late.lines[-1] == f"refused: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
+        assert "Traceback" not in "".join(late.lines)
+    finally:
+        late.process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_engines_start_ends_the_start(settings: Settings, tmp_path: Path, number: int) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(path=str(Path(FAKE[1]))), encoding="utf-8")
+    served = Served(settings, (sys.executable, str(script), str(tmp_path / "go")))
+    try:
+        eventually(lambda: (tmp_path / "go.waits").exists())
+        served.process.send_signal(number)
+        assert served.ended() == (0, "returned\n")
+        assert "Traceback" not in "".join(served.lines)
+        engine = int((tmp_path / "go.waits").read_text())
+        eventually(lambda: not Path(f"/proc/{engine}").exists())
+    finally:
+        served.process.kill()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
