@@ -130,14 +130,13 @@ def bytes_each(one: Shipped, settings: Settings) -> dict[str, int]:
 
 def _memory(one: Shipped, parts: list[str], each: dict[str, int], settings: Settings) -> str:
     """Bytes by phase, with a VAE in any case, against what weights may take here."""
-    import torch
 
     from app.families import FAMILIES
     from app.pool.budget import budgets
     from app.pool.identify import phases
 
     devices = plan.devices(settings.devices)
-    budget, _ = budgets(settings, torch.device(devices[0]), len(devices))
+    budget, _ = budgets(settings, devices[0], devices)
     taken = phases(one, {*parts, *FAMILIES[one.card.family].required}, each)
     said = ", ".join(f"{phase} {decimal(size)}" for phase, size in taken.items() if size)
     fits = "fits" if sum(taken.values()) <= budget else "fits in turns, one phase at a time"

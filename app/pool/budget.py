@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -42,17 +43,25 @@ def host_bytes(cgroup: Path = _CGROUP) -> int:
         return physical
 
 
-def budgets(settings: Settings, device: torch.device, processes: int) -> tuple[int, int]:
+def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[int, int]:
     """Bytes that weights may take of this device, and of host memory beside it.
 
-    processes: how many engine processes share the host's memory. Raises SettingsError.
+    devices: of every engine process; they share the host's memory, and a device that is named twice. Raises
+    SettingsError.
     """
-    host = host_bytes() // processes
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host
+    total = host = host_bytes() // len(devices)
+    if device.startswith("cuda"):
+        sharers = sum(_index(one) == _index(device) for one in devices if one.startswith("cuda"))
+        total = torch.cuda.get_device_properties(device).total_memory // sharers
     return (
         parse_bytes(settings.device_memory, total, "device_memory"),
         parse_bytes(settings.host_memory, host, "host_memory"),
     )
+
+
+def _index(device: str) -> int:
+    """Which GPU: "cuda" is the first."""
+    return torch.device(device).index or 0
 
 
 def text_bytes(settings: Settings) -> int:

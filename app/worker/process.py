@@ -182,7 +182,7 @@ def open_pool(start: wire.Start) -> Pool:
 
     use_threads(plan.threads(start.settings))
     _check(start.device)
-    budget, host = budgets(start.settings, torch.device(start.device), len(plan.devices(start.settings.devices)))
+    budget, host = budgets(start.settings, start.device, plan.devices(start.settings.devices))
     dtype = resolve_dtype(start.settings, start.device)
     # Else a GPU's convolutions round float32 to ten bits, in some widths of a batch and not in others.
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32

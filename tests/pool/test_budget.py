@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_a_container_has_what_its_cgroup_says(tmp_path: Path) -> None:
 
 
 def test_processes_on_the_cpu_share_its_memory() -> None:
-    settings, cpu = Settings(device_memory="50%", host_memory="1MB"), torch.device("cpu")
-    alone, shared = budgets(settings, cpu, 1), budgets(settings, cpu, 2)
+    settings = Settings(device_memory="50%", host_memory="1MB")
+    alone, shared = budgets(settings, "cpu", ["cpu"]), budgets(settings, "cpu", ["cpu", "cuda:0"])
     assert abs(alone[0] - 2 * shared[0]) <= 2 and alone[1] == shared[1] == 1_000_000
     assert abs(alone[0] - host_bytes() // 2) <= 1
 
@@ -60,3 +61,14 @@ def test_bytes_in_words() -> None:
         "2.34 MB",
         "16.10 GB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "share"),
+    [(["cuda:0"], 1), (["cuda:0", "cuda:1"], 1), (["cuda:0", "cuda:0", "cuda:1"], 2), (["cuda", "cuda:0", "cpu"], 2)],
+)
+def test_processes_on_one_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch, devices: list[str], share: int) -> None:
+    """The driver's answer is played: what is held here is who shares it."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80_000_000_000))
+    settings = Settings(device_memory="50%", host_memory="1MB")
+    assert budgets(settings, devices[0], devices) == (40_000_000_000 // share, 1_000_000)
