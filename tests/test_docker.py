@@ -129,7 +129,7 @@ def test_the_health_check_is_what_readyz_says(status: int, code: int) -> None:
     words = json.loads(only("HEALTHCHECK").partition("CMD ")[2])
     done = subprocess.run(
         [sys.executable, *words[1:]],
-        env={"INSTEP_PORT": str(server.server_address[1])},
+        env={"INSTEP_PORT": str(server.server_address[1]), "http_proxy": "http://127.0.0.1:9"},
         capture_output=True,
         timeout=30,
     )
