@@ -149,7 +149,7 @@ FRONT = (
     Panel(
         "Front: time of a scrape",
         "s",
-        "/metrics is answered on the event loop: a slow scrape is a loop that is busy.",
+        "The front writes /metrics in a thread: a slow scrape is a front with too little processor time.",
         ((f'scrape_duration_seconds{{job="instep", {HERE}}}', "{{instance}}"),),
         limits=((None, "green"), (1, "red")),
     ),

@@ -105,7 +105,7 @@ def test_wrong_routes_and_methods(http: httpx.Client, method: str, path: str, st
     [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b"\x16\x03\x01\x02"],
 )
 def test_what_is_not_http_is_refused(url: str, data: bytes) -> None:
-    assert talk(url, data + b"\r\n\r\n").startswith((b"HTTP/1.1 4", b""))
+    assert talk(url, data + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body(url: str) -> None:
