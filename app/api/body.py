@@ -15,6 +15,8 @@ from app.errors import BodyTooLarge, InvalidJSON
 BODY_LIMIT = 1024 * 1024
 """Bytes a body may have; the longest prompt that any card allows is 32,000 characters."""
 
+_GZIP = b"\x1f\x8b"
+
 DRAIN_LIMIT = 32 * 1024 * 1024
 """Bytes that are read and dropped beyond it. NOTE: a server that closes on unread data resets the connection, and
 the client never sees the 413."""
@@ -22,7 +24,10 @@ the client never sees the 413."""
 
 async def read_json(request: Request) -> object:
     """The body as a JSON value. Raises BodyTooLarge (chunked bodies too), InvalidJSON, or ClientDisconnect."""
-    return parse_json(await _read(request))
+    data = await _read(request)
+    if data.startswith(_GZIP):
+        raise InvalidJSON("The body is compressed, which is not understood here: send the JSON as it is")
+    return parse_json(data)
 
 
 def parse_json(data: bytes) -> object:

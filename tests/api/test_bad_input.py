@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -112,6 +113,12 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(url: str) -> None:
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
     with connected(url) as sock:
         sock.sendall(head.encode() + b'{"prompt": ')
+
+
+def test_a_compressed_body_is_named_as_such(http: httpx.Client) -> None:
+    body = gzip.compress(json.dumps({"prompt": "a"}).encode())
+    error = checked(http.post(PATH, content=body, headers={"Content-Encoding": "gzip"}))
+    assert error["code"] == "invalid_json" and "compressed" in error["message"]
 
 
 def test_form_data_is_not_json(http: httpx.Client) -> None:
