@@ -35,13 +35,14 @@ class Schedule(Part):
     """The noise process the network was trained on, and the grid its samplers walk.
 
     kind "diffusion": alpha-bar from betas; "flow": x_t = (1 - s) x0 + s noise. `spacing` names the grid:
-    leading, linspace or trailing for diffusion, sd3 or flux for flow. `variance` is what ddpm adds back.
+    leading, linspace, trailing or respaced (the original DiT's) for diffusion, sd3 or flux for flow. `variance` is
+    what ddpm adds back.
     `clip_sample` and `thresholding` are there to be refused: they are not affine.
     """
 
     kind: Literal["diffusion", "flow"]
     prediction: Literal["epsilon", "v", "sample", "flow"] = "epsilon"
-    spacing: Literal["leading", "linspace", "trailing", "sd3", "flux"] = "leading"
+    spacing: Literal["leading", "linspace", "trailing", "respaced", "sd3", "flux"] = "leading"
     train_steps: Annotated[int, Field(ge=1, le=10_000)] = 1000
     betas: Literal["linear", "scaled_linear"] = "linear"
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4

@@ -33,6 +33,9 @@ SCHEDULERS: dict[str, Any] = {
 }
 """diffusers' class for each sampler of a request."""
 
+SPACINGS = {"respaced": "linspace"}
+"""diffusers' name where it is not the card's; its linspace is within one timestep of the original DiT's."""
+
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 DRAWN = {
     "dit": ("ddim", "ddpm", "dpmpp_2m"),  # DiTPipeline does not scale its first noise, as the others need
@@ -142,7 +145,7 @@ def scheduler_of(schedule: Schedule, sampler: str) -> Any:
             beta_end=schedule.beta_end,
             beta_schedule=schedule.betas,
             prediction_type=PREDICTIONS[schedule.prediction],
-            timestep_spacing=schedule.spacing,
+            timestep_spacing=SPACINGS.get(schedule.spacing, schedule.spacing),
             steps_offset=schedule.steps_offset,
             **own.get(sampler, {}),
         )

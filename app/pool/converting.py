@@ -52,7 +52,7 @@ id = "{id}"
 family = "dit"
 description = "DiT with {classes} classes at {pixels} x {pixels} px, from {source}"
 source = {{ path = "." }}
-schedule = {{ kind = "diffusion", betas = "linear", spacing = "linspace", variance = "{variance}" }}
+schedule = {{ kind = "diffusion", betas = "linear", spacing = "respaced", variance = "{variance}" }}
 defaults = {{ sampler = "ddpm", num_inference_steps = 250, guidance_scale = 4.0, size = "{pixels}x{pixels}" }}
 limits = {{ num_inference_steps = 1000, sizes = {{ min = {pixels}, max = {pixels}, multiple = {multiple}, \
 square = true }} }}

@@ -88,12 +88,23 @@ def _trailing(schedule: Schedule, steps: int) -> Array:
     return np.arange(schedule.train_steps, 0, -schedule.train_steps / steps)[:steps].round() - 1
 
 
+def _respaced(schedule: Schedule, steps: int) -> Array:
+    # NOTE: upstream adds its stride step by step and rounds the sums, so halves fall where their rounding errors say.
+    # linspace differs from it at 278 of the counts from 2 to 1000. cumsum adds in the same order.
+    stride = (schedule.train_steps - 1) / max(steps - 1, 1)
+    return np.cumsum([0.0] + [stride] * (steps - 1)).round()[::-1]
+
+
 SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
     "leading": _leading,
     "linspace": _linspace,
     "trailing": _trailing,
+    "respaced": _respaced,
 }
-"""Descending timesteps, [steps]; those of linspace need not be whole (Lin et al. 2023, arXiv 2305.08891, table 2)."""
+"""Descending timesteps, [steps]; those of linspace need not be whole (Lin et al. 2023, arXiv 2305.08891, table 2).
+
+respaced is `space_timesteps` of respace.py in facebookresearch/DiT, first in openai/improved-diffusion.
+"""
 
 
 def _preserving(schedule: Schedule, t: Array, after: float = 1.0) -> Points:
@@ -108,23 +119,24 @@ def _chain(schedule: Schedule, t: Array) -> Path:
 
 
 def ddpm_path(schedule: Schedule, steps: int) -> Path:
-    """scheduling_ddpm.py; with linspace, respace.py of the original DiT: `create_diffusion(str(steps))`.
-
-    NOTE: the original lays its timesteps by a running sum, whose rounding moves some by one at many odd counts.
-    """
+    """scheduling_ddpm.py; with respaced, `p_sample_loop` of the original DiT after `create_diffusion(str(steps))`."""
     return _chain(schedule, _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps).round()))
 
 
 def ddim_path(schedule: Schedule, steps: int) -> Path:
-    """scheduling_ddim.py. NOTE: it steps to t - train_steps // steps, which need not be the next timestep."""
+    """scheduling_ddim.py; with respaced, `ddim_sample_loop` of the original DiT, which steps to the next timestep.
+
+    NOTE: the former steps to t - train_steps // steps, which need not be the next timestep.
+    """
     t = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps).round())
     after = 1.0 if schedule.set_alpha_to_one else alpha_bar(schedule)[0]
-    to = np.maximum(t - schedule.train_steps // steps, -1.0)
+    respaced, stride = schedule.spacing == "respaced", schedule.train_steps // steps
+    to = np.append(t[1:], -1.0) if respaced else np.maximum(t - stride, -1.0)
     return Path(_preserving(schedule, t), _preserving(schedule, to, after))
 
 
 def dpm_path(schedule: Schedule, steps: int) -> Path:
-    """scheduling_dpmsolver_multistep.py. NOTE: leading and linspace lay steps + 1 points and leave out the last."""
+    """scheduling_dpmsolver_multistep.py. NOTE: all but trailing lay steps + 1 points and leave out the last."""
     points = steps if schedule.spacing == "trailing" else steps + 1
     return _chain(schedule, _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, points)[:steps].round()))
 

@@ -48,7 +48,7 @@ def test_a_pt_becomes_a_model_that_computes_as_the_original(run: Run, pt: Path, 
     assert (card.guided_channels, card.time_freq_shift, card.norm_eps) == (3, 0, 1e-6)
     assert (card.schedule.variance, card.schedule.spacing, card.defaults.sampler) == (
         "learned_range",
-        "linspace",
+        "respaced",
         "ddpm",
     )
     assert card.default_size == (32, 32) and len(card.labels) == 10

@@ -106,6 +106,32 @@ def diffusion_scheduler(schedule: Schedule, sampler: str, prediction: str) -> An
     return UPSTREAM[sampler](**options)
 
 
+def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float) -> Any:
+    """diffusers' scheduler for a flow schedule, as the SD3 and the FLUX pipeline set it; mu is the log of the shift."""
+    dynamic = schedule.dynamic_shift is not None
+    if sampler == "flow_dpmpp_2m":
+        scheduler = UPSTREAM[sampler](
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=schedule.shift,
+            use_dynamic_shifting=dynamic,
+        )
+        scheduler.set_timesteps(steps, **({"mu": mu} if dynamic else {}))
+        return scheduler
+    euler = UPSTREAM["flow_euler"](shift=schedule.shift, use_dynamic_shifting=dynamic)
+    sigmas = np.linspace(1, 1 / steps, steps) if schedule.spacing == "flux" else None
+    euler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
+    if sampler == "flow_euler":
+        return euler
+    heun = UPSTREAM["flow_heun"](shift=schedule.shift)
+    heun.set_timesteps(steps)
+    if schedule.spacing == "flux" or dynamic:  # upstream's heun knows SD3's static grid only: it walks euler's here
+        s, t = euler.sigmas, euler.timesteps
+        heun.sigmas = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
+        heun.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
+    return heun
+
+
 def run_upstream(scheduler: Any, net: Network, noise: Sequence[Array], learned: bool = False) -> Run:
     """The loop of a diffusers pipeline, on a scheduler whose timesteps are set, with the noise of each step given."""
     x, clean = torch.from_numpy(noise[0]) * getattr(scheduler, "init_noise_sigma", 1.0), []

@@ -13,6 +13,7 @@ from app.samplers.schedules import Path, Points
 from app.samplers.table import SAMPLERS, compile_table, compose
 from app.schedule import Schedule
 from tests.samplers.oracle import PLACE, Array, channel, distance, draw, network, run_table
+from tests.seeds.plain_dit import respaced
 
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -89,7 +90,7 @@ def test_deterministic_solvers_converge_at_their_order(rule, geometry, order, pr
 def requests(draw):
     """A schedule of either kind, a solver that goes with it, and a number of steps."""
     kind = draw(st.sampled_from(["diffusion", "flow"]))
-    spacings = {"diffusion": ["leading", "linspace", "trailing"], "flow": ["sd3", "flux"]}[kind]
+    spacings = {"diffusion": ["leading", "linspace", "trailing", "respaced"], "flow": ["sd3", "flux"]}[kind]
     schedule = Schedule(
         kind=kind,
         prediction={"diffusion": "epsilon", "flow": "flow"}[kind],
@@ -140,8 +141,7 @@ def original_dit(betas: Array, steps: int, noise: Array) -> Array:
     takes the posterior mean at the x0 of the predicted noise, and a log variance between that of the posterior (the
     lower bound) and that of the betas, by the network's other half. t counts kept steps; the network sees the true one.
     """
-    stride = (len(betas) - 1) / (steps - 1)
-    kept = sorted({round(k * stride) for k in range(steps)})
+    kept = respaced(steps)
     bar = np.cumprod(1 - betas)[kept]
     before = np.append(1.0, bar[:-1])
     beta = 1 - bar / before
@@ -157,9 +157,24 @@ def original_dit(betas: Array, steps: int, noise: Array) -> Array:
     return x
 
 
-@pytest.mark.parametrize("steps", [2, 4, 10, 28, 50, 250, 1000])
-def test_respaced_learned_range_ddpm_is_the_original_dit(steps):
-    schedule = Schedule(kind="diffusion", spacing="linspace", variance="learned_range")
-    table, noise = compile_table(schedule, "ddpm", steps), draw(steps)
-    expected = original_dit(np.linspace(1e-4, 2e-2, 1000), steps, noise)
-    assert distance(run_table(table, network, noise).final, expected) < 1e-10
+def original_dit_ddim(betas: Array, steps: int, noise: Array) -> Array:
+    """`ddim_sample_loop` at eta 0: the clean latent and the noise of a step, joined at the next kept one."""
+    kept = respaced(steps)
+    bar = np.cumprod(1 - betas)[kept]
+    x = noise[0]
+    for t in reversed(range(steps)):
+        eps = network(x, kept[t])
+        x0, before = np.sqrt(1 / bar[t]) * x - np.sqrt(1 / bar[t] - 1) * eps, bar[t - 1] if t else 1.0
+        x = np.sqrt(before) * x0 + np.sqrt(1 - before) * eps
+    return x
+
+
+@pytest.mark.parametrize("steps", [2, 4, 10, 21, 28, 50, 163, 250, 1000])
+@pytest.mark.parametrize(("sampler", "original"), [("ddpm", original_dit), ("ddim", original_dit_ddim)])
+def test_respaced_samplers_are_the_original_dits(sampler, original, steps):
+    schedule = Schedule(kind="diffusion", spacing="respaced", variance="learned_range")
+    noise = draw(steps)
+    expected = original(np.linspace(1e-4, 2e-2, 1000), steps, noise)
+    assert distance(run_table(compile_table(schedule, sampler, steps), network, noise).final, expected) < 1e-10
+    other = compile_table(schedule.model_copy(update={"spacing": "leading"}), sampler, steps)
+    assert steps == 1000 or distance(run_table(other, network, noise).final, expected) > 1e-3

@@ -7,19 +7,18 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
-import torch
 
 from app.errors import InvalidValue
 from app.samplers.schedules import at_size
 from app.samplers.table import COLUMNS, SAMPLERS, compile_table, valid_pairs, valid_samplers
 from app.schedule import DynamicShift, Schedule
 from tests.samplers.oracle import (
-    UPSTREAM,
     Array,
     Network,
     diffusion_scheduler,
     distance,
     draw,
+    flow_scheduler,
     network,
     run_table,
     run_upstream,
@@ -102,29 +101,6 @@ def test_flow_is_that_of_diffusers(sampler, spacing, dynamic):
             ours = run_table(table, network, noise)
             assert distance(ours.final, theirs.final) < SAME
             assert max(map(distance, ours.clean, theirs.clean)) < SAME
-
-
-def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float):
-    """diffusers' scheduler for a flow schedule, as the SD3 and the FLUX pipeline set it; mu is the log of the shift."""
-    dynamic = schedule.dynamic_shift is not None
-    if sampler == "flow_dpmpp_2m":
-        scheduler = UPSTREAM[sampler](
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, use_dynamic_shifting=dynamic
-        )
-        scheduler.set_timesteps(steps, **({"mu": mu} if dynamic else {}))
-        return scheduler
-    euler = UPSTREAM["flow_euler"](shift=3.0, use_dynamic_shifting=dynamic)
-    sigmas = np.linspace(1, 1 / steps, steps) if schedule.spacing == "flux" else None
-    euler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
-    if sampler == "flow_euler":
-        return euler
-    heun = UPSTREAM["flow_heun"](shift=3.0)
-    heun.set_timesteps(steps)
-    if schedule.spacing == "flux" or dynamic:  # upstream's heun knows SD3's static grid only: it walks euler's here
-        s, t = euler.sigmas, euler.timesteps
-        heun.sigmas = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
-        heun.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
-    return heun
 
 
 @pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)

@@ -100,8 +100,15 @@ def original_state(theirs: State, side: int) -> State:
 
 
 def respaced(steps: int) -> list[int]:
-    """The timesteps kept of 1000, ascending: strides of 999 / (steps - 1), rounded."""
-    return sorted({round(number * 999 / (steps - 1)) for number in range(steps)})
+    """The timesteps kept of 1000, ascending: `space_timesteps` of diffusion/respace.py, for one section.
+
+    A position starts at 0 and grows by 999 / (steps - 1), added in float64 step by step; each is rounded, half to even.
+    """
+    stride, position, kept = 999 / (steps - 1), 0.0, set()
+    for _ in range(steps):
+        kept.add(round(position))
+        position += stride
+    return sorted(kept)
 
 
 def sample(

@@ -99,7 +99,7 @@ def test_diffusers_arithmetic_is_another(made: tuple[Path, State]) -> None:
     assert distance(shifted, theirs) > 0.05
 
 
-ASKED = ((3, 10, 4.0), (9, 25, None), (0, 100, 4.0), (5, 50, 1.5), (7, 250, 4.0))
+ASKED = ((3, 10, 4.0), (9, 25, None), (0, 100, 4.0), (5, 50, 1.5), (7, 250, 4.0), (2, 163, 4.0))
 """class, steps, guidance (None: none)"""
 
 
@@ -169,9 +169,25 @@ def test_sampling_otherwise_is_told_from_it(small: tuple[Path, State], sampled: 
 
 
 def test_the_timesteps_are_those_of_create_diffusion() -> None:
-    for steps in (2, 10, 20, 25, 50, 100, 250, 400, 500, 1000):
+    for steps in range(2, 1001):
         table = compile_table(CARD.schedule, "ddpm", steps)
         assert table.t[::-1].tolist() == plain_dit.respaced(steps), steps
+
+
+def test_timesteps_that_are_multiplied_not_summed_differ_at_278_counts() -> None:
+    differ = {
+        steps for steps in range(2, 1001) if plain_dit.respaced(steps) != np.linspace(0, 999, steps).round().tolist()
+    }
+    assert len(differ) == 278 and {21, 23, 31, 43, 91, 163, 249} <= differ
+
+
+@torch.inference_mode()
+def test_sampling_on_multiplied_timesteps_is_told_from_it(
+    small: tuple[Path, State], sampled: list[torch.Tensor]
+) -> None:
+    dit = load(small[0], **{**ORIGINAL, "schedule": CARD.schedule.model_copy(update={"spacing": "linspace"})})
+    assert isinstance(dit, DiT) and ASKED[-1][1] == 163
+    assert distance(run_together(dit, ASKED)[-1], sampled[-1]) > 1e-3
 
 
 def test_the_authors_layout_gives_the_tensors_of_diffusers(made: tuple[Path, State]) -> None:
