@@ -31,7 +31,7 @@ SCHEDULERS: dict[str, Any] = {
     "flow_heun": diffusers.FlowMatchHeunDiscreteScheduler,
     "flow_dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
 }
-"""diffusers' class for each sampler of a request."""
+"""diffusers' class for each sampler of a request but flow_dpmpp_2m_sd3, which it does not have."""
 
 SPACINGS = {"respaced": "linspace"}
 """diffusers' name where it is not the card's; its linspace is within one timestep of the original DiT's."""

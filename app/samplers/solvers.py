@@ -103,12 +103,25 @@ def heun(path: Path) -> Lines:
 
 def dpmpp_2m(path: Path) -> Lines:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, alg. 2), in lambda = log(alpha / sigma), half the
-    log-SNR, for diffusion and flow alike; first order at the start and at the end: scheduling_dpmsolver_multistep.py.
+    log-SNR, for diffusion and flow alike: scheduling_dpmsolver_multistep.py.
+    """
+    return _two_step(path, path.here.log_snr, path.there.log_snr)
 
-    NOTE: k-diffusion's on flow models takes lambda = -log(sigma), which is another algorithm.
+
+def dpmpp_2m_sd3(path: Path) -> Lines:
+    """The same in lambda = -log(sigma), on the points of a flow: `sample_dpmpp_2m` of sd3_impls.py in
+    Stability-AI/sd3.5, which is k-diffusion's. Its first lambda is finite, so its second step has second order already.
+    """
+    with np.errstate(divide="ignore"):
+        return _two_step(path, -np.log(path.here.sigma), -np.log(path.there.sigma))
+
+
+def _two_step(path: Path, start: Array, end: Array) -> Lines:
+    """A first-order step with x0 extrapolated in lambda, from `start` to `end` of each step, through the one before.
+
+    First order at the start, and at the end, where sigma' is 0.
     """
     a, b = _first_order(path.here, path.there)
-    start, end = path.here.log_snr, path.there.log_snr
     ratio = np.zeros_like(a)
     ratio[1:] = (end[1:] - start[1:]) / (start[1:] - start[:-1])
     ratio[path.there.sigma == 0] = 0.0

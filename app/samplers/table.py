@@ -57,6 +57,7 @@ SAMPLERS: dict[str, Sampler] = {
     "flow_euler": Sampler(schedules.flow_path, solvers.first_order, FLOW),
     "flow_heun": Sampler(schedules.flow_path, solvers.heun, FLOW),
     "flow_dpmpp_2m": Sampler(schedules.flow_dpm_path, solvers.dpmpp_2m, FLOW),
+    "flow_dpmpp_2m_sd3": Sampler(schedules.flow_path, solvers.dpmpp_2m_sd3, FLOW),
 }
 
 

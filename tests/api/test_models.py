@@ -20,7 +20,7 @@ def test_the_openai_client_lists_models(url: str) -> None:
 def test_a_model_tells_its_facts(http: httpx.Client) -> None:
     model = http.get("/v1/models/tiny-text").json()
     assert (model["family"], model["state"], model["license"]) == ("sd3", "ready", "apache-2.0")
-    assert model["samplers"] == ["flow_euler", "flow_heun", "flow_dpmpp_2m"]
+    assert model["samplers"] == ["flow_euler", "flow_heun", "flow_dpmpp_2m", "flow_dpmpp_2m_sd3"]
     assert model["defaults"]["num_inference_steps"] == 4
     assert model["limits"]["sizes"] == {"min": 16, "max": 64, "multiple": 16, "square": False}
     assert model["aliases"] == ["gpt-image-1"]

@@ -33,7 +33,12 @@ def test_list_has_a_line_for_each_card(run: Run) -> None:
 
 def test_show_tells_what_a_request_may_ask(run: Run) -> None:
     told = run("models", "show", "tiny-sd3-turbo").stdout
-    for part in ("flow_euler, flow_heun, flow_dpmpp_2m", "tiny-sd3/vae", "flow_euler, 4 steps, guidance 0", "32x32"):
+    for part in (
+        "flow_euler, flow_heun, flow_dpmpp_2m, flow_dpmpp_2m_sd3",
+        "tiny-sd3/vae",
+        "flow_euler, 4 steps, guidance 0",
+        "32x32",
+    ):
         assert part in told
     assert 'did you mean "tiny-sd3"' in one_line(run("models", "show", "tiny-sd"))
 

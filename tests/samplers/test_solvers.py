@@ -69,6 +69,8 @@ class Gaussian:
         (solvers.heun, "flow", 2),
         (solvers.dpmpp_2m, "preserving", 2),
         (solvers.dpmpp_2m, "flow", 2),
+        (solvers.dpmpp_2m_sd3, "flow", 2),
+        (solvers.dpmpp_2m_sd3, "exploding", 2),
     ],
 )
 def test_deterministic_solvers_converge_at_their_order(rule, geometry, order, prediction):
