@@ -19,6 +19,12 @@ import torch
 HEADROOM = 10
 SAME = 1e-4
 """What the README promises of float32 latents, relative."""
+FORWARD = 2e-5
+"""One forward of a network in float32 beside another order of the same sums."""
+EXACT = 1e-10
+"""Both sides in float64: what is left is no rounding of ours."""
+LEVELS = 1e-2
+"""Pixels beside an image of 0 to 255 that is not rounded yet, beyond the half that rounding takes."""
 
 
 def relative(found: Any, wanted: Any) -> float:
@@ -31,6 +37,17 @@ def furthest(found: Any, wanted: Any) -> float:
     """The largest difference of one number, as a share of the largest number that is wanted."""
     ours, theirs = _double(found), _double(wanted)
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def each(found: Any, wanted: Any) -> float:
+    """The largest difference of one number, as a share of that number."""
+    ours, theirs = _double(found), _double(wanted)
+    return float((np.abs(ours - theirs) / np.maximum(np.abs(theirs), 1e-300)).max())
+
+
+def beyond_rounding(found: Any, wanted: Any) -> float:
+    """How far pixels, in levels, are from those of an image of 0 to 255, less the half that rounding may take."""
+    return max(float(np.abs(_double(found) - _double(wanted)).max()) - 0.5, 0.0)
 
 
 def close(found: Any, wanted: Any, bound: float, by: Callable[[Any, Any], float] = relative, of: Any = "") -> None:

@@ -17,8 +17,8 @@ from app.pool.building import build_family, build_parts
 from app.request import ClassLabel
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line
+from tests.close import FORWARD, apart, close
 from tests.families import plain_originals
-from tests.families.plain import distance
 from tests.families.plain_shapes import dit_state, drawn, vae_shapes
 from tests.seeds import plain_dit
 
@@ -58,7 +58,8 @@ def test_a_pt_becomes_a_model_that_computes_as_the_original(run: Run, pt: Path, 
     with torch.inference_mode():
         out, _ = family.denoise(x, t, family.encode([ClassLabel(10), ClassLabel(3)], 0))
     wanted = plain_dit.forward(dit_state(), 2, x, t, torch.tensor([10, 3]))[:, :4]
-    assert distance(out, wanted) < 1e-5
+    close(out, wanted, FORWARD)
+    apart(out.roll(1, 0), wanted, FORWARD, of="another row:")
 
 
 def test_it_is_served_at_once(run: Run, pt: Path, tiny: Path) -> None:
@@ -94,7 +95,9 @@ def test_the_vae_may_be_one_file_in_ldm_names(run: Run, pt: Path) -> None:
     assert run("models", "convert", pt, folder, "--vae", file, "--heads", 2).exit_code == 0
     vae = build_parts(read_cards(folder.parent)["mine"], {}, CPU, torch.float32)["vae"]
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    assert distance(vae.decode(z, return_dict=False)[0], plain_originals.decoded(state, z, 32)) < 1e-6
+    image = vae.decode(z, return_dict=False)[0]
+    close(image, plain_originals.decoded(state, z, 32), FORWARD)
+    apart(image, plain_originals.decoded(state, z.flip(1), 32), FORWARD, of="other channels:")
     assert vae.config.scaling_factor == 0.18215
 
 

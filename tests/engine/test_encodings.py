@@ -13,8 +13,8 @@ from app.engine.encodings import Encodings
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
+from tests.close import FORWARD, apart, close
 from tests.engine.texts import Plain, anew, encoders, equal, forwards, row
-from tests.families.plain import distance
 from tests.tiny_parts import WORDS
 
 AMPLE = 10**9
@@ -116,13 +116,16 @@ def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
 def test_random_batches_are_each_text_encoded_anew(sd3: Family) -> None:
     """With a budget that keeps half: in deterministic mode bit for bit, whoever was encoded beside it."""
     dice, texts = random.Random(2), ["", "red", "blue moon", "a cat and a dog", "sun", "white star"]
-    for batch, bound in ((8, 0.0), (None, 1e-5)):
+    for batch in (8, None):
         encodings = fresh(25_000)
         alone = {text: anew(sd3, [text], batch=batch) for text in texts}
         for _ in range(30):
             chosen = dice.choices(texts, k=dice.randrange(1, 6))
             for text, ours in zip(chosen, encodings.of(sd3, [row(text) for text in chosen], batch), strict=True):
-                assert all(distance(ours[name], alone[text][name]) <= bound for name in ours)
+                for name in ours:
+                    assert batch is None or torch.equal(ours[name], alone[text][name])
+                    close(ours[name], alone[text][name], FORWARD)
+        apart(alone["red"]["text"], alone["sun"]["text"], FORWARD, of="another text:")
         hits, misses = encodings.count()
         assert hits > 30 and misses > 30
 

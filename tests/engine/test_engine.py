@@ -28,6 +28,7 @@ from app.errors import (
 from app.families.base import Conditions
 from app.report import Announce, ModelState, Phase, Preview, Progress, Tick
 from app.request import ImageSpec, Prompt
+from tests.close import FORWARD, apart, close, furthest
 from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, card, request
 from tests.engine.harness import Bench
 
@@ -71,7 +72,9 @@ def test_what_shares_the_batch_does_not_change_a_row(pool: FakePool) -> None:
     together = Bench(pool, profiles=FakeProfiles(passes=64)).run(requests).results
     for each in requests:
         alone = Bench(pool).run([each]).results[each.id, 0]
-        np.testing.assert_allclose(together[each.id, 0].latents, alone.latents, rtol=1e-5, atol=1e-5)
+        close(together[each.id, 0].latents, alone.latents, FORWARD, furthest)
+        other = together["r0" if each.id != "r0" else "r1", 0]
+        apart(other.latents, alone.latents, FORWARD, furthest, of="another row:")
 
 
 def test_images_of_one_request_are_rows_with_their_own_seeds(pool: FakePool) -> None:
@@ -79,7 +82,7 @@ def test_images_of_one_request_are_rows_with_their_own_seeds(pool: FakePool) -> 
     bench = Bench(pool).run([request("three", images=images)])
     assert [bench.results["three", index].seed for index in range(3)] == [40, 41, 42]
     alone = Bench(pool).run([request("one", images=images[2:])]).results["one", 0]
-    np.testing.assert_allclose(bench.results["three", 2].latents, alone.latents, rtol=1e-5, atol=1e-5)
+    close(bench.results["three", 2].latents, alone.latents, FORWARD, furthest)
 
 
 def test_a_row_that_is_not_finite_fails_alone(pool: FakePool) -> None:
@@ -115,7 +118,7 @@ def test_a_step_that_raises_while_it_writes_is_replayed_from_where_it_started(
     bench = Bench(pool).run([request("a", sampler="flow_dpmpp_2m"), request("b")])
     assert calls > 3 and not bench.failures
     for name, result in bench.results.items():
-        np.testing.assert_allclose(result.latents, plain[name].latents, rtol=1e-5, atol=1e-5)
+        close(result.latents, plain[name].latents, FORWARD, furthest)
 
 
 def by_forwards(pool: FakePool) -> Bench:
@@ -174,7 +177,7 @@ def test_a_step_that_raises_is_replayed_and_only_its_row_fails() -> None:
     bench = Bench(FakePool(family)).run(requests)
     assert list(bench.failures) == ["r3"]
     for name, index in bench.results:
-        np.testing.assert_allclose(bench.results[name, index].latents, plain[name, index].latents, rtol=1e-5, atol=1e-5)
+        close(bench.results[name, index].latents, plain[name, index].latents, FORWARD, furthest)
     assert len(bench.results) == 5
 
 
@@ -186,7 +189,7 @@ def test_a_replayed_stochastic_step_sees_the_same_noise() -> None:
     family.unlucky = float(family.encode([Prompt("r0")], 24)["code"])
     bench = Bench(FakePool(family)).run(requests)
     for name, index in bench.results:
-        np.testing.assert_allclose(bench.results[name, index].latents, plain[name, index].latents, rtol=1e-5, atol=1e-5)
+        close(bench.results[name, index].latents, plain[name, index].latents, FORWARD, furthest)
     assert len(bench.results) == 3
 
 

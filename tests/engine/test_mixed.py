@@ -14,6 +14,7 @@ from app.errors import Cancelled
 from app.pool.pool import Pool
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from app.samplers.table import valid_pairs, valid_samplers
+from tests.close import SAME, apart, close
 from tests.engine.conftest import load_all
 from tests.engine.fakes import FakeProfiles
 from tests.engine.harness import Bench
@@ -64,10 +65,6 @@ def cancelled(mixed: Bench) -> set[str]:
     return {name for name, failure in mixed.failures.items() if isinstance(failure.error, Cancelled)}
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
@@ -85,7 +82,7 @@ def test_mixed_traffic_equals_each_request_alone(tiny_pool: Pool) -> None:
     assert pairs == set(valid_pairs())
     for request in ended:
         alone = Bench(tiny_pool).run([request]).results[request.id, 0]
-        assert relative(mixed.results[request.id, 0].latents, alone.latents) < 1e-4, request
+        close(mixed.results[request.id, 0].latents, alone.latents, SAME, of=request)
 
 
 def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
@@ -98,7 +95,7 @@ def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
         request = Request(**{**{name: getattr(base, name) for name in Request.__slots__}, **changes})
         latents.append(Bench(tiny_pool).run([request]).results[base.id, 0].latents)
     for other in latents[1:]:
-        assert relative(other, latents[0]) > 1e-3
+        apart(other, latents[0], SAME)
 
 
 def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny_models: Path) -> None:

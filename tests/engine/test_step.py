@@ -13,6 +13,7 @@ from app.engine.step import denoise_step, gather, indices, totals
 from app.families.base import Conditions, Family
 from app.samplers.table import Table, compile_table
 from app.schedule import Schedule
+from tests.close import FORWARD, apart, close, furthest
 from tests.engine.fakes import FakeFamily, card
 
 SHAPE = (4, 4, 6)
@@ -72,8 +73,9 @@ def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | 
     assert sums.isfinite().all() and len(sums) == (bucket or len(MIX))
     assert family.widths[-1] == (bucket or sum(1 if scale is None else 2 for *_, scale in MIX))
     for slot, (x, mem) in zip(taken, expected, strict=True):
-        torch.testing.assert_close(slots.x[slot], x, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(slots.mem[slot], mem, rtol=1e-5, atol=1e-5)
+        close(slots.x[slot], x, FORWARD, furthest)
+        close(slots.mem[slot], mem, FORWARD, furthest)
+        apart(slots.x[slot], x.roll(1, 0), FORWARD, furthest, of="another channel:")
 
 
 KINDS = [  # guidance, the line the row stands at, passes it makes there
@@ -106,7 +108,8 @@ def test_each_kind_of_guidance_equals_its_row_alone(bucket: int | None, embedded
     assert family.widths[-1] == (bucket or sum(passes for *_, passes in KINDS))
     assert plan.skips is not None and int(plan.skips.sum()) == sum(passes == 3 for *_, passes in KINDS)
     for slot, x in zip(taken, expected, strict=True):
-        torch.testing.assert_close(slots.x[slot], x, rtol=1e-5, atol=1e-5)
+        close(slots.x[slot], x, FORWARD, furthest)
+        apart(slots.x[slot], expected[0] if x is not expected[0] else expected[1], FORWARD, furthest, of="another row:")
 
 
 def test_slots_that_do_not_take_part_and_the_spare_one_stay_as_they_are() -> None:

@@ -75,8 +75,3 @@ def serve(pool: Pool, *requests: Request) -> list[Result]:
 def final(result: Result) -> torch.Tensor:
     """The final latent [1, C, h, w]."""
     return torch.from_numpy(result.latents)[None]
-
-
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Relative error, in the 2-norm."""
-    return float((ours - theirs).norm() / theirs.norm())

@@ -180,7 +180,8 @@ def waves(t: Tensor) -> Tensor:
 
 
 def _mlp(state: State, name: str, x: Tensor, ends: tuple[str, str] = ("0", "2")) -> Tensor:
-    return linear(silu(linear(x, *_pair(state, f"{name}.{ends[0]}"))), *_pair(state, f"{name}.{ends[1]}"))
+    weight, bias = _pair(state, f"{name}.{ends[0]}")  # float64 where the state is; waves are float32, as the authors'
+    return linear(silu(linear(x.to(weight.dtype), weight, bias)), *_pair(state, f"{name}.{ends[1]}"))
 
 
 def _final(state: State, tokens: Tensor, c: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler
@@ -17,7 +16,8 @@ from app.families import DiT
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
 from app.schedule import Schedule
-from tests.families.plain import ask, build, distance, final, load, serve
+from tests.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close, furthest
+from tests.families.plain import ask, build, final, load, serve
 
 BASE = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "num_train_timesteps": 1000}
 SCHEDULERS: dict[str, Any] = {
@@ -40,11 +40,6 @@ def upstream(folder: Path, sampler: str, *, steps: int, guidance: float, label: 
     return seen[0] * pipeline.vae.config.scaling_factor, images
 
 
-def rounds(pixels: Any, image: Any) -> bool:
-    """Whether these are the pixels of an image in 0..1, whichever way one falls that lies halfway but for rounding."""
-    return bool(np.abs(pixels - image * 255.0).max() <= 0.5 + 1e-3)
-
-
 CASES = (("ddim", 8, 4.0), ("ddim", 5, 1.0), ("dpmpp_2m", 10, 4.0), ("dpmpp_2m", 4, 1.0))
 
 
@@ -54,15 +49,16 @@ def test_latents_are_those_of_the_pipeline(
 ) -> None:
     theirs, image = upstream(checkpoints / "dit", sampler, steps=steps, guidance=guidance)
     (ours,) = serve(pool, ask("dit", ClassLabel(3), steps=steps, guidance=guidance, sampler=sampler))
-    assert distance(final(ours), theirs) < 1e-4
+    close(final(ours), theirs, SAME)
     with torch.inference_mode():
-        assert rounds(dit.decode(theirs).numpy(), image)
+        close(dit.decode(theirs), image * 255.0, LEVELS, beyond_rounding)
 
 
 def test_the_image_is_that_of_the_pipeline(checkpoints: Path, pool: Pool) -> None:
     _, image = upstream(checkpoints / "dit", "dpmpp_2m", steps=10, guidance=4.0)
     (ours,) = serve(pool, ask("dit", ClassLabel(3), steps=10, guidance=4.0, sampler="dpmpp_2m"))
-    assert rounds(ours.pixels, image[0])
+    close(ours.pixels, image[0] * 255.0, LEVELS, beyond_rounding)
+    apart(ours.pixels[::-1], image[0] * 255.0, LEVELS, beyond_rounding)
 
 
 def test_in_mixed_traffic_too(checkpoints: Path, dit: DiT, pool: Pool) -> None:
@@ -81,7 +77,7 @@ def test_in_mixed_traffic_too(checkpoints: Path, dit: DiT, pool: Pool) -> None:
     theirs = [upstream(checkpoints / "dit", name, steps=steps, guidance=scale)[0] for name, steps, scale in CASES]
     theirs.append(plain_ddpm(dit, 207, steps=12, guidance=1.5))
     for ours, other in zip(results, theirs, strict=True):
-        assert distance(final(ours), other) < 1e-4
+        close(final(ours), other, SAME)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +87,7 @@ def test_controls_are_told_from_the_pipeline(checkpoints: Path, pool: Pool, wron
     theirs, _ = upstream(checkpoints / "dit", "ddim", steps=8, guidance=4.0)
     options = {"steps": 8, "guidance": 4.0, **{key: value for key, value in wrong.items() if key != "label"}}
     (ours,) = serve(pool, ask("dit", ClassLabel(wrong.get("label", 3)), sampler="ddim", **options))
-    assert distance(final(ours), theirs) > 1e-3
+    apart(final(ours), theirs, SAME)
 
 
 @torch.inference_mode()
@@ -115,8 +111,8 @@ def test_learned_variance_is_that_of_a_plain_loop(dit: DiT, pool: Pool) -> None:
     theirs = plain_ddpm(dit, 207, steps=12, guidance=1.5)
     options = {"condition": ClassLabel(207), "steps": 12, "guidance": 1.5, "sampler": "ddpm"}
     (ours,), (fixed,) = serve(pool, ask("dit", **options)), serve(pool, ask("fixed", **options))
-    assert distance(final(ours), theirs) < 1e-4
-    assert distance(final(fixed), theirs) > 1e-2
+    close(final(ours), theirs, SAME)
+    apart(final(fixed), theirs, 1e-3)
 
 
 def vars_of(dit: DiT) -> dict[str, Any]:
@@ -135,7 +131,8 @@ def test_a_row_in_a_mixed_batch_is_the_row_alone(dit: DiT) -> None:
         for row, label in enumerate(labels):
             one = slice(row, row + 1)
             alone, alone_frac = dit.denoise(x[one], t[one], dit.encode([label], 0))
-            assert distance(out[one], alone) < 1e-5 and distance(frac[one], alone_frac) < 1e-5
+            close(out[one], alone, FORWARD)
+            close(frac[one], alone_frac, FORWARD)
 
 
 def test_the_null_class_is_the_last_and_labels_are_bounded(dit: DiT) -> None:
@@ -172,13 +169,13 @@ def test_the_originals_arithmetic_where_the_card_says_so(checkpoints: Path, dit:
     )  # facebookresearch/DiT models.py, timestep_embedding
     expected = torch.cat([torch.cos(t[:, None] * frequencies), torch.sin(t[:, None] * frequencies)], -1)
     for block in original.network.transformer_blocks:
-        assert torch.allclose(block.norm1.emb.time_proj(t), expected, atol=1e-4)
+        close(block.norm1.emb.time_proj(t), expected, FORWARD, furthest)
         assert block.norm3.eps == block.norm1.norm.eps == 1e-6
-    assert not torch.allclose(dit.network.transformer_blocks[0].norm1.emb.time_proj(t), expected, atol=1e-2)
+    apart(dit.network.transformer_blocks[0].norm1.emb.time_proj(t), expected, 1e-3, furthest)
     assert dit.network.transformer_blocks[0].norm3.eps == 1e-5
     x, label = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(2)), dit.encode([ClassLabel(3)], 0)
     with torch.inference_mode():
-        assert distance(original.denoise(x, t, label)[0], dit.denoise(x, t, label)[0]) > 1e-2
+        apart(original.denoise(x, t, label)[0], dit.denoise(x, t, label)[0], 1e-3)
 
 
 def test_cards_with_another_arithmetic_cannot_share_the_network(dit: DiT) -> None:

@@ -19,7 +19,8 @@ from app.families.dit import SharedEmbedder, predict
 from app.pool.component import Component
 from app.pool.layout import Part
 from app.pool.weights import read_outline
-from tests.families.plain import CPU, build_component, distance, load
+from tests.close import EXACT, FORWARD, apart, close
+from tests.families.plain import CPU, build_component, load
 from tests.tiny import write_dit
 
 LABELS = torch.tensor([0, 999, 1000, 17])
@@ -49,8 +50,10 @@ def test_a_forward_is_that_of_the_network_with_copies(checkpoints: Path, dit: Di
         with torch.inference_mode():
             out, frac = dit.denoise(x, t, {"label": labels})
             whole = theirs(x, timestep=t, class_labels=labels).sample
-        assert distance(out, whole[:, :4]) < 1e-6
-        assert frac is not None and distance(frac, (whole[:, 4:] + 1) / 2) < 1e-6
+        close(out, whole[:, :4], FORWARD)
+        apart(out, whole[:, :4].roll(1, 0), FORWARD, of="another row:")
+        assert frac is not None
+        close(frac, (whole[:, 4:] + 1) / 2, FORWARD)
 
 
 def test_it_embeds_once_a_forward(dit: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +116,13 @@ def test_a_network_that_learned_with_an_embedder_in_each_block_is_built_so(folde
     rewritten(folder, differ)
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"shared_embedders": False}))
-    theirs = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
-    ours = build(folder)
-    x, labels = latents(), torch.tensor([0, 9, 10, 3])
+    theirs = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval().double()
+    ours = build(folder).double()
+    x, labels = latents().double(), torch.tensor([0, 9, 10, 3])
     with torch.inference_mode():
         whole = theirs(x, timestep=TIMES, class_labels=labels).sample
-        assert distance(predict(ours, x, TIMES, labels), whole) < 1e-6
+        close(predict(ours, x, TIMES, labels), whole, EXACT)
+        apart(predict(ours, x, TIMES, labels.roll(1)), whole, FORWARD, of="other classes:")
     part = Component(Part("transformer", "DiTTransformer2DModel", folder / "transformer"), CPU, torch.float32)
     assert part.bytes == 4 * (sum(p.numel() for p in theirs.parameters()) + theirs.pos_embed.pos_embed.numel())
     later = [key for key in load_file(weights(folder)) if EMBEDDER in key and ".0." not in key[:21]]

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DMod
 from diffusers.loaders import single_file_utils as theirs
 
 from app.families.originals import from_original
+from tests.close import EXACT, FORWARD, apart, close
 from tests.families import plain_originals
-from tests.families.plain import distance
 from tests.families.plain_shapes import (
     State,
     dit_state,
@@ -24,16 +24,30 @@ from tests.families.plain_shapes import (
     vae_shapes,
 )
 from tests.seeds import plain_dit
+from tests.seeds.plain_dit import doubled
 
 FLUX, SD3, VAE = "FluxTransformer2DModel", "SD3Transformer2DModel", "AutoencoderKL"
 UNET = "model.diffusion_model."
 AXES = (4, 6, 6)
+SQUARES = 1e-7
+"""In float64 too, diffusers takes the mean square of queries and keys in float32."""
 
 
 def filled(kind: Any, state: State, **config: Any) -> Any:
+    """The network in float64, so that what differs is no rounding."""
     network = kind(**config).eval().requires_grad_(False)
     network.load_state_dict(state, strict=True)
-    return network
+    return network.double()
+
+
+def wide(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.double() for tensor in tensors)
+
+
+def turned(state: State, ending: str) -> State:
+    """The first tensor of this ending turned over, as a control."""
+    key = next(key for key in state if key.endswith(ending))
+    return {**state, key: state[key].flip(-1)}
 
 
 # What SD3-medium, SD3.5-large and SD3.5-medium are like, in this order; each with the prefix of some files.
@@ -56,10 +70,12 @@ def test_sd3(prefix: str, kind: dict[str, Any], width: int, depth: int) -> None:
         pooled_projection_dim=40, pos_embed_max_size=12, qk_norm="rms_norm" if kind.get("norm") else None,
         dual_attention_layers=tuple(range(min(kind.get("dual", 0), depth))),
     )  # fmt: skip
-    x, t, pooled, text = random(2, 4, 12, 8), torch.tensor([900.0, 31.0]), random(2, 40), random(2, 5, 48)
+    t, (x, pooled, text) = torch.tensor([900.0, 31.0]), wide(random(2, 4, 12, 8), random(2, 40), random(2, 5, 48))
+    state = doubled(state)
     wanted = plain_originals.sd3(state, width // 16, x, t, pooled, text)
     ours = network(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t, return_dict=False)[0]
-    assert distance(ours, wanted) < 1e-6
+    close(ours, wanted, SQUARES if kind.get("norm") else EXACT)
+    apart(ours, plain_originals.sd3(turned(state, "qkv.weight"), width // 16, x, t, pooled, text), FORWARD)
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["schnell", "dev"])
@@ -73,12 +89,15 @@ def test_flux(guided: bool, width: int, double: int, single: int) -> None:
         attention_head_dim=16, num_attention_heads=width // 16, joint_attention_dim=48, pooled_projection_dim=16,
         guidance_embeds=guided, axes_dims_rope=AXES,
     )  # fmt: skip
-    image, text, pooled, t = random(2, 6, 16), random(2, 5, 48), random(2, 16), torch.tensor([0.9, 0.3])
+    t, (image, text, pooled) = torch.tensor([0.9, 0.3]), wide(random(2, 6, 16), random(2, 5, 48), random(2, 16))
+    state = doubled(state)
     places = torch.tensor([[0.0, row, column] for row in range(2) for column in range(3)])
     guidance = torch.tensor([3.5, 1.0]) if guided else None
     wanted = plain_originals.flux(state, width // 16, image, places, text, pooled, t, guidance, AXES)
     ours = network(image, text, pooled, t, places, torch.zeros(5, 3), guidance=guidance, return_dict=False)[0]
-    assert distance(ours, wanted) < 1e-6
+    close(ours, wanted, SQUARES)
+    wrong = turned(state, "linear1.weight")
+    apart(ours, plain_originals.flux(wrong, width // 16, image, places, text, pooled, t, guidance, AXES), FORWARD)
 
 
 @pytest.mark.parametrize(("prefix", "latent", "quant"), [("", 16, False), ("first_stage_model.", 4, True)])
@@ -96,9 +115,12 @@ def test_vae(prefix: str, latent: int, quant: bool, widths: tuple[int, ...]) -> 
         AutoencoderKL, found, block_out_channels=widths, latent_channels=latent, layers_per_block=1, norm_num_groups=4,
         use_quant_conv=quant, use_post_quant_conv=quant, **config,
     )  # fmt: skip
-    z, x = random(2, latent, 4, 6), random(2, 3, 16, 8)
-    assert distance(network.decode(z, return_dict=False)[0], plain_originals.decoded(state, z, 4)) < 1e-6
-    assert distance(network.encode(x).latent_dist.parameters, plain_originals.encoded(state, x, 4)) < 1e-6
+    state, (z, x) = doubled(state), wide(random(2, latent, 4, 6), random(2, 3, 16, 8))
+    ours, coded = network.decode(z, return_dict=False)[0], network.encode(x).latent_dist.parameters
+    close(ours, plain_originals.decoded(state, z, 4), EXACT)
+    close(coded, plain_originals.encoded(state, x, 4), EXACT)
+    apart(ours, plain_originals.decoded(turned(state, "decoder.conv_in.weight"), z, 4), FORWARD)
+    apart(coded, plain_originals.encoded(turned(state, "encoder.conv_in.weight"), x, 4), FORWARD)
 
 
 @pytest.mark.parametrize(("width", "depth", "patch", "side"), [(32, 3, 2, 4), (48, 2, 4, 2), (32, 1, 8, 1)])
@@ -116,9 +138,11 @@ def test_dit(width: int, depth: int, patch: int, side: int) -> None:
             module.eps = 1e-6
         if hasattr(module, "downscale_freq_shift"):
             module.downscale_freq_shift = 0
-    x, t, y = random(2, 4, side * patch, side * patch), torch.tensor([999, 3]), torch.tensor([10, 4])
-    wanted = plain_dit.forward(state, width // 16, x, t, y)
-    assert distance(network(x, timestep=t, class_labels=y, return_dict=False)[0], wanted) < 1e-5
+    x, t, y = random(2, 4, side * patch, side * patch).double(), torch.tensor([999, 3]), torch.tensor([10, 4])
+    wanted = plain_dit.forward(doubled(state), width // 16, x, t, y)
+    ours = network(x, timestep=t, class_labels=y, return_dict=False)[0]
+    close(ours, wanted, EXACT)
+    apart(ours, plain_dit.forward(turned(doubled(state), "qkv.weight"), width // 16, x, t, y), FORWARD)
 
 
 @pytest.mark.parametrize("layout", ["dit", "sd3", "flux", "vae"])

@@ -16,8 +16,9 @@ from app.errors import CheckpointError
 from app.pool.building import build_family
 from app.pool.pool import Pool
 from app.request import Prompt, Request, SkipGuidance
+from tests.close import SAME, apart, close
 from tests.engine.conftest import load_all
-from tests.families.plain import ask, build, distance, final, serve
+from tests.families.plain import ask, build, final, serve
 from tests.tiny import SD3_PARTS, write_sd3
 from tests.tiny_parts import write_json
 
@@ -81,7 +82,7 @@ def test_among_other_rows_it_is_the_pipelines(card: Card, pool: Pool) -> None:
     requests = [asked(f"case-{number}", *case) for number, case in enumerate(CASES)]
     results = serve(pool, *near, *requests)[len(near) :]
     for result, case in zip(results, CASES, strict=True):
-        assert distance(final(result), upstream(card, *case)) < 1e-4
+        close(final(result), upstream(card, *case), SAME)
     assert max(result.timings.shared for result in results) > 1
 
 
@@ -92,7 +93,7 @@ def test_among_other_rows_it_is_the_pipelines(card: Card, pool: Pool) -> None:
 def test_controls_are_told_from_the_pipeline(card: Card, pool: Pool, wrong: SkipGuidance | None) -> None:
     right = upstream(card, 10, (32, 32), SkipGuidance(2.8, 0.01, 0.2))
     (ours,) = serve(pool, asked("control", 10, (32, 32), wrong))
-    assert distance(final(ours), right) > 1e-3
+    apart(final(ours), right, SAME)
 
 
 def test_an_unguided_row_has_none(pool: Pool) -> None:

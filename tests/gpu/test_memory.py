@@ -7,9 +7,9 @@ import sys
 import torch
 
 from app.report import Evicted
+from tests.close import SAME, close
 from tests.engine.harness import Bench
 from tests.engine.test_memory import Bounded, ask
-from tests.engine.test_mixed import relative
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import held
 
@@ -48,4 +48,4 @@ def test_weights_that_left_the_device_come_back_as_they_were(device: str, opened
     moves = [report for report in bench.reports if isinstance(report, Evicted)]
     assert len(moves) >= 12
     for name, one in wanted.items():
-        assert relative(bench.results[name].latents, one.latents) < 1e-4
+        close(bench.results[name].latents, one.latents, SAME)

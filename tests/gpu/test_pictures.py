@@ -11,8 +11,9 @@ import torch
 from app.pool.pool import Pool
 from app.report import Result
 from app.request import Request
+from tests.close import relative
 from tests.engine.harness import Bench
-from tests.engine.test_mixed import psnr, relative, run_mixed, traffic
+from tests.engine.test_mixed import psnr, run_mixed, traffic
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import narrow
 

@@ -21,6 +21,7 @@ from app.cli.models import check_folder
 from app.families.dit import predict
 from app.pool.building import build_family, build_parts
 from app.samplers.schedules import alpha_bar
+from tests.close import FORWARD, SAME, apart, close, each, furthest
 from tests.recipes.conftest import run
 
 LEVELS = Levels("cpu")
@@ -28,7 +29,9 @@ LEVELS = Levels("cpu")
 
 def test_the_levels_are_those_that_the_card_names(made: Path) -> None:
     bar = torch.from_numpy(alpha_bar(read_cards(made)["emoji-dit"].schedule)).float()
-    assert torch.allclose(LEVELS.columns["alpha"].flatten() ** 2, bar, rtol=1e-4)
+    ours = LEVELS.columns["alpha"].flatten() ** 2
+    close(ours, bar, FORWARD, each)
+    apart(ours.roll(1), bar, FORWARD, each, of="a timestep off:")
 
 
 def test_the_bound_is_the_divergence_of_two_normals() -> None:
@@ -47,7 +50,8 @@ def test_the_bound_is_the_divergence_of_two_normals() -> None:
     ours = ((v + 1) / 2 * beta.log() + (1 - v) / 2 * low.log()).exp()
     plain = kl_divergence(Normal(back(clean), low.sqrt()), Normal(back(guess), ours.sqrt())).mean((1, 2, 3))
     found = bound(LEVELS, noise, wrong, v, t, x, clean) * torch.tensor(2.0).log()
-    assert torch.allclose(found, plain, rtol=2e-2)
+    close(found, plain, 1e-2, each)
+    apart(bound(LEVELS, noise, wrong, -v, t, x, clean) * torch.tensor(2.0).log(), plain, 1e-2, each)
 
 
 def test_only_the_variance_learns_from_the_bound() -> None:
@@ -60,13 +64,16 @@ def test_only_the_variance_learns_from_the_bound() -> None:
     bound(LEVELS, noise, found, v, t, x, clean).sum().backward()
     assert found.grad is None and v.grad is not None and v.grad.abs().min() > 0
     exact = bound(LEVELS, noise, noise, torch.full_like(noise, -1), t, x, clean)
-    assert exact.abs().max() < 1e-4
+    close(1 + exact, torch.ones_like(exact), SAME, furthest)
+    off = bound(LEVELS, noise, noise, torch.full_like(noise, 1), t, x, clean)
+    apart(1 + off, torch.ones_like(off), SAME, furthest, of="the other variance:")
 
 
 def test_weights_fall_with_the_signal() -> None:
     snr = torch.tensor([1e-4, 0.5, 1.0, 5.0, 50.0])
-    assert torch.allclose(weight_of(snr, 5, 5), torch.tensor([5.0, 2.0, 1.0, 1.0, 0.1]))
-    assert torch.allclose(weight_of(snr, 5, 1), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.1]))
+    close(weight_of(snr, 5, 5), torch.tensor([5.0, 2.0, 1.0, 1.0, 0.1]), FORWARD, each)
+    close(weight_of(snr, 5, 1), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.1]), FORWARD, each)
+    apart(weight_of(snr, 5, 1), weight_of(snr, 5, 5), FORWARD, each)
 
 
 @pytest.mark.parametrize(("empty", "rows"), [(0.0, {2}), (1.0, {5})])
@@ -102,7 +109,8 @@ def test_diffusers_reads_it_and_so_does_the_server(made: Path) -> None:
     parts = build_parts(cards["emoji-dit"], cards, torch.device("cpu"), torch.float32)
     whole = theirs(x, t, labels).sample
     for ours in (build(12, made / "emoji-dit"), parts["transformer"]):
-        assert torch.allclose(predict(ours, x, t, labels), whole, atol=1e-5)
+        close(predict(ours, x, t, labels), whole, FORWARD, furthest)
+        apart(predict(ours, x, t, labels.roll(1)), whole, FORWARD, furthest, of="other classes:")
 
 
 def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path) -> None:
@@ -112,7 +120,8 @@ def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path) -> None:
     scene = every_plain_scene(1)[0][5]
     posterior = vae.encode(to_float([render(scene, subjects[1])])).latent_dist
     wanted = (posterior.mean[0] - vae.config.shift_factor) * vae.config.scaling_factor
-    assert torch.allclose(pool.mean[1, 5], wanted, atol=1e-4)
+    close(pool.mean[1, 5], wanted, SAME, furthest)
+    apart(pool.mean[1, 4], wanted, SAME, furthest, of="another scene:")
     latents, labels = pool.batch(256)
     assert latents.shape == (256, 16, 8, 8) and 90 < int(labels.sum()) < 166
     nearest = (latents[:, None] - pool.mean[labels]).pow(2).mean((2, 3, 4)).amin(1)

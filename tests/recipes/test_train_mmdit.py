@@ -16,6 +16,7 @@ from train_text import Readers, batch, facts, summaries
 from app.card import read_cards
 from app.cli.models import check_folder
 from app.request import Prompt
+from tests.close import FORWARD, apart, close, furthest
 from tests.recipes.conftest import run
 from tests.recipes.test_distill_turbo import family
 
@@ -80,7 +81,10 @@ def test_the_card_loads_and_encodes_as_the_recipe_does(made: Path) -> None:
     with torch.no_grad():
         ours, pooled = text(["a small thing 3 on blue"], torch.ones(1, 3))
         theirs = family(made, "emoji-small").encode([Prompt("a small thing 3 on blue")], card.text.t5)
-    assert torch.allclose(ours, theirs["text"], atol=1e-5) and torch.allclose(pooled, theirs["pooled"], atol=1e-5)
+        other, _ = text(["a small thing 4 on blue"], torch.ones(1, 3))
+    close(ours, theirs["text"], FORWARD, furthest)
+    close(pooled, theirs["pooled"], FORWARD, furthest)
+    apart(other, theirs["text"], FORWARD, furthest, of="another caption:")
 
 
 def test_training_goes_on_where_it_stopped(subjects: list[Any], made: Path) -> None:

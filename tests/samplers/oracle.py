@@ -46,11 +46,6 @@ def draw(lines: int) -> Array:
     return np.random.default_rng(0).standard_normal((lines + 1, *SHAPE))
 
 
-def distance(ours: Array, theirs: Array) -> float:
-    """Relative error, in the 2-norm."""
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
 @dataclass
 class Run:
     """A finished loop: the final latent, and the clean latent predicted at each line."""

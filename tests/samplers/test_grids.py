@@ -13,6 +13,7 @@ from app.families.upstream import scheduler_of
 from app.samplers.schedules import Array, Path, at_size
 from app.samplers.table import SAMPLERS
 from app.schedule import DynamicShift, Schedule
+from tests.close import EXACT, apart, close, each
 from tests.samplers.oracle import UPSTREAM, diffusion_scheduler, flow_scheduler, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -57,7 +58,7 @@ def test_diffusion_grids(sampler: str, spacing: str, offset: int) -> None:
                 t, sigma = t[:-1], np.append(sigma[:-2], 0)
             assert np.array_equal(path.here.t, t), steps
             if hasattr(scheduler, "sigmas"):
-                np.testing.assert_allclose((path.here.sigma / path.here.alpha), sigma[:-1], rtol=1e-12)
+                close(path.here.sigma / path.here.alpha, sigma[:-1], EXACT, each)
     # Where leading has an offset, and for the multistep whose grids have a point more, the largest counts do not fit.
     assert all(steps >= 999 for steps in refused) and len(refused) <= 2
 
@@ -75,8 +76,11 @@ def test_flow_grids(sampler: str, spacing: str, shift: float | None) -> None:
             t, sigma = grids(flow_scheduler(schedule, sampler, steps, math.log(sized.shift)))
             path = SAMPLERS[sampler].walk(sized, steps)
             assert len(path.here.t) == len(t) == steps
-            np.testing.assert_allclose(path.here.t, t, rtol=1e-11)
-            np.testing.assert_allclose(np.append(path.here.sigma, path.there.sigma[-1]), sigma, rtol=1e-11)
+            close(path.here.t, t, EXACT, each)
+            assert path.there.sigma[-1] == sigma[-1] == 0
+            close(path.here.sigma, sigma[:-1], EXACT, each)
+    other = SAMPLERS[sampler].walk(sized.model_copy(update={"shift": sized.shift * 1.01}), COUNTS[-1])
+    apart(other.here.sigma, path.here.sigma, EXACT, each, of="another shift:")
 
 
 def test_the_baseline_of_a_respaced_card_is_within_one_timestep() -> None:

@@ -12,7 +12,8 @@ from app.samplers import solvers
 from app.samplers.schedules import Path, Points
 from app.samplers.table import SAMPLERS, compile_table, compose
 from app.schedule import Schedule
-from tests.samplers.oracle import PLACE, Array, channel, distance, draw, network, run_table
+from tests.close import EXACT, SAME, apart, close, relative
+from tests.samplers.oracle import PLACE, Array, channel, draw, network, run_table
 from tests.seeds.plain_dit import respaced
 
 CALM = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -82,7 +83,7 @@ def test_deterministic_solvers_converge_at_their_order(rule, geometry, order, pr
         table = compose(path, rule(path), prediction)
         noise = draw(table.lines)
         final = run_table(table, gaussian.network(geometry, prediction), noise).final
-        errors.append(distance(final, gaussian.answer(noise[0], geometry)))
+        errors.append(relative(final, gaussian.answer(noise[0], geometry)))
     orders = np.log2(np.array(errors[:-1]) / errors[1:])
     assert errors[-1] < 0.05
     np.testing.assert_allclose(orders, order, atol=0.15)
@@ -177,6 +178,7 @@ def test_respaced_samplers_are_the_original_dits(sampler, original, steps):
     schedule = Schedule(kind="diffusion", spacing="respaced", variance="learned_range")
     noise = draw(steps)
     expected = original(np.linspace(1e-4, 2e-2, 1000), steps, noise)
-    assert distance(run_table(compile_table(schedule, sampler, steps), network, noise).final, expected) < 1e-10
+    close(run_table(compile_table(schedule, sampler, steps), network, noise).final, expected, EXACT)
     other = compile_table(schedule.model_copy(update={"spacing": "leading"}), sampler, steps)
-    assert steps == 1000 or distance(run_table(other, network, noise).final, expected) > 1e-3
+    if steps < 1000:
+        apart(run_table(other, network, noise).final, expected, SAME)

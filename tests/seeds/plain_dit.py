@@ -144,8 +144,3 @@ def sample(
 
 def doubled(state: State) -> State:
     return {key: value.double() for key, value in state.items()}
-
-
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Relative error, in the 2-norm."""
-    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())

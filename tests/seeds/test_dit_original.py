@@ -19,9 +19,10 @@ from app.pool.converting import Conversion, convert_dit
 from app.pool.weights import read_state
 from app.request import ClassLabel
 from app.samplers.table import compile_table
+from tests.close import EXACT, FORWARD, SAME, apart, close, relative
 from tests.families.plain import load
 from tests.seeds import plain_dit
-from tests.seeds.plain_dit import State, distance, doubled, original_state
+from tests.seeds.plain_dit import State, doubled, original_state
 from tests.tiny import write_dit
 
 ROOT = Path(__file__).parent.parent.parent
@@ -74,12 +75,13 @@ def test_a_forward_is_the_originals(made: tuple[Path, State]) -> None:
     assert isinstance(dit, DiT)
     out, frac = dit.denoise(latents(0), TIMES.float(), {"label": LABELS})
     theirs = plain_dit.forward(state, HEADS, latents(0), TIMES, LABELS)
-    assert frac is not None and distance(torch.cat([out, 2 * frac - 1], 1), theirs) < 1e-5
+    assert frac is not None
+    close(torch.cat([out, 2 * frac - 1], 1), theirs, FORWARD)
     for row, whole in enumerate(theirs):
-        assert distance(out[row], whole[:4]) < 1e-5, f"t = {TIMES[row]}"
+        close(out[row], whole[:4], FORWARD, of=f"t = {TIMES[row]}")
     # In float64 what is left is no rounding.
     ours = predict(dit.network.double(), latents(0).double(), TIMES.float(), LABELS)
-    assert distance(ours, plain_dit.forward(doubled(state), HEADS, latents(0).double(), TIMES, LABELS)) < 1e-10
+    close(ours, plain_dit.forward(doubled(state), HEADS, latents(0).double(), TIMES, LABELS), EXACT)
 
 
 @torch.inference_mode()
@@ -90,13 +92,13 @@ def test_diffusers_arithmetic_is_another(made: tuple[Path, State]) -> None:
 
     def off(**fields: float | None) -> float:
         network = load(folder, **{**ORIGINAL, **fields}).network.double()
-        return distance(predict(network, latents(0).double(), TIMES.float(), LABELS), theirs)
+        return relative(predict(network, latents(0).double(), TIMES.float(), LABELS), theirs)
 
     assert off(time_freq_shift=None, norm_eps=None) > 0.05
     assert off(time_freq_shift=1.0) > 0.05
     assert off(norm_eps=None) > 1e-7, "little, because these tokens are not small"
     shifted = plain_dit.forward(doubled(state), HEADS, latents(0).double(), TIMES, LABELS, half=127)
-    assert distance(shifted, theirs) > 0.05
+    apart(shifted, theirs, 0.005)
 
 
 ASKED = ((3, 10, 4.0), (9, 25, None), (0, 100, 4.0), (5, 50, 1.5), (7, 250, 4.0), (2, 163, 4.0))
@@ -148,7 +150,7 @@ def test_sampling_is_the_originals(small: tuple[Path, State], sampled: list[torc
     dit = load(small[0], **ORIGINAL)
     assert isinstance(dit, DiT)
     for (label, steps, scale), ours, theirs in zip(ASKED, run_together(dit, ASKED), sampled, strict=True):
-        assert distance(ours, theirs) < 1e-5, (label, steps, scale)
+        close(ours, theirs, SAME, of=(label, steps, scale))
 
 
 WRONG: dict[str, dict[str, Any]] = {
@@ -165,7 +167,7 @@ def test_sampling_otherwise_is_told_from_it(small: tuple[Path, State], sampled: 
     dit = load(small[0], **{**ORIGINAL, **WRONG[wrong]})
     assert isinstance(dit, DiT)
     (ours,) = run_together(dit, ASKED[:1])
-    assert distance(ours, sampled[0]) > 1e-3
+    apart(ours, sampled[0], SAME)
 
 
 def test_the_timesteps_are_those_of_create_diffusion() -> None:
@@ -187,7 +189,7 @@ def test_sampling_on_multiplied_timesteps_is_told_from_it(
 ) -> None:
     dit = load(small[0], **{**ORIGINAL, "schedule": CARD.schedule.model_copy(update={"spacing": "linspace"})})
     assert isinstance(dit, DiT) and ASKED[-1][1] == 163
-    assert distance(run_together(dit, ASKED)[-1], sampled[-1]) > 1e-3
+    apart(run_together(dit, ASKED)[-1], sampled[-1], SAME)
 
 
 def test_the_authors_layout_gives_the_tensors_of_diffusers(made: tuple[Path, State]) -> None:
@@ -211,4 +213,4 @@ def test_a_converted_pt_is_the_same_model(made: tuple[Path, State], tmp_path: Pa
     assert {name: getattr(card, name) for name in ORIGINAL} == ORIGINAL
     assert isinstance(network, DiT)
     out, _ = network.denoise(latents(0), TIMES.float(), {"label": LABELS})
-    assert distance(out, plain_dit.forward(state, HEADS, latents(0), TIMES, LABELS)[:, :4]) < 1e-5
+    close(out, plain_dit.forward(state, HEADS, latents(0), TIMES, LABELS)[:, :4], FORWARD)

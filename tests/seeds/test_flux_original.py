@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from app.card import read_cards
 from app.pool.pool import Pool
 from app.request import Prompt
+from tests.close import SAME, apart, close
 from tests.engine.conftest import load_all
-from tests.families.plain import ask, distance, final, serve
+from tests.families.plain import ask, final, serve
 from tests.families.plain_originals import flux
 from tests.families.plain_shapes import State, drawn, flux_shapes
 from tests.tiny import write_flux
@@ -96,7 +97,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_latents_are_those_of_the_authors(pool: Pool, states: States, name: str, case: dict[str, Any]) -> None:
     right = authors(pool, name, states[name], **case)
-    assert distance(ours(pool, name, case), right) < 1e-5
+    close(ours(pool, name, case), right, SAME)
 
 
 def test_controls_are_told(pool: Pool, states: States) -> None:
@@ -109,7 +110,7 @@ def test_controls_are_told(pool: Pool, states: States) -> None:
         authors(pool, name, states[name], **case, mu=lambda tokens: 1.15),
         authors(pool, name, turned, **case),
     ):
-        assert distance(got, wrong) > 1e-3
+        apart(got, wrong, SAME)
 
 
 def ours(pool: Pool, name: str, case: dict[str, Any]) -> torch.Tensor:

@@ -19,9 +19,10 @@ from app.card import Card, read_cards
 from app.pool.pool import Pool
 from app.request import Request
 from app.schedule import DynamicShift
+from tests.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.engine.conftest import load_all
 from tests.engine.harness import Bench
-from tests.families.plain import distance, final, serve
+from tests.families.plain import final, serve
 from tests.seeds.upstream import Body, final_latent, opened, picture, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +88,7 @@ def asked(card: Card, body: Body, name: str = "alone") -> Request:
 def test_latents_are_those_of_the_pipeline(seed_models: Path, cards: dict[str, Card], pool: Pool, case: int) -> None:
     name, body = CASES[case]
     (ours,) = serve(pool, asked(cards[name], body))
-    assert distance(final(ours), theirs(seed_models, case)) < 1e-4
+    close(final(ours), theirs(seed_models, case), SAME)
 
 
 def test_in_a_mixed_batch_too(seed_models: Path, cards: dict[str, Card], pool: Pool) -> None:
@@ -102,7 +103,7 @@ def test_in_a_mixed_batch_too(seed_models: Path, cards: dict[str, Card], pool: P
     results = serve(pool, *near, *cases)[len(near) :]
     for case, ours in enumerate(results):
         assert ours.timings.shared > 1, "it shared no forward"
-        assert distance(final(ours), theirs(seed_models, case)) < 1e-4
+        close(final(ours), theirs(seed_models, case), SAME)
 
 
 def test_deterministic_mode_is_bit_equal_alone_and_among_others(cards: dict[str, Card], pool: Pool) -> None:
@@ -136,14 +137,15 @@ def test_controls_are_told_from_the_pipeline(
 ) -> None:
     name, body = CASES[case]
     (ours,) = serve(pool, asked(cards[wrong.get("model", name)], {**body, **wrong}))
-    assert distance(final(ours), theirs(seed_models, case)) > 1e-3
+    apart(final(ours), theirs(seed_models, case), SAME)
 
 
 def test_the_picture_is_that_of_the_pipeline(seed_models: Path, cards: dict[str, Card], pool: Pool) -> None:
     name, body = CASES[8]
     (ours,) = serve(pool, asked(cards[name], body))
     image = picture(seed_models / name, theirs(seed_models, 8))
-    assert np.abs(ours.pixels - image).max() <= 0.5 + 1e-2, "further away than rounding"
+    close(ours.pixels, image, LEVELS, beyond_rounding)
+    apart(ours.pixels[::-1], image, LEVELS, beyond_rounding)
 
 
 def test_encoders_may_be_those_of_an_sd3(seed_models: Path, cards: dict[str, Card], pool: Pool) -> None:
@@ -154,7 +156,7 @@ def test_encoders_may_be_those_of_an_sd3(seed_models: Path, cards: dict[str, Car
     clip = CLIPTextModel.from_pretrained(seed_models / "sd3" / "text_encoder")
     parts = {**own.components, "text_encoder": clip, "tokenizer": sd3.tokenizer}
     shared = FluxPipeline(**{**parts, "text_encoder_2": sd3.text_encoder_3, "tokenizer_2": sd3.tokenizer_3})
-    assert distance(final(ours), run(shared, cards["sharing"], whole(body))) < 1e-4
-    assert distance(final(ours), theirs(seed_models, 3)) > 1e-3
+    close(final(ours), run(shared, cards["sharing"], whole(body)), SAME)
+    apart(final(ours), theirs(seed_models, 3), SAME)
     both = pool.family("sharing"), pool.family("sd3")
     assert both[0].clip[0] is both[1].clips[0][0] and both[0].t5[0] is both[1].t5[0]

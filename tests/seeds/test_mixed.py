@@ -26,6 +26,7 @@ from app.settings import Settings
 from app.worker.jobs import Ticket
 from app.worker.supervisor import WORKER, Supervisor
 from tests.api.conftest import Server
+from tests.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.seeds.upstream import Body, final_latent, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,15 +164,10 @@ def theirs(folder: Path, name: str) -> torch.Tensor:
     return final_latent(folder / CASES[name]["model"], whole(name))
 
 
-def distance(ours: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative error, in the 2-norm."""
-    return float((ours - other).norm() / other.norm())
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_latents_are_those_of_the_pipeline(seed_models: Path, answers: dict[str, Answer], name: str) -> None:
     ours = answers[f"case-{list(CASES).index(name)}"]
-    assert distance(ours.latent, theirs(seed_models, name)) < 1e-4
+    close(ours.latent, theirs(seed_models, name), SAME)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,7 +176,8 @@ def test_the_picture_in_the_reply_is_that_latents(seed_models: Path, answers: di
     assert ours.reply["size"] == body["size"] and ours.reply["data"][0]["seed"] == 11
     assert np.array_equal(ours.pixels, ours.result.pixels)
     image = picture(seed_models / body["model"], theirs(seed_models, name))
-    assert np.abs(ours.pixels - image).max() <= 0.5 + 0.1, "further away than rounding and the latents' own bound"
+    close(ours.pixels, image, LEVELS, beyond_rounding)
+    apart(ours.pixels[::-1], image, LEVELS, beyond_rounding)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +185,7 @@ def test_the_picture_in_the_reply_is_that_latents(seed_models: Path, answers: di
 )
 def test_controls_are_told_from_the_pipeline(seed_models: Path, answers: dict[str, Answer], number: int) -> None:
     """A wrong class, prompt, seed or scale, in the same traffic, is 100 times the bound away and more."""
-    assert distance(answers[f"control-{number}"].latent, theirs(seed_models, CONTROLS[number][0])) > 1e-2
+    apart(answers[f"control-{number}"].latent, theirs(seed_models, CONTROLS[number][0]), 1e-3)
 
 
 @pytest.mark.parametrize("name", CASES)

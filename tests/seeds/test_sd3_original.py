@@ -18,7 +18,7 @@ from app.pool.pool import Pool
 from app.request import Prompt
 from app.samplers.table import compile_table
 from app.schedule import Schedule
-from tests.close import SAME, apart, close
+from tests.close import EXACT, SAME, apart, close, each
 from tests.engine.conftest import load_all
 from tests.families import plain_originals
 from tests.families.plain import ask, final, serve
@@ -46,11 +46,11 @@ def test_the_table_is_the_authors_multistep(steps: int, shift: float) -> None:
 
     levels = plain_sd3.sigmas(shift, steps)
     wanted = plain_sd3.dpmpp_2m(clean, noise[0], levels)
-    np.testing.assert_allclose(table.t, 1000 * np.array(levels[:-1]), rtol=1e-12)
-    close(run_table(table, network, noise).final, wanted, 1e-10)
+    close(table.t, 1000 * np.array(levels[:-1]), EXACT, each)
+    close(run_table(table, network, noise).final, wanted, EXACT)
     if steps > 1:
         other = compile_table(Schedule(kind="flow", shift=shift), "flow_dpmpp_2m", steps)
-        apart(run_table(other, network, noise).final, wanted, 1e-4, of="diffusers' multistep:")
+        apart(run_table(other, network, noise).final, wanted, SAME, of="diffusers' multistep:")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def authors(
     text, pooled, state = texts["text"].double(), texts["pooled"].double(), doubled(state)
 
     def clean(x: torch.Tensor, level: float) -> torch.Tensor:
-        both, t = torch.cat([x, x]), torch.tensor([1000 * level] * 2, dtype=torch.float64)
+        both, t = torch.cat([x, x]), torch.tensor([1000 * level] * 2)
         asked, opposite = (both - level * plain_originals.sd3(state, HEADS, both, t, pooled, text)).chunk(2)
         return opposite + (asked - opposite) * guidance
 
