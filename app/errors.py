@@ -23,7 +23,7 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     ├── DeadlineExceeded        the deadline passed before the image was done
     ├── Cancelled               the client left or cancelled
     ├── EngineError             the request reached the engine and failed there
-    │   ├── NonFiniteOutput     the network produced NaN or infinity for this row
+    │   ├── NonFiniteOutput     a part of the model computed NaN or infinity for this image
     │   └── OutOfMemory         one row alone does not fit
     ├── LoadError               a checkpoint cannot be loaded
     │   ├── CardError           a card.toml is invalid: names file and field
@@ -138,7 +138,7 @@ class EngineError(InstepError):
 
 
 class NonFiniteOutput(EngineError):
-    """The network produced NaN or infinity for this row."""
+    """A part of the model computed NaN or infinity for this image."""
 
 
 class OutOfMemory(EngineError):

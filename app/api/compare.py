@@ -14,8 +14,8 @@ from fastapi.responses import Response
 from app.api.body import read_json
 from app.api.comparison import Comparison, lay_out, read_comparison
 from app.api.front import Front, Record, front_of, record_of
-from app.api.generation import Generation, milliseconds
-from app.api.images import engine_id, headers, patience, unless_gone
+from app.api.generation import Generation, milliseconds, unless_gone
+from app.api.images import engine_id, headers, patience
 from app.api.openapi import COMPARE_ROUTE
 from app.api.panels import json_panel, panel_warnings, raw_panel
 from app.api.responses import accepted_format, told

@@ -57,7 +57,11 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.Cancelled: Told(499, _BAD, "cancelled", False),
     e.EngineError: _INTERNAL,
     e.NonFiniteOutput: Told(
-        500, "server_error", "non_finite_output", False, "The network produced numbers that are not finite."
+        500,
+        "server_error",
+        "non_finite_output",
+        False,
+        "This image came out as numbers that are not finite.",
     ),
     e.OutOfMemory: Told(507, "server_error", "insufficient_gpu_memory", False),
     e.LoadError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),

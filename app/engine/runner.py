@@ -226,7 +226,7 @@ class Runner:
     def _non_finite(self) -> list[tuple[Row, InstepError]]:
         """Rows whose latent the last step left not finite; read one step late, so that no step waits for it."""
         unread, self._unread = self._unread, []
-        message = "the network produced a value that is not finite for this image"
+        message = "the network gave a number that is not finite"
         return [
             (row, NonFiniteOutput(message))
             for rows, sums in unread

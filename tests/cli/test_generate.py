@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from app.report import Failure, Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
 from tests.cli.conftest import Run, one_line
+from tests.tiny_parts import spoil
 
 
 def direct(body: dict[str, object]) -> list[Drawn]:
@@ -116,6 +118,16 @@ def test_an_error_of_the_engine_ends_the_command(run: Run, monkeypatch: pytest.M
     failure = Failure("generate", NonFiniteOutput("the network gave NaN"))
     monkeypatch.setattr(Local, "submit", lambda local, request: local._hear(failure))
     assert one_line(run("generate", "red", "--model", "tiny-sd3")).endswith("the network gave NaN")
+
+
+@pytest.mark.parametrize("words", [("generate", "red", "--model"), ("compare", "--prompt", "red")])
+def test_a_picture_that_is_not_finite_is_no_file(run: Run, tiny: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    models = tmp_path / "elsewhere"
+    shutil.copytree(tiny / "tiny-sd3", models / "tiny-sd3")
+    spoil(models / "tiny-sd3" / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias")
+    result = run(*words, "tiny-sd3", "--steps", 2, "--models", models)
+    assert result.exit_code == 1 and not [*tmp_path.glob("*.png")]
+    assert result.stderr.splitlines()[-1].endswith("not finite") and "Traceback" not in result.output
 
 
 def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
