@@ -8,6 +8,8 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     │   ├── UnknownField        a field that does not exist
     │   ├── Unsupported         an OpenAI feature that this server does not serve
     │   ├── InvalidJSON         the body is not a JSON object
+    │   ├── NotAcceptable       no image format that the Accept header names is written here
+    │   ├── UnsupportedEncoding the body is compressed or otherwise encoded
     │   ├── BodyTooLarge        the body is over the limit
     │   ├── HeadersTooLarge     the headers are over the limit, or too many
     │   └── RequestTimeout      it did not come whole in time
@@ -75,6 +77,14 @@ class Unsupported(RequestError):
 
 class InvalidJSON(RequestError):
     """The body is not a JSON object."""
+
+
+class NotAcceptable(RequestError):
+    """No image format that the Accept header names is written here; the message has those that are."""
+
+
+class UnsupportedEncoding(RequestError):
+    """The body has a Content-Encoding, such as gzip, which the message names."""
 
 
 class BodyTooLarge(RequestError):

@@ -58,7 +58,7 @@ async def compare_images(request: Request) -> Response:
 async def _laid_out(request: Request, front: Front, record: Record) -> Comparison:
     """The comparison that the body asks for; made in a thread, as it may look at the disk."""
     body = read_comparison(await read_json(request))
-    limit, wanted = patience(request), accepted_format(request)
+    limit, wanted = patience(request), accepted_format(request, body.shared.output_format)
 
     def make() -> Comparison:
         def complete(image: ImageBody, card: Card) -> Asked:

@@ -19,10 +19,11 @@ from app.api.body import read_json
 from app.api.front import Record, front_of, record_of
 from app.api.generation import Generation, unless_gone
 from app.api.openapi import IMAGE_ROUTE
-from app.api.replies import Ask, json_reply, raw_image, warnings
+from app.api.replies import Ask, json_reply, raw_image
 from app.api.responses import accepted_format, told
 from app.api.schemas import read_body
 from app.api.stream import EventStream
+from app.api.warnings import warnings
 from app.errors import InstepError, InvalidValue
 from app.imaging import Format
 from app.report import Result
@@ -46,7 +47,7 @@ async def create_image(request: Request) -> Response:
         body = read_body(await read_json(request))
         card = front.registry.find(body.model)
         record.facts["model"] = model = card.id
-        wanted = accepted_format(request)
+        wanted = accepted_format(request, body.output_format)
         asked = body.to_request(card, engine_id(record), record.key, patience(request))
         ask = Ask(body, card, asked, wanted or cast(Format, body.output_format or "png"), wanted is not None)
         record.facts |= {"seed": asked.images[0].seed, "steps": asked.steps, "images": len(asked.images)}

@@ -172,8 +172,8 @@ class Runner:
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
         caps = self._caps[row.key]
         slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
-        cut = self._encodings.cut(family, row)
-        row.warnings = (f'the prompt is too long for the text encoder; not seen: "{cut}"',) if cut else ()
+        cuts = zip(("prompt", "negative prompt"), self._encodings.cuts(family, row), strict=False)
+        row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
         row.slot = slots.take(table, first, conditions, guidance_of(request, table.lines))
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:

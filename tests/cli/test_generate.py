@@ -87,6 +87,23 @@ def test_several_images_of_a_class(run: Run) -> None:
     assert error <= 1e-4 * np.abs(alone.latents).max()
 
 
+def test_a_random_seed_is_told_and_makes_the_same_again(run: Run) -> None:
+    words = ("generate", "red", "--model", "tiny-sd3", "--steps", 2)
+    line, curl = drawn(run(*words, "--seed", -1, "-o", "one.png"))
+    seed = int(line.split("  ")[1].removeprefix("seed "))
+    assert 0 <= seed < 2**32 and f'"seed": {seed}' in curl
+    drawn(run(*words, "--seed", seed, "-o", "two.png"))
+    assert (np.asarray(Image.open("one.png")) == np.asarray(Image.open("two.png"))).all()
+
+
+def test_what_is_without_effect_is_said(run: Run) -> None:
+    result = run("generate", "a (red:1.3) cat", "--model", "tiny-sd3-turbo", "--steps", 1, "--negative", "blue")
+    assert result.exit_code == 0
+    first, second = result.stderr.splitlines()
+    assert first.startswith('instep: prompt: "(red:1.3)" is read as plain text')
+    assert second.startswith("instep: negative_prompt is ignored") and second.endswith("draws without by default")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

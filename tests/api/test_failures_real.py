@@ -1,4 +1,7 @@
-"""A VAE with one NaN, behind a whole server, nothing faked: every way to ask for its picture is the same error."""
+"""Models that cannot be served, behind a whole server, nothing faked: every way to ask for a picture is the same error.
+
+One has a NaN in its VAE, one is not downloaded, one is larger than the memory that weights may take.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,26 @@ import pytest
 from app.settings import Settings
 from app.worker.supervisor import WORKER
 from tests.api.conftest import Server, eventually, generate
-from tests.tiny import write_dit, write_sd3
+from tests.tiny import write_dit, write_flux, write_sd3
 from tests.tiny_parts import spoil
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server with a whole model and one that has a NaN in its VAE's decoder."""
+    """A client of a server with these three models and a whole one; the first is its default."""
     folder = tmp_path_factory.mktemp("broken")
-    write_dit(folder / "models" / "tiny-dit")
-    write_sd3(folder / "models" / "tiny-sd3")
-    spoil(folder / "models" / "tiny-sd3" / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias")
-    places = {"models": folder / "models", "cache": folder / "cache", "default_model": "tiny-sd3"}
-    server = Server(Settings(devices="cpu", dtype="float32", port=0, drain=5, **places), WORKER)
+    models = folder / "models"
+    write_dit(models / "tiny-dit")
+    write_sd3(models / "tiny-sd3")
+    spoil(models / "tiny-sd3" / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias")
+    write_flux(models / "too-large", dev=False, num_single_layers=60)
+    card = (models / "too-large" / "card.toml").read_text()
+    (models / "absent").mkdir()
+    (models / "absent" / "card.toml").write_text(
+        card.replace('"too-large"', '"absent"').replace('path = "."', 'repo = "lab/absent"')
+    )
+    settings = {"models": models, "cache": folder / "cache", "default_model": "tiny-sd3", "device_memory": "1.5MB"}
+    server = Server(Settings(devices="cpu", dtype="float32", port=0, drain=5, **settings), WORKER)
     url = server.start()
     try:
         eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
@@ -48,6 +58,22 @@ def test_it_is_an_error_however_it_is_asked_for(broken: httpx.Client, rest: dict
     reply = generate(broken, {"prompt": "red", "num_inference_steps": 2, **rest}, accept)
     assert (reply.status_code, reply.headers["x-should-retry"]) == (500, "false")
     assert reply.json()["error"]["code"] == "non_finite_output" and "not finite" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("model", "status", "code", "words"),
+    [
+        ("absent", 503, "model_not_downloaded", "instep models pull absent"),
+        ("too-large", 507, "insufficient_gpu_memory", "weights may take 1.50 MB"),
+    ],
+)
+def test_what_is_known_at_once_is_a_status_also_of_a_stream(
+    broken: httpx.Client, model: str, status: int, code: str, words: str, stream: bool
+) -> None:
+    reply = generate(broken, {"model": model, "prompt": "red", "stream": stream})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert words in reply.json()["error"]["message"] and reply.headers["x-should-retry"] == "false"
 
 
 def test_no_preview_of_it_is_shown(broken: httpx.Client) -> None:
