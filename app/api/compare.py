@@ -36,8 +36,8 @@ async def compare_images(request: Request) -> Response:
 
     One labelled panel: a row for each prompt or label, a column for each model, in order of their parameters. What is
     absent is each model's own default. `preset: "two_prompts"` brings two prompts, 28 steps and guidance 7. Send
-    `Accept: image/png` (or image/jpeg, image/webp) for the bytes of the panel instead of JSON. At most 8 models, 16
-    rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
+    `Accept: image/png` (image/jpeg, image/webp, image/*) for the bytes of the panel instead of JSON. At most 8 models,
+    16 rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
     """
     front, record, started = front_of(request), record_of(request), time.perf_counter()
     try:

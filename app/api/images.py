@@ -37,9 +37,10 @@ _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 async def create_image(request: Request) -> Response:
     """Draw one image or several.
 
-    OpenAI's `images.generate` with extensions. Send `Accept: image/png` (or image/jpeg, image/webp) for the bytes
-    of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
-    tokens and 16 x 16 pixels for an image token.
+    OpenAI's `images.generate` with extensions. Send `Accept: image/png` (image/jpeg, image/webp, image/*) for the
+    bytes of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
+    tokens and 16 x 16 pixels for an image token. `warnings`, or the header X-Warning beside bytes, has what was asked
+    for without effect.
     """
     front, record, started = front_of(request), record_of(request), time.perf_counter()
     model = ""

@@ -11,6 +11,7 @@ from app.card import Card
 from app.imaging import Format
 from app.report import Result
 from app.request import Request
+from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
     from app.api.replies import Ask
@@ -70,6 +71,10 @@ def of_model(ask: Ask) -> Iterator[str]:
     if draws_classes(card) and body.class_label is not None and body.prompt:
         yield f"prompt is ignored: {card.id} draws class_label"
     yield from _of_guidance(body, card, request)
+    if request.previews >= request.steps:  # else a sampler with two lines a step has more than are asked for
+        most = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines - 1
+        if request.previews > most:
+            yield f"partial_images: at most {most} come before an image of {request.steps} steps"
     if body.priority is not None and body.priority > request.priority:
         yield f"priority is {request.priority}: more is not for this key"
 

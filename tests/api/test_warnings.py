@@ -104,6 +104,20 @@ def test_a_comparison_says_it_once_for_all_and_by_model_what_is_the_models(http:
     assert [text.split(":")[0] for text in told] == ["background is ignored", "prompt", "tiny-text"]
 
 
+@pytest.mark.parametrize(
+    ("steps", "sampler", "most"), [(1, "flow_euler", 0), (3, "flow_euler", 2), (1, "flow_heun", 0)]
+)
+def test_more_previews_than_there_are_steps_before_the_last(plain: Card, steps: int, sampler: str, most: int) -> None:
+    body = {"stream": True, "num_inference_steps": steps, "sampler": sampler}
+    told = [f"partial_images: at most {most} come before an image of {steps} steps"]
+    assert of(plain, **body, partial_images=3) == told
+    assert (
+        of(plain, **body, partial_images=most)
+        == of(plain, **{**body, "num_inference_steps": 4}, partial_images=3)
+        == []
+    )
+
+
 @pytest.fixture(scope="module")
 def plain(settings: Settings) -> Card:
     return Registry(read_cards(settings.models), settings).default
