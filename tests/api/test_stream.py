@@ -103,12 +103,12 @@ def test_a_failure_after_the_200_is_an_error_event(http: httpx.Client, client: o
 def test_a_failure_before_anything_is_shown_is_a_status(
     http: httpx.Client, client: openai.OpenAI, prompt: str, status: int, code: str
 ) -> None:
-    reply = http.post("/v1/images/generations", json={"prompt": prompt, "stream": True, "seed": 1})
+    reply = http.post("/v1/images/generations", json={"prompt": f"{prompt} streaming", "stream": True})
     assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
     assert reply.headers["x-should-retry"] and ("retry-after" in reply.headers) == (code == "no_worker")
     eventually(lambda: generate(http, {"prompt": "a"}).status_code == 200)
     with pytest.raises(openai.APIStatusError) as caught:
-        client.images.generate(prompt=f"{prompt} again", stream=True)
+        client.images.generate(prompt=f"{prompt} streaming again", stream=True)
     assert caught.value.status_code == status
     eventually(lambda: generate(http, {"prompt": "a"}).status_code == 200)
 
