@@ -20,12 +20,12 @@ from app.schedule import Part, Schedule
 
 Size = tuple[int, int]
 INDEX = "model_index.json"
-_SIZE = re.compile(r"^([1-9][0-9]{0,4})x([1-9][0-9]{0,4})$")
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 def parse_size(text: str) -> Size:
     """ "WxH" -> (width, height) in pixels. Raises ValueError."""
-    found = _SIZE.match(text)
+    found = _SIZE.fullmatch(text)
     if not found:
         raise ValueError(f'"{text}" is not a size like "512x512"')
     return int(found[1]), int(found[2])

@@ -8,6 +8,8 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     │   ├── UnknownField        a field that does not exist
     │   ├── Unsupported         an OpenAI feature that this server does not serve
     │   ├── InvalidJSON         the body is not a JSON object
+    │   ├── NotAcceptable       no image format that the Accept header names is written here
+    │   ├── UnsupportedEncoding the body is compressed or otherwise encoded
     │   ├── BodyTooLarge        the body is over the limit
     │   ├── HeadersTooLarge     the headers are over the limit, or too many
     │   └── RequestTimeout      it did not come whole in time
@@ -23,7 +25,7 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     ├── DeadlineExceeded        the deadline passed before the image was done
     ├── Cancelled               the client left or cancelled
     ├── EngineError             the request reached the engine and failed there
-    │   ├── NonFiniteOutput     the network produced NaN or infinity for this row
+    │   ├── NonFiniteOutput     a part of the model computed NaN or infinity for this image
     │   └── OutOfMemory         one row alone does not fit
     ├── LoadError               a checkpoint cannot be loaded
     │   ├── CardError           a card.toml is invalid: names file and field
@@ -75,6 +77,14 @@ class Unsupported(RequestError):
 
 class InvalidJSON(RequestError):
     """The body is not a JSON object."""
+
+
+class NotAcceptable(RequestError):
+    """No image format that the Accept header names is written here; the message has those that are."""
+
+
+class UnsupportedEncoding(RequestError):
+    """The body has a Content-Encoding, such as gzip, which the message names."""
 
 
 class BodyTooLarge(RequestError):
@@ -138,7 +148,7 @@ class EngineError(InstepError):
 
 
 class NonFiniteOutput(EngineError):
-    """The network produced NaN or infinity for this row."""
+    """A part of the model computed NaN or infinity for this image."""
 
 
 class OutOfMemory(EngineError):

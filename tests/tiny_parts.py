@@ -163,3 +163,12 @@ def _bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
 def write_json(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def spoil(file: Path, tensor: str, value: float = float("nan")) -> None:
+    """Make the first number of a tensor in a safetensors file not a number."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(file)
+    state[tensor].view(-1)[0] = value
+    save_file(state, file, {"format": "pt"})

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from fastapi import Request
 
-from app.errors import BodyTooLarge, InvalidJSON
+from app.errors import BodyTooLarge, InvalidJSON, UnsupportedEncoding
 
 BODY_LIMIT = 1024 * 1024
 """Bytes a body may have; the longest prompt that any card allows is 32,000 characters."""
@@ -23,8 +23,16 @@ the client never sees the 413."""
 
 
 async def read_json(request: Request) -> object:
-    """The body as a JSON value. Raises BodyTooLarge (chunked bodies too), InvalidJSON, or ClientDisconnect."""
+    """The body as a JSON value.
+
+    Raises UnsupportedEncoding, BodyTooLarge (chunked bodies too), InvalidJSON, or ClientDisconnect.
+    """
     data = await _read(request)
+    codings = ", ".join(request.headers.getlist("content-encoding")).split(",")
+    for coding in map(str.strip, codings):
+        if coding.lower() not in ("", "identity"):
+            message = f'Content-Encoding: "{coding[:40]}" is not decoded here; send the JSON as it is'
+            raise UnsupportedEncoding(message)
     if data.startswith(_GZIP):
         raise InvalidJSON("The body is compressed, which is not understood here: send the JSON as it is")
     return parse_json(data)

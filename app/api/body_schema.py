@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from app.api.classes import draws_classes
-from app.api.schemas import DEADLINE_LIMIT, PRIORITY_LIMIT, SEEDS, ImageBody, allows
+from app.api.fields import ANY_SEED, SEEDS
+from app.api.schemas import DEADLINE_LIMIT, PRIORITY_LIMIT, ImageBody, allows
 from app.card import Card, Sizes
 from app.imaging import FORMATS
 from app.samplers.table import valid_samplers
@@ -52,7 +53,7 @@ def _common(card: Card) -> Json:
         "partial_images": _whole(0, 3),
         "num_inference_steps": _whole(1, limits.num_inference_steps, card.defaults.num_inference_steps),
         "guidance_scale": _real(0, limits.guidance_scale, card.defaults.guidance_scale),
-        "seed": _whole(0, SEEDS - 1),
+        "seed": _whole(ANY_SEED, SEEDS - 1),
         "sampler": {"enum": [*valid_samplers(card.schedule), None], "default": card.defaults.sampler},
         "priority": _whole(-PRIORITY_LIMIT, PRIORITY_LIMIT),
         "deadline": _real(0.1, DEADLINE_LIMIT),

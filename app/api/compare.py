@@ -14,8 +14,8 @@ from fastapi.responses import Response
 from app.api.body import read_json
 from app.api.comparison import Comparison, lay_out, read_comparison
 from app.api.front import Front, Record, front_of, record_of
-from app.api.generation import Generation, milliseconds
-from app.api.images import engine_id, headers, patience, unless_gone
+from app.api.generation import Generation, milliseconds, unless_gone
+from app.api.images import engine_id, headers, patience
 from app.api.openapi import COMPARE_ROUTE
 from app.api.panels import json_panel, panel_warnings, raw_panel
 from app.api.responses import accepted_format, told
@@ -36,8 +36,8 @@ async def compare_images(request: Request) -> Response:
 
     One labelled panel: a row for each prompt or label, a column for each model, in order of their parameters. What is
     absent is each model's own default. `preset: "two_prompts"` brings two prompts, 28 steps and guidance 7. Send
-    `Accept: image/png` (or image/jpeg, image/webp) for the bytes of the panel instead of JSON. At most 8 models, 16
-    rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
+    `Accept: image/png` (image/jpeg, image/webp, image/*) for the bytes of the panel instead of JSON. At most 8 models,
+    16 rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
     """
     front, record, started = front_of(request), record_of(request), time.perf_counter()
     try:
@@ -58,7 +58,7 @@ async def compare_images(request: Request) -> Response:
 async def _laid_out(request: Request, front: Front, record: Record) -> Comparison:
     """The comparison that the body asks for; made in a thread, as it may look at the disk."""
     body = read_comparison(await read_json(request))
-    limit, wanted = patience(request), accepted_format(request)
+    limit, wanted = patience(request), accepted_format(request, body.shared.output_format)
 
     def make() -> Comparison:
         def complete(image: ImageBody, card: Card) -> Asked:

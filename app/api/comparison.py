@@ -5,7 +5,6 @@ Knows nothing of HTTP: no fastapi here, so the command line compares through the
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
@@ -14,8 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from app.api.classes import draws_classes
 from app.api.downloads import downloaded
-from app.api.fields import OTHER_NAMES, text
-from app.api.hints import did_you_mean
+from app.api.fields import first_seed, text
+from app.api.other_names import hint
 from app.api.presets import PRESETS, takes_preset
 from app.api.registry import Registry
 from app.api.replies import Ask
@@ -113,8 +112,7 @@ def read_comparison(raw: object) -> CompareBody:
     given = {key: value for key, value in raw.items() if value is not None}
     for key in given:
         if key not in OWN and key not in SHARED:
-            hint = did_you_mean(OTHER_NAMES.get(key, key), (*OWN, *SHARED))
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint}', param=key[:64])
+            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, (*OWN, *SHARED))}', param=key[:64])
     shared = read_body({key: value for key, value in given.items() if key not in OWN})
     try:
         body = CompareBody(**{key: given[key] for key in OWN if key in given}, shared=shared)
@@ -140,7 +138,7 @@ def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: F
     field, given = rows_of(body.shared)
     if not 1 <= len(given) <= ROWS:
         raise InvalidValue(f"{field}: a comparison has 1 to {ROWS} rows, not {len(given)}", param=field)
-    seed = secrets.randbelow(2**32) if body.shared.seed is None else body.shared.seed
+    seed = first_seed(body.shared.seed)
     shared = body.shared.model_copy(update={"seed": seed})
     format = wanted or cast(Format, shared.output_format or "png")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from app.card import INDEX, Card
 from app.labels import cached_index
 
-_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+_SHARD = re.compile(r".*-[0-9]{5}-of-([0-9]{5})\.safetensors")
 
 
 def downloaded(card: Card, cards: Mapping[str, Card]) -> bool:
@@ -64,5 +64,5 @@ def _whole(folder: Path) -> bool:
         return False
     if folder.name.startswith("tokenizer"):
         return bool(names)
-    shards = [found for found in map(_SHARD.search, names) if found]
+    shards = [found for found in map(_SHARD.fullmatch, names) if found]
     return len(shards) == int(shards[0][1]) if shards else any(name.endswith(".safetensors") for name in names)

@@ -1,33 +1,23 @@
 """Field types of the request body: what each kind of value may look like, with the words an error uses.
 
-Knows nothing of cards or of what the bounds are (`app/api/schemas.py` has both); needs no fastapi.
+Knows nothing of cards or of what other bounds are (`app/api/schemas.py` has both); needs no fastapi.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from typing import Annotated
 
 from pydantic import BeforeValidator
 
 from app.errors import InvalidValue
 
-OTHER_NAMES = {
-    "steps": "num_inference_steps",
-    "cfg": "guidance_scale",
-    "cfg_scale": "guidance_scale",
-    "scheduler": "sampler",
-    "sampler_name": "sampler",
-    "width": "size",
-    "height": "size",
-    "num_images": "n",
-    "batch_size": "n",
-    "label": "class_label",
-    "class": "class_label",
-    "timeout": "deadline",
-    "quality_level": "output_compression",
-}
-"""What other servers call our fields; no likeness of letters gives these."""
+SEEDS = 2**63
+"""Seeds are 0 to SEEDS - 1; image i of a request uses (seed + i) mod SEEDS."""
+
+ANY_SEED = -1
+"""A seed that asks for any, as A1111 and those after it write it; the same as none."""
 
 
 def whole(value: object) -> int:
@@ -89,6 +79,18 @@ def within(field: str, value: float | None, low: float, high: float) -> float | 
     if value is not None and not low <= value <= high:
         raise InvalidValue(f"{field}: expects {low} to {high}", param=field)
     return value
+
+
+def first_seed(seed: int | None) -> int:
+    """The seed of a request's first image; drawn where it is absent or ANY_SEED. Raises InvalidValue.
+
+    NOTE: drawn below 2**32, so that a JavaScript client, whose numbers end at 2**53, can send it back.
+    """
+    if seed is None or seed == ANY_SEED:
+        return secrets.randbelow(2**32)
+    if not 0 <= seed < SEEDS:
+        raise InvalidValue(f"seed: expects 0 to {SEEDS - 1}, or {ANY_SEED} for any", param="seed")
+    return seed
 
 
 def _float(value: int | float) -> float:

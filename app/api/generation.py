@@ -9,7 +9,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from fastapi import Request
 
 from app.api.front import Front, Record
 from app.api.replies import Ask
@@ -76,3 +78,23 @@ def milliseconds(results: list[Result], image_encode: float) -> dict[str, float]
     stages = {"queue": slowest.queue, "encode": slowest.encode, "denoise": slowest.denoise}
     stages |= {"decode": slowest.decode, "image_encode": image_encode}
     return {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
+
+
+async def unless_gone(request: Request, future: asyncio.Future[T]) -> T:
+    """The future's result. Raises Cancelled, and cancels the future, as soon as the client has closed."""
+    watcher: asyncio.Future[None] = asyncio.ensure_future(_gone(request))
+    either: set[asyncio.Future[Any]] = {future, watcher}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            raise Cancelled("The client left before the image was done.")
+        return future.result()
+    finally:
+        watcher.cancel()
+        future.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has disconnected. NOTE: only once the body is read, or this would eat it."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue

@@ -53,18 +53,6 @@ def guidance_facts(request: Request) -> dict[str, Any]:
     return told
 
 
-def in_vain(body: ImageBody, card: Card) -> list[str]:
-    """What of a body's guidance changes nothing, in words for the reply."""
-    said = []
-    given = guidance_of(body, card)
-    if body.negative_prompt and card.guidance == "embedded" and not given.guided:
-        said.append("negative_prompt is ignored: it takes a true_cfg_scale over 1")
-    span = [name for name in ("start", "stop") if getattr(body, f"skip_layer_guidance_{name}") is not None]
-    if span and not (given.skip and given.skip.scale):
-        said.append(f"skip_layer_guidance_{span[0]} is ignored: there is no skip-layer guidance without a scale")
-    return said
-
-
 def _skip_of(body: ImageBody, card: Card, guided: bool) -> SkipGuidance | None:
     """Skip-layer guidance goes beside classifier-free guidance, so an unguided request has none."""
     given = {

@@ -10,26 +10,25 @@ import json
 import re
 import time
 import uuid
-from typing import Any, TypeVar, cast
+from typing import cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from app.api.body import read_json
 from app.api.front import Record, front_of, record_of
-from app.api.generation import Generation
+from app.api.generation import Generation, unless_gone
 from app.api.openapi import IMAGE_ROUTE
-from app.api.replies import Ask, json_reply, raw_image, warnings
+from app.api.replies import Ask, json_reply, raw_image
 from app.api.responses import accepted_format, told
 from app.api.schemas import read_body
 from app.api.stream import EventStream
-from app.errors import Cancelled, InstepError, InvalidValue
+from app.api.warnings import warnings
+from app.errors import InstepError, InvalidValue
 from app.imaging import Format
 from app.report import Result
 
 router = APIRouter()
-
-T = TypeVar("T")
 
 _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 
@@ -38,9 +37,10 @@ _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 async def create_image(request: Request) -> Response:
     """Draw one image or several.
 
-    OpenAI's `images.generate` with extensions. Send `Accept: image/png` (or image/jpeg, image/webp) for the bytes
-    of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
-    tokens and 16 x 16 pixels for an image token.
+    OpenAI's `images.generate` with extensions. Send `Accept: image/png` (image/jpeg, image/webp, image/*) for the
+    bytes of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
+    tokens and 16 x 16 pixels for an image token. `warnings`, or the header X-Warning beside bytes, has what was asked
+    for without effect.
     """
     front, record, started = front_of(request), record_of(request), time.perf_counter()
     model = ""
@@ -48,20 +48,20 @@ async def create_image(request: Request) -> Response:
         body = read_body(await read_json(request))
         card = front.registry.find(body.model)
         record.facts["model"] = model = card.id
-        wanted = accepted_format(request)
+        wanted = accepted_format(request, body.output_format)
         asked = body.to_request(card, engine_id(record), record.key, patience(request))
         ask = Ask(body, card, asked, wanted or cast(Format, body.output_format or "png"), wanted is not None)
         record.facts |= {"seed": asked.images[0].seed, "steps": asked.steps, "images": len(asked.images)}
         _single(ask)
         generation = Generation(front, record, ask, started)
-        if body.stream:
-            return EventStream(generation)
-        future = generation.submit()
+        answer = EventStream(generation) if body.stream else generation.submit()
     except InstepError as error:
         front.metrics.rejected(model, told(error).code)
         record.facts |= {"error": told(error).code}
         raise
-    return await _reply(request, generation, future)
+    if isinstance(answer, EventStream):
+        return await answer.begin(request)
+    return await _reply(request, generation, answer)
 
 
 async def _reply(request: Request, generation: Generation, future: asyncio.Future[list[Result]]) -> Response:
@@ -86,26 +86,6 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
 def headers(seed: int, told: list[str]) -> dict[str, str]:
     """What raw bytes cannot say. NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header."""
     return {"X-Seed": str(seed), **({"X-Warning": json.dumps("; ".join(told)[:400])} if told else {})}
-
-
-async def unless_gone(request: Request, future: asyncio.Future[T]) -> T:
-    """The future's result. Raises Cancelled, and cancels the future, as soon as the client has closed."""
-    watcher: asyncio.Future[None] = asyncio.ensure_future(_gone(request))
-    either: set[asyncio.Future[Any]] = {future, watcher}
-    try:
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise Cancelled("The client left before the image was done.")
-        return future.result()
-    finally:
-        watcher.cancel()
-        future.cancel()
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has disconnected. NOTE: only once the body is read, or this would eat it."""
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
 
 
 def _single(ask: Ask) -> None:

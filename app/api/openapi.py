@@ -21,8 +21,10 @@ from app.keys import Keyring
 _STATUSES = {
     400: "A field is unknown, of the wrong type or out of the model's range",
     404: "No model has this name",
+    406: "Accept names images alone, and none that is written here",
     408: "The request did not come whole in time",
     413: "The body is too large",
+    415: "The body has a Content-Encoding, such as gzip",
     429: "This key has more than its share in the queue; Retry-After tells when to come again",
     431: "The headers are too large or too many",
     499: "Cancelled",

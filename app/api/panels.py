@@ -12,9 +12,10 @@ import numpy as np
 
 from app.api.comparison import Comparison
 from app.api.guidance import guidance_facts
-from app.api.replies import Ask, stages, usage, warnings
+from app.api.replies import Ask, stages, usage
 from app.api.shapes import Cell, CompareReply, Panel, Usage
 from app.api.splice import mark, spliced
+from app.api.warnings import of_body, of_model
 from app.card import Card
 from app.imaging import encode_image
 from app.panel import Heading, panel, unreadable
@@ -59,12 +60,10 @@ def draw_panel(comparison: Comparison, results: Sequence[Result]) -> np.ndarray:
 
 
 def panel_warnings(comparison: Comparison, results: Sequence[Result]) -> list[str]:
-    """The warnings of all cells, the model before each, and the letters of the labels that show as boxes."""
-    told = [
-        f"{ask.card.id}: {text}"
-        for ask, result in zip(comparison.asks, results, strict=True)
-        for text in warnings(ask, [result])
-    ]
+    """The body's warnings, those of all cells, the model before each, and letters of the labels that show as boxes."""
+    told = [*of_body(comparison.body, comparison.format, comparison.raw)]
+    for ask, result in zip(comparison.asks, results, strict=True):
+        told += [f"{ask.card.id}: {text}" for text in (*of_model(ask), *result.warnings)]
     if missing := unreadable(comparison.rows):
         told.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
     return list(dict.fromkeys(told))

@@ -16,6 +16,7 @@ from app.api.guidance import guidance_facts
 from app.api.schemas import ImageBody
 from app.api.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
 from app.api.splice import mark, spliced
+from app.api.warnings import warnings
 from app.card import Card
 from app.errors import InvalidValue
 from app.imaging import LONGEST, Format, encode_image, grid, sheet_size
@@ -176,11 +177,6 @@ def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | 
         estimated_wait=round(estimate.wait, 5) if estimate else None,
         queue_position=estimate.position if estimate else None,
     )
-
-
-def warnings(ask: Ask, results: Sequence[Result]) -> list[str]:
-    """The body's and the engine's warnings, each once."""
-    return list(dict.fromkeys([*ask.body.warnings(ask.card), *(text for one in results for text in one.warnings)]))
 
 
 def _file(ask: Ask, results: Sequence[Result]) -> bytes:

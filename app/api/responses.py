@@ -41,6 +41,8 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.UnknownField: Told(400, _BAD, "unknown_parameter"),
     e.Unsupported: Told(400, _BAD, "unsupported_parameter"),
     e.InvalidJSON: Told(400, _BAD, "invalid_json"),
+    e.NotAcceptable: Told(406, _BAD, "not_acceptable"),
+    e.UnsupportedEncoding: Told(415, _BAD, "unsupported_encoding", headers={"Accept-Encoding": "identity"}),
     e.BodyTooLarge: Told(413, _BAD, "body_too_large"),
     e.HeadersTooLarge: Told(431, _BAD, "headers_too_large", False),
     e.RequestTimeout: Told(408, _BAD, "request_timeout"),
@@ -57,7 +59,11 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.Cancelled: Told(499, _BAD, "cancelled", False),
     e.EngineError: _INTERNAL,
     e.NonFiniteOutput: Told(
-        500, "server_error", "non_finite_output", False, "The network produced numbers that are not finite."
+        500,
+        "server_error",
+        "non_finite_output",
+        False,
+        "This image came out as numbers that are not finite.",
     ),
     e.OutOfMemory: Told(507, "server_error", "insufficient_gpu_memory", False),
     e.LoadError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
@@ -118,20 +124,39 @@ def http_error_response(error: HTTPException) -> Response:
     return JSONResponse(body.model_dump(), error.status_code, error.headers)
 
 
-def accepted_format(request: Request) -> Format | None:
-    """The image format that Accept prefers over JSON; None for JSON, also when Accept names nothing that we have."""
-    ranked: list[tuple[float, int, Format | None]] = []
-    for place, part in enumerate(",".join(request.headers.getlist("accept")).lower().split(",")):
+def accepted_format(request: Request, preferred: str | None = None) -> Format | None:
+    """The image format that Accept prefers over JSON; None for JSON, also when Accept names neither.
+
+    As RFC 9110 section 12.5.1: of each type the most specific range counts. Ranges of one weight go in their order;
+    one that takes several types (`image/*`) gives JSON, then the `preferred` format, then PNG. Raises NotAcceptable:
+    Accept names images alone, and none that is written here.
+    """
+    ranges = _ranges(",".join(request.headers.getlist("accept")))
+    offers: list[Format | None] = [None, *sorted(FORMATS, key=lambda format: format != preferred)]
+    ranked = [(*_rank(ranges, offer), order) for order, offer in enumerate(offers)]
+    weight, _, order = min(ranked)
+    if weight < 0:
+        return offers[order]
+    if any(media.startswith("image/") and weight < 0 for media, (weight, _) in ranges.items()):
+        types = ", ".join(f"image/{format}" for format in FORMATS)
+        raise e.NotAcceptable(f"Accept: no such image type is written here; there are {types} and application/json")
+    return None
+
+
+def _ranges(accept: str) -> dict[str, tuple[float, int]]:
+    """The media ranges of an Accept header in lower case, without parameters: (minus its weight, its place)."""
+    found: dict[str, tuple[float, int]] = {}
+    for place, part in enumerate(accept.lower().split(",")):
         media, *options = (piece.strip() for piece in part.split(";"))
-        quality = next((_quality(option[2:]) for option in options if option.startswith("q=")), 1.0)
-        if quality <= 0:
-            continue
-        if media in ("application/json", "application/*", "*/*"):
-            ranked.append((-quality, place, None))
-        for format in FORMATS:
-            if media == f"image/{format}":
-                ranked.append((-quality, place, format))
-    return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+        weight = next((_quality(option[2:]) for option in options if option.startswith("q=")), 1.0)
+        found.setdefault(media, (-weight, place))
+    return found
+
+
+def _rank(ranges: Mapping[str, tuple[float, int]], offer: Format | None) -> tuple[float, int]:
+    """Of the most specific range that takes this offer; a weight of 0 where none does."""
+    kind, name = ("image", offer) if offer else ("application", "json")
+    return next((ranges[media] for media in (f"{kind}/{name}", f"{kind}/*", "*/*") if media in ranges), (0.0, 0))
 
 
 def _quality(text: str) -> float:

@@ -5,16 +5,15 @@ Knows nothing of HTTP: no fastapi here, so the command line builds its requests 
 
 from __future__ import annotations
 
-import secrets
 import time
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.classes import draws_classes, find_label
-from app.api.fields import OTHER_NAMES, Flag, Labels, Real, Text, Texts, Whole, within
-from app.api.guidance import guidance_of, in_vain
-from app.api.hints import did_you_mean
+from app.api.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, within
+from app.api.guidance import guidance_of
+from app.api.other_names import hint
 from app.card import Card, Size, Sizes, parse_size
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
 from app.imaging import FORMATS
@@ -22,11 +21,11 @@ from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 from app.samplers.table import valid_samplers
 
-SEEDS = 2**63
-"""Seeds are 0 to SEEDS - 1; image i of a request uses (seed + i) mod SEEDS."""
-
 DEADLINE_LIMIT = 86_400
 PRIORITY_LIMIT = 10
+
+
+_IGNORED = "Accepted for OpenAI's clients and ignored; the reply warns of what asks for something that is not done"
 
 
 class Grid(BaseModel):
@@ -61,7 +60,9 @@ class ImageBody(BaseModel):
     skip_layer_guidance_scale: Real | None = Field(None, description="Skip-layer guidance (SD3.5-medium); 0 is none")
     skip_layer_guidance_start: Real | None = Field(None, description="Share of the steps after which it acts")
     skip_layer_guidance_stop: Real | None = Field(None, description="Share of the steps before which it acts")
-    seed: Whole | None = Field(None, description="Seed of the first image; the next ones count up. Drawn if absent")
+    seed: Whole | None = Field(
+        None, description="Seed of the first image; the next ones count up. Drawn if absent or -1"
+    )
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
     max_sequence_length: Whole | None = Field(None, description="Text length in tokens that T5 is padded to")
@@ -70,13 +71,13 @@ class ImageBody(BaseModel):
     )
     deadline: Real | None = Field(None, description="Seconds from now after which the image is of no use")
     grid: Grid | None = Field(None, description="Return all images as one sheet")
-    quality: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
-    background: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
-    moderation: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
-    style: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
-    user: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
-    safety_identifier: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
-    complexity: Any = Field(None, description="Accepted for OpenAI's clients and ignored")
+    quality: Any = Field(None, description=_IGNORED)
+    background: Any = Field(None, description=_IGNORED)
+    moderation: Any = Field(None, description=_IGNORED)
+    style: Any = Field(None, description=_IGNORED)
+    user: Any = Field(None, description=_IGNORED)
+    safety_identifier: Any = Field(None, description=_IGNORED)
+    complexity: Any = Field(None, description=_IGNORED)
 
     def to_request(self, card: Card, request_id: str, key: ApiKey = NOBODY, patience: float | None = None) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
@@ -87,9 +88,7 @@ class ImageBody(BaseModel):
         self._served()
         conditions = self._conditions(card)
         steps = within("num_inference_steps", self.num_inference_steps, 1, card.limits.num_inference_steps)
-        seed = within("seed", self.seed, 0, SEEDS - 1)
-        # NOTE: drawn below 2**32, so that a JavaScript client, whose numbers end at 2**53, can send it back.
-        first = secrets.randbelow(2**32) if seed is None else int(seed)
+        first = first_seed(self.seed)
         previews = within("partial_images", self.partial_images, 0, 3)
         priority = int(within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0)
         width, height = self._size(card)
@@ -109,12 +108,6 @@ class ImageBody(BaseModel):
             tenant=key.name,
             weight=key.weight,
         )
-
-    def warnings(self, card: Card) -> list[str]:
-        """What this body asks for in vain, in words for the reply."""
-        if draws_classes(card) and self.class_label is not None and self.prompt:
-            return [f"prompt is ignored: {card.id} draws class_label"]
-        return in_vain(self, card)
 
     def _deadline(self, patience: float | None) -> float | None:
         """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.
@@ -213,8 +206,7 @@ def read_body(raw: object) -> ImageBody:
     given = {key: value for key, value in raw.items() if value is not None}
     for key in given:
         if key not in ImageBody.model_fields:
-            hint = did_you_mean(OTHER_NAMES.get(key, key), ImageBody.model_fields)
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint}', param=key[:64])
+            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, ImageBody.model_fields)}', param=key[:64])
     try:
         return ImageBody(**given)
     except ValidationError as error:

@@ -44,7 +44,7 @@ def compare(
     preset: Annotated[str | None, typer.Option(help="two_prompts: two prompts, 28 steps, guidance 7")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; each model's own if absent")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; each model's own if absent")] = None,
-    seed: Annotated[int | None, typer.Option(help="The one seed of all pictures; drawn if absent")] = None,
+    seed: Annotated[int | None, typer.Option(help="The one seed of all pictures; drawn if absent or -1")] = None,
     sampler: Annotated[str | None, typer.Option(help="The solver; each model's own if absent")] = None,
     size: Annotated[str | None, typer.Option(help="WxH in pixels; each model's own if absent")] = None,
     negative: Annotated[str | None, typer.Option(help="What guidance moves away from")] = None,

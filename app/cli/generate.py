@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from safetensors.numpy import save_file
 
-from app.api.replies import Ask, raw_image, warnings
+from app.api.replies import Ask, raw_image
+from app.api.warnings import warnings
 from app.cli.bodies import build, curl, file_name, in_folder, kind_of, labels_of, open_registry
 from app.cli.local import Local, loading
 from app.cli.paint import half_blocks
@@ -36,7 +37,7 @@ def generate(
     model: Annotated[str | None, typer.Option(help="A model id or alias")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first image; drawn if absent")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first image; drawn if absent or -1")] = None,
     sampler: Annotated[str | None, typer.Option(help="The solver; `instep models show ID` lists them")] = None,
     size: Annotated[str | None, typer.Option(help="WxH in pixels")] = None,
     negative: Annotated[str | None, typer.Option(help="What guidance moves away from")] = None,

@@ -66,9 +66,14 @@ class Encodings:
             {name: torch.cat([part[places[one]] for one in both]) for name, part in parts.items()} for both in wanted
         ]
 
-    def cut(self, family: Family, row: Row) -> str | None:
-        """The end of the row's prompt that no encoder sees; None when nothing is cut."""
-        name = row.key.model, _conditions(family, row)[0], row.key.text_length
+    def cuts(self, family: Family, row: Row) -> list[str | None]:
+        """The end that no encoder sees of the row's prompt, and of its negative prompt where it is guided; None for
+        one that is seen whole."""
+        return [
+            self._cut(family, (row.key.model, condition, row.key.text_length)) for condition in _conditions(family, row)
+        ]
+
+    def _cut(self, family: Family, name: tuple[str, Condition, int]) -> str | None:
         if name not in self._cuts:
             self._cuts[name] = family.truncated(*name[1:])
         self._cuts.move_to_end(name)

@@ -172,8 +172,8 @@ class Runner:
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
         caps = self._caps[row.key]
         slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
-        cut = self._encodings.cut(family, row)
-        row.warnings = (f'the prompt is too long for the text encoder; not seen: "{cut}"',) if cut else ()
+        cuts = zip(("prompt", "negative prompt"), self._encodings.cuts(family, row), strict=False)
+        row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
         row.slot = slots.take(table, first, conditions, guidance_of(request, table.lines))
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
@@ -226,7 +226,7 @@ class Runner:
     def _non_finite(self) -> list[tuple[Row, InstepError]]:
         """Rows whose latent the last step left not finite; read one step late, so that no step waits for it."""
         unread, self._unread = self._unread, []
-        message = "the network produced a value that is not finite for this image"
+        message = "the network gave a number that is not finite"
         return [
             (row, NonFiniteOutput(message))
             for rows, sums in unread

@@ -73,10 +73,13 @@ class Family(Protocol):
         """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, h, w] float32, as the sampler leaves them -> uint8 [B, H, W, 3] on the same device."""
+        """latents [B, C, h, w] float32, as the sampler leaves them -> uint8 [B, H, W, 3] on the same device.
+
+        Raises NonFiniteOutput when any image of the batch comes out as numbers that are not finite.
+        """
 
     def prepare(self) -> None:
         """What is computed once from the VAE's weights, which must be there: the map that `preview` uses."""
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """A quick look at predicted clean latents, much cheaper than `decode`; same shapes."""
+        """A quick look at predicted clean latents, much cheaper than `decode`; same shapes, same error."""

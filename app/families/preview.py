@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from app.families.pixels import to_pixels
+
 IMAGES = 8
 SIDE = 16
 """Latent pixels along a side of the images that the map is fitted on: IMAGES * SIDE^2 equations for 9C + 1 unknowns."""
@@ -34,11 +36,10 @@ class LinearPreview:
         self._map = fit(neighbourhoods((z.float() - shift) * scale), functional.pixel_unshuffle(pixels, self._patch))
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, h, w] float32 -> uint8 [B, f h, f w, 3] on the same device."""
+        """latents [B, C, h, w] float32 -> uint8 [B, f h, f w, 3] on the same device. Raises NonFiniteOutput."""
         features = neighbourhoods(latents)
         patches = torch.einsum("bkhw,kp->bphw", features, self._map)
-        pixels = functional.pixel_shuffle(patches, self._patch)
-        return ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return to_pixels(functional.pixel_shuffle(patches, self._patch))
 
 
 def neighbourhoods(latents: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from app.families.pixels import to_pixels
 from app.families.preview import LinearPreview
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -51,10 +52,8 @@ def linear_preview(vae: Any) -> LinearPreview:
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]; the maths and the rounding of diffusers' pipelines.
 
-    z = latents / scaling_factor + shift_factor, either of which a config may leave out.
+    z = latents / scaling_factor + shift_factor, either of which a config may leave out. Raises NonFiniteOutput.
     """
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
     z = latents / (1.0 if scale is None else scale) + (0.0 if shift is None else shift)
-    image = vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
-    pixels: torch.Tensor = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous()
+    return to_pixels(vae.decode(z.to(vae.dtype), return_dict=False)[0].float())

@@ -15,13 +15,13 @@ import torch
 from app.errors import SettingsError
 from app.settings import Settings
 
-_AMOUNT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[kmgt]?i?b?)\s*$", re.IGNORECASE)
+_AMOUNT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|[kmgt]?i?b?)\s*", re.IGNORECASE)
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def parse_bytes(text: str, total: int | None, name: str) -> int:
     """Bytes that `text` means where `total` are there; None: no share. name: the setting's. Raises SettingsError."""
-    found = _AMOUNT.match(text)
+    found = _AMOUNT.fullmatch(text)
     number, unit = (float(found[1]), found[2].lower()) if found else (0.0, "")
     if not found or (unit == "%" and total is None):
         forms = 'is not bytes ("256MB")' if total is None else 'is neither bytes ("40GB") nor a share ("80%")'

@@ -18,7 +18,7 @@ from app.errors import SettingsError
 from app.labels import cached_index
 from app.settings import Settings
 
-_DEVICE = re.compile(r"^(cpu|cuda(:\d+)?)$")
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
 _CGROUP = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -31,7 +31,7 @@ def devices(text: str, dev: Path = Path("/dev")) -> list[str]:
     if entries == ["auto"]:
         return [f"cuda:{index}" for index in range(count_gpus(dev))] or ["cpu"]
     for entry in entries:
-        if not _DEVICE.match(entry):
+        if not _DEVICE.fullmatch(entry):
             raise SettingsError(f'INSTEP_DEVICES: "{entry}" is not "cpu", "cuda:N" or "auto"', param="devices")
     if not entries:
         raise SettingsError('INSTEP_DEVICES is empty; "auto" picks what is there', param="devices")
@@ -55,7 +55,7 @@ def count_gpus(dev: Path = Path("/dev")) -> int:
     """
     if _torch_version().endswith("+cpu"):
         return 0
-    files = sum(1 for file in dev.glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name))
+    files = sum(1 for file in dev.glob("nvidia*") if re.fullmatch("nvidia[0-9]+", file.name))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return files

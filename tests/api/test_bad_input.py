@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import socket
+import zlib
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -115,9 +116,46 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(url: str) -> None:
         sock.sendall(head.encode() + b'{"prompt": ')
 
 
-def test_a_compressed_body_is_named_as_such(http: httpx.Client) -> None:
-    body = gzip.compress(json.dumps({"prompt": "a"}).encode())
-    error = checked(http.post(PATH, content=body, headers={"Content-Encoding": "gzip"}))
+PLAIN = b'{"prompt": "a"}'
+GZIP = gzip.compress(PLAIN, mtime=0)
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/images/compare"])
+@pytest.mark.parametrize(
+    ("coding", "content", "named"),
+    [
+        ("gzip", GZIP, "gzip"),
+        ("x-gzip", GZIP, "x-gzip"),
+        ("GZIP", GZIP, "GZIP"),
+        ("br", b"\x0b\x07\x80", "br"),
+        ("zstd", b"(\xb5/\xfd", "zstd"),
+        ("deflate", zlib.compress(PLAIN), "deflate"),
+        ("identity, gzip", GZIP, "gzip"),
+        ("aws-chunked", PLAIN, "aws-chunked"),
+        ("gzip", b"", "gzip"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_encoded_body_is_415_and_named(
+    http: httpx.Client, path: str, coding: str, content: bytes, named: str
+) -> None:
+    reply = http.post(path, content=content, headers={"Content-Encoding": coding})
+    error = checked(reply)
+    assert (reply.status_code, error["code"], reply.headers["accept-encoding"]) == (
+        415,
+        "unsupported_encoding",
+        "identity",
+    )
+    assert f'"{named}"' in error["message"]
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", "", "identity, identity"])
+def test_a_body_that_is_as_it_is(http: httpx.Client, coding: str) -> None:
+    assert http.post(PATH, content=PLAIN, headers={"Content-Encoding": coding}).status_code == 200
+
+
+def test_a_compressed_body_that_does_not_say_so(http: httpx.Client) -> None:
+    error = checked(http.post(PATH, content=GZIP))
     assert error["code"] == "invalid_json" and "compressed" in error["message"]
 
 

@@ -182,7 +182,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"steps": 4}, "steps", 'did you mean "num_inference_steps"'),
     ({"preset": "two_prompts"}, "prompt", "the preset two_prompts brings its own prompts"),
     ({"preset": "three", "prompt": None}, "preset", "preset: expects one of two_prompts"),
-    ({"seed": -1}, "seed", "seed: expects 0 to"),
+    ({"seed": -2}, "seed", "seed: expects 0 to"),
     ({"output_format": "gif"}, "output_format", "output_format: expects one of"),
     ({"seed": "7"}, "seed", "seed: expects a whole number"),
 ]

@@ -70,16 +70,6 @@ def test_a_card_may_turn_it_on(plain: Card) -> None:
     assert ask(card, guidance_scale=0).skip is None
 
 
-def test_what_changes_nothing_is_told(embedded: Card, skipping: Card) -> None:
-    def said(card: Card, **fields: Any) -> list[str]:
-        return read_body({"prompt": "a", **fields}).warnings(card)
-
-    assert said(embedded, negative_prompt="b") == ["negative_prompt is ignored: it takes a true_cfg_scale over 1"]
-    assert said(embedded, negative_prompt="b", true_cfg_scale=2) == []
-    assert [one.split()[0] for one in said(skipping, skip_layer_guidance_start=0)] == ["skip_layer_guidance_start"]
-    assert said(skipping, skip_layer_guidance_start=0, skip_layer_guidance_scale=2) == []
-
-
 @pytest.mark.parametrize(
     ("kind", "fields", "param"),
     [

@@ -108,6 +108,34 @@ def test_raw_bytes_by_accept(http: httpx.Client, format: str) -> None:
     assert opened(reply.content).format == format.upper()
 
 
+def test_any_image_type_is_raw_bytes(http: httpx.Client) -> None:
+    reply = generate(http, {"prompt": "a"}, "image/*")
+    assert (reply.headers["content-type"], opened(reply.content).format) == ("image/png", "PNG")
+    assert generate(http, {"prompt": "a", "output_format": "webp"}, "image/*").headers["content-type"] == "image/webp"
+    assert generate(http, {"prompt": "a"}, "*/*").headers["content-type"] == "application/json"
+    panel = http.post(
+        "/v1/images/compare", json={"models": ["tiny-text"], "prompt": "a"}, headers={"Accept": "image/*"}
+    )
+    assert panel.headers["content-type"] == "image/png"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_image_type_that_is_not_written_is_406(http: httpx.Client, stream: bool) -> None:
+    reply = generate(http, {"prompt": "a", "stream": stream}, "image/gif")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (406, "not_acceptable")
+    assert "image/png, image/jpeg, image/webp" in reply.json()["error"]["message"]
+
+
+def test_a_random_seed_is_told(http: httpx.Client) -> None:
+    seeds = {generate(http, {"prompt": "a", "seed": -1}).json()["data"][0]["seed"] for _ in range(5)}
+    assert len(seeds) == 5 and min(seeds) >= 0
+    raw = generate(http, {"prompt": "a", "seed": -1}, "image/png")
+    again = generate(http, {"prompt": "a", "seed": int(raw.headers["x-seed"])}, "image/png")
+    assert again.content == raw.content
+    panel = http.post("/v1/images/compare", json={"models": ["tiny-text"], "prompt": ["a", "b"], "seed": -1}).json()
+    assert len({cell["seed"] for cell in panel["cells"]}) == 1 and panel["cells"][0]["seed"] >= 0
+
+
 def test_several_images_as_raw_bytes_need_a_grid(http: httpx.Client) -> None:
     refused = generate(http, {"prompt": "a", "n": 3}, "image/png")
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "grid")

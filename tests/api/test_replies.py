@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from app.api.registry import Registry
-from app.api.replies import Ask, effective, facts, stages, usage, warnings
+from app.api.replies import Ask, effective, facts, stages, usage
 from app.api.schemas import read_body
+from app.api.warnings import warnings
 from app.card import read_cards
 from app.report import Result, Timings
 from app.settings import Settings

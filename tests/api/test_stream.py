@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from app.request import Prompt
+from tests.api.conftest import Server, eventually, generate
 from tests.fake_worker import colour
 
 
@@ -82,13 +83,44 @@ def test_a_refusal_before_the_stream_is_a_status(client: openai.OpenAI) -> None:
 
 
 def test_a_failure_after_the_200_is_an_error_event(http: httpx.Client, client: openai.OpenAI) -> None:
-    name, data = events(http, {"prompt": "!nan"})[-1]
+    shown, (name, data) = events(http, {"prompt": "!nan", "partial_images": 3})
+    assert shown[0] == "image_generation.partial_image"
     assert (name, data["error"]["code"]) == (None, "non_finite_output")
-    with pytest.raises(openai.APIError, match="not finite"):
-        list(client.images.generate(prompt="!nan", stream=True))
+    with pytest.raises(openai.APIError, match="not finite") as caught:
+        list(client.images.generate(prompt="!nan", stream=True, partial_images=3))
+    assert not isinstance(caught.value, openai.APIStatusError)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "code"),
+    [
+        ("!load", 503, "model_load_failed"),
+        ("!oom", 507, "insufficient_gpu_memory"),
+        ("!nan", 500, "non_finite_output"),
+        ("!die", 503, "no_worker"),
+    ],
+)
+def test_a_failure_before_anything_is_shown_is_a_status(
+    http: httpx.Client, client: openai.OpenAI, prompt: str, status: int, code: str
+) -> None:
+    reply = http.post("/v1/images/generations", json={"prompt": f"{prompt} streaming", "stream": True})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+    assert reply.headers["x-should-retry"] and ("retry-after" in reply.headers) == (code == "no_worker")
+    eventually(lambda: generate(http, {"prompt": "a"}).status_code == 200)
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.images.generate(prompt=f"{prompt} streaming again", stream=True)
+    assert caught.value.status_code == status
+    eventually(lambda: generate(http, {"prompt": "a"}).status_code == 200)
+
+
+def test_a_client_that_leaves_before_the_status_cancels(http: httpx.Client, server: Server) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/images/generations", json={"prompt": "!slow 20", "stream": True}, timeout=0.3)
+    eventually(lambda: server.supervisor.waiting + server.supervisor.running == 0)
 
 
 def test_a_long_silence_is_filled_with_comments(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.stream.HOLD", 0.05)
     monkeypatch.setattr("app.api.stream.PING", 0.05)
     text = http.post("/v1/images/generations", json={"prompt": "!slow 0.5", "stream": True}).text
     assert text.startswith(": ping\n\n")

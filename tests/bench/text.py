@@ -45,7 +45,7 @@ def milliseconds(family: Family, encodings: Encodings, text: str) -> float:
     """Of the conditions and the end that no encoder sees, which is what the engine asks of a row."""
     one, begin = row(family, text), time.perf_counter()
     encodings.of(family, [one], None)
-    encodings.cut(family, one)
+    encodings.cuts(family, one)
     return (time.perf_counter() - begin) * 1e3
 
 

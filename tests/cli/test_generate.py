@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from app.report import Result as Drawn
 from app.settings import Settings
 from tests.cli.conftest import Run, one_line
 from tests.close import SAME, apart, close, furthest
+from tests.tiny_parts import spoil
 
 
 def direct(body: dict[str, object]) -> list[Drawn]:
@@ -87,6 +89,23 @@ def test_several_images_of_a_class(run: Run) -> None:
     apart(first, alone.latents, SAME, furthest, of="another seed:")
 
 
+def test_a_random_seed_is_told_and_makes_the_same_again(run: Run) -> None:
+    words = ("generate", "red", "--model", "tiny-sd3", "--steps", 2)
+    line, curl = drawn(run(*words, "--seed", -1, "-o", "one.png"))
+    seed = int(line.split("  ")[1].removeprefix("seed "))
+    assert 0 <= seed < 2**32 and f'"seed": {seed}' in curl
+    drawn(run(*words, "--seed", seed, "-o", "two.png"))
+    assert (np.asarray(Image.open("one.png")) == np.asarray(Image.open("two.png"))).all()
+
+
+def test_what_is_without_effect_is_said(run: Run) -> None:
+    result = run("generate", "a (red:1.3) cat", "--model", "tiny-sd3-turbo", "--steps", 1, "--negative", "blue")
+    assert result.exit_code == 0
+    first, second = result.stderr.splitlines()
+    assert first.startswith('instep: prompt: "(red:1.3)" is read as plain text')
+    assert second.startswith("instep: negative_prompt is ignored") and second.endswith("draws without by default")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -118,6 +137,16 @@ def test_an_error_of_the_engine_ends_the_command(run: Run, monkeypatch: pytest.M
     failure = Failure("generate", NonFiniteOutput("the network gave NaN"))
     monkeypatch.setattr(Local, "submit", lambda local, request: local._hear(failure))
     assert one_line(run("generate", "red", "--model", "tiny-sd3")).endswith("the network gave NaN")
+
+
+@pytest.mark.parametrize("words", [("generate", "red", "--model"), ("compare", "--prompt", "red")])
+def test_a_picture_that_is_not_finite_is_no_file(run: Run, tiny: Path, tmp_path: Path, words: tuple[str, ...]) -> None:
+    models = tmp_path / "elsewhere"
+    shutil.copytree(tiny / "tiny-sd3", models / "tiny-sd3")
+    spoil(models / "tiny-sd3" / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_in.bias")
+    result = run(*words, "tiny-sd3", "--steps", 2, "--models", models)
+    assert result.exit_code == 1 and not [*tmp_path.glob("*.png")]
+    assert result.stderr.splitlines()[-1].endswith("not finite") and "Traceback" not in result.output
 
 
 def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

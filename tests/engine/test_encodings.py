@@ -195,9 +195,9 @@ def test_what_no_encoder_sees_is_told_again_without_looking(sd3: Any, monkeypatc
     monkeypatch.setattr(type(sd3), "truncated", lambda *args: looked.append(args[1]) or truncated(*args))
     long = Prompt("a red Cat and the " * 5 + "End.", negative="moon")
     for _ in range(2):
-        assert encodings.cut(sd3, row(long, length=23)) == "Cat and the End."
-        assert encodings.cut(sd3, row(long, length=60)) is None
-        assert encodings.cut(sd3, row("red apple")) is None
+        assert encodings.cuts(sd3, row(long, length=23)) == ["Cat and the End."]
+        assert encodings.cuts(sd3, row(long, length=60)) == [None]
+        assert encodings.cuts(sd3, row("red apple")) == [None]
     assert len(looked) == 3
     encodings.forget("tiny-sd3")
-    assert encodings.cut(sd3, row(long, length=23)) == "Cat and the End." and len(looked) == 4
+    assert encodings.cuts(sd3, row(long, length=23)) == ["Cat and the End."] and len(looked) == 4

@@ -186,6 +186,15 @@ def test_a_prompt_that_is_cut_is_told_with_every_image(made: Callable[[], Pool])
     assert answer(bench, prompt("flux", "red"))[0].warnings == ()
 
 
+def test_a_negative_prompt_that_is_cut_is_told_where_it_is_read(made: Callable[[], Pool]) -> None:
+    bench, long = Bench(made()), "a red Cat and the " * 5 + "End."
+    (cut,) = answer(bench, prompt("sd3", "dog", guided=True, negative=long))[0].warnings
+    assert cut.startswith("the negative prompt is too long for the text encoder") and cut.endswith('End."')
+    both = answer(bench, prompt("sd3", long, guided=True, negative=long))[0].warnings
+    assert [text.partition(" is")[0] for text in both] == ["the prompt", "the negative prompt"]
+    assert answer(bench, prompt("sd3", "dog", negative=long))[0].warnings == (), "an unguided request reads none"
+
+
 def test_the_setting_bounds_what_is_held(made: Callable[[], Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSTEP_TEXT_CACHE", "30kB")
     bench = Bench(made())

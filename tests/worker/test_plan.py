@@ -29,7 +29,7 @@ def test_devices_as_written():
     assert plan.devices(" cuda:1 , cuda:0,") == ["cuda:1", "cuda:0"]
 
 
-@pytest.mark.parametrize("text", ["", ",", "gpu", "cuda:", "cuda:-1", "auto,cpu", "cpu:0"])
+@pytest.mark.parametrize("text", ["", ",", "gpu", "cuda:", "cuda:-1", "auto,cpu", "cpu:0", "cuda:٣", "cuda:1\x85x"])
 def test_devices_that_make_no_sense(text):
     with pytest.raises(SettingsError, match="INSTEP_DEVICES"):
         plan.devices(text)
