@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 SECRETS = ("api_keys", "admin_key")
 """Fields that hold keys: never printed, and kept from the engine processes."""
 
-LISTS = ("devices", "preload", "api_keys")
+LISTS = ("devices", "preload", "alias", "api_keys", "cors_origins")
 """Fields with several entries, comma separated: each may also be a flag of its own."""
 
 _SERVICE_LINK = re.compile(r"[a-z]+://", re.IGNORECASE)
@@ -60,6 +60,7 @@ class Settings(BaseSettings):
     default_model: str = Field(
         "", description="The model of a request that names none; empty: the first with files beside it"
     )
+    alias: str = Field("", description="Further names of models, comma separated: gpt-image-1=emoji-mmdit")
     device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')
     host_memory: str = Field("50%", description="Host memory for weights that a GPU has no room for; the same forms")
     text_cache: str = Field(
@@ -68,6 +69,9 @@ class Settings(BaseSettings):
     api_keys: str = Field("", repr=False, description="Keys that clients must send, comma separated: name=key")
     api_keys_file: str = Field("", description="TOML file of keys with their weights and limits")
     admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")
+    cors_origins: str = Field(
+        "", description='Origins whose pages may use this server, comma separated: "https://app.example"; "*" for all'
+    )
     max_wait: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Seconds of queue above which a request gets 503"
     )

@@ -223,8 +223,8 @@ def test_keys_and_tokens_come_from_outside_and_reach_one_service() -> None:
     words = SERVICES["pull"]["entrypoint"]
     assert words[0] == json.loads(only("CMD"))[0]
     assert CliRunner().invoke(app, [*words[1:], "--help"]).exit_code == 0
-    told = SERVICES["instep"]["environment"].keys() & {"INSTEP_PRELOAD", "INSTEP_DEFAULT_MODEL"}
-    assert len(told) == 2 and told <= SERVICES["pull"]["environment"].keys()  # what it pulls without ids
+    told = SERVICES["instep"]["environment"].keys() & {"INSTEP_PRELOAD", "INSTEP_DEFAULT_MODEL", "INSTEP_ALIAS"}
+    assert len(told) == 3 and told <= SERVICES["pull"]["environment"].keys()  # what it pulls without ids
     assert SERVICES["pull"]["environment"]["HF_HUB_OFFLINE"] == "0" and SERVICES["pull"]["restart"] == "no"
 
 

@@ -29,7 +29,7 @@ KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".we
 
 def open_registry(settings: Settings) -> Registry:
     """The cards of the settings' folder by name. Raises CardError or SettingsError."""
-    return Registry(read_cards(settings.models), settings)
+    return Registry(read_cards(settings.models, settings.alias), settings)
 
 
 def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool = False) -> Ask:

@@ -27,7 +27,8 @@ OTHER = {
     "default_model": "a", "max_wait": "1.5", "drain": "2.5", "threads": "3", "cache": "profiles", "log_level": "debug",
     "device_memory": "3GB", "host_memory": "25%", "api_keys": "alice=0123456789abcdef", "api_keys_file": "keys.toml",
     "admin_key": "fedcba9876543210", "request_timeout": "12.5", "max_connections": "20", "connections_per_address": "5",
-    "text_cache": "64MB",
+    "text_cache": "64MB", "alias": "dall-e-3=tiny-sd3,lab/tiny=tiny-dit",
+    "cors_origins": "https://app.example",
 }  # fmt: skip
 """For each setting that is not a switch a value that is not its default."""
 
@@ -81,6 +82,7 @@ def test_help_says_what_each_setting_is(run: Run, monkeypatch: pytest.MonkeyPatc
         (("--no-such-flag",), "No such option"),
         (("--models", "nowhere"), "no cards in nowhere"),
         (("--default-model", "x"), 'no card is named "x"'),
+        (("--alias", "a=tiny-sd3", "--alias", "a=tiny-dit"), 'alias: "a" is a name of tiny-sd3 already'),
     ],
 )
 def test_a_bad_setting_is_one_line(run: Run, words: tuple[str, ...], said: str) -> None:
@@ -110,8 +112,8 @@ def test_an_empty_folder_of_cards_is_the_default_of_every_command(
 
 
 def test_a_list_may_come_as_several_flags(run: Run, served: list[Settings]) -> None:
-    run("serve", "--preload", "a", "--preload", "b,c", "--devices", "cpu", "--devices", "cpu")
-    assert [(settings.preload, settings.devices) for settings in served] == [("a,b,c", "cpu,cpu")]
+    run("serve", "--preload", "a", "--preload", "b,c", "--alias", "x=tiny-sd3", "--alias", "y=tiny-dit")
+    assert [(settings.preload, settings.alias) for settings in served] == [("a,b,c", "x=tiny-sd3,y=tiny-dit")]
 
 
 LINKS = {
