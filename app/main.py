@@ -24,6 +24,7 @@ import uvicorn
 from app import logs
 from app.api.application import Application, build
 from app.api.cors import Cors, read_origins
+from app.api.curl import first_curl, url_of
 from app.api.front import Front
 from app.api.registry import Registry
 from app.api.responses import error_response, told
@@ -159,6 +160,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def greet(front: Front, host: str, port: int) -> None:
+    """The last words of a start: where it listens and a curl to paste, plain on a terminal, else a line of the log."""
+    url, closed = url_of(host, port), bool(front.keys.clients)
+    curl = first_curl(url, front.registry.default, key=closed)
+    if not sys.stderr.isatty():
+        logs.logger("instep").info("listening", url=url, address=f"{host}:{port}", curl=curl)
+        return
+    keys = ", with one of your keys in INSTEP_KEY" if closed else f"; all there is: {url}/docs"
+    print(f"Instep listens on {url}{keys}. A first picture:\n{curl}", file=sys.stderr, flush=True)
+
+
 def taken(host: str, port: int, error: OSError) -> SettingsError:
     """The error for an address that the system does not give us."""
     return SettingsError(f"cannot listen on {host}, port {port}: {error.strerror or error}", param="port")
@@ -194,8 +206,7 @@ class _Server(uvicorn.Server):
             await self.lifespan.shutdown()
             raise taken(self._settings.host, self._settings.port, error) from error
         for listener in sockets or [] if self.started else []:
-            host, port = listener.getsockname()[:2]
-            logs.logger("instep").info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            greet(self._front, *listener.getsockname()[:2])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting and drain at the same time, so that what runs past the drain is answered 503."""
