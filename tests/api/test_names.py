@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -150,6 +151,34 @@ def test_a_card_has_no_alias_that_no_address_reaches(tmp_path: Path, alias: str)
     (tmp_path / "card.toml").write_text(TEXT.replace('"gpt-image-1"', f'"{alias}"'), encoding="utf-8")
     with pytest.raises(CardError, match=r"aliases\.0: .*is no alias"):
         read_card(tmp_path / "card.toml")
+
+
+def test_the_settings_for_open_webui_work(settings: Settings) -> None:
+    """Its request with the README's values: no response_format for gpt-image, and a url would win over the picture."""
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Open WebUI")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| [A-Z].*? \| `(\w+)` \| (?:`([^`]+)`)?", section, re.MULTILINE)
+    values = dict(rows)
+    assert list(values) == [f"IMAGES_OPENAI_API_{name}" for name in ("BASE_URL", "KEY")] + [
+        "IMAGE_GENERATION_MODEL",
+        "IMAGE_SIZE",
+    ]
+    (flag,) = re.findall(r"--alias (\S+?)`", section)
+    alias, _, model = flag.partition("=")
+    assert alias == values["IMAGE_GENERATION_MODEL"] and alias in read_cards(root / "models", flag)[model].aliases
+    assert urlsplit(values["IMAGES_OPENAI_API_BASE_URL"]).port == Settings.model_fields["port"].default
+    server = Server(settings.model_copy(update={"alias": "gpt-image-1.5=tiny-text"}))
+    base = server.start()
+    try:
+        eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
+        url = f"{base}{urlsplit(values['IMAGES_OPENAI_API_BASE_URL']).path}/images/generations"
+        for name in (alias, "gpt-image-1.5"):
+            body = {"model": name, "prompt": "a", "n": 1, "size": values["IMAGE_SIZE"]}
+            (image,) = httpx.post(url, json=body, headers=bearer("any")).json()["data"]
+            assert image["b64_json"] and not image.get("url")
+    finally:
+        server.stop()
 
 
 @pytest.fixture
