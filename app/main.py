@@ -167,7 +167,7 @@ def greet(front: Front, host: str, port: int) -> None:
     if not sys.stderr.isatty():
         logs.logger("instep").info("listening", url=url, address=f"{host}:{port}", curl=curl)
         return
-    keys = ", with one of your keys in INSTEP_KEY" if closed else f"; all there is: {url}/docs"
+    keys = ", with one of your keys in INSTEP_KEY" if closed else f" (docs: {url}/docs)"
     print(f"Instep listens on {url}{keys}. A first picture:\n{curl}", file=sys.stderr, flush=True)
 
 

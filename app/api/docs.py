@@ -72,5 +72,5 @@ def part(name: str) -> Response:
     if name not in TYPES:
         raise HTTPException(404)
     data = START if name == "start.js" else files(fastapi_swagger).joinpath("resources", name).read_bytes()
-    headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
     return Response(data, media_type=TYPES[name], headers=headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def test_a_browser_opens_an_operation_by_its_address(url: str, tmp_path: Path) -
     seen = look(f"{url}/docs#/images/create_image_v1_images_generations_post", tmp_path)
     assert "Try it out" in seen.html and "num_inference_steps" in seen.html and "Draw one image or several" in seen.html
     assert "Content Security Policy" not in str(seen.console)
+
+
+CLICKS = b"""
+const click = (selector, then) => setTimeout(() => { document.querySelector(selector).click(); then && then(); }, 1000);
+click(".try-out__btn", () => click(".execute"));
+"""
+
+
+def test_a_browser_asks_for_a_picture(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's own button, pressed by a script: its example is sent and the answer shown."""
+    monkeypatch.setattr(docs, "START", docs.START + CLICKS)
+    seen = look(f"{url}/docs#/images/create_image_v1_images_generations_post", tmp_path)
+    shown = html.unescape(re.sub(r"<[^>]+>", "", seen.html))
+    assert '"b64_json": "iVBOR' in shown and "x-request-id" in shown
 
 
 def test_what_the_page_may_not_do_is_seen(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,8 @@ def test_a_terminal_ends_with_the_address_and_a_curl_that_works(tiny: Path, cach
     flags = ("--models", str(tiny), "--cache", str(cache), "--default-model", "tiny-sd3", "--log-level", "error")
     with started(CONSOLE, True, *flags) as start:
         where, curl = start.lines()[-2:]
-        (url,) = re.findall(r"^Instep listens on (http://127\.0\.0\.1:\d+); .*/docs\. A first picture:$", where)
+        (url,) = re.findall(r"^Instep listens on (http://127\.0\.0\.1:\d+) \(", where)
+        assert where == f"Instep listens on {url} (docs: {url}/docs). A first picture:"
         assert curl.startswith(f"curl {url}/v1/images/generations ")
         assert pasted(curl, tmp_path) == (32, 32)
 
