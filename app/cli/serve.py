@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -21,6 +22,8 @@ from app.settings import LISTS, Settings, doubts
 
 Folder = Annotated[str | None, typer.Option(help="Folder of cards (INSTEP_MODELS)", metavar="PATH")]
 """--models of every command. A string, so that an empty one is none and not this folder."""
+
+_METAVARS: dict[Any, str] = {str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}
 
 
 def read_settings(**given: Any) -> Settings:
@@ -64,7 +67,7 @@ def _metavar(field: FieldInfo) -> str | None:
     if field.annotation is bool:
         return None
     choices = get_args(field.annotation)
-    return f"[{'|'.join(choices)}]" if choices else getattr(field.annotation, "__name__", "text").upper()
+    return f"[{'|'.join(choices)}]" if choices else _METAVARS[field.annotation]
 
 
 @with_flags
