@@ -45,7 +45,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """What is given in code, then the environment."""
+        """Arguments first, then the environment; no file is read."""
         return init_settings, _Environment(settings_cls)
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all")
@@ -70,7 +70,8 @@ class Settings(BaseSettings):
     api_keys_file: str = Field("", description="TOML file of keys with their weights and limits")
     admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")
     cors_origins: str = Field(
-        "", description='Origins whose pages may use this server, comma separated: "https://app.example"; "*" for all'
+        "",
+        description='Origins of web pages that may use this server, comma separated: "https://app.example"; "*" for all',
     )
     max_wait: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Seconds of queue above which a request gets 503"

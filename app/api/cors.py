@@ -1,4 +1,4 @@
-"""CORS: which pages of other origins may read this server's answers, and what a preflight without a key is told.
+"""CORS: which pages of other origins may read this server's answers. A preflight needs no key.
 
 Off without CORS_ORIGINS. Starlette's middleware decides; errors and refusals before a route carry the same headers.
 """
