@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")
     cors_origins: str = Field(
         "",
-        description='Origins of web pages that may use this server, comma separated: "https://app.example"; "*" for all',
+        description='Origins of pages that may use this server, comma separated: "https://app.example"; "*" for all',
     )
     max_wait: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Seconds of queue above which a request gets 503"
