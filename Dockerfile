@@ -32,7 +32,7 @@ WORKDIR /srv
 USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", \
-    "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"INSTEP_PORT\"]}/readyz', timeout=4)"]
+    "import os, urllib.request as u; p = os.environ.get('INSTEP_PORT', ''); u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{p if p.isdigit() else 8000}/readyz', timeout=4)"]
 # The server itself is the process that gets the signal, and drains: no shell between.
 STOPSIGNAL SIGTERM
 CMD ["instep", "serve"]

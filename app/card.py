@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from app.aliases import valid_alias, with_aliases
 from app.errors import CardError
 from app.labels import cached_index, read_labels
 from app.schedule import Part, Schedule
@@ -121,7 +122,7 @@ class Card(Part):
     source: Source
     components: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[Annotated[str, AfterValidator(valid_alias)], ...] = ()
     description: str = ""
     schedule: Schedule
     defaults: Defaults
@@ -189,8 +190,11 @@ def read_card(file: Path) -> Card:
     return card.model_copy(update={"labels": _labels(card)})
 
 
-def read_cards(folder: Path) -> dict[str, Card]:
-    """Every `<folder>/<id>/card.toml`, by id. Raises CardError: invalid card, clashing names, unknown component."""
+def read_cards(folder: Path, aliases: str = "") -> dict[str, Card]:
+    """Every `<folder>/<id>/card.toml`, by id, with the aliases of the setting ALIAS.
+
+    Raises CardError: invalid card, clashing names, unknown component; SettingsError: what `with_aliases` refuses.
+    """
     cards: dict[str, Card] = {}
     names: dict[str, Path] = {}
     for file in sorted(folder.glob("*/card.toml")):
@@ -207,7 +211,7 @@ def read_cards(folder: Path) -> dict[str, Card]:
                 raise CardError(
                     f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"'
                 )
-    return cards
+    return with_aliases(cards, aliases)
 
 
 def to_toml(value: Any) -> str:

@@ -13,10 +13,9 @@ Knows nothing of HTTP: `app/api/responses.py` holds the one table from these cla
     │   ├── BodyTooLarge        the body is over the limit
     │   ├── HeadersTooLarge     the headers are over the limit, or too many
     │   └── RequestTimeout      it did not come whole in time
-    ├── ModelNotFound           no card has this name
+    ├── ModelNotFound           no card has this name, or none that this key may use
     ├── Unauthorized            no key, or one that this server does not know
     ├── Forbidden               this key may not do this
-    │   └── ModelNotAllowed     it is not given this model
     ├── RateLimited             this key has more than its share in the queue
     ├── Unavailable             this replica cannot, another or a later try may
     │   ├── Overloaded          the wait ahead is longer than MAX_WAIT
@@ -100,7 +99,7 @@ class RequestTimeout(RequestError):
 
 
 class ModelNotFound(InstepError):
-    """No card has this name."""
+    """No card has this name, or none that this key may use: both in the same words."""
 
 
 class Unauthorized(InstepError):
@@ -108,11 +107,7 @@ class Unauthorized(InstepError):
 
 
 class Forbidden(InstepError):
-    """This key may not do this: a model that it is not given, or an admin's route."""
-
-
-class ModelNotAllowed(Forbidden):
-    """This key is not given this model."""
+    """This key may not do this: an admin's route."""
 
 
 class RateLimited(InstepError):

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from importlib import metadata
 from types import FrameType
 from typing import Any, cast
@@ -22,15 +23,18 @@ import uvicorn
 
 from app import logs
 from app.api.application import Application, build
+from app.api.cors import Cors, read_origins
+from app.api.curl import first_curl, url_of
 from app.api.front import Front
 from app.api.registry import Registry
 from app.api.responses import error_response, told
 from app.api.security import with_ids
 from app.card import read_cards
+from app.door import Answer, Asked, Door
 from app.errors import InstepError, SettingsError
 from app.keys import read_keys
 from app.metrics import Metrics
-from app.protocol import Answer, Door
+from app.protocol import Guarded
 from app.settings import SECRETS, Settings
 from app.worker.supervisor import Supervisor
 
@@ -56,7 +60,7 @@ def create_app(
 
     supervisor, metrics: given by tests that bring their own workers. Raises CardError, SettingsError.
     """
-    cards = read_cards(settings.models)
+    cards = read_cards(settings.models, settings.alias)
     registry = Registry(cards, settings)
     keys = with_ids(read_keys(settings), registry)
     settings = settings.without_secrets()
@@ -105,10 +109,11 @@ def serve(settings: Settings, app: Application | None = None) -> None:
 
 def configured(app: Application, settings: Settings) -> uvicorn.Config:
     """How uvicorn is to serve this application, through our own door."""
+    protocol = partial(Guarded, _door(app.state.front, settings))
     return uvicorn.Config(
         _quiet(app),
         port=settings.port,
-        http=cast(Any, _door(app.state.front, settings).protocol),
+        http=cast(Any, protocol),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -155,6 +160,17 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def greet(front: Front, host: str, port: int) -> None:
+    """The last words of a start: where it listens and a curl to paste, plain on a terminal, else a line of the log."""
+    url, closed = url_of(host, port), bool(front.keys.clients)
+    curl = first_curl(url, front.registry.default, key=closed)
+    if not sys.stderr.isatty():
+        logs.logger("instep").info("listening", url=url, address=f"{host}:{port}", curl=curl)
+        return
+    keys = ", with one of your keys in INSTEP_KEY" if closed else f" (docs: {url}/docs)"
+    print(f"Instep listens on {url}{keys}. A first picture:\n{curl}", file=sys.stderr, flush=True)
+
+
 def taken(host: str, port: int, error: OSError) -> SettingsError:
     """The error for an address that the system does not give us."""
     return SettingsError(f"cannot listen on {host}, port {port}: {error.strerror or error}", param="port")
@@ -190,8 +206,7 @@ class _Server(uvicorn.Server):
             await self.lifespan.shutdown()
             raise taken(self._settings.host, self._settings.port, error) from error
         for listener in sockets or [] if self.started else []:
-            host, port = listener.getsockname()[:2]
-            logs.logger("instep").info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            greet(self._front, *listener.getsockname()[:2])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting and drain at the same time, so that what runs past the drain is answered 503."""
@@ -201,12 +216,16 @@ class _Server(uvicorn.Server):
 
 
 def _door(front: Front, settings: Settings) -> Door:
-    """What refuses before a route is chosen, in the same envelope as all else and in the same counts."""
+    """What refuses before a route is chosen, in the same envelope and counts as all else, and for the same pages."""
+    cors = Cors(None, read_origins(settings.cors_origins)) if settings.cors_origins else None
 
-    def refuse(error: InstepError) -> Answer:
+    def refuse(error: InstepError, asked: Asked) -> Answer:
         front.metrics.rejected("", told(error).code)
         response = error_response(error)
-        return response.status_code, response.raw_headers, bytes(response.body)
+        if cors:
+            cors.mark(response, asked.origin.decode("latin-1"))
+        body = b"" if asked.method == b"HEAD" else bytes(response.body)
+        return response.status_code, response.raw_headers, body
 
     return Door(settings, refuse)
 

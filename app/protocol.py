@@ -1,13 +1,9 @@
-"""Protocol: uvicorn's HTTP/1.1 with bounds on what one client may hold: time, headers, connections.
-
-Knows nothing of routes and error envelopes: what a refusal says is `refuse`'s.
-"""
+"""Protocol: uvicorn's HTTP/1.1 with bounds on what one client may hold: time, headers, connections."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -15,8 +11,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from app.door import NOTHING, Asked, Door
 from app.errors import HeadersTooLarge, InstepError, Overloaded, RequestError, RequestTimeout
-from app.settings import Settings
 
 HEADERS = 100
 """Header lines that a request may have."""
@@ -37,73 +33,41 @@ PROBES = (b"/healthz", b"/readyz")
 """What a connection over the caps may still ask. A crowd must not make an orchestrator restart the server, and its
 probes come from an address like any other's."""
 
-SPARE = 64
-SPARE_EACH = 8
-"""Connections over the caps that are heard at all, of all addresses and of one, GRACE seconds each. Further ones are
-dropped without a word."""
-
 GRACE = 2.0
+"""Seconds in which a connection over the caps is heard."""
 
 _QUIET = logging.getLogger("instep.protocol")
 _QUIET.setLevel(logging.ERROR)
 """For uvicorn, which warns of every request that is refused: the metrics count them, and a crowd could fill a disk."""
 
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-"""Status, headers and body of a refusal."""
-
-
-class Door:
-    """What the connections of one server share: the settings, how a refusal is told, and who is there."""
-
-    def __init__(self, settings: Settings, refuse: Callable[[InstepError], Answer]) -> None:
-        self.seconds = settings.request_timeout
-        self.refuse = refuse
-        self._caps = (settings.max_connections, settings.connections_per_address)
-        self._inside: Counter[str] = Counter()
-        self._over: Counter[str] = Counter()
-
-    def protocol(self, **made: Any) -> Guarded:
-        """One connection: for uvicorn, which calls this as it would a class."""
-        return Guarded(self, **made)
-
-    def enter(self, address: str) -> bool | None:
-        """Whether a new connection is within the caps; None where it is not to be heard at all."""
-        pairs = zip(self._caps, (self._inside.total(), self._inside[address]), strict=True)
-        if all(now < most for most, now in pairs if most):
-            self._inside[address] += 1
-            return True
-        self._over[address] += 1
-        return False if self._over.total() <= SPARE and self._over[address] <= SPARE_EACH else None
-
-    def leave(self, address: str, entered: bool | None) -> None:
-        """The connection is gone. entered: what `enter` said of it."""
-        counts = self._inside if entered else self._over
-        counts[address] -= 1
-        if not counts[address]:
-            del counts[address]
-
 
 class _Parser(h11.Connection):
-    """h11 with an eye on each request and on each byte that goes out. `fault` tells what was wrong with a request."""
+    """h11 with an eye on each request and on each byte that goes out.
+
+    asked: the present request, once its head has come. fault: what was wrong with it.
+    """
 
     def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
         self.fault: InstepError = RequestError("This is not a valid HTTP request.")
+        self.asked = NOTHING
         self._check = check
         self._sending = sending
 
     def next_event(self) -> Any:
         """Raises RemoteProtocolError for a request that `check` finds fault with, too."""
+        self.asked = NOTHING if self.their_state is h11.IDLE else self.asked
         try:
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
                 self.fault = HeadersTooLarge(_TOO_LARGE)
             raise
-        fault = self._check(event) if isinstance(event, h11.Request) else None
-        if fault:
-            self.fault = fault
-            raise h11.RemoteProtocolError(fault.message)
+        if isinstance(event, h11.Request):
+            self.asked = Asked(event.method, dict(event.headers).get(b"origin", b""))
+            if fault := self._check(event):
+                self.fault = fault
+                raise h11.RemoteProtocolError(fault.message)
         return event
 
     def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
@@ -212,7 +176,7 @@ class Guarded(H11Protocol):
             self.cycle.disconnected, self.cycle.waiting_for_100_continue = True, False
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            status, headers, body = self._door.refuse(error)
+            status, headers, body = self._door.refuse(error, self.conn.asked)
             lines = [b"HTTP/1.1 %d %s" % (status, HTTPStatus(status).phrase.encode())]
             lines += [b"%s: %s" % header for header in (*self.server_state.default_headers, *headers)]
             self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", body)))

@@ -1,24 +1,52 @@
 """Settings: one flat frozen class. A field is an environment variable INSTEP_<NAME> and a flag of `instep serve`.
 
-The description of a field is its documentation; the README's table is made from here.
+The description of a field is its documentation; the README's table is made from here. An empty value is the default.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 SECRETS = ("api_keys", "admin_key")
 """Fields that hold keys: never printed, and kept from the engine processes."""
+
+LISTS = ("devices", "preload", "alias", "api_keys", "cors_origins")
+"""Fields with several entries, comma separated: each may also be a flag of its own."""
+
+_SERVICE_LINK = re.compile(r"[a-z]+://", re.IGNORECASE)
+"""Kubernetes and Docker's links set INSTEP_PORT=tcp://10.96.12.7:8000 beside a service named instep."""
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, without what is empty and what is no setting but a platform's address of a service."""
+
+    def __call__(self) -> dict[str, Any]:
+        found = super().__call__().items()
+        return {name: value for name, value in found if value.strip() and not _is_link(name, value)}
 
 
 class Settings(BaseSettings):
     """Everything a server can be told at start."""
 
     model_config = SettingsConfigDict(env_prefix="INSTEP_", frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments first, then the environment; no file is read."""
+        return init_settings, _Environment(settings_cls)
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 picks a free one")
@@ -32,6 +60,7 @@ class Settings(BaseSettings):
     default_model: str = Field(
         "", description="The model of a request that names none; empty: the first with files beside it"
     )
+    alias: str = Field("", description="Further names of models, comma separated: gpt-image-1=emoji-mmdit")
     device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')
     host_memory: str = Field("50%", description="Host memory for weights that a GPU has no room for; the same forms")
     text_cache: str = Field(
@@ -40,6 +69,10 @@ class Settings(BaseSettings):
     api_keys: str = Field("", repr=False, description="Keys that clients must send, comma separated: name=key")
     api_keys_file: str = Field("", description="TOML file of keys with their weights and limits")
     admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")
+    cors_origins: str = Field(
+        "",
+        description='Origins of pages that may use this server, comma separated: "https://app.example"; "*" for all',
+    )
     max_wait: Annotated[float, Field(gt=0)] = Field(
         120.0, description="Seconds of queue above which a request gets 503"
     )
@@ -63,3 +96,25 @@ class Settings(BaseSettings):
     def without_secrets(self) -> Settings:
         """The same less the keys: all that anyone but `app/keys.py` needs."""
         return self.model_copy(update=dict.fromkeys(SECRETS, ""))
+
+
+def doubts(settings: Settings, flags: Mapping[str, Any], environment: Mapping[str, str]) -> list[str]:
+    """Warnings about what was set and has no effect, where its user may have meant something else.
+
+    flags: those of the command line by field. environment: as `os.environ` has it.
+    """
+    variables = {name.upper(): value for name, value in environment.items()}
+    port, keys = variables.get("INSTEP_PORT", ""), variables.get("INSTEP_API_KEYS", "unset")
+    found = []
+    if _is_link("port", port) and not flags.get("port"):
+        found.append(
+            f"INSTEP_PORT={port} is ignored: a platform sets this beside a service named instep. "
+            f"The port is {settings.port}; --port sets another."
+        )
+    if not settings.api_keys and not settings.api_keys_file and "" in (flags.get("api_keys"), keys.strip()):
+        found.append("API_KEYS is set and empty: this server wants no key, so all who reach it may use it.")
+    return found
+
+
+def _is_link(name: str, value: str) -> bool:
+    return name == "port" and _SERVICE_LINK.match(value) is not None

@@ -110,9 +110,12 @@ def image_settings() -> dict[str, str]:
     return {name: value for name, value in environment(only("ENV")).items() if name.startswith("INSTEP_")}
 
 
-@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
-def test_the_health_check_is_what_readyz_says(status: int, code: int) -> None:
-    """The command of the image, run against a server that answers so."""
+@pytest.mark.parametrize(
+    ("status", "port", "code"),
+    [(200, "{port}", 0), (503, "{port}", 1), (200, "", 0), (200, "tcp://10.96.12.7:8000", 0), (200, None, 0)],
+)
+def test_the_health_check_is_what_readyz_says(status: int, port: str | None, code: int) -> None:
+    """The command of the image, run against a server that answers so, at the port that the server takes then."""
     asked: list[str] = []
 
     class Probe(BaseHTTPRequestHandler):
@@ -127,9 +130,11 @@ def test_the_health_check_is_what_readyz_says(status: int, code: int) -> None:
     server = HTTPServer(("127.0.0.1", 0), Probe)
     Thread(target=server.handle_request, daemon=True).start()
     words = json.loads(only("HEALTHCHECK").partition("CMD ")[2])
+    actual, default = str(server.server_address[1]), str(Settings.model_fields["port"].default)
+    given = {} if port is None else {"INSTEP_PORT": port.format(port=actual)}
     done = subprocess.run(
-        [sys.executable, *words[1:]],
-        env={"INSTEP_PORT": str(server.server_address[1]), "http_proxy": "http://127.0.0.1:9"},
+        [sys.executable, *(word.replace(default, actual) for word in words[1:])],
+        env={**given, "http_proxy": "http://127.0.0.1:9"},
         capture_output=True,
         timeout=30,
     )
@@ -218,8 +223,8 @@ def test_keys_and_tokens_come_from_outside_and_reach_one_service() -> None:
     words = SERVICES["pull"]["entrypoint"]
     assert words[0] == json.loads(only("CMD"))[0]
     assert CliRunner().invoke(app, [*words[1:], "--help"]).exit_code == 0
-    told = SERVICES["instep"]["environment"].keys() & {"INSTEP_PRELOAD", "INSTEP_DEFAULT_MODEL"}
-    assert len(told) == 2 and told <= SERVICES["pull"]["environment"].keys()  # what it pulls without ids
+    told = SERVICES["instep"]["environment"].keys() & {"INSTEP_PRELOAD", "INSTEP_DEFAULT_MODEL", "INSTEP_ALIAS"}
+    assert len(told) == 3 and told <= SERVICES["pull"]["environment"].keys()  # what it pulls without ids
     assert SERVICES["pull"]["environment"]["HF_HUB_OFFLINE"] == "0" and SERVICES["pull"]["restart"] == "no"
 
 

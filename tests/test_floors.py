@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    **dict.fromkeys(("card", "labels", "request", "report", "settings", "errors", "keys", "schedule"), 0),
+    **dict.fromkeys(("card", "aliases", "labels", "request", "report", "settings", "errors", "keys", "schedule"), 0),
     "imaging": 1,
     "panel": 1,
     "logs": 1,
@@ -30,12 +30,14 @@ FLOORS = {
     "metrics": 7,
     "api": 8,
     "protocol": 8,
+    "door": 7,
     "main": 9,
     "bench": 10,
     "cli": 11,  # the command line starts main and bench, neither of them the command line
 }
 DOORS: dict[str, str | tuple[str, ...]] = {
     "fastapi": "app.api",
+    "fastapi_swagger": "app.api",
     "starlette": "app.api",
     "prometheus_client": "app.metrics",
     "diffusers": "app.families",

@@ -10,7 +10,7 @@ from itertools import repeat
 import httpx
 import pytest
 
-from app import protocol
+from app import door, protocol
 from app.protocol import HEADERS, PROBES
 from app.settings import Settings
 from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
@@ -133,7 +133,7 @@ def test_a_broken_chunk_after_the_answer_began_is_cut_off(server: Server, caplog
 def test_too_many_connections_get_503_and_probes_an_answer(
     server: Server, monkeypatch: pytest.MonkeyPatch, spare: str
 ) -> None:
-    monkeypatch.setattr(protocol, spare, 1)
+    monkeypatch.setattr(door, spare, 1)
     crowd = [connect(server.url) for _ in range(6)]
     try:
         assert [asked(wire)[0] for wire in crowd] == [200] * 6
@@ -156,7 +156,7 @@ def test_too_many_connections_get_503_and_probes_an_answer(
 
 
 def test_more_than_a_crowd_is_dropped_without_a_word(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "SPARE", 0)
+    monkeypatch.setattr(door, "SPARE", 0)
     crowd = [connect(server.url) for _ in range(6)]
     try:
         assert [asked(wire)[0] for wire in crowd] == [200] * 6
@@ -170,7 +170,7 @@ def test_more_than_a_crowd_is_dropped_without_a_word(server: Server, monkeypatch
 def test_a_crowd_from_one_address_leaves_room_for_probes_from_another(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "SPARE_EACH", 1)
+    monkeypatch.setattr(door, "SPARE_EACH", 1)
     crowd = [connect(server.url) for _ in range(7)]
     try:
         assert [asked(wire)[0] for wire in crowd[:6]] == [200] * 6

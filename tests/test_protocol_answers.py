@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import uvicorn
 
-from app.protocol import Door
+from app.door import Door
+from app.protocol import Guarded
 from app.settings import Settings
 from tests.api.conftest import eventually
 from tests.wires import GET, connect, heard
@@ -24,8 +26,14 @@ class Endless:
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
-        door = Door(Settings(request_timeout=SECONDS), lambda error: (500, [], b""))
-        config: Any = {"http": door.protocol, "log_config": None, "lifespan": "off", "ws": "none", "interface": "asgi3"}
+        door = Door(Settings(request_timeout=SECONDS), lambda error, asked: (500, [], b""))
+        config: Any = {
+            "http": partial(Guarded, door),
+            "log_config": None,
+            "lifespan": "off",
+            "ws": "none",
+            "interface": "asgi3",
+        }
         self.uvicorn = uvicorn.Server(uvicorn.Config(self._app, port=0, **config))
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()

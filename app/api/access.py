@@ -36,7 +36,9 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(_id(scope))
+        record, method = Record(_id(scope)), scope["method"]
+        if method == "HEAD":  # answered as GET is; uvicorn, which has the method as it was, leaves the body out
+            scope = {**scope, "method": "GET"}
         scope.setdefault("state", {})["record"] = record
         started = time.perf_counter()
 
@@ -56,7 +58,7 @@ class Access:
                 raise
             await error_response(InstepError("unhandled"))(scope, receive, noting)
         finally:
-            _write(scope, record, time.perf_counter() - started)
+            _write(scope, method, record, time.perf_counter() - started)
 
 
 def _id(scope: Scope) -> str:
@@ -69,13 +71,13 @@ def _id(scope: Scope) -> str:
     return uuid.uuid4().hex if any(len(token) >= KEY_LENGTH and token in given[0] for token in sent) else given[0]
 
 
-def _write(scope: Scope, record: Record, seconds: float) -> None:
+def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
     """One line a request. NOTE: neither body nor query string, and of the path only the route's: prompts are nobody's
     business, and a client may put its key in any of them."""
-    path = getattr(scope.get("route"), "path", None)
+    path = getattr(scope.get("route"), "path_format", None)
     facts = {
         "request_id": record.id,
-        "method": scope["method"],
+        "method": method,
         "path": path,
         "status": CLIENT_GONE if record.gone else record.status,
         "total_ms": round(1000 * seconds, 1),

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from app import errors
 from app.api import compare, docs, health, images, models
 from app.api.access import Access
+from app.api.cors import Cors, read_origins
 from app.api.front import Front, record_of
 from app.api.responses import error_response, http_error_response, told
 from app.api.security import authorize
@@ -43,6 +44,8 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
     for part in (images, compare, models, health, docs):
         app.include_router(part.router)
     app.add_middleware(Access)
+    if front.settings.cors_origins:
+        app.add_middleware(Cors, origins=read_origins(front.settings.cors_origins))
     app.add_exception_handler(errors.InstepError, _ours)
     app.add_exception_handler(HTTPException, _framework)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -131,8 +131,8 @@ def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: F
     """One complete request for each row and column, all with one seed.
 
     complete: `ImageBody.to_request` with all but the card. wanted: the format that the answer is alone in. It reads
-    folders where the preset chooses the models. Raises ModelNotFound, ModelNotAllowed, and what `complete` raises,
-    with the model before the field.
+    folders where the preset chooses the models. Raises ModelNotFound, and what `complete` raises, with the
+    model before the field.
     """
     cards = _columns(body, registry)
     field, given = rows_of(body.shared)

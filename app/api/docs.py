@@ -1,18 +1,57 @@
 """Docs: the OpenAPI document and the page that shows it, as routes of our own, so that they take a key as all others.
 
-Knows nothing of what the document says.
+The page needs no other host: Swagger UI's files come from the package fastapi-swagger, which has those of its releases.
 """
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from importlib.resources import files
+
+import fastapi_swagger  # type: ignore[import-untyped]
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from app.api.front import front_of
 from app.api.openapi import document
 
 router = APIRouter(include_in_schema=False)
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Instep</title>
+<link rel="icon" href="docs/favicon-32x32.png">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="page"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
+START = b"""SwaggerUIBundle({ url: "openapi.json", dom_id: "#page", deepLinking: true, validatorUrl: null });
+"""
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Nothing from elsewhere, nothing inline."""
+
+TYPES = {
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+    "favicon-32x32.png": "image/png",
+    "start.js": "text/javascript",
+}
+
+
+@router.get("/")
+async def home() -> RedirectResponse:
+    """To the docs, until there is a page. NOTE: relative, so that it is right behind a proxy with a prefix too."""
+    return RedirectResponse("docs")
 
 
 @router.get("/openapi.json")
@@ -23,5 +62,15 @@ async def openapi(request: Request) -> JSONResponse:
 
 @router.get("/docs")
 async def docs() -> HTMLResponse:
-    """Swagger UI. NOTE: it comes from a CDN, and can send no key: with keys, /openapi.json is for programs."""
-    return get_swagger_ui_html(openapi_url="openapi.json", title="Instep")
+    """Swagger UI. NOTE: a browser sends no key to it: with keys, /openapi.json is for programs."""
+    return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
+
+
+@router.get("/docs/{name}")
+def part(name: str) -> Response:
+    """A file of the page."""
+    if name not in TYPES:
+        raise HTTPException(404)
+    data = START if name == "start.js" else files(fastapi_swagger).joinpath("resources", name).read_bytes()
+    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
+    return Response(data, media_type=TYPES[name], headers=headers)

@@ -17,12 +17,14 @@ from app.api.downloads import downloaded
 from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
-from app.errors import ModelNotAllowed, NoWorker
+from app.errors import NoWorker
 from app.report import ModelState
 from app.samplers.table import valid_samplers
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
-NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorReply, "description": "No card has this name"}}
+NOT_FOUND: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorReply, "description": "No model has this name, or none that this key may use"}
+}
 NO_WORKER: dict[int | str, dict[str, Any]] = {503: {"model": ErrorReply, "description": "No engine process is alive"}}
 CLASS_LIMIT = 1000
 
@@ -81,14 +83,7 @@ async def list_models(request: Request) -> ModelList:
     return ModelList(data=await _entries(front, cards))
 
 
-@router.get("/{model}", responses=NOT_FOUND)
-async def get_model(request: Request, model: str) -> ModelEntry:
-    """One model, by id or alias."""
-    front, card = _found(request, model)
-    return (await _entries(front, [card]))[0]
-
-
-@router.get("/{model}/classes", responses=NOT_FOUND)
+@router.get("/{model:path}/classes", responses=NOT_FOUND)
 async def get_classes(
     request: Request, model: str, q: Annotated[str | None, Query(description="Part of a name, or an id")] = None
 ) -> ClassList:
@@ -97,7 +92,7 @@ async def get_classes(
     return ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]])
 
 
-@router.post("/{model}/load", status_code=202, responses=NOT_FOUND | NO_WORKER)
+@router.post("/{model:path}/load", status_code=202, responses=NOT_FOUND | NO_WORKER)
 async def load_model(request: Request, model: str) -> ModelEntry:
     """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
     front, card = _working(request, model)
@@ -105,11 +100,19 @@ async def load_model(request: Request, model: str) -> ModelEntry:
     return (await _entries(front, [card]))[0]
 
 
-@router.post("/{model}/unload", status_code=202, responses=NOT_FOUND | NO_WORKER)
+@router.post("/{model:path}/unload", status_code=202, responses=NOT_FOUND | NO_WORKER)
 async def unload_model(request: Request, model: str) -> ModelEntry:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     front, card = _working(request, model)
     front.supervisor.unload(card.id)
+    return (await _entries(front, [card]))[0]
+
+
+# NOTE: the last of them: before the others it would take "a/load" for a name.
+@router.get("/{model:path}", responses=NOT_FOUND)
+async def get_model(request: Request, model: str) -> ModelEntry:
+    """One model, by id or alias, which may have slashes."""
+    front, card = _found(request, model)
     return (await _entries(front, [card]))[0]
 
 
@@ -121,12 +124,11 @@ def _working(request: Request, name: str) -> tuple[Front, Card]:
 
 
 def _found(request: Request, name: str) -> tuple[Front, Card]:
-    """NOTE: a model that the key may not use is not there for it, in the same words as one that does not exist."""
+    """NOTE: an empty name is no name of the default model here, as /v1/models/ is no model's address."""
     front = front_of(request)
-    try:
-        card = front.registry.find(name)
-    except ModelNotAllowed:
-        raise front.registry.missing(name) from None
+    if not name:
+        raise front.registry.missing(name)
+    card = front.registry.find(name)
     record_of(request).facts["model"] = card.id
     return front, card
 

@@ -20,7 +20,7 @@ from app.keys import Keyring
 
 _STATUSES = {
     400: "A field is unknown, of the wrong type or out of the model's range",
-    404: "No model has this name",
+    404: "No model has this name, or none that this key may use",
     406: "Accept names images alone, and none that is written here",
     408: "The request did not come whole in time",
     413: "The body is too large",
@@ -33,10 +33,8 @@ _STATUSES = {
     504: "The deadline passed",
     507: "One image alone does not fit in the device's memory",
 }
-_REFUSALS = {
-    "401": "No key, or one that this server does not know",
-    "403": "This key may not do this",
-}
+_REFUSALS = {"401": "No key, or one that this server does not know"}
+_ADMIN_REFUSALS = {**_REFUSALS, "403": "Not the admin key, or this server has none"}
 _KEYS = {
     "key": {"type": "http", "scheme": "bearer", "description": "One of API_KEYS"},
     "admin_key": {"type": "http", "scheme": "bearer", "description": "ADMIN_KEY"},
@@ -105,10 +103,10 @@ def _place_bodies(document: Json, registry: Registry) -> None:
 def _place_keys(document: Json, keys: Keyring) -> None:
     document["components"]["securitySchemes"] = _KEYS
     reply = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
-    refusals = {code: {"description": text, "content": reply} for code, text in _REFUSALS.items()}
     for path, operations in document["paths"].items():
+        refusals = _ADMIN_REFUSALS if path in ADMIN else _REFUSALS
         for operation in operations.values() if path not in OPEN else ():
-            operation["responses"] |= refusals
+            operation["responses"] |= {code: {"description": text, "content": reply} for code, text in refusals.items()}
             if path in ADMIN and keys.admin:
                 operation["security"] = [{"admin_key": []}]
             elif path not in ADMIN and keys.clients:

@@ -5,14 +5,19 @@ Knows nothing of HTTP, weights or workers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import copy
 
+from app.api.classes import draws_classes
 from app.api.hints import did_you_mean
 from app.card import Card
-from app.errors import CardError, ModelNotAllowed, ModelNotFound, SettingsError
+from app.errors import CardError, ModelNotFound, SettingsError
 from app.samplers.table import valid_samplers
 from app.settings import Settings
+
+_OPENAIS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,48}", re.ASCII)
+"""Names of OpenAI's models, which many clients send without asking their user."""
 
 
 class Registry:
@@ -24,7 +29,6 @@ class Registry:
         if not cards:
             raise SettingsError(f"no cards in {settings.models}: expected {settings.models}/<id>/card.toml")
         self.cards = self.all = dict(cards)
-        self._hidden: frozenset[str] = frozenset()
         self._names = {name: card for card in cards.values() for name in (card.id, *card.aliases)}
         for card in cards.values():
             check_sampler(card)
@@ -36,26 +40,30 @@ class Registry:
         self.default = self._names[settings.default_model] if settings.default_model else here[0]
 
     def find(self, name: str | None) -> Card:
-        """The card of this id or alias; the default one for None and "". Raises ModelNotFound, ModelNotAllowed."""
+        """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
         if not name:
             return self.default
         if name in self._names:
             return self._names[name]
-        if name in self._hidden:
-            raise ModelNotAllowed(f'This key may not use the model "{name}"', param="model")
         raise self.missing(name)
 
     def missing(self, name: str) -> ModelNotFound:
-        """The error that says that no card has this name, and which do."""
+        """The error that says that no card here has this name, and which do."""
         hint = did_you_mean(name, self._names, otherwise=f"; there are {', '.join(self.cards)}")
+        if _OPENAIS.fullmatch(name):
+            prompts = (card.id for card in (self.default, *self.cards.values()) if not draws_classes(card))
+            model = next(prompts, self.default.id)
+            hint = f"; start the server with --alias {name}={model} (INSTEP_ALIAS) to have {model} draw it"
         return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
 
     def only(self, models: frozenset[str]) -> Registry:
-        """The same with these ids alone; without the server's default among them, the first is the default."""
+        """The same with these ids alone, the others as if they were not there.
+
+        Without the server's default among them, the first is the default.
+        """
         view = copy(self)
         view.cards = {name: card for name, card in self.cards.items() if name in models}
         view._names = {name: card for name, card in self._names.items() if card.id in models}
-        view._hidden = frozenset(self._names) - frozenset(view._names)
         view.default = self.default if self.default.id in models else next(iter(view.cards.values()))
         return view
 

@@ -49,7 +49,6 @@ TABLE: dict[type[e.InstepError], Told] = {
     e.ModelNotFound: Told(404, _BAD, "model_not_found"),
     e.Unauthorized: Told(401, _BAD, "invalid_api_key", False, headers={"WWW-Authenticate": "Bearer"}),
     e.Forbidden: Told(403, "permission_error", "not_allowed", False),
-    e.ModelNotAllowed: Told(403, "permission_error", "model_not_allowed", False),
     e.RateLimited: Told(429, "rate_limit_error", "rate_limit_exceeded", True),
     e.Unavailable: Told(503, "server_error", "unavailable", True),
     e.Overloaded: Told(503, "server_error", "overloaded", True),
@@ -121,7 +120,10 @@ def http_error_response(error: HTTPException) -> Response:
     """The framework's own refusals (no such route, wrong method) in the same envelope."""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     body = _envelope(str(error.detail), _BAD, None, code)
-    return JSONResponse(body.model_dump(), error.status_code, error.headers)
+    response = JSONResponse(body.model_dump(), error.status_code, error.headers)
+    if "GET" in response.headers.get("allow", "").split(", "):
+        response.headers["allow"] += ", HEAD"
+    return response
 
 
 def accepted_format(request: Request, preferred: str | None = None) -> Format | None:

@@ -25,11 +25,11 @@ ADMIN = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload"})
 async def authorize(request: Request) -> None:
     """The dependency of the whole application: the request's key goes into its record.
 
-    NOTE: it goes by the route that was chosen, never by request.url, which is made from the Host header. A route that
-    has no path is none of the open ones. Raises Unauthorized, Forbidden.
+    NOTE: it goes by the template of the route that was chosen, never by request.url, which is made from the Host
+    header. A route that has no template is none of the open ones. Raises Unauthorized, Forbidden.
     """
     front: Front = request.app.state.front
-    path = getattr(request.scope.get("route"), "path", "")
+    path = getattr(request.scope.get("route"), "path_format", "")
     try:
         record_of(request).key = _key_for(path, front.keys, request)
     except InstepError as error:

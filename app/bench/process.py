@@ -112,7 +112,9 @@ def serve(policy: str, settings: Settings) -> None:
 
     metrics = Metrics()
     command = (sys.executable, "-m", "app.bench.process", policy)
-    supervisor = Supervisor(settings, read_cards(settings.models), observe=metrics.observe, command=command)
+    supervisor = Supervisor(
+        settings, read_cards(settings.models, settings.alias), observe=metrics.observe, command=command
+    )
     serve_app(settings, create_app(settings, supervisor=supervisor, metrics=metrics))
 
 

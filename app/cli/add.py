@@ -18,8 +18,7 @@ from app.card import INDEX, Card, read_cards
 from app.cli.bodies import open_registry
 from app.cli.check import no_card
 from app.cli.makings import Makings, write
-from app.cli.models import Folder
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, LoadError
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +16,7 @@ from rich.table import Table
 from app.api.schemas import describe_sizes
 from app.card import Card, Size, parse_size
 from app.cli import bench_serve
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ SizeText = Annotated[str | None, typer.Option(help="WxH in pixels")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turns, after two that do not count")]
 Random = Annotated[bool, typer.Option("--random-weights", help="The card's networks at true size, without files")]
 Json = Annotated[bool, typer.Option("--json", help="The line of JSON alone")]
-Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")]
 
 CEILINGS = "{gflops} GFLOP/s of a matrix product, {gbytes} GB/s of a copy"
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from app.bench.trace import Trace
 from app.card import Card
 from app.cli.bodies import open_registry
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
 from app.settings import Settings
 
@@ -26,7 +26,7 @@ MIXES = ("mixed", "homogeneous")
 
 def serve(
     model: Annotated[str | None, typer.Option(help="A model id or alias")] = None,
-    models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
+    models: Folder = None,
     trace: Annotated[Path | None, typer.Option(help="A recorded trace; without one, --mix is drawn anew")] = None,
     policies: Annotated[
         str, typer.Option(help="continuous, static, single, diffusers, diffusers-bf16")

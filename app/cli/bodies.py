@@ -5,14 +5,13 @@ Knows nothing of defaults and limits: a body goes through `app/api/schemas.py` l
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from app.api.curl import curl as post
 from app.api.registry import Registry
 from app.api.replies import Ask
 from app.api.schemas import read_body
@@ -29,7 +28,7 @@ KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".we
 
 def open_registry(settings: Settings) -> Registry:
     """The cards of the settings' folder by name. Raises CardError or SettingsError."""
-    return Registry(read_cards(settings.models), settings)
+    return Registry(read_cards(settings.models, settings.alias), settings)
 
 
 def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool = False) -> Ask:
@@ -51,13 +50,7 @@ def curl(ask: Ask, settings: Settings, out: Path) -> str:
 def curl_of(route: str, body: Body, format: Format, settings: Settings, out: Path) -> str:
     """The shell command that posts this body to a route of a server with these settings, for the file alone."""
     host = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::") else settings.host
-    host = f"[{host}]" if ":" in host else host
-    words = [
-        *("curl", f"{host}:{settings.port}/v1/{route}"),
-        *("-H", "Content-Type: application/json", "-H", f"Accept: image/{format}"),
-        *("-d", json.dumps(body, ensure_ascii=False), "-o", str(out)),
-    ]
-    return shlex.join(words)
+    return post(f"{f'[{host}]' if ':' in host else host}:{settings.port}", route, body, format, out)
 
 
 def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None:

@@ -16,8 +16,8 @@ from rich.markup import escape
 
 from app.card import Card
 from app.cli.bodies import open_registry
-from app.cli.models import Folder, check_folder, count, print_table, table
-from app.cli.serve import read_settings
+from app.cli.models import check_folder, count, print_table, table
+from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 from app.worker import plan

@@ -25,7 +25,7 @@ from app.card import Card
 from app.cli.bodies import Body, curl_of, kind_of, labels_of, open_registry
 from app.cli.generate import say
 from app.cli.local import Local, loading
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import InstepError
 from app.report import Failure, Report, Result
 from app.report import Progress as Step
@@ -49,7 +49,7 @@ def compare(
     size: Annotated[str | None, typer.Option(help="WxH in pixels; each model's own if absent")] = None,
     negative: Annotated[str | None, typer.Option(help="What guidance moves away from")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")] = None,
-    models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
+    models: Folder = None,
 ) -> None:
     """Draw the same prompts or classes by several models, one panel: rows prompts, columns models by parameters."""
     settings = read_settings(models=models)

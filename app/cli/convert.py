@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from app.cli.models import Folder
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.labels import read_labels
 
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")

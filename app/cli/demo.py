@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
@@ -21,7 +19,7 @@ from app.card import Card
 from app.cli.bodies import build, open_registry, what
 from app.cli.local import Local, loading
 from app.cli.paint import half_blocks, shrink
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import EngineError
 from app.imaging import grid
 from app.report import Progress as Step
@@ -81,7 +79,7 @@ class Tally:
 
 
 def demo(
-    models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
+    models: Folder = None,
 ) -> None:
     """Twelve requests of 1 to 50 steps, guided and not, in one engine at once."""
     settings = read_settings(models=models)

@@ -22,7 +22,7 @@ from app.api.warnings import warnings
 from app.cli.bodies import build, curl, file_name, in_folder, kind_of, labels_of, open_registry
 from app.cli.local import Local, loading
 from app.cli.paint import half_blocks
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.imaging import grid
 from app.report import Progress as Step
 from app.report import Report, Result
@@ -45,7 +45,7 @@ def generate(
     columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
-    models: Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")] = None,
+    models: Folder = None,
 ) -> None:
     """Draw one request without a server, and show it in the terminal."""
     settings = read_settings(models=models)

@@ -21,12 +21,11 @@ from app.api.registry import check_sampler
 from app.api.schemas import describe_sizes
 from app.card import Card, read_card, read_cards
 from app.cli.bodies import open_registry
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import CardError, CheckpointError, InstepError, LoadError
 from app.samplers.table import compile_table, valid_samplers
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
-Folder = Annotated[Path | None, typer.Option(help="Folder of cards (INSTEP_MODELS)")]
 
 
 @app.command("list")

@@ -23,9 +23,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from app.api.registry import Registry
 from app.card import Card
 from app.cli.bodies import open_registry
-from app.cli.models import Folder
 from app.cli.needs import Plan, plan
-from app.cli.serve import read_settings
+from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 

@@ -6,21 +6,33 @@ Knows nothing of what a setting means; a new field of `Settings` is a new flag h
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError as SourceError
 
+from app import logs
 from app.errors import SettingsError
-from app.settings import Settings
+from app.settings import LISTS, Settings, doubts
+
+Folder = Annotated[str | None, typer.Option(help="Folder of cards (INSTEP_MODELS)", metavar="PATH")]
+"""--models of every command. A string, so that an empty one is none and not this folder."""
+
+_METAVARS: dict[Any, str] = {str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}
 
 
 def read_settings(**given: Any) -> Settings:
-    """Settings from the environment and what is given; None is not given. Raises SettingsError, naming the setting."""
+    """Settings from the environment and what is given; None and "" are not given.
+
+    Raises SettingsError, naming the setting.
+    """
     try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
+        return Settings(**{name: value for name, value in given.items() if value is not None and str(value).strip()})
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
@@ -36,18 +48,36 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     parameters = []
     for name, field in Settings.model_fields.items():
         text = f"{field.description}; default {field.default if str(field.default) else 'empty'}"
-        annotation: Any = field.annotation
-        kind: Any = Annotated[annotation | None, typer.Option(help=text, show_default=False)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        option = typer.Option(help=text, show_default=False, metavar=_metavar(field))
+        annotation: Any = Annotated[_kind(name, field) | None, option]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
+def _kind(name: str, field: FieldInfo) -> Any:
+    """The type of a flag: a switch, a list or text. What the text means is checked where the environment's is."""
+    if field.annotation is bool:
+        return bool
+    return list[str] if name in LISTS else str
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    if field.annotation is bool:
+        return None
+    choices = get_args(field.annotation)
+    return f"[{'|'.join(choices)}]" if choices else _METAVARS[field.annotation]
+
+
 @with_flags
 def serve(**given: Any) -> None:
     """Start the server. Every flag is an environment variable too (--max-wait: INSTEP_MAX_WAIT); the flag wins."""
+    given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = read_settings(**given)
     from app import main  # fastapi takes half a second, which the other commands need not wait for
 
+    logs.setup(settings.log_level)
+    for doubt in doubts(settings, given, os.environ):
+        logs.logger("instep").warning(doubt)
     main.serve(settings)

@@ -46,9 +46,9 @@ class Part:
         return self.file or self.folder
 
 
-def source_folder(card: Card) -> Path:
+def source_folder(card: Card, model: str = "") -> Path:
     """The card's folder of files: beside the card, or in the local Hub cache. Raises CheckpointError, NotDownloaded;
-    asks nobody."""
+    asks nobody. model: the one that needs them, where that is another."""
     if card.source.repo is None:
         folder = (card.folder / (card.source.path or ".")).resolve()
         if not folder.is_dir():
@@ -57,7 +57,8 @@ def source_folder(card: Card) -> Path:
     try:
         found = snapshot_download(card.source.repo, revision=card.source.revision, local_files_only=True)
     except (OSError, ValueError) as error:  # LocalEntryNotFoundError is both
-        raise NotDownloaded(f"{card.id}: not downloaded: run `instep models pull {card.id}`") from error
+        name = model or card.id
+        raise NotDownloaded(f"{name}: not downloaded: run `instep models pull {name}`") from error
     return Path(found).resolve()
 
 
@@ -79,7 +80,7 @@ def read_parts(card: Card, cards: Mapping[str, Card]) -> list[Part]:
         if class_name is not None and name not in card.components:
             parts.append(Part(name, class_name, folder / name, _file(card, name)))
     for name, target in card.components.items():
-        parts.append(_shared(name, target, cards))
+        parts.append(_shared(name, target, cards, card.id))
     for part in parts:
         if part.class_name not in family.parts.get(part.name, ()):
             raise CheckpointError(
@@ -106,9 +107,9 @@ def check_schedule(file: Path) -> None:
             raise CheckpointError(f"{file}: {field} is true{why}: clipped samples cannot be served")
 
 
-def _shared(name: str, target: str, cards: Mapping[str, Card]) -> Part:
+def _shared(name: str, target: str, cards: Mapping[str, Card], model: str) -> Part:
     owner, _, part = target.partition("/")
-    folder = source_folder(cards[owner])
+    folder = source_folder(cards[owner], model)
     file = folder / "model_index.json"
     class_name = _class_of(file, part, read_json(file).get(part))
     if class_name is None:

@@ -237,10 +237,11 @@ def test_pictures_are_bounded_together(alice: httpx.Client, monkeypatch: pytest.
 def test_a_key_compares_the_models_that_it_is_given(several: Server) -> None:
     with httpx.Client(base_url=several.url, headers=bearer(BOB)) as bob:
         assert compare(bob, {"models": ["tiny-label"], "class_label": 1}).status_code == 200
-        reply = compare(bob, {"models": ["tiny-label", "large-label"], "class_label": 1})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "model_not_allowed")
-        reply = compare(bob, {"models": ["huge-label"], "class_label": 1})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+        for name in ("large-label", "nothing"):
+            reply = compare(bob, {"models": ["tiny-label", name], "class_label": 1})
+            error = reply.json()["error"]
+            assert (reply.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+            assert error["message"] == f'There is no model "{name}"; there are tiny-label'
         assert "tiny-text" not in json.dumps(bob.get("/openapi.json").json()["components"])
 
 

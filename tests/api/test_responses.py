@@ -81,7 +81,7 @@ def test_retry_after(seconds: float | None, header: str) -> None:
         (errors.RequestTimeout, 408, "request_timeout"),
         (errors.Unauthorized, 401, "invalid_api_key"),
         (errors.Forbidden, 403, "not_allowed"),
-        (errors.ModelNotAllowed, 403, "model_not_allowed"),
+        (errors.Forbidden, 403, "not_allowed"),
         (errors.RateLimited, 429, "rate_limit_exceeded"),
         (errors.ModelNotFound, 404, "model_not_found"),
         (errors.NoWorker, 503, "no_worker"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import selectors
@@ -26,7 +27,8 @@ OTHER = {
     "default_model": "a", "max_wait": "1.5", "drain": "2.5", "threads": "3", "cache": "profiles", "log_level": "debug",
     "device_memory": "3GB", "host_memory": "25%", "api_keys": "alice=0123456789abcdef", "api_keys_file": "keys.toml",
     "admin_key": "fedcba9876543210", "request_timeout": "12.5", "max_connections": "20", "connections_per_address": "5",
-    "text_cache": "64MB",
+    "text_cache": "64MB", "alias": "dall-e-3=tiny-sd3,lab/tiny=tiny-dit",
+    "cors_origins": "https://app.example",
 }  # fmt: skip
 """For each setting that is not a switch a value that is not its default."""
 
@@ -73,16 +75,96 @@ def test_help_says_what_each_setting_is(run: Run, monkeypatch: pytest.MonkeyPatc
     ("words", "said"),
     [
         (("--port", "70000"), "--port (INSTEP_PORT): Input should be less than or equal to 65535"),
-        (("--port", "x"), "Invalid value for '--port'"),
-        (("--dtype", "int8"), "Invalid value for '--dtype'"),
+        (("--port", "x"), "--port (INSTEP_PORT): Input should be a valid integer"),
+        (("--port", "tcp://10.96.12.7:8000"), "--port (INSTEP_PORT): Input should be a valid integer"),
+        (("--dtype", "int8"), "--dtype (INSTEP_DTYPE): Input should be 'auto', 'bfloat16' or 'float32'"),
         (("--max-wait", "nan"), "--max-wait (INSTEP_MAX_WAIT): Input should be greater than 0"),
         (("--no-such-flag",), "No such option"),
         (("--models", "nowhere"), "no cards in nowhere"),
         (("--default-model", "x"), 'no card is named "x"'),
+        (("--alias", "a=tiny-sd3", "--alias", "a=tiny-dit"), 'alias: "a" is a name of tiny-sd3 already'),
     ],
 )
 def test_a_bad_setting_is_one_line(run: Run, words: tuple[str, ...], said: str) -> None:
     assert said in one_line(run("serve", *words))
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_what_is_empty_is_the_default(
+    run: Run, served: list[Settings], monkeypatch: pytest.MonkeyPatch, empty: str
+) -> None:
+    """As compose files, Helm charts and scripts leave it: INSTEP_HOST= is not "listen on every address"."""
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"INSTEP_{name.upper()}", empty)
+    flags = [word for name in OTHER for word in (f"--{name.replace('_', '-')}", empty)]
+    assert run("serve").exit_code == run("serve", *flags).exit_code == 0
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert [settings.model_dump() for settings in served] == [defaults, defaults]
+
+
+@pytest.mark.parametrize("words", [("models", "list"), ("demo",), ("generate", "a"), ("bench", "step")])
+def test_an_empty_folder_of_cards_is_the_default_of_every_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """And not this folder."""
+    monkeypatch.delenv("INSTEP_MODELS")
+    assert one_line(run(*words, "--models", "")).startswith("no cards in models:")
+
+
+def test_a_list_may_come_as_several_flags(run: Run, served: list[Settings]) -> None:
+    run("serve", "--preload", "a", "--preload", "b,c", "--alias", "x=tiny-sd3", "--alias", "y=tiny-dit")
+    assert [(settings.preload, settings.alias) for settings in served] == [("a,b,c", "x=tiny-sd3,y=tiny-dit")]
+
+
+LINKS = {
+    "INSTEP_PORT": "tcp://10.96.12.7:8000", "INSTEP_SERVICE_HOST": "10.96.12.7", "INSTEP_SERVICE_PORT": "8000",
+    "INSTEP_SERVICE_PORT_HTTP": "8000", "INSTEP_PORT_8000_TCP": "tcp://10.96.12.7:8000",
+    "INSTEP_PORT_8000_TCP_PROTO": "tcp", "INSTEP_PORT_8000_TCP_PORT": "8000", "INSTEP_PORT_8000_TCP_ADDR": "10.96.12.7",
+}  # fmt: skip
+"""What Kubernetes sets in every pod beside a Service named instep."""
+
+
+def warned(output: str) -> list[str]:
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return [line["event"] for line in lines if line["level"] == "warning"]
+
+
+def test_the_address_of_a_service_is_no_port(run: Run, served: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LINKS.items():
+        monkeypatch.setenv(name, value)
+    (told,) = warned(run("serve").stderr)
+    assert "INSTEP_PORT=tcp://10.96.12.7:8000 is ignored" in told and "8000" in told
+    assert warned(run("serve", "--port", "9000").stderr) == []
+    monkeypatch.setenv("INSTEP_PORT", "udp://10.96.12.7:53")
+    assert len(warned(run("serve").stderr)) == 1
+    assert [settings.port for settings in served] == [8000, 9000, 8000]
+
+
+def test_keys_that_are_set_and_empty_are_a_warning(
+    run: Run, served: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert warned(run("serve").stderr) == []
+    (by_flag,) = warned(run("serve", "--api-keys", "").stderr)
+    monkeypatch.setenv("INSTEP_API_KEYS", "")
+    (by_variable,) = warned(run("serve").stderr)
+    assert by_flag == by_variable and "wants no key" in by_flag
+    assert warned(run("serve", "--api-keys", OTHER["api_keys"]).stderr) == []
+    assert warned(run("serve", "--api-keys-file", "keys.toml").stderr) == []
+    assert len(served) == 5
+
+
+def test_no_variable_of_the_hub_is_empty() -> None:
+    """HF_HOME= would put the cache here, HF_ENDPOINT= would ask nobody: huggingface_hub takes "" for a value."""
+    names = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
+    code = "import app.cli.hub as h; c = h.constants; print(c.ENDPOINT, c.HF_HUB_CACHE, c.HF_TOKEN_PATH, c.HF_HOME)"
+
+    def told(**more: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if name not in names}
+        words = [sys.executable, "-c", code]
+        return subprocess.run(words, env=kept | more, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    assert told(**dict.fromkeys(names, "")) == told()
+    assert told(HF_ENDPOINT="http://127.0.0.1:9").startswith("http://127.0.0.1:9 ")
 
 
 def test_a_bad_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,9 @@ def test_a_repository_is_looked_for_in_the_local_cache_only(dit: Card, monkeypat
     source = Source(repo="facebook/DiT-XL-2-256", revision="a" * 40)
     with pytest.raises(NotDownloaded, match=f"not downloaded: run `instep models pull {dit.id}`"):
         read_parts(dit.model_copy(update={"source": source}), {})
+    borrower = dit.model_copy(update={"id": "borrower", "components": {"vae": f"{dit.id}/vae"}})
+    with pytest.raises(NotDownloaded, match=r"^borrower: not downloaded: run `instep models pull borrower`"):
+        read_parts(borrower, {dit.id: dit.model_copy(update={"source": source})})
     asked: dict[str, Any] = {}
 
     def cached(repo: str, **options: Any) -> str:
