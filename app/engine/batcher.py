@@ -15,6 +15,12 @@ from app.engine.row import Caps, Key, Row, Work
 from app.engine.shares import Shares
 from app.report import Phase
 
+TRIAL_FULL = 0.75
+"""The part of a wider forward that ready rows must fill before it is tried."""
+
+TRIAL_SLACK = 4.0
+"""A forward is not tried wider where a row's deadline is nearer than so many times what is left of its own work."""
+
 
 class Offer(NamedTuple):
     """What one key would run: its candidates, those that wait best first."""
@@ -32,13 +38,21 @@ class Offer(NamedTuple):
         """The place of its best row."""
         return min(map(self.order, self.rows))
 
+    def most(self) -> int:
+        """Passes of the next forward: the cap's, or a trial's when rows nearly fill it and no deadline is in danger."""
+        trial = self.caps.trial
+        if not trial or sum(row.passes for row in self.rows) < TRIAL_FULL * trial:
+            return self.caps.passes
+        spare = min(row.deadline - self.now - TRIAL_SLACK * row.remaining * self.caps.rate for row in self.rows)
+        return trial if spare > 0 else self.caps.passes
+
     def fill(self) -> list[Row]:
         """The rows of the next forward: a greedy choice in order that stays within the cap; the best row always goes.
 
         Where all fit and none ends there is nothing to choose and so nothing to sort, which is most steps of a crowd.
         Those who end together are decoded in order.
         """
-        left = self.caps.passes
+        left = self.most()
         if sum([row.passes for row in self.rows]) <= left and all([row.line + 1 < row.lines for row in self.rows]):
             return self.rows
         chosen: list[Row] = []

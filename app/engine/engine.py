@@ -56,7 +56,7 @@ class Engine:
         profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
         self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings))
         self._batcher = batcher(self._caps, self._ready)
-        self._turns = Turns(pool, lambda row: self._runner.measured(row.key))
+        self._turns = Turns(pool, lambda row: row.key in self._runner.limits.known)
         self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)
         self._promises = self._settler.promises
         self._unmeasured: dict[Key, None] = {}
@@ -140,7 +140,7 @@ class Engine:
         """One width of one key that was asked for; whether there was such a key, and its network was there."""
         keys, self._unmeasured = list(self._unmeasured), {}
         for key in keys:
-            if self._runner.measurable(key):
+            if self._runner.limits.measurable(key):
                 self._announce("profile", FIRST_WORK)
                 error = self._measure(key)
                 if error:
@@ -151,7 +151,7 @@ class Engine:
     def _measure(self, key: Key) -> InstepError | None:
         """Measure one more width of a key; the error when its first forward fails."""
         try:
-            caps = self._runner.measure(key)
+            caps = self._runner.limits.measure(key)
         except InstepError as error:
             self._settler.unmeasured(key, error)
             return error
@@ -212,7 +212,7 @@ class Engine:
         self._turns.loaded(state.model, state.seconds)
         key = default_key(self._pool.cards[state.model])
         error = None
-        while not self._promises and self._inbox.empty() and error is None and self._runner.measurable(key):
+        while not self._promises and self._inbox.empty() and error is None and self._runner.limits.measurable(key):
             self._announce("profile", FIRST_WORK)
             error = self._measure(key)
         return replace(state, state="failed", detail=error.message) if error else state

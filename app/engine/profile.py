@@ -1,6 +1,6 @@
 """Profile: the measured seconds of a forward against its passes, for one key on one device; kept on disk.
 
-Knows nothing of rows or of order: it turns measurements into the caps that the batcher keeps to.
+Knows nothing of rows or of order: it measures, and keeps what was measured.
 """
 
 from __future__ import annotations
@@ -11,54 +11,47 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
-from app.card import Card
-from app.engine.row import Caps, Key
+from app.engine.curve import WIDEST, Curve
+from app.engine.row import Key
 from app.families.base import Family
-
-NEAR = 1.10
-"""A width is wide enough when its cost per pass is within this factor of the best measured (DESIGN: who runs next)."""
 
 NEAR_AREA = 1.25
 """A size whose area is within this factor of a measured one takes its profile, scaled."""
 
-WIDEST = 64
 SAMPLES = 3
-SLOT_BYTES = 256 << 20
-"""Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""
+
+MOST_BYTES = 64 << 10
+"""A file of a profile that is larger is not read."""
+
+POSSIBLE = (1e-6, 3600.0)
+"""Seconds that a forward can take."""
 
 
 def measuring(
     forward: Callable[[int], None],
     budget: float,
     clock: Callable[[], float] = time.perf_counter,
-    before: Mapping[int, float] = MappingProxyType({}),
 ) -> Iterator[dict[int, float]]:
     """Seconds of forward(passes) at 1, 2, 4, ... until two doublings bring nothing or `budget` seconds are spent.
 
     Yields what is known after each width, so that others may run in between. Each is the least of a few: whatever else
     the machine does can only add to a measurement. A width that does not fit in memory ends it too. Raises what the
     very first forward raises.
-
-    before: an earlier measurement, to which this one adds a sample of each width; what it reached and this one does
-    not is kept, but for widths that no longer fit.
     """
-    seconds = dict(before)
-    passes, spent, samples = 1, 0.0, 1 if before else 1 + SAMPLES
+    seconds: dict[int, float] = {}
+    passes, spent, samples = 1, 0.0, 1 + SAMPLES
     while passes <= WIDEST:
         start = clock()
         try:
-            took = min(_once(forward, passes, clock) for _ in range(samples))
-            seconds[passes] = min(took, seconds.get(passes, math.inf))
+            seconds[passes] = min(_once(forward, passes, clock) for _ in range(samples))
         except torch.OutOfMemoryError:
             if passes == 1:
                 raise
-            yield {width: cost for width, cost in seconds.items() if width < passes}
             return
         yield dict(seconds)
         spent += clock() - start
@@ -75,29 +68,6 @@ def _once(forward: Callable[[int], None], passes: int, clock: Callable[[], float
     return clock() - begin
 
 
-def saturation(seconds: dict[int, float]) -> int:
-    """The least number of passes whose cost per pass is within NEAR of the best."""
-    best = min(cost / passes for passes, cost in seconds.items())
-    return min(passes for passes, cost in seconds.items() if cost / passes <= NEAR * best)
-
-
-def caps_of(
-    seconds: dict[int, float], card: Card, latent: tuple[int, ...], slot_bytes: int, deterministic: bool
-) -> Caps:
-    """The caps that these measurements give; in deterministic mode the card's bucket decides the widths."""
-    fit = max(4, SLOT_BYTES // slot_bytes)
-    if deterministic:
-        passes = card.bucket.passes
-        rate = max(seconds.values()) / max(seconds)
-        slots = min(fit, 4 * passes)
-        return Caps(passes, card.bucket.encode, card.bucket.decode, slots, rate, (slots + 1) * slot_bytes)
-    passes = saturation(seconds)
-    # DESIGN section 6 rule 6: at 1024 px the VAE is the memory peak, so its batch shrinks with the image.
-    decode = max(1, min(8, 16_384 // (latent[1] * latent[2])))
-    slots = min(fit, 4 * passes + 4)
-    return Caps(passes, max(1, passes), decode, slots, seconds[passes] / passes, (slots + 1) * slot_bytes)
-
-
 class Profiles:
     """Measured profiles by card and size, one JSON file each in `folder`, made on first need.
 
@@ -105,8 +75,8 @@ class Profiles:
     size near one already measured is not measured: it is scaled by area, so that a client who asks for every size
     there is does not stop the others each time.
 
-    What a file says is good at once, and `stale` until a sample of each width is added: it may have been measured while
-    the machine was busy, and for good each batch would be as narrow as paid then.
+    What a file says is a first guess: it may have been measured while the machine was busy. The curve that is made of
+    it learns from real forwards, and `keep` writes what it has learned.
 
     compiled: networks compile in their first forwards, so a key is measured at every start and nothing is read or kept:
     the compiling happens while measuring, which announces itself, and not in the midst of a request.
@@ -118,33 +88,26 @@ class Profiles:
         self._known: dict[str, dict[int, dict[int, float]]] = {}
         self._open: dict[Key, Iterator[dict[int, float]]] = {}
         self._widths: dict[Key, dict[int, float]] = {}
-        self._stale: set[Key] = set()
 
-    def known(self, family: Family, key: Key) -> dict[int, float] | None:
-        """Seconds by passes, measured before, scaled from a near size, or from disk; None when it is to be measured."""
+    def known(self, family: Family, key: Key) -> Curve | None:
+        """A curve measured before, scaled from a near size, or from disk; None when the key is to be measured."""
         known, area = self._known.setdefault(key.model, {}), key.width * key.height
         near = min(known, key=lambda other: abs(math.log(other / area)), default=None)
         if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
-            return {passes: cost * area / near for passes, cost in known[near].items()}
+            return Curve({passes: cost * area / near for passes, cost in known[near].items()})
         stored = _stored(file) if (file := self._file(family, key)) else None
-        if stored is not None:
-            known[area] = stored
-            self._stale.add(key)
-        return stored
+        if stored is None:
+            return None
+        known[area] = stored
+        return Curve(stored)
 
-    def stale(self, key: Key) -> bool:
-        """Whether what is known of the key was read from disk, and nothing added."""
-        return key in self._stale
+    def advance(self, family: Family, key: Key) -> Curve | None:
+        """Measure one more width, with the network on the device; the curve when that was the last.
 
-    def advance(self, family: Family, key: Key) -> dict[int, float] | None:
-        """Measure one more width, with the network on the device; the seconds by passes when that was the last.
-
-        What is known of a stale key is added to, and where a width costs more now, the least of before is kept. A
-        folder that cannot be written costs a measurement at the next start. Raises what the first forward raises.
+        Raises what the first forward raises.
         """
         if key not in self._open:
-            before = self._known[key.model][key.width * key.height] if key in self._stale else {}
-            self._open[key] = measuring(_forward(family, key), self._budget, before=before)
+            self._open[key] = measuring(_forward(family, key), self._budget)
         steps = self._open[key]
         try:
             self._widths[key] = next(steps)
@@ -155,17 +118,19 @@ class Profiles:
         except BaseException:
             del self._open[key]
             raise
-        self._stale.discard(key)
-        self._known.setdefault(key.model, {})[key.width * key.height] = seconds
+        self.keep(family, key, curve := Curve(seconds))
+        return curve
+
+    def keep(self, family: Family, key: Key, curve: Curve) -> None:
+        """Remember this of a key, on disk too. Where the folder cannot be written, the next start measures again."""
+        self._known.setdefault(key.model, {})[key.width * key.height] = curve.widths
         if file := self._file(family, key):
-            _store(file, seconds)
-        return seconds
+            _store(file, curve.widths)
 
     def forget(self, model: str) -> None:
         """Drop what is known of a model in memory, and a measurement of it that is not at its end."""
         self._known.pop(model, None)
         self._open = {key: steps for key, steps in self._open.items() if key.model != model}
-        self._stale = {key for key in self._stale if key.model != model}
 
     def _file(self, family: Family, key: Key) -> Path | None:
         return self._folder / "profiles" / (self._name(family, key) + ".json") if self._folder else None
@@ -191,13 +156,16 @@ def processor() -> str:
 
 
 def _stored(file: Path) -> dict[int, float] | None:
-    """A stored profile; None when there is none or it makes no sense."""
+    """A stored profile; None when there is none or it makes no sense: anybody may have written into the folder."""
     try:
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+            return None
         stored = json.loads(file.read_text(encoding="utf-8"))
         seconds = {int(passes): float(cost) for passes, cost in stored.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return None
-    sound = seconds and all(passes > 0 and 0 < cost < math.inf for passes, cost in seconds.items())
+    low, high = POSSIBLE
+    sound = seconds and all(1 <= passes <= WIDEST and low <= cost <= high for passes, cost in seconds.items())
     return seconds if sound else None
 
 

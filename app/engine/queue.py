@@ -92,7 +92,7 @@ class Queue:
         """Rows that could share the next forward: all started ones, then the best few that may start, best first."""
         self.admit(caps.rate)
         room = caps.slots - len(self.started) - self.finished
-        waiting = self._best_waiting(now, min(caps.passes, room), caps.rate) if room > 0 else []
+        waiting = self._best_waiting(now, min(max(caps.passes, caps.trial), room), caps.rate) if room > 0 else []
         if waiting and room <= caps.slots // 4:
             waiting = self._last_quarter(waiting, caps.slots - caps.slots // 4)
         return self.started + waiting

@@ -142,9 +142,10 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """What a key may do at once, from its measured profile: passes a forward, rows an encode and a decode, slots.
+    """What a key may do at once, by its cost curve: passes a forward, rows an encode and a decode, slots.
 
-    rate: seconds a pass costs at that width. bytes: of all its slots.
+    rate: seconds a pass costs at that width. bytes: of all its slots. trial: passes of a wider forward that is to be
+    tried as soon as rows nearly fill it; 0 for none.
     """
 
     passes: int
@@ -153,6 +154,7 @@ class Caps:
     slots: int
     rate: float
     bytes: int = 0
+    trial: int = 0
 
 
 def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from app.engine.encodings import Encodings
-from app.engine.outcome import ALONE, Image, Outcome, isolate
-from app.engine.profile import Profiles, caps_of
+from app.engine.limits import Limits
+from app.engine.outcome import Image, Outcome, isolate
+from app.engine.profile import Profiles
 from app.engine.row import Caps, Key, Row, Work
-from app.engine.slots import PASSES, Slots, Space, guidance_of
+from app.engine.slots import Slots, Space, guidance_of
 from app.engine.step import denoise_step, gather
-from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
+from app.errors import EngineError, InstepError, NonFiniteOutput
 from app.families.base import Conditions, Family
 from app.pool.pool import Pool
 from app.samplers.table import compile_table
@@ -33,10 +34,9 @@ class Runner:
     def __init__(self, pool: Pool, profiles: Profiles, deterministic: bool, text_bytes: int) -> None:
         """text_bytes: of the device, for prompts that are encoded already."""
         self._pool = pool
-        self._profiles = profiles
         self._deterministic = deterministic
         self._space = Space()
-        self._caps: dict[Key, Caps] = {}
+        self.limits = Limits(pool, profiles, deterministic)
         self._encodings = Encodings(text_bytes, pool.version)
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
 
@@ -45,12 +45,9 @@ class Runner:
         """Bytes of the device that are held here, by kind: the slots of all keys, and encoded prompts."""
         return {"slots": self._space.bytes, "text": self._encodings.bytes}
 
-    def measured(self, key: Key) -> bool:
-        return key in self._caps
-
     def caps(self, key: Key) -> Caps | None:
         """The caps of a key, with no slots while those of other keys leave no room; None before it is measured."""
-        caps = self._caps.get(key)
+        caps = self.limits.caps(key)
         return caps if caps is None or self._space.has_room(key, caps.bytes) else replace(caps, slots=0)
 
     def tidy(self, model: str) -> None:
@@ -61,53 +58,7 @@ class Runner:
     def forget(self, model: str) -> None:
         """Everything that was learned of a model whose files may be others when it comes back."""
         self.tidy(model)
-        self._profiles.forget(model)
-        self._caps = {key: caps for key, caps in self._caps.items() if key.model != model}
-
-    def measurable(self, key: Key) -> bool:
-        """Whether `measure` would get on: the key is not measured, and its model, or its stored profile, is there; or
-        that profile is all that is known of it, and its model is there."""
-        family = self._pool.family(key.model)
-        if family is None or (key in self._caps and not self._profiles.stale(key)):
-            return False
-        here = self._pool.resident(key.model, "denoise")
-        return here or (key not in self._caps and self._profiles.known(family, key) is not None)
-
-    def measure(self, key: Key) -> Caps | None:
-        """Find the caps of a key from its stored profile, or measure one more width of it, also of one that has caps.
-
-        None while there is more to measure, or the model or its network is not there. Raises EngineError: the first
-        forward of this checkpoint fails, OutOfMemory: for want of room.
-        """
-        family = self._pool.family(key.model)
-        if family is None:
-            return None
-        try:
-            known = None if key in self._caps else self._profiles.known(family, key)
-            seconds = known or self._advance(family, key)
-            if seconds is None:
-                return None
-            latent = family.latent_shape(key.width, key.height)
-            conditions = family.blank(key.text_length)
-            bytes_ = 12 * math.prod(latent) + PASSES * sum(value.nbytes for value in conditions.values())
-            self._caps[key] = caps_of(seconds, family.card, latent, bytes_, self._deterministic)
-        except torch.AcceleratorError:
-            raise
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(ALONE) from None
-        except Exception as error:
-            raise EngineError(f"{type(error).__name__} in the first forward of {key.model}") from None
-        return self._caps[key]
-
-    def _advance(self, family: Family, key: Key) -> dict[int, float] | None:
-        lease = self._pool.lease(key.model, "denoise")
-        if lease is None:
-            return None
-        try:
-            with torch.inference_mode():
-                return self._profiles.advance(family, key)
-        finally:
-            lease.release()
+        self.limits.forget(model)
 
     def run(self, work: Work) -> Outcome:
         """Do the work. A row that fails, fails alone; an error that ends the process (a lost device) is raised."""
@@ -170,7 +121,7 @@ class Runner:
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
         row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
-        caps = self._caps[row.key]
+        caps = self.limits.known[row.key]
         slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cuts = zip(("prompt", "negative prompt"), self._encodings.cuts(family, row), strict=False)
         row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
@@ -182,7 +133,8 @@ class Runner:
         self._draw(rows, slots)
         index = np.array([row.slot for row in rows], np.int64)
         plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
-        self._unread.append((rows, denoise_step(family, slots, plan)[: len(rows)]))
+        with self.limits.timing(rows[0].key, len(plan.owner)):
+            self._unread.append((rows, denoise_step(family, slots, plan)[: len(rows)]))
         slots.line[index] += 1
         outcome.padding += plan.padding
 

@@ -51,6 +51,7 @@ class Settler:
         if work.phase == "encode":
             self._settle_encode(alive, start, now)
         elif work.phase == "denoise":
+            self._learn(work.key, passes, outcome, now - start, now)
             self._settle_denoise(alive, start, now)
         for image in outcome.images:
             self._settle_image(image, start)
@@ -62,6 +63,13 @@ class Settler:
         if isinstance(error, OutOfMemory):
             around = self._batcher.running, self._batcher.waiting, key.width, key.height
             self._emit(Tick(key.model, "denoise", 0, 0, 0, 0, 0.0, *around, out_of_memory=1))
+
+    def _learn(self, key: Key, passes: int, outcome: Outcome, seconds: float, now: float) -> None:
+        """What a forward took, if it ran whole; or that it did not fit."""
+        if outcome.out_of_memory:
+            self._runner.limits.refuse(key, passes)
+        elif not outcome.failed:
+            self._runner.limits.learn(key, passes, seconds, now)
 
     def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
         for row in rows:

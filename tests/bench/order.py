@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.engine.profile import caps_of
+from app.engine.curve import Curve
+from app.engine.limits import caps_of
 from app.families.base import Conditions
 from app.report import Result
 from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
@@ -86,7 +87,7 @@ def curve(cost: Cost) -> dict[int, float]:
 
 def cap_of(cost: Cost) -> int:
     """Passes of a full forward, as the engine takes them from the profile."""
-    return caps_of(curve(cost), card(), (4, 4, 4), 1, deterministic=False).passes
+    return caps_of(Curve(curve(cost)), card(), (4, 4, 4), 1, deterministic=False).passes
 
 
 def continuous(jobs: Sequence[Job], cost: Cost) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from app.card import Card
+from app.engine.curve import Curve
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts
@@ -182,6 +183,16 @@ class FakePool:
         pass
 
 
+class Still(Curve):
+    """A curve that learns nothing, for tests that count forwards."""
+
+    def trial(self) -> int:
+        return 0
+
+    def learn(self, passes: int, seconds: float, now: float) -> bool:
+        return False
+
+
 class FakeProfiles:
     """Seconds by passes as a test wants them: `passes` is the width that saturates."""
 
@@ -191,8 +202,11 @@ class FakeProfiles:
     def forget(self, model: str) -> None:
         pass
 
-    def known(self, family: object, key: object) -> dict[int, float] | None:
-        return self.curve
+    def known(self, family: object, key: object) -> Still | None:
+        return Still(self.curve)
+
+    def keep(self, family: object, key: object, curve: object) -> None:
+        pass
 
 
 def request(name: str, **changes: Any) -> Request:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.engine.profile import caps_of
+from app.engine.curve import Curve
+from app.engine.limits import caps_of
 from app.engine.row import Caps, Work
 from app.pool.pool import Pool
 from app.report import Tick
@@ -58,7 +59,7 @@ def test_the_cap_is_the_buckets_or_goes_with_the_area(tiny_pool: Pool) -> None:
     card = tiny_pool.cards["tiny-sd3"]
 
     def decode(side: int, deterministic: bool = False) -> int:
-        return caps_of({8: 0.1}, card, (4, side, side), 1000, deterministic).decode
+        return caps_of(Curve({8: 0.1}), card, (4, side, side), 1000, deterministic).decode
 
     assert [decode(side) for side in (8, 32, 64, 128, 256)] == [8, 8, 4, 1, 1]
     assert {decode(side, True) for side in (8, 128)} == {card.bucket.decode}

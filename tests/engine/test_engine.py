@@ -29,7 +29,7 @@ from app.families.base import Conditions
 from app.report import Announce, ModelState, Phase, Preview, Progress, Tick
 from app.request import ImageSpec, Prompt
 from tests.close import FORWARD, apart, close, furthest
-from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, card, request
+from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, Still, card, request
 from tests.engine.harness import Bench
 
 
@@ -330,7 +330,7 @@ def test_a_ready_model_whose_first_forward_fails_is_told_as_failed(pool: FakePoo
         def known(self, family: object, key: object) -> None:
             return None
 
-        def advance(self, family: object, key: object) -> dict[int, float] | None:
+        def advance(self, family: object, key: object) -> None:
             raise ValueError("no")
 
     pool.states = [ModelState("fake", "ready")]
@@ -341,8 +341,8 @@ def test_a_ready_model_whose_first_forward_fails_is_told_as_failed(pool: FakePoo
 
 def test_a_failed_measurement_of_one_size_leaves_the_others(pool: FakePool) -> None:
     class Picky(FakeProfiles):
-        def known(self, family: object, key: Key) -> dict[int, float] | None:  # type: ignore[override]
-            return None if key.width == 64 else self.curve
+        def known(self, family: object, key: Key) -> Still | None:  # type: ignore[override]
+            return None if key.width == 64 else super().known(family, key)
 
         def advance(self, family: object, key: Key) -> None:
             raise torch.OutOfMemoryError("no room")
