@@ -14,10 +14,14 @@ from importlib.metadata import PackageNotFoundError, distribution, packages_dist
 from pathlib import Path
 
 import pytest
+from openai.types.image_generate_params import ImageGenerateParamsBase
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from app.api.schemas import ImageBody
+from app.main import create_app
+from app.settings import Settings
 from tests.readme import FILES, TABLES, remade
 from tests.test_floors import FLOORS, read
 
@@ -141,6 +145,26 @@ def test_paths_that_are_named_exist() -> None:
     named |= {f"app/{path}" for path in re.findall(r"^(\w+/\w+\.py|\w+\.py) ", TOUR, re.MULTILINE)}
     links = set(re.findall(r"\]\(([^):#]+)\)", README))
     assert named and [path for path in sorted(named | links) if not (ROOT / path).exists()] == []
+
+
+def test_the_readme_names_every_route_and_no_other() -> None:
+    paths = {re.sub(r"\{\w+\}", "{id}", path) for path in create_app(Settings()).openapi()["paths"]} | {"/docs"}
+    named = set(re.findall(r"`(?:[A-Z]+ )?(/[\w/{}]+)(?:\?[^`]*)?`", README))
+    named |= {"/v1/models/{id}/unload"} if "/unload" in named else set()
+    assert paths - named == set()
+    assert {path for path in named if path.startswith("/v1/")} - paths == set()
+
+
+def test_the_readme_names_every_field_that_is_not_openais() -> None:
+    theirs = set(ImageGenerateParamsBase.__annotations__) | {"stream"}
+    ours = {name for name, field in ImageBody.model_fields.items() if "ignored" not in str(field.description)} - theirs
+    named = set(re.findall(r"`(\w+)`", README))
+    assert {name for name in ours if not {name, f"_{name.rpartition('_')[2]}"} & named} == set() and len(ours) > 10
+
+
+def test_the_readme_counts_the_alerts() -> None:
+    rules = (ROOT / "deploy/prometheus/rules/alerts.yml").read_text(encoding="utf-8")
+    assert f"{len(re.findall('- alert:', rules))} alerts" in README
 
 
 def test_decisions_are_numbered_without_gaps() -> None:
