@@ -23,6 +23,8 @@ from app.cli import app
 from tests.published import write_published
 from tests.readmes.blocks import BLOCKS
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[str], list[str]]
 
 
