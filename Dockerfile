@@ -11,7 +11,7 @@ ENV PATH=/venv/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY deploy/setup deploy/setup
 # The dependencies are a layer of their own: a change in app/ does not fetch torch again.
-RUN mkdir app && touch app/__init__.py && deploy/setup /venv .
+RUN mkdir app && touch app/__init__.py && deploy/setup /venv . && rm /venv/setup.log
 COPY app app
 RUN pip install --no-deps --force-reinstall .
 
