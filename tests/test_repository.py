@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -84,10 +85,22 @@ def test_the_targets_run_what_the_readme_says() -> None:
         assert f"TORCH={torch} PYTHON=python3 deploy/setup .venv" in make("setup", "-W", "constraints.txt", *words)
 
 
-def test_ci_runs_check_and_all_tests() -> None:
-    script = ROOT / ".ci" / "run"
-    assert script.stat().st_mode & 0o111
-    assert "exec make check test test-all" in script.read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("here", [(), ("curl",), ("curl", "openssl")])
+def test_ci_installs_what_tests_lack_and_runs_them_all(tmp_path: Path, here: tuple[str, ...]) -> None:
+    """The script as it is, on a machine that has these programs; make and apt-get note down how they are called."""
+    bash = shutil.which("bash")
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    for name in ("make", "apt-get", *here):
+        (tmp_path / name).write_text(f'#!{bash}\necho "{name} $*, CI=$CI"\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    words = [str(tmp_path / "bash"), str(ROOT / ".ci" / "run")]
+    done = subprocess.run(words, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=True)
+    *installs, last = done.stdout.splitlines()
+    missing = [name for name in ("curl", "openssl") if name not in here]
+    wanted = ["-qq update", f"-qq install --yes {' '.join(missing)}"] if missing else []
+    assert installs == [f"apt-get {words}, CI=true" for words in wanted]
+    assert last == "make check test test-all, CI=true" and os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def test_every_dependency_is_pinned_inside_its_range() -> None:
