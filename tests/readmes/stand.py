@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 TOKEN = "hf_0123456789"
 FOREIGN = re.compile(r"(?i)^(HF_|HUGGING|INSTEP_|OPENAI_|XDG_|PYTHON|.*_proxy$)")
 """Variables of the machine that must not decide what a block does."""
-PATIENCE = 280
+PATIENCE = 500
 
 
 class Stand:

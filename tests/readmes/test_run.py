@@ -53,7 +53,7 @@ def cases() -> list[object]:
     ]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("block", cases())
 def test_a_block_runs_as_it_stands(stand_of: Callable[[str], Stand], block: Block) -> None:
     stand = stand_of(block.document)
