@@ -9,10 +9,9 @@ WORKDIR /src
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY deploy/setup deploy/setup
 # The dependencies are a layer of their own: a change in app/ does not fetch torch again.
-RUN mkdir app && touch app/__init__.py \
-    && if [ "$TORCH" = cpu ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi \
-    && pip install --constraint constraints.txt .
+RUN mkdir app && touch app/__init__.py && deploy/setup /venv . && rm /venv/setup.log
 COPY app app
 RUN pip install --no-deps --force-reinstall .
 

@@ -1,31 +1,27 @@
-# Each target is at most three lines; what needs more lives in app/ or tests/.
+# Each target is at most three lines; what needs more lives in deploy/ or tests/.
 PYTHON ?= python3
-TORCH ?= cuda
+TORCH ?= auto
 BIN := .venv/bin
-ifeq ($(TORCH),cpu)
-  INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
-  SIZE := the CPU build, about 200 MB
-else
-  SIZE := on Linux the CUDA build, about 3 GB; TORCH=cpu takes the CPU build, 200 MB
-endif
+STAMP := .venv/.stamp-$(TORCH)
 
-.PHONY: setup serve test test-gpu check fix
+.PHONY: setup serve test test-all test-gpu check fix
 
-setup: .venv/.stamp .venv/.prometheus
+setup: $(STAMP) .venv/.prometheus
 
-.venv/.stamp: pyproject.toml constraints.txt
-	@echo "setup: installs into .venv what constraints.txt lists and .venv lacks: torch ($(SIZE)) and about 150 MB more"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install $(INDEX) --constraint constraints.txt --editable '.[dev]' && touch $@
+$(STAMP): pyproject.toml constraints.txt deploy/setup
+	@TORCH=$(TORCH) PYTHON=$(PYTHON) deploy/setup .venv --editable '.[dev]' && touch $@
 
-.venv/.prometheus: deploy/prometheus/fetch | .venv/.stamp
+.venv/.prometheus: deploy/prometheus/fetch | $(STAMP)
 	@deploy/prometheus/fetch $(BIN) && touch $@
 
 serve: setup
 	exec $(BIN)/instep serve
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu and slow"
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

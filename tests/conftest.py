@@ -7,6 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+SLOW_PATIENCE = 600
+"""Seconds that a slow test may take; the others have the timeout of pyproject.toml."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_PATIENCE))
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:

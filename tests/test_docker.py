@@ -21,7 +21,6 @@ from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
 from app.cli import app
-from app.keys import read_keys
 from app.main import LAST_ANSWERS, create_app
 from app.settings import Settings
 
@@ -228,19 +227,12 @@ def test_keys_and_tokens_come_from_outside_and_reach_one_service() -> None:
     assert SERVICES["pull"]["environment"]["HF_HUB_OFFLINE"] == "0" and SERVICES["pull"]["restart"] == "no"
 
 
-def test_what_the_guide_names_is_so(tmp_path: Path) -> None:
-    """deploy/README.md: its settings, files, services and example of keys."""
+def test_what_the_guide_names_is_so() -> None:
+    """deploy/README.md: its settings, files and ports."""
     text = (ROOT / "deploy" / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"INSTEP_[A-Z_]+", text)) <= VARIABLES
     links = [target.partition("#")[0] for target in re.findall(r"\]\((?!http)([^)]+)\)", text)]
     assert links and [link for link in links if not (ROOT / "deploy" / link).exists()] == []
-    assert set(re.findall(r"docker compose (?:run --rm|restart) (\S+)", text)) <= set(SERVICES)
     assert {port for port in re.findall(r"http://127\.0\.0\.1:(\d+)", text)} == {
         port.split(":")[1] for service in SERVICES.values() for port in service.get("ports", [])
     }
-    (keys,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "keys.toml").write_text(keys, encoding="utf-8")
-    assert [key.name for key in read_keys(Settings(api_keys_file=str(tmp_path / "keys.toml"))).clients] == [
-        "alice",
-        "batch",
-    ]

@@ -140,6 +140,7 @@ class Clients:
         return self.replies[False], self.replies[True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_generating_drains_and_exits_0(served: Served, number: int) -> None:
     url = served.logged("listening")["url"]
@@ -204,6 +205,7 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Setti
         late.process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_engines_start_ends_the_start(settings: Settings, tmp_path: Path, number: int) -> None:
     script = tmp_path / "late.py"
@@ -235,6 +237,7 @@ def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
     assert asyncio.run(without_delay())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("connections", "files", "told"),
     [

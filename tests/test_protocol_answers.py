@@ -54,6 +54,7 @@ def endless(request: pytest.FixtureRequest) -> Iterator[Endless]:
     endless.thread.join(20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closing", [b"", b"Connection: close\r\n"])
 def test_a_client_that_does_not_read_is_cut_off(endless: Endless, closing: bytes) -> None:
     with connect(endless.url) as wire:

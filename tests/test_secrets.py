@@ -15,6 +15,8 @@ from tests.api.conftest import bearer, eventually, write_cards
 from tests.test_main import Served
 from tests.wires import connect
 
+pytestmark = pytest.mark.slow
+
 ALICE, BOB, ADMIN = ("sk-alice-4242424242", "sk-bob-5353535353", "sk-admin-6464646464")
 KNOWN = (ALICE, BOB, ADMIN)
 WRONG = "sk-wrong-7575757575"

@@ -23,6 +23,8 @@ from tests.api.conftest import Server
 from tests.api.test_crowd import totals
 from tests.tiny import write_models
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 64
 LEAKY = (sys.executable, str(Path(__file__).parent / "leaky_worker.py"))
 MODELS = ("tiny-sd3", "tiny-sd3-turbo", "tiny-sd3-no-t5", "tiny-dit")

@@ -18,6 +18,8 @@ from app.worker.supervisor import WORKER
 from tests.api.conftest import Server, eventually, generate
 from tests.tiny import write_models
 
+pytestmark = pytest.mark.slow
+
 HAIRLINE = (0xE4, 0xE4, 0xE4)
 
 

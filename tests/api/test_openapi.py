@@ -25,6 +25,7 @@ def text(settings: Settings) -> Card:
     return Registry(read_cards(settings.models), settings).default
 
 
+@pytest.mark.slow
 def test_the_server_keeps_to_its_document(closed: Server, tmp_path: Path) -> None:
     """Every check of schemathesis, its own command line: valid bodies are served, invalid ones refused, no key is no
     entry, all conform. NOTE: one worker: CPython 3.11's parser, which hypothesis uses, fails at times in threads."""

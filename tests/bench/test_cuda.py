@@ -15,6 +15,8 @@ from app.settings import Settings
 from tests.bench import cuda
 from tests.bench.cuda import BACKENDS, CARDS, SHAPES, TINY_CARDS, TINY_SHAPES, Plan
 
+pytestmark = pytest.mark.slow
+
 
 def lines(out: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (out / "cuda.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -92,6 +92,7 @@ def drawn(pool: Pool, policy: str) -> Bench:
     return bench
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["static", "single"])
 def test_every_order_of_work_draws_the_same_pictures(pool: Pool, policy: str) -> None:
     ours, theirs = drawn(pool, "continuous").results, drawn(pool, policy).results
@@ -100,18 +101,21 @@ def test_every_order_of_work_draws_the_same_pictures(pool: Pool, policy: str) ->
     apart(theirs["r0", 0].latents, ours["r1", 0].latents, SAME, of="another seed:")
 
 
+@pytest.mark.slow
 def test_diffusers_draws_them_within_a_level(pool: Pool) -> None:
     ours, theirs = drawn(pool, "continuous").results, drawn(pool, "diffusers").results
     for name, result in ours.items():
         assert np.abs(theirs[name].pixels.astype(int) - result.pixels.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_diffusers_in_bfloat16_draws_nearly_them(pool: Pool) -> None:
     ours, theirs = drawn(pool, "continuous").results, drawn(pool, "diffusers-bf16").results
     away = [np.abs(theirs[name].pixels.astype(int) - result.pixels.astype(int)).mean() for name, result in ours.items()]
     assert 0 < max(away) < 4  # of 255 levels
 
 
+@pytest.mark.slow
 def test_diffusers_draws_one_after_the_other_in_order(pool: Pool) -> None:
     bench = drawn(pool, "diffusers")
     assert [name for name, _ in bench.results] == [request.id for request in asked()]

@@ -16,6 +16,8 @@ from app.cli.bench_serve import serve
 from app.errors import InvalidValue
 from tests.tiny import write_sd3
 
+pytestmark = pytest.mark.slow
+
 
 def test_latencies_by_class_and_what_was_in_time() -> None:
     short, long = Arrival(0, "short", {"steps": 1}), Arrival(0, "long", {"steps": 9}, deadline=5.0)

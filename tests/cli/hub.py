@@ -43,7 +43,7 @@ class Hub(Server):
     accepted: whether the token's account has accepted the licences. sizes: what is listed in the place of true sizes.
     cut: how many of the next answers of a file break off half-way. flipped: files of which one byte is another.
     whole: files of which no range is served. asked: (file or route, authorization, range) of every request.
-    stored: the same of the host of the large files.
+    stored: the same of the host of the large files. revisions: commits that every repository has beside COMMIT.
     """
 
     def __init__(self, root: Path, gated: tuple[str, ...] = (), token: str = "", accepted: bool = True) -> None:
@@ -53,6 +53,7 @@ class Hub(Server):
         self.cut: dict[str, int] = {}
         self.flipped: set[str] = set()
         self.whole: set[str] = set()
+        self.revisions: set[str] = set()
         self.asked: list[tuple[str, str, str]] = []
         self.stored: list[tuple[str, str, str]] = []
         self.storage = Storage(self)
@@ -136,10 +137,12 @@ class Handler(Sender):
             return self.refuse(401, "", "Invalid credentials in Authorization header")
         if not (hub.root / repo).is_dir():
             return self.refuse(404 if key else 401, "RepoNotFound", "Repository not found")
-        if (words[3:] or ["main"])[0] not in ("main", COMMIT):
+        revision = (words[3:] or ["main"])[0]
+        if revision not in ("main", COMMIT, *hub.revisions):
             return self.refuse(404, "RevisionNotFound", "Invalid rev id")
         if route == "revision":
-            told = {"id": repo, "sha": COMMIT, "gated": "auto" if repo in hub.gated else False, "siblings": []}
+            sha, gated = COMMIT if revision == "main" else revision, "auto" if repo in hub.gated else False
+            told = {"id": repo, "sha": sha, "gated": gated, "siblings": []}
             return self.answer(200, json.dumps(told).encode())
         if route == "tree":
             listed = [entry(path, file, hub.sizes.get(path)) for path, file in hub.files(repo).items()]

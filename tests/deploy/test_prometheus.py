@@ -18,7 +18,7 @@ from tests.deploy.traffic import MISTAKES, MODELS, Traffic
 
 SECONDS = 45.0
 
-pytestmark = [needs_prometheus, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, needs_prometheus, pytest.mark.timeout(300)]
 CONDITIONS = [(rule["alert"], part) for rule in rules("alert") for part in operands(rule["expr"])]
 RECORDS = [(rule["record"], expr) for rule in rules("record") for expr in (rule["record"], rule["expr"])]
 

@@ -27,6 +27,8 @@ from tests.close import FORWARD, SAME, apart, close, furthest
 from tests.engine.conftest import load_all
 from tests.families.plain import ask, load, serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

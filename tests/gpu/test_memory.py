@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import pytest
 import torch
 
 from app.report import Evicted
@@ -12,6 +13,8 @@ from tests.engine.harness import Bench
 from tests.engine.test_memory import Bounded, ask
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import held
+
+pytestmark = pytest.mark.slow
 
 PAIR = ("tiny-dit", "tiny-sd3")
 REQUESTS = {"cpu": 150, "cuda:0": 1000}

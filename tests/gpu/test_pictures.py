@@ -17,6 +17,8 @@ from tests.engine.test_mixed import psnr, run_mixed, traffic
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import narrow
 
+pytestmark = pytest.mark.slow
+
 PAIR = ("tiny-dit", "tiny-sd3")
 
 

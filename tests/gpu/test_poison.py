@@ -13,6 +13,8 @@ import pytest
 from app.settings import Settings
 from tests.api.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 POISONED = (sys.executable, str(Path(__file__).parent.parent / "poisoned_worker.py"))
 MODEL = "tiny-sd3-turbo"
 

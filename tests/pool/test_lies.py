@@ -153,6 +153,7 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_is_refused_in_one_line_before_a_tensor_is_read(
     models: Path, lie: str, monkeypatch: pytest.MonkeyPatch

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.pool.measured import write_network
 
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.slow
 def test_a_load_holds_one_shard_at_a_time(tmp_path: Path) -> None:
     write_network(tmp_path / "network", blocks=2, shards=4)
     command = [sys.executable, "-m", "tests.pool.measured", str(tmp_path / "network"), "bfloat16", "held"]

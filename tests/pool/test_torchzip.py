@@ -142,6 +142,7 @@ def test_a_lie_is_refused_in_one_line(lie: str, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a/data/0", "a/data.pkl"])
 def test_a_bomb_is_refused_before_it_grows(name: str, tmp_path: Path) -> None:
     """256 MiB of zeros in 260 kB, which weights_only=True alone would let grow."""

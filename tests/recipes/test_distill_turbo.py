@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from distill_turbo import Point, draw_times, follow, read_pairs, straight, walk
 
@@ -19,6 +20,8 @@ from tests.close import FORWARD, SAME, apart, close, furthest
 from tests.engine.conftest import load_all
 from tests.families.plain import ask, serve
 from tests.recipes.conftest import run
+
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 

@@ -16,6 +16,8 @@ from app.card import read_cards
 from app.pool.layout import read_parts
 from tests.recipes.conftest import run
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_card_may_have_settings_of_its_own() -> None:
     assert read_run("a", 4, None, True) == Run("a", 4, None, True)

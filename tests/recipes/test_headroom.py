@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from data import Scene, every_plain_scene, plain_scene
 from headroom import best
 
 from tests.recipes.conftest import run
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_best_guess_is_the_mean_of_what_may_be_behind() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from data import COLOURS, Scene, draw_scene, render
 from nearest import Nearest, energy, features, sprite, twins
@@ -13,6 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.close import FORWARD, apart, close
+
+pytestmark = pytest.mark.slow
 
 
 def scenes(subjects: list[Any], count: int) -> list[Scene]:

@@ -24,6 +24,8 @@ from app.samplers.schedules import alpha_bar
 from tests.close import FORWARD, SAME, apart, close, each, furthest
 from tests.recipes.conftest import run
 
+pytestmark = pytest.mark.slow
+
 LEVELS = Levels("cpu")
 
 

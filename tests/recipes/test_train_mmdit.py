@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from data import Scene
 from text import Text
@@ -19,6 +20,8 @@ from app.request import Prompt
 from tests.close import FORWARD, apart, close, furthest
 from tests.recipes.conftest import run
 from tests.recipes.test_distill_turbo import family
+
+pytestmark = pytest.mark.slow
 
 
 def test_facts_are_what_the_caption_says(subjects: list[Any]) -> None:

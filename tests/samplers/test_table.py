@@ -28,7 +28,14 @@ from tests.samplers.oracle import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 
-STEPS = (1, 2, 4, 10, 28, 50, 250)
+STEPS = pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param((1, 2, 4, 10, 28), id="few steps"),
+        pytest.param((50, 250), id="many steps", marks=pytest.mark.slow),
+    ],
+)
+"""Numbers of steps for each of which a table is compared."""
 DIFFUSION_PAIRS = [pair for pair in valid_pairs() if pair[1] != "flow"]
 FLOW_SAMPLERS = [name for name, prediction in valid_pairs() if prediction == "flow" and name in UPSTREAM]
 SCALED = {"betas": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -59,24 +66,27 @@ def same_as_upstream(schedule: Schedule, sampler: str, steps: int, bound: float)
         close(own, their, bound)
 
 
+@STEPS
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)
-def test_diffusion_is_that_of_diffusers(sampler, prediction, spacing):
+def test_diffusion_is_that_of_diffusers(sampler, prediction, spacing, counts):
     schedule = Schedule(kind="diffusion", prediction=prediction, spacing=spacing)
     with wide():
-        for steps in STEPS:
+        for steps in counts:
             same_as_upstream(schedule, sampler, steps, EXACT)
 
 
+@STEPS
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
-def test_ddpm_variances_are_those_of_diffusers(variance, spacing):
+def test_ddpm_variances_are_those_of_diffusers(variance, spacing, counts):
     schedule = Schedule(kind="diffusion", spacing=spacing, variance=variance)
     with wide():
-        for steps in STEPS:
+        for steps in counts:
             same_as_upstream(schedule, "ddpm", steps, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)
 def test_scaled_betas_offset_final_alpha_and_train_steps_are_those_of_diffusers(sampler, prediction):
     rest = {"steps_offset": 1, "set_alpha_to_one": False, "train_steps": 400}
@@ -86,15 +96,16 @@ def test_scaled_betas_offset_final_alpha_and_train_steps_are_those_of_diffusers(
             same_as_upstream(schedule, sampler, steps, EXACT)
 
 
+@STEPS
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("spacing", ["sd3", "flux"])
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
-def test_flow_is_that_of_diffusers(sampler, spacing, dynamic):
+def test_flow_is_that_of_diffusers(sampler, spacing, dynamic, counts):
     tokens = 1000
     schedule = Schedule(kind="flow", spacing=spacing, shift=3.0, dynamic_shift=DynamicShift() if dynamic else None)
     mu = math.log(at_size(schedule, tokens).shift)
     with wide():
-        for steps in STEPS:
+        for steps in counts:
             table = compile_table(schedule, sampler, steps, tokens=tokens)
             noise = draw(table.lines)
             theirs = run_upstream(flow_scheduler(schedule, sampler, steps, mu), network, noise)
@@ -104,6 +115,7 @@ def test_flow_is_that_of_diffusers(sampler, spacing, dynamic):
                 close(own, their, EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "prediction"), DIFFUSION_PAIRS)
 def test_upstream_in_its_own_float32_is_within_what_is_promised(sampler, prediction):
     schedule = Schedule(kind="diffusion", prediction=prediction, spacing="trailing", **SCALED)

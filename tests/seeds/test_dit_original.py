@@ -84,6 +84,7 @@ def test_a_forward_is_the_originals(made: tuple[Path, State]) -> None:
     close(ours, plain_dit.forward(doubled(state), HEADS, latents(0).double(), TIMES, LABELS), EXACT)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_diffusers_arithmetic_is_another(made: tuple[Path, State]) -> None:
     """Controls: each of the two card fields, and both, as diffusers has them."""

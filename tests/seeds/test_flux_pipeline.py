@@ -25,7 +25,7 @@ from tests.engine.harness import Bench
 from tests.families.plain import final, serve
 from tests.seeds.upstream import Body, final_latent, opened, picture, run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 NAMES = ("schnell", "schnell-no-t5", "dev", "dev-no-clip")
 PROMPT = {"prompt": "a red apple on a blue background"}

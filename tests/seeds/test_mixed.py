@@ -29,7 +29,7 @@ from tests.api.conftest import Server
 from tests.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.seeds.upstream import Body, final_latent, picture
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 CLIENTS = 48
 GUIDED = {"guidance_scale": 4.0, "negative_prompt": "green dog"}

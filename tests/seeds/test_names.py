@@ -18,6 +18,8 @@ from app.families.differences import outline_of
 from app.families.originals import from_original
 from tests.seeds.make_lists import Shapes, folded, read_lists, unfolded
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parent.parent.parent / "models"
 CARDS = {name: card for name, card in read_cards(MODELS).items() if card.source.repo}
 SIZES = {"S": (6, 64, 12), "B": (12, 64, 12), "L": (16, 64, 24), "XL": (16, 72, 28)}

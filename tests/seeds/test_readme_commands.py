@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,29 +19,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from app.api.presets import PRESETS
-from app.card import read_card
 from app.cli import app
-from tests.tiny import write_dit, write_flux, write_sd3
+from tests.published import write_published
+from tests.readmes.blocks import BLOCKS
 
-ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.slow
+
 Run = Callable[[str], list[str]]
-
-TINY = {
-    r"source = \{.*\}": 'source = { path = "." }',
-    r'size = "\d+x\d+"': 'size = "32x32"',
-    r"sizes = \{[^}]*\}": "sizes = { min = 32, max = 32, multiple = 32 }",
-    r"text = \{.*\}": "text = { clip = 24, t5 = 24 }",
-}
-"""What of a card depends on the size of its checkpoint, and what stands there for a tiny one."""
 
 
 def commands() -> list[str]:
     """The lines of the fenced blocks of the README's section."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"^## Three pictures\n(.*?)^## ", readme, re.DOTALL | re.MULTILINE)
-    assert section, "README.md has no section Three pictures"
-    found = re.findall(r"^```\n(.*?)^```$", section[1], re.DOTALL | re.MULTILINE)
-    return [line for block in found for line in block.splitlines()]
+    chosen = [block for block in BLOCKS if (block.document, block.heading) == ("README.md", "Three pictures")]
+    return [line for block in chosen for line in block.text.splitlines()]
 
 
 def options(line: str) -> dict[str, str]:
@@ -57,19 +46,7 @@ def options(line: str) -> dict[str, str]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoints of the layouts of the cards that the commands name."""
     folder = tmp_path_factory.mktemp("seeds") / "models"
-    write_dit(folder / "dit-xl-2-256", classes=1000)
-    write_sd3(folder / "sd3-medium")
-    for seed, name in ((20, "sd3.5-large"), (40, "sd3.5-large-turbo")):
-        write_sd3(folder / name, seed=seed, qk_norm="rms_norm")
-    write_flux(folder / "flux.1-schnell", dev=False)
-    for path in folder.iterdir():
-        card = (ROOT / "models" / path.name / "card.toml").read_text(encoding="utf-8")
-        for fact, tiny in TINY.items():
-            card = re.sub(rf"^(?!#)(.*?){fact}", rf"\g<1>{tiny}", card, flags=re.MULTILINE)
-        (path / "card.toml").write_text(card, encoding="utf-8")
-        ours, theirs = read_card(path / "card.toml"), read_card(ROOT / "models" / path.name / "card.toml")
-        assert (ours.id, ours.schedule, ours.parameters) == (theirs.id, theirs.schedule, theirs.parameters)
-        assert ours.default_size == (32, 32) and ours.source.path == "."
+    write_published(folder, "dit-xl-2-256", "sd3-medium", "sd3.5-large", "sd3.5-large-turbo", "flux.1-schnell")
     return folder
 
 

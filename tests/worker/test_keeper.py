@@ -14,7 +14,7 @@ from app.worker.link import Link
 from tests.worker.parts import request, run, serving, until
 from tests.worker.scripts import HELLO, script
 
-pytestmark = pytest.mark.usefixtures("quick_restarts")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
 
 
 def test_killed_while_working():

@@ -16,6 +16,8 @@ from app.worker import keeper, link
 from app.worker.supervisor import Supervisor
 from tests.tiny import write_models
 
+pytestmark = pytest.mark.slow
+
 MODEL = "tiny-sd3-turbo"
 
 

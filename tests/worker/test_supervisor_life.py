@@ -19,6 +19,8 @@ from app.worker.supervisor import Supervisor
 from tests.fake_worker import RATE
 from tests.worker.parts import CARDS, PATIENCE, request, run, serving, until
 
+pytestmark = pytest.mark.slow
+
 
 def test_overload_is_refused_by_the_wait_ahead():
     async def scenario():
