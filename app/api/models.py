@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 
 from app.api.classes import draws_classes, search
@@ -124,10 +124,10 @@ def _working(request: Request, name: str) -> tuple[Front, Card]:
 
 
 def _found(request: Request, name: str) -> tuple[Front, Card]:
-    """NOTE: an empty name is no name of the default model here, as /v1/models/ is no model's address."""
+    """NOTE: in a body an empty name is the default model, but /v1/models/ is no address."""
     front = front_of(request)
     if not name:
-        raise front.registry.missing(name)
+        raise HTTPException(404)
     card = front.registry.find(name)
     record_of(request).facts["model"] = card.id
     return front, card

@@ -88,10 +88,12 @@ def test_aliases_of_hidden_models_are_hidden(bob: httpx.Client) -> None:
     assert SLASHED not in bob.get("/v1/models/Lab/Tiny-2.0").text.replace("Lab/Tiny-2.0", "")
 
 
-@pytest.mark.parametrize("path", ["/v1/models/", "/v1/models/%20", "/v1/models/nope/load", "/v1/models/a//b"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models/", "/v1/models//classes", "/v1/models/%20", "/v1/models/nope/load", "/v1/models/a//b"]
+)
 def test_what_names_no_model_is_not_the_default(admin: httpx.Client, path: str) -> None:
     reply = admin.get(path)
-    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    assert reply.status_code == 404 and reply.json()["error"]["code"] in ("not_found", "model_not_found")
 
 
 @pytest.mark.parametrize("name", OPENAIS)
