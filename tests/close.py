@@ -26,6 +26,9 @@ EXACT = 1e-10
 LEVELS = 1e-2
 """Pixels beside an image of 0 to 255 that is not rounded yet, beyond the half that rounding takes."""
 
+BFLOAT16 = 3e-2
+"""Pixels of networks that compute in bfloat16, which keeps eight bits."""
+
 
 def relative(found: Any, wanted: Any) -> float:
     """The 2-norm of the difference, as a share of the 2-norm of what is wanted."""

@@ -13,7 +13,7 @@ from app.report import Result
 from app.request import Request
 from tests.close import relative
 from tests.engine.harness import Bench
-from tests.engine.test_mixed import psnr, run_mixed, traffic
+from tests.engine.test_mixed import run_mixed, traffic
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import narrow
 
@@ -25,6 +25,11 @@ PAIR = ("tiny-dit", "tiny-sd3")
 def alone(pool: Pool, requests: Sequence[Request], **bench: bool) -> dict[tuple[str, int], Result]:
     """Each request with the engine to itself."""
     return {name: one for each in requests for name, one in Bench(pool, **bench).run([each]).results.items()}
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def together(pool: Pool, requests: Sequence[Request], **bench: bool) -> dict[tuple[str, int], Result]:
