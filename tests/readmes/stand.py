@@ -43,6 +43,7 @@ class Stand:
             self.port = int(free.getsockname()[1])
         own = {"HOME": str(folder / "home"), "HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "COLUMNS": "100"}
         own |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "INSTEP_PORT": str(self.port)}
+        own |= {"INSTEP_THREADS": "1"}  # two threads wait for each other for ever on a busy machine
         self.environment = {name: value for name, value in os.environ.items() if not FOREIGN.match(name)} | own
         self.server: subprocess.Popen[bytes] | None = None
         self.prepared: set[str] = set()
