@@ -209,6 +209,7 @@ READ = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("setting", "told"), [("{origin}", READ), (ORIGIN, ["TypeError: Failed to fetch"] * 3)])
 def test_a_page_of_another_origin_in_a_browser(
     settings: Settings, tmp_path: Path, origin: str, setting: str, told: list[object]

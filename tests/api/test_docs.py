@@ -24,6 +24,7 @@ def test_a_browser_shows_every_operation_and_needs_no_other_host(http: httpx.Cli
     assert seen.console == []
 
 
+@pytest.mark.slow
 def test_a_browser_opens_an_operation_by_its_address(url: str, tmp_path: Path) -> None:
     """With the fields of a body, which the page draws from the document."""
     seen = look(f"{url}/docs#/images/create_image_v1_images_generations_post", tmp_path)
@@ -37,6 +38,7 @@ click(".try-out__btn", () => click(".execute"));
 """
 
 
+@pytest.mark.slow
 def test_a_browser_asks_for_a_picture(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's own button, pressed by a script: its example is sent and the answer shown."""
     monkeypatch.setattr(docs, "START", docs.START + CLICKS)
@@ -45,6 +47,7 @@ def test_a_browser_asks_for_a_picture(url: str, tmp_path: Path, monkeypatch: pyt
     assert '"b64_json": "iVBOR' in shown and "x-request-id" in shown
 
 
+@pytest.mark.slow
 def test_what_the_page_may_not_do_is_seen(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: a script in the page is not run, and a style from elsewhere not loaded."""
     planted = '<script>document.title = "ran"</script><link rel="stylesheet" href="http://127.0.0.1:9/a.css">'

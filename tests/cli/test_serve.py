@@ -153,6 +153,7 @@ def test_keys_that_are_set_and_empty_are_a_warning(
     assert len(served) == 5
 
 
+@pytest.mark.slow
 def test_no_variable_of_the_hub_is_empty() -> None:
     """HF_HOME= would put the cache here, HF_ENDPOINT= would ask nobody: huggingface_hub takes "" for a value."""
     names = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")

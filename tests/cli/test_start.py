@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from tests.api.conftest import FAKE, write_cards
@@ -97,6 +98,7 @@ def pasted(curl: str, folder: Path, **environment: str) -> tuple[int, int]:
         return picture.size
 
 
+@pytest.mark.slow
 def test_a_terminal_ends_with_the_address_and_a_curl_that_works(tiny: Path, cache: Path, tmp_path: Path) -> None:
     """The real console script and a real model; and however little is logged."""
     flags = ("--models", str(tiny), "--cache", str(cache), "--default-model", "tiny-sd3", "--log-level", "error")
