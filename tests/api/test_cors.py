@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -87,8 +88,12 @@ def test_options_without_an_origin_is_no_preflight(shared: Server) -> None:
 
 def second(http: httpx.Client) -> httpx.Response:
     """The answer to a picture that is asked for while another is drawn."""
-    with http.stream("POST", IMAGES, json={"prompt": "!slow 5", "stream": True}):
-        return http.post(IMAGES, json={"prompt": "a"})
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(http.post, IMAGES, json={"prompt": "!slow 3"})
+        eventually(lambda: http.get("/health").json()["running"] > 0)
+        refused = http.post(IMAGES, json={"prompt": "a"})
+        assert first.result().status_code == 200
+    return refused
 
 
 Asked = Callable[[httpx.Client], httpx.Response]
