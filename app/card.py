@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.aliases import valid_alias, with_aliases
+from app.cards.folder import labels_of
 from app.errors import CardError
-from app.labels import cached_index, read_labels
 from app.schedule import Part, Schedule
 
 Size = tuple[int, int]
-INDEX = "model_index.json"
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
@@ -111,6 +110,7 @@ class Bucket(Part):
 class Card(Part):
     """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML.
 
+    like: id of the card whose settings `instep models add` took for this one.
     classes: how many a dit has whose model_index.json names none, or is not downloaded yet.
     files: parts whose tensors are in one safetensors file of the authors' own layout, not in the part's folder.
     guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of the network, where 1 is
@@ -119,6 +119,7 @@ class Card(Part):
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     family: Literal["dit", "sd3", "flux"]
+    like: str = ""
     source: Source
     components: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
@@ -187,7 +188,7 @@ def read_card(file: Path) -> Card:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{file}: {field}: {first['msg']}") from error
-    return card.model_copy(update={"labels": _labels(card)})
+    return card.model_copy(update={"labels": labels_of(card)})
 
 
 def read_cards(folder: Path, aliases: str = "") -> dict[str, Card]:
@@ -221,19 +222,3 @@ def to_toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(to_toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)
-
-
-def _labels(card: Card) -> tuple[str, ...]:
-    """A DiT's class names: those of its model_index.json, else as many as `classes` says, by number.
-
-    While the repository is not downloaded, the index that is shipped beside the card stands for its own.
-    """
-    if card.family != "dit":
-        return ()
-    source, shipped = card.source, card.folder / INDEX
-    own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
-    index = own or shipped
-    labels = read_labels(index) if index.is_file() else ()
-    if labels and card.classes not in (None, len(labels)):
-        raise CardError(f"{card.folder / 'card.toml'}: classes: {card.classes}, but {index} names {len(labels)}")
-    return labels or tuple(f"class {number}" for number in range(card.classes or 0))

@@ -58,7 +58,9 @@ class Settings(BaseSettings):
         "", description="Model ids to load at start, comma separated; `all` for every one that is here"
     )
     default_model: str = Field(
-        "", description="The model of a request that names none; empty: the first with files beside it"
+        "",
+        description="The model of a request that names none; empty: a card of yours (none of those that come with "
+        "Instep) that draws prompts and whose files are all here, else emoji-mmdit",
     )
     alias: str = Field("", description="Further names of models, comma separated: gpt-image-1=emoji-mmdit")
     device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    **dict.fromkeys(("card", "aliases", "labels", "request", "report", "settings", "errors", "keys", "schedule"), 0),
+    **dict.fromkeys(("card", "aliases", "cards", "request", "report", "settings", "errors", "keys", "schedule"), 0),
     "imaging": 1,
     "panel": 1,
     "logs": 1,
@@ -56,7 +56,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
 FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.imaging", "app.panel")
 """The server's front process: neither these nor what they import may import torch."""
 
-PLAIN = ("app.card", "app.request", "app.report", "app.settings", "app.keys")
+PLAIN = ("app.card", "app.cards", "app.request", "app.report", "app.settings", "app.keys")
 TORCH_FREE = (*FRONT, *PLAIN, "app.samplers", "app.engine.batcher", "app.engine.turns")
 TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
 

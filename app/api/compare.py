@@ -107,7 +107,7 @@ async def _reply(request: Request, comparison: Comparison, cells: list[Generatio
         if comparison.raw:
             data, seconds = await cells[0].in_thread(raw_panel, comparison, results)
             said = await cells[0].in_thread(panel_warnings, comparison, results)
-            beside = headers(comparison.seed, said)
+            beside = headers([card.id for card in comparison.cards], comparison.seed, said)
             response = Response(data, media_type=f"image/{comparison.format}", headers=beside)
         else:
             asks = [cell.ask for cell in cells]

@@ -11,11 +11,11 @@ from typing import Any
 from app.api.body_schema import Json, body_schema
 from app.api.classes import draws_classes
 from app.api.comparison import MODELS, OWN, ROWS, SHARED, CompareBody
-from app.api.downloads import downloaded
 from app.api.presets import PRESETS, takes_preset
 from app.api.registry import Registry
 from app.api.schemas import ImageBody
 from app.card import Card
+from app.cards.folder import ModelFolder
 
 _ROW_FIELDS = ("prompt", "class_label")
 _EXAMPLES: dict[str, list[Any]] = {"prompt": ["a red apple", "a blue car"], "class_label": [0]}
@@ -50,7 +50,7 @@ def compare_schema(registry: Registry, cards: list[Card], what: str | None, pres
     bounds = {card.id: _bounds(card, what) for card in cards}
     every = dict.fromkeys(name for fields in bounds.values() for name in fields)
     models = {"type": "array", "items": {"enum": _names(registry, cards)}, "minItems": 1, "maxItems": MODELS}
-    chosen = preset and 1 <= sum(downloaded(card, registry.all) for card in cards) <= MODELS
+    chosen = preset and 1 <= sum(ModelFolder(card, registry.all).here() for card in cards) <= MODELS
     own: Json = {"models": {"anyOf": [models, {"type": "null"}]} if chosen else models, "preset": {"enum": [preset]}}
     for field in OWN:
         own[field]["description"] = CompareBody.model_fields[field].description

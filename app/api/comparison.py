@@ -12,7 +12,6 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from app.api.classes import draws_classes
-from app.api.downloads import downloaded
 from app.api.fields import first_seed, text
 from app.api.other_names import hint
 from app.api.presets import PRESETS, takes_preset
@@ -20,6 +19,7 @@ from app.api.registry import Registry
 from app.api.replies import Ask
 from app.api.schemas import ImageBody, read_body
 from app.card import Card
+from app.cards.folder import ModelFolder
 from app.errors import InvalidJSON, InvalidValue, RequestError, UnknownField, Unsupported
 from app.imaging import Format
 from app.request import Prompt, Request
@@ -192,7 +192,7 @@ def _columns(body: CompareBody, registry: Registry) -> tuple[Card, ...]:
     else:
         preset = PRESETS[body.preset]
         fitting = [card for card in registry.cards.values() if takes_preset(card, preset)]
-        cards = [card for card in fitting if downloaded(card, registry.all)]
+        cards = [card for card in fitting if ModelFolder(card, registry.all).here()]
         if not 1 <= len(cards) <= MODELS:
             here = f"{len(cards)} models that take the preset {body.preset} are downloaded here"
             raise InvalidValue(f"models: {here}; name 1 to {MODELS}", param="models")

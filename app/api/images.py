@@ -10,6 +10,7 @@ import json
 import re
 import time
 import uuid
+from collections.abc import Iterable
 from typing import cast
 
 from fastapi import APIRouter, Request
@@ -71,9 +72,8 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
         results = await unless_gone(request, future)
         if ask.raw:
             data, seconds = await generation.in_thread(raw_image, ask, results)
-            response = Response(
-                data, media_type=f"image/{ask.format}", headers=headers(results[0].seed, warnings(ask, results))
-            )
+            beside = headers([ask.card.id], results[0].seed, warnings(ask, results))
+            response = Response(data, media_type=f"image/{ask.format}", headers=beside)
         else:
             data, seconds = await generation.in_thread(json_reply, ask, results)
             response = Response(data, media_type="application/json")
@@ -83,9 +83,13 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
     return response
 
 
-def headers(seed: int, told: list[str]) -> dict[str, str]:
-    """What raw bytes cannot say. NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header."""
-    return {"X-Seed": str(seed), **({"X-Warning": json.dumps("; ".join(told)[:400])} if told else {})}
+def headers(models: Iterable[str], seed: int, told: list[str]) -> dict[str, str]:
+    """What raw bytes cannot say: who drew them, the first seed, warnings.
+
+    NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header.
+    """
+    known = {"X-Model": ", ".join(models), "X-Seed": str(seed)}
+    return {**known, **({"X-Warning": json.dumps("; ".join(told)[:400])} if told else {})}
 
 
 def _single(ask: Ask) -> None:

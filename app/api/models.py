@@ -13,10 +13,10 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from pydantic import BaseModel, Field
 
 from app.api.classes import draws_classes, search
-from app.api.downloads import downloaded
 from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
+from app.cards.folder import ModelFolder
 from app.errors import NoWorker
 from app.report import ModelState
 from app.samplers.table import valid_samplers
@@ -164,5 +164,5 @@ def _entry(front: Front, card: Card, state: ModelState | None) -> ModelEntry:
         gated=card.gated,
         parameters=card.parameters,
         bytes=card.bytes,
-        downloaded=downloaded(card, front.registry.all),
+        downloaded=ModelFolder(card, front.registry.all).here(),
     )

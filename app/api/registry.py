@@ -12,12 +12,24 @@ from copy import copy
 from app.api.classes import draws_classes
 from app.api.hints import did_you_mean
 from app.card import Card
+from app.cards.folder import ModelFolder
 from app.errors import CardError, ModelNotFound, SettingsError
 from app.samplers.table import valid_samplers
 from app.settings import Settings
 
 _OPENAIS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,48}", re.ASCII)
 """Names of OpenAI's models, which many clients send without asking their user."""
+
+BUILT_IN = "emoji-mmdit"
+"""The card that draws where nothing else is said: its files come with the project."""
+
+SHIPPED = frozenset(
+    (
+        *(BUILT_IN, "emoji-mmdit-turbo", "emoji-dit", "dit-xl-2-256", "dit-xl-2-512", "flux.1-dev", "flux.1-schnell"),
+        *("sd3-medium", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo"),
+    )
+)
+"""The cards that come with the project; every other one is a user's."""
 
 
 class Registry:
@@ -35,9 +47,10 @@ class Registry:
         if settings.default_model and settings.default_model not in self._names:
             message = f'default_model: no card is named "{settings.default_model}"'
             raise SettingsError(message, param="default_model")
-        # One whose files lie beside it, if there is one: the others may not be downloaded.
-        here = [card for card in cards.values() if card.source.repo is None] or list(cards.values())
-        self.default = self._names[settings.default_model] if settings.default_model else here[0]
+        ranked = sorted(cards.values(), key=lambda card: rank(card, cards))
+        named = [self._names[settings.default_model]] if settings.default_model else []
+        self._by_rank = [*named, *ranked]
+        self.default = self._by_rank[0]
 
     def find(self, name: str | None) -> Card:
         """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
@@ -59,17 +72,24 @@ class Registry:
     def only(self, models: frozenset[str]) -> Registry:
         """The same with these ids alone, the others as if they were not there.
 
-        Without the server's default among them, the first is the default.
+        The default is the server's if it is among them, else the next in rank.
         """
         view = copy(self)
         view.cards = {name: card for name, card in self.cards.items() if name in models}
         view._names = {name: card for name, card in self._names.items() if card.id in models}
-        view.default = self.default if self.default.id in models else next(iter(view.cards.values()))
+        view.default = next(card for card in self._by_rank if card.id in models)
         return view
 
     def names(self, card: Card) -> tuple[str, ...]:
         """Every name of a card, its id first."""
         return (card.id, *card.aliases)
+
+
+def rank(card: Card, cards: Mapping[str, Card]) -> tuple[bool, ...]:
+    """How late a card comes when a request names none: first a user's that is here and draws prompts, then the built-in
+    one, then what is here, then what draws prompts; among equals the order of their folders."""
+    here, prompts = ModelFolder(card, cards).here(), not draws_classes(card)
+    return not (here and prompts and card.id not in SHIPPED), not (here and card.id == BUILT_IN), not here, not prompts
 
 
 def check_sampler(card: Card) -> None:

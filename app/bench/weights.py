@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from app.card import INDEX, Card, read_card, to_toml
+from app.card import Card, read_card, to_toml
+from app.cards.files import read_json
+from app.cards.folder import INDEX
 from app.errors import CheckpointError
 from app.families import FAMILIES
-from app.families.components import has_weights, read_json
+from app.families.components import has_weights
 from app.families.differences import outline_of
 
 DEVIATION = 0.02

@@ -7,6 +7,7 @@ next.
 from __future__ import annotations
 
 import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +15,22 @@ import typer
 from rich.filesize import decimal
 from rich.markup import escape
 
+from app.api.registry import Registry
 from app.card import Card
+from app.cli.add import free_id
 from app.cli.bodies import open_registry
+from app.cli.compose import (
+    LOST,
+    bases,
+    no_card,
+    own_schedule,
+    refuse_gaps,
+    refuse_odd,
+    short,
+    start,
+    take_rest,
+)
+from app.cli.makings import write
 from app.cli.models import check_folder, count, print_table, table
 from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, LoadError
@@ -24,15 +39,6 @@ from app.worker import plan
 
 if TYPE_CHECKING:
     from app.pool.identify import Report, Shipped
-
-LOST = {
-    ("sd3", "text_encoder"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_2"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_3"): "it is zeros without: long prompts and written words are followed less well",
-    ("flux", "text_encoder"): "it is zeros without: pictures keep less to the prompt's style",
-    ("flux", "text_encoder_2"): "it is zeros without: prompts are hardly followed",
-}
-"""What a model loses with a part that it can do without."""
 
 
 def check(
@@ -51,10 +57,15 @@ def check(
         raise LoadError(f"{path}: there is no such file or folder")
     from app.pool.identify import identify
 
-    report = identify(path, open_registry(settings).cards)
+    registry = open_registry(settings)
+    report = identify(path.absolute(), registry.cards)
+    refuse_odd(report)
     if not report.fits:
         raise CheckpointError(no_card(report))
-    return tell(report, settings)
+    report.fits = bases(report)
+    tell(report, settings)
+    if "transformer" in report.fits[0][1]:
+        judge(report, registry, settings)
 
 
 def check_cards(folder: Path, threads: int) -> None:
@@ -67,21 +78,6 @@ def check_cards(folder: Path, threads: int) -> None:
     broken = [name for name, (state, _) in states.items() if state == "broken"]
     if broken:
         raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
-
-
-def no_card(report: Report) -> str:
-    """What is said when nothing fits: the nearest card and the first difference."""
-    if report.nearest is None:
-        names = next((list(piece.state) for piece in report.pieces.values() if piece.state), ["none"])
-        return f"{report.path}: in no layout that is known here; its tensors: {', '.join(map(short, names[:3]))} ..."
-    card, part, found = report.nearest
-    more = f", and {len(found) - 1} more differences" if len(found) > 1 else ""
-    return f"{report.path}: fits no card; the nearest is {card.id}, whose {part} is another: {short(found[0])}{more}"
-
-
-def short(text: str) -> str:
-    """What a file says, fit for a line."""
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def tell(report: Report, settings: Settings) -> None:
@@ -106,7 +102,6 @@ def tell(report: Report, settings: Settings) -> None:
     print_table(rows)
     if "transformer" in pieces:
         typer.echo(_memory(one, list(pieces), each, settings))
-        typer.echo(f"next: {_next(report, one, settings.models)}")
     else:
         if report.others:
             typer.echo(f"besides, {len(report.others)} tensors that no layout has, the first {short(report.others[0])}")
@@ -117,9 +112,9 @@ def bytes_each(one: Shipped, settings: Settings) -> dict[str, int]:
     """Bytes of one number of each part of a card as this machine would load it."""
     import torch
 
+    from app.cards.folder import Part
     from app.families.components import has_weights
     from app.pool.building import part_dtype
-    from app.pool.layout import Part
     from app.worker.process import resolve_dtype
 
     device = plan.devices(settings.devices)[0]
@@ -159,14 +154,24 @@ def _flag(part: str) -> str:
     return f"--{part.replace('_', '-')}"
 
 
-def _next(report: Report, one: Shipped, models: Path) -> str:
-    """The command that makes a card of these files, or files that can have one."""
-    if report.pickled and one.card.family == "dit":
-        words = ["instep", "models", "convert", str(report.path), str(models / f"my-{one.card.id}"), "--vae"]
-        return f"{shlex.join(words)} SD-VAE-FT-EMA"
+def judge(report: Report, registry: Registry, settings: Settings) -> None:
+    """Make the card that the next command would make, throw it away, and say that command.
+
+    Raises LoadError, as `instep models add` does: no model can be made of it. A .pt is for `instep models convert`.
+    """
+    (one, pieces), path = report.fits[0], report.path
     if report.pickled:
-        return "save its tensors as safetensors"
-    words = ["instep", "models", "add", str(report.path), "--like", one.card.id]
-    if report.path.is_file() and one.missing(report.pieces):
+        words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{one.card.id}"), "--vae"]
+        dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
+        return typer.echo(f"next: {dit if one.card.family == 'dit' else 'save its tensors as safetensors'}")
+    makings = start(report, registry, one.card.id)
+    words = ["instep", "models", "add", str(path), "--like", one.card.id]
+    if path.is_file() and one.missing(pieces):
+        take_rest(makings, one.card.id, registry)
         words += ["--rest", one.card.id]
-    return shlex.join(words)
+    refuse_gaps(makings, path)
+    with tempfile.TemporaryDirectory(prefix="instep-check-") as folder:
+        write(Path(folder) / free_id(path, registry, settings.models), makings, registry.cards)
+    for line in own_schedule(makings):
+        typer.echo(line)
+    typer.echo(f"next: {shlex.join(words)}")

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from app.cards.folder import INDEX, read_labels
 from app.cli.serve import Folder, read_settings
-from app.labels import read_labels
 
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
@@ -33,8 +33,9 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"], typer.Option(help="Number format of the network's weights")
-    ] = "bfloat16",
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Number format of the network's weights; none: the file's own", show_default=False),
+    ] = None,
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
     ] = None,
@@ -50,9 +51,8 @@ def convert(
     from app.pool.converting import Conversion, convert_dit
 
     shipped = [read_settings(models=models).models / card for card in LABELLED]
-    indices = [place / "model_index.json" for place in (*[folder] * replace, *shipped)]
-    index = next((one for one in indices if one.is_file()), None)
-    labels = read_labels(index) if index else ()
-    wanted = Conversion(file, folder, vae, getattr(torch, dtype), heads, labels, replace)
+    indices = [place / INDEX for place in (*[file] * file.is_dir(), *[folder] * replace, *shipped)]
+    labels = next((names for one in indices if one.is_file() and (names := read_labels(one))), ())
+    wanted = Conversion(file, folder, vae, dtype and getattr(torch, dtype), heads, labels, replace)
     convert_dit(wanted, typer.echo, write_folder if file.is_dir() else None)
     typer.echo(f"next: instep serve --models {folder.parent}")

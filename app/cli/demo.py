@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from app.api.classes import draws_classes
 from app.api.registry import Registry
 from app.card import Card
+from app.cards.folder import ModelFolder
 from app.cli.bodies import build, open_registry, what
 from app.cli.local import Local, loading
 from app.cli.paint import half_blocks, shrink
 from app.cli.serve import Folder, read_settings
-from app.errors import EngineError
+from app.errors import NotDownloaded
 from app.imaging import grid
 from app.report import Progress as Step
 from app.report import Report, Result, Tick
@@ -120,14 +121,19 @@ def write_script(registry: Registry) -> list[tuple[int, Request, str]]:
 
 
 def cast_cards(registry: Registry) -> dict[str, Card]:
-    """The card for each kind of request; a kind that no card fits is played by the main one."""
-    texts = [card for card in registry.cards.values() if not draws_classes(card)]
+    """The card for each kind of request, of those whose files are here; the main one plays a kind that no card fits.
+
+    Raises NotDownloaded: there is no model here.
+    """
+    here = [card for card in registry.cards.values() if ModelFolder(card, registry.all).here()]
+    here.sort(key=lambda card: card.parameters or 0)
+    texts = [card for card in here if not draws_classes(card)]
     turbos = [card for card in texts if card.defaults.guidance_scale <= 1 and card.defaults.num_inference_steps <= 8]
-    labels = [card for card in registry.cards.values() if draws_classes(card) and card.labels]
+    labels = [card for card in here if draws_classes(card) and card.labels]
     plain = [card for card in texts if card not in turbos]
     main = registry.default if registry.default in plain else next(iter(plain or texts or labels), None)
     if main is None:
-        raise EngineError("the demo needs a card that draws a prompt, or one with class names")
+        raise NotDownloaded("the demo draws with models that are here, and none is; `instep models list` shows them")
     return {"text": main, "turbo": next(iter(turbos), main), "labels": next(iter(labels), main)}
 
 

@@ -107,7 +107,7 @@ def deliver(console: Console, ask: Ask, results: list[Result], out: Path, second
             pixels = grid([result.pixels for result in group], ask.columns or 1)
             console.print(half_blocks(pixels, min(console.width, 64)))
         drawn = max(one.timings.encode + one.timings.denoise + one.timings.decode for one in group)
-        say(console, f"{path}  seed {group[0].seed}  {drawn:.2f} s ({seconds:.1f} s with loading)")
+        say(console, f"{path}  {ask.card.id}  seed {group[0].seed}  {drawn:.2f} s ({seconds:.1f} s with loading)")
     for warning in warnings(ask, results):
         print(f"instep: {warning}", file=sys.stderr)
 

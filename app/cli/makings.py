@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from app.card import INDEX, Card, read_cards, to_toml
-from app.errors import NotDownloaded
+from app.card import Card, read_card, to_toml
+from app.cards.folder import INDEX, ModelFolder
+from app.cards.noise import schedule_of
+from app.cli.models import check_facts
+from app.errors import LoadError, NotDownloaded
 
 if TYPE_CHECKING:
     from app.pool.identify import Shipped
 
-OWN = ("id", "aliases", "source", "components", "files", "bytes", "gated")
+OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
 
 
@@ -39,48 +43,77 @@ class Makings:
     inside: set[str] = field(default_factory=set)
 
     @property
+    def schedule(self) -> dict[str, Any]:
+        """The `schedule` of the card: what the files say of their own, and the rest of the one that they are like.
+
+        Raises CheckpointError: they say what no card can.
+        """
+        raw = tomllib.loads((self.like.card.folder / "card.toml").read_text(encoding="utf-8"))["schedule"]
+        return schedule_of(self.source, raw) if self.source else raw
+
+    @property
+    def place(self) -> Path:
+        """What to name in an error."""
+        return self.source or next(iter((*self.files.values(), *self.plain.values())))
+
+    @property
     def parts(self) -> set[str]:
         return {*self.files, *self.plain, *self.links, *self.rest, *self.inside}
 
 
-def write(folder: Path, model: str, makings: Makings) -> None:
-    """The card's folder, the card last; nothing stays of one that could not be written or is not right."""
+def write(folder: Path, makings: Makings, cards: Mapping[str, Card]) -> None:
+    """The card's folder, named as its id; nothing stays of one that could not be written or is not right.
+
+    Raises CardError, LoadError: no model can be built of it.
+    """
     folder.mkdir()
     try:
-        like = makings.like
         if makings.source is None:
             _write_layout(folder, makings)
-        raw = tomllib.loads((like.card.folder / "card.toml").read_text(encoding="utf-8"))
+        raw = tomllib.loads((makings.like.card.folder / "card.toml").read_text(encoding="utf-8"))
         card = {
-            "id": model,
+            "id": folder.name,
+            "like": makings.like.card.id,
             **{name: value for name, value in raw.items() if name not in OWN},
+            "schedule": makings.schedule,
             "source": {"path": str(makings.source or ".")},
             **({"components": makings.rest} if makings.rest else {}),
             **({"files": {part: str(file) for part, file in makings.files.items()}} if makings.files else {}),
         }
         lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
         (folder / "card.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        prove(model, read_cards(folder.parent))
+        prove(read_card(folder / "card.toml"), cards)
+    except LoadError as error:
+        shutil.rmtree(folder)
+        raise type(error)(error.message.replace(str(folder / "card.toml"), str(makings.place))) from error
     except BaseException:
         shutil.rmtree(folder)
         raise
 
 
-def prove(model: str, cards: dict[str, Card]) -> None:
-    """Raises LoadError when the model could not be built of configs and headers; other cards' parts are believed."""
+def prove(card: Card, cards: Mapping[str, Card]) -> None:
+    """Raises LoadError when the model cannot be built of configs and headers, CardError when its defaults do not fit.
+
+    Where other cards give parts that are not here, its own alone are looked at.
+    """
+    # NOTE: imported late: torch and the model libraries take seconds.
     import torch
 
+    from app.pool.building import build_family
     from app.pool.component import Component
-    from app.pool.layout import read_parts
+    from app.pool.layout import check_classes, read_parts
 
+    check_facts(card)
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    folder = ModelFolder(card, {**cards, card.id: card})
+    check_classes(card, folder.own())
+    own = {part.name: Component(part, device, dtype).value for part in folder.own()}
     try:
-        parts = read_parts(cards[model], cards)
+        parts = read_parts(card, cards)
     except NotDownloaded:
         return
-    for part in parts:
-        if part.name in cards[model].components:
-            continue
-        Component(part, torch.device("cpu"), torch.bfloat16)
+    shared = {part.name: Component(part, device, dtype).value for part in parts if part.name not in own}
+    build_family(card, {**own, **shared}, device, dtype)
 
 
 def _write_layout(folder: Path, makings: Makings) -> None:

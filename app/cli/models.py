@@ -16,13 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.api.classes import draws_classes
-from app.api.downloads import downloaded
 from app.api.registry import check_sampler
 from app.api.schemas import describe_sizes
 from app.card import Card, read_card, read_cards
+from app.cards.folder import ModelFolder
+from app.cards.noise import changes, schedule_of
 from app.cli.bodies import open_registry
 from app.cli.serve import Folder, read_settings
-from app.errors import CardError, CheckpointError, InstepError, LoadError
+from app.errors import CardError, CheckpointError, InstepError, LoadError, NotDownloaded
 from app.samplers.table import compile_table, valid_samplers
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
@@ -37,7 +38,13 @@ def list_models(models: Folder = None) -> None:
         given = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
         files = (
-            "here" if downloaded(card, cards) else "gated" if card.gated else "pull" if on_hub(card, cards) else "none"
+            "here"
+            if ModelFolder(card, cards).here()
+            else "gated"
+            if card.gated
+            else "pull"
+            if on_hub(card, cards)
+            else "none"
         )
         steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
         amounts = count(card.parameters), decimal(card.bytes) if card.bytes else "-"
@@ -64,7 +71,7 @@ def on_hub(card: Card, cards: Mapping[str, Card]) -> bool:
 
 def where(card: Card, cards: Mapping[str, Card]) -> str:
     """Whether a card's files are on this machine, and what to do when not."""
-    if downloaded(card, cards):
+    if ModelFolder(card, cards).here():
         return "here"
     return f"not here: instep models pull {card.id}" if on_hub(card, cards) else "missing"
 
@@ -128,14 +135,13 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
     import torch
 
     from app.pool.building import build_family, build_parts
-    from app.pool.layout import source_folder
+    from app.pool.layout import read_parts
 
     try:
-        check_sampler(card)
-        compile_table(card.schedule, card.defaults.sampler, card.defaults.num_inference_steps, tokens=256)
-        source_folder(card)
-    except CheckpointError as error:
-        return ("absent" if card.source.repo else "broken"), error.message
+        check_facts(card)
+        read_parts(card, cards)
+    except NotDownloaded as error:
+        return "absent", error.message
     except InstepError as error:
         return "broken", error.message
     torch.set_num_threads(threads)
@@ -148,7 +154,22 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
         return "broken", error.message
     except Exception as error:
         return "broken", f"cannot be loaded ({type(error).__name__})"
-    return "ok", f"{len(parts)} parts"
+    return "ok", f"{len(parts)} parts{_overruled(card, ModelFolder(card, cards).path)}"
+
+
+def _overruled(card: Card, folder: Path) -> str:
+    """What the folder's scheduler_config.json says otherwise than the card, which is what counts."""
+    try:
+        found = changes(card.schedule, schedule_of(folder, card.schedule.model_dump()))
+    except CheckpointError as error:
+        return f"; the card does not follow {error.message}"
+    return f"; its scheduler_config.json differs from the card: {', '.join(found)}" if found else ""
+
+
+def check_facts(card: Card) -> None:
+    """Raises InstepError when the card's own defaults make no table of coefficients."""
+    check_sampler(card)
+    compile_table(card.schedule, card.defaults.sampler, card.defaults.num_inference_steps, tokens=256)
 
 
 def _draws(card: Card) -> str:

@@ -5,20 +5,20 @@ Knows nothing of how they come (download.py), except model_index.json, which say
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from app.card import INDEX, Card
+from app.card import Card
+from app.cards.files import STEMS
+from app.cards.folder import INDEX, classes_in
 from app.errors import CheckpointError
 
 if TYPE_CHECKING:
     from app.cli.hub import Repo
 
 _BIN = "/diffusion_pytorch_model.bin"
-_STEMS = ("diffusion_pytorch_model", "model")
 _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
 _PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -54,13 +54,13 @@ def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan
     """
     made = Plan(card)
     if card.source.repo:
-        repo, index = _open(card, opened)
-        own = {part for part, entry in index.items() if isinstance(entry, list) and entry not in (None, [None, None])}
-        _add(made, repo, own - set(card.components), bare=set(card.files), torch=card.family == "dit")
+        repo, own = _open(card, opened)
+        parts = own - set(card.components) | {"scheduler"}
+        _add(made, repo, parts, bare=set(card.files), torch=card.family == "dit")
     for target in card.components.values():
         owner, _, folder = target.partition("/")
         if cards[owner].source.repo:
-            repo, index = _open(cards[owner], opened)
+            repo, _ = _open(cards[owner], opened)
             _add(made, repo, {folder}, bare={folder} & set(cards[owner].files))
     return made
 
@@ -83,8 +83,8 @@ def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = (),
 
 
 def _weights(part: str, names: set[str], torch: bool) -> list[str]:
-    """One format of a part's weights, without variants; the order is that in which app/pool/weights.py looks."""
-    for stem in _STEMS:
+    """One format of a part's weights, without variants; the order is that in which app/cards/files.py looks."""
+    for stem in STEMS:
         index = f"{stem}.safetensors.index.json"
         if index in names:
             shard = re.compile(rf"{stem}-\d+-of-\d+\.safetensors")
@@ -99,8 +99,8 @@ def _weights(part: str, names: set[str], torch: bool) -> list[str]:
     return []
 
 
-def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, dict[str, object]]:
-    """The repository of a card and what its model_index.json says."""
+def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
+    """The repository of a card, and the parts that its model_index.json names."""
     from app.cli.download import fetch
     from app.cli.hub import open_repo
 
@@ -111,13 +111,11 @@ def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, dict[str, object]]
     repo = opened[key]
     if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
         raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
+    file = fetch(repo, INDEX)
     try:
-        index = json.loads(fetch(repo, INDEX).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: {INDEX}: {error}") from error
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{name}: {INDEX} is not a table")
-    return repo, index
+        return repo, set(classes_in(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error.message.replace(str(file), INDEX)}") from error
 
 
 def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:

@@ -6,7 +6,6 @@ Knows nothing of cards, devices or families; it reads config.json and tokenizer 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +26,14 @@ from transformers import (
 )
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
+from app.cards.files import read_json
+from app.cards.folder import Part
 from app.errors import CheckpointError
 from app.families.dit import dit_keys, share_embedders
 from app.families.text import clip_keys, t5_keys
 from app.families.vae import vae_keys
 
 State = dict[str, torch.Tensor]
-
-JSON_LIMIT = 16 * 2**20
-"""Bytes; the largest real tokenizer.json (T5's) has 2.4 MB and is not read through here."""
 
 _BUFFER_LIMIT = 2**26
 """Elements of one computed buffer: a DiT-XL at 2048 px has 2^24."""
@@ -66,7 +64,6 @@ _TOKENIZERS = {
     "T5Tokenizer": T5Tokenizer,
     "T5TokenizerFast": T5Tokenizer,
 }
-_TOKENIZER_FILES = {CLIPTokenizer: ("tokenizer.json", "vocab.json"), T5Tokenizer: ("tokenizer.json",)}
 
 ALLOWED = frozenset(_NETWORKS) | frozenset(_TOKENIZERS)
 """Every class name that a model_index.json may give to a part."""
@@ -80,8 +77,7 @@ def has_weights(class_name: str) -> bool:
 def build_tokenizer(class_name: str, folder: Path) -> Any:
     """A tokenizer from its folder. Raises CheckpointError: its files are missing or not readable."""
     kind: Any = _TOKENIZERS[class_name]
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES[kind]):
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: missing")
+    Part("", class_name, folder).check()
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
     except (KeyboardInterrupt, SystemExit):
@@ -154,21 +150,6 @@ def empty_network(network: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 module._buffers[name] = torch.empty_like(buffer, device="meta")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of at most 16 MB. Raises CheckpointError naming the file."""
-    try:
-        if file.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{file}: over {JSON_LIMIT} bytes")
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
-    return content
 
 
 def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.cards.files import read_json
+from app.cards.folder import Part
 from app.errors import CheckpointError
-from app.families.components import read_json
 from app.families.dit import dit_keys
 from app.pool.contents import part_states
 from app.pool.converting import CLASS, Conversion, check_written, write_card, write_index, write_weights
-from app.pool.layout import Part
 from app.pool.torchzip import read_torch_zip
 from app.pool.vaes import open_vae
 from app.pool.weights import State

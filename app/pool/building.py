@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from app.card import Card
+from app.cards.folder import Part
 from app.families import FAMILIES
 from app.families.base import Family
 from app.families.components import blank_network, build_tokenizer, fill_network, has_weights
 from app.pool.contents import part_outline, part_states
-from app.pool.layout import Part, read_parts
+from app.pool.layout import read_parts
 
 
 def part_dtype(part: Part, device: torch.device, dtype: torch.dtype) -> torch.dtype:

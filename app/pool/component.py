@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from app.cards.folder import Part
 from app.families.components import blank_network, build_tokenizer, empty_network, fill_network, has_weights
 from app.pool.contents import part_outline, part_stamp, part_states
-from app.pool.layout import Part
 
 Place = Literal["device", "host", "away", "moving"]
 Key = tuple[tuple[Hashable, ...], torch.dtype, tuple[float | None, ...]]

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
+from app.cards.files import read_json
+from app.cards.folder import Part
 from app.errors import CheckpointError
-from app.families.components import read_json
 from app.families.originals import Held, find_part
-from app.pool.layout import Part
 from app.pool.weights import State, read_names, read_outline, read_states
 
 _TOLD = ("architectures", "dtype", "torch_dtype", "transformers_version")

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from app.card import Card, read_card
+from app.card import Card, read_card, to_toml
+from app.cards.files import read_json
+from app.cards.noise import FILE, schedule_of
 from app.errors import CheckpointError
 from app.families.components import blank_network
 from app.families.originals import from_original
@@ -52,7 +54,7 @@ id = "{id}"
 family = "dit"
 description = "DiT with {classes} classes at {pixels} x {pixels} px, from {source}"
 source = {{ path = "." }}
-schedule = {{ kind = "diffusion", betas = "linear", spacing = "respaced", variance = "{variance}" }}
+schedule = {schedule}
 defaults = {{ sampler = "ddpm", num_inference_steps = 250, guidance_scale = 4.0, size = "{pixels}x{pixels}" }}
 limits = {{ num_inference_steps = 1000, sizes = {{ min = {pixels}, max = {pixels}, multiple = {multiple}, \
 square = true }} }}
@@ -63,6 +65,7 @@ time_freq_shift = 0
 norm_eps = 1e-6
 parameters = {parameters}
 """
+_SCHEDULE = {"kind": "diffusion", "betas": "linear", "spacing": "respaced"}
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.0001,
@@ -78,14 +81,15 @@ _SCHEDULER = {
 class Conversion:
     """What to convert to what. vae: a folder in diffusers' layout, or a safetensors file in the authors'.
 
-    heads: None for those of the width. labels: names of classes, used if they are as many as the network's.
-    replace: the folder may be a card without weights, whose facts are kept.
+    dtype: of the network's weights; None for the file's own. heads: None for those of the width. labels: names of
+    classes, used if they are as many as the network's. replace: the folder may be a card without weights, whose facts
+    are kept.
     """
 
     file: Path
     folder: Path
     vae: Path | None
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
     heads: int | None = None
     labels: tuple[str, ...] = ()
     replace: bool = False
@@ -213,7 +217,8 @@ def write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> Non
     parts = {"scheduler": "DDIMScheduler", "transformer": CLASS, "vae": VAE}
     _write_json(folder / "model_index.json", {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}})
     (folder / "scheduler").mkdir()
-    _write_json(folder / "scheduler" / "scheduler_config.json", _SCHEDULER)
+    theirs = wanted.file / FILE
+    _write_json(folder / FILE, read_json(theirs) if theirs.is_file() else _SCHEDULER)
 
 
 def write_card(
@@ -221,12 +226,13 @@ def write_card(
 ) -> None:
     pixels = config["sample_size"] * scale
     learned = config["out_channels"] == 2 * config["in_channels"]
+    schedule = {**_SCHEDULE, "variance": "learned_range" if learned else "fixed_large"}
     card = _CARD.format(
         id=model_id,
         classes=config["num_embeds_ada_norm"],
         pixels=pixels,
         source=json.dumps(wanted.file.name)[1:-1],
-        variance="learned_range" if learned else "fixed_large",
+        schedule=to_toml(schedule_of(wanted.file, schedule)),
         multiple=pixels,
         parameters=parameters,
     )

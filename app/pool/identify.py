@@ -5,7 +5,6 @@ Knows nothing of what will be done with them. Only headers are read, and each is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -14,14 +13,16 @@ from typing import Any
 
 import torch
 
-from app.card import INDEX, Card
+from app.card import Card
+from app.cards.files import PICKLES, read_json
+from app.cards.folder import INDEX, classes_in
 from app.errors import CheckpointError
 from app.families import FAMILIES
-from app.families.components import State, has_weights, read_json
+from app.families.components import State, has_weights
 from app.families.differences import counts, differences, outline_of
 from app.families.originals import Held, parts_in
 from app.pool.torchzip import read_torch_zip
-from app.pool.weights import PICKLES, read_names, read_outline
+from app.pool.weights import read_names, read_outline
 
 BESIDES = {
     "AutoencoderKL": ("scaling_factor", "shift_factor"),
@@ -29,8 +30,6 @@ BESIDES = {
     "Transformer2DModel": ("sample_size",),
 }
 """Fields of configs that tell networks of the same shapes apart."""
-
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +106,8 @@ class Report:
     """What was found. fits: cards whose network, or where there is none whose parts, these are, with the part's names.
 
     tokenizers: those that are there. pickled: it is a torch file. nearest: the card that comes nearest where none fits,
-    the part, and what keeps it from that. odd: parts that this server cannot read, or that are not the first fitting
-    card's, and why. others: names in a file that no layout has.
+    the part, and what keeps it from that. odd: parts of a file that this server cannot read, or that are not the first
+    fitting card's, and why. others: names in a file that no layout has.
     """
 
     path: Path
@@ -130,8 +129,8 @@ def identify(path: Path, cards: Mapping[str, Card]) -> Report:
             report.fits += [(one, report.pieces)] if found == [] else []
         elif named := _by_looks(report, one):
             report.fits.append((one, named))
-    if "transformer" in report.pieces and report.fits:
-        _look_beside(report)
+    if "transformer" in report.pieces and report.fits and path.is_file():
+        _look_beside(report)  # the parts of a folder have configs of their own
     return report
 
 
@@ -140,7 +139,7 @@ def look(path: Path) -> Report:
     if path.is_file():
         return _look_in(path)
     if (path / INDEX).is_file():
-        classes = {name: kind for name, kind in classes_of(path / INDEX).items() if (path / name).is_dir()}
+        classes = {name: kind for name, kind in classes_in(path / INDEX).items() if (path / name).is_dir()}
         pieces = {name: Piece(path / name, read_outline(path / name)) for name in classes if has_weights(classes[name])}
         return Report(path, pieces, tuple(name for name in classes if name not in pieces))
     if (path / "config.json").is_file():
@@ -170,19 +169,12 @@ def _look_in(file: Path) -> Report:
     return report
 
 
-def classes_of(index: Path) -> dict[str, str]:
-    """The class of each part that a model_index.json names, less the scheduler. Raises CheckpointError."""
-    entries = {name: entry for name, entry in read_json(index).items() if name != "scheduler" and name[:1] != "_"}
-    pairs = {name: entry for name, entry in entries.items() if isinstance(entry, list) and len(entry) == 2}
-    return {name: entry[1] for name, entry in pairs.items() if isinstance(entry[1], str) and _NAME.fullmatch(name)}
-
-
 def shipped_of(card: Card) -> Shipped | None:
     """The card with its configs; None where it has none on this machine."""
     here = [card.folder] if card.source.path is None else [card.folder, card.folder / card.source.path]
     for folder in here:
         if (folder / INDEX).is_file() and (folder / "transformer" / "config.json").is_file():
-            return Shipped(card, folder, classes_of(folder / INDEX))
+            return Shipped(card, folder, classes_in(folder / INDEX))
     return None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from app.cards.files import refuse_foreign
 from app.errors import CheckpointError
 from app.pool.weights import TENSOR_LIMIT, State
 
@@ -49,6 +50,7 @@ def read_torch_zip(file: Path) -> State:
     Raises CheckpointError naming the file: not a whole torch zip, compressed or overlapping entries, a pickle of
     anything but tensors and plain values, tensors that are more than their bytes.
     """
+    refuse_foreign(file, "torch")
     try:
         with _Short(file) as stream:
             _check_end(file, stream)

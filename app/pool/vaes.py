@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from app.cards.files import read_json
+from app.cards.folder import Part
 from app.errors import CheckpointError
-from app.families.components import read_json
 from app.pool.contents import part_outline
-from app.pool.layout import Part
 from app.pool.weights import State
 
 VAE = "AutoencoderKL"

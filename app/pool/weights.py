@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from app.cards.files import refuse_foreign, weight_files
 from app.errors import CheckpointError
-from app.families.components import read_json
 
 State = dict[str, torch.Tensor]
 
@@ -29,10 +29,6 @@ TENSOR_LIMIT = 20_000
 COMMAS = 8
 """For each tensor: four between its fields, those of its shape, and some for the metadata."""
 
-PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pickle", ".pkl")
-CONVERT = "`instep models convert` makes them of the DiT authors' .pt"
-
-_STEMS = ("diffusion_pytorch_model", "model")
 _FORMATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -90,7 +86,7 @@ def read_names(file: Path) -> set[str]:
 
 def _headers(folder: Path, prefix: str) -> dict[Path, dict[str, Any]]:
     """The header of every shard, checked against the index."""
-    shards = _shards(folder)
+    shards = weight_files(folder)
     headers = {file: _header(file) for file in shards}
     for file, header in headers.items():
         _formats(file, header, prefix)
@@ -101,36 +97,6 @@ def _headers(folder: Path, prefix: str) -> dict[Path, dict[str, Any]]:
         if wrong:
             raise CheckpointError(f"{file}: {wrong[0]} is in only one of this file and the index")
     return headers
-
-
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """The files to read, each with the keys that the index promises (None without an index)."""
-    if folder.is_file():
-        return {folder: None}
-    for stem in _STEMS:
-        index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
-            return _indexed(index)
-        if single.is_file():
-            return {single: None}
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
-    hint = f" (only safetensors are loaded, not {others[0]}; {CONVERT})" if others else ""
-    raise CheckpointError(f"{folder / _STEMS[0]}.safetensors: missing{hint}")
-
-
-def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise CheckpointError(f"{index}: weight_map is not a table of keys and file names")
-    shards: dict[Path, set[str] | None] = {}
-    for name in sorted(set(listed.values())):
-        # NOTE: a name with a separator could leave the folder.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f'{index}: "{name}" is not the name of a safetensors file in this folder')
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name}: missing, though the index names it")
-        shards[index.parent / name] = {key for key, file in listed.items() if file == name}
-    return shards
 
 
 @contextmanager
@@ -145,6 +111,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _header(file: Path) -> dict[str, Any]:
     """The header, without its metadata; no more of it is checked than the library would let pass."""
+    refuse_foreign(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -174,9 +141,10 @@ def _formats(file: Path, header: Mapping[str, Any], prefix: str) -> None:
     """Refuse number formats that no network here is stored in."""
     for key, entry in header.items():
         if key.startswith(prefix) and entry["dtype"] not in _FORMATS:
-            raise CheckpointError(
-                f"{file}: invalid header: {key} has number format {entry['dtype']}, which this server does not load"
-            )
+            form = entry["dtype"]
+            words = f"{form} (8-bit floats)" if form.startswith("F8_") else form
+            more = ": take its bfloat16, float16 or float32 file" if form.startswith(("F8_", "F4", "F6")) else ""
+            raise CheckpointError(f"{file}: {key} has number format {words}, which this server does not load{more}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

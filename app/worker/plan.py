@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 from app.card import Card
+from app.cards.folder import ModelFolder
 from app.errors import SettingsError
-from app.labels import cached_index
 from app.settings import Settings
 
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
@@ -74,21 +74,13 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     Raises SettingsError on a name that no card has.
     """
     if settings.preload.strip() == "all":
-        return [name for name, card in cards.items() if _here(card)]
+        return [name for name, card in cards.items() if ModelFolder(card, cards).here()]
     names = {name: card.id for card in cards.values() for name in (card.id, *card.aliases)}
     wanted = dict.fromkeys(entry.strip() for entry in settings.preload.split(",") if entry.strip())
     for name in wanted:
         if name not in names:
             raise SettingsError(f'INSTEP_PRELOAD: no card is named "{name}"', param="preload")
     return list(dict.fromkeys(names[name] for name in wanted))
-
-
-def _here(card: Card) -> bool:
-    """Whether its files lie beside it, or its repository is in the local cache with weights that a server loads."""
-    if card.source.repo is None:
-        return True
-    index = cached_index(card.source.repo, card.source.revision)
-    return index is not None and bool(card.files or card.components or any(index.parent.glob("*/*.safetensors")))
 
 
 def threads(settings: Settings, cgroup: Path = _CGROUP) -> int:

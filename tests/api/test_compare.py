@@ -26,6 +26,7 @@ from tests.api.test_access import lines
 from tests.fake_worker import colour
 from tests.pictures import TYPE, properties
 from tests.tiny import write_json
+from tests.tiny_parts import write_vae
 
 CARDS = {
     "tiny-text": TEXT,
@@ -153,8 +154,7 @@ def test_without_models_the_preset_takes_those_that_are_downloaded(several: Serv
     folder = Path(several.app.state.front.settings.models)
     for name in ("large-text", "wide-text", "tiny-label"):
         write_json(folder / name / "model_index.json", {"vae": ["diffusers", "AutoencoderKL"], "id2label": {}})
-        (folder / name / "vae").mkdir()
-        (folder / name / "vae" / "a.safetensors").touch()
+        write_vae(folder / name / "vae", 1)
     assert compare(alice, {"preset": "two_prompts"}).json()["models"] == ["large-text", "wide-text"]
 
 

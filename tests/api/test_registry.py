@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
-from app.api.registry import Registry
+from app.api.registry import BUILT_IN, SHIPPED, Registry
 from app.card import read_cards
 from app.errors import CardError, ModelNotFound, SettingsError
 from app.settings import Settings
 from tests.api.conftest import TEXT, write_cards
+from tests.tiny import write_dit, write_sd3
 
 
 def test_by_id_alias_and_default(settings: Settings) -> None:
@@ -22,9 +25,64 @@ def test_by_id_alias_and_default(settings: Settings) -> None:
     assert registry.names(registry.default) == ("tiny-text", "gpt-image-1")
 
 
-def test_without_a_setting_the_first_card_is_the_default(settings: Settings) -> None:
-    first = settings.model_copy(update={"default_model": ""})
-    assert Registry(read_cards(settings.models), first).default.id == "tiny-label"
+def opened(folder: Path, default: str = "") -> Registry:
+    return Registry(read_cards(folder), Settings(models=folder, default_model=default))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """Tiny checkpoints under the ids of shipped cards: emoji-dit, emoji-mmdit, sd3.5-medium; and a user's DiT."""
+    write_dit(tmp_path / "emoji-dit")
+    write_dit(tmp_path / "a-dit")
+    write_sd3(tmp_path / "emoji-mmdit")
+    write_sd3(tmp_path / "sd3.5-medium")
+    for folder in tmp_path.iterdir():
+        card = folder / "card.toml"
+        card.write_text(re.sub(r'id = "tiny-\w+"', f'id = "{folder.name}"', card.read_text(), count=1))
+    return tmp_path
+
+
+def mine(models: Path) -> Path:
+    """A card of the user's, last by the alphabet."""
+    shutil.copytree(models / "emoji-mmdit", models / "zebra")
+    card = models / "zebra" / "card.toml"
+    card.write_text(card.read_text().replace('id = "emoji-mmdit"', 'id = "zebra"'))
+    return models / "zebra"
+
+
+def test_the_default_is_the_built_in_model_although_others_come_first(models: Path) -> None:
+    assert opened(models).default.id == "emoji-mmdit"
+
+
+def test_a_users_card_that_draws_prompts_is_the_default(models: Path) -> None:
+    mine(models)
+    assert opened(models).default.id == "zebra"
+    assert opened(models, "emoji-dit").default.id == "emoji-dit", "but what is named goes before it"
+    assert opened(models, "emoji-dit").only(frozenset({"zebra", "a-dit"})).default.id == "zebra"
+
+
+@pytest.mark.parametrize("gone", ["vae", "tokenizer_3", "text_encoder_2/config.json", "model_index.json"])
+def test_a_users_card_without_all_of_its_files_is_not(models: Path, gone: str) -> None:
+    path = mine(models) / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert opened(models).default.id == "emoji-mmdit"
+
+
+def test_a_folder_without_the_built_in_model(models: Path) -> None:
+    """Then what draws prompts and is here, then classes, and then what can be downloaded to draw prompts."""
+    shutil.rmtree(models / "emoji-mmdit")
+    assert opened(models).default.id == "sd3.5-medium"
+    shutil.rmtree(models / "sd3.5-medium" / "transformer")
+    assert opened(models).default.id == "a-dit"
+    for name in ("a-dit", "emoji-dit"):
+        shutil.rmtree(models / name / "transformer")
+    assert opened(models).default.id == "sd3.5-medium"
+
+
+def test_the_shipped_cards_are_those_that_come_with_the_project() -> None:
+    folder = Path(__file__).parent.parent.parent / "models"
+    assert frozenset(read_cards(folder)) == SHIPPED and BUILT_IN in SHIPPED
+    assert opened(folder).default.id == BUILT_IN
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_part_that_is_stored_in_eighths_is_named(run: Run, tiny: Path, tmp_pat
     state = originals.sd3_file(tiny / "tiny-sd3", "text_encoder_3")
     eighth = {k: v.to(torch.float8_e4m3fn) if k.startswith("text_encoders.t5") else v for k, v in state.items()}
     told = run("models", "check", originals.write(eighth, tmp_path / "fp8.safetensors")).stdout
-    assert "number format F8_E4M3, which this server does not load" in rows(told)["text_encoder_3"]
+    assert "number format F8_E4M3 (8-bit floats), which this server does not load" in rows(told)["text_encoder_3"]
     assert rows(told)["transformer"].startswith("transformer stored as float32")
 
 
@@ -198,4 +198,4 @@ def test_folders_that_lie_are_one_line(run: Run, tiny: Path, tmp_path: Path) -> 
     (tmp_path / "copy" / "model_index.json").write_text("[]")
     assert "not a JSON object" in one_line(run("models", "check", tmp_path / "copy"))
     (tmp_path / "copy" / "model_index.json").write_text('{"../..": ["diffusers", "AutoencoderKL"]}')
-    assert "in no layout that is known here" in one_line(run("models", "check", tmp_path / "copy"))
+    assert '"../.." is not the name of a part' in one_line(run("models", "check", tmp_path / "copy"))

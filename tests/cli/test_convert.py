@@ -43,7 +43,8 @@ def converted(run: Run, pt: Path, tiny: Path, *more: object) -> Path:
 
 
 def test_a_pt_becomes_a_model_that_computes_as_the_original(run: Run, pt: Path, tiny: Path) -> None:
-    folder = converted(run, pt, tiny, "--dtype", "float32")
+    """By the command of the README, which names no number format."""
+    folder = converted(run, pt, tiny)
     card = read_cards(folder.parent)["mine"]
     assert (card.guided_channels, card.time_freq_shift, card.norm_eps) == (3, 0, 1e-6)
     assert (card.schedule.variance, card.schedule.spacing, card.defaults.sampler) == (
@@ -71,10 +72,10 @@ def test_it_is_served_at_once(run: Run, pt: Path, tiny: Path) -> None:
 
 
 def test_diffusers_reads_the_folder(run: Run, pt: Path, tiny: Path) -> None:
-    """In its own names, a copy of the embedder in every block, bfloat16 unless another is asked for."""
+    """In its own names, a copy of the embedder in every block."""
     from diffusers import DiTTransformer2DModel
 
-    folder = converted(run, pt, tiny)
+    folder = converted(run, pt, tiny, "--dtype", "bfloat16")
     network = DiTTransformer2DModel.from_pretrained(folder / "transformer")
     state = load_file(folder / "transformer" / WEIGHTS)
     assert {value.dtype for value in state.values()} == {torch.bfloat16}
@@ -84,6 +85,17 @@ def test_diffusers_reads_the_folder(run: Run, pt: Path, tiny: Path) -> None:
     for block in range(2):
         own = state[f"transformer_blocks.{block}.{table}"]
         assert torch.equal(own, dit_state()["y_embedder.embedding_table.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_files_own_number_format_is_kept(run: Run, pt: Path, tiny: Path, stored: torch.dtype) -> None:
+    """Bit for bit, where none is asked for."""
+    state = {key: value.to(stored) for key, value in dit_state().items()}
+    torch.save({"ema": state}, pt)
+    written = load_file(converted(run, pt, tiny) / "transformer" / WEIGHTS)
+    assert {value.dtype for value in written.values()} == {stored}
+    qkv = torch.cat([written[f"transformer_blocks.1.attn1.to_{part}.weight"] for part in "qkv"])
+    assert torch.equal(qkv, state["blocks.1.attn.qkv.weight"])
 
 
 def test_the_vae_may_be_one_file_in_ldm_names(run: Run, pt: Path) -> None:

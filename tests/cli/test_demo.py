@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 
 from app.cli import demo
 from app.cli.bodies import open_registry
+from app.errors import NotDownloaded
 from app.report import Progress, Result, Tick, Timings
 from app.samplers.table import compile_table
 from app.settings import Settings
 from tests.cli.conftest import Run
 
+SHIPPED = Path(__file__).parent.parent.parent / "models"
 LAST = re.compile(r"12 images, (\d+) forwards instead of (\d+); the shortest waited (\d+) steps")
 
 
@@ -50,6 +53,26 @@ def test_the_script_does_with_what_there_is(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny-dit").symlink_to(tiny / "tiny-dit")
     script = demo.write_script(open_registry(Settings(models=tmp_path)))
     assert {request.model for _, request, _ in script} == {"tiny-dit"} and len(script) == 12
+
+
+def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> None:
+    """Neither one of the Hub, nor one that takes a part from there; without any that is here there is no demo."""
+    models = tmp_path / "models"
+    for name in ("tiny-sd3", "tiny-sd3-turbo", "tiny-dit"):
+        shutil.copytree(tiny / name, models / name)
+    shutil.rmtree(models / "tiny-sd3" / "vae")
+    registry = open_registry(Settings(models=models))
+    assert {request.model for _, request, _ in demo.write_script(registry)} == {"tiny-dit"}
+    shutil.rmtree(models / "tiny-dit" / "transformer")
+    with pytest.raises(NotDownloaded, match="models that are here, and none is"):
+        demo.write_script(open_registry(Settings(models=models)))
+
+
+def test_the_demo_of_the_shipped_folder_draws_with_what_comes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
+    registry = open_registry(Settings(models=SHIPPED))
+    played = {request.model for _, request, _ in demo.write_script(registry)}
+    assert played == {"emoji-mmdit", "emoji-mmdit-turbo", "emoji-dit"}
 
 
 def test_waiting_is_counted_in_forwards_since_arrival(tiny: Path) -> None:

@@ -63,7 +63,7 @@ def test_it_draws_saves_and_tells(run: Run) -> None:
         "blue",
     )
     lines = drawn(run("generate", "red cat", *words, "--save-latents", "l.safetensors"))
-    assert lines[0].startswith("red-cat-11.png  seed 11  ") and lines[1] == "latents l.safetensors"
+    assert lines[0].startswith("red-cat-11.png  tiny-sd3  seed 11  ") and lines[1] == "latents l.safetensors"
     body = {"prompt": "red cat", "model": "tiny-sd3", "num_inference_steps": 3, "guidance_scale": 2.0, "seed": 11}
     body |= {"size": "32x16", "negative_prompt": "blue"}
     assert json.loads(lines[2].split("-d '")[1].split("' -o")[0]) == body
@@ -80,7 +80,8 @@ def test_it_draws_saves_and_tells(run: Run) -> None:
 def test_several_images_of_a_class(run: Run) -> None:
     words = ("--class-label", "green", "--model", "tiny-dit", "--steps", 2, "--seed", 3, "-n", 2, "-o", "g.jpg")
     lines = drawn(run("generate", *words, "--save-latents", "l.safetensors"))
-    assert [line.split("  ")[:2] for line in lines[:2]] == [["g-1.jpg", "seed 3"], ["g-2.jpg", "seed 4"]]
+    names = [line.split("  ")[:3] for line in lines[:2]]
+    assert names == [["g-1.jpg", "tiny-dit", "seed 3"], ["g-2.jpg", "tiny-dit", "seed 4"]]
     assert all(Image.open(name).format == "JPEG" for name in ("g-1.jpg", "g-2.jpg"))
     alone = direct({"class_label": "green", "model": "tiny-dit", "num_inference_steps": 2, "seed": 4})[0]
     assert alone.latents is not None
@@ -92,7 +93,7 @@ def test_several_images_of_a_class(run: Run) -> None:
 def test_a_random_seed_is_told_and_makes_the_same_again(run: Run) -> None:
     words = ("generate", "red", "--model", "tiny-sd3", "--steps", 2)
     line, curl = drawn(run(*words, "--seed", -1, "-o", "one.png"))
-    seed = int(line.split("  ")[1].removeprefix("seed "))
+    seed = int(line.split("  ")[2].removeprefix("seed "))
     assert 0 <= seed < 2**32 and f'"seed": {seed}' in curl
     drawn(run(*words, "--seed", seed, "-o", "two.png"))
     assert (np.asarray(Image.open("one.png")) == np.asarray(Image.open("two.png"))).all()
@@ -167,4 +168,15 @@ def test_a_terminal_sees_bars_and_the_picture(run: Run, monkeypatch: pytest.Monk
     assert [result.index for result in results] == [0, 1]
     generate.deliver(console, ask, results, tmp_path / "a.png", 9.0)
     assert screen.getvalue().count("▀") == 2 * 8 * 32
-    assert f"{tmp_path / 'a-2.png'}  seed 2  0.60 s (9.0 s with loading)" in screen.getvalue()
+    assert f"{tmp_path / 'a-2.png'}  tiny-sd3  seed 2  0.60 s (9.0 s with loading)" in screen.getvalue()
+
+
+def test_the_command_of_the_readme_draws_with_the_built_in_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is named, and no file of the published ones is here."""
+    monkeypatch.setenv("INSTEP_MODELS", str(Path(__file__).parent.parent.parent / "models"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
+    lines = drawn(run("generate", "red apple on a blue background", "--steps", 20, "--seed", 7))
+    assert lines[0].startswith("red-apple-on-a-blue-background-7.png  emoji-mmdit  seed 7  ")
+    pixels = np.asarray(Image.open("red-apple-on-a-blue-background-7.png"), dtype=int)
+    assert np.abs(pixels[0, 0] - (37, 99, 235)).max() < 40, "the blue of the background"
+    assert '"model": "emoji-mmdit"' in lines[-1]

@@ -12,12 +12,12 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from app.card import read_card
+from app.cards.folder import Part
 from app.errors import CheckpointError
 from app.families import DiT
 from app.families.components import blank_network, fill_network
 from app.families.dit import SharedEmbedder, predict
 from app.pool.component import Component
-from app.pool.layout import Part
 from app.pool.weights import read_outline
 from tests.close import EXACT, FORWARD, apart, close
 from tests.families.plain import CPU, build_component, load

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from app.cards.folder import Part
 from app.families.components import blank_network, fill_network
 from app.pool.contents import part_outline, part_states
-from app.pool.layout import Part
 from tests.cli.originals import write_sparse
 
 CLASS = "SD3Transformer2DModel"

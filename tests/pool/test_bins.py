@@ -108,3 +108,23 @@ def test_a_bomb_and_a_payload_are_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError):
         convert(folder)
     assert not (folder / "ran").exists()
+
+
+def test_the_folders_own_schedule_is_kept(folder: Path) -> None:
+    """Its betas and prediction; and the grid that it does not name is the authors'."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    facts = {"beta_schedule": "scaled_linear", "beta_end": 0.012, "prediction_type": "v_prediction"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
+    made = convert(folder)
+    schedule = read_card(made / "card.toml").schedule
+    assert (schedule.betas, schedule.beta_end, schedule.prediction) == ("scaled_linear", 0.012, "v")
+    assert (schedule.spacing, schedule.variance) == ("respaced", "learned_range")
+    assert json.loads((made / "scheduler" / "scheduler_config.json").read_text()) == json.loads(file.read_text())
+
+
+def test_a_schedule_that_no_card_holds_is_refused(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_betas_zero_snr": True}))
+    with pytest.raises(CheckpointError, match="rescale_betas_zero_snr is true, which no schedule here has"):
+        convert(folder)
+    assert not (folder.parent / "my-dit").exists()

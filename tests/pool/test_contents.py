@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.card import Card, read_card, read_cards
+from app.cards.folder import Part
 from app.errors import CheckpointError
 from app.pool import component
 from app.pool.building import build_parts
 from app.pool.contents import part_identity, part_outline, part_stamp, part_states
-from app.pool.layout import Part, read_parts
+from app.pool.layout import read_parts
 from app.pool.pool import Pool
 from tests.cli import originals
 from tests.families.plain_shapes import drawn, flux_shapes

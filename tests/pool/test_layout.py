@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import diffusers
 import pytest
 
 from app.card import Card, Source, read_cards
+from app.cards.folder import ModelFolder
+from app.cards.noise import CLIPS_BY_DEFAULT, check_schedule
 from app.errors import CheckpointError, NotDownloaded
-from app.pool.layout import CLIPS_BY_DEFAULT, check_schedule, read_parts
+from app.pool.layout import read_parts
 from tests.tiny import write_dit, write_models
 
 
@@ -53,7 +56,7 @@ def test_an_absent_part_is_a_pair_of_nulls(cards: dict[str, Card], tmp_path: Pat
     index = json.loads((cards["tiny-sd3"].folder / "model_index.json").read_text())
     absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None], "image_encoder": [None, None]}
     (tmp_path / "model_index.json").write_text(json.dumps({**index, **absent}))
-    names = {part.name for part in read_parts(Card(**own), {})}
+    names = {part.name for part in ModelFolder(Card(**own), {}).parts()}
     assert "text_encoder_2" in names and not names & absent.keys()
 
 
@@ -95,22 +98,24 @@ def test_missing_folders(dit: Card, cards: dict[str, Card]) -> None:
         read_parts(lost, cards)
 
 
-def test_a_repository_is_looked_for_in_the_local_cache_only(dit: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_is_looked_for_in_the_local_cache_only(
+    dit: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = Source(repo="facebook/DiT-XL-2-256", revision="a" * 40)
     with pytest.raises(NotDownloaded, match=f"not downloaded: run `instep models pull {dit.id}`"):
         read_parts(dit.model_copy(update={"source": source}), {})
     borrower = dit.model_copy(update={"id": "borrower", "components": {"vae": f"{dit.id}/vae"}})
-    with pytest.raises(NotDownloaded, match=r"^borrower: not downloaded: run `instep models pull borrower`"):
+    with pytest.raises(NotDownloaded, match=r"^borrower: its vae is not downloaded: run `instep models pull borrower`"):
         read_parts(borrower, {dit.id: dit.model_copy(update={"source": source})})
-    asked: dict[str, Any] = {}
-
-    def cached(repo: str, **options: Any) -> str:
-        asked.update(options, repo=repo)
-        return str(dit.folder)
-
-    monkeypatch.setattr("app.pool.layout.snapshot_download", cached)
-    assert len(read_parts(dit.model_copy(update={"source": source}), {})) == 2
-    assert asked == {"repo": "facebook/DiT-XL-2-256", "revision": "a" * 40, "local_files_only": True}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--facebook--DiT-XL-2-256"
+    (cached / "refs").mkdir(parents=True)
+    shutil.copytree(dit.folder, cached / "snapshots" / ("a" * 40))
+    hub = dit.model_copy(update={"source": source, "folder": tmp_path})
+    assert len(read_parts(hub, {})) == 2
+    (cached / "snapshots" / ("a" * 40) / "vae" / "config.json").unlink()
+    with pytest.raises(NotDownloaded, match=f"its vae is not downloaded: run `instep models pull {dit.id}`"):
+        read_parts(hub, {})
 
 
 @pytest.mark.parametrize(
@@ -147,4 +152,4 @@ def test_the_classes_that_clip_by_default_are_diffusers() -> None:
 
 
 def test_without_a_scheduler_the_card_is_the_authority(tmp_path: Path) -> None:
-    check_schedule(tmp_path / "scheduler_config.json")
+    check_schedule(tmp_path)

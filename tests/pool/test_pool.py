@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from app.card import Card, read_cards
+from app.cards.folder import Part
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
 from app.pool import component
 from app.pool.books import RETRY_AFTER
-from app.pool.layout import Part
 from app.pool.pool import Pool
 from app.report import ModelState
 from app.request import ClassLabel

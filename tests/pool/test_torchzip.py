@@ -92,8 +92,8 @@ def longer(file: Path) -> None:
 LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda f: f.write_bytes(save(f).read_bytes()[:-30]), "not a whole torch zip"),
     "empty": (lambda f: f.write_bytes(b""), "not a whole torch zip"),
-    "text": (lambda f: f.write_bytes(b"<html>" * 99), "not a whole torch zip"),
-    "absent": (lambda f: None, "not a whole torch zip: "),
+    "text": (lambda f: f.write_bytes(b"<html>" * 99), "is a web page, not a checkpoint"),
+    "absent": (lambda f: None, "No such file or directory"),
     "old format": (legacy, "not a whole torch zip (torch.save of version 1.6"),
     "a pickle": (lambda f: f.write_bytes(pickle.dumps({"a": Payload(f.parent / "ran")})), "not a whole torch zip"),
     "more at its end": (longer, "not a whole torch zip"),

@@ -1,16 +1,18 @@
 """DEVICES, PRELOAD and THREADS, spelled out."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 from huggingface_hub import constants
 
-from app.card import Source
+from app.card import Source, read_cards
 from app.errors import SettingsError
 from app.settings import Settings
 from app.worker import plan
+from tests.tiny import write_models
 from tests.worker.parts import CARDS, card
 
 
@@ -55,29 +57,34 @@ def test_auto_is_cpu_when_torch_cannot_use_a_gpu(dev, monkeypatch):
     assert plan.devices("auto", dev) == ["cpu"]
 
 
-def test_preloads_are_ids_each_once():
+def test_preloads_are_ids_each_once(tmp_path):
     cards = {"a": card("a", aliases=("one", "uno")), "b": card("b")}
     assert plan.preloads(Settings(preload=""), cards) == []
-    assert plan.preloads(Settings(preload="all"), cards) == ["a", "b"]
     assert plan.preloads(Settings(preload="b, uno,a,one"), cards) == ["b", "a"]
     with pytest.raises(SettingsError, match='no card is named "c"'):
         plan.preloads(Settings(preload="a,c"), cards)
 
 
-def test_preload_of_all_leaves_out_what_is_not_downloaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    cards = {"a": card("a", source=Source(repo="some/a", revision="main")), "b": card("b")}
-    assert plan.preloads(Settings(preload="all"), cards) == ["b"]
-    assert plan.preloads(Settings(preload="a"), cards) == ["a"], "who names it wants to be told that it is missing"
-    repo = tmp_path / "models--some--a"
-    for name, content in (("refs/main", "c0ffee"), ("snapshots/c0ffee/model_index.json", "{}")):
-        (repo / name).parent.mkdir(parents=True)
-        (repo / name).write_text(content)
-    assert plan.preloads(Settings(preload="all"), cards) == ["b"], "an index alone, or with torch files"
-    weights = repo / "snapshots/c0ffee/transformer/diffusion_pytorch_model.safetensors"
-    weights.parent.mkdir()
-    weights.touch()
-    assert plan.preloads(Settings(preload="all"), cards) == ["a", "b"]
+def test_preload_of_all_leaves_out_what_is_not_here(tmp_path, monkeypatch):
+    """Neither what is on the Hub, nor what takes a part from there: it would keep /readyz at 503 for ever."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_models(tmp_path / "models")
+    source = Source(repo="some/sd3", revision="main")
+    cards = read_cards(tmp_path / "models")
+    assert plan.preloads(Settings(preload="all"), cards) == list(cards)
+    cards["tiny-sd3"] = cards["tiny-sd3"].model_copy(update={"source": source, "folder": tmp_path})
+    dits = [name for name in cards if "dit" in name]
+    assert plan.preloads(Settings(preload="all"), cards) == dits
+    wanted = Settings(preload="tiny-sd3-turbo")
+    assert plan.preloads(wanted, cards) == ["tiny-sd3-turbo"], "who names it wants to be told that it is missing"
+    repo = tmp_path / "hub" / "models--some--sd3"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    whole = shutil.copytree(tmp_path / "models" / "tiny-sd3", repo / "snapshots" / "c0ffee")
+    assert plan.preloads(Settings(preload="all"), cards) == list(cards)
+    for file in (whole / "vae").glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    assert plan.preloads(Settings(preload="all"), cards) == dits, "an index with torch files"
 
 
 def test_threads_share_the_cores():

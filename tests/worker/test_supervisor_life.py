@@ -192,7 +192,7 @@ def test_not_ready_while_a_preload_loads(monkeypatch):
     monkeypatch.setenv("INSTEP_FAKE_LOAD", "0.3")
 
     async def scenario():
-        async with serving(preload="all") as here:
+        async with serving(preload="fake,other") as here:
             await until(lambda: here.supervisor.states["other"].state == "loading")
             assert here.supervisor.live == 1 and not here.supervisor.ready
             await until(lambda: here.supervisor.ready)
