@@ -166,7 +166,7 @@ def test_the_settings_for_open_webui_work(settings: Settings) -> None:
         "IMAGE_GENERATION_MODEL",
         "IMAGE_SIZE",
     ]
-    (flag,) = re.findall(r"--alias (\S+?)`", section)
+    (flag,) = re.findall(r"--alias ([^\s`]+)", section)
     alias, _, model = flag.partition("=")
     assert alias == values["IMAGE_GENERATION_MODEL"] and alias in read_cards(root / "models", flag)[model].aliases
     assert urlsplit(values["IMAGES_OPENAI_API_BASE_URL"]).port == Settings.model_fields["port"].default
