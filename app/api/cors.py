@@ -16,7 +16,16 @@ from starlette.types import ASGIApp
 from app.api.responses import error_response
 from app.errors import Forbidden, SettingsError
 
-EXPOSED = ("Location", "Retry-After", "WWW-Authenticate", "X-Request-ID", "X-Seed", "X-Should-Retry", "X-Warning")
+EXPOSED = (
+    "Location",
+    "Retry-After",
+    "WWW-Authenticate",
+    "X-Model",
+    "X-Request-ID",
+    "X-Seed",
+    "X-Should-Retry",
+    "X-Warning",
+)
 """Headers of our answers that a page may read, besides those that every page may."""
 
 _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
