@@ -40,8 +40,8 @@ async def create_image(request: Request) -> Response:
 
     OpenAI's `images.generate` with extensions. Send `Accept: image/png` (image/jpeg, image/webp, image/*) for the
     bytes of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
-    tokens and 16 x 16 pixels for an image token. `model`, or the header X-Model beside bytes, is who drew; `warnings`, or
-    X-Warning, has what was asked for without effect.
+    tokens and 16 x 16 pixels for an image token. `model`, or the header X-Model beside bytes, says who drew;
+    `warnings`, or X-Warning, has what was asked for without effect.
     """
     front, record, started = front_of(request), record_of(request), time.perf_counter()
     model = ""
