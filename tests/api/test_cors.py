@@ -139,7 +139,16 @@ def test_every_answer_is_readable_and_its_headers_too(shared: Server) -> None:
         exposed = {word.lower() for word in reply.headers["access-control-expose-headers"].split(", ")}
         assert set(reply.headers) - SAFE - NOT_FOR_PAGES - exposed == set(), name
         met |= set(reply.headers) & exposed
-    ours = ("location", "retry-after", "www-authenticate", "x-request-id", "x-seed", "x-should-retry", "x-warning")
+    ours = (
+        "location",
+        "retry-after",
+        "www-authenticate",
+        "x-model",
+        "x-request-id",
+        "x-seed",
+        "x-should-retry",
+        "x-warning",
+    )
     assert met == exposed == set(ours)
 
 
