@@ -17,6 +17,8 @@ from tests.api.conftest import Server, eventually, generate
 from tests.tiny import write_dit, write_flux, write_sd3
 from tests.tiny_parts import spoil
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:

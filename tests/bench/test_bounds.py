@@ -38,6 +38,7 @@ def test_the_measures() -> None:
     assert beyond_rounding(np.array([5, 1, 0]), np.array([4.3, 0.6, 0.4])) == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_what_is_compared_is_written_down() -> None:
     test = "tests/samplers/test_schedules.py::test_alpha_bar_is_that_of_diffusers"
     found, passed = run([test], "here", {})

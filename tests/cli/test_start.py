@@ -123,6 +123,7 @@ def test_a_collector_gets_one_json_line_of_the_same(tmp_path: Path) -> None:
         assert pasted(last["curl"], tmp_path, INSTEP_KEY=KEY) == (32, 32)
 
 
+@pytest.mark.slow
 def test_a_terminal_is_told_that_keys_are_wanted(tmp_path: Path) -> None:
     models = write_cards(tmp_path / "models")
     flags = ("--models", str(models), "--default-model", "tiny-text", "--host", "::1")

@@ -38,6 +38,7 @@ def walk(sampler: str, schedule: Schedule, steps: int) -> Path | None:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("sampler", DIFFUSION)
@@ -63,6 +64,7 @@ def test_diffusion_grids(sampler: str, spacing: str, offset: int) -> None:
     assert all(steps >= 999 for steps in refused) and len(refused) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.5, 3.0, None])
 @pytest.mark.parametrize("spacing", ["sd3", "flux"])
 @pytest.mark.parametrize("sampler", [name for name in UPSTREAM if "flow" in SAMPLERS[name].predictions])
