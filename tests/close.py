@@ -25,7 +25,6 @@ EXACT = 1e-10
 """Both sides in float64: what is left is no rounding of ours."""
 LEVELS = 1e-2
 """Pixels beside an image of 0 to 255 that is not rounded yet, beyond the half that rounding takes."""
-
 BFLOAT16 = 3e-2
 """Pixels of networks that compute in bfloat16, which keeps eight bits."""
 
