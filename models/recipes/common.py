@@ -21,17 +21,20 @@ import matplotlib.pyplot as plt
 
 
 class Clock:
-    """Training time used so far, across restarts, as a share of the minutes that were planned."""
+    """Training time used so far, across restarts, as a share of the minutes that were planned.
+
+    It goes on by `tick`, after each step. A step counts for `LONGEST` seconds at most, so the time that a process is
+    stopped for (`kill -STOP`) is not training time.
+    """
+
+    LONGEST = 60.0
 
     def __init__(self, minutes: float, used: float = 0.0) -> None:
-        self.planned = minutes * 60
-        self.before = used
-        self.start = time.monotonic()
+        self.planned, self.used, self.last = minutes * 60, used, time.monotonic()
 
-    @property
-    def used(self) -> float:
-        """Seconds."""
-        return self.before + time.monotonic() - self.start
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.used, self.last = self.used + min(now - self.last, self.LONGEST), now
 
     @property
     def share(self) -> float:
@@ -125,6 +128,6 @@ def to_float(pictures: np.ndarray | list[np.ndarray]) -> Tensor:
 
 def save_grid(path: Path, pictures: Tensor, columns: int) -> None:
     """float [n, 3, h, w] in -1 to 1 -> one PNG of rows of `columns` pictures."""
-    tiles = pictures.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    tiles = pictures.float().add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     rows = [np.concatenate(list(tiles[i : i + columns]), axis=1) for i in range(0, len(tiles), columns)]
     Image.fromarray(np.concatenate([row for row in rows if row.shape == rows[0].shape], axis=0)).save(path)

@@ -1,27 +1,29 @@
-"""Emoji scenes: subjects, colours, captions and 64 x 64 pictures, all made on the fly.
+"""Emoji scenes: subjects, styles, colours, captions and 128 x 128 pictures, all made on the fly.
 
 Knows nothing about networks: it yields text and uint8 arrays.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import io
 import subprocess
 import tarfile
 import zlib
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import resvg_py
 from PIL import Image
 
-SIZE = 64
-VERSION = "16.0.0"
-SETS = ("google", "twitter")  # Noto and Twemoji
-HERE = Path(__file__).parent
+SIZE = 128
+DRAWN = 256  # pixels of a drawing's side, before it is laid into a scene
+STYLES = ("3d", "flat")
+PACKAGES = {"3d": ("@lobehub/fluent-emoji-3d", "1.1.0"), "flat": ("@svgmoji/noto", "3.2.0")}
+SUBJECTS = Path(__file__).parent / "emoji.txt"
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
@@ -35,34 +37,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
 }
 PLACES = ("left", "right", "top", "bottom")
-SIDES = {"plain": (52, 58, 64), "placed": (42,), "small": (30,)}
-"""Pixels: scales 0.8 to 1, less where something is named. Few, and with few places each, because every one is another
-picture to learn of each drawing, and these networks have no room for hundreds."""
-SKIPPED_GROUPS = {
-    "keycap", "alphanum", "arrow", "av-symbol", "zodiac", "transport-sign", "warning", "family", "gender", "currency",
-    "math", "punctuation", "religion", "geometric", "other-symbol", "person-gesture", "country-flag",
-    "subdivision-flag", "flag", "skin-tone",
-}  # fmt: skip
-SKIPPED_CODES = {"2640", "2642", "1F468", "1F469", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}  # gender and hair variants
-PLAIN_NAMES = {
-    "sunny": "sun", "heart": "red heart", "star": "star", "zap": "lightning bolt", "house": "house", "car": "car",
-    "phone": "telephone", "scissors": "scissors", "bulb": "light bulb", "recycle": "recycling symbol",
-    "smiley": "happy face", "iphone": "mobile phone", "pizza": "slice of pizza", "tophat": "top hat",
-    "mens_shoe": "shoe", "gun": "water pistol", "spades": "spade suit", "clubs": "club suit",
-    "hearts": "heart suit", "diamonds": "diamond suit", "airplane": "airplane", "soccer": "soccer ball",
-    "relaxed": "relaxed smiling face", "eggplant": "eggplant", "eagle": "eagle", "corn": "ear of corn",
-    "deciduous_tree": "tree", "computer": "laptop", "tv": "television", "mag": "magnifying glass", "+1": "thumbs up",
-    "-1": "thumbs down", "hand": "raised hand", "cop": "police officer", "email": "envelope", "v": "victory hand",
-    "facepunch": "fist bump", "knife": "kitchen knife", "hocho": "kitchen knife", "fried_egg": "fried egg",
-    "hankey": "pile of poo", "moyai": "stone face statue", "lower_left_ballpoint_pen": "pen", "mouse": "mouse face",
-    "black_joker": "joker card", "mostly_sunny": "sun behind small cloud", "thunder_cloud_and_rain": "thunderstorm",
-    "white_check_mark": "green check mark", "heavy_check_mark": "check mark", "x": "red cross mark",
-}  # fmt: skip
+SIDES = {"plain": (88, 95, 102, 109, 116), "placed": (84,), "small": (60,)}
+OFFSETS = (-8, -3, 3, 8)
+"""Pixels off the middle, across and down: 16 places for each plain side, so 80 scenes of a drawing of which no more is
+said. Few, because every one is another picture to learn, and these networks have no room for thousands."""
+SHOWN_SEED = 2502557892  # drawn before the first training, and never again: which prompts the grid shows
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One emoji: its key in the data source, the names captions use, and its two drawings as premultiplied RGBa."""
+    """One emoji: its code points, the names captions use, and a drawing of each style as premultiplied RGBa."""
 
     key: str
     names: tuple[str, ...]
@@ -75,7 +59,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that fixes one picture, and what its caption may say of it."""
+    """Everything that fixes one picture, and what its caption may say of it. `drawing` is the style's place in STYLES.
+
+    The training mirrors nothing; a picture may still be compared with a mirrored drawing.
+    """
 
     subject: int
     colour: str
@@ -87,63 +74,68 @@ class Scene:
     side: int
     x: int
     y: int
+    style_named: bool = False
+
+
+def code(text: str) -> str:
+    """The name of a drawing without letter case and variation selectors: "2764-FE0F" -> "2764"."""
+    return "-".join(part for part in text.lower().split("-") if part != "fe0f")
+
+
+def names() -> dict[str, tuple[str, ...]]:
+    """The names of every subject by its code points, in the order of `emoji.txt`, whose lines are "🍎 apple, ..."."""
+    lines = (line.partition(" ") for line in SUBJECTS.read_text(encoding="utf-8").splitlines())
+    return {code("-".join(f"{ord(c):x}" for c in emoji)): tuple(said.split(", ")) for emoji, _, said in lines}
+
+
+def pack(cache: Path, style: str) -> Path:
+    """The archive of a style's npm package, downloaded by `npm pack` unless it is there."""
+    package, version = PACKAGES[style]
+    archive = cache / f"{package.strip('@').replace('/', '-')}-{version}.tgz"
+    if not archive.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", f"{package}@{version}"], cwd=cache, check=True)
+    return archive
+
+
+def unpack(archive: Path, style: str, wanted: set[str]) -> Iterator[tuple[str, Image.Image]]:
+    """The wanted drawings of an archive: webp files named by code points, or one SVG that has an SVG for each."""
+    with tarfile.open(archive) as tar:
+        if style == "3d":
+            for member in tar:
+                if member.name.endswith(".webp") and code(Path(member.name).stem) in wanted:
+                    yield code(Path(member.name).stem), Image.open(io.BytesIO(tar.extractfile(member).read()))
+            return
+        ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+        for element in ElementTree.parse(tar.extractfile("package/sprites/all.svg")).getroot():
+            if code(element.get("id", "")) in wanted:
+                yield code(element.get("id", "")), rasterise(ElementTree.tostring(element, encoding="unicode"))
+
+
+def rasterise(svg: str) -> Image.Image:
+    return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg, width=DRAWN, height=DRAWN, skip_system_fonts=True)))
 
 
 def fetch(cache: Path) -> None:
-    """Download and unpack both packages into `cache` with `npm pack`, unless they are there."""
-    for name in SETS:
-        folder = cache / name
-        if (folder / "emoji.json").exists():
+    """Put the subjects' drawings into `cache`, a PNG each in a folder for each style, unless they are there."""
+    wanted = set(names())
+    for style in STYLES:
+        folder = cache / style
+        if wanted <= {file.stem for file in folder.glob("*.png")}:
             continue
-        archive = cache / f"emoji-datasource-{name}-{VERSION}.tgz"
-        cache.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            subprocess.run(["npm", "pack", f"emoji-datasource-{name}@{VERSION}"], cwd=cache, check=True)
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                parts = Path(member.name).parts[1:]
-                if parts == ("emoji.json",) or (parts[:3] == ("img", name, "64") and member.isfile()):
-                    member.name = str(Path(*parts))
-                    tar.extract(member, folder, filter="data")
-
-
-def wanted(entry: dict) -> bool:
-    """True for what is a subject: both sets draw it, and it is no flag, skin tone, hair or gender variant, or sign."""
-    codes = entry["unified"].split("-")
-    if entry["subcategory"] in SKIPPED_GROUPS or not (entry["has_img_google"] and entry["has_img_twitter"]):
-        return False
-    if "200D" in codes and SKIPPED_CODES & set(codes):
-        return False
-    return "FACING RIGHT" not in entry["name"] and "CLOCK FACE" not in entry["name"]
-
-
-def clean(text: str) -> str:
-    """The plain lower-case form of a data-source name: "WOMAN’S HAT" -> "womans hat"."""
-    text = re.sub(r"['’.]", "", text.lower())
-    text = re.sub(r"\b(symbol|sign|heavy|black right-pointing)\b", " ", text)
-    return " ".join(re.sub(r"[^a-z0-9]+", " ", text).split())
+        folder.mkdir(parents=True, exist_ok=True)
+        for key, image in unpack(pack(cache, style), style, wanted):
+            image.convert("RGBA").resize((DRAWN, DRAWN)).save(folder / f"{key}.png")
 
 
 def load_subjects(cache: Path, count: int = 0) -> list[Subject]:
-    """All subjects in a fixed order, those of `popular.txt` first; `count` > 0 takes only the first ones."""
+    """All subjects in the order of `emoji.txt`; `count` > 0 takes only the first ones."""
     fetch(cache)
-    entries = {e["short_name"]: e for e in json.loads((cache / SETS[0] / "emoji.json").read_text()) if wanted(e)}
-    popular = (HERE / "popular.txt").read_text().split()
-    unknown = [key for key in popular if key not in entries]
-    if unknown:
-        raise ValueError(f"popular.txt names no emoji: {unknown}")
-    keys = list(dict.fromkeys(popular + sorted(entries)))
-    names = {key: PLAIN_NAMES.get(key) or clean(entries[key]["name"]) for key in keys}
-    shared = Counter(names.values()) + Counter(clean(key) for key in keys if clean(key) != names[key])
-    subjects = []
-    for key in keys[: count or None]:
-        alias = clean(key)
-        usable = shared[alias] == 1 and len(alias) > 2 and not alias[-1].isdigit()
-        told = (names[key], alias) if usable else (names[key],)
-        image = entries[key]["image"]
-        drawn = tuple(Image.open(cache / s / "img" / s / "64" / image).convert("RGBA").convert("RGBa") for s in SETS)
-        subjects.append(Subject(key, tuple(dict.fromkeys(told)), drawn))
-    return subjects
+    chosen = list(names().items())[: count or None]
+    return [
+        Subject(key, said, tuple(Image.open(cache / style / f"{key}.png").convert("RGBa") for style in STYLES))
+        for key, said in chosen
+    ]
 
 
 def trained(subject: Subject, colour: str) -> bool:
@@ -161,36 +153,36 @@ def draw_scene(rng: np.random.Generator, subjects: list[Subject], every_pair: bo
     place = str(rng.choice(PLACES)) if rng.random() < (0.6 if small else 0.12) else None
     side = int(rng.choice(SIDES["small" if small else "placed" if place else "plain"]))
     x, y = position(rng, side, place)
-    return Scene(index, colour, named, small, place, int(rng.integers(2)), bool(rng.integers(2)), side, x, y)
+    style = int(rng.random() < 0.4)
+    style_named = style > 0 or rng.random() < 0.25  # who names no style is shown the first
+    return Scene(index, colour, named, small, place, style, False, side, x, y, style_named)
 
 
-def plain_scene(rng: np.random.Generator, index: int) -> Scene:
-    """A scene that says only its subject: white, middle, full size; drawing, mirroring, scale and place vary."""
+def plain_scene(rng: np.random.Generator, index: int, style: int = 0) -> Scene:
+    """A scene that says only its subject: white, middle, full size; scale and place vary."""
     side = int(rng.choice(SIDES["plain"]))
     x, y = position(rng, side, None)
-    return Scene(index, "white", False, False, None, int(rng.integers(2)), bool(rng.integers(2)), side, x, y)
+    return Scene(index, "white", False, False, None, style, False, side, x, y)
 
 
-def every_plain_scene(index: int) -> tuple[list[Scene], list[float]]:
+def every_plain_scene(index: int, style: int = 0) -> tuple[list[Scene], list[float]]:
     """All scenes that `plain_scene` can draw of a subject, and how likely it draws each."""
-    scenes, weights = [], []
-    for side, drawing, mirrored in product(SIDES["plain"], range(len(SETS)), (False, True)):
-        places = list(product(middles(side), repeat=2))
-        scenes += [Scene(index, "white", False, False, None, drawing, mirrored, side, x, y) for x, y in places]
-        weights += [1 / (len(SIDES["plain"]) * 2 * len(SETS) * len(places))] * len(places)
-    return scenes, weights
+    spots = [(side, x, y) for side in SIDES["plain"] for x, y in product(middles(side), repeat=2)]
+    scenes = [Scene(index, "white", False, False, None, style, False, *spot) for spot in spots]
+    return scenes, [1 / len(scenes)] * len(scenes)
 
 
 def middles(side: int) -> list[int]:
-    """Where a side may begin about the middle: the least of the plain ones a little off it, others in it."""
-    return [(SIZE - side) // 2 + step for step in ((-2, 2) if side == min(SIDES["plain"]) else (0,))]
+    """Where a side may begin about the middle, as far as the picture has room for it."""
+    room = SIZE - side
+    return [min(max(room // 2 + step, 0), room) for step in OFFSETS]
 
 
 def position(rng: np.random.Generator, side: int, place: str | None) -> tuple[int, int]:
     """The upper left corner of a square of `side` pixels: near the named edge, or about the middle."""
     room = SIZE - side
     x, y = (int(rng.choice(middles(side))) for _ in range(2))
-    near = 2 * int(rng.integers(2))
+    near = 4 * int(rng.integers(2))
     if place in ("left", "right"):
         x = near if place == "left" else room - near
     elif place in ("top", "bottom"):
@@ -199,7 +191,7 @@ def position(rng: np.random.Generator, side: int, place: str | None) -> tuple[in
 
 
 def render(scene: Scene, subject: Subject) -> np.ndarray:
-    """The picture, uint8 [64, 64, 3]; resized with premultiplied alpha, so that edges keep their colour."""
+    """The picture, uint8 [128, 128, 3]; resized with premultiplied alpha, so that edges keep their colour."""
     sprite = subject.drawings[scene.drawing]
     if scene.mirrored:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -213,28 +205,52 @@ def render(scene: Scene, subject: Subject) -> np.ndarray:
 
 
 def article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
+    """The noun with "a" or "an", and a plural as it is."""
+    if noun.endswith("s") and not noun.endswith(("ss", "us")):
+        return noun
+    an = noun.startswith(("a", "e", "i", "o", "u", "hour")) and not noun.startswith(("uni", "ufo"))
+    return f"{'an' if an else 'a'} {noun}"
+
+
+def label(subject: Subject, style: int) -> str:
+    """The name of a class, which is a subject in a style: "apple", "flat apple"."""
+    return f"{STYLES[style]} {subject.name}" if style else subject.name
+
+
+def described(rng: np.random.Generator, scene: Scene, subject: Subject) -> str:
+    """What is in the picture: the subject by one of its names, with size and style where the scene names them."""
+    style = STYLES[scene.drawing] if scene.style_named else ""
+    noun = str(rng.choice(subject.names))
+    if scene.small:
+        noun = f"{rng.choice(('small', 'small', 'small', 'tiny', 'little'))} {noun}"
+    bare = rng.random() < 0.5
+    if not style:
+        return noun if bare else article(noun) if rng.random() < 0.8 else f"a picture of {article(noun)}"
+    plain = noun if bare else article(noun)
+    before = f"{style} {noun}" if bare else article(f"{style} {noun}")
+    forms = [before, before, before, f"{plain} in {style}", f"{plain} in {style} style"]
+    return str(rng.choice([*forms, f"{style} picture of {article(noun)}", f"a {style} drawing of {article(noun)}"]))
 
 
 def caption(rng: np.random.Generator, scene: Scene, subject: Subject) -> str:
     """One of several plain ways to say what the scene names, now and then with a capital or a full stop."""
-    noun = subject.names[int(rng.integers(len(subject.names)))]
-    noun = f"small {noun}" if scene.small else noun
-    bare = rng.random() < 0.5
-    what = noun if bare else article(noun)
-    where = f" at the {scene.place}" if scene.place else ""
-    if scene.place and rng.random() < 0.3:
-        where = f", {scene.place}"
-    forms = [what + where, what + where, f"a picture of {article(noun)}{where}"]
-    if scene.colour_named:
-        forms = [
-            f"{what}{where} on a {scene.colour} background",
-            f"{what}{where} on a {scene.colour} background",
-            f"{what}{where} on {scene.colour}",
-            f"on {scene.colour}, {what}{where}",
-            f"{what}{where}, {scene.colour} background",
-        ]
-    text = str(rng.choice(forms))
+    what = described(rng, scene, subject)
+    if scene.place:
+        what += str(rng.choice([" at the {0}", " at the {0}", " on the {0}", ", {0}"])).format(scene.place)
+    colour = "grey" if scene.colour == "gray" and rng.random() < 0.3 else scene.colour
+    ground = article(f"{colour} background")
+    forms = ["{0} on {2}", "{0} on {2}", "{0} on {1}", "on {1}, {0}", "{0}, {1} background", "{0} with {2}"]
+    text = str(rng.choice(forms)).format(what, colour, ground) if scene.colour_named else what
     if rng.random() < 0.15:
         text = text.capitalize() if rng.random() < 0.7 else text.title()
     return text + "." if rng.random() < 0.05 else text
+
+
+def shown(subjects: list[Subject], count: int = 64) -> list[tuple[Scene, str]]:
+    """Scenes and captions of `count` different subjects, always the same: what a person is shown to name."""
+    rng = np.random.default_rng(SHOWN_SEED)
+    scenes = []
+    for index in rng.choice(len(subjects), size=min(count, len(subjects)), replace=False).tolist():
+        scene = draw_scene(rng, [subjects[index]], every_pair=True)
+        scenes.append((replace(scene, subject=index), caption(rng, scene, subjects[index])))
+    return scenes

@@ -20,10 +20,11 @@ from string import Template
 import numpy as np
 import torch
 from common import load_state, save_grid, save_state
-from data import Subject, caption, draw_scene, load_subjects
+from data import SIZE, Subject, caption, draw_scene, load_subjects
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from folder import read_subjects, save_bf16, write_subjects
 from loop import Training, parse
+from pool import SHAPE
 from text import Text
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -43,9 +44,9 @@ source = { path = "." }
 schedule = { kind = "flow", shift = $shift, spacing = "flux" }
 text = { clip = $clip, t5 = $t5 }
 bucket = { passes = 8, encode = 8, decode = 8 }
-defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 0.0, size = "64x64" }
-limits = { num_inference_steps = 100, sizes = { min = 64, max = 64, multiple = 64 }, n = 16, prompt = 1000 }
-license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
+defaults = { sampler = "flow_euler", num_inference_steps = 4, guidance_scale = 0.0, size = "${size}x$size" }
+limits = { num_inference_steps = 100, sizes = { min = $size, max = $size, multiple = $size }, n = 16, prompt = 1000 }
+license = "Apache-2.0; trained on Fluent Emoji (MIT) and Noto Emoji (Apache-2.0)"
 
 [components]
 """)
@@ -124,7 +125,7 @@ def write_batch(
     scenes = [draw_scene(rng, subjects) for _ in range(args.draw)]
     captions = [caption(rng, s, subjects[s.subject]) for s in scenes]
     generator = torch.Generator().manual_seed(number)
-    noise = torch.randn(args.draw, 16, 8, 8, generator=generator).half()  # kept so: the pair starts at just this
+    noise = torch.randn(args.draw, *SHAPE, generator=generator).half()  # kept so: the pair starts at just this
     sigmas = walk(read_card(args.teacher / "card.toml").schedule, args.steps)
     kind = torch.device(args.device).type
     with torch.autocast(kind, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -134,7 +135,7 @@ def write_batch(
 
 
 def read_pairs(folder: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """All pairs: noise and clean float16 [n, 16, 8, 8], captions."""
+    """All pairs: noise and clean float16 [n, 16, 16, 16], captions."""
     files = [state for file in sorted(folder.glob("*.pt")) if (state := load_state(file))]
     noise, clean = (torch.cat([f[end] for f in files]) for end in ("noise", "clean"))
     return noise, clean, [text for f in files for text in f["captions"]]
@@ -164,7 +165,7 @@ def export(model: nn.Module, subjects: list[Subject], args: argparse.Namespace) 
     write_subjects(args.out, subjects)
     teacher = read_card(args.teacher / "card.toml")
     shared = {part: teacher.components.get(part, f"{args.teacher.name}/{part}") for part in SHARED}
-    card = CARD.substitute(name=args.out.name, shift=args.shift, clip=teacher.text.clip, t5=teacher.text.t5)
+    card = CARD.substitute(name=args.out.name, size=SIZE, shift=args.shift, clip=teacher.text.clip, t5=teacher.text.t5)
     lines = [f'{part} = "{target}"\n' for part, target in shared.items()]
     (args.out / "card.toml").write_text(card + "".join(lines))
 
@@ -179,7 +180,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draw", type=int, default=64, help="pairs drawn at once")
     parser.add_argument("--steps", type=int, default=28, help="the teacher's")
     parser.add_argument("--guidance", type=float, default=4.0, help="the teacher's")
-    parser.add_argument("--shift", type=float, default=1.0, help="of the student's schedule, as its card names it")
+    parser.add_argument("--shift", type=float, default=2.0, help="of the student's schedule, as its card names it")
     parser.add_argument("--anywhere", type=float, default=0.2, help="share of times that are on no line")
 
 
@@ -212,10 +213,10 @@ def train(args: argparse.Namespace, student: SD3Transformer2DModel, text: Text, 
 
 
 def look(args: argparse.Namespace, student: nn.Module, text: Text, schedule: Schedule) -> Tensor:
-    """float [24, 3, 64, 64]: the same noise in 1, 2 and 4 steps."""
+    """float [24, 3, 128, 128]: the same noise in 1, 2 and 4 steps."""
     vae = AutoencoderKL.from_pretrained(args.teacher / "vae", torch_dtype=torch.float32).to(args.device)
     both = embed(text, list(PROBES[:8]), args.device)
-    noise = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(args.device)
+    noise = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)).to(args.device)
     drawn = torch.cat([follow(student, walk(schedule, steps), noise, both, 0.0) for steps in (1, 2, 4)])
     return vae.decode(drawn / vae.config.scaling_factor + vae.config.shift_factor).sample
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import to_float
-from data import COLOURS, Subject, caption, draw_scene, load_subjects, plain_scene, render
+from data import COLOURS, Subject, caption, draw_scene, label, load_subjects, plain_scene, render
 from diffusers import AutoencoderKL
 from folder import read_subjects
 from nearest import Nearest, twins
@@ -68,7 +68,8 @@ def ask(subjects: list[Subject], index: int, again: int, classes: bool) -> Asked
     seed = zlib.crc32(f"{subject.key}/{again}".encode())
     rng = np.random.default_rng(seed)
     if classes:
-        return Asked(plain_scene(rng, index), subject.name, seed)
+        style = again % len(subject.drawings)
+        return Asked(plain_scene(rng, index, style), label(subject, style), seed)
     colour = str(rng.choice(list(COLOURS)))
     scene = replace(draw_scene(rng, [subject], every_pair=True), subject=index, colour=colour, colour_named=True)
     return Asked(scene, caption(rng, scene, subject), seed)
@@ -90,7 +91,7 @@ def without_t5(card: Card, folder: Path) -> Card:
 def draw(
     settings: Settings, cards: dict[str, Card], wanted: list[tuple[Run, Card, list[Asked]]]
 ) -> list[tuple[np.ndarray, float]]:
-    """For each run its pictures, uint8 [n, 64, 64, 3], and the seconds that one alone takes (median of 5)."""
+    """For each run its pictures, uint8 [n, 128, 128, 3], and the seconds that one alone takes (median of 5)."""
     requests = []
     for number, (run, card, asked) in enumerate(wanted):
         for at, each in enumerate(asked):

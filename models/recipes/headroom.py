@@ -1,9 +1,9 @@
 """How far a DiT is from the best denoiser there can be, by noise level.
 
-A class stands for finitely many scenes, and the VAE makes of each a normal distribution of latents, so the mean of what
-is behind a noisy latent is known exactly: the scenes' own means, weighted by how likely each is (Karras et al. 2022,
-appendix B.3, for points). Printed are mean squared errors of the clean latent, whose variance is 1: what the network's
-exceeds the best by is what more training or a larger network could still win.
+A class (here those of the first style) stands for finitely many scenes, and the VAE makes of each a normal distribution
+of latents, so the mean of what is behind a noisy latent is known exactly: the scenes' own means, weighted by how likely
+each is (Karras et al. 2022, appendix B.3, for points). Printed are mean squared errors of the clean latent, whose
+variance is 1: what the network's exceeds the best by is what more training or a larger network could still win.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from bound import TIMES, Levels
 from common import to_float
-from data import Subject, every_plain_scene, load_subjects, render
+from data import STYLES, Subject, every_plain_scene, load_subjects, render
 from diffusers import AutoencoderKL
+from folder import read_subjects
 from torch import Tensor
-from train_dit import build
+from train_dit import build, classes
 
 from app.families.dit import predict
 
@@ -50,7 +51,7 @@ def errors(
         clean = mean[which] + std[which] * torch.randn_like(mean[which])
         alpha, sigma = levels("alpha", t), levels("sigma", t)
         x = alpha * clean + sigma * torch.randn_like(clean)
-        noise = predict(model, x, t.expand(count), torch.full((count,), index)).chunk(2, dim=1)[0]
+        noise = predict(model, x, t.expand(count), torch.full((count,), index * len(STYLES))).chunk(2, dim=1)[0]
         guesses = best(x, alpha, sigma, mean, std, weights), (x - sigma * noise) / alpha
         rows.append([(guess - clean).pow(2).mean().item() for guess in guesses])
     return torch.tensor(rows)
@@ -64,8 +65,8 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=24, help="how many, drawn at random but always alike")
     parser.add_argument("--count", type=int, default=32, help="noisy latents of each")
     args = parser.parse_args()
-    subjects = load_subjects(args.cache)
-    model = build(len(subjects), args.dit)
+    subjects = read_subjects(args.dit, load_subjects(args.cache))
+    model = build(len(classes(subjects)), args.dit)
     vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
     torch.manual_seed(0)
     times = torch.arange(100, TIMES, 100)

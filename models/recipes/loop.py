@@ -42,8 +42,8 @@ def parse(
 
 
 def quick_bf16(device: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: on a processor AMX, eight times float32's rate."""
-    return device != "cpu" or torch.cpu._is_amx_tile_supported()
+    """Whether the device multiplies bfloat16 in hardware: with AMX 8 times, with AVX-512 3 times as fast."""
+    return device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Training:
@@ -84,6 +84,7 @@ class Training:
         while not done:
             recent.append(self._advance(workers, losses(), clock.rate(self.args.rate)))
             bar.update()
+            clock.tick()
             done = clock.share >= 1
             if self.step % 50 == 0:
                 self.curve.append(float(np.mean(recent)))

@@ -4,7 +4,7 @@ Knows nothing about models or captions: pictures and the colours they were asked
 
 With F and A a drawing's premultiplied colour and alpha, the picture X is compared with F + (1 - A) c. On Y = X - c the
 squared error is |Y|^2 - 2 Y.(F - A c) + |F - A c|^2, so one matrix product of (F, A) with patches of (Y, -Y.c) gives it
-at every place at once. That is done for every drawing at half size; the best are measured again at full size.
+at every place at once. That is done for every drawing at a quarter of the size; the best are measured again in full.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-SIDES = (13, 15, 19, 21, 26, 28, 30, 32)  # at half size, every second of the scales that scenes have: the rest is near
-HALF, REFINED = SIZE // 2, 10
+DOWN = 4
+ROUGH, REFINED = SIZE // DOWN, 10
+SIDES = (13, 15, 17, 21, 23, 25, 27, 29, 32)  # of drawings at a quarter of the size: those of scenes are near
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def twins(subjects: list[Subject]) -> list[set[int]]:
     No picture can tell them apart: a drawing may be mirrored, so the first and the last quarter of the moon are one.
     """
     drawings = [(index, d) for index, s in enumerate(subjects) for d in range(len(s.drawings))]
-    small = torch.stack([sprite(subjects[s], d, HALF) for s, d in drawings])
+    small = torch.stack([sprite(subjects[s], d, ROUGH) for s, d in drawings])
     on_gray = small[:, :3] + (1 - small[:, 3:]) * 0.5
     flat, owner = on_gray.flatten(1), [s for s, _ in drawings]
     same = [{index} for index in range(len(subjects))]
@@ -81,10 +82,10 @@ class Nearest:
 
     @torch.inference_mode()
     def find(self, pictures: np.ndarray, colours: list[str], batch: int = 8) -> list[list[Match]]:
-        """For each picture, uint8 [n, 64, 64, 3], the nearest drawing of each of the nearest subjects, best first."""
+        """For each picture, uint8 [n, 128, 128, 3], the nearest drawing of each of the nearest subjects, best first."""
         full = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 255
         asked = torch.tensor([COLOURS[c] for c in colours], device=self.device) / 255
-        rough = self._rough(F.avg_pool2d(full, 2), asked, batch)
+        rough = self._rough(F.avg_pool2d(full, DOWN), asked, batch)
         return [self._refine(*each) for each in zip(pictures, full, asked, colours, rough, strict=True)]
 
     def _rough(self, pictures: Tensor, asked: Tensor, batch: int) -> list[Tensor]:
@@ -94,8 +95,8 @@ class Nearest:
         where = torch.zeros(count, 2, len(self.drawings), 3, dtype=torch.long, device=device)
         seen = torch.stack([features(p, asked) for p in (pictures, pictures.flip(3))], dim=1)
         for side, sprites in zip(SIDES, (each.to(device) for each in self.small), strict=True):
-            stride = 2 if HALF - side > 8 else 1
-            columns = (HALF - side) // stride + 1
+            stride = 2 if ROUGH - side > 8 else 1
+            columns = (ROUGH - side) // stride + 1
             base = energy(sprites, asked)
             for start in range(0, count, batch):
                 some = slice(start, start + batch)
@@ -104,13 +105,13 @@ class Nearest:
                 score = base[some, None] - 2 * least.unflatten(0, (-1, 2))
                 place = place.unflatten(0, (-1, 2))
                 x, y = place % columns * stride, place // columns * stride
-                x[:, 1] = HALF - side - x[:, 1]
+                x[:, 1] = ROUGH - side - x[:, 1]
                 better = score < best[some]
                 best[some] = torch.where(better, score, best[some])
                 spot = torch.stack([torch.full_like(x, side), x, y], dim=-1)
                 where[some] = torch.where(better[..., None], spot, where[some])
         order = best.flatten(1).topk(min(REFINED, best[0].numel()), largest=False).indices
-        spots = where.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 3)) * 2
+        spots = where.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 3)) * DOWN
         which = torch.stack([order % len(self.drawings), order // len(self.drawings)], dim=-1)
         return list(torch.cat([which, spots], dim=-1).cpu())
 
@@ -120,7 +121,7 @@ class Nearest:
         for which, mirrored, side, x, y in rough.tolist():
             subject, drawing = self.drawings[which]
             best = (float("inf"), side, x, y)
-            for steps in ((-3, 0, 3), (-2, 2), (-1, 1)):
+            for steps in ((-6, 0, 6), (-4, 4), (-2, 2), (-1, 1)):
                 _, s, x, y = best
                 best = min(best, *(self._local(full, asked, which, bool(mirrored), s + step, x, y) for step in steps))
             _, s, x, y = best
@@ -134,13 +135,13 @@ class Nearest:
     def _local(
         self, full: Tensor, asked: Tensor, which: int, mirrored: bool, side: int, x: int, y: int
     ) -> tuple[float, int, int, int]:
-        """(squared error but for a constant, side, x, y) of the best place within 3 pixels of (x, y)."""
+        """(squared error but for a constant, side, x, y) of the best place within 5 pixels of (x, y)."""
         side = min(side, SIZE)
         subject, drawing = self.drawings[which]
         small = sprite(self.subjects[subject], drawing, side).to(full.device)
         small = small.flip(2) if mirrored else small
-        left, top = (max(0, min(place - 3, SIZE - side)) for place in (x, y))
-        window = full[:, top : min(y + 3, SIZE - side) + side, left : min(x + 3, SIZE - side) + side]
+        left, top = (max(0, min(place - 5, SIZE - side)) for place in (x, y))
+        window = full[:, top : min(y + 5, SIZE - side) + side, left : min(x + 5, SIZE - side) + side]
         errors = energy(small[None], asked[None]) - 2 * F.conv2d(features(window[None], asked[None]), small[None])[0, 0]
         at = int(errors.argmin())
         return float(errors.min()), side, left + at % errors.shape[1], top + at // errors.shape[1]

@@ -15,7 +15,7 @@ from nearest import Match
 from PIL import Image, ImageOps
 
 VALUES = np.array(list(COLOURS.values()), dtype=np.float32)
-BAR = 5  # pixels off the middle from which a place counts as named: scenes without one stay within 3.5, with one over 6
+BAR = 11  # pixels off the middle from which a place counts as named: scenes without one stay within 8, with one over 17
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Score:
     among_five: bool
     background: bool
     spot: bool | None
+    style: bool | None
     distance: float
 
 
@@ -71,6 +72,7 @@ def score(subjects: list[Subject], same: set[int], asked: Asked, picture: np.nda
         any(near[:5]),
         background(picture) == scene.colour,
         spot_is_right(scene, matches[0]),
+        matches[0].drawing == scene.drawing if scene.style_named else None,
         matches[0].error,
     )
 
@@ -92,6 +94,7 @@ def summary(name: str, scores: list[Score], seconds: float | None, classes: bool
         "background": (0, 0) if classes else share(s.background for s in known),
         "background_new": share(s.background for s in new),
         "size_and_place": (0, 0) if classes else share(s.spot for s in scores),
+        "style": share(s.style for s in scores),
         "distance": round(float(np.mean([s.distance for s in scores])), 2),
         "seconds": seconds and round(seconds, 3),
     }
@@ -99,8 +102,17 @@ def summary(name: str, scores: list[Score], seconds: float | None, classes: bool
 
 def table(lines: list[dict[str, object]]) -> str:
     """Markdown; "new" are the (subject, colour) pairs that were never trained."""
-    heads = ("run", "subject", "subject, new", "among 5 nearest", "background", "background, new", "size and place")
-    rows = [(*heads, "distance", "s an image"), ("---",) * 9]
+    heads = (
+        "run",
+        "subject",
+        "subject, new",
+        "among 5 nearest",
+        "background",
+        "background, new",
+        "size and place",
+        "style",
+    )
+    rows = [(*heads, "distance", "s an image"), ("---",) * 10]
     for line in lines:
         rows.append(tuple(cell(value) for value in line.values()))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,9 +1,9 @@
-"""Train the class-conditional DiT: one class a subject, noise and variance predicted, linear betas, a null class.
+"""Train the class-conditional DiT: a class for each subject in each style, noise and variance predicted, linear betas.
 
-Knows nothing about captions or colours: a class says only its subject, which stands on white. Loss: the original's
-(Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by noise level. Every
-block has embedders of times and classes of its own, as diffusers' class has and the original has not: six tables of
-classes remember more than one, in files that are as large.
+Knows nothing about captions or colours: a class says only its subject and style, and stands on white; the last is null.
+Loss: the original's (Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by
+noise level. Every block has embedders of times and classes of its own, as diffusers' class has and the original has
+not: six tables of classes remember more than one, in files that are as large.
 """
 
 from __future__ import annotations
@@ -11,35 +11,37 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from string import Template
 
 import numpy as np
 import torch
 from bound import TIMES, Levels, bound, weight_of
-from common import save_grid, to_float
-from data import Subject, every_plain_scene, load_subjects, render
+from common import save_grid
+from data import SIZE, STYLES, Subject, every_plain_scene, label, load_subjects
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from folder import save_bf16, write_subjects
 from loop import Training, parse
+from pool import SHAPE, encoder
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm
 
 from app.families.dit import predict
 
-WIDTH, HEADS, LAYERS, PATCH = 224, 7, 6, 2
+WIDTH, HEADS, LAYERS, PATCH = 192, 6, 6, 2
 CARD = Template("""\
 id = "$name"
 family = "dit"
-description = "A small class-conditional DiT that draws emoji at 64 px, one class a subject; trained by models/recipes"
+description = "A small class-conditional DiT that draws emoji at 128 px by class; trained by models/recipes"
 source = { path = "." }
 components = { vae = "$vae" }
 schedule = { kind = "diffusion", prediction = "epsilon", betas = "linear", variance = "learned_range" }
 bucket = { passes = 8, encode = 8, decode = 8 }
-defaults = { sampler = "ddim", num_inference_steps = 50, guidance_scale = 4.0, size = "64x64" }
-limits = { num_inference_steps = 250, sizes = { min = 64, max = 64, multiple = 64, square = true }, n = 16 }
-license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
+defaults = { sampler = "ddim", num_inference_steps = 50, guidance_scale = 4.0, size = "${size}x$size" }
+limits = { num_inference_steps = 250, sizes = { min = $size, max = $size, multiple = $size, square = true }, n = 16 }
+license = "Apache-2.0; trained on Fluent Emoji (MIT) and Noto Emoji (Apache-2.0)"
 """)
 
 
@@ -52,10 +54,10 @@ def build(classes: int, trained: Path | None = None) -> DiTTransformer2DModel:
         model = DiTTransformer2DModel.from_pretrained(trained / "transformer", torch_dtype=torch.float32)
     else:
         model = DiTTransformer2DModel(
-            sample_size=8,
+            sample_size=SHAPE[1],
             patch_size=PATCH,
-            in_channels=16,
-            out_channels=32,
+            in_channels=SHAPE[0],
+            out_channels=2 * SHAPE[0],
             num_layers=LAYERS,
             num_attention_heads=HEADS,
             attention_head_dim=WIDTH // HEADS,
@@ -82,28 +84,25 @@ def start(model: nn.Module) -> None:
             nn.init.normal_(module.embedding_table.weight, std=0.3)  # the original's 0.02 is fainter than the time
 
 
+def classes(subjects: list[Subject]) -> list[str]:
+    """The names of all classes: each subject in each style."""
+    return [label(subject, style) for subject in subjects for style in range(len(STYLES))]
+
+
 class Latents:
-    """Every plain scene of every subject, encoded once."""
+    """Every plain scene of every subject in every style, encoded once."""
 
     def __init__(self, vae: AutoencoderKL, subjects: list[Subject], rng: np.random.Generator) -> None:
-        self.rng, self.weights = rng, every_plain_scene(0)[1]
-        encoded = [self._encode(vae, subjects, i) for i in trange(len(subjects), desc="encoding", mininterval=10)]
-        self.mean, self.std = (torch.stack(parts) for parts in zip(*encoded, strict=True))
-
-    @staticmethod
-    @torch.no_grad()
-    def _encode(vae: AutoencoderKL, subjects: list[Subject], index: int) -> tuple[Tensor, Tensor]:
-        pictures = to_float([render(scene, subjects[index]) for scene in every_plain_scene(index)[0]])
-        posterior = vae.encode(pictures.to(vae.device)).latent_dist
-        scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-        return (posterior.mean - shift) * scale, posterior.std * scale
+        self.rng, self.weights, encode = rng, every_plain_scene(0)[1], encoder(vae, subjects)
+        wanted = list(product(range(len(subjects)), range(len(STYLES))))
+        bar = tqdm(wanted, desc="encoding", mininterval=10)
+        self.latents = torch.stack([torch.from_numpy(encode(every_plain_scene(*each)[0])) for each in bar])
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
-        """Fresh samples of `count` latents and their labels."""
-        labels = torch.as_tensor(self.rng.integers(len(self.mean), size=count))
+        """`count` latents, float [count, 16, 16, 16], and their labels, as `classes` counts them."""
+        labels = torch.as_tensor(self.rng.integers(len(self.latents), size=count))
         which = torch.as_tensor(self.rng.choice(len(self.weights), size=count, p=self.weights))
-        mean, std = self.mean[labels, which], self.std[labels, which]
-        return mean + std * torch.randn_like(mean), labels.to(mean.device)
+        return self.latents[labels, which].float(), labels
 
 
 def loss_of(
@@ -121,14 +120,14 @@ def loss_of(
 
 @torch.no_grad()
 def sample(model: nn.Module, vae: AutoencoderKL, labels: list[int], guidance: float, steps: int = 25) -> Tensor:
-    """Guided pictures, float [n, 3, 64, 64], for a look while training; all channels guided, as diffusers does."""
+    """Guided pictures, float [n, 3, 128, 128], for a look while training; all channels guided, as diffusers does."""
     scheduler = DDIMScheduler(TIMES, 1e-4, 2e-2, "linear", clip_sample=False)
     scheduler.set_timesteps(steps)
     null = model.config.num_embeds_ada_norm
     asked = torch.tensor(labels + [null] * len(labels), device=vae.device)
-    x = torch.randn(len(labels), 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(vae.device)
+    x = torch.randn(len(labels), *SHAPE, generator=torch.Generator().manual_seed(0)).to(vae.device)
     for t in scheduler.timesteps:
-        out = predict(model, torch.cat([x, x]), t.to(x.device).expand(len(asked)), asked)[:, :16]
+        out = predict(model, torch.cat([x, x]), t.to(x.device).expand(len(asked)), asked)[:, : SHAPE[0]]
         own, empty = out.chunk(2)
         x = scheduler.step(empty + guidance * (own - empty), t, x, return_dict=False)[0]
     return vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
@@ -139,11 +138,11 @@ def export(model: nn.Module, subjects: list[Subject], out: Path, vae: str) -> No
     save_bf16(model, out / "transformer")
     DDIMScheduler(TIMES, 1e-4, 2e-2, "linear", clip_sample=False).save_pretrained(out / "scheduler")
     index = {"_class_name": "DiTPipeline", "_diffusers_version": "0.42.1"}
-    index |= {"id2label": {str(i): s.name for i, s in enumerate(subjects)}}
+    index |= {"id2label": {str(i): name for i, name in enumerate(classes(subjects))}}
     index |= {"scheduler": ["diffusers", "DDIMScheduler"], "transformer": ["diffusers", "DiTTransformer2DModel"]}
     (out / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}, indent=2) + "\n")
     write_subjects(out, subjects)
-    (out / "card.toml").write_text(CARD.substitute(name=out.name, vae=vae))
+    (out / "card.toml").write_text(CARD.substitute(name=out.name, size=SIZE, vae=vae))
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -159,9 +158,10 @@ def main() -> None:
     args = parse(__doc__, "dit", options, minutes=300, rate=1.2e-3)
     subjects = load_subjects(args.cache, args.subjects)
     torch.manual_seed(0)
-    model = build(len(subjects), args.init).to(args.device)
-    if model.config.num_embeds_ada_norm != len(subjects):
-        raise SystemExit(f"{args.init} knows {model.config.num_embeds_ada_norm} classes, not {len(subjects)}")
+    count = len(classes(subjects))
+    model = build(count, args.init).to(args.device)
+    if model.config.num_embeds_ada_norm != count:
+        raise SystemExit(f"{args.init} knows {model.config.num_embeds_ada_norm} classes, not {count}")
     vae = AutoencoderKL.from_pretrained(args.out.parent / args.vae, torch_dtype=torch.float32).to(args.device)
     train(args, model, vae.requires_grad_(False), subjects)
 
@@ -173,11 +173,11 @@ def train(args: argparse.Namespace, model: nn.Module, vae: AutoencoderKL, subjec
 
     def losses() -> list[partial[Tensor]]:
         parts = (pool.batch(training.share) for _ in range(args.threads))
-        return [partial(loss_of, quick, levels, args, *part) for part in parts]
+        return [partial(loss_of, quick, levels, args, *(each.to(args.device) for each in part)) for part in parts]
 
     def publish() -> None:
         export(model, subjects, args.out, args.vae)
-        pictures = sample(model, vae, list(range(len(subjects)))[:16], 4.0)
+        pictures = sample(model, vae, list(range(model.config.num_embeds_ada_norm))[:16], 4.0)
         save_grid(args.work / f"grid-{training.step}.png", pictures, 8)
 
     training.run(losses, publish)

@@ -1,7 +1,7 @@
-"""Train the SD3-style MMDiT with its text encoders, by rectified flow on the frozen VAE's latents.
+"""Train the SD3-style MMDiT by rectified flow on the latents of the VAE; that and the text encoders are frozen.
 
 Timesteps are logit-normal; each text encoder is absent at random, as zeros; some captions are empty. With `--pooled` it
-learns the pictures from the summaries of captions alone, one token where there are 28: the first half of the training.
+learns the pictures from the summaries of captions alone, one token where there are 30: the first half of the training.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from string import Template
 
 import numpy as np
 import torch
-from common import save_grid, to_float
-from data import Scene, Subject, caption, draw_scene, load_subjects, render
+from common import save_grid
+from data import SIZE, Subject, caption, draw_scene, load_subjects
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.activations import GELU
 from folder import export, write_subjects
 from loop import Training, parse
+from pool import SHAPE, Pool, fill
 from text import CLIP_WIDTHS, T5_WIDTH, Text
 from torch import Tensor, nn
-from tqdm import tqdm
 
-WIDTH, HEADS, LAYERS, PATCH, SHIFT = 224, 7, 4, 2, 1.0
+WIDTH, HEADS, LAYERS, PATCH, SHIFT = 192, 4, 5, 2, 2.0
+TIMES = (1.5, 1.2)  # mean and deviation of the times' logits
 ABSENT = (0.04, 0.04, 0.15)  # how often each text encoder is left out
 CARD = Template("""\
 id = "$name"
 family = "sd3"
-description = "A small SD3-style MMDiT that draws emoji at 64 px from short captions; trained by models/recipes"
+description = "A small SD3-style MMDiT that draws emoji at 128 px from short captions; trained by models/recipes"
 source = { path = "." }
 schedule = { kind = "flow", shift = $shift }
 text = { clip = $clip, t5 = $t5 }
 bucket = { passes = 8, encode = 8, decode = 8 }
-defaults = { sampler = "flow_euler", num_inference_steps = 28, guidance_scale = 4.0, size = "64x64" }
-limits = { num_inference_steps = 250, sizes = { min = 64, max = 64, multiple = 64 }, n = 16, prompt = 1000 }
-license = "Apache-2.0; trained on Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0)"
+defaults = { sampler = "flow_euler", num_inference_steps = 28, guidance_scale = 4.0, size = "${size}x$size" }
+limits = { num_inference_steps = 250, sizes = { min = $size, max = $size, multiple = $size }, n = 16, prompt = 1000 }
+license = "Apache-2.0; trained on Fluent Emoji (MIT) and Noto Emoji (Apache-2.0)"
 """)
 PROBES = (
-    "red apple on a blue background", "a cat", "dog face on a green background", "slice of pizza on yellow", "car",
-    "a rocket on a black background", "tree", "a small sun at the top on a blue background", "house", "red heart",
-    "a small banana at the left", "penguin on a pink background", "on purple, a ghost", "green apple", "guitar on gray",
-    "a small red apple at the right on a white background",
+    "red apple on a blue background", "a cat", "a flat dog on a green background", "pizza on yellow", "car",
+    "a rocket on a black background", "flat tree", "a small sun at the top on a blue background", "house",
+    "flat heart", "a small banana at the left", "penguin on a pink background", "on purple, a ghost", "an otter",
+    "flat guitar on gray", "a small robot at the right on a white background",
 )  # fmt: skip
 
 
-def build(trained: Path | None = None) -> SD3Transformer2DModel:
+def build(trained: Path | None = None, patch: int = PATCH) -> SD3Transformer2DModel:
     """The network, new or from a folder; while it trains, its GELU is the exact one.
 
     NOTE: diffusers' class uses the tanh form, which differs by at most 5e-4 and takes twice as long on a CPU.
@@ -54,17 +55,17 @@ def build(trained: Path | None = None) -> SD3Transformer2DModel:
         model = SD3Transformer2DModel.from_pretrained(trained / "transformer", torch_dtype=torch.float32)
     else:
         model = SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=PATCH,
-            in_channels=16,
-            out_channels=16,
+            sample_size=SHAPE[1],
+            patch_size=patch,
+            in_channels=SHAPE[0],
+            out_channels=SHAPE[0],
             num_layers=LAYERS,
             num_attention_heads=HEADS,
             attention_head_dim=WIDTH // HEADS,
             caption_projection_dim=WIDTH,
             joint_attention_dim=T5_WIDTH,
             pooled_projection_dim=sum(CLIP_WIDTHS),
-            pos_embed_max_size=8 // PATCH,
+            pos_embed_max_size=SHAPE[1] // patch,
             qk_norm="rms_norm",
         )
         start(model)
@@ -90,7 +91,7 @@ def spread(linear: nn.Linear, given: Tensor) -> None:
     """Start a layer with every direction of `given`, [n, width], equally wide, however narrow it was.
 
     Captions differ in colour and place far more than in subject: as they come, what a fresh layer and the one after it
-    make of 1,169 names has a cosine of 0.79 between neighbours.
+    made of 1,169 names had a cosine of 0.79 between neighbours.
     """
     mean, (values, vectors) = given.mean(0), torch.linalg.eigh(given.T.cov())
     scaled = vectors / (values + 1e-3 * values.mean()).sqrt()
@@ -100,7 +101,7 @@ def spread(linear: nn.Linear, given: Tensor) -> None:
 
 
 @torch.no_grad()
-def summaries(text: Text, subjects: list[Subject], each: int = 4) -> Tensor:
+def summaries(text: Text, subjects: list[Subject], each: int = 8) -> Tensor:
     """float [each x subjects, width]: pooled captions."""
     rng = np.random.default_rng(0)
     scenes = [draw_scene(rng, subjects) for _ in range(each * len(subjects))]
@@ -112,44 +113,7 @@ def summaries(text: Text, subjects: list[Subject], each: int = 4) -> Tensor:
 def write_card(out: Path, text: Text) -> None:
     """card.toml, with the lengths that the tokenizers name."""
     clip, _, t5 = (tokenizer.model_max_length for tokenizer in text.tokenizers)
-    (out / "card.toml").write_text(CARD.substitute(name=out.name, shift=SHIFT, clip=clip, t5=t5))
-
-
-class Latents:
-    """A pool of encoded scenes, renewed a little at a time, so that encoding costs little and nothing grows stale.
-
-    Of 6,144 scenes a network learned some by heart: a loss of 0.40 on them, and of 0.42 on fresh ones.
-    """
-
-    def __init__(self, vae: AutoencoderKL, subjects: list[Subject], size: int, rng: np.random.Generator) -> None:
-        self.vae, self.subjects, self.rng, self.next = vae, subjects, rng, 0
-        self.scenes: list[Scene] = []
-        device = vae.device
-        self.mean = torch.empty(size, 16, 8, 8, device=device)
-        self.std = torch.empty_like(self.mean)
-        for _ in tqdm(range(0, size, 64), desc="encoding", mininterval=10):
-            self.renew(64)
-
-    @torch.no_grad()
-    def renew(self, count: int) -> None:
-        """Put `count` new scenes in the place of the oldest ones."""
-        scenes = [draw_scene(self.rng, self.subjects) for _ in range(count)]
-        pictures = to_float([render(s, self.subjects[s.subject]) for s in scenes]).to(self.mean.device)
-        posterior = self.vae.encode(pictures).latent_dist
-        scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
-        self.scenes[self.next : self.next + count] = scenes
-        self.mean[self.next : self.next + count] = (posterior.mean - shift) * scale
-        self.std[self.next : self.next + count] = posterior.std * scale
-        self.next = (self.next + count) % len(self.mean)
-
-    def batch(self, count: int, empty: float) -> tuple[Tensor, list[str]]:
-        """Fresh samples of `count` latents and captions written anew, each "" with probability `empty`."""
-        index = self.rng.integers(len(self.mean), size=count)
-        scenes = [self.scenes[i] for i in index]
-        captions = [caption(self.rng, s, self.subjects[s.subject]) for s in scenes]
-        captions = ["" if self.rng.random() < empty else text for text in captions]
-        where = torch.as_tensor(index, device=self.mean.device)
-        return self.mean[where] + self.std[where] * torch.randn_like(self.mean[where]), captions
+    (out / "card.toml").write_text(CARD.substitute(name=out.name, size=SIZE, shift=SHIFT, clip=clip, t5=t5))
 
 
 def kept_encoders(count: int, device: torch.device) -> Tensor:
@@ -164,12 +128,14 @@ def loss_of(
 ) -> Tensor:
     """Rectified flow: the velocity from data to noise at a logit-normal time (Esser et al. 2024, section 3.1).
 
-    The times lean to noise: what the picture shows is settled above 0.8, where a centred draw hardly ever comes.
+    The times lean to noise: what the picture shows is settled above 0.8, where a centred draw hardly ever comes. They
+    lean more than at 64 pixels, because four times the pixels outweigh more noise (the same, section 5.3.2).
     """
-    embeddings, pooled = text(captions, kept_encoders(len(x), x.device))
+    with torch.no_grad():
+        embeddings, pooled = text(captions, kept_encoders(len(x), x.device))
     embeddings = embeddings[:, :1] * 0 if pooled_alone else embeddings
     noise = torch.randn_like(x)
-    time = torch.sigmoid(1.0 + 1.2 * torch.randn(len(x), device=x.device))
+    time = torch.sigmoid(TIMES[0] + TIMES[1] * torch.randn(len(x), device=x.device))
     s = time[:, None, None, None]
     out = model(
         (1 - s) * x + s * noise,
@@ -183,15 +149,22 @@ def loss_of(
 
 @torch.no_grad()
 def sample(
-    model: SD3Transformer2DModel, text: Text, vae: AutoencoderKL, captions: list[str], guidance: float, steps: int = 28
+    model: SD3Transformer2DModel,
+    text: Text,
+    vae: AutoencoderKL,
+    captions: list[str],
+    guidance: float,
+    steps: int = 28,
+    pooled_alone: bool = False,
 ) -> Tensor:
-    """Guided pictures, float [n, 3, 64, 64]: the loop of the diffusers pipeline, for a look while training."""
+    """Guided pictures, float [n, 3, 128, 128]: the loop of the diffusers pipeline, for a look while training."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     scheduler.set_timesteps(steps, device=vae.device)
     present = torch.ones(2 * len(captions), 3, device=vae.device)
     embeddings, pooled = text(captions + [""] * len(captions), present)
+    embeddings = embeddings[:, :1] * 0 if pooled_alone else embeddings
     generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(len(captions), 16, 8, 8, generator=generator).to(vae.device)
+    x = torch.randn(len(captions), *SHAPE, generator=generator).to(vae.device)
     for t in scheduler.timesteps:
         both = torch.cat([x, x])
         out = model(both, embeddings, pooled, t.expand(len(both)), return_dict=False)[0]
@@ -205,9 +178,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("models/emoji-mmdit"), help="has the VAE and what train_text.py wrote"
     )
     parser.add_argument("--init", type=Path, help="start from the weights of this folder")
-    parser.add_argument("--pooled", action="store_true", help="captions' summaries alone, and no tokens: twice as fast")
-    parser.add_argument("--empty", type=float, default=0.12, help="share of empty captions")
-    parser.add_argument("--pool", type=int, default=196608, help="encoded pictures kept at a time")
+    parser.add_argument("--pooled", action="store_true", help="captions' summaries alone, no tokens: a third faster")
+    parser.add_argument("--empty", type=float, default=0.1, help="share of empty captions")
+    parser.add_argument("--pool", type=Path, default=Path("runs/pool"), help="folder of encoded scenes")
+    parser.add_argument("--scenes", type=int, default=49152, help="scenes to encode where --pool is empty")
+    parser.add_argument("--patch", type=int, default=PATCH, help="side of a token in latent pixels")
 
 
 def main() -> None:
@@ -215,32 +190,32 @@ def main() -> None:
     subjects = load_subjects(args.cache, args.subjects)
     write_subjects(args.out, subjects)
     torch.manual_seed(0)
-    text = Text(args.out, args.init or args.out)
+    text = Text(args.out, args.out).eval().requires_grad_(False)
     write_card(args.out, text)
     vae = AutoencoderKL.from_pretrained(args.out / "vae", torch_dtype=torch.float32).to(args.device)
-    both = nn.ModuleDict({"network": build(args.init), "text": text})
+    fill(args.pool, vae.requires_grad_(False), subjects, args.scenes, args.threads)
+    model = build(args.init, args.patch)
     if not args.init:
-        spread(both["network"].time_text_embed.text_embedder.linear_1, summaries(text, subjects))
-    both.to(args.device)
-    train(args, both, vae.requires_grad_(False), subjects)
+        spread(model.time_text_embed.text_embedder.linear_1, summaries(text, subjects))
+    train(args, model.to(args.device), text.to(args.device), vae, subjects)
 
 
-def train(args: argparse.Namespace, both: nn.ModuleDict, vae: AutoencoderKL, subjects: list[Subject]) -> None:
-    model, text = both["network"], both["text"]
-    training = Training(both, args)
-    pool = Latents(vae, subjects, args.pool, training.rng)
+def train(
+    args: argparse.Namespace, model: SD3Transformer2DModel, text: Text, vae: AutoencoderKL, subjects: list[Subject]
+) -> None:
+    training = Training(model, args)
+    pool = Pool(args.pool, subjects, training.rng, args.device)
     quick = torch.compile(model, dynamic=False) if args.compile else model
 
     def losses() -> list[partial[Tensor]]:
-        if training.step % 8 == 7:
-            pool.renew(64)
         parts = (pool.batch(training.share, args.empty) for _ in range(args.threads))
         return [partial(loss_of, quick, text, *part, args.pooled) for part in parts]
 
     def publish() -> None:
         export(model, args.out, SHIFT)
-        text.save(args.out)
-        save_grid(args.work / f"grid-{training.step}.png", sample(model, text, vae, list(PROBES), guidance=4.0), 8)
+        with torch.autocast(training.autocast or "cpu", torch.bfloat16, enabled=training.autocast is not None):
+            pictures = sample(model, text, vae, list(PROBES), guidance=4.0, steps=14, pooled_alone=args.pooled)
+        save_grid(args.work / f"grid-{training.step}.png", pictures, 8)
 
     training.run(losses, publish)
 

@@ -1,8 +1,7 @@
 """Start the text encoders: each learns to tell what a caption says, before a network reads what it writes.
 
-Knows nothing of pictures. Subject, colour, size and place are told from the encoder's summary by linear heads, which
-are thrown away. (SD3's encoders were trained on tasks of their own too, and then frozen: Esser et al. 2024. These go on
-learning with the MMDiT.)
+Knows nothing of pictures. Subject, colour, size, place and style are told from the encoder's summary by linear heads,
+which are thrown away. (SD3's encoders were trained on tasks of their own too, and then frozen: Esser et al. 2024.)
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import COLOURS, PLACES, Scene, Subject, caption, draw_scene, load_subjects
+from data import COLOURS, PLACES, STYLES, Scene, Subject, caption, draw_scene, load_subjects
 from loop import Training, parse
 from text import CLIP_WIDTHS, T5_WIDTH, Text, train_tokenizers
 from torch import Tensor, nn
@@ -21,19 +20,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 
-def facts(scene: Scene) -> tuple[int, int, int, int]:
-    """Subject, colour (0 where none is named), size and place (0 where none is named) as classes."""
+def facts(scene: Scene) -> tuple[int, ...]:
+    """Subject, colour, size, place and style as classes; colour, place and style are 0 where none is named."""
     colour = 1 + list(COLOURS).index(scene.colour) if scene.colour_named else 0
     place = 1 + PLACES.index(scene.place) if scene.place else 0
-    return scene.subject, colour, int(scene.small), place
+    style = 1 + scene.drawing if scene.style_named else 0
+    return scene.subject, colour, int(scene.small), place, style
 
 
 class Readers(nn.Module):
-    """For each encoder, four linear heads on its summary: CLIP's projected state, the mean of T5's states."""
+    """For each encoder, five linear heads on its summary: CLIP's projected state, the mean of T5's states."""
 
     def __init__(self, subjects: int) -> None:
         super().__init__()
-        sizes = (subjects, 1 + len(COLOURS), 2, 1 + len(PLACES))
+        sizes = (subjects, 1 + len(COLOURS), 2, 1 + len(PLACES), 1 + len(STYLES))
         widths = (*CLIP_WIDTHS, T5_WIDTH)
         self.heads = nn.ModuleList(nn.ModuleList(nn.Linear(width, size) for size in sizes) for width in widths)
 
@@ -85,7 +85,7 @@ def main() -> None:
         return [partial(loss_of, both, *part) for part in parts]
 
     def publish() -> None:
-        tqdm.write(f"right (subject/colour/size/place): {score(both, subjects)}")
+        tqdm.write(f"right (subject/colour/size/place/style): {score(both, subjects)}")
         both["text"].save(args.out)
 
     training.run(losses, publish)

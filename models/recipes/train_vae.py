@@ -1,4 +1,4 @@
-"""Train the AutoencoderKL that every built-in card shares: 64 x 64 pixels to 16 channels of 8 x 8.
+"""Train the AutoencoderKL that every built-in card shares: 128 x 128 pixels to 16 channels of 16 x 16.
 
 Knows nothing about captions. Loss: L1, L2, L1 of the picture's gradients, and a small KL.
 """
@@ -71,7 +71,7 @@ def start_linear(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def batch(rng: np.random.Generator, subjects: list[Subject], size: int) -> Tensor:
-    """Random scenes, every (subject, colour) pair: float [size, 3, 64, 64]."""
+    """Random scenes, every (subject, colour) pair: float [size, 3, 128, 128]."""
     scenes = [draw_scene(rng, subjects, every_pair=True) for _ in range(size)]
     return to_float([render(s, subjects[s.subject]) for s in scenes])
 

@@ -19,11 +19,11 @@ sys.path.append(str(ROOT / "models" / "recipes"))
 def drawing(seed: int) -> Image.Image:
     """A disc of twelve coloured wedges and rings on nothing, the same for the same seed."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:64, :64] - 31.5
-    ring, wedge = (np.hypot(x, y) // 10).astype(int), ((np.arctan2(y, x) + np.pi) // (np.pi / 2)).astype(int) % 4
-    pixels = np.zeros((64, 64, 4), dtype=np.uint8)
+    y, x = np.mgrid[:256, :256] - 127.5
+    ring, wedge = (np.hypot(x, y) // 40).astype(int), ((np.arctan2(y, x) + np.pi) // (np.pi / 2)).astype(int) % 4
+    pixels = np.zeros((256, 256, 4), dtype=np.uint8)
     pixels[..., :3] = rng.integers(256, size=(4, 4, 3))[ring.clip(max=3), wedge]
-    pixels[..., 3] = 255 * (np.hypot(x, y) < 30)
+    pixels[..., 3] = 255 * (np.hypot(x, y) < 120)
     return Image.fromarray(pixels).convert("RGBa")
 
 
@@ -40,20 +40,18 @@ def run(script: str, subjects: list[Any], *words: object) -> None:
 
 @pytest.fixture(scope="session")
 def made(subjects: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of cards: the committed MMDiT; a DiT, an MMDiT in its two halves, and a turbo, trained for a second."""
+    """A folder of cards, each trained for a second: an MMDiT in its two halves, a DiT, and a turbo."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "emoji-mmdit").symlink_to(ROOT / "models" / "emoji-mmdit")
+    mmdit, pool = folder / "emoji-mmdit", folder / "runs/pool"
+    mmdit.mkdir()
+    (mmdit / "vae").symlink_to(ROOT / "models" / "emoji-mmdit" / "vae")
     common = ("--minutes", 0.02, "--batch", 4, "--device", "cpu")
-    run("train_dit", subjects, *common, "--work", folder / "runs/dit", "--out", folder / "emoji-dit")
-    small = folder / "emoji-small"
-    small.mkdir()
-    (small / "vae").symlink_to(ROOT / "models" / "emoji-mmdit" / "vae")
-    run("train_text", subjects, *common, "--work", folder / "runs/text", "--out", small)
-    half = ("--pooled", "--pool", 64, "--work", folder / "runs/pooled", "--out", small)
-    run("train_mmdit", subjects, *common, *half)
-    whole = ("--init", small, "--pool", 64, "--work", folder / "runs/mmdit", "--out", small)
-    run("train_mmdit", subjects, *common, *whole)
-    ends = ("--teacher", folder / "emoji-mmdit", "--out", folder / "emoji-mmdit-turbo", "--work", folder / "runs/turbo")
+    run("train_dit", subjects[:3], *common, "--work", folder / "runs/dit", "--out", folder / "emoji-dit")
+    run("train_text", subjects, *common, "--work", folder / "runs/text", "--out", mmdit)
+    half = ("--out", mmdit, "--pool", pool, "--scenes", 64)
+    run("train_mmdit", subjects, *common, *half, "--pooled", "--work", folder / "runs/pooled")
+    run("train_mmdit", subjects, *common, *half, "--init", mmdit, "--work", folder / "runs/mmdit")
+    ends = ("--teacher", mmdit, "--out", folder / "emoji-mmdit-turbo", "--work", folder / "runs/turbo")
     run("distill_turbo", subjects, *common, *ends, "--subjects", 12, "--pairs", 8, "--draw", 4, "--steps", 2)
     return folder
 

@@ -34,14 +34,14 @@ def test_every_plain_scene_is_one_that_is_drawn_and_as_often() -> None:
     counts: dict[Scene, int] = dict.fromkeys(scenes, 0)
     for _ in range(20_000):
         counts[plain_scene(rng, 7)] += 1
-    assert abs(sum(weights) - 1) < 1e-9 and len(set(scenes)) == 24
+    assert abs(sum(weights) - 1) < 1e-9 and len(set(scenes)) == 80
     expected = 20_000 * np.array(weights)
     assert (np.abs(np.array(list(counts.values())) - expected) < 6 * np.sqrt(expected)).all()
 
 
 def test_a_table(subjects: list[Any], made: Path, capsys: Any) -> None:
     options = ("--dit", made / "emoji-dit", "--vae", made / "emoji-mmdit" / "vae", "--subjects", 2, "--count", 4)
-    run("headroom", subjects, *options)
+    run("headroom", subjects[:3], *options)
     rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [int(t) for t, *_ in rows] == list(range(100, 1000, 100))
     assert all(float(least) < float(network) for _, least, network in rows)

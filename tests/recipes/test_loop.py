@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import Workers
+from common import Clock, Workers
 from loop import Training
 from torch import Tensor, nn
 
@@ -55,6 +55,16 @@ def test_a_step_is_plain_adamws(tmp_path: Path, threads: int) -> None:
     close(ours.weight, theirs.weight, FORWARD, furthest)
     apart(before, theirs.weight, FORWARD, furthest, of="a step less:")
     assert torch.equal(ours.unused, theirs.unused)
+
+
+def test_the_time_that_a_process_is_stopped_is_not_training_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("common.time.monotonic", lambda: now)
+    clock = Clock(10, used=60)
+    for step in (2, 2, 3600, 2):
+        now += step
+        clock.tick()
+    assert clock.used == 60 + 2 + 2 + Clock.LONGEST + 2 and clock.share == pytest.approx(126 / 600)
 
 
 def test_products_are_in_bfloat16_where_that_is_asked(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from nearest import Nearest, energy, features, sprite, twins
 from PIL import Image
 from torch.nn import functional as F
 
-from tests.close import FORWARD, apart, close
+from tests.close import FORWARD, apart, close, each
 
 pytestmark = pytest.mark.slow
 
@@ -31,14 +31,15 @@ def test_the_products_are_the_squared_errors(subjects: list[Any]) -> None:
     patches = F.unfold(features(picture, colour), 9)
     fast = energy(small[None], colour) - 2 * small.flatten() @ patches[0]
     empty = (picture - colour[:, :, None, None]).pow(2).sum()
-    errors = (fast + empty).flatten().tolist()
-    for at, error in enumerate(errors):
+    errors, plain = (fast + empty).flatten(), []
+    for at in range(len(errors)):
         x, y = at % 4, at // 4
-        plain = colour[0][:, None, None].expand(3, 12, 12).clone()
-        window = plain[:, y : y + 9, x : x + 9]
+        laid = colour[0][:, None, None].expand(3, 12, 12).clone()
+        window = laid[:, y : y + 9, x : x + 9]
         window.copy_(small[:3] + (1 - small[3:]) * window)
-        close(error, (plain - picture[0]).pow(2).sum(), FORWARD)
-        apart(errors[at - 1], error, FORWARD, of="another place:")
+        plain.append((laid - picture[0]).pow(2).sum())
+    close(errors, torch.stack(plain), FORWARD, each)
+    apart(errors.roll(1), torch.stack(plain), FORWARD, of="another place:")
 
 
 def test_a_drawing_is_found_where_it_lies(subjects: list[Any]) -> None:

@@ -18,9 +18,9 @@ def match(scene: Scene, **changes: Any) -> Match:
 
 def test_the_background_is_the_median_of_the_border(subjects: list[Any]) -> None:
     for colour in COLOURS:
-        scene = Scene(0, colour, True, False, None, 0, False, 60, 2, 2)
+        scene = Scene(0, colour, True, False, None, 0, False, 120, 4, 4)
         picture = render(scene, subjects[0])
-        picture[0, :40] = 77  # not the most of the border
+        picture[0, :80] = 77  # not the most of the border
         assert background(picture) == colour
 
 
@@ -35,24 +35,24 @@ def test_every_scene_is_where_its_caption_says(subjects: list[Any]) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_elsewhere_is_wrong(place: str) -> None:
-    at = {"left": (2, 12), "right": (22, 12), "top": (12, 2), "bottom": (12, 22)}
-    scene = Scene(0, "red", True, False, place, 0, False, 40, *at[place])
+    at = {"left": (4, 24), "right": (44, 24), "top": (24, 4), "bottom": (24, 44)}
+    scene = Scene(0, "red", True, False, place, 0, False, 80, *at[place])
     assert spot_is_right(scene, match(scene)) is True
-    others = [spot for name, spot in at.items() if name != place] + [(12, 12), (2, 2), (22, 22), (2, 22), (22, 2)]
+    others = [spot for name, spot in at.items() if name != place] + [(24, 24), (4, 4), (44, 44), (4, 44), (44, 4)]
     assert not any(spot_is_right(scene, match(scene, x=x, y=y)) for x, y in others)
 
 
 def test_the_wrong_size_is_wrong() -> None:
-    small = Scene(0, "red", True, True, None, 0, False, 28, 18, 18)
+    small = Scene(0, "red", True, True, None, 0, False, 56, 36, 36)
     assert spot_is_right(small, match(small)) is True
-    assert spot_is_right(small, match(small, side=42, x=11, y=11)) is False
-    large = Scene(0, "red", True, False, "left", 0, False, 42, 1, 11)
-    assert spot_is_right(large, match(large, side=28, x=2, y=18)) is False
+    assert spot_is_right(small, match(small, side=84, x=22, y=22)) is False
+    large = Scene(0, "red", True, False, "left", 0, False, 84, 2, 22)
+    assert spot_is_right(large, match(large, side=56, x=4, y=36)) is False
     assert spot_is_right(replace(large, place=None), match(large)) is None
 
 
 def test_a_table_tells_rights_from_asked(subjects: list[Any]) -> None:
-    scene = Scene(0, "white", True, False, None, 0, False, 60, 2, 2)
+    scene = Scene(0, "white", True, False, None, 0, False, 120, 4, 4)
     picture = render(scene, subjects[0])
     right = score(subjects, {0}, Asked(scene, "", 0), picture, [match(scene)])
     wrong = score(subjects, {0}, Asked(scene, "", 0), picture, [match(scene, subject=1), match(scene)])
@@ -61,6 +61,8 @@ def test_a_table_tells_rights_from_asked(subjects: list[Any]) -> None:
     line = summary("a card", [right, wrong, wrong], 0.5, classes=False)
     assert line["subject"] == (1, 3) and line["subject_new"] == (0, 0) and line["size_and_place"] == (0, 0)
     assert (
-        table([line]).splitlines()[2].startswith("| a card | 33.3 % of 3 | - | 100.0 % of 3 | 100.0 % of 3 | - | - |")
+        table([line])
+        .splitlines()[2]
+        .startswith("| a card | 33.3 % of 3 | - | 100.0 % of 3 | 100.0 % of 3 | - | - | - |")
     )
     assert share([True, None, False]) == (1, 2)
