@@ -140,6 +140,7 @@ def test_an_unknown_build_is_one_line(folder: Path) -> None:
     assert done.errors == "setup: TORCH is auto, cpu or cuda, not gpu\n"
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_seconds_and_what_pip_does(folder: Path) -> None:
     """Each line is rewritten in place, and is no longer than a terminal is wide."""
     python = folder / ".venv" / "bin" / "python"

@@ -18,7 +18,7 @@ NEEDS = {
 }
 """The models that the text over a block has the reader get first, by its heading."""
 QUICK = "Five minutes"
-"""The heading whose blocks `make test` runs; `make test-all` runs the others."""
+"""The heading whose requests to a server `make test` runs; `make test-all` runs all other blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,9 @@ def use_file(stand: Stand, file: str) -> None:
 
 def cases() -> list[object]:
     chosen = [block for block in BLOCKS if block.mark == "run"]
-    return [
-        pytest.param(block, id=str(block), marks=() if block.heading == QUICK else (pytest.mark.slow,))
-        for block in chosen
-    ]
+    quick = [block for block in chosen if block.heading == QUICK and "localhost" in block.text]
+    marks = [() if block in quick else (pytest.mark.slow,) for block in chosen]
+    return [pytest.param(block, id=str(block), marks=mark) for block, mark in zip(chosen, marks, strict=True)]
 
 
 @pytest.mark.timeout(900)
