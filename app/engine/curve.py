@@ -57,6 +57,7 @@ class Curve:
             if {self._width(place), self._width(place + 1)} <= seconds.keys():
                 self._growth[place].append(max(1.0, seconds[self._width(place + 1)] / seconds[self._width(place)]))
         self._tried = [0 for _ in places]
+        self._warm: set[int] = set()
         self._last, self._ended, self._took = -1, -math.inf, 0.0
         self._since, self._patience = 0, PATIENCE
         self.cap = self._find_cap()
@@ -88,11 +89,17 @@ class Curve:
         return self._width(place + 1) if due else 0
 
     def learn(self, passes: int, seconds: float, now: float) -> bool:
-        """A forward of so many passes took `seconds` and ended at `now`, in seconds; whether the cap is another now."""
+        """A forward of so many passes took `seconds` and ended at `now`, in seconds; whether the cap is another now.
+
+        The first of each width says nothing: libraries prepare kernels for a shape when they first see it.
+        """
+        self._since += 1
+        if passes not in self._warm:
+            self._warm.add(passes)
+            return False
         place, expected = self._place(passes), self.cost(passes)
         between = max(0, math.floor(math.log2(passes / self._base)))
         self._pace *= 1 + PACE * (min(seconds / expected, OUTLIER) - 1)
-        self._since += 1
         here = seconds * (self._width(place) / passes) ** math.log2(min(2.0, self._step(between)))
         if abs(place - self._last) == 1 and now - self._ended <= max(CLOSE, CLOSE_FORWARDS * (here + self._took)):
             self._compare(min(place, self._last), here / self._took if place > self._last else self._took / here)

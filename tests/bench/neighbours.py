@@ -1,0 +1,84 @@
+"""How long one image takes while other processes keep the processor busy: `python -m tests.bench.neighbours`.
+
+An engine draws in a process of its own while 0, 1 and 2 endless loops run beside it. Each row is one setting of how
+OpenMP's threads wait: they spin at barriers, and where threads share a core they spin while the other could run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS: dict[str, dict[str, str]] = {
+    "as OpenMP comes": {"GOMP_SPINCOUNT": "300000"},
+    "as Instep starts": {},
+    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (0, 1_000, 5_000, 20_000)},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+}
+LOOP = "import signal; signal.alarm(600)\nwhile True: pass"
+
+
+def draw(model: str, steps: int, images: int, dtype: str) -> None:
+    """Print the seconds of each image, one after the other, after one that is not counted."""
+    from app.api.schemas import read_body
+    from app.card import read_cards
+    from app.cli.local import Local
+    from app.report import Result
+    from app.settings import Settings
+
+    cards = read_cards(ROOT / "models")
+    with tempfile.TemporaryDirectory() as cache, Local(Settings(cache=Path(cache), dtype=dtype), cards) as local:
+        body = read_body({"model": model, "prompt": "red apple", "seed": 7, "num_inference_steps": steps})
+        reports = local.reports()
+        for number in range(images + 1):
+            begin = time.perf_counter()
+            local.submit(body.to_request(cards[model], str(number)))
+            while not isinstance(next(reports), Result):
+                continue
+            if number:
+                print(json.dumps(time.perf_counter() - begin), flush=True)
+    os._exit(0)
+
+
+def seconds(setting: dict[str, str], loops: int, args: argparse.Namespace) -> float:
+    """The median of the images that a fresh process draws beside so many endless loops."""
+    words = [sys.executable, "-m", "tests.bench.neighbours", "--child", "--model", args.model, "--dtype", args.dtype]
+    words += ["--steps", str(args.steps), "--images", str(args.images)]
+    with ExitStack() as stack:
+        for _ in range(loops):
+            stack.callback(subprocess.Popen([sys.executable, "-c", LOOP]).kill)
+        done = subprocess.run(words, cwd=ROOT, env=os.environ | setting, capture_output=True, text=True, timeout=500)
+    return median(map(float, done.stdout.split()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji-mmdit")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--images", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="settings, by their names")
+    parser.add_argument("--loops", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        draw(args.model, args.steps, args.images, args.dtype)
+    print(f"{'':26}" + "".join(f"{loops} busy neighbours".rjust(20) for loops in args.loops))
+    for name in args.only:
+        print(f"{name:26}", end="", flush=True)
+        for loops in args.loops:
+            print(f"{seconds(SETTINGS[name], loops, args):18.3f} s", end="", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    main()
