@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ from app.card import read_cards
 from app.main import configured, create_app
 from app.metrics import Metrics
 from app.settings import Settings
-from app.worker.supervisor import Supervisor
+from app.worker.supervisor import WORKER, Supervisor
 
 FAKE = (sys.executable, str(Path(__file__).parent.parent / "fake_worker.py"))
 LABELS = ["tench, Tinca tinca", "goldfish", "crane", "house finch", "crane", "golden retriever"]
@@ -93,6 +94,22 @@ class Server:
         self.uvicorn.should_exit = True
         self._thread.join(20)
         assert not self._thread.is_alive()
+
+
+@contextmanager
+def real_server(**settings: object) -> Iterator[httpx.Client]:
+    """A client of a server with the real worker on a CPU, once it is ready.
+
+    float32: in bfloat16, which a server takes where a processor has it, who shares a batch may show by a level more.
+    """
+    server = Server(Settings(devices="cpu", dtype="float32", port=0, drain=5, **settings), WORKER)
+    url = server.start()
+    try:
+        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+        with httpx.Client(base_url=url, timeout=100) as http:
+            yield http
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

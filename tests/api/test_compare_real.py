@@ -13,9 +13,7 @@ import pytest
 from PIL import Image
 
 from app.api.presets import PRESETS
-from app.settings import Settings
-from app.worker.supervisor import WORKER
-from tests.api.conftest import Server, eventually, generate
+from tests.api.conftest import generate, real_server
 from tests.tiny import write_models
 
 pytestmark = pytest.mark.slow
@@ -25,21 +23,12 @@ HAIRLINE = (0xE4, 0xE4, 0xE4)
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client of a server with the real worker and the tiny models.
-
-    float32: in bfloat16, which a server takes where a processor has it, who shares a batch may show by a level more.
-    """
+    """A client of a server with the real worker and the tiny models."""
     folder = tmp_path_factory.mktemp("compare-real")
     write_models(folder / "models")
     places = {"models": folder / "models", "cache": folder / "cache"}
-    server = Server(Settings(devices="cpu", dtype="float32", port=0, drain=5, **places), WORKER)
-    url = server.start()
-    try:
-        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-        with httpx.Client(base_url=url, timeout=100) as http:
-            yield http
-    finally:
-        server.stop()
+    with real_server(**places) as http:
+        yield http
 
 
 def cells(sheet: np.ndarray) -> list[np.ndarray]:

@@ -11,9 +11,7 @@ import httpx
 import openai
 import pytest
 
-from app.settings import Settings
-from app.worker.supervisor import WORKER
-from tests.api.conftest import Server, eventually, generate
+from tests.api.conftest import generate, real_server
 from tests.tiny import write_dit, write_flux, write_sd3
 from tests.tiny_parts import spoil
 
@@ -35,14 +33,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         card.replace('"too-large"', '"absent"').replace('path = "."', 'repo = "lab/absent"')
     )
     settings = {"models": models, "cache": folder / "cache", "default_model": "tiny-sd3", "device_memory": "1.5MB"}
-    server = Server(Settings(devices="cpu", dtype="float32", port=0, drain=5, **settings), WORKER)
-    url = server.start()
-    try:
-        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-        with httpx.Client(base_url=url, timeout=100) as http:
-            yield http
-    finally:
-        server.stop()
+    with real_server(**settings) as http:
+        yield http
 
 
 @pytest.mark.parametrize(

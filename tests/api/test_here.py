@@ -13,9 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
-from app.settings import Settings
-from app.worker.supervisor import WORKER
-from tests.api.conftest import Server, eventually, generate
+from tests.api.conftest import generate, real_server
 from tests.tiny import write_dit, write_sd3
 
 OTTER = {"prompt": "A cute baby sea otter"}
@@ -49,14 +47,10 @@ def real(models: Path) -> Iterator[httpx.Client]:
     patch.setenv("HF_HUB_CACHE", str(models.parent / "hub"))
     patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(models.parent / "hub"))
     places = {"models": models, "cache": models.parent / "cache"}
-    server = Server(Settings(devices="cpu", dtype="float32", preload="all", port=0, drain=5, **places), WORKER)
-    url = server.start()
     try:
-        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-        with httpx.Client(base_url=url, timeout=100) as http:
+        with real_server(preload="all", **places) as http:
             yield http
     finally:
-        server.stop()
         patch.undo()
 
 
