@@ -54,7 +54,7 @@ class Engine:
         self._emit = emit
         self._clock = clock
         profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
-        self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings))
+        self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings), not settings.threads)
         self._batcher = batcher(self._caps, self._ready)
         self._turns = Turns(pool, lambda row: row.key in self._runner.limits.known)
         self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)

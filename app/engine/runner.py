@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from app.engine.cores import Cores
 from app.engine.encodings import Encodings
 from app.engine.limits import Limits
 from app.engine.outcome import Image, Outcome, isolate
@@ -31,14 +32,18 @@ class Runner:
     depend on its neighbours.
     """
 
-    def __init__(self, pool: Pool, profiles: Profiles, deterministic: bool, text_bytes: int) -> None:
-        """text_bytes: of the device, for prompts that are encoded already."""
+    def __init__(
+        self, pool: Pool, profiles: Profiles, deterministic: bool, text_bytes: int, adapts: bool = True
+    ) -> None:
+        """text_bytes: of the device, for prompts that are encoded already. adapts: leave cores to other processes."""
         self._pool = pool
         self._deterministic = deterministic
         self._space = Space()
         self.limits = Limits(pool, profiles, deterministic)
         self._encodings = Encodings(text_bytes, pool.version)
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
+        self._cores: Cores | None = None
+        self._adapts = adapts and not deterministic and pool.device.type == "cpu"
 
     @property
     def bytes(self) -> dict[str, int]:
@@ -62,6 +67,7 @@ class Runner:
 
     def run(self, work: Work) -> Outcome:
         """Do the work. A row that fails, fails alone; an error that ends the process (a lost device) is raised."""
+        self._adapt()
         phases = {"encode": self._encode, "denoise": self._denoise, "decode": self._decode}
         outcome = Outcome(failed=self._non_finite())
         lost = {id(row) for row, _ in outcome.failed}
@@ -70,6 +76,12 @@ class Runner:
             isolate(phases[work.phase], rows, outcome)
         outcome.text_hits, outcome.text_misses = self._encodings.count()
         return outcome
+
+    def _adapt(self) -> None:
+        """Leave cores to other processes; not in deterministic mode, where the number of threads decides bits."""
+        if self._adapts:
+            self._cores = self._cores or Cores(torch.get_num_threads())
+            self._cores.adapt()
 
     def preview(self, rows: list[Row]) -> Outcome:
         """The predicted clean images of running rows of one key, as `Outcome.images`."""

@@ -5,6 +5,7 @@ Knows nothing of torch: GPUs are counted by their device files, because the fron
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -19,7 +20,8 @@ from app.errors import SettingsError
 from app.settings import Settings
 
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
-_CGROUP = Path("/sys/fs/cgroup/cpu.max")
+_CGROUPS = Path("/sys/fs/cgroup")
+_MINE = Path("/proc/self/cgroup")
 
 
 def devices(text: str, dev: Path = Path("/dev")) -> list[str]:
@@ -83,22 +85,43 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     return list(dict.fromkeys(names[name] for name in wanted))
 
 
-def threads(settings: Settings, cgroup: Path = _CGROUP) -> int:
+def threads(settings: Settings, root: Path = _CGROUPS, mine: Path = _MINE) -> int:
     """CPU threads for one engine process: as set, or the cores that we may use shared by the processes."""
-    return settings.threads or max(1, cores(cgroup) // len(devices(settings.devices)))
+    return settings.threads or max(1, cores(root, mine) // len(devices(settings.devices)))
 
 
-def cores(cgroup: Path = _CGROUP) -> int:
-    """Cores that we may use: those we are bound to, or as many as the container's quota of time is worth, rounded up.
+def cores(root: Path = _CGROUPS, mine: Path = _MINE) -> int:
+    """Cores that we may use: those we are bound to, or as many as our quota of time is worth, rounded up.
 
     NOTE: more threads than that wait for each other while the quota holds them back.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = cgroup.read_text(encoding="ascii").split()
-        return min(bound, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return bound
+    return min([bound, *(max(1, math.ceil(quota)) for quota in quotas(root, mine))])
+
+
+def quotas(root: Path = _CGROUPS, mine: Path = _MINE) -> list[float]:
+    """The processor time that each control group above this process allows it, in cores.
+
+    root: where the groups are mounted. mine: which groups are ours, one line for each hierarchy: number, controllers
+    and path. In a container the path may be the host's; there the container's own group is mounted as the root.
+    """
+    found = []
+    for line in mine.read_text().splitlines() if mine.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        for base in (root / "cpu",) if "cpu" in controllers.split(",") else (root, root / "unified"):
+            group = base / path.lstrip("/")
+            groups = (group, *group.parents[: len(group.relative_to(base).parts)])
+            found += [quota for folder in groups if (quota := _quota(folder)) is not None]
+    return found
+
+
+def _quota(group: Path) -> float | None:
+    """Cores that a control group of either version may use; None where it has no limit or is not here."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
+            return int(quota) / int(period) if int(quota) > 0 else None
+    return None
 
 
 def _torch_version() -> str:

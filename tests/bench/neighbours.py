@@ -1,7 +1,7 @@
 """How long one image takes while other processes keep the processor busy: `python -m tests.bench.neighbours`.
 
-An engine draws in a process of its own while 0, 1 and 2 endless loops run beside it. Each row is one setting of how
-OpenMP's threads wait: they spin at barriers, and where threads share a core they spin while the other could run.
+An engine draws in a process of its own while 0, 1 and 2 endless loops run beside it. Each row is one setting of how many
+threads it computes with and how long they spin at barriers: where they share a core they spin while others could run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parent.parent.parent
+ALL = {"INSTEP_THREADS": str(os.cpu_count())}
 SETTINGS: dict[str, dict[str, str]] = {
-    "as OpenMP comes": {"GOMP_SPINCOUNT": "300000"},
     "as Instep starts": {},
-    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (0, 1_000, 5_000, 20_000)},
-    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"},
+    "one thread, always": {"INSTEP_THREADS": "1"},
+    "all threads, always": ALL,
+    **{f"the same, GOMP_SPINCOUNT={count}": ALL | {"GOMP_SPINCOUNT": str(count)} for count in (0, 1_000, 20_000)},
 }
 LOOP = "import signal; signal.alarm(600)\nwhile True: pass"
 
@@ -72,9 +73,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         draw(args.model, args.steps, args.images, args.dtype)
-    print(f"{'':26}" + "".join(f"{loops} busy neighbours".rjust(20) for loops in args.loops))
+    print(f"{'':34}" + "".join(f"{loops} busy neighbours".rjust(20) for loops in args.loops))
     for name in args.only:
-        print(f"{name:26}", end="", flush=True)
+        print(f"{name:34}", end="", flush=True)
         for loops in args.loops:
             print(f"{seconds(SETTINGS[name], loops, args):18.3f} s", end="", flush=True)
         print()

@@ -15,8 +15,10 @@ from tests.engine.fakes import NOWHERE, FakeProfiles
 class Bench:
     """Collects reports; `ticks` are the forwards, `results` and `failures` are by (request id, index) and id."""
 
-    def __init__(self, pool: Any, *, deterministic: bool = False, profiles: Any = None, **engine: Any) -> None:
-        settings = Settings(deterministic=deterministic, cache=NOWHERE)
+    def __init__(
+        self, pool: Any, *, deterministic: bool = False, threads: int = 0, profiles: Any = None, **engine: Any
+    ) -> None:
+        settings = Settings(deterministic=deterministic, threads=threads, cache=NOWHERE)
         self.reports: list[Report] = []
         profiles = profiles or FakeProfiles()
         self.engine = Engine(pool, settings, self.reports.append, profiles=profiles, **engine)

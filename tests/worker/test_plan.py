@@ -95,18 +95,46 @@ def test_threads_share_the_cores():
     assert plan.threads(Settings(devices="cpu,cpu", threads=3)) == 3
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("50000 100000", 1), ("150000 100000", 2), ("400000 100000", 4)])
-def test_a_container_computes_with_what_its_quota_is_worth(tmp_path, monkeypatch, quota, cores):
+QUOTAS = [("50000 100000", 1), ("150000 100000", 2), ("400000 100000", 4), ("max 100000", 8)]
+
+
+@pytest.mark.parametrize("path", ["/", "/system.slice/instep.service"])
+@pytest.mark.parametrize(("quota", "cores"), QUOTAS)
+def test_a_container_or_a_unit_computes_with_what_its_quota_is_worth(tmp_path, monkeypatch, quota, cores, path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert plan.cores(tmp_path / "cpu.max") == cores
-    assert plan.threads(Settings(devices="cpu"), tmp_path / "cpu.max") == cores
+    mine, group = tmp_path / "mine", tmp_path / path.lstrip("/")
+    mine.write_text(f"0::{path}\n")
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "cpu.max").write_text(f"{quota}\n")
+    assert plan.cores(tmp_path, mine) == cores
+    assert plan.threads(Settings(devices="cpu"), tmp_path, mine) == cores
+
+
+@pytest.mark.parametrize("path", ["/", "/docker/c0ffee"])
+def test_quotas_of_the_first_version_of_control_groups_count_too(tmp_path, monkeypatch, path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    mine, group = tmp_path / "mine", tmp_path / "cpu"
+    mine.write_text(f"3:memory:{path}\n2:cpu,cpuacct:{path}\n0::/\n")
+    group.mkdir()
+    (group / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in (("150000", 2), ("-1", 8)):
+        (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert plan.cores(tmp_path, mine) == cores, "in a container its own group is mounted as the root"
+
+
+def test_the_narrowest_quota_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    mine, group = tmp_path / "mine", tmp_path / "a" / "b"
+    mine.write_text("0::/a/b\n")
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text("400000 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("200000 100000\n")
+    assert plan.cores(tmp_path, mine) == 2
 
 
 def test_without_a_quota_every_core_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert plan.cores(tmp_path / "cpu.max") == plan.cores(tmp_path / "nothing") == 8
+    assert plan.cores(tmp_path, tmp_path / "nothing") == plan.cores(tmp_path) == 8
 
 
 def test_the_front_imports_no_torch():
