@@ -1,7 +1,7 @@
 """How long one image takes while other processes keep the processor busy: `python -m tests.bench.neighbours`.
 
-An engine draws in a process of its own while 0, 1 and 2 endless loops run beside it. Each row is one setting of how many
-threads it computes with and how long they spin at barriers: where they share a core they spin while others could run.
+An engine draws in a process of its own while 0, 1 and 2 endless loops run beside it. Each row is one setting of how
+many threads it computes with and how long they spin at barriers: they spin there while others could use the core.
 """
 
 from __future__ import annotations
