@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app import main
+from app import main, sockets
 from app.errors import CardError, SettingsError
 from app.settings import Settings
 from tests.api.conftest import FAKE, eventually, write_cards
@@ -184,7 +184,7 @@ def test_a_port_in_use_is_one_line(settings: Settings) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
-            main.listen("127.0.0.1", port)
+            sockets.listen("127.0.0.1", port)
 
 
 def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Settings, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_a_signal_while_the_engines_start_ends_the_start(settings: Settings, tmp
 def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
     async def without_delay() -> int:
         accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
-        listener = main.listen(host, 0)
+        listener = sockets.listen(host, 0)
         async with await asyncio.start_server(lambda _, writer: accepted.put(writer), sock=listener):
             _, client = await asyncio.open_connection(*listener.getsockname()[:2])
             server = await accepted.get()
@@ -242,7 +242,7 @@ def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
     ("connections", "files", "told"),
     [
         (100, 500, False),
-        (300, 300 + main.OTHER_FILES, False),
+        (300, 300 + sockets.OTHER_FILES, False),
         (0, 2000, False),
         (1744, 2000, False),
         (1745, 2000, True),
@@ -252,10 +252,10 @@ def test_there_is_room_for_the_connections(connections: int, files: int, told: b
     """0 is for as many as there can be. What is set is asked of the system, in a process that has its own limits."""
     code = f"""
 import resource, sys
-from app import logs, main
+from app import logs, sockets
 resource.setrlimit(resource.RLIMIT_NOFILE, (500, 2000))
 logs.setup("warning")
-main.make_room({connections})
+sockets.make_room({connections})
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -268,8 +268,8 @@ def test_a_limit_that_is_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
     for soft in (500, endless):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, endless))
-        main.make_room(0)
-    assert given == [(main.MOST_FILES, endless)]
+        sockets.make_room(0)
+    assert given == [(sockets.MOST_FILES, endless)]
 
 
 def test_keys_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_the_engines_are_given_settings_without_keys(settings: Settings, monkeyp
 
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.1, port 0: "):
-        main.listen("203.0.113.1", 0)
+        sockets.listen("203.0.113.1", 0)
 
 
 def test_a_broken_card_stops_the_start(settings: Settings) -> None:
