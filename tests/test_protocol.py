@@ -66,6 +66,25 @@ def test_a_client_that_drips_its_request_gets_408(server: Server, start: bytes, 
         assert refusal(said) == (408, "request_timeout")
 
 
+def test_a_head_has_less_time_than_a_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two clients that drip from the same moment on, one its headers and one its body."""
+    assert protocol.HEAD_SECONDS == 10
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", SECONDS / 5)
+    body = b'{"prompt": "a"}'
+    with connect(server.url) as head, connect(server.url) as whole:
+        whole.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
+        assert refusal(dripped(head, GET, repeat(b"X-A: b\r\n"))) == (408, "request_timeout")
+        whole.sendall(body)
+        assert answer(whole)[0] == 200
+
+
+def test_the_time_of_a_body_is_counted_from_its_head(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", SECONDS / 5)
+    with connect(server.url) as wire:
+        wire.sendall(POST + b"Content-Length: 1000\r\n\r\n")
+        assert refusal(dripped(wire, b"{", repeat(b" "))) == (408, "request_timeout")
+
+
 def test_the_second_request_of_a_connection_has_a_deadline_too(server: Server) -> None:
     with connect(server.url) as wire:
         assert asked(wire)[0] == 200
