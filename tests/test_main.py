@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import pickle
-import resource
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from app import main, sockets
+from app import main
 from app.errors import CardError, SettingsError
 from app.settings import Settings
 from tests.api.conftest import FAKE, eventually, write_cards
@@ -96,13 +93,6 @@ def test_a_worker_that_refuses_is_one_line(settings: Settings, tmp_path: Path) -
     assert "Traceback" not in "".join(served.lines)
 
 
-def test_a_port_in_use_is_one_line(settings: Settings) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
-            sockets.listen("127.0.0.1", port)
-
-
 def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Settings, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -138,56 +128,6 @@ def test_a_signal_while_the_engines_start_ends_the_start(settings: Settings, tmp
         served.process.kill()
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
-    async def without_delay() -> int:
-        accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
-        listener = sockets.listen(host, 0)
-        async with await asyncio.start_server(lambda _, writer: accepted.put(writer), sock=listener):
-            _, client = await asyncio.open_connection(*listener.getsockname()[:2])
-            server = await accepted.get()
-            client.close()
-            server.close()
-            return server.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-    assert asyncio.run(without_delay())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("connections", "files", "told"),
-    [
-        (100, 500, False),
-        (300, 300 + sockets.OTHER_FILES, False),
-        (0, 2000, False),
-        (1744, 2000, False),
-        (1745, 2000, True),
-    ],
-)
-def test_there_is_room_for_the_connections(connections: int, files: int, told: bool) -> None:
-    """0 is for as many as there can be. What is set is asked of the system, in a process that has its own limits."""
-    code = f"""
-import resource, sys
-from app import logs, sockets
-resource.setrlimit(resource.RLIMIT_NOFILE, (500, 2000))
-logs.setup("warning")
-sockets.make_room({connections})
-print(*resource.getrlimit(resource.RLIMIT_NOFILE))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.split() == [str(files), "2000"]
-    assert ('"event": "fewer connections"' in done.stderr) == told
-
-
-def test_a_limit_that_is_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    endless, given = resource.RLIM_INFINITY, list[tuple[int, int]]()
-    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
-    for soft in (500, endless):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, endless))
-        sockets.make_room(0)
-    assert given == [(sockets.MOST_FILES, endless)]
-
-
 def test_keys_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("INSTEP_API_KEYS", "instep_admin_key", "INSTEP_API_KEYS_FILE", "INSTEP_PORT"):
         monkeypatch.setenv(name, "1")
@@ -204,11 +144,6 @@ def test_the_engines_are_given_settings_without_keys(settings: Settings, monkeyp
     app = main.create_app(settings.model_copy(update={"api_keys": key, "admin_key": f"{key}2"}))
     assert key not in pickle.dumps([given, app.state.front.settings, app.state.front.keys]).decode("latin-1")
     assert len(given) == 1 and app.state.front.keys.find(key.encode()).name == "key-1"
-
-
-def test_an_address_that_is_not_ours() -> None:
-    with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.1, port 0: "):
-        sockets.listen("203.0.113.1", 0)
 
 
 def test_a_broken_card_stops_the_start(settings: Settings) -> None:

@@ -79,7 +79,9 @@ def test_http_1_0_has_no_chunks(server: Server) -> None:
         assert refusal(heard(wire)) == (400, "invalid_request")
 
 
-@pytest.mark.parametrize("chunk", [b"-1\r\na\r\n", b"0x1\r\na\r\n", b"1_0\r\na\r\n", b"\r\n", b"1\nab\r\n", b"1\r\nab\r\n"])
+@pytest.mark.parametrize(
+    "chunk", [b"-1\r\na\r\n", b"0x1\r\na\r\n", b"1_0\r\na\r\n", b"\r\n", b"1\nab\r\n", b"1\r\nab\r\n"]
+)
 def test_a_chunk_that_is_none_is_400(server: Server, chunk: bytes) -> None:
     with connect(server.url) as wire:
         key = f"Authorization: Bearer {ALICE}\r\n".encode()
