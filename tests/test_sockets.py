@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -53,7 +54,7 @@ asyncio.run(main())
 
 
 def test_few_files_hold_fewer_connections_and_the_log_stays_short(tmp_path: Path) -> None:
-    """Many times more clients than files, and each probe is answered."""
+    """Many times more clients than files, who come all at once and wait in the system, and each probe is answered."""
     served = Served(Settings(models=write_cards(tmp_path / "models"), devices="cpu", port=0, drain=5))
     try:
         resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (FEW, FEW))
@@ -61,8 +62,10 @@ def test_few_files_hold_fewer_connections_and_the_log_stays_short(tmp_path: Path
         assert served.logged("fewer connections")["room"] == FEW // 2
         lines = len(served.lines)
         with ExitStack() as stack:
+            served.process.send_signal(signal.SIGSTOP)
             for _ in range(4 * FEW):
                 stack.enter_context(connect(url))
+            served.process.send_signal(signal.SIGCONT)
             assert [httpx.get(f"{url}/healthz").status_code for _ in range(20)] == [200] * 20
             assert len(os.listdir(f"/proc/{served.process.pid}/fd")) < FEW
         assert len(served.lines) == lines

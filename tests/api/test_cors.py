@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -159,10 +160,11 @@ def test_a_crowd_is_refused_readably(settings: Settings, tmp_path: Path) -> None
     )
     limits = {"max_connections": 1, "request_timeout": 0.5}
     with serving(settings, tmp_path, cors_origins=ORIGIN, **limits) as server, connect(server.url) as first:
+        first.sendall(post + f"Authorization: Bearer {ALICE}\r\nContent-Length: 10\r\n\r\n{{".encode())
+        time.sleep(0.1)
         with connect(server.url) as other:
             other.sendall(get + b"\r\n")
             over = heard(other).lower()
-        first.sendall(post + f"Authorization: Bearer {ALICE}\r\nContent-Length: 10\r\n\r\n{{".encode())
         late = heard(first).lower()
     for status, said in ((b"503", over), (b"408", late)):
         assert said.startswith(b"http/1.1 " + status)
