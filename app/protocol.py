@@ -121,8 +121,7 @@ class Guarded(H11Protocol):
         """Whether nothing is lost but a wait if this connection is closed now."""
         if self.transport.get_write_buffer_size():
             return False
-        at_work = self.cycle and not self.cycle.response_complete
-        return self._refused or not (at_work or self.conn.their_state is h11.SEND_BODY)
+        return self._refused or not self.cycle or self.cycle.response_complete
 
     def _start_clock(self) -> None:
         self._began = self.loop.time()
