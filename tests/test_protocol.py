@@ -14,7 +14,7 @@ from app import protocol
 from app.parser import HEADERS
 from app.settings import Settings
 from tests.api.conftest import Server, eventually, write_cards
-from tests.wires import GET, answer, asked, connect, dripped, heard, refusal
+from tests.wires import GET, PAUSE, answer, asked, connect, dripped, heard, refusal
 
 SECONDS = 0.5
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
@@ -152,6 +152,16 @@ def test_refusals_are_counted_by_their_code(server: Server) -> None:
     text = httpx.get(f"{server.url}/metrics").text
     for code in ("request_timeout", "headers_too_large", "invalid_request"):
         assert f'instep_requests_rejected_total{{model="",reason="{code}"}}' in text
+
+
+def test_a_refused_client_that_never_stops_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LINGER", 4 * PAUSE)
+    with connect(server.url) as wire:
+        wire.sendall(b"\x00")
+        with pytest.raises(OSError):
+            for _ in range(600):
+                wire.sendall(b"a")
+                time.sleep(PAUSE)
 
 
 def test_a_refused_client_does_not_hold_up_the_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from app import protocol
 from app.settings import Settings
 from tests.api.conftest import ALICE, Server, eventually, write_cards
 from tests.wires import asked, connect, heard, refusal
@@ -94,6 +96,17 @@ def test_one_length_said_twice_is_one(server: Server, head: bytes) -> None:
     with connect(server.url) as wire:
         assert asked(wire, b"GET /healthz HTTP/1.1\r\nHost: a\r\n" + head)[0] == 200
         assert asked(wire, b"GET /healthz HTTP/1.1\r\nHost: a\r\n")[0] == 200
+
+
+def test_a_refused_client_may_take_its_time_to_send_the_rest(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is silent for far less than LINGER, and sends for longer."""
+    monkeypatch.setattr(protocol, "LINGER", 1.0)
+    with connect(server.url) as wire:
+        wire.sendall(IMAGES + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(44):
+            wire.sendall(b"a" * 100_000)
+            time.sleep(0.05)
+        assert refusal(heard(wire)) == (400, "invalid_request")
 
 
 EARLY = [
