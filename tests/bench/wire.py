@@ -1,8 +1,8 @@
 """What hostile connections cost others: `python -m tests.bench.wire [CHECKOUT]`. Ends by itself, in one JSON line.
 
-A real `instep serve` on a loopback port for each of four cases: silent sockets over the cap, senders that drip their
-headers, a stalled upload at SIGTERM, and few open files. CHECKOUT: another folder of this repository, whose code is
-served instead; the clients are the same.
+A real `instep serve` on a loopback port for each case: silent sockets over the cap, senders that drip their headers,
+few open files, a stalled upload at SIGTERM, a second Ctrl-C, and signals while a server starts. CHECKOUT: another
+folder of this repository, whose code is served instead; the clients are the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ LOGGED = 10.0
 """Seconds for which the log is watched."""
 
 HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
-UPLOAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 5000000\r\n\r\n{"
+POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
+UPLOAD = POST + b"Content-Length: 5000000\r\n\r\n{"
+LONG = b'{"prompt": "a red apple", "model": "emoji-mmdit", "num_inference_steps": 250, "n": 4}'
+MOMENTS = [moment / 1000 for moment in range(0, 1001, 50)]
+"""Seconds from the start of a process to a signal."""
 
 
 class Server:
@@ -160,11 +164,36 @@ def few(checkout: Path) -> dict[str, object]:
         return {"files": FEW, "sockets": CROWD, "log_bytes_per_second": round(logged), **probes(server)}
 
 
+def hurried(checkout: Path) -> dict[str, object]:
+    """Two SIGINT, a second apart, while pictures are drawn."""
+    with serving(checkout, drain=30) as server, server.connect() as wire:
+        wire.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(LONG), LONG))
+        for _ in range(2):
+            time.sleep(1)
+            begin = time.perf_counter()
+            server.process.send_signal(signal.SIGINT)
+        code = server.process.wait(60)
+        return {"drain": 30, "seconds": round(time.perf_counter() - begin, 2), "exit": code}
+
+
+def starting(checkout: Path) -> dict[str, object]:
+    """How many of the starts that a signal ended had exit code 0, and after which moments another one."""
+    others = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for moment in MOMENTS:
+            process = subprocess.Popen(SERVE, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(moment)
+            process.send_signal(number)
+            if code := process.wait(60):
+                others[f"{number.name} {moment}"] = code
+    return {"starts": 2 * len(MOMENTS), "exit_0": 2 * len(MOMENTS) - len(others), "others": others}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, nargs="?", default=ROOT)
     checkout = parser.parse_args().checkout.resolve()
-    cases = {case.__name__: case(checkout) for case in (silent, slow, stalled, few)}
+    cases = {case.__name__: case(checkout) for case in (silent, slow, few, stalled, hurried, starting)}
     print(json.dumps({"date": date.today().isoformat(), **cases}))
 
 
