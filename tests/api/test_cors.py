@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -161,7 +160,7 @@ def test_a_crowd_is_refused_readably(settings: Settings, tmp_path: Path) -> None
     limits = {"max_connections": 1, "request_timeout": 0.5}
     with serving(settings, tmp_path, cors_origins=ORIGIN, **limits) as server, connect(server.url) as first:
         first.sendall(post + f"Authorization: Bearer {ALICE}\r\nContent-Length: 10\r\n\r\n{{".encode())
-        time.sleep(0.1)
+        eventually(lambda: len(server.uvicorn.server_state.tasks) == 1)
         with connect(server.url) as other:
             other.sendall(get + b"\r\n")
             over = heard(other).lower()
