@@ -157,7 +157,7 @@ def test_a_crowd_is_refused_readably(settings: Settings, tmp_path: Path) -> None
     get, post = (
         f"{words} HTTP/1.1\r\nHost: a\r\nOrigin: {ORIGIN}\r\n".encode() for words in ("GET /", f"POST {IMAGES}")
     )
-    limits = {"max_connections": 1, "request_timeout": 0.5}
+    limits = {"max_connections": 1, "request_timeout": 2.5}
     with serving(settings, tmp_path, cors_origins=ORIGIN, **limits) as server, connect(server.url) as first:
         first.sendall(post + f"Authorization: Bearer {ALICE}\r\nContent-Length: 10\r\n\r\n{{".encode())
         eventually(lambda: len(server.uvicorn.server_state.tasks) == 1)
