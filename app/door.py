@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from app.errors import InstepError
 from app.settings import Settings
@@ -15,7 +15,7 @@ from app.settings import Settings
 SPARE = 64
 SPARE_EACH = 8
 """Connections over the caps that are heard at all, of all addresses and of one. Further ones are dropped
-without a word."""
+without a word. A server with a small cap has fewer spare ones, an eighth of the cap."""
 
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
 """Status, headers and body of a refusal."""
@@ -32,28 +32,81 @@ NOTHING = Asked()
 """No request has come yet, or not the whole head of one."""
 
 
+class Guest(Protocol):
+    """One connection, as the door knows it."""
+
+    address: str
+
+    def dismiss(self) -> None:
+        """Close this connection, which is silent: another one needs its place."""
+
+
 class Door:
     """What the connections of one server share: the settings, how a refusal is answered, and who is there."""
 
     def __init__(self, settings: Settings, refuse: Callable[[InstepError, Asked], Answer]) -> None:
         self.seconds = settings.request_timeout
         self.refuse = refuse
-        self._caps = (settings.max_connections, settings.connections_per_address)
+        self._most, self._most_each = settings.max_connections, settings.connections_per_address
+        self._guests: dict[Guest, bool] = {}
         self._inside: Counter[str] = Counter()
         self._over: Counter[str] = Counter()
+        self._silent: dict[str, dict[Guest, None]] = {}
 
-    def enter(self, address: str) -> bool | None:
-        """Whether a new connection is within the caps; None where it is not to be heard at all."""
-        pairs = zip(self._caps, (self._inside.total(), self._inside[address]), strict=True)
-        if all(now < most for most, now in pairs if most):
-            self._inside[address] += 1
+    def enter(self, guest: Guest) -> bool | None:
+        """Whether a new connection is within the caps; None where it is not to be heard at all.
+
+        At a cap the oldest silent connection makes room for it.
+        """
+        address = guest.address
+        if self._full(address) and (oldest := self._oldest(address)):
+            self.leave(oldest)
+            oldest.dismiss()
+        if not self._full(address):
+            self._count(guest, True)
+            self.note(guest, silent=True)
             return True
-        self._over[address] += 1
-        return False if self._over.total() <= SPARE and self._over[address] <= SPARE_EACH else None
+        spare = min(SPARE, self._most // 8 + 1) if self._most else SPARE
+        if self._over.total() >= spare or self._over[address] >= SPARE_EACH:
+            return None
+        self._count(guest, False)
+        return False
 
-    def leave(self, address: str, entered: bool | None) -> None:
-        """The connection is gone. entered: what `enter` said of it."""
-        counts = self._inside if entered else self._over
-        counts[address] -= 1
-        if not counts[address]:
-            del counts[address]
+    def note(self, guest: Guest, *, silent: bool) -> None:
+        """A connection within the caps is silent while there is no whole head of a request to answer."""
+        if not self._guests.get(guest):
+            return
+        crowd = self._silent.setdefault(guest.address, {})
+        if silent:
+            crowd.setdefault(guest)
+        else:
+            crowd.pop(guest, None)
+        if not crowd:
+            del self._silent[guest.address]
+
+    def leave(self, guest: Guest) -> None:
+        """The connection is gone, or has been told to go."""
+        self.note(guest, silent=False)
+        if (within := self._guests.pop(guest, None)) is None:
+            return
+        counts = self._inside if within else self._over
+        counts[guest.address] -= 1
+        if not counts[guest.address]:
+            del counts[guest.address]
+
+    def _count(self, guest: Guest, within: bool) -> None:
+        self._guests[guest] = within
+        (self._inside if within else self._over)[guest.address] += 1
+
+    def _full(self, address: str) -> bool:
+        return self._full_of(address) or 0 < self._most <= self._inside.total()
+
+    def _full_of(self, address: str) -> bool:
+        return 0 < self._most_each <= self._inside[address]
+
+    def _oldest(self, address: str) -> Guest | None:
+        """The connection that has been silent longest: of this address where that is at its own cap, else of the
+        address that has most of them, so that a crowd pushes out its own."""
+        crowds = self._silent
+        crowd = crowds.get(address) if self._full_of(address) else max(crowds.values(), key=len, default=None)
+        return next(iter(crowd)) if crowd else None

@@ -95,7 +95,7 @@ class HeadersTooLarge(RequestError):
 
 
 class RequestTimeout(RequestError):
-    """The request did not come whole within REQUEST_TIMEOUT."""
+    """The request did not come whole within REQUEST_TIMEOUT, or its headers within 10 seconds."""
 
 
 class ModelNotFound(InstepError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import resource
 import signal
 import socket
 import sys
@@ -31,23 +30,18 @@ from app.api.responses import error_response, told
 from app.api.security import with_ids
 from app.card import read_cards
 from app.door import Answer, Asked, Door
-from app.errors import InstepError, SettingsError
+from app.errors import InstepError
 from app.keys import read_keys
 from app.metrics import Metrics
 from app.protocol import Guarded
 from app.settings import SECRETS, Settings
+from app.sockets import ACCEPTED, WAITING, Failures, listen, make_room, taken
 from app.worker.supervisor import Supervisor
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]
 
 LAST_ANSWERS = 5
 """Seconds, after the drain, in which the 503s to what did not finish may still go out."""
-
-OTHER_FILES = 256
-"""Open files besides the connections within the caps."""
-
-MOST_FILES = 1 << 20
-"""Open files that are enough where connections have no cap, and the system has none either."""
 
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
@@ -92,9 +86,9 @@ def serve(settings: Settings, app: Application | None = None) -> None:
     """
     logs.setup(settings.log_level)
     app = app or create_app(settings)
-    settings = settings.without_secrets()
+    room = make_room(settings.max_connections)
+    settings = settings.without_secrets().model_copy(update={"max_connections": room})
     forget_secrets()
-    make_room(settings.max_connections)
     listener = listen(settings.host, settings.port)
     # NOTE: uvicorn drains on a signal and then raises it again, which would end the process with a failure. By then
     # these handlers are back in place; before uvicorn takes over, they end the start just as quietly.
@@ -120,7 +114,7 @@ def configured(app: Application, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_ANSWERS,
+        timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_ANSWERS + 1,
     )
 
 
@@ -129,35 +123,6 @@ def forget_secrets() -> None:
     names = {f"{Settings.model_config.get('env_prefix')}{name}".upper() for name in SECRETS}
     for name in [name for name in os.environ if name.upper() in names]:
         del os.environ[name]
-
-
-def make_room(connections: int) -> None:
-    """Let this process hold so many connections, 0 for all it can: it starts out with 1024 open files, as a rule.
-
-    Logs a warning where the system lets it hold fewer.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
-    wanted = connections + OTHER_FILES if connections else min(most, MOST_FILES)
-    if resource.RLIM_INFINITY != soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, most), hard))
-    if wanted > most:
-        logs.logger("instep").warning("fewer connections", wanted=connections, open_files=most)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises SettingsError naming what is taken, before anything heavy has started."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # NOTE: with the protocol named asyncio switches Nagle off; else every answer after the first waits 40 ms for an ACK
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise taken(host, port, error) from error
-    listener.set_inheritable(False)
-    return listener
 
 
 def greet(front: Front, host: str, port: int) -> None:
@@ -169,11 +134,6 @@ def greet(front: Front, host: str, port: int) -> None:
         return
     keys = ", with one of your keys in INSTEP_KEY" if closed else f" (docs: {url}/docs)"
     print(f"Instep listens on {url}{keys}. A first picture:\n{curl}", file=sys.stderr, flush=True)
-
-
-def taken(host: str, port: int, error: OSError) -> SettingsError:
-    """The error for an address that the system does not give us."""
-    return SettingsError(f"cannot listen on {host}, port {port}: {error.strerror or error}", param="port")
 
 
 def version() -> str:
@@ -191,28 +151,51 @@ class _Server(uvicorn.Server):
         self._front: Front = app.state.front
         self._settings = settings
         super().__init__(configured(app, settings))
+        self.config.backlog = ACCEPTED
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal while the engines start ends the start: nobody is served yet."""
+        """A signal before anybody is served ends the start; a second one, if it is SIGINT, ends the drain."""
         if not self.started:
             raise SystemExit(0)
         super().handle_exit(sig, frame)
+        if self.force_exit:
+            asyncio.run_coroutine_threadsafe(self._hurry(), asyncio.get_running_loop())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then say where. Raises SettingsError when another has begun to listen there meanwhile."""
+        asyncio.get_running_loop().set_exception_handler(Failures())
         try:
             await super().startup(sockets)
         except OSError as error:
             await self.lifespan.shutdown()
             raise taken(self._settings.host, self._settings.port, error) from error
         for listener in sockets or [] if self.started else []:
+            # NOTE: what asyncio accepts at once and what the system keeps for us are one number to uvicorn.
+            listener.listen(WAITING)
             greet(self._front, *listener.getsockname()[:2])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting and drain at the same time, so that what runs past the drain is answered 503."""
-        stopping = asyncio.ensure_future(self._front.supervisor.stop(self._front.settings.drain))
+        drain = self._front.settings.drain
+        stopping = asyncio.ensure_future(self._front.supervisor.stop(drain))
+        asyncio.get_running_loop().call_later(drain + LAST_ANSWERS, self._cut)
         await super().shutdown(sockets)
         await stopping
+
+    async def _hurry(self) -> None:
+        """Answer what is not done with 503, and do not wait for engines either."""
+        supervisor = self._front.supervisor
+        stopping = asyncio.ensure_future(supervisor.stop(0))
+        await asyncio.sleep(0.1)
+        for pid in filter(None, supervisor.pids):
+            os.kill(pid, signal.SIGKILL)
+        await stopping
+        self._cut()
+
+    def _cut(self) -> None:
+        """Abort what is still connected: uvicorn would cancel the routes, with a traceback for each."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _door(front: Front, settings: Settings) -> Door:

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.door import NOTHING, Asked, Door
-from app.errors import HeadersTooLarge, InstepError, Overloaded, RequestError, RequestTimeout
-
-HEADERS = 100
-"""Header lines that a request may have."""
-
-HEADER_BYTES = 32 * 1024
-"""Bytes of a request's target and headers together."""
-
-_TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them."
+from app.door import Door
+from app.errors import InstepError, Overloaded, RequestTimeout, ShuttingDown
+from app.parser import Parser
 
 SLOWEST = 8 * 1024
 """Bytes a second that a client must take of its answer while it has not taken all."""
 
+HEAD_SECONDS = 10.0
+"""Seconds in which a client must send the whole head of a request, where REQUEST_TIMEOUT is not shorter still."""
+
 LINGER = 2.0
-"""Seconds in which a refused client may read why. NOTE: to close on unread data resets the connection, and the answer
-is lost with it; so the client's rest is read and dropped for as long."""
+"""Seconds of silence after which a refused client is cut off, and REQUEST_TIMEOUT where it goes on sending. NOTE: to
+close on unread data resets the connection, and the answer is lost with it; so the client's rest is read and dropped."""
 
 PROBES = (b"/healthz", b"/readyz")
 """What a connection over the caps may still ask. A crowd must not make an orchestrator restart the server, and its
@@ -41,58 +36,19 @@ _QUIET.setLevel(logging.ERROR)
 """For uvicorn, which warns of every request that is refused: the metrics count them, and a crowd could fill a disk."""
 
 
-class _Parser(h11.Connection):
-    """h11 with an eye on each request and on each byte that goes out.
-
-    asked: the present request, once its head has come. fault: what was wrong with it.
-    """
-
-    def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
-        super().__init__(h11.SERVER, HEADER_BYTES)
-        self.fault: InstepError = RequestError("This is not a valid HTTP request.")
-        self.asked = NOTHING
-        self._check = check
-        self._sending = sending
-
-    def next_event(self) -> Any:
-        """Raises RemoteProtocolError for a request that `check` finds fault with, too."""
-        self.asked = NOTHING if self.their_state is h11.IDLE else self.asked
-        try:
-            event = super().next_event()
-        except h11.RemoteProtocolError as error:
-            if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-                self.fault = HeadersTooLarge(_TOO_LARGE)
-            raise
-        if isinstance(event, h11.Request):
-            self.asked = Asked(event.method, dict(event.headers).get(b"origin", b""))
-            if fault := self._check(event):
-                self.fault = fault
-                raise h11.RemoteProtocolError(fault.message)
-        return event
-
-    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
-        """What goes out for this event."""
-        pieces = super().send_with_data_passthrough(event)
-        self._sending(sum(map(len, pieces or ())))
-        return pieces
-
-    @property
-    def coming(self) -> bool:
-        """Whether a request has begun to come and is not whole."""
-        return self.their_state is h11.SEND_BODY or (self.their_state is h11.IDLE and bool(self.trailing_data[0]))
-
-
 class Guarded(H11Protocol):
     """One connection. Two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
 
     def __init__(self, door: Door, **made: Any) -> None:
         super().__init__(**made)
-        self.conn: _Parser = _Parser(self._fault, self._sending)
+        self.conn: Parser = Parser(self._fault, self._sending)
         self.logger = _QUIET
+        self.address = ""
         self._door = door
-        self._address = ""
         self._entered: bool | None = True
         self._refused = False
+        self._still_sends = False
+        self._began = 0.0
         self._clock: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._written = 0
@@ -100,13 +56,13 @@ class Guarded(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the transport: a client is there, and its time runs."""
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else ""
-        self._entered = self._door.enter(self._address)
+        self.address = self.client[0] if self.client else ""
+        self._entered = self._door.enter(self)
         transport.abort() if self._entered is None else self._start_clock()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the transport: the client is gone."""
-        self._door.leave(self._address, self._entered)
+        self._door.leave(self)
         self._stop_clock()
         if self._watch:
             self._watch.cancel()
@@ -115,6 +71,7 @@ class Guarded(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Called by the transport. What a refused client still sends is dropped."""
         if self._refused:
+            self._still_sends = True
             return
         super().data_received(data)
         if not self._entered and self.cycle:
@@ -131,30 +88,45 @@ class Guarded(H11Protocol):
         self._refuse(self.conn.fault)
 
     def shutdown(self) -> None:
-        """Called by the server when it stops. NOTE: h11 knows nothing of our refusal and would raise."""
-        if self._refused:
-            self.transport.abort()
-        else:
+        """Called by the server when it stops; a request that is still coming would hold that up.
+
+        NOTE: h11 does not know that we refused a request, and would raise.
+        """
+        if self.conn.coming and not self._refused:
+            self._refuse(ShuttingDown("The server is shutting down.", retry_after=5.0))
+        elif not self._refused:
             super().shutdown()
 
+    def dismiss(self) -> None:
+        """Called by the door: another connection needs the place of this silent one."""
+        self.transport.close()
+
     def _fault(self, request: h11.Request) -> InstepError | None:
-        size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
-        if len(request.headers) > HEADERS or size > HEADER_BYTES:
-            return HeadersTooLarge(_TOO_LARGE)
         if not self._entered and request.target not in PROBES:
             return Overloaded("Too many connections are open. Try again later.", retry_after=GRACE)
         return None
 
     def _settle(self) -> None:
         """The clock runs from a request's first byte to its last, whatever its client sends in between."""
-        if self._refused or self.transport.is_closing() or not self.conn.coming:
+        self._door.note(self, silent=self._silent)
+        if self._refused:
+            return
+        if self.transport.is_closing() or not self.conn.coming:
             self._stop_clock()
         elif self._clock is None:
             self._start_clock()
 
+    @property
+    def _silent(self) -> bool:
+        """Whether nothing is lost but a wait if this connection is closed now."""
+        if self.transport.get_write_buffer_size():
+            return False
+        return self._refused or not self.cycle or self.cycle.response_complete
+
     def _start_clock(self) -> None:
-        seconds = self._door.seconds if self._entered else min(GRACE, self._door.seconds)
-        self._clock = self.loop.call_later(seconds, self._late)
+        self._began = self.loop.time()
+        seconds = HEAD_SECONDS if self._entered else GRACE
+        self._clock = self.loop.call_later(min(seconds, self._door.seconds), self._late)
 
     def _stop_clock(self) -> None:
         if self._clock:
@@ -162,8 +134,13 @@ class Guarded(H11Protocol):
             self._clock = None
 
     def _late(self) -> None:
-        if self.conn.coming:
-            self._refuse(RequestTimeout(f"The request did not come whole within {self._door.seconds:g} seconds."))
+        left = self._began + self._door.seconds - self.loop.time()
+        headed = self.conn.their_state is h11.SEND_BODY
+        if headed and self._entered and left > 0:
+            self._clock = self.loop.call_later(left, self._late)
+        elif self.conn.coming:
+            what = "request" if headed else "request's headers"
+            self._refuse(RequestTimeout(f"The {what} did not come whole in time."))
         else:
             self.transport.close()
 
@@ -182,7 +159,18 @@ class Guarded(H11Protocol):
             self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", body)))
         self.flow.resume_reading()
         self.transport.write_eof()
-        self._clock = self.loop.call_later(LINGER, self.transport.abort)
+        self._settle()
+        self._linger(self.loop.time() + self._door.seconds)
+
+    def _linger(self, until: float) -> None:
+        self._still_sends = False
+        self._clock = self.loop.call_later(LINGER, self._leave, until)
+
+    def _leave(self, until: float) -> None:
+        if self._still_sends and self.loop.time() < until:
+            self._linger(until)
+        else:
+            self.transport.abort()
 
     def _sending(self, count: int) -> None:
         """Watch that these bytes are taken."""
@@ -203,6 +191,7 @@ class Guarded(H11Protocol):
         """Whether the client has taken what was due by now: nothing else would ever end a client that does not read."""
         self._watch = None
         if not self.transport.get_write_buffer_size():
+            self._settle()
             return
         if self._sent < due:
             self.transport.abort()

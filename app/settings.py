@@ -79,10 +79,14 @@ class Settings(BaseSettings):
         120.0, description="Seconds of queue above which a request gets 503"
     )
     request_timeout: Annotated[float, Field(gt=0, le=3600)] = Field(
-        30.0, description="Seconds that a client may take to send one whole request, or to go on reading its answer"
+        30.0,
+        description="Seconds that a client may take to send one whole request, its headers in 10 of them, or to go on "
+        "reading its answer",
     )
     max_connections: Annotated[int, Field(ge=0)] = Field(
-        1000, description="Open connections above which new ones get 503, probes excepted; 0 for no cap"
+        1000,
+        description="Open connections above which the oldest silent one is closed for a new one; where none is silent "
+        "the new one gets 503, probes excepted. 0 for as many as there may be open files",
     )
     connections_per_address: Annotated[int, Field(ge=0)] = Field(
         0, description="The same for one address; leave it at 0 behind a proxy, whose address is every client's"

@@ -20,7 +20,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from typer.testing import CliRunner
 
-from app.cli import app
+from app.cli.commands import app
 from app.main import LAST_ANSWERS, create_app
 from app.settings import Settings
 

@@ -26,7 +26,7 @@ class Endless:
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
-        door = Door(Settings(request_timeout=SECONDS), lambda error, asked: (500, [], b""))
+        door = Door(Settings(request_timeout=SECONDS, max_connections=1), lambda error, asked: (500, [], b""))
         config: Any = {
             "http": partial(Guarded, door),
             "log_config": None,
@@ -72,3 +72,13 @@ def test_a_client_that_reads_at_its_own_pace_gets_all(endless: Endless) -> None:
             got += len(data)
             time.sleep(SECONDS / 20)
     assert got > PLENTY
+
+
+def test_an_answer_that_is_not_read_yet_is_not_pushed_out(endless: Endless) -> None:
+    """It still needs its place, though the route is done with it."""
+    with connect(endless.url) as one:
+        one.sendall(GET + b"\r\n")
+        assert one.recv(12) == b"HTTP/1.1 200"
+        with connect(endless.url) as two:
+            two.sendall(GET + b"\r\n")
+            assert two.recv(12) == b"HTTP/1.1 500"

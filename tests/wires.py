@@ -23,6 +23,19 @@ def connect(url: str, source: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection((str(address.hostname), int(address.port or 0)), 20, (source, 0))
 
 
+def gone(wire: socket.socket) -> bool:
+    """Whether the server has closed this connection, of which nothing is read that it sent before."""
+    wire.setblocking(False)
+    try:
+        return wire.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+    finally:
+        wire.settimeout(20)
+
+
 def heard(wire: socket.socket) -> bytes:
     """Everything until the server closes, which is no reset."""
     return b"".join(iter(lambda: wire.recv(65536), b""))

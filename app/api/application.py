@@ -17,6 +17,7 @@ from app import errors
 from app.api import compare, docs, health, images, models
 from app.api.access import Access
 from app.api.cors import Cors, read_origins
+from app.api.drain import Drain
 from app.api.front import Front, record_of
 from app.api.responses import error_response, http_error_response, told
 from app.api.security import authorize
@@ -46,6 +47,7 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
     app.add_middleware(Access)
     if front.settings.cors_origins:
         app.add_middleware(Cors, origins=read_origins(front.settings.cors_origins))
+    app.add_middleware(Drain)
     app.add_exception_handler(errors.InstepError, _ours)
     app.add_exception_handler(HTTPException, _framework)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -17,10 +17,6 @@ BODY_LIMIT = 1024 * 1024
 
 _GZIP = b"\x1f\x8b"
 
-DRAIN_LIMIT = 32 * 1024 * 1024
-"""Bytes that are read and dropped beyond it. NOTE: a server that closes on unread data resets the connection, and
-the client never sees the 413."""
-
 
 async def read_json(request: Request) -> object:
     """The body as a JSON value.
@@ -53,15 +49,11 @@ async def _read(request: Request) -> bytes:
     declared = request.headers.get("content-length", "")
     if "expect" in request.headers and declared.isdigit() and int(declared) > BODY_LIMIT:
         raise _too_large()
-    kept, size = bytearray(), 0
+    kept = bytearray()
     async for chunk in request.stream():
-        size += len(chunk)
-        if size <= BODY_LIMIT:
-            kept += chunk
-        elif size > DRAIN_LIMIT:
-            break
-    if size > BODY_LIMIT:
-        raise _too_large()
+        kept += chunk
+        if len(kept) > BODY_LIMIT:
+            raise _too_large()
     return bytes(kept)
 
 

@@ -157,12 +157,13 @@ def test_a_crowd_is_refused_readably(settings: Settings, tmp_path: Path) -> None
     get, post = (
         f"{words} HTTP/1.1\r\nHost: a\r\nOrigin: {ORIGIN}\r\n".encode() for words in ("GET /", f"POST {IMAGES}")
     )
-    limits = {"max_connections": 1, "request_timeout": 0.5}
+    limits = {"max_connections": 1, "request_timeout": 2.5}
     with serving(settings, tmp_path, cors_origins=ORIGIN, **limits) as server, connect(server.url) as first:
+        first.sendall(post + f"Authorization: Bearer {ALICE}\r\nContent-Length: 10\r\n\r\n{{".encode())
+        eventually(lambda: len(server.uvicorn.server_state.tasks) == 1)
         with connect(server.url) as other:
             other.sendall(get + b"\r\n")
             over = heard(other).lower()
-        first.sendall(post + f"Authorization: Bearer {ALICE}\r\nContent-Length: 10\r\n\r\n{{".encode())
         late = heard(first).lower()
     for status, said in ((b"503", over), (b"408", late)):
         assert said.startswith(b"http/1.1 " + status)

@@ -12,7 +12,7 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import app
+from app.cli.commands import app
 from tests.api.conftest import generate, real_server
 from tests.tiny import write_dit, write_sd3
 

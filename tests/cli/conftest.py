@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from app.cli import app
+from app.cli.commands import app
 from tests.cli.hub import Hub
 from tests.cli.pulls import SPARE, TOKEN
 from tests.tiny import write_models

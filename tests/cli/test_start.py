@@ -30,7 +30,7 @@ import sys
 from functools import partial
 from app import main
 main.Supervisor = partial(main.Supervisor, command=sys.argv[1].split())
-from app.cli import app
+from app.cli.commands import app
 app(["serve", *sys.argv[2:]])
 """
 FAKED = (sys.executable, "-c", QUICK, " ".join(FAKE))

@@ -8,7 +8,7 @@ import shlex
 import pytest
 from typer.main import get_command
 
-from app.cli import app
+from app.cli.commands import app
 from tests.readmes.blocks import BLOCKS, ROOT, documents
 from tests.readmes.test_marks import TARGETS, check_docker, flags
 

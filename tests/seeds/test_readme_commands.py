@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from app.api.presets import PRESETS
-from app.cli import app
+from app.cli.commands import app
 from tests.published import write_published
 from tests.readmes.blocks import BLOCKS
 

@@ -1,0 +1,47 @@
+"""Drain: the outermost layer: an answer that comes before its request's body is whole ends after that body.
+
+A server that closes a connection on unread data resets it, and a client that sends first and reads then would never
+see its 401.
+"""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+DRAIN_LIMIT = 32 * 1024 * 1024
+"""Bytes that are read and dropped. REQUEST_TIMEOUT bounds the time."""
+
+
+class Drain:
+    """Sends the whole answer at once and holds back its end alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = scope["type"] != "http" or not _with_body(Headers(scope=scope))
+        if whole:
+            await self._app(scope, receive, send)
+            return
+
+        async def hearing() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = not message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False) and not whole:
+                await send({**message, "more_body": True})
+                message, left = {"type": "http.response.body"}, DRAIN_LIMIT
+                while not whole and left > 0:
+                    left -= len((await hearing()).get("body", b""))
+            await send(message)
+
+        await self._app(scope, hearing, sending)
+
+
+def _with_body(headers: Headers) -> bool:
+    """Whether a body is on its way. NOTE: a client that waits for "100 Continue" need not send one after its answer."""
+    return "expect" not in headers and ("transfer-encoding" in headers or headers.get("content-length", "0") != "0")

@@ -1,0 +1,136 @@
+"""What a signal ends, and how soon: a start, a drain, and what clients have not finished."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings
+from tests.api.conftest import eventually, write_cards
+from tests.served import Clients, Served, refuses
+from tests.wires import GET, answer, connect, heard, refusal
+
+CONSOLE = str(Path(sys.executable).with_name("instep"))
+UPLOAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
+CAUGHT = 1 << (signal.SIGTERM - 1)
+BOTH = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(models=write_cards(tmp_path / "models"), devices="cpu", preload="all", port=0, drain=20)
+
+
+@pytest.fixture
+def served(settings: Settings) -> Iterator[Served]:
+    served = Served(settings)
+    yield served
+    served.process.kill()
+    served.process.wait()
+
+
+@pytest.mark.parametrize("sent", [UPLOAD, UPLOAD[:40], UPLOAD.replace(b"1000", b"5000000") + b"a" * 200_000])
+def test_a_stalled_upload_is_503_at_once(served: Served, sent: bytes) -> None:
+    """Long before the drain and the time for a request are over, and the server ends."""
+    with connect(str(served.logged("listening")["url"])) as wire:
+        wire.settimeout(10)
+        wire.sendall(sent)
+        time.sleep(0.2)
+        served.process.send_signal(signal.SIGTERM)
+        assert refusal(heard(wire)) == (503, "shutting_down")
+    assert served.ended() == (0, "returned\n")
+    assert "Traceback" not in "".join(served.lines)
+
+
+def test_a_body_that_nobody_waits_for_does_not_hold_up_the_end(served: Served) -> None:
+    """It was answered before it came."""
+    with connect(str(served.logged("listening")["url"])) as wire:
+        wire.settimeout(10)
+        wire.sendall(GET + b"Content-Length: 1000\r\n\r\n")
+        assert answer(wire)[0] == 200
+        served.process.send_signal(signal.SIGTERM)
+        assert heard(wire) == b""
+    assert served.ended() == (0, "returned\n")
+    assert "Traceback" not in "".join(served.lines)
+
+
+@pytest.mark.parametrize("first", BOTH)
+def test_the_second_ctrl_c_ends_the_drain(served: Served, first: int) -> None:
+    url = str(served.logged("listening")["url"])
+    clients = Clients(url, "!slow 60")
+    served.process.send_signal(first)
+    eventually(lambda: refuses(url))
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(10) == 0
+    whole, stream = clients.answers()
+    assert (whole.status_code, whole.json()["error"]["code"]) == (503, "shutting_down")
+    assert '"code":"shutting_down"' in stream.text
+    assert "Traceback" not in "".join(served.lines)
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_is_cut_off_at_the_end(settings: Settings) -> None:
+    """After the drain and the time for last answers, without a traceback."""
+    served = Served(settings.model_copy(update={"drain": 0.5}))
+    try:
+        with connect(str(served.logged("listening")["url"])) as wire:
+            wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+            time.sleep(1)
+            served.process.send_signal(signal.SIGTERM)
+            assert served.ended() == (0, "returned\n")
+        assert "Traceback" not in "".join(served.lines)
+    finally:
+        served.process.kill()
+
+
+class Console:
+    """`instep serve` as the console script starts it."""
+
+    def __init__(self, folder: Path) -> None:
+        flags = ["--port", "0", "--devices", "cpu", "--models", str(write_cards(folder / "models"))]
+        self.process = subprocess.Popen(
+            [CONSOLE, "serve", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ)
+        )
+
+    def catches(self) -> bool:
+        """Whether a signal would no longer end the process in the system's own way."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        return bool(int(status.partition("SigCgt:")[2].split()[0], 16) & CAUGHT)
+
+    def ended(self, number: int) -> tuple[int, bytes]:
+        """The exit code after this signal, and what was written."""
+        self.process.send_signal(number)
+        said = self.process.communicate(timeout=60)[1]
+        return self.process.returncode, said
+
+
+@pytest.fixture
+def console(tmp_path: Path) -> Iterator[Console]:
+    console = Console(tmp_path)
+    yield console
+    console.process.kill()
+    console.process.wait()
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_is_caught_before_anything_large_is_imported(console: Console, number: int) -> None:
+    eventually(console.catches)
+    assert "pydantic" not in Path(f"/proc/{console.process.pid}/maps").read_text(encoding="utf-8")
+    assert console.ended(number) == (0, b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.8, 1.6, 2.5])
+def test_a_signal_during_a_start_ends_it(console: Console, number: int, seconds: float) -> None:
+    eventually(console.catches)
+    time.sleep(seconds)
+    code, said = console.ended(number)
+    assert code == 0 and b"Traceback" not in said
