@@ -26,7 +26,7 @@ from app.api.cors import Cors, read_origins
 from app.api.curl import first_curl, url_of
 from app.api.front import Front
 from app.api.registry import Registry
-from app.api.responses import error_response, told
+from app.api.responses import error_response
 from app.api.security import with_ids
 from app.card import read_cards
 from app.door import Answer, Asked, Door
@@ -203,7 +203,7 @@ def _door(front: Front, settings: Settings) -> Door:
     cors = Cors(None, read_origins(settings.cors_origins)) if settings.cors_origins else None
 
     def refuse(error: InstepError, asked: Asked) -> Answer:
-        front.metrics.rejected("", told(error).code)
+        front.metrics.rejected("", error.code)
         response = error_response(error)
         if cors:
             cors.mark(response, asked.origin.decode("latin-1"))

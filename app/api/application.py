@@ -19,7 +19,7 @@ from app.api.access import Access
 from app.api.cors import Cors, read_origins
 from app.api.drain import Drain
 from app.api.front import Front, record_of
-from app.api.responses import error_response, http_error_response, told
+from app.api.responses import error_response, http_error_response
 from app.api.security import authorize
 
 Application = FastAPI
@@ -56,7 +56,7 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
 
 async def _ours(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.InstepError)
-    record_of(request).facts.setdefault("error", told(error).code)
+    record_of(request).facts.setdefault("error", error.code)
     return error_response(error)
 
 

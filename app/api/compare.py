@@ -18,7 +18,7 @@ from app.api.generation import Generation, milliseconds, unless_gone
 from app.api.images import engine_id, headers, patience
 from app.api.openapi import COMPARE_ROUTE
 from app.api.panels import json_panel, panel_warnings, raw_panel
-from app.api.responses import accepted_format, told
+from app.api.responses import accepted_format
 from app.api.schemas import ImageBody
 from app.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
@@ -45,8 +45,8 @@ async def compare_images(request: Request) -> Response:
         cells = [Generation(front, record, ask, started) for ask in comparison.asks]
         futures = _submitted(front, record, cells)
     except InstepError as error:
-        front.metrics.rejected(record.facts.get("model", ""), told(error).code)
-        record.facts |= {"error": told(error).code}
+        front.metrics.rejected(record.facts.get("model", ""), error.code)
+        record.facts |= {"error": error.code}
         raise
     try:
         return await _reply(request, comparison, cells, futures)

@@ -15,7 +15,6 @@ from fastapi import Request
 
 from app.api.front import Front, Record
 from app.api.replies import Ask
-from app.api.responses import told
 from app.errors import Cancelled, InstepError
 from app.logs import logger
 from app.report import Preview, Progress, Result
@@ -65,7 +64,7 @@ class Generation:
         if not isinstance(error, InstepError):
             log.exception("unhandled", request_id=self.record.id)
             error = InstepError(repr(error))
-        code = told(error).code
+        code = error.code
         self.front.metrics.failed(self.ask.request.model, code)
         self.record.facts |= {"error": code, "detail": error.message}
         self.record.gone = self.record.gone or isinstance(error, Cancelled)

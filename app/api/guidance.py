@@ -5,15 +5,22 @@ Knows nothing of passes or of networks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from app.api.fields import within
 from app.card import Card
 from app.errors import InvalidValue
 from app.request import Request, SkipGuidance
 
-if TYPE_CHECKING:
-    from app.api.schemas import ImageBody
+
+class Asked(Protocol):
+    """The fields of a body that guide, as they came: null is not given."""
+
+    guidance_scale: float | None
+    true_cfg_scale: float | None
+    skip_layer_guidance_scale: float | None
+    skip_layer_guidance_start: float | None
+    skip_layer_guidance_stop: float | None
 
 
 class Guided(NamedTuple):
@@ -25,7 +32,7 @@ class Guided(NamedTuple):
     skip: SkipGuidance | None
 
 
-def guidance_of(body: ImageBody, card: Card) -> Guided:
+def guidance_of(body: Asked, card: Card) -> Guided:
     """Raises InvalidValue for a scale out of range, or of a kind of guidance that the card does not have."""
     asked = within("guidance_scale", body.guidance_scale, 0, card.limits.guidance_scale)
     scale = float(card.defaults.guidance_scale if asked is None else asked)
@@ -53,7 +60,7 @@ def guidance_facts(request: Request) -> dict[str, Any]:
     return told
 
 
-def _skip_of(body: ImageBody, card: Card, guided: bool) -> SkipGuidance | None:
+def _skip_of(body: Asked, card: Card, guided: bool) -> SkipGuidance | None:
     """Skip-layer guidance goes beside classifier-free guidance, so an unguided request has none."""
     given = {
         "scale": within("skip_layer_guidance_scale", body.skip_layer_guidance_scale, 0, card.limits.guidance_scale),

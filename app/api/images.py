@@ -21,7 +21,7 @@ from app.api.front import Record, front_of, record_of
 from app.api.generation import Generation, unless_gone
 from app.api.openapi import IMAGE_ROUTE
 from app.api.replies import Ask, json_reply, raw_image
-from app.api.responses import accepted_format, told
+from app.api.responses import accepted_format
 from app.api.schemas import read_body
 from app.api.stream import EventStream
 from app.api.warnings import warnings
@@ -57,8 +57,8 @@ async def create_image(request: Request) -> Response:
         generation = Generation(front, record, ask, started)
         answer = EventStream(generation) if body.stream else generation.submit()
     except InstepError as error:
-        front.metrics.rejected(model, told(error).code)
-        record.facts |= {"error": told(error).code}
+        front.metrics.rejected(model, error.code)
+        record.facts |= {"error": error.code}
         raise
     if isinstance(answer, EventStream):
         return await answer.begin(request)

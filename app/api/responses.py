@@ -25,51 +25,49 @@ class Told:
 
     status: int
     kind: str
-    code: str
     should_retry: bool | None = None
     text: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 _BAD = "invalid_request_error"
-_INTERNAL = Told(500, "server_error", "internal_error", False, "The server failed on this request.")
+_INTERNAL = Told(500, "server_error", False, "The server failed on this request.")
 
 TABLE: dict[type[e.InstepError], Told] = {
     e.InstepError: _INTERNAL,
-    e.RequestError: Told(400, _BAD, "invalid_request"),
-    e.InvalidValue: Told(400, _BAD, "invalid_value"),
-    e.UnknownField: Told(400, _BAD, "unknown_parameter"),
-    e.Unsupported: Told(400, _BAD, "unsupported_parameter"),
-    e.InvalidJSON: Told(400, _BAD, "invalid_json"),
-    e.NotAcceptable: Told(406, _BAD, "not_acceptable"),
-    e.UnsupportedEncoding: Told(415, _BAD, "unsupported_encoding", headers={"Accept-Encoding": "identity"}),
-    e.BodyTooLarge: Told(413, _BAD, "body_too_large"),
-    e.HeadersTooLarge: Told(431, _BAD, "headers_too_large", False),
-    e.RequestTimeout: Told(408, _BAD, "request_timeout"),
-    e.ModelNotFound: Told(404, _BAD, "model_not_found"),
-    e.Unauthorized: Told(401, _BAD, "invalid_api_key", False, headers={"WWW-Authenticate": "Bearer"}),
-    e.Forbidden: Told(403, "permission_error", "not_allowed", False),
-    e.RateLimited: Told(429, "rate_limit_error", "rate_limit_exceeded", True),
-    e.Unavailable: Told(503, "server_error", "unavailable", True),
-    e.Overloaded: Told(503, "server_error", "overloaded", True),
-    e.NoWorker: Told(503, "server_error", "no_worker", True),
-    e.ShuttingDown: Told(503, "server_error", "shutting_down", True),
-    e.DeadlineExceeded: Told(504, "server_error", "deadline_exceeded", False),
-    e.Cancelled: Told(499, _BAD, "cancelled", False),
+    e.RequestError: Told(400, _BAD),
+    e.InvalidValue: Told(400, _BAD),
+    e.UnknownField: Told(400, _BAD),
+    e.Unsupported: Told(400, _BAD),
+    e.InvalidJSON: Told(400, _BAD),
+    e.NotAcceptable: Told(406, _BAD),
+    e.UnsupportedEncoding: Told(415, _BAD, headers={"Accept-Encoding": "identity"}),
+    e.BodyTooLarge: Told(413, _BAD),
+    e.HeadersTooLarge: Told(431, _BAD, False),
+    e.RequestTimeout: Told(408, _BAD),
+    e.ModelNotFound: Told(404, _BAD),
+    e.Unauthorized: Told(401, _BAD, False, headers={"WWW-Authenticate": "Bearer"}),
+    e.Forbidden: Told(403, "permission_error", False),
+    e.RateLimited: Told(429, "rate_limit_error", True),
+    e.Unavailable: Told(503, "server_error", True),
+    e.Overloaded: Told(503, "server_error", True),
+    e.NoWorker: Told(503, "server_error", True),
+    e.ShuttingDown: Told(503, "server_error", True),
+    e.DeadlineExceeded: Told(504, "server_error", False),
+    e.Cancelled: Told(499, _BAD, False),
     e.EngineError: _INTERNAL,
     e.NonFiniteOutput: Told(
         500,
         "server_error",
-        "non_finite_output",
         False,
         "This image came out as numbers that are not finite.",
     ),
-    e.OutOfMemory: Told(507, "server_error", "insufficient_gpu_memory", False),
-    e.LoadError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
-    e.CardError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
-    e.CheckpointError: Told(503, "server_error", "model_load_failed", False, "This model cannot be loaded."),
-    e.NotDownloaded: Told(503, "server_error", "model_not_downloaded", False),
-    e.DoesNotFit: Told(507, "server_error", "insufficient_gpu_memory", False),
+    e.OutOfMemory: Told(507, "server_error", False),
+    e.LoadError: Told(503, "server_error", False, "This model cannot be loaded."),
+    e.CardError: Told(503, "server_error", False, "This model cannot be loaded."),
+    e.CheckpointError: Told(503, "server_error", False, "This model cannot be loaded."),
+    e.NotDownloaded: Told(503, "server_error", False),
+    e.DoesNotFit: Told(507, "server_error", False),
     e.SettingsError: _INTERNAL,
 }
 """Every class of app/errors.py. Load errors name the server's files, which are for its log and /v1/models only."""
@@ -101,7 +99,7 @@ def told(error: e.InstepError) -> Told:
 def envelope(error: e.InstepError) -> ErrorReply:
     """The body that tells this error."""
     entry = told(error)
-    return _envelope(entry.text or error.message, entry.kind, error.param, entry.code)
+    return _envelope(entry.text or error.message, entry.kind, error.param, error.code)
 
 
 def error_response(error: e.InstepError) -> Response:

@@ -11,7 +11,6 @@ from fastapi import Request
 
 from app.api.front import Front, record_of
 from app.api.registry import Registry
-from app.api.responses import told
 from app.errors import Forbidden, InstepError, ModelNotFound, SettingsError, Unauthorized
 from app.keys import NOBODY, ApiKey, Keyring
 
@@ -33,7 +32,7 @@ async def authorize(request: Request) -> None:
     try:
         record_of(request).key = _key_for(path, front.keys, request)
     except InstepError as error:
-        front.metrics.rejected("", told(error).code)
+        front.metrics.rejected("", error.code)
         raise
 
 

@@ -6,7 +6,7 @@ Knows nothing of requests, of order, or of what a forward computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from app.engine.row import Key
 from app.families.base import Conditions
 from app.request import Request
 from app.samplers.table import COLUMNS, Table
-
-if TYPE_CHECKING:
-    from app.engine.step import Gather
 
 IDLE_KEYS = 4
 """Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
@@ -50,6 +47,25 @@ def guidance_of(request: Request, lines: int) -> Guidance:
     weight = request.guidance - 1 if request.guided else 0.0
     skip = request.skip.scale if request.skip else 0.0
     return Guidance(request.guided, weight, skip, request.skipping(lines), request.embedded or 0.0)
+
+
+class Gather(NamedTuple):
+    """Indices that are on the device, and the conditions of their passes there. at: the slots, on the host.
+
+    alone: every row makes the one pass that it owns. padding: passes that nobody reads. skips: None when no pass does.
+    """
+
+    key: tuple[bytes, bytes, int | None]
+    at: np.ndarray
+    rows: torch.Tensor
+    owner: torch.Tensor
+    cond: torch.Tensor
+    other: torch.Tensor
+    skip: torch.Tensor
+    skips: torch.Tensor | None
+    conditions: Conditions
+    alone: bool
+    padding: int
 
 
 class Slots:

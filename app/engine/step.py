@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from app.engine.slots import LINE, PASSES, Slots
-from app.families.base import Conditions, Family
+from app.engine.slots import LINE, PASSES, Gather, Slots
+from app.families.base import Family
 
 _NOISE = LINE.index("xz")
 
@@ -31,25 +31,6 @@ class Indices(NamedTuple):
     other: np.ndarray
     skip: np.ndarray
     skips: np.ndarray
-
-
-class Gather(NamedTuple):
-    """Indices that are on the device, and the conditions of their passes there. at: the slots, on the host.
-
-    alone: every row makes the one pass that it owns. padding: passes that nobody reads. skips: None when no pass does.
-    """
-
-    key: tuple[bytes, bytes, int | None]
-    at: np.ndarray
-    rows: torch.Tensor
-    owner: torch.Tensor
-    cond: torch.Tensor
-    other: torch.Tensor
-    skip: torch.Tensor
-    skips: torch.Tensor | None
-    conditions: Conditions
-    alone: bool
-    padding: int
 
 
 def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
