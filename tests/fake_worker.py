@@ -9,7 +9,7 @@ Rows advance together, one step a tick of STEP seconds, as the engine's do. Prom
     !hang       announces 0.3 seconds, then says nothing for ever
     !die        the process kills itself with SIGKILL at the second step
     !slow 2.5   the request takes about 2.5 seconds, spread over its steps; others go on meanwhile
-Run as `python tests/fake_worker.py FD`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
+Run as `python tests/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 from app.errors import Cancelled, CheckpointError, InstepError, ModelNotFound, NonFiniteOutput, OutOfMemory
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
 from app.request import Condition, ImageSpec, Prompt, Request
-from app.worker import wire
+from app.worker import heartbeat, wire
 
 STEP = 0.002
 RATE = 0.0002
@@ -220,6 +220,7 @@ class FakeWorker:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heartbeat.start(int(sys.argv[2]))
     sock = socket.socket(fileno=int(sys.argv[1]))
     start = wire.receive(sock)
     if isinstance(start, wire.Start):
