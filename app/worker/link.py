@@ -141,7 +141,7 @@ class Link:
             if hang := self._hang(now):
                 self.kill()
                 await self._gone(_EXIT)
-                return f'{hang}: killed'
+                return f"{hang}: killed"
         self.open = False
         return await self._last_words(ended)
 

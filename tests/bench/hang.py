@@ -1,8 +1,8 @@
 """Seconds until the front sees that an engine is stopped or hangs: `python -m tests.bench.hang [--before FOLDER]`.
 
 FOLDER: another checkout, which is measured too. Every case has a real engine with `emoji-mmdit-turbo` and a fault that
-is planted in it. The cases run side by side, because they mostly wait, and start one after the other. A case that is not
-seen within `--limit` says so.
+is planted in it. The cases run side by side, because they mostly wait, and start one after the other. A case that is
+not seen within `--limit` says so.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ async def watch(case: str, folder: Path, limit: float) -> str:
     elif case in ("forward", "drawing"):
         ask("fault").add_done_callback(lambda future: future.exception())
     await until(mark.exists, 100)
+    await asyncio.sleep(1)  # what the engine announced has arrived by now
     begin = time.monotonic()
     if case in ("idle", "measuring", "drawing"):
         os.kill(first, signal.SIGSTOP)
@@ -134,9 +135,8 @@ async def until(condition: Any, limit: float) -> bool:
 def start(case: str, checkout: Path, limit: float) -> subprocess.Popen[str]:
     """A case in a process of its own, and time for its engine to start before the next."""
     words = [*PYTHON, __file__, "--case", case, "--limit", str(limit)]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(words, cwd=checkout, env=environment, text=True, **pipes)
+    process = subprocess.Popen(words, cwd=checkout, text=True, **pipes)
     time.sleep(APART)
     return process
 
@@ -149,6 +149,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--engine", nargs=argparse.REMAINDER)
     args = parser.parse_args()
+    if args.engine or args.case:
+        sys.path.insert(0, os.getcwd())  # the checkout that is measured, before the one that is installed
     if args.engine:
         return engine(args.engine[0], args.engine[1], args.engine[2:])
     if args.case:
