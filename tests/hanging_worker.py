@@ -1,6 +1,6 @@
 """The real worker with a forward planted in it that never returns: `forward` for the prompt "hang", `profile` for any.
 
-It has less patience than the real one, so that tests need not wait half a minute: 3 seconds at most.
+It has less patience than the real one, so that tests need not wait half a minute: 5 seconds at most.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def never(family: Family, key: Key) -> Callable[[int], None]:
 
 
 if __name__ == "__main__":
-    patience.LEAST, patience.MOST = 2.0, 3.0
+    patience.LEAST, patience.MOST = 4.0, 5.0
     if sys.argv.pop(1) == "forward":
         runner.Runner._denoise = hanging  # type: ignore[method-assign]
     else:

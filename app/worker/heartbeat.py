@@ -1,9 +1,9 @@
 """Heartbeat: the engine's process shows that it runs, and that its interpreter is free, whatever its main thread does.
 
-A timer's signal wakes a thread that does nothing else. At each signal Python's own C handler writes one byte to a
-socket, also while a native call (an import, a large file) holds the interpreter's lock for a minute. Then the thread
-writes another byte, for which it needs that lock. So the front can distinguish three processes: one that is stopped or
-frozen, one whose interpreter is held, and one whose main thread alone does not get on.
+At each signal of a timer Python's own C handler writes one byte to a socket, also while a native call (an import, a
+large file) holds the interpreter's lock for a minute. A thread that does nothing else writes another byte, for which it
+needs that lock. So the front can distinguish three processes: one that is stopped or frozen, one whose interpreter is
+held, and one whose main thread alone does not get on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 
 BEAT = 1.0
-"""Seconds between two signals."""
+"""Seconds between two heartbeats of a kind."""
 
 _FREE = b"\0"
 _CHUNK = 4096
@@ -29,18 +29,18 @@ def start(descriptor: int) -> None:
     os.set_blocking(descriptor, False)
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
-    # Threads inherit the mask, so no native library has a call interrupted.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     threading.Thread(target=_beat, args=(descriptor,), name="heartbeat", daemon=True).start()
+    # That thread takes the signal. All that start from now on inherit the mask, so none of their calls is interrupted.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     signal.setitimer(signal.ITIMER_REAL, BEAT, BEAT)
 
 
 def _beat(descriptor: int) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     while True:
         with contextlib.suppress(OSError):
             os.write(descriptor, _FREE)
-        signal.pause()
+        # NOTE: not signal.pause(): a thread that started earlier, such as numpy's, may take the signal too.
+        time.sleep(BEAT)
 
 
 class Pulse:

@@ -90,7 +90,7 @@ async def watch(case: str, folder: Path, limit: float) -> str:
 
     mark = folder / "mark"
     cards = read_cards(Path.cwd() / "models")
-    settings = Settings(devices="cpu", preload=MODEL, cache=folder)
+    settings = Settings(devices="cpu", preload="" if case == "load" else MODEL, cache=folder)
     supervisor = Supervisor(settings, cards, command=(*PYTHON, __file__, "--engine", case, str(mark)))
     await supervisor.start()
     first = supervisor.pids[0]
@@ -107,13 +107,15 @@ async def watch(case: str, folder: Path, limit: float) -> str:
         mark.touch()
     elif case in ("forward", "drawing"):
         ask("fault").add_done_callback(lambda future: future.exception())
+    elif case == "load":
+        supervisor.load(MODEL)
     await until(mark.exists, 100)
     await asyncio.sleep(1)  # what the engine announced has arrived by now
     begin = time.monotonic()
     if case in ("idle", "measuring", "drawing"):
         os.kill(first, signal.SIGSTOP)
-    ended = lambda: first != supervisor.pids[0] or (case == "load" and supervisor.ready)  # noqa: E731
-    seen = await until(ended, limit)
+    loaded = lambda: case == "load" and supervisor.states[MODEL].state == "ready"  # noqa: E731
+    seen = await until(lambda: first != supervisor.pids[0] or loaded(), limit)
     took, lives = time.monotonic() - begin, first == supervisor.pids[0]
     os.kill(first, signal.SIGKILL) if lives else None
     await supervisor.stop(0)

@@ -24,7 +24,8 @@ def picture(text: str) -> Request:
 
 
 @pytest.mark.parametrize(("fault", "phase"), [("forward", "denoise"), ("profile", "profile")])
-def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(tmp_path, caplog, fault, phase):
+def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(tmp_path, caplog, monkeypatch, fault, phase):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     write_models(tmp_path / "models")
 
     async def scenario():
