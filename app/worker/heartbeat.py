@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 
-BEAT = 1.0
+BEAT = 0.5
 """Seconds between two heartbeats of a kind."""
 
 _FREE = b"\0"

@@ -26,7 +26,7 @@ As many again from there to its first announcement."""
 MAX_SILENCE = 900.0
 """Seconds of silence that no announcement can exceed."""
 
-STOPPED = 4.0
+STOPPED = 3.5
 """Seconds without a heartbeat after which the process counts as stopped or frozen."""
 
 HELD = 3.0

@@ -119,9 +119,10 @@ async def watch(case: str, folder: Path, limit: float) -> str:
     took, lives = time.monotonic() - begin, first == supervisor.pids[0]
     os.kill(first, signal.SIGKILL) if lives else None
     await supervisor.stop(0)
-    if case == "load":
-        return f"loaded after {took:.0f} s" if lives and seen else f"killed after {took:.0f} s"
-    return f"{took:.1f} s" if seen else f"not within {limit:.0f} s"
+    if not seen:
+        return f"not within {limit:.0f} s"
+    verdict = "" if case != "load" else "lives, loaded after " if lives else "killed after "
+    return f"{verdict}{took:.1f} s"
 
 
 async def until(condition: Any, limit: float) -> bool:
