@@ -120,7 +120,10 @@ def test_a_front_that_stood_still_kills_nobody():
     async def scenario():
         async with serving() as here:
             await until(lambda: here.supervisor.ready)
+            os.kill(here.supervisor.pids[0], signal.SIGSTOP)  # as a container that is paused, front and engine
             time.sleep(link.STOPPED + 2)
+            await asyncio.sleep(0.5)
+            os.kill(here.supervisor.pids[0], signal.SIGCONT)
             await asyncio.sleep(0.5)
             assert (here.supervisor.live, here.supervisor.restarts) == (1, 0)
 
