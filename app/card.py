@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.aliases import valid_alias, with_aliases
+from app.cards.files import read_toml
 from app.cards.folder import labels_of
 from app.errors import CardError
 from app.schedule import Part, Schedule
@@ -176,7 +177,7 @@ class Card(Part):
 def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
     try:
-        raw = tomllib.loads(file.read_text(encoding="utf-8"))
+        raw = read_toml(file)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise CardError(f"{file}: {error}") from error
     for filled in ("folder", "labels"):

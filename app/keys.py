@@ -16,6 +16,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from app.cards.files import read_toml
 from app.errors import SettingsError
 from app.settings import Settings
 
@@ -151,7 +152,7 @@ def _from_file(file: Path) -> Iterator[_Found]:
 def _read(file: Path) -> _File:
     """NOTE: `from None`: what went wrong with a file of keys may have the keys in it."""
     try:
-        return _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        return _File.model_validate(read_toml(file))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         # NOTE: a key may stand where a name belongs; what is shorter than any key is none.

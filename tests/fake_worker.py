@@ -7,14 +7,16 @@ Rows advance together, one step a tick of STEP seconds, as the engine's do. Prom
     !oom        the request fails with OutOfMemory at its second step
     !load       the request fails with CheckpointError before its first step
     !hang       announces 0.3 seconds, then says nothing for ever
+    !held 8     announces 4 seconds, then holds the interpreter for 8 in a native call, and goes on
     !die        the process kills itself with SIGKILL at the second step
     !slow 2.5   the request takes about 2.5 seconds, spread over its steps; others go on meanwhile
-Run as `python tests/fake_worker.py FD`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
+Run as `python tests/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import queue
@@ -30,7 +32,7 @@ import numpy as np
 from app.errors import Cancelled, CheckpointError, InstepError, ModelNotFound, NonFiniteOutput, OutOfMemory
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
 from app.request import Condition, ImageSpec, Prompt, Request
-from app.worker import wire
+from app.worker import heartbeat, wire
 
 STEP = 0.002
 RATE = 0.0002
@@ -188,7 +190,7 @@ class FakeWorker:
     def settle(self, row: Row) -> None:
         request, text = row.request, words(row.spec.condition)
         if row.step >= min(2, request.steps) and text.startswith("!"):
-            self.misbehave(request, text)
+            self.misbehave(row, text)
         if row not in self.rows:
             return
         if request.progress:
@@ -200,7 +202,8 @@ class FakeWorker:
             self.rows.remove(row)
             self.emit(self.result(row))
 
-    def misbehave(self, request: Request, text: str) -> None:
+    def misbehave(self, row: Row, text: str) -> None:
+        request = row.request
         if text.startswith("!nan"):
             self.fail(request.id, NonFiniteOutput("The network produced numbers that are not finite."))
         elif text.startswith("!oom"):
@@ -210,6 +213,10 @@ class FakeWorker:
         elif text.startswith("!hang"):
             self.emit(Announce("step", 0.3))
             time.sleep(3600)
+        elif text.startswith("!held") and row.step == 2:
+            self.emit(Announce("step", 4.0))
+            ctypes.PyDLL(None).sleep(int(text.split()[1]))
+            self.emit(Announce("step", 600.0))
 
     def result(self, row: Row) -> Result:
         request, now = row.request, time.monotonic()
@@ -220,6 +227,7 @@ class FakeWorker:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heartbeat.start(int(sys.argv[2]))
     sock = socket.socket(fileno=int(sys.argv[1]))
     start = wire.receive(sock)
     if isinstance(start, wire.Start):

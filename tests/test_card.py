@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,18 +71,41 @@ def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     assert read_card(file).labels == ()
 
 
-def test_an_index_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def special(file: Path, kind: str) -> None:
+    """In place of the file: a pipe that nobody writes to, an endless device, or a file of a terabyte without blocks."""
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.touch()
+        os.truncate(file, 2**40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("pipe", "not a regular file"), ("device", "not a regular file"), ("terabyte", r"over \d+ bytes")],
+)
+def test_a_card_that_does_not_end_is_refused(tmp_path: Path, kind: str, reason: str) -> None:
+    special(write(tmp_path), kind)
+    with pytest.raises(CardError, match=rf"card\.toml: .*{reason}"):
+        read_card(tmp_path / "card.toml")
+
+
+def test_an_index_that_does_not_end_is_refused(tmp_path: Path) -> None:
     index(tmp_path, {})
-    file, read = write(tmp_path), Path.read_text
+    special(tmp_path / "model_index.json", "terabyte")
+    with pytest.raises(CardError, match=r"model_index\.json: id2label: .*over \d+ bytes"):
+        read_card(write(tmp_path))
 
-    def refuse(path: Path, **options: str) -> str:
-        if path.name == "model_index.json":
-            raise PermissionError("denied")
-        return read(path, **options)
 
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(CardError, match=r"model_index\.json: id2label: denied"):
-        read_card(file)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_an_index_that_is_no_file_names_no_classes(tmp_path: Path, kind: str) -> None:
+    """The load of the model says what is wrong; the start of the server goes on."""
+    index(tmp_path, {})
+    special(tmp_path / "model_index.json", kind)
+    assert read_card(write(tmp_path, more="classes = 2")).labels == ("class 0", "class 1")
 
 
 def test_a_card_that_cannot_be_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import os
 from hashlib import sha256
 from pathlib import Path
 
@@ -165,6 +166,12 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "keys.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(SettingsError, match=r"keys\.toml: not UTF-8"):
         read_keys(settings)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "keys.toml")
+    with pytest.raises(SettingsError, match=r"keys\.toml: not a regular file"):
+        read_keys(Settings(api_keys_file=str(tmp_path / "keys.toml")))
 
 
 def test_neither_settings_nor_keys_print_a_key() -> None:

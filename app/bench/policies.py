@@ -107,8 +107,7 @@ class Whole(Single):
 class UpstreamRunner(Runner):
     """Draws with diffusers' own pipelines, one image a work.
 
-    NOTE: a work here is a whole image; the engine counts as hung what takes longer than it expects of a decode, about
-    a minute and twenty forwards.
+    NOTE: a work here is a whole image, and counts as a decode where the engine decides what is hung.
     """
 
     dtype: torch.dtype | None = None

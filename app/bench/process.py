@@ -118,7 +118,7 @@ def serve(policy: str, settings: Settings) -> None:
     serve_app(settings, create_app(settings, supervisor=supervisor, metrics=metrics))
 
 
-def engine(policy: str, descriptor: int) -> int:
+def engine(policy: str, descriptor: int, pulse: int) -> int:
     """The engine process of such a server. Returns the exit code."""
 
     def make(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
@@ -128,7 +128,7 @@ def engine(policy: str, descriptor: int) -> int:
         pool, chosen = process.open_pool(start), POLICIES[policy]
         return pool, Engine(pool, start.settings, emit, batcher=chosen.batcher, runner=chosen.runner)
 
-    return process.main(descriptor, make)
+    return process.main(descriptor, pulse, make)
 
 
 def _run(words: list[str]) -> None:
@@ -136,7 +136,7 @@ def _run(words: list[str]) -> None:
         return serve(words[1], Settings(**json.loads(words[2])))
     code = 1
     try:
-        code = engine(words[0], int(words[1]))
+        code = engine(words[0], int(words[1]), int(words[2]))
     except Exception:
         logging.getLogger("instep.worker").exception("the engine process ends")
     logging.shutdown()

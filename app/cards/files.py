@@ -1,19 +1,30 @@
-"""Files: a JSON file of a checkpoint, the files that a part's weights are in, and what a file is that is no checkpoint.
+"""Files: the one way to read a stranger's file, a checkpoint's JSON, and which files a part's weights are in.
 
-Only names and first bytes are read; what tensors a file holds is for `app/pool/weights.py`.
+A pipe, a device or an endless file must not hold who reads it. Of weights only names and first bytes are read here;
+what tensors a file holds is for `app/pool/weights.py`.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import stat
+import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from app.errors import CheckpointError
 
 JSON_LIMIT = 16 * 2**20
-"""Bytes; the largest real tokenizer.json (T5's) has 2.4 MB and is not read through here."""
+"""Bytes of a checkpoint's JSON, of which an index of shards is the largest."""
+
+TOML_LIMIT = 2**20
+"""Bytes of a card or of a file of keys."""
+
+TOKENIZER_LIMIT = 64 * 2**20
+"""Bytes of a file of a tokenizer; the largest that is served (T5's) has 2.4 MB."""
 
 PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pickle", ".pkl")
 CONVERT = "`instep models convert` makes them of the DiT authors' .pt"
@@ -45,12 +56,46 @@ _TORCH = r"PK\x03\x04|\x80[\x02-\x05]"
 _TEXT = r"[\t\n\r\x20-\x7e]{16}"
 
 
+def open_file(file: Path) -> BinaryIO:
+    """A regular file, to read. Raises OSError; at a pipe or a device too, and without waiting for one."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(file: Path, limit: int) -> bytes:
+    """All of a regular file. Raises OSError, also where it has more than `limit` bytes."""
+    with open_file(file) as stream:
+        content = stream.read(limit + 1) or b""  # none where a read would have to wait
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"over {limit} bytes", str(file))
+    return content
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A card or a file of keys. Raises OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError."""
+    return tomllib.loads(read_file(file, TOML_LIMIT).decode())
+
+
+def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:
+    """Raises CheckpointError where a file that a library will read is not regular, or has more than `limit` bytes."""
+    try:
+        with open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from error
+    if size > limit:
+        raise CheckpointError(f"{file}: over {limit} bytes")
+
+
 def foreign(file: Path, wanted: Wanted = "safetensors") -> str | None:
     """What this file is instead of the kind that is wanted, in words; None where its first bytes do not show it.
 
     Raises OSError.
     """
-    with file.open("rb") as stream:
+    with open_file(file) as stream:
         first = stream.read(_FIRST).decode("latin-1")
     # NOTE: a safetensors' first eight bytes are a length, which may look like anything; a brace follows it.
     if wanted == "safetensors" and first[8:9] == "{":
@@ -80,14 +125,13 @@ def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of at most 16 MB. Raises CheckpointError naming the file."""
     try:
-        if file.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{file}: over {JSON_LIMIT} bytes")
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_file(file, JSON_LIMIT))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        if file.is_file():
-            refuse_foreign(file, "json")
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        refuse_foreign(file, "json")
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
@@ -99,13 +143,13 @@ def weight_files(place: Path) -> dict[Path, set[str] | None]:
 
     None stands for the keys where there is no index. Raises CheckpointError: one is missing, or the index is not one.
     """
-    if place.is_file():
+    if place.exists() and not place.is_dir():
         return {place: None}
     for stem in STEMS:
         index, single = place / f"{stem}.safetensors.index.json", place / f"{stem}.safetensors"
-        if index.is_file():
+        if index.exists():
             return _indexed(index)
-        if single.is_file():
+        if single.exists():
             return {single: None}
     others = sorted(path.name for path in place.glob("*") if path.suffix in PICKLES)
     hint = f" (only safetensors are loaded, not {others[0]}; {CONVERT})" if others else ""
@@ -121,7 +165,7 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
         # NOTE: a name with a separator could leave the folder.
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f'{index}: "{name}" is not the name of a safetensors file in this folder')
-        if not (index.parent / name).is_file():
+        if not (index.parent / name).exists():
             raise CheckpointError(f"{index.parent / name}: missing, though the index names it")
         shards[index.parent / name] = {key for key, file in listed.items() if file == name}
     return shards

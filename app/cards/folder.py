@@ -14,7 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.cards.files import CONVERT, PICKLES, read_json, refuse_foreign, weight_files
+from app.cards.files import (
+    CONVERT,
+    JSON_LIMIT,
+    PICKLES,
+    read_file,
+    read_json,
+    refuse_endless,
+    refuse_foreign,
+    weight_files,
+)
 from app.errors import CardError, CheckpointError, NotDownloaded
 
 if TYPE_CHECKING:
@@ -53,11 +62,14 @@ class Part:
     def check(self) -> None:
         """Raises CheckpointError, naming the first of its files that is not here, or is none of a checkpoint."""
         choices = TOKENIZERS.get(self.class_name, (("config.json",),))
-        found = [names for names in choices if all((self.folder / name).is_file() for name in names)]
+        found = [names for names in choices if all((self.folder / name).exists() for name in names)]
         if not found:
             raise CheckpointError(f"{self.folder / choices[0][0]}: missing")
         for name in found[0]:
             refuse_foreign(self.folder / name, "json")
+        if self.class_name in TOKENIZERS:
+            for file in _read_by_tokenizers(self.folder):
+                refuse_endless(file)
         for file in () if self.class_name in TOKENIZERS else weight_files(self.weights):
             refuse_foreign(file)
 
@@ -146,7 +158,7 @@ class ModelFolder:
         file = (self.card.folder / self.card.files[name]).resolve()
         if file.suffix in PICKLES:
             raise CheckpointError(f"{file}: only safetensors are loaded ({CONVERT})")
-        if not file.is_file():
+        if not file.exists():
             raise CheckpointError(f"{file}: missing, though the card's files.{name} names it")
         return Part(name, class_name, (folder / name).resolve(), file)
 
@@ -159,6 +171,12 @@ class ModelFolder:
     def _to_pull(self, part: str) -> NotDownloaded:
         name = self.card.id
         return NotDownloaded(f"{name}: its {part} is not downloaded: run `instep models pull {name}`")
+
+
+def _read_by_tokenizers(folder: Path) -> list[Path]:
+    """The files that transformers may open in the folder of a tokenizer: its own choice, by name."""
+    found = [*folder.glob("*"), *(folder / "additional_chat_templates").glob("*")]
+    return [path for path in found if path.suffix in (".json", ".txt", ".model", ".jinja")]
 
 
 def classes_in(index: Path) -> dict[str, str]:
@@ -210,7 +228,7 @@ def labels_of(card: Card) -> tuple[str, ...]:
 def read_labels(index: Path) -> tuple[str, ...]:
     """The class names in order of id, none without `id2label`. Raises CardError unless the ids are 0 to n - 1."""
     try:
-        named: Any = json.loads(index.read_text(encoding="utf-8")).get("id2label") or {}
+        named: Any = json.loads(read_file(index, JSON_LIMIT)).get("id2label") or {}
         labels = tuple(named[str(number)] for number in range(len(named)))
     except KeyError as error:
         raise CardError(f"{index}: id2label: {len(named)} classes, but none has the id {error.args[0]}") from error

@@ -84,7 +84,7 @@ def schedule_of(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     value that no table of coefficients can hold.
     """
     file = folder / FILE
-    if not file.is_file():
+    if not file.exists():
         return dict(like)
     check_schedule(folder)
     config = read_json(file)
@@ -111,7 +111,7 @@ def changes(before: Schedule, after: Mapping[str, Any]) -> list[str]:
 def check_schedule(folder: Path) -> None:
     """Refuse a checkpoint whose samples are clipped or thresholded: that is not affine, and no table can hold it."""
     file = folder / FILE
-    if not file.is_file():
+    if not file.exists():
         return
     config = read_json(file)
     name = str(config.get("_class_name", ""))

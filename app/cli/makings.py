@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.card import Card, read_card, to_toml
+from app.cards.files import read_json, read_toml
 from app.cards.folder import INDEX, ModelFolder
 from app.cards.noise import schedule_of
 from app.cli.models import check_facts
@@ -48,7 +48,7 @@ class Makings:
 
         Raises CheckpointError: they say what no card can.
         """
-        raw = tomllib.loads((self.like.card.folder / "card.toml").read_text(encoding="utf-8"))["schedule"]
+        raw = read_toml(self.like.card.folder / "card.toml")["schedule"]
         return schedule_of(self.source, raw) if self.source else raw
 
     @property
@@ -70,7 +70,7 @@ def write(folder: Path, makings: Makings, cards: Mapping[str, Card]) -> None:
     try:
         if makings.source is None:
             _write_layout(folder, makings)
-        raw = tomllib.loads((makings.like.card.folder / "card.toml").read_text(encoding="utf-8"))
+        raw = read_toml(makings.like.card.folder / "card.toml")
         card = {
             "id": folder.name,
             "like": makings.like.card.id,
@@ -119,7 +119,7 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
 def _write_layout(folder: Path, makings: Makings) -> None:
     """model_index.json, the configs of parts in files, and links to the folders of others."""
     like = makings.like
-    index = json.loads((like.folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(like.folder / INDEX)
     absent = like.missing(makings.parts - makings.rest.keys())
     (folder / INDEX).write_text(json.dumps({k: v for k, v in index.items() if k not in absent}, indent=2) + "\n")
     for part in (*makings.files, *makings.plain, "scheduler"):

@@ -13,23 +13,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from app.engine.batcher import Batcher
+from app.engine.patience import Patience
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Key, Work, default_key, rows_of
+from app.engine.row import Caps, Key, default_key, rows_of
 from app.engine.runner import Runner
 from app.engine.settler import Settler
 from app.engine.turns import Turns, standing
 from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
 from app.pool.budget import text_bytes
 from app.pool.pool import Pool
-from app.report import Announce, Failure, Memory, ModelState, Phase, Report
+from app.report import Failure, Memory, ModelState, Phase, Report
 from app.request import Request
 from app.settings import Settings
-
-SILENCE = 60.0
-"""Seconds that a unit of work may take beyond twenty times its estimate before it counts as hung."""
-
-FIRST_WORK = 600.0
-"""The same while nothing is known of a key: the first forward measures, and may compile or page weights in."""
 
 
 class Engine:
@@ -64,7 +59,7 @@ class Engine:
         self._memory = self._told = Memory(str(pool.device), self._runner.bytes)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequence = itertools.count()
-        self._announced, self._announced_at = Announce("start", 0.0), 0.0
+        self._patience = Patience(pool, emit, clock, settings.compile)
         self._stopping = self._draining = False
 
     def submit(self, request: Request) -> None:
@@ -88,10 +83,10 @@ class Engine:
         self._inbox.put(lambda: self._stop(drain))
 
     def run(self) -> None:
-        """Turn until stopped. Says before every silence how long it may last; idle: 30 s, and again every 10 s."""
+        """Turn until stopped. Announces before every silence how long it may last."""
         while not self._stopping and not (self._draining and not self._promises):
             if not self.tick():
-                self._announce("idle", 30.0)
+                self._patience.idle()
                 self._wait(0.1)
         for request_id in self._promises:
             self._settler.fail(request_id, ShuttingDown("the server is shutting down"))
@@ -106,10 +101,11 @@ class Engine:
         measured = self._measure_one()
         if work is None:
             return measured
-        self._announce_work(work)
+        self._patience.begin(work)
         start = self._clock()
         outcome = self._runner.run(work)
         self._settler.settle(work, outcome, start)
+        self._patience.end(work, outcome, self._clock() - start)
         return True
 
     def _ask_pool(self) -> None:
@@ -141,7 +137,6 @@ class Engine:
         keys, self._unmeasured = list(self._unmeasured), {}
         for key in keys:
             if self._runner.limits.measurable(key):
-                self._announce("profile", FIRST_WORK)
                 error = self._measure(key)
                 if error:
                     self._fail_all(key.model, error, key)
@@ -150,11 +145,14 @@ class Engine:
 
     def _measure(self, key: Key) -> InstepError | None:
         """Measure one more width of a key; the error when its first forward fails."""
+        self._patience.measure(key)
+        start = self._clock()
         try:
             caps = self._runner.limits.measure(key)
         except InstepError as error:
             self._settler.unmeasured(key, error)
             return error
+        self._patience.measured(key, self._clock() - start)
         if caps:
             self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
         return None
@@ -213,7 +211,6 @@ class Engine:
         key = default_key(self._pool.cards[state.model])
         error = None
         while not self._promises and self._inbox.empty() and error is None and self._runner.limits.measurable(key):
-            self._announce("profile", FIRST_WORK)
             error = self._measure(key)
         return replace(state, state="failed", detail=error.message) if error else state
 
@@ -237,14 +234,3 @@ class Engine:
     def _stop(self, drain: bool) -> None:
         self._draining = drain
         self._stopping = not drain
-
-    def _announce_work(self, work: Work) -> None:
-        caps = self._runner.caps(work.key)
-        self._announce(work.phase, SILENCE + 20 * caps.rate * caps.passes if caps else FIRST_WORK)
-
-    def _announce(self, phase: str, seconds: float) -> None:
-        """Tell a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
-        fresh, now = Announce(phase, seconds), self._clock()
-        if fresh != self._announced or now - self._announced_at >= seconds / 3:
-            self._announced, self._announced_at = fresh, now
-            self._emit(fresh)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from app.cards.files import read_file
 from app.engine.curve import WIDEST, Curve
 from app.engine.row import Key
 from app.families.base import Family
@@ -158,9 +159,7 @@ def processor() -> str:
 def _stored(file: Path) -> dict[int, float] | None:
     """A stored profile; None when there is none or it makes no sense: anybody may have written into the folder."""
     try:
-        if not file.is_file() or file.stat().st_size > MOST_BYTES:
-            return None
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(read_file(file, MOST_BYTES))
         seconds = {int(passes): float(cost) for passes, cost in stored.items()}
     except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return None

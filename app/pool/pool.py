@@ -114,6 +114,11 @@ class Pool:
         with self._lock:
             return self._books.model(model_id).bytes <= self._books.store.budget
 
+    def size(self, model_id: str) -> int:
+        """Bytes of the weights of all parts; 0 until the model was built once. Raises ModelNotFound."""
+        with self._lock:
+            return self._books.model(model_id).bytes
+
     @property
     def blocked(self) -> bool:
         """Whether the first need that is not met waits for what is leased or kept."""

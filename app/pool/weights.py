@@ -11,6 +11,7 @@ twice, number formats that no network here is stored in.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from app.cards.files import refuse_foreign, weight_files
+from app.cards.files import open_file, refuse_foreign, weight_files
 from app.errors import CheckpointError
 
 State = dict[str, torch.Tensor]
@@ -113,8 +114,8 @@ def _header(file: Path) -> dict[str, Any]:
     """The header, without its metadata; no more of it is checked than the library would let pass."""
     refuse_foreign(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise CheckpointError(f"{file}: truncated: {size} bytes, shorter than its header says")

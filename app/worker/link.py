@@ -17,6 +17,7 @@ from pathlib import Path
 
 from app.report import Announce
 from app.worker import wire
+from app.worker.heartbeat import Pulse
 
 START_LIMIT = 120.0
 """Seconds from the start of the process to its Hello; importing torch from a cold disk takes tens.
@@ -24,6 +25,13 @@ As many again from there to its first announcement."""
 
 MAX_SILENCE = 900.0
 """Seconds of silence that no announcement can exceed."""
+
+STOPPED = 3.5
+"""Seconds without a heartbeat after which the process counts as stopped or frozen."""
+
+HELD = 3.0
+"""Seconds after which the interpreter counts as held by one native call. Its main thread cannot speak then, so what it
+announced does not count, for START_LIMIT seconds at most."""
 
 _CHECK = 0.1
 _EXIT = 2.0
@@ -47,6 +55,7 @@ class Link:
         self._command = command
         self._hear = hear
         self._transport: asyncio.Transport | None = None
+        self._pulse = Pulse()
         self._heard = time.monotonic()
         self._limit = START_LIMIT
 
@@ -64,6 +73,7 @@ class Link:
             return f"could not be started: {error}"
         finally:
             self.kill()
+            self._pulse.close()
             if self._transport:
                 self._transport.abort()
 
@@ -94,11 +104,11 @@ class Link:
         loop = asyncio.get_running_loop()
         self._transport, receiver = await loop.create_unix_connection(lambda: wire.Receiver(self._take), sock=ours)
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        with theirs:
+        with theirs, self._pulse.open() as pulse:
             self.process = subprocess.Popen(
-                [*self._command, str(theirs.fileno())],
+                [*self._command, str(theirs.fileno()), str(pulse.fileno())],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), pulse.fileno()),
                 env={**os.environ, "PYTHONPATH": path},
             )
         self._heard = time.monotonic()
@@ -123,16 +133,27 @@ class Link:
             if now - checked > 10 * _CHECK:
                 # NOTE: it was we who stood still; what the process said meanwhile is not read yet.
                 self._heard = now
+                self._pulse.reset(now)
             checked = now
             if self._exit_code() is not None:
                 await asyncio.wait({ended}, timeout=_CHECK)
                 break
-            if now > self._heard + min(self._limit, MAX_SILENCE):
+            if hang := self._hang(now):
                 self.kill()
                 await self._gone(_EXIT)
-                return f'hung in phase "{self.phase}", silent for {now - self._heard:.1f} s: killed'
+                return f"{hang}: killed"
         self.open = False
         return await self._last_words(ended)
+
+    def _hang(self, now: float) -> str | None:
+        """Why this process counts as hung, in words."""
+        if (silent := self._pulse.silent(now)) > STOPPED:
+            return f'stopped in phase "{self.phase}", no heartbeat for {silent:.1f} s'
+        if HELD < self._pulse.held(now) < START_LIMIT:
+            self._heard = now
+        if (silent := now - self._heard) > min(self._limit, MAX_SILENCE):
+            return f'hung in phase "{self.phase}", silent for {silent:.1f} s'
+        return None
 
     async def _last_words(self, ended: asyncio.Future[None]) -> str:
         broken = ended.exception() if ended.done() else None

@@ -1,8 +1,8 @@
-"""Process: the engine's own process, `python -m app.worker.process FD`: reads Start, says Hello, runs the engine.
+"""Process: the engine's own process, `python -m app.worker.process FD PULSE`: reads Start, says Hello, runs the engine.
 
-Knows nothing of HTTP or of other processes; FD is its one connection, and the end of that is its own end.
+FD is its one connection, and the end of that is its own end. PULSE is the socket of its heartbeats.
 
-Three threads: a reader (orders in), a sender (reports out), and the main thread, which is `engine.run()`.
+Four threads: a heartbeat, a reader (orders in), a sender (reports out), and the main thread, which is `engine.run()`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from app import logs
 from app.errors import InstepError, SettingsError
 from app.report import Report, Tick
 from app.settings import Settings
-from app.worker import plan, wire
+from app.worker import heartbeat, plan, wire
 
 if TYPE_CHECKING:
     import torch
@@ -131,11 +131,12 @@ class Ends:
             os._exit(1)
 
 
-def main(descriptor: int, make: Make | None = None) -> int:
+def main(descriptor: int, pulse: int, make: Make | None = None) -> int:
     """Serve the front at the other end of this socket until it says Stop or is gone. Returns the exit code.
 
-    make: puts pool and engine together, where it is not `build`.
+    pulse: the socket of the heartbeats. make: puts pool and engine together, where it is not `build`.
     """
+    heartbeat.start(pulse)
     # NOTE: Ctrl-C reaches the whole terminal group, systemd's SIGTERM the control group: the front decides what to
     # do about them, and drains. Its word, or its end, ends us.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -225,7 +226,7 @@ def _check(device: str) -> None:
 def _run() -> None:
     code = 1
     try:
-        code = main(int(sys.argv[1]))
+        code = main(int(sys.argv[1]), int(sys.argv[2]))
     except Exception:
         log.exception("the engine process ends")
     # Threads that load, and torch's own teardown, would hold up the exit for seconds.

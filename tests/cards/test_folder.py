@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_a_part_that_is_missing_is_missed_by_all_who_share_it(here: Path, gone: 
     path = here / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert {name for name, whole in states(here).items() if not whole} == lacking
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(here: Path, name: str) -> None:
+    (here / "tiny-dit" / name).unlink()
+    os.mkfifo(here / "tiny-dit" / name)
+    found = states(here)
+    assert not found["tiny-dit"] and found["tiny-sd3"]
 
 
 def test_every_shard_counts(here: Path) -> None:

@@ -169,6 +169,9 @@ class FakePool:
     def version(self, network: object) -> int:
         return 1
 
+    def size(self, model_id: str) -> int:
+        return 1_000_000
+
     def fits(self, model_id: str) -> bool:
         return True
 

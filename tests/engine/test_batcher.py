@@ -194,6 +194,57 @@ def test_slots_bound_what_is_started_and_short_rows_keep_a_share() -> None:
     assert len(simulation.forwards) - before <= 3
 
 
+def holding(slots: int, *tenants: str) -> Simulation:
+    """A row of each of these tenants has started, and each leaves before those before it."""
+    simulation = Simulation(fixed(8, slots=slots, encode=1))
+    for number, tenant in enumerate(tenants):
+        simulation.add(row(200 - 10 * number, tenant=tenant))
+        simulation.turn()
+        simulation.turn()
+    assert len(simulation.batcher.started) == len(tenants) and simulation.phases[-1] == "denoise"
+    return simulation
+
+
+def starts_now(simulation: Simulation, longer: int, tenant: str = "") -> bool:
+    """Whether a row starts that leaves so many steps after the first of those that run."""
+    late = row(min(each.remaining for each in simulation.batcher.started) + longer, tenant=tenant)
+    simulation.add(late)
+    work = simulation.turn()
+    assert work is not None and work.phase == ("encode" if late.stage == "started" else "denoise")
+    return late.stage == "started"
+
+
+@pytest.mark.parametrize(
+    ("held", "longer", "starts"),
+    [(5, 1, True), (6, 1, False), (6, 0, False), (6, -1, True), (7, 0, False), (7, -1, True), (8, -1, False)],
+)
+def test_the_last_quarter_of_the_slots_is_for_rows_that_leave_before_all_others(
+    held: int, longer: int, starts: bool
+) -> None:
+    """Six of eight slots are for anybody."""
+    assert starts_now(holding(8, *("",) * held), longer) is starts
+
+
+@pytest.mark.parametrize(
+    ("slots", "mine", "theirs", "starts"),
+    [(8, 4, 1, True), (8, 4, 2, False), (8, 2, 4, True), (8, 3, 3, False), (6, 2, 3, True)],
+)
+def test_a_tenant_takes_of_the_last_quarter_up_to_its_share_of_the_others(
+    slots: int, mine: int, theirs: int, starts: bool
+) -> None:
+    simulation = holding(slots, *("mine",) * mine, *("theirs",) * theirs)
+    assert starts_now(simulation, 1, "mine") is starts
+
+
+@pytest.mark.parametrize(("slots", "taken"), [(7, 6), (8, 6), (9, 7), (11, 8)])
+def test_rows_that_are_encoded_early_never_take_a_slot_of_the_last_quarter(slots: int, taken: int) -> None:
+    """Four guided rows fill the forward; up to four more are encoded with them."""
+    simulation = Simulation(fixed(8, slots=slots, encode=8))
+    simulation.add(*(row(50, guided=True) for _ in range(12)))
+    work = simulation.turn()
+    assert work is not None and (work.phase, len(work.rows)) == ("encode", taken)
+
+
 def test_removed_rows_leave_no_trace_wherever_they_stand() -> None:
     simulation = Simulation(fixed(2))
     rows = [row(5) for _ in range(6)]

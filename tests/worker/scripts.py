@@ -10,7 +10,7 @@ import sys
 from app.errors import SettingsError
 from app.worker import wire
 
-HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[-1])).sendall\n"
+HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[1])).sendall\n"
 HELLO = wire.pack(wire.Hello(1))
 REFUSAL = wire.pack(wire.Refusal(SettingsError("no such GPU")))
 

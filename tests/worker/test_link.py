@@ -35,24 +35,6 @@ def test_a_hang_is_killed_and_restarted(caplog):
     assert any('hung in phase "step"' in record.getMessage() for record in caplog.records)
 
 
-def test_a_process_that_freezes_while_idle_is_a_hang(monkeypatch, caplog):
-    async def scenario():
-        async with serving() as here:
-            supervisor = here.supervisor
-            await until(lambda: supervisor.ready)
-            first = supervisor.pids[0]
-            with monkeypatch.context() as impatient:
-                impatient.setattr(link, "MAX_SILENCE", 1.0)
-                os.kill(first, signal.SIGSTOP)
-                with pytest.raises(NoWorker):
-                    await supervisor.submit(request())
-            await until(lambda: supervisor.live)
-            assert supervisor.pids[0] != first
-
-    run(scenario)
-    assert any('hung in phase "idle"' in record.getMessage() for record in caplog.records)
-
-
 def test_idleness_is_no_hang(monkeypatch):
     """Idle for longer than a process may be silent: it says again and again that it is."""
 

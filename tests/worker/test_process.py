@@ -1,5 +1,6 @@
 """The process around the engine: orders in, reports out, signals, and its end; on a stand-in engine without torch."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -60,15 +61,19 @@ def child(run: str = WAITING, build: str = "", **settings: object):
     """The process, started as the supervisor starts it, and our end of its socket."""
     code = STAND_IN.replace("RUN", run).replace("BUILD", build or "pass")
     ours, theirs = socket.socketpair()
+    beats, pulse = os.pipe()
     with theirs:
-        fd = theirs.fileno()
-        running = subprocess.Popen([sys.executable, "-c", code, str(fd)], pass_fds=(fd,), stderr=subprocess.PIPE)
+        fds = theirs.fileno(), pulse
+        words = [sys.executable, "-c", code, *map(str, fds)]
+        running = subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE)
+    os.close(pulse)
     ours.settimeout(20)
     try:
         wire.send(ours, wire.Start(Settings(**({"devices": "cpu"} | settings)), CARDS, "cpu"))
         yield running, ours
     finally:
         ours.close()
+        os.close(beats)
         running.kill()
         running.communicate()
 

@@ -12,7 +12,7 @@ from app.errors import NoWorker
 from app.report import Progress, Result
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
-from app.worker import keeper, link
+from app.worker import keeper
 from app.worker.supervisor import Supervisor
 from tests.tiny import write_models
 
@@ -61,11 +61,10 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
     stuck = await working(supervisor, "stuck")
     pids = supervisor.pids
     frozen = pids.pop(supervisor.queues.index(max(supervisor.queues)))
-    # Both at work: an idle process may well be silent for longer than what counts as a hang here.
+    # Both at work, so that both requests are lost.
     lost = await working(supervisor, "lost")
     assert all(supervisor.queues)
     with monkeypatch.context() as impatient:
-        impatient.setattr(link, "MAX_SILENCE", 2.0)
         # One restart, of the other, is enough to wait for here.
         impatient.setattr(keeper, "HEALTHY", 0.0)
         impatient.setattr(keeper, "FIRST_DELAY", 600.0)

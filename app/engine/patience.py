@@ -1,0 +1,93 @@
+"""Patience: how long a unit of work may take before it counts as hung, announced before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from app.engine.outcome import Outcome
+from app.engine.row import Key, Work
+from app.pool.pool import Pool
+from app.report import Announce, Report
+
+FACTOR = 10.0
+"""Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""
+
+LEAST = 10.0
+MOST = 30.0
+
+LONG = 5.0
+"""Work that is expected to take longer than MOST / LONG seconds may take so many times its estimate."""
+
+FIRST_AREA = 256**2
+FIRST_ON_GPU = 120.0
+COMPILING = 600.0
+IDLE = 30.0
+
+FADING = 0.98
+"""An estimate that is too long shrinks by this at each work that takes less."""
+
+
+class Patience:
+    """Announces each unit of work with the seconds that it may take.
+
+    An estimate is the longest that such a work took in this process, never what a file says. Before there is one, MOST
+    seconds are for each gigabyte of the model's weights and each 256 x 256 pixels on a CPU. A GPU, whose kernels are
+    loaded at first use, has FIRST_ON_GPU seconds, and networks that compile themselves have COMPILING.
+    """
+
+    def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
+        self._pool, self._emit, self._clock, self._compiled = pool, emit, clock, compiled
+        self._plain = pool.device.type == "cpu" and not compiled
+        self._longest: dict[tuple[Key, str], tuple[float, int]] = {}
+        self._announced, self._announced_at = Announce("start", 0.0), 0.0
+        self._size = 0
+
+    def idle(self) -> None:
+        """There is nothing to do. Call it again and again."""
+        self._announce("idle", IDLE)
+
+    def begin(self, work: Work) -> None:
+        """This work begins."""
+        self._size = work.passes if work.phase == "denoise" else len(work.rows)
+        self._announce(work.phase, self._limit(work.key, work.phase, self._size))
+
+    def end(self, work: Work, outcome: Outcome, seconds: float) -> None:
+        """It took so long. What failed, or found all of its texts encoded, says nothing of the next."""
+        known = outcome.text_hits > 0
+        if not (outcome.failed or outcome.idle or (known and not outcome.text_misses)):
+            self._learn(work.key, work.phase, 1 if known else self._size, seconds)
+
+    def measure(self, key: Key) -> None:
+        """The next width of a key is measured, which is twice the last. Networks compile meanwhile."""
+        self._announce("profile", COMPILING if self._compiled else self._limit(key, "profile", 2))
+
+    def measured(self, key: Key, seconds: float) -> None:
+        """Measuring a width took so long."""
+        self._learn(key, "profile", 1, seconds)
+
+    def _limit(self, key: Key, phase: str, size: int) -> float:
+        longest = self._longest.get((key, phase))
+        if longest is None:
+            return self._first(key, size)
+        estimate = longest[0] * max(1.0, size / longest[1])
+        least = LEAST if self._plain else MOST
+        return math.ceil(max(LONG * estimate, min(MOST, max(least, FACTOR * estimate))))
+
+    def _first(self, key: Key, size: int) -> float:
+        if not self._plain:
+            return COMPILING if self._compiled else FIRST_ON_GPU
+        area = size * key.width * key.height / FIRST_AREA
+        return math.ceil(MOST * max(1.0, self._pool.size(key.model) / 1e9) * max(1.0, area))
+
+    def _learn(self, key: Key, phase: str, size: int, seconds: float) -> None:
+        longest, widest = self._longest.get((key, phase), (0.0, size))
+        faded = FADING * longest
+        self._longest[key, phase] = (seconds, size) if seconds >= faded else (faded, widest)
+
+    def _announce(self, phase: str, seconds: float) -> None:
+        """Tell a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
+        fresh, now = Announce(phase, seconds), self._clock()
+        if fresh != self._announced or now - self._announced_at >= seconds / 3:
+            self._announced, self._announced_at = fresh, now
+            self._emit(fresh)
