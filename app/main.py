@@ -22,6 +22,7 @@ from typing import Any, cast
 import uvicorn
 
 from app import logs
+from app.api import docs
 from app.api.application import Application, build
 from app.api.cors import Cors, read_origins
 from app.api.curl import first_curl, url_of
@@ -48,6 +49,9 @@ OTHER_FILES = 256
 
 MOST_FILES = 1 << 20
 """Open files that are enough where connections have no cap, and the system has none either."""
+
+SWITCH = 0.001
+"""Seconds that a thread may compute while the event loop waits for the interpreter's lock; 5 ms is Python's own."""
 
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
@@ -76,6 +80,7 @@ def create_app(
             app.state.refusal = error
             raise
         try:
+            await docs.written(app, front)  # before there is anybody whom it could keep waiting
             yield
         finally:
             await supervisor.stop(settings.drain)
@@ -95,6 +100,7 @@ def serve(settings: Settings, app: Application | None = None) -> None:
     settings = settings.without_secrets()
     forget_secrets()
     make_room(settings.max_connections)
+    sys.setswitchinterval(SWITCH)
     listener = listen(settings.host, settings.port)
     # NOTE: uvicorn drains on a signal and then raises it again, which would end the process with a failure. By then
     # these handlers are back in place; before uvicorn takes over, they end the start just as quietly.

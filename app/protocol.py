@@ -22,6 +22,9 @@ HEADER_BYTES = 32 * 1024
 
 _TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them."
 
+EVENTS = 16
+"""Heads, chunks and ends that are parsed of one connection in a turn of the event loop; a chunk takes 7 us."""
+
 SLOWEST = 8 * 1024
 """Bytes a second that a client must take of its answer while it has not taken all."""
 
@@ -44,18 +47,23 @@ _QUIET.setLevel(logging.ERROR)
 class _Parser(h11.Connection):
     """h11 with an eye on each request and on each byte that goes out.
 
-    asked: the present request, once its head has come. fault: what was wrong with it.
+    asked: the present request, once its head has come. fault: what was wrong with it. left: events that it may still
+    give in this turn of the event loop.
     """
 
     def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
         self.fault: InstepError = RequestError("This is not a valid HTTP request.")
         self.asked = NOTHING
+        self.left = EVENTS
         self._check = check
         self._sending = sending
 
     def next_event(self) -> Any:
-        """Raises RemoteProtocolError for a request that `check` finds fault with, too."""
+        """Raises RemoteProtocolError for a request that `check` finds fault with, too. PAUSED when none is `left`."""
+        if not self.left:
+            return h11.PAUSED
+        self.left -= 1
         self.asked = NOTHING if self.their_state is h11.IDLE else self.asked
         try:
             event = super().next_event()
@@ -121,9 +129,18 @@ class Guarded(H11Protocol):
             self.cycle.keep_alive = False
         self._settle()
 
+    def handle_events(self) -> None:
+        """Called by uvicorn when there are bytes to parse. A body in chunks of a byte is parsed over many turns."""
+        self.conn.left = EVENTS
+        super().handle_events()
+        if not self.conn.left:
+            self.loop.call_soon(self._go_on)
+
     def on_response_complete(self) -> None:
         """Called when an answer is whole; the next request may be here already, or a part of it."""
         super().on_response_complete()
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.scope["state"]["pipelined"] = True
         self._settle()
 
     def send_400_response(self, msg: str) -> None:
@@ -151,6 +168,12 @@ class Guarded(H11Protocol):
             self._stop_clock()
         elif self._clock is None:
             self._start_clock()
+
+    def _go_on(self) -> None:
+        if not self._refused and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.handle_events()
+            self._settle()
 
     def _start_clock(self) -> None:
         seconds = self._door.seconds if self._entered else min(GRACE, self._door.seconds)
