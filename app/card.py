@@ -1,16 +1,15 @@
 """Card: the TOML facts of a checkpoint. The one authority on what a model is, wants and allows.
 
-Knows nothing of tensors; reading a card opens no weights. An invalid card stops the start and names file and field.
+Knows nothing of tensors; reading a card opens no weights. An invalid card is left out and named, with file and field.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -173,6 +172,39 @@ class Card(Part):
         return self
 
 
+class Cards(dict[str, Card]):
+    """Cards by id. skipped: why a card.toml cannot be served, by its file; the message names the file and the field."""
+
+    def __init__(self, cards: Mapping[str, Card] | None = None) -> None:
+        super().__init__(cards or {})
+        self.skipped: dict[Path, CardError] = dict(cards.skipped) if isinstance(cards, Cards) else {}
+        self._names: dict[str, CardError] = dict(cards._names) if isinstance(cards, Cards) else {}
+
+    def skip(self, file: Path, error: CardError, card: Card | None = None) -> None:
+        """Note that this file is left out, and with its card those that would take parts of it."""
+        self.skipped[file] = error
+        names = (card.id, *card.aliases) if card else ()
+        self._names = {**dict.fromkeys((file.parent.name, *names), error), **self._names}
+        if card and self.get(card.id) is card:
+            del self[card.id]
+            self.check_components()
+
+    def check_components(self) -> None:
+        """Skip every card whose `components` name what is not there."""
+        for card in list(self.values()):
+            for part, target in card.components.items():
+                owner, _, rest = target.partition("/")
+                if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):
+                    file = card.folder / "card.toml"
+                    message = f'{file}: components.{part}: "{target}" is not "<card id>/<folder>"'
+                    self.skip(file, CardError(f"{message}{self.reason(owner)}"), card)
+
+    def reason(self, name: str) -> str:
+        """The end of a message about a name that no card has: why its card was skipped, or nothing."""
+        error = None if name in self else self._names.get(name)
+        return f"; {error.message}" if error else ""
+
+
 def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
     try:
@@ -188,37 +220,31 @@ def read_card(file: Path) -> Card:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{file}: {field}: {first['msg']}") from error
-    return card.model_copy(update={"labels": labels_of(card)})
+    try:
+        return card.model_copy(update={"labels": labels_of(card)})
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        raise CardError(f"{file}: source: {error}") from error
 
 
-def read_cards(folder: Path, aliases: str = "") -> dict[str, Card]:
+def read_cards(folder: Path, aliases: str = "") -> Cards:
     """Every `<folder>/<id>/card.toml`, by id, with the aliases of the setting ALIAS.
 
-    Raises CardError: invalid card, clashing names, unknown component; SettingsError: what `with_aliases` refuses.
+    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError: what
+    `with_aliases` refuses.
     """
-    cards: dict[str, Card] = {}
-    names: dict[str, Path] = {}
+    cards, names = Cards(), dict[str, Path]()
     for file in sorted(folder.glob("*/card.toml")):
-        card = read_card(file)
-        for name in (card.id, *card.aliases):
-            if name in names:
-                raise CardError(f"{file}: the name {name} is already used by {names[name]}")
-            names[name] = file
+        try:
+            card = read_card(file)
+        except CardError as error:
+            cards.skip(file, error)
+            continue
+        taken = next((name for name in (card.id, *card.aliases) if name in names), None)
+        if taken:
+            cards.skip(file, CardError(f"{file}: the name {taken} is already used by {names[taken]}"), card)
+            continue
+        names |= dict.fromkeys((card.id, *card.aliases), file)
         cards[card.id] = card
-    for card in cards.values():
-        for part, target in card.components.items():
-            owner, _, rest = target.partition("/")
-            if owner not in cards or not rest or ".." in rest.split("/"):
-                raise CardError(
-                    f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"'
-                )
-    return with_aliases(cards, aliases)
-
-
-def to_toml(value: Any) -> str:
-    """A value of a card as TOML, tables in one line."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    cards.check_components()
+    cards.update(with_aliases(cards, aliases))
+    return cards

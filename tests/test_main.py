@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from app import main
-from app.errors import CardError, SettingsError
+from app.errors import SettingsError
 from app.settings import Settings
 from tests.api.conftest import FAKE, eventually, write_cards
 
@@ -293,12 +293,6 @@ def test_the_engines_are_given_settings_without_keys(settings: Settings, monkeyp
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.1, port 0: "):
         main.listen("203.0.113.1", 0)
-
-
-def test_a_broken_card_stops_the_start(settings: Settings) -> None:
-    (settings.models / "tiny-text" / "card.toml").write_text("id = 3", encoding="utf-8")
-    with pytest.raises(CardError, match=r"tiny-text.card\.toml"):
-        main.create_app(settings)
 
 
 def test_an_empty_folder_stops_the_start(tmp_path: Path) -> None:

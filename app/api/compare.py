@@ -103,7 +103,7 @@ def _honest(front: Front, record: Record, accepted: list[Generation], count: int
 async def _reply(request: Request, comparison: Comparison, cells: list[Generation], futures: Futures) -> Response:
     """Wait for all cells, then draw the panel; the first error, or the client's leaving, ends it for all."""
     try:
-        results = [one[0] for one in await unless_gone(request, asyncio.gather(*futures))]
+        results = await unless_gone(request, asyncio.ensure_future(_all(futures)))
         if comparison.raw:
             data, seconds = await cells[0].front.in_thread(raw_panel, comparison, results)
             said = await cells[0].front.in_thread(panel_warnings, comparison, results)
@@ -117,6 +117,11 @@ async def _reply(request: Request, comparison: Comparison, cells: list[Generatio
         raise _failed(cells, futures, error) from None
     _answered(cells, results, seconds)
     return response
+
+
+async def _all(futures: Futures) -> list[Result]:
+    """The picture of each cell. NOTE: a bare `gather` that is cancelled logs an error, as nobody awaits it any more."""
+    return [one[0] for one in await asyncio.gather(*futures)]
 
 
 def _failed(cells: list[Generation], futures: Futures, error: Exception) -> InstepError:

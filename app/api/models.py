@@ -7,7 +7,7 @@ Knows nothing of weights: states come from the supervisor.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -19,7 +19,7 @@ from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
 from app.cards.folder import ModelFolder
-from app.errors import NoWorker
+from app.errors import NotDownloaded, NoWorker
 from app.report import ModelState
 from app.samplers.table import valid_samplers
 
@@ -56,11 +56,19 @@ class ModelEntry(BaseModel):
     downloaded: bool = Field(description="Whether all its files are on this machine")
 
 
+class SkippedCard(BaseModel):
+    """A card that this server left out when it started."""
+
+    card: str = Field(description="Its file, in the server's folder of cards")
+    reason: str
+
+
 class ModelList(BaseModel):
-    """All models."""
+    """All models. skipped: the cards that are no models, for keys that may use every model."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]
+    skipped: list[SkippedCard]
 
 
 class ClassEntry(BaseModel):
@@ -83,7 +91,9 @@ async def list_models(request: Request) -> Response:
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
     found = await _entries(front)
-    return _json(b'{"object":"list","data":[', b",".join(found[card.id] for card in cards), b"]}")
+    skipped = () if record_of(request).key.models else _skipped(front)
+    listed = b",".join(found[card.id] for card in cards)
+    return _json(b'{"object":"list","data":[', listed, b'],"skipped":[', b",".join(skipped), b"]}")
 
 
 @router.get("/{model:path}/classes", response_model=ClassList, responses=NOT_FOUND)
@@ -148,12 +158,20 @@ async def _entries(front: Front) -> dict[str, bytes]:
     return await front.shared("models", make)
 
 
+def _skipped(front: Front) -> Iterator[bytes]:
+    folder = front.settings.models
+    for file, error in front.registry.all.skipped.items():
+        reason = error.message.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
+        yield SkippedCard(card=f"{file.parent.name}/{file.name}", reason=reason).model_dump_json().encode()
+
+
 def _json(*parts: bytes, status: int = 200) -> Response:
     return Response(b"".join(parts), status, media_type="application/json")
 
 
 def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> bytes:
-    state = state or ModelState(card.id, "absent")
+    state, fault = state or ModelState(card.id, "absent"), ModelFolder(card, cards).fault()
+    broken = fault.message if fault and not isinstance(fault, NotDownloaded) else ""
     try:
         created = int((card.folder / "card.toml").stat().st_mtime)
     except OSError:
@@ -167,7 +185,7 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> b
         condition="class_label" if draws_classes(card) else "prompt",
         classes=len(card.labels),
         state=state.state,
-        detail=state.detail.replace(f"{card.folder.parent}/", ""),
+        detail=(state.detail or broken).replace(f"{card.folder.parent}/", ""),
         device_bytes=state.device_bytes,
         defaults=card.defaults.model_dump(),
         limits=card.limits.model_dump(),
@@ -176,6 +194,6 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> b
         gated=card.gated,
         parameters=card.parameters,
         bytes=card.bytes,
-        downloaded=ModelFolder(card, cards).here(),
+        downloaded=fault is None,
     )
     return entry.model_dump_json().encode()
