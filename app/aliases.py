@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from app.errors import SettingsError
 
 if TYPE_CHECKING:
-    from app.card import Card, Cards
+    from app.card import Card
+    from app.cards.cards import Cards
 
 _ALIAS = re.compile(r"[^\s/,=][^/,=]*(/[^/,=]+)*")
 _ROUTES = ("classes", "load", "unload")

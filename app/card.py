@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.aliases import valid_alias, with_aliases
+from app.cards.cards import Cards, taken
 from app.cards.folder import labels_of
 from app.errors import CardError
 from app.schedule import Part, Schedule
@@ -143,6 +143,10 @@ class Card(Part):
     labels: tuple[str, ...] = ()
 
     @property
+    def file(self) -> Path:
+        return self.folder / "card.toml"
+
+    @property
     def default_size(self) -> Size:
         return parse_size(self.defaults.size)
 
@@ -172,39 +176,6 @@ class Card(Part):
         return self
 
 
-class Cards(dict[str, Card]):
-    """Cards by id. skipped: why a card.toml cannot be served, by its file; the message names the file and the field."""
-
-    def __init__(self, cards: Mapping[str, Card] | None = None) -> None:
-        super().__init__(cards or {})
-        self.skipped: dict[Path, CardError] = dict(cards.skipped) if isinstance(cards, Cards) else {}
-        self._names: dict[str, CardError] = dict(cards._names) if isinstance(cards, Cards) else {}
-
-    def skip(self, file: Path, error: CardError, card: Card | None = None) -> None:
-        """Note that this file is left out, and with its card those that would take parts of it."""
-        self.skipped[file] = error
-        names = (card.id, *card.aliases) if card else ()
-        self._names = {**dict.fromkeys((file.parent.name, *names), error), **self._names}
-        if card and self.get(card.id) is card:
-            del self[card.id]
-            self.check_components()
-
-    def check_components(self) -> None:
-        """Skip every card whose `components` name what is not there."""
-        for card in list(self.values()):
-            for part, target in card.components.items():
-                owner, _, rest = target.partition("/")
-                if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):
-                    file = card.folder / "card.toml"
-                    message = f'{file}: components.{part}: "{target}" is not "<card id>/<folder>"'
-                    self.skip(file, CardError(f"{message}{self.reason(owner)}"), card)
-
-    def reason(self, name: str) -> str:
-        """The end of a message about a name that no card has: why its card was skipped, or nothing."""
-        error = None if name in self else self._names.get(name)
-        return f"; {error.message}" if error else ""
-
-
 def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
     try:
@@ -232,19 +203,18 @@ def read_cards(folder: Path, aliases: str = "") -> Cards:
     A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError: what
     `with_aliases` refuses.
     """
-    cards, names = Cards(), dict[str, Path]()
+    cards = Cards()
     for file in sorted(folder.glob("*/card.toml")):
         try:
             card = read_card(file)
         except CardError as error:
             cards.skip(file, error)
             continue
-        taken = next((name for name in (card.id, *card.aliases) if name in names), None)
-        if taken:
-            cards.skip(file, CardError(f"{file}: the name {taken} is already used by {names[taken]}"), card)
-            continue
-        names |= dict.fromkeys((card.id, *card.aliases), file)
-        cards[card.id] = card
+        if card.id in cards:
+            cards.skip(file, taken(file, card.id, cards[card.id].file), card)
+        else:
+            cards[card.id] = card
+    cards.check_aliases()
     cards.check_components()
     cards.update(with_aliases(cards, aliases))
     return cards

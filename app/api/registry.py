@@ -11,7 +11,8 @@ from copy import copy
 
 from app.api.classes import draws_classes
 from app.api.hints import did_you_mean
-from app.card import Card, Cards
+from app.card import Card
+from app.cards.cards import Cards
 from app.cards.folder import ModelFolder
 from app.errors import CardError, ModelNotFound, NotDownloaded, SettingsError
 from app.logs import logger
@@ -105,7 +106,7 @@ def sound(cards: Mapping[str, Card]) -> Cards:
         try:
             check_sampler(card)
         except CardError as error:
-            found.skip(card.folder / "card.toml", error, card)
+            found.skip(card.file, error, card)
     return found
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from app.card import Card, Cards
+from app.card import Card
+from app.cards.cards import Cards
 from app.cards.folder import ModelFolder
 from app.errors import SettingsError
 from app.settings import Settings
