@@ -6,7 +6,7 @@ The page needs no other host: Swagger UI's files come from the package fastapi-s
 from __future__ import annotations
 
 import json
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
 
 import fastapi_swagger  # type: ignore[import-untyped]
@@ -87,9 +87,13 @@ async def written(app: FastAPI, front: Front) -> bytes:
     """The document as it is sent, made once for each set of models that a key may use."""
     kept: dict[tuple[str, ...], bytes] = app.state.documents
     models = tuple(front.registry.cards)
-    if models not in kept:
-        kept[models] = await front.shared(("document", models), partial(front.in_thread, _written, app, front))
-    return kept[models]
+
+    async def make() -> bytes:
+        if models not in kept:
+            kept[models] = await front.in_thread(_written, app, front)
+        return kept[models]
+
+    return kept[models] if models in kept else await front.shared(("document", models), make)
 
 
 def _written(app: FastAPI, front: Front) -> bytes:
