@@ -1,4 +1,4 @@
-"""Crowd: what keeps many clients at once from holding the event loop: turns, and one answer for all who wait for it."""
+"""Crowd: what keeps many clients from holding the event loop: requests take turns, and those who ask the same share."""
 
 from __future__ import annotations
 

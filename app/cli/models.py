@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.api.classes import draws_classes
-from app.api.registry import check_sampler
+from app.api.registry import check_sampler, sound
 from app.api.schemas import describe_sizes
 from app.card import Card, read_cards
 from app.cards.folder import ModelFolder
@@ -113,7 +113,7 @@ def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
     files = sorted(folder.glob("*/card.toml"))
     if not files:
         raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
-    cards = read_cards(folder)
+    cards = sound(read_cards(folder))
     skipped = {file.parent.name: ("broken", error.message) for file, error in cards.skipped.items()}
     return skipped | {card.folder.name: _check_files(card, cards, threads) for card in cards.values()}
 
