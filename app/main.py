@@ -25,6 +25,7 @@ from app import logs
 from app.api import docs
 from app.api.application import Application, build
 from app.api.cors import Cors, read_origins
+from app.api.crowd import steady
 from app.api.curl import first_curl, url_of
 from app.api.front import Front
 from app.api.registry import Registry, warn_of
@@ -49,9 +50,6 @@ OTHER_FILES = 256
 
 MOST_FILES = 1 << 20
 """Open files that are enough where connections have no cap, and the system has none either."""
-
-SWITCH = 0.001
-"""Seconds that a thread may compute while the event loop waits for the interpreter's lock; 5 ms is Python's own."""
 
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
@@ -101,7 +99,6 @@ def serve(settings: Settings, app: Application | None = None) -> None:
     settings = settings.without_secrets()
     forget_secrets()
     make_room(settings.max_connections)
-    sys.setswitchinterval(SWITCH)
     listener = listen(settings.host, settings.port)
     # NOTE: uvicorn drains on a signal and then raises it again, which would end the process with a failure. By then
     # these handlers are back in place; before uvicorn takes over, they end the start just as quietly.
@@ -212,6 +209,7 @@ class _Server(uvicorn.Server):
         except OSError as error:
             await self.lifespan.shutdown()
             raise taken(self._settings.host, self._settings.port, error) from error
+        steady()
         for listener in sockets or [] if self.started else []:
             greet(self._front, *listener.getsockname()[:2])
 
