@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.door import NOTHING, Asked, Door
@@ -23,7 +24,9 @@ HEADER_BYTES = 32 * 1024
 _TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them."
 
 EVENTS = 16
-"""Heads, chunks and ends that are parsed of one connection in a turn of the event loop; a chunk takes 7 us."""
+"""Heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us."""
+AHEAD = 64 * 1024
+"""Bytes behind a whole request beyond which a connection is not read before it is answered."""
 
 SLOWEST = 8 * 1024
 """Bytes a second that a client must take of its answer while it has not taken all."""
@@ -60,7 +63,7 @@ class _Parser(h11.Connection):
         self._sending = sending
 
     def next_event(self) -> Any:
-        """Raises RemoteProtocolError for a request that `check` finds fault with, too. PAUSED when none is `left`."""
+        """PAUSED when none is `left`. Raises RemoteProtocolError for a request that `check` finds fault with, too."""
         if not self.left:
             return h11.PAUSED
         self.left -= 1
@@ -90,6 +93,19 @@ class _Parser(h11.Connection):
         return self.their_state is h11.SEND_BODY or (self.their_state is h11.IDLE and bool(self.trailing_data[0]))
 
 
+class _Flow(FlowControl):
+    """uvicorn reads on whenever a route asks for its body, and so would take in pipelined requests without end."""
+
+    def __init__(self, transport: asyncio.Transport, parser: _Parser) -> None:
+        super().__init__(transport)
+        self._parser = parser
+
+    def resume_reading(self) -> None:
+        """Read on, unless the present request is whole and much of the next ones is here already."""
+        if self._parser.their_state is not h11.DONE or len(self._parser.trailing_data[0]) <= AHEAD:
+            super().resume_reading()
+
+
 class Guarded(H11Protocol):
     """One connection. Two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
 
@@ -108,6 +124,7 @@ class Guarded(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the transport: a client is there, and its time runs."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.conn)
         self._address = self.client[0] if self.client else ""
         self._entered = self._door.enter(self._address)
         transport.abort() if self._entered is None else self._start_clock()

@@ -23,7 +23,7 @@ from app.api.access import SLICE
 from app.api.crowd import SingleFlight, Turns
 from app.api.fields import LONGEST, MOST
 from app.api.hints import COMPARED, did_you_mean
-from app.protocol import EVENTS, Guarded
+from app.protocol import AHEAD, EVENTS, Guarded
 from app.settings import Settings
 from tests.api.conftest import Server, generate
 from tests.wires import connect
@@ -204,6 +204,30 @@ def test_a_body_in_chunks_of_a_byte_is_parsed_over_many_turns(
         said = b"".join(iter(lambda: wire.recv(65536), b""))
     assert said.startswith(b"HTTP/1.1 200 ") and len(calls) >= len(body) // EVENTS
     assert generate(http, {"prompt": "a"}).status_code == 200
+
+
+def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the first ones are answered they stay with the client, and then all are answered, in order."""
+    ahead: list[int] = []
+    real = Guarded.data_received
+
+    def watched(connection: Guarded, data: bytes) -> None:
+        real(connection, data)
+        ahead.append(len(connection.conn.trailing_data[0]))
+
+    monkeypatch.setattr(Guarded, "data_received", watched)
+    body = json.dumps({"prompt": "a", "n": 0, "user": "b" * 900}).encode()
+    ask = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n" + body
+    with connect(url) as wire:
+        sender = threading.Thread(
+            target=wire.sendall,
+            args=(ask % (b"", len(body)) * 1999 + ask % (b"Connection: close\r\n", len(body)),),
+        )
+        sender.start()
+        said = b"".join(iter(lambda: wire.recv(65536), b""))
+        sender.join()
+    assert said.count(b"HTTP/1.1 400") == 2000
+    assert max(ahead) <= AHEAD + 256 * 1024  # what asyncio reads at once
 
 
 def test_health_is_answered_while_a_crowd_pipelines() -> None:
