@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from app.errors import SettingsError
 
 if TYPE_CHECKING:
     from app.card import Card
+    from app.cards.cards import Cards
 
 _ALIAS = re.compile(r"[^\s/,=][^/,=]*(/[^/,=]+)*")
 _ROUTES = ("classes", "load", "unload")
@@ -31,7 +32,7 @@ def valid_alias(text: str) -> str:
     return text
 
 
-def with_aliases(cards: Mapping[str, Card], setting: str) -> dict[str, Card]:
+def with_aliases(cards: Cards, setting: str) -> dict[str, Card]:
     """The same cards with the aliases of the setting: `alias=model`, comma separated, where a model is an id or alias.
 
     Raises SettingsError: no such model, a name that is taken, one that stands there twice, one that is no alias.
@@ -40,7 +41,8 @@ def with_aliases(cards: Mapping[str, Card], setting: str) -> dict[str, Card]:
     taken, found = dict(owners), dict(cards)
     for alias, target in _pairs(setting):
         if target not in owners:
-            raise _error(f'no card is named "{target[:128]}"; there are {", ".join(cards)}')
+            why = cards.reason(target) or f"; there are {', '.join(cards)}"
+            raise _error(f'no card is named "{target[:128]}"{why}')
         if alias in taken:
             raise _error(f'"{alias}" is a name of {taken[alias]} already')
         taken[alias] = model = owners[target]

@@ -1,20 +1,19 @@
 """Card: the TOML facts of a checkpoint. The one authority on what a model is, wants and allows.
 
-Knows nothing of tensors; reading a card opens no weights. An invalid card stops the start and names file and field.
+Knows nothing of tensors; reading a card opens no weights. An invalid card is left out and named, with file and field.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.aliases import valid_alias, with_aliases
+from app.cards.cards import Cards, taken
 from app.cards.files import read_toml
 from app.cards.folder import labels_of
 from app.errors import CardError
@@ -145,6 +144,10 @@ class Card(Part):
     labels: tuple[str, ...] = ()
 
     @property
+    def file(self) -> Path:
+        return self.folder / "card.toml"
+
+    @property
     def default_size(self) -> Size:
         return parse_size(self.defaults.size)
 
@@ -189,37 +192,30 @@ def read_card(file: Path) -> Card:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{file}: {field}: {first['msg']}") from error
-    return card.model_copy(update={"labels": labels_of(card)})
+    try:
+        return card.model_copy(update={"labels": labels_of(card)})
+    except (OSError, ValueError) as error:  # a name that no file system takes
+        raise CardError(f"{file}: source: {error}") from error
 
 
-def read_cards(folder: Path, aliases: str = "") -> dict[str, Card]:
+def read_cards(folder: Path, aliases: str = "") -> Cards:
     """Every `<folder>/<id>/card.toml`, by id, with the aliases of the setting ALIAS.
 
-    Raises CardError: invalid card, clashing names, unknown component; SettingsError: what `with_aliases` refuses.
+    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError: what
+    `with_aliases` refuses.
     """
-    cards: dict[str, Card] = {}
-    names: dict[str, Path] = {}
+    cards = Cards()
     for file in sorted(folder.glob("*/card.toml")):
-        card = read_card(file)
-        for name in (card.id, *card.aliases):
-            if name in names:
-                raise CardError(f"{file}: the name {name} is already used by {names[name]}")
-            names[name] = file
-        cards[card.id] = card
-    for card in cards.values():
-        for part, target in card.components.items():
-            owner, _, rest = target.partition("/")
-            if owner not in cards or not rest or ".." in rest.split("/"):
-                raise CardError(
-                    f'{card.folder / "card.toml"}: components.{part}: "{target}" is not "<card id>/<folder>"'
-                )
-    return with_aliases(cards, aliases)
-
-
-def to_toml(value: Any) -> str:
-    """A value of a card as TOML, tables in one line."""
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+        try:
+            card = read_card(file)
+        except CardError as error:
+            cards.skip(file, error)
+            continue
+        if card.id in cards:
+            cards.skip(file, taken(file, card.id, cards[card.id].file), card)
+        else:
+            cards[card.id] = card
+    cards.check_aliases()
+    cards.check_components()
+    cards.update(with_aliases(cards, aliases))
+    return cards

@@ -21,11 +21,13 @@ from typing import Any, cast
 import uvicorn
 
 from app import logs
+from app.api import docs
 from app.api.application import Application, build
 from app.api.cors import Cors, read_origins
+from app.api.crowd import steady
 from app.api.curl import first_curl, url_of
 from app.api.front import Front
-from app.api.registry import Registry
+from app.api.registry import Registry, warn_of
 from app.api.responses import error_response
 from app.api.security import with_ids
 from app.card import read_cards
@@ -52,15 +54,16 @@ def create_app(
 ) -> Application:
     """The whole server as an ASGI application; its lifespan starts the engine processes and ends them.
 
-    supervisor, metrics: given by tests that bring their own workers. Raises CardError, SettingsError.
+    A card that cannot be served, and a model that cannot be loaded, are a line of the log each. supervisor, metrics:
+    given by tests that bring their own workers. Raises SettingsError.
     """
-    cards = read_cards(settings.models, settings.alias)
-    registry = Registry(cards, settings)
+    registry = Registry(read_cards(settings.models, settings.alias), settings)
     keys = with_ids(read_keys(settings), registry)
     settings = settings.without_secrets()
     metrics = metrics or Metrics()
-    supervisor = supervisor or Supervisor(settings, cards, observe=metrics.observe)
+    supervisor = supervisor or Supervisor(settings, registry.all, observe=metrics.observe)
     front = Front(settings, registry, supervisor, metrics, keys)
+    warn_of(registry.all)
 
     @asynccontextmanager
     async def lifespan(app: Application) -> AsyncIterator[None]:
@@ -70,6 +73,7 @@ def create_app(
             app.state.refusal = error
             raise
         try:
+            await docs.written(app, front)  # before there is anybody whom it could keep waiting
             yield
         finally:
             await supervisor.stop(settings.drain)
@@ -81,8 +85,8 @@ def create_app(
 def serve(settings: Settings, app: Application | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Call it on the main thread.
 
-    app: made of these settings already, with workers of its own. Raises SettingsError when the port is taken,
-    CardError, and what an engine process refused to start with.
+    app: made of these settings already, with workers of its own. Raises SettingsError, also when the port is taken,
+    and what an engine process refused to start with.
     """
     logs.setup(settings.log_level)
     app = app or create_app(settings)
@@ -169,6 +173,7 @@ class _Server(uvicorn.Server):
         except OSError as error:
             await self.lifespan.shutdown()
             raise taken(self._settings.host, self._settings.port, error) from error
+        steady()
         for listener in sockets or [] if self.started else []:
             # NOTE: what asyncio accepts at once and what the system keeps for us are one number to uvicorn.
             listener.listen(WAITING)

@@ -11,6 +11,9 @@ import h11
 from app.door import NOTHING, Asked
 from app.errors import HeadersTooLarge, InstepError, RequestError
 
+EVENTS = 16
+"""Heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us."""
+
 HEADERS = 100
 """Header lines that a request may have."""
 
@@ -23,18 +26,23 @@ _TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of 
 class Parser(h11.Connection):
     """h11 with an eye on each request and on each byte that goes out.
 
-    asked: the present request, once its head has come. fault: what was wrong with it.
+    asked: the present request, once its head has come. fault: what was wrong with it. left: events that it may still
+    give in this turn of the event loop.
     """
 
     def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
         self.fault: InstepError = RequestError("This is not a valid HTTP request.")
         self.asked = NOTHING
+        self.left = EVENTS
         self._checks = (_size_fault, check, _framing_fault)
         self._sending = sending
 
     def next_event(self) -> Any:
-        """Raises RemoteProtocolError for a request that `check` finds fault with, too."""
+        """PAUSED when none is `left`. Raises RemoteProtocolError for a request that `check` finds fault with, too."""
+        if not self.left:
+            return h11.PAUSED
+        self.left -= 1
         self.asked = NOTHING if self.their_state is h11.IDLE else self.asked
         try:
             event = super().next_event()

@@ -8,11 +8,15 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.door import Door
 from app.errors import InstepError, Overloaded, RequestTimeout, ShuttingDown
-from app.parser import Parser
+from app.parser import EVENTS, Parser
+
+AHEAD = 64 * 1024
+"""Bytes behind a whole request beyond which a connection is not read before it is answered."""
 
 SLOWEST = 8 * 1024
 """Bytes a second that a client must take of its answer while it has not taken all."""
@@ -36,6 +40,19 @@ _QUIET.setLevel(logging.ERROR)
 """For uvicorn, which warns of every request that is refused: the metrics count them, and a crowd could fill a disk."""
 
 
+class _Flow(FlowControl):
+    """uvicorn reads on whenever a route asks for its body, and so would take in pipelined requests without end."""
+
+    def __init__(self, transport: asyncio.Transport, parser: Parser) -> None:
+        super().__init__(transport)
+        self._parser = parser
+
+    def resume_reading(self) -> None:
+        """Read on, unless the present request is whole and much of the next ones is here already."""
+        if self._parser.their_state is not h11.DONE or len(self._parser.trailing_data[0]) <= AHEAD:
+            super().resume_reading()
+
+
 class Guarded(H11Protocol):
     """One connection. Two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
 
@@ -56,6 +73,7 @@ class Guarded(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the transport: a client is there, and its time runs."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.conn)
         self.address = self.client[0] if self.client else ""
         self._entered = self._door.enter(self)
         transport.abort() if self._entered is None else self._start_clock()
@@ -78,9 +96,18 @@ class Guarded(H11Protocol):
             self.cycle.keep_alive = False
         self._settle()
 
+    def handle_events(self) -> None:
+        """Called by uvicorn when there are bytes to parse. A body in chunks of a byte is parsed over many turns."""
+        self.conn.left = EVENTS
+        super().handle_events()
+        if not self.conn.left:
+            self.loop.call_soon(self._go_on)
+
     def on_response_complete(self) -> None:
         """Called when an answer is whole; the next request may be here already, or a part of it."""
         super().on_response_complete()
+        if self.cycle and not self.cycle.response_complete:
+            self.cycle.scope["state"]["pipelined"] = True
         self._settle()
 
     def send_400_response(self, msg: str) -> None:
@@ -122,6 +149,12 @@ class Guarded(H11Protocol):
         if self.transport.get_write_buffer_size():
             return False
         return self._refused or not self.cycle or self.cycle.response_complete
+
+    def _go_on(self) -> None:
+        if not self._refused and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.handle_events()
+            self._settle()
 
     def _start_clock(self) -> None:
         self._began = self.loop.time()

@@ -154,7 +154,7 @@ def with_torch(modules: dict[str, Module], starts: tuple[str, ...]) -> list[str]
 
 
 def too_long(modules: dict[str, Module]) -> list[str]:
-    found = [f"{m.path}: {m.lines} lines" for m in modules.values() if m.lines > 250]
+    found = [f"{m.path}: {m.lines} lines" for m in modules.values() if m.lines > 400]
     for module in modules.values():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -210,7 +210,7 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
         "worker/__init__": "",
         "worker/supervisor": '"""Supervisor."""\n\ndef late():\n    from app.engine import engine\n',
         "engine/__init__": "",
-        "engine/engine": "import torch\n\ndef long():\n" + "    print()\n" * 40 + "\n" * 250,
+        "engine/engine": "import torch\n\ndef long():\n" + "    print()\n" * 40 + "\n" * 400,
     }
     for name, text in planted.items():
         path = tmp_path / "app" / f"{name}.py"
@@ -225,5 +225,5 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
     ]
     chains = with_torch(app, ("app.main",))
     assert chains == ["app.main -> app.worker.supervisor -> app.engine.engine -> torch"]
-    assert [line.rpartition(": ")[2] for line in too_long(app)] == ["293 lines", "long has 41 lines"]
+    assert [line.rpartition(": ")[2] for line in too_long(app)] == ["443 lines", "long has 41 lines"]
     assert undescribed(app) == [str(tmp_path / "app/engine/engine.py")]

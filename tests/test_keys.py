@@ -6,6 +6,7 @@ import hmac
 import os
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,6 +173,93 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "keys.toml")
     with pytest.raises(SettingsError, match=r"keys\.toml: not a regular file"):
         read_keys(Settings(api_keys_file=str(tmp_path / "keys.toml")))
+
+
+STRANGER = 4242
+"""A user who is neither root nor the one who runs the tests."""
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+
+
+def secret(folder: Path, mode: int = 0o600) -> Settings:
+    settings = written(folder, f'[keys.a]\nkey = "{KEY}"')
+    (folder / "keys.toml").chmod(mode)
+    return settings
+
+
+def refused(settings: Settings) -> str:
+    with pytest.raises(SettingsError) as caught:
+        read_keys(settings)
+    assert caught.value.param == "api_keys_file" and KEY not in caught.value.message
+    assert "\n" not in caught.value.message and settings.api_keys_file in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o644, 0o444, 0o440])
+def test_a_file_that_its_owner_alone_may_write(tmp_path: Path, mode: int) -> None:
+    assert list(named(read_keys(secret(tmp_path, mode)))) == ["a"]
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666, 0o664, 0o777])
+def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+    said = refused(secret(tmp_path, mode))
+    assert f"others may write it (mode {mode:04o}): chmod go-w " in said
+
+
+def test_a_folder_in_which_all_may_replace_the_file(tmp_path: Path) -> None:
+    settings = secret(tmp_path)
+    tmp_path.chmod(0o777)
+    assert f"all may write into its folder: chmod o-w {tmp_path}" in refused(settings)
+    tmp_path.chmod(0o1777)  # as /tmp: only its owner may replace a file
+    assert read_keys(settings).clients
+
+
+def test_a_link_counts_at_both_ends(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    secret(tmp_path / "there")
+    link = tmp_path / "here" / "link.toml"
+    link.symlink_to(tmp_path / "there" / "keys.toml")
+    settings = Settings(api_keys_file=str(link))
+    assert read_keys(settings).clients
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        folder.chmod(0o777)
+        assert f"chmod o-w {folder}" in refused(settings)
+        folder.chmod(0o755)
+    (tmp_path / "there" / "keys.toml").chmod(0o664)
+    assert "others may write it" in refused(settings)
+
+
+@as_root
+def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = secret(tmp_path)
+    os.chown(tmp_path / "keys.toml", STRANGER, 0)
+    assert f"it belongs to user {STRANGER}" in refused(settings)
+    monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
+    assert read_keys(settings).clients, "the server's own"
+    monkeypatch.setattr(os, "geteuid", lambda: STRANGER + 1)
+    refused(settings)
+    monkeypatch.setattr(os, "fstatvfs", lambda opened: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert read_keys(settings).clients, "as Docker mounts a secret that is a file of the host's user"
+
+
+@as_root
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    settings = secret(tmp_path)
+    os.chown(tmp_path, STRANGER, 0)
+    assert f"its folder {tmp_path} belongs to user {STRANGER}" in refused(settings)
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o440])
+def test_a_secret_as_kubernetes_mounts_it(tmp_path: Path, mode: int) -> None:
+    """A folder that all may write and that has the sticky bit, a hidden folder of this version, and links to it."""
+    version = tmp_path / "..2026_11_29"
+    version.mkdir(mode=0o755)
+    secret(version, mode)
+    (tmp_path / "..data").symlink_to(version.name)
+    (tmp_path / "keys.toml").symlink_to("..data/keys.toml")
+    tmp_path.chmod(0o3777)
+    assert read_keys(Settings(api_keys_file=str(tmp_path / "keys.toml"))).clients
 
 
 def test_neither_settings_nor_keys_print_a_key() -> None:

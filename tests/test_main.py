@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from app import main
-from app.errors import CardError, SettingsError
+from app.errors import SettingsError
 from app.settings import Settings
 from tests.api.conftest import FAKE, eventually, write_cards
 from tests.served import Clients, Served, refuses
@@ -144,12 +144,6 @@ def test_the_engines_are_given_settings_without_keys(settings: Settings, monkeyp
     app = main.create_app(settings.model_copy(update={"api_keys": key, "admin_key": f"{key}2"}))
     assert key not in pickle.dumps([given, app.state.front.settings, app.state.front.keys]).decode("latin-1")
     assert len(given) == 1 and app.state.front.keys.find(key.encode()).name == "key-1"
-
-
-def test_a_broken_card_stops_the_start(settings: Settings) -> None:
-    (settings.models / "tiny-text" / "card.toml").write_text("id = 3", encoding="utf-8")
-    with pytest.raises(CardError, match=r"tiny-text.card\.toml"):
-        main.create_app(settings)
 
 
 def test_an_empty_folder_stops_the_start(tmp_path: Path) -> None:

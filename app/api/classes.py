@@ -5,6 +5,8 @@ Knows nothing of HTTP or of the request body.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from app.api.hints import did_you_mean
 from app.card import Card
 from app.errors import InvalidValue
@@ -46,8 +48,18 @@ def search(card: Card, query: str | None) -> list[tuple[int, str]]:
 
 
 def _named(card: Card, name: str) -> list[int]:
+    full, parts = _ids(card.labels)
     wanted = name.strip().casefold()
-    full = [i for i, label in enumerate(card.labels) if label.casefold() == wanted]
-    return full or [
-        i for i, label in enumerate(card.labels) if wanted in (part.strip() for part in label.casefold().split(","))
-    ]
+    return full.get(wanted) or parts.get(wanted, [])
+
+
+@lru_cache(maxsize=32)
+def _ids(labels: tuple[str, ...]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The ids of the classes with a full name, and with a synonym; both in lower case."""
+    full: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
+    for index, label in enumerate(map(str.casefold, labels)):
+        full.setdefault(label, []).append(index)
+        for part in {part.strip() for part in label.split(",")}:
+            parts.setdefault(part, []).append(index)
+    return full, parts

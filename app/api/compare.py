@@ -66,7 +66,7 @@ async def _laid_out(request: Request, front: Front, record: Record) -> Compariso
 
         return lay_out(body, front.registry, complete, wanted)
 
-    comparison = await asyncio.get_running_loop().run_in_executor(front.pool, make)
+    comparison = await front.in_thread(make)
     record.facts |= {"models": [card.id for card in comparison.cards], "seed": comparison.seed}
     record.facts |= {"images": len(comparison.asks)}
     return comparison
@@ -103,20 +103,25 @@ def _honest(front: Front, record: Record, accepted: list[Generation], count: int
 async def _reply(request: Request, comparison: Comparison, cells: list[Generation], futures: Futures) -> Response:
     """Wait for all cells, then draw the panel; the first error, or the client's leaving, ends it for all."""
     try:
-        results = [one[0] for one in await unless_gone(request, asyncio.gather(*futures))]
+        results = await unless_gone(request, asyncio.ensure_future(_all(futures)))
         if comparison.raw:
-            data, seconds = await cells[0].in_thread(raw_panel, comparison, results)
-            said = await cells[0].in_thread(panel_warnings, comparison, results)
+            data, seconds = await cells[0].front.in_thread(raw_panel, comparison, results)
+            said = await cells[0].front.in_thread(panel_warnings, comparison, results)
             beside = headers([card.id for card in comparison.cards], comparison.seed, said)
             response = Response(data, media_type=f"image/{comparison.format}", headers=beside)
         else:
             asks = [cell.ask for cell in cells]
-            data, seconds = await cells[0].in_thread(json_panel, comparison, asks, results)
+            data, seconds = await cells[0].front.in_thread(json_panel, comparison, asks, results)
             response = Response(data, media_type="application/json")
     except Exception as error:
         raise _failed(cells, futures, error) from None
     _answered(cells, results, seconds)
     return response
+
+
+async def _all(futures: Futures) -> list[Result]:
+    """The picture of each cell. NOTE: a bare `gather` that is cancelled logs an error, as nobody awaits it any more."""
+    return [one[0] for one in await asyncio.gather(*futures)]
 
 
 def _failed(cells: list[Generation], futures: Futures, error: Exception) -> InstepError:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from app.api.classes import draws_classes
-from app.api.fields import first_seed, text
+from app.api.fields import entries, first_seed, text
 from app.api.other_names import hint
 from app.api.presets import PRESETS, takes_preset
 from app.api.registry import Registry
@@ -51,7 +51,7 @@ def names(value: object) -> list[str]:
     """A list of names, none of them empty."""
     if not isinstance(value, list):
         raise ValueError("expects a list of model ids or aliases")
-    found = [text(item) for item in value]
+    found = [text(item) for item in entries(value)]
     if not all(found):
         raise ValueError("expects model ids or aliases, none of them empty")
     return found

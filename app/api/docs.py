@@ -5,13 +5,15 @@ The page needs no other host: Swagger UI's files come from the package fastapi-s
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from importlib.resources import files
 
 import fastapi_swagger  # type: ignore[import-untyped]
-from fastapi import APIRouter, HTTPException, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
-from app.api.front import front_of
+from app.api.front import Front, front_of
 from app.api.openapi import document
 
 router = APIRouter(include_in_schema=False)
@@ -55,9 +57,9 @@ async def home() -> RedirectResponse:
 
 
 @router.get("/openapi.json")
-async def openapi(request: Request) -> JSONResponse:
+async def openapi(request: Request) -> Response:
     """The document of the models that this key may use."""
-    return JSONResponse(document(request.app, front_of(request)))
+    return Response(await written(request.app, front_of(request)), media_type="application/json")
 
 
 @router.get("/docs")
@@ -67,10 +69,32 @@ async def docs() -> HTMLResponse:
 
 
 @router.get("/docs/{name}")
-def part(name: str) -> Response:
+async def part(name: str) -> Response:
     """A file of the page."""
     if name not in TYPES:
         raise HTTPException(404)
-    data = START if name == "start.js" else files(fastapi_swagger).joinpath("resources", name).read_bytes()
+    data = START if name == "start.js" else _file(name)
     headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
     return Response(data, media_type=TYPES[name], headers=headers)
+
+
+@cache
+def _file(name: str) -> bytes:
+    return files(fastapi_swagger).joinpath("resources", name).read_bytes()
+
+
+async def written(app: FastAPI, front: Front) -> bytes:
+    """The document as it is sent, made once for each set of models that a key may use."""
+    kept: dict[tuple[str, ...], bytes] = app.state.documents
+    models = tuple(front.registry.cards)
+
+    async def make() -> bytes:
+        if models not in kept:
+            kept[models] = await front.in_thread(_written, app, front)
+        return kept[models]
+
+    return kept[models] if models in kept else await front.shared(("document", models), make)
+
+
+def _written(app: FastAPI, front: Front) -> bytes:
+    return json.dumps(document(app, front), ensure_ascii=False, separators=(",", ":")).encode()

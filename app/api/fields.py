@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BeforeValidator
 
 from app.errors import InvalidValue
 
+T = TypeVar("T")
+
 SEEDS = 2**63
 """Seeds are 0 to SEEDS - 1; image i of a request uses (seed + i) mod SEEDS."""
+
+LONGEST = 32_000
+"""Characters that a text may have: the limit of prompts that a card sets is at most this."""
+
+MOST = 64
+"""Entries that a list may have: the limit of `n` that a card sets is at most this."""
 
 ANY_SEED = -1
 """A seed that asks for any, as A1111 and those after it write it; the same as none."""
@@ -37,11 +45,25 @@ def real(value: object) -> float:
 
 
 def text(value: object) -> str:
-    """A string that UTF-8 can hold. NOTE: JSON can spell a lone surrogate, which no encoder downstream accepts."""
+    """A string that is not too long and that UTF-8 can hold.
+
+    NOTE: JSON can spell a lone surrogate, which no encoder downstream accepts.
+    """
     if not isinstance(value, str):
         raise ValueError("expects a string")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError("holds a lone surrogate, which is not text")
+    if len(value) > LONGEST:
+        raise ValueError(f"expects at most {LONGEST} characters, not {len(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is not text") from None
+    return value
+
+
+def entries(value: list[T]) -> list[T]:
+    """A list that is not too long, before its entries are looked at."""
+    if len(value) > MOST:
+        raise ValueError(f"expects at most {MOST} entries, not {len(value)}")
     return value
 
 
@@ -49,7 +71,7 @@ def texts(value: object) -> str | list[str]:
     """A string or a list of strings."""
     if not isinstance(value, str | list):
         raise ValueError("expects a string or a list of strings")
-    return [text(item) for item in value] if isinstance(value, list) else text(value)
+    return [text(item) for item in entries(value)] if isinstance(value, list) else text(value)
 
 
 def label(value: object) -> int | str:
@@ -64,7 +86,7 @@ def label(value: object) -> int | str:
 
 def labels(value: object) -> int | str | list[int | str]:
     """A class id or name, or a list of them."""
-    return [label(item) for item in value] if isinstance(value, list) else label(value)
+    return [label(item) for item in entries(value)] if isinstance(value, list) else label(value)
 
 
 def flag(value: object) -> bool:

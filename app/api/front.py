@@ -5,22 +5,31 @@ Knows nothing of routes.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 
+from app.api.crowd import SingleFlight, Turns
 from app.api.registry import Registry
 from app.keys import NOBODY, ApiKey, Keyring
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Front:
-    """What create_app puts together. `pool` runs image encoding off the event loop."""
+    """What create_app puts together.
+
+    pool: threads for what would hold the event loop. flights: work that many clients ask for at once. turns: a request
+    takes one before it computes.
+    """
 
     settings: Settings
     registry: Registry
@@ -28,6 +37,18 @@ class Front:
     metrics: Metrics
     keys: Keyring
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "imaging"))
+    flights: SingleFlight = field(default_factory=SingleFlight)
+    turns: Turns = field(default_factory=Turns)
+
+    async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        """Run what computes or reads files off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
+
+    async def shared(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        """What `make` returns, made once for all who wait for the same key; then they go on one a turn."""
+        made = await self.flights.run(key, make)
+        await self.turns.take()
+        return made
 
 
 @dataclass

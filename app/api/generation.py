@@ -46,10 +46,6 @@ class Generation:
         future.add_done_callback(lambda _: self.front.metrics.ended(model, images))
         return future
 
-    async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
-        """Run imaging off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.front.pool, work, *arguments)
-
     def answered(self, results: list[Result], image_encode: float) -> None:
         """Count and note a request that was answered in full."""
         total = time.perf_counter() - self.started

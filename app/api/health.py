@@ -5,8 +5,6 @@ Knows nothing of images.
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -55,7 +53,9 @@ async def readyz(request: Request) -> dict[str, str]:
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     front = front_of(request)
-    front.metrics.refresh(front.supervisor)
-    # Many models make many lines: off the event loop.
-    text = await asyncio.to_thread(front.metrics.text)
-    return Response(text, media_type=CONTENT_TYPE)
+
+    async def text() -> bytes:
+        front.metrics.refresh(front.supervisor)
+        return await front.in_thread(front.metrics.text)
+
+    return Response(await front.shared("metrics", text), media_type=CONTENT_TYPE)

@@ -71,11 +71,12 @@ async def _reply(request: Request, generation: Generation, future: asyncio.Futur
     try:
         results = await unless_gone(request, future)
         if ask.raw:
-            data, seconds = await generation.in_thread(raw_image, ask, results)
-            beside = headers([ask.card.id], results[0].seed, warnings(ask, results))
+            data, seconds = await generation.front.in_thread(raw_image, ask, results)
+            said = await generation.front.in_thread(warnings, ask, results)
+            beside = headers([ask.card.id], results[0].seed, said)
             response = Response(data, media_type=f"image/{ask.format}", headers=beside)
         else:
-            data, seconds = await generation.in_thread(json_reply, ask, results)
+            data, seconds = await generation.front.in_thread(json_reply, ask, results)
             response = Response(data, media_type="application/json")
     except Exception as error:
         raise generation.failed(error) from None

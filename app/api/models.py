@@ -6,10 +6,12 @@ Knows nothing of weights: states come from the supervisor.
 
 from __future__ import annotations
 
-import asyncio
+import json
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from app.api.classes import draws_classes, search
@@ -17,7 +19,7 @@ from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
 from app.cards.folder import ModelFolder
-from app.errors import NoWorker
+from app.errors import NotDownloaded, NoWorker
 from app.report import ModelState
 from app.samplers.table import valid_samplers
 
@@ -54,11 +56,19 @@ class ModelEntry(BaseModel):
     downloaded: bool = Field(description="Whether all its files are on this machine")
 
 
+class SkippedCard(BaseModel):
+    """A card that this server left out when it started."""
+
+    card: str = Field(description="Its file, in the server's folder of cards")
+    reason: str
+
+
 class ModelList(BaseModel):
-    """All models."""
+    """All models. skipped: the cards that are no models, for keys that may use every model."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]
+    skipped: list[SkippedCard]
 
 
 class ClassEntry(BaseModel):
@@ -75,45 +85,49 @@ class ClassList(BaseModel):
     data: list[ClassEntry]
 
 
-@router.get("")
-async def list_models(request: Request) -> ModelList:
+@router.get("", response_model=ModelList)
+async def list_models(request: Request) -> Response:
     """Every model that this server can draw with, the default first."""
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
-    return ModelList(data=await _entries(front, cards))
+    found = await _entries(front)
+    skipped = () if record_of(request).key.models else _skipped(front)
+    listed = b",".join(found[card.id] for card in cards)
+    return _json(b'{"object":"list","data":[', listed, b'],"skipped":[', b",".join(skipped), b"]}")
 
 
-@router.get("/{model:path}/classes", responses=NOT_FOUND)
+@router.get("/{model:path}/classes", response_model=ClassList, responses=NOT_FOUND)
 async def get_classes(
     request: Request, model: str, q: Annotated[str | None, Query(description="Part of a name, or an id")] = None
-) -> ClassList:
+) -> Response:
     """Classes of a label model, by part of the name in any case, or by id; at most 1,000."""
     _, card = _found(request, model)
-    return ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]])
+    found = [{"id": index, "name": name} for index, name in search(card, q)[:CLASS_LIMIT]]
+    return _json(json.dumps({"object": "list", "data": found}, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-@router.post("/{model:path}/load", status_code=202, responses=NOT_FOUND | NO_WORKER)
-async def load_model(request: Request, model: str) -> ModelEntry:
+@router.post("/{model:path}/load", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
+async def load_model(request: Request, model: str) -> Response:
     """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
     front, card = _working(request, model)
     front.supervisor.load(card.id)
-    return (await _entries(front, [card]))[0]
+    return _json((await _entries(front))[card.id], status=202)
 
 
-@router.post("/{model:path}/unload", status_code=202, responses=NOT_FOUND | NO_WORKER)
-async def unload_model(request: Request, model: str) -> ModelEntry:
+@router.post("/{model:path}/unload", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
+async def unload_model(request: Request, model: str) -> Response:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     front, card = _working(request, model)
     front.supervisor.unload(card.id)
-    return (await _entries(front, [card]))[0]
+    return _json((await _entries(front))[card.id], status=202)
 
 
 # NOTE: the last of them: before the others it would take "a/load" for a name.
-@router.get("/{model:path}", responses=NOT_FOUND)
-async def get_model(request: Request, model: str) -> ModelEntry:
+@router.get("/{model:path}", response_model=ModelEntry, responses=NOT_FOUND)
+async def get_model(request: Request, model: str) -> Response:
     """One model, by id or alias, which may have slashes."""
     front, card = _found(request, model)
-    return (await _entries(front, [card]))[0]
+    return _json((await _entries(front))[card.id])
 
 
 def _working(request: Request, name: str) -> tuple[Front, Card]:
@@ -133,20 +147,36 @@ def _found(request: Request, name: str) -> tuple[Front, Card]:
     return front, card
 
 
-async def _entries(front: Front, cards: list[Card]) -> list[ModelEntry]:
-    """The entries of these cards, in order; the disk is looked at in a thread."""
-    states = front.supervisor.states
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(front.pool, lambda: [_entry(front, card, states.get(card.id)) for card in cards])
+async def _entries(front: Front) -> dict[str, bytes]:
+    """The entry of every model as JSON, by id; the disk is looked at in a thread, once for all who wait."""
+    cards = front.registry.all
+
+    async def make() -> dict[str, bytes]:
+        states = front.supervisor.states
+        return await front.in_thread(lambda: {one: _entry(card, cards, states.get(one)) for one, card in cards.items()})
+
+    return await front.shared("models", make)
 
 
-def _entry(front: Front, card: Card, state: ModelState | None) -> ModelEntry:
-    state = state or ModelState(card.id, "absent")
+def _skipped(front: Front) -> Iterator[bytes]:
+    folder = front.settings.models
+    for file, error in front.registry.all.skipped.items():
+        reason = error.message.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
+        yield SkippedCard(card=f"{file.parent.name}/{file.name}", reason=reason).model_dump_json().encode()
+
+
+def _json(*parts: bytes, status: int = 200) -> Response:
+    return Response(b"".join(parts), status, media_type="application/json")
+
+
+def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> bytes:
+    state, fault = state or ModelState(card.id, "absent"), ModelFolder(card, cards).fault()
+    broken = fault.message if fault and not isinstance(fault, NotDownloaded) else ""
     try:
         created = int((card.folder / "card.toml").stat().st_mtime)
     except OSError:
         created = 0
-    return ModelEntry(
+    entry = ModelEntry(
         id=card.id,
         created=created,
         aliases=list(card.aliases),
@@ -155,7 +185,7 @@ def _entry(front: Front, card: Card, state: ModelState | None) -> ModelEntry:
         condition="class_label" if draws_classes(card) else "prompt",
         classes=len(card.labels),
         state=state.state,
-        detail=state.detail.replace(f"{card.folder.parent}/", ""),
+        detail=(state.detail or broken).replace(f"{card.folder.parent}/", ""),
         device_bytes=state.device_bytes,
         defaults=card.defaults.model_dump(),
         limits=card.limits.model_dump(),
@@ -164,5 +194,6 @@ def _entry(front: Front, card: Card, state: ModelState | None) -> ModelEntry:
         gated=card.gated,
         parameters=card.parameters,
         bytes=card.bytes,
-        downloaded=ModelFolder(card, front.registry.all).here(),
+        downloaded=fault is None,
     )
+    return entry.model_dump_json().encode()

@@ -12,10 +12,14 @@ from copy import copy
 from app.api.classes import draws_classes
 from app.api.hints import did_you_mean
 from app.card import Card
+from app.cards.cards import Cards
 from app.cards.folder import ModelFolder
-from app.errors import CardError, ModelNotFound, SettingsError
+from app.errors import CardError, ModelNotFound, NotDownloaded, SettingsError
+from app.logs import logger
 from app.samplers.table import valid_samplers
 from app.settings import Settings
+
+log = logger("instep")
 
 _OPENAIS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,48}", re.ASCII)
 """Names of OpenAI's models, which many clients send without asking their user."""
@@ -36,17 +40,20 @@ class Registry:
     """Cards by id and alias, and the card of a request that names none. all: those too that a key may not use."""
 
     def __init__(self, cards: Mapping[str, Card], settings: Settings) -> None:
-        """Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one, CardError for a card whose
-        default sampler does not go with its schedule."""
+        """Skips a card whose default sampler does not go with its schedule.
+
+        Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one.
+        """
+        cards = self.cards = self.all = sound(cards)
         if not cards:
-            raise SettingsError(f"no cards in {settings.models}: expected {settings.models}/<id>/card.toml")
-        self.cards = self.all = dict(cards)
+            why = next(
+                (error.message for error in cards.skipped.values()), f"expected {settings.models}/<id>/card.toml"
+            )
+            raise SettingsError(f"no cards in {settings.models}: {why}")
         self._names = {name: card for card in cards.values() for name in (card.id, *card.aliases)}
-        for card in cards.values():
-            check_sampler(card)
         if settings.default_model and settings.default_model not in self._names:
             message = f'default_model: no card is named "{settings.default_model}"'
-            raise SettingsError(message, param="default_model")
+            raise SettingsError(f"{message}{cards.reason(settings.default_model)}", param="default_model")
         ranked = sorted(cards.values(), key=lambda card: rank(card, cards))
         named = [self._names[settings.default_model]] if settings.default_model else []
         self._by_rank = [*named, *ranked]
@@ -75,7 +82,7 @@ class Registry:
         The default is the server's if it is among them, else the next in rank.
         """
         view = copy(self)
-        view.cards = {name: card for name, card in self.cards.items() if name in models}
+        view.cards = Cards({name: card for name, card in self.cards.items() if name in models})
         view._names = {name: card for name, card in self._names.items() if card.id in models}
         view.default = next(card for card in self._by_rank if card.id in models)
         return view
@@ -92,9 +99,30 @@ def rank(card: Card, cards: Mapping[str, Card]) -> tuple[bool, ...]:
     return not (here and prompts and card.id not in SHIPPED), not (here and card.id == BUILT_IN), not here, not prompts
 
 
+def sound(cards: Mapping[str, Card]) -> Cards:
+    """The cards whose default sampler goes with their schedule; the others are skipped."""
+    found = Cards(cards)
+    for card in cards.values():
+        try:
+            check_sampler(card)
+        except CardError as error:
+            found.skip(card.file, error, card)
+    return found
+
+
 def check_sampler(card: Card) -> None:
     """Raises CardError when the card's default sampler is not one of its schedule's."""
     names = valid_samplers(card.schedule)
     if card.defaults.sampler not in names:
         file = card.folder / "card.toml"
         raise CardError(f'{file}: defaults.sampler: "{card.defaults.sampler}" is not one of {", ".join(names)}')
+
+
+def warn_of(cards: Cards) -> None:
+    """One line of the log for each card that is skipped, and for each model with files that are missing or broken."""
+    for error in cards.skipped.values():
+        log.error("card skipped", reason=error.message)
+    for card in cards.values():
+        fault = ModelFolder(card, cards).fault()
+        if fault and not isinstance(fault, NotDownloaded):
+            log.error("model cannot be loaded", model=card.id, reason=fault.message)

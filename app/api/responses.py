@@ -72,6 +72,9 @@ TABLE: dict[type[e.InstepError], Told] = {
 }
 """Every class of app/errors.py. Load errors name the server's files, which are for its log and /v1/models only."""
 
+RANGES = 32
+"""Media ranges of an Accept header, and parameters of one, that are looked at; browsers send ten."""
+
 RETRY_AFTER = (1, 120)
 """Seconds that Retry-After may say: above 120 OpenAI's client gives up at once."""
 
@@ -146,8 +149,8 @@ def accepted_format(request: Request, preferred: str | None = None) -> Format | 
 def _ranges(accept: str) -> dict[str, tuple[float, int]]:
     """The media ranges of an Accept header in lower case, without parameters: (minus its weight, its place)."""
     found: dict[str, tuple[float, int]] = {}
-    for place, part in enumerate(accept.lower().split(",")):
-        media, *options = (piece.strip() for piece in part.split(";"))
+    for place, part in enumerate(accept.lower().split(",", RANGES)[:RANGES]):
+        media, *options = (piece.strip() for piece in part.split(";", RANGES))
         weight = next((_quality(option[2:]) for option in options if option.startswith("q=")), 1.0)
         found.setdefault(media, (-weight, place))
     return found

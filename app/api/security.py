@@ -43,7 +43,8 @@ def with_ids(keys: Keyring, registry: Registry) -> Keyring:
         try:
             ids = frozenset(registry.find(name).id for name in key.models)
         except ModelNotFound as error:
-            message = f"keys.{key.name}.models: {error.message}"
+            why = "".join(map(registry.all.reason, sorted(key.models)))
+            message = f"keys.{key.name}.models: {error.message}{why}"
             raise SettingsError(message, param="api_keys_file") from None
         clients.append(replace(key, models=ids))
     return replace(keys, clients=tuple(clients))

@@ -80,15 +80,15 @@ class EventStream(StreamingResponse):
                 if isinstance(news, bytes):
                     yield news
                 elif isinstance(news, Preview):
-                    yield await self._generation.in_thread(partial_event, ask, news)
+                    yield await self._generation.front.in_thread(partial_event, ask, news)
                 elif isinstance(news, Result) and not ask.columns:
-                    event, taken = await self._generation.in_thread(completed_event, ask, [news])
+                    event, taken = await self._generation.front.in_thread(completed_event, ask, [news])
                     seconds += taken
                     yield event
                 news = await self._next(PING)
             results = self._future.result()
             if ask.columns:
-                event, seconds = await self._generation.in_thread(completed_event, ask, results)
+                event, seconds = await self._generation.front.in_thread(completed_event, ask, results)
                 yield event
             self._told = True
             self._generation.answered(results, seconds)

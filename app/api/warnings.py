@@ -28,11 +28,11 @@ _OPENAI: dict[str, tuple[tuple[Any, ...], str]] = {
 
 _SYNTAX = re.compile(
     r"""
-      \( [^()]* (?: : \s* -?[0-9]*\.[0-9]+ | [^()0-9] : \s* [0-9]+ ) \s* \)     # (word:1.3)  as in A1111 and ComfyUI
-    | \( [^()]+ \) (?: [0-9]?\.[0-9]+ | \+{1,9} | -{2,9} )                      # (word)1.3   as in InvokeAI and compel
-    | \[ [^][:]* : (?: [^][:]* : )? \s* [0-9]*\.?[0-9]+ \s* \]                  # [a:b:0.5]   prompt editing
-    | < (?: lora | lyco | hypernet ) : [^<>]* >                                 # <lora:name:0.8>
-    | \b embedding : \w+                                                        # embedding:name
+      \( [^()]* (?: : \s*+ -?[0-9]*+\.[0-9]++ | [^()0-9] : \s*+ [0-9]++ ) \s*+ \)  # (word:1.3) as in A1111 and ComfyUI
+    | \( [^()]+ \) (?: [0-9]?\.[0-9]+ | \+{1,9} | -{2,9} )                         # (word)1.3 as in InvokeAI and compel
+    | \[ [^][:]*+ : (?: [^][:]*+ : )? \s*+ (?: [0-9]*+\. )? [0-9]++ \s*+ \]        # [a:b:0.5]   prompt editing
+    | < (?: lora | lyco | hypernet ) : [^<>]* >                                    # <lora:name:0.8>
+    | \b embedding : \w+                                                           # embedding:name
     """,
     re.VERBOSE | re.IGNORECASE,
 )

@@ -44,7 +44,7 @@ class Subject:
 @contextmanager
 def loaded(settings: Settings, model: str | None, *, random_weights: bool = False) -> Iterator[Subject]:
     """Load the card of this name and give the memory back at the end. Raises InstepError: no such card, or no files."""
-    cards = read_cards(settings.models, settings.alias)
+    cards: dict[str, Card] = read_cards(settings.models, settings.alias)
     card = Registry(cards, settings).find(model)
     device = plan.devices(settings.devices)[0]
     with tempfile.TemporaryDirectory(prefix="instep-bench-") as folder:

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -65,18 +66,22 @@ def open_file(file: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_file(file: Path, limit: int) -> bytes:
-    """All of a regular file. Raises OSError, also where it has more than `limit` bytes."""
+def read_file(file: Path, limit: int, check: Callable[[int], None] = lambda opened: None) -> bytes:
+    """All of a regular file. check: called with its descriptor first, so that what is checked is what is read.
+
+    Raises OSError, also where it has more than `limit` bytes, and what `check` raises.
+    """
     with open_file(file) as stream:
+        check(stream.fileno())
         content = stream.read(limit + 1) or b""  # none where a read would have to wait
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"over {limit} bytes", str(file))
     return content
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """A card or a file of keys. Raises OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError."""
-    return tomllib.loads(read_file(file, TOML_LIMIT).decode())
+def read_toml(file: Path, check: Callable[[int], None] = lambda opened: None) -> dict[str, Any]:
+    """A card or a file of keys, by `read_file`. Raises UnicodeDecodeError, TOMLDecodeError and RecursionError too."""
+    return tomllib.loads(read_file(file, TOML_LIMIT, check).decode())
 
 
 def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:

@@ -102,14 +102,28 @@ class ModelFolder:
 
         It reads folders: a thread's work where an event loop must not wait for a disk.
         """
+        return self.fault() is None
+
+    def fault(self) -> CheckpointError | None:
+        """What a load would raise for files that are missing or broken. It reads folders, as `here` does."""
         try:
             self.check()
-        except CheckpointError:
-            return False
-        return True
+        except CheckpointError as error:
+            return error
+        return None
 
     def check(self) -> list[Part]:
         """The parts, whose files are all here. Raises CheckpointError naming what is missing, NotDownloaded."""
+        try:
+            return self._checked()
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # no access, a name that no file system takes, a loop of links
+            raise CheckpointError(f"{self.card.id}: its files cannot be read: {error}") from error
+
+    def _checked(self) -> list[Part]:
         parts = self.parts()
         for part in parts:
             try:

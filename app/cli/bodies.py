@@ -15,8 +15,8 @@ from app.api.curl import curl as post
 from app.api.registry import Registry
 from app.api.replies import Ask
 from app.api.schemas import read_body
-from app.card import read_cards
-from app.errors import InvalidValue
+from app.card import Card, read_cards
+from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
 from app.request import Prompt
 from app.settings import Settings
@@ -27,13 +27,21 @@ KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".we
 
 
 def open_registry(settings: Settings) -> Registry:
-    """The cards of the settings' folder by name. Raises CardError or SettingsError."""
+    """The cards of the settings' folder by name. Raises SettingsError."""
     return Registry(read_cards(settings.models, settings.alias), settings)
+
+
+def find(registry: Registry, name: str | None) -> Card:
+    """The card of this name. Raises ModelNotFound, which says why where its card was skipped."""
+    try:
+        return registry.find(name)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"{error.message}{registry.all.reason(name or '')}", param=error.param) from None
 
 
 def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool = False) -> Ask:
     """What a server would make of this body. Raises InstepError as a server would answer it."""
-    card = registry.find(body.get("model"))
+    card = find(registry, body.get("model"))
     read = read_body(body)
     request = replace(read.to_request(card, request_id), progress=True, keep_latents=keep_latents)
     return Ask(read, card, request, cast(Format, read.output_format or "png"), raw=True)

@@ -16,14 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.api.classes import draws_classes
-from app.api.registry import check_sampler
+from app.api.registry import check_sampler, sound
 from app.api.schemas import describe_sizes
-from app.card import Card, read_card, read_cards
+from app.card import Card, read_cards
 from app.cards.folder import ModelFolder
 from app.cards.noise import changes, schedule_of
-from app.cli.bodies import open_registry
+from app.cli.bodies import find, open_registry
 from app.cli.serve import Folder, read_settings
-from app.errors import CardError, CheckpointError, InstepError, LoadError, NotDownloaded
+from app.errors import CheckpointError, InstepError, LoadError, NotDownloaded
 from app.samplers.table import compile_table, valid_samplers
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
@@ -33,7 +33,7 @@ app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=Tru
 def list_models(models: Folder = None) -> None:
     """One line for each card. files: here; or to pull, `gated` where a licence must be accepted first."""
     rows = table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
-    cards = open_registry(read_settings(models=models)).cards
+    cards = open_registry(read_settings(models=models)).all
     for card in cards.values():
         given = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
@@ -50,13 +50,15 @@ def list_models(models: Folder = None) -> None:
         amounts = count(card.parameters), decimal(card.bytes) if card.bytes else "-"
         rows.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
     print_table(rows)
+    for error in cards.skipped.values():
+        typer.echo(f"skipped: {error.message}", err=True)
 
 
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="A model id or alias")], models: Folder = None) -> None:
     """Everything one card says."""
     registry = open_registry(read_settings(models=models))
-    card = registry.find(model)
+    card = find(registry, model)
     rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, value in facts_of(card, where(card, registry.cards)).items():
         rows.add_row(name, escape(value))
@@ -107,26 +109,13 @@ def facts_of(card: Card, files: str) -> dict[str, str]:
 
 
 def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
-    """(state, detail) of every card by its folder's name: "ok", "absent" (not downloaded), "broken", "unknown"."""
+    """(state, detail) of every card by its folder's name: "ok", "absent" (not downloaded), "broken"."""
     files = sorted(folder.glob("*/card.toml"))
     if not files:
         raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
-    try:
-        cards = read_cards(folder)
-    except CardError as error:
-        # One card is enough to stop a server: tell which ones are bad by themselves, or the clash between good ones.
-        states = {file.parent.name: _check_alone(file) for file in files}
-        broken = any(state == "broken" for state, _ in states.values())
-        return states if broken else {**states, "all together": ("broken", error.message)}
-    return {card.folder.name: _check_files(card, cards, threads) for card in cards.values()}
-
-
-def _check_alone(file: Path) -> tuple[str, str]:
-    try:
-        read_card(file)
-    except CardError as error:
-        return "broken", error.message
-    return "unknown", "files not looked at while another card is broken"
+    cards = sound(read_cards(folder))
+    skipped = {file.parent.name: ("broken", error.message) for file, error in cards.skipped.items()}
+    return skipped | {card.folder.name: _check_files(card, cards, threads) for card in cards.values()}
 
 
 def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str, str]:

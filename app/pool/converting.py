@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from app.card import Card, read_card, to_toml
+from app.card import Card, read_card
 from app.cards.files import read_json
 from app.cards.noise import FILE, schedule_of
+from app.cards.toml import to_toml
 from app.errors import CheckpointError
 from app.families.components import blank_network
 from app.families.originals import from_original

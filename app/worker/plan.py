@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from app.card import Card
+from app.cards.cards import Cards
 from app.cards.folder import ModelFolder
 from app.errors import SettingsError
 from app.settings import Settings
@@ -81,7 +82,8 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     wanted = dict.fromkeys(entry.strip() for entry in settings.preload.split(",") if entry.strip())
     for name in wanted:
         if name not in names:
-            raise SettingsError(f'INSTEP_PRELOAD: no card is named "{name}"', param="preload")
+            why = Cards(cards).reason(name)
+            raise SettingsError(f'INSTEP_PRELOAD: no card is named "{name}"{why}', param="preload")
     return list(dict.fromkeys(names[name] for name in wanted))
 
 

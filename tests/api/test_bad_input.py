@@ -17,7 +17,7 @@ from app.api.body import BODY_LIMIT
 from tests.api.conftest import generate
 
 PATH = "/v1/images/generations"
-DEEP = b"[" * 5000 + b"]" * 5000
+DEEP = b"[" * 4000 + b"]" * 4000
 
 
 def checked(reply: httpx.Response) -> dict[str, Any]:
@@ -62,6 +62,12 @@ def goes_on(http: httpx.Client) -> Iterator[None]:
         (b'{"prompt": "a", "model": "../../etc/passwd"}', 404, "model_not_found", "model"),
         (DEEP, 400, "invalid_json", None),
         (b'{"prompt": ' + DEEP + b"}", 400, None, None),
+        (b"[" * 5000, 413, "body_too_large", None),
+        (b'{"prompt": "a", "user": [' + b"[]," * 4096 + b"0]}", 413, "body_too_large", None),
+        (b'{"prompt": "a", "grid": {' + b'"a":0,' * 4096 + b'"b":0}}', 413, "body_too_large", None),
+        (b'{"prompt": "a", "user": [' + b'"",' * 9000 + b'""]}', 413, "body_too_large", None),
+        (b'{"prompt": "' + b'[{\\"\\\\,' * 20 + b'", "n": 0}', 400, "invalid_value", "n"),
+        (b'{"prompt": "a", "user": "' + b'[{\\"\\\\,' * 99_999 + b'", "n": 0}', 400, "invalid_value", "n"),
         (b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413, "body_too_large", None),
         (b'{"prompt": "' + b"a" * 100_000 + b'"}', 400, "invalid_value", "prompt"),
     ],

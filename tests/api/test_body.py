@@ -16,7 +16,7 @@ def test_json_in_any_of_its_encodings() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"{", b'{"a": NaN}', b'{"a": -Infinity}', b"\xff\xfe\xfd", b"prompt=a", b"[" * 100_000, b'{"a":' * 50_000,
+        b"", b"{", b'{"a": NaN}', b'{"a": -Infinity}', b"\xff\xfe\xfd", b"prompt=a", b"[" * 4000, b'{"a":' * 4000,
         b'{"n": 1' + b"0" * 5000 + b"}",
     ],
 )  # fmt: skip

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import logging
+import socket
+import struct
+import time
 
 import httpx
 import pytest
 
 from tests.api.conftest import Server, eventually, generate
 from tests.api.test_access import lines
+from tests.wires import connect
 
 
 def cancelled(http: httpx.Client) -> float:
@@ -31,6 +37,45 @@ def test_a_client_that_leaves_cancels_its_request(
     eventually(lambda: server.supervisor.running + server.supervisor.waiting == 0)
     (line,) = [line for line in lines(caplog, 1) if line["path"] == "/v1/images/generations"]
     assert (line["status"], line["error"]) == (499, "cancelled")
+
+
+SLOW = "!slow 60"
+COMPARED = {"models": ["tiny-text"], "prompt": [SLOW, SLOW, SLOW]}
+FAILING = {"models": ["tiny-text"], "prompt": ["!nan", "!oom", SLOW]}
+LEFT = {
+    "an image": ("generations", {"prompt": SLOW, "n": 3}, "application/json"),
+    "raw bytes": ("generations", {"prompt": SLOW}, "image/png"),
+    "a stream": ("generations", {"prompt": SLOW, "n": 3, "stream": True}, "application/json"),
+    "previews": ("generations", {"prompt": SLOW, "stream": True, "partial_images": 3}, "application/json"),
+    "a comparison": ("compare", COMPARED, "application/json"),
+    "a panel": ("compare", COMPARED, "image/png"),
+    "a comparison that fails": ("compare", FAILING, "application/json"),
+}
+"""What a client leaves in the middle: route, body and Accept."""
+
+
+@pytest.mark.parametrize("what", LEFT)
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_leaving_is_no_error_of_the_server(
+    url: str, server: Server, caplog: pytest.LogCaptureFixture, what: str, reset: bool
+) -> None:
+    """No line above info, no traceback, from whatever logger; and nothing goes on being drawn."""
+    route, body, accept = LEFT[what]
+    caplog.set_level(logging.INFO)
+    sent = json.dumps({"num_inference_steps": 50, **body}).encode()
+    head = f"POST /v1/images/{route} HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\nContent-Length: {len(sent)}\r\n\r\n"
+    with connect(url) as wire:
+        wire.sendall(head.encode() + sent)
+        eventually(lambda: server.supervisor.running > 0 or "fails" in what)
+        time.sleep(0.1)
+        if reset:
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: server.supervisor.running + server.supervisor.waiting == 0)
+    (line,) = [line for line in lines(caplog, 1) if line["path"] == f"/v1/images/{route}"]
+    assert line["status"] == (500 if "fails" in what else 499)
+    gc.collect()  # an exception that nobody took is logged when its future is collected
+    time.sleep(0.05)
+    assert [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info] == []
 
 
 def test_a_client_that_leaves_hurts_nobody_else(http: httpx.Client, url: str) -> None:

@@ -92,12 +92,29 @@ def test_check_finds_what_only_the_whole_model_shows(run: Run, copy: Path) -> No
 
 
 def test_check_goes_on_past_an_invalid_card(run: Run, copy: Path) -> None:
-    card = copy / "tiny-dit" / "card.toml"
-    card.write_text(card.read_text().replace("ddim", "ddim", 1).replace('family = "dit"', 'family = "gan"'))
+    card = copy / "tiny-sd3-turbo" / "card.toml"
+    card.write_text(card.read_text().replace('family = "sd3"', 'family = "gan"'))
     result = run("models", "check")
-    assert result.exit_code == 1 and states(result.stdout)["tiny-dit"] == "broken"
+    assert result.exit_code == 1 and states(result.stdout)["tiny-sd3-turbo"] == "broken"
     assert f"{card}: family: " in result.stdout
-    assert states(result.stdout)["tiny-sd3"] == "unknown"
+    assert states(result.stdout)["tiny-sd3"] == "ok"
+    assert result.stderr == "instep: 1 of 6 models are broken: tiny-sd3-turbo\n"
+
+
+def test_list_names_what_it_leaves_out(run: Run, copy: Path) -> None:
+    """And `show` and `generate` say why a model is not there."""
+    card = copy / "tiny-sd3-turbo" / "card.toml"
+    card.write_text(card.read_text().replace('family = "sd3"', 'family = "gan"'))
+    shutil.copytree(copy / "tiny-sd3", copy / "twin")
+    result = run("models", "list")
+    assert result.exit_code == 0 and "tiny-sd3 " in result.stdout and "tiny-sd3-turbo " not in result.stdout
+    first, second = result.stderr.splitlines()
+    assert first.startswith(f"skipped: {card}: family: ")
+    assert second == f"skipped: {copy / 'twin' / 'card.toml'}: the name tiny-sd3 is already used by " + str(
+        copy / "tiny-sd3" / "card.toml"
+    )
+    for words in (("models", "show", "tiny-sd3-turbo"), ("generate", "red", "--model", "tiny-sd3-turbo")):
+        assert f"{card}: family: " in one_line(run(*words))
 
 
 def test_check_of_two_cards_with_one_name(run: Run, copy: Path) -> None:
@@ -105,6 +122,7 @@ def test_check_of_two_cards_with_one_name(run: Run, copy: Path) -> None:
     card.write_text('aliases = ["tiny-sd3"]\n' + card.read_text())
     result = run("models", "check")
     assert result.exit_code == 1 and "the name tiny-sd3 is already used" in result.stdout
+    assert states(result.stdout)["tiny-dit"] == "broken" and states(result.stdout)["tiny-sd3"] == "ok"
 
 
 def test_a_default_sampler_of_another_prediction(run: Run, copy: Path) -> None:
