@@ -216,17 +216,17 @@ def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pyte
         ahead.append(len(connection.conn.trailing_data[0]))
 
     monkeypatch.setattr(Guarded, "data_received", watched)
-    body = json.dumps({"prompt": "a", "n": 0, "user": "b" * 900}).encode()
+    body = json.dumps({"prompt": "a", "n": 0, "user": "b" * 400}).encode()
     ask = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n\r\n" + body
-    with connect(url) as wire:
-        sender = threading.Thread(
-            target=wire.sendall,
-            args=(ask % (b"", len(body)) * 1999 + ask % (b"Connection: close\r\n", len(body)),),
-        )
-        sender.start()
-        said = b"".join(iter(lambda: wire.recv(65536), b""))
-        sender.join()
-    assert said.count(b"HTTP/1.1 400") == 2000
+    whole = ask % (b"", len(body)) * 1999 + ask % (b"Connection: close\r\n", len(body))
+
+    def client(_: int) -> int:
+        with connect(url) as wire, ThreadPoolExecutor(1) as sender:
+            sender.submit(wire.sendall, whole)
+            return b"".join(iter(lambda: wire.recv(65536), b"")).count(b"HTTP/1.1 400")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(client, range(4))) == [2000] * 4
     assert max(ahead) <= AHEAD + 256 * 1024  # what asyncio reads at once
 
 
