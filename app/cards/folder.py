@@ -172,7 +172,7 @@ class ModelFolder:
         file = (self.card.folder / self.card.files[name]).resolve()
         if file.suffix in PICKLES:
             raise CheckpointError(f"{file}: only safetensors are loaded ({CONVERT})")
-        if not file.exists():
+        if not file.exists() or file.is_dir():
             raise CheckpointError(f"{file}: missing, though the card's files.{name} names it")
         return Part(name, class_name, (folder / name).resolve(), file)
 

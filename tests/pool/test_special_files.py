@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -58,23 +59,25 @@ def outcome(pool: Pool, model: str) -> ModelState:
     raise AssertionError(f"the loader is held by {model}")
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "terabyte"])
-@pytest.mark.parametrize(
-    "file",
-    [
-        "tiny-dit/model_index.json",
-        "tiny-dit/scheduler/scheduler_config.json",
-        "tiny-dit/transformer/config.json",
-        "tiny-dit/transformer/diffusion_pytorch_model.safetensors",
-        "tiny-dit/transformer/diffusion_pytorch_model.safetensors.index.json",
-        "tiny-sd3/tokenizer/tokenizer_config.json",
-        "tiny-sd3/tokenizer_3/tokenizer.json",
-        "tiny-sd3/tokenizer_3/chat_template.jinja",
-    ],
+FILES = (
+    "tiny-dit/model_index.json",
+    "tiny-dit/scheduler/scheduler_config.json",
+    "tiny-dit/transformer/config.json",
+    "tiny-dit/transformer/diffusion_pytorch_model.safetensors",
+    "tiny-dit/transformer/diffusion_pytorch_model.safetensors.index.json",
+    "tiny-sd3/tokenizer/tokenizer_config.json",
+    "tiny-sd3/tokenizer_3/tokenizer.json",
+    "tiny-sd3/tokenizer_3/chat_template.jinja",
 )
+CASES = [
+    (file, kind)
+    for file, kind in product(FILES, ("pipe", "device", "terabyte"))
+    if (file, kind) != ("tiny-dit/model_index.json", "terabyte")  # that card is refused when the cards are read
+]
+
+
+@pytest.mark.parametrize(("file", "kind"), CASES)
 def test_the_model_fails_with_the_name_of_the_file_and_others_load(folder: Path, file: str, kind: str) -> None:
-    if kind == "terabyte" and file == "tiny-dit/model_index.json":
-        pytest.skip("its card is refused already")
     cards = read_cards(folder)
     replace(folder / file, kind)
     spoiled, other = sorted(MODELS, key=lambda name: not file.startswith(name + "/"))
