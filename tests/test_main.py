@@ -93,6 +93,7 @@ def test_a_worker_that_refuses_is_one_line(settings: Settings, tmp_path: Path) -
     assert "Traceback" not in "".join(served.lines)
 
 
+@pytest.mark.slow
 def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Settings, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -101,6 +101,7 @@ def test_a_body_that_drips_after_its_answer_is_cut_off(server: Server) -> None:
         assert said.startswith(b"HTTP/1.1 200") and said.count(b"HTTP/1.1") == 1
 
 
+@pytest.mark.slow
 def test_an_idle_connection_and_a_long_drawing_are_not_cut_off(server: Server) -> None:
     body = b'{"prompt": "!slow 1.2"}'
     with connect(server.url) as wire:
@@ -164,6 +165,7 @@ def test_a_refused_client_that_never_stops_is_cut_off(server: Server, monkeypatc
                 time.sleep(PAUSE)
 
 
+@pytest.mark.slow
 def test_a_refused_client_does_not_hold_up_the_end(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[object] = []
     monkeypatch.setattr(threading, "excepthook", failures.append)

@@ -98,6 +98,7 @@ def test_one_length_said_twice_is_one(server: Server, head: bytes) -> None:
         assert asked(wire, b"GET /healthz HTTP/1.1\r\nHost: a\r\n")[0] == 200
 
 
+@pytest.mark.slow
 def test_a_refused_client_may_take_its_time_to_send_the_rest(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is silent for far less than LINGER, and sends for longer."""
     monkeypatch.setattr(protocol, "LINGER", 1.0)

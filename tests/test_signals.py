@@ -17,6 +17,8 @@ from tests.api.conftest import eventually, write_cards
 from tests.served import Clients, Served, refuses
 from tests.wires import GET, answer, connect, heard, refusal
 
+pytestmark = pytest.mark.slow
+
 CONSOLE = str(Path(sys.executable).with_name("instep"))
 UPLOAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
 CAUGHT = 1 << (signal.SIGTERM - 1)
@@ -75,7 +77,6 @@ def test_the_second_ctrl_c_ends_the_drain(served: Served, first: int) -> None:
     assert "Traceback" not in "".join(served.lines)
 
 
-@pytest.mark.slow
 def test_a_client_that_does_not_read_is_cut_off_at_the_end(settings: Settings) -> None:
     """After the drain and the time for last answers, without a traceback."""
     served = Served(settings.model_copy(update={"drain": 0.5}))
@@ -126,7 +127,6 @@ def test_a_signal_is_caught_before_anything_large_is_imported(console: Console, 
     assert console.ended(number) == (0, b"")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", BOTH)
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.8, 1.6, 2.5])
 def test_a_signal_during_a_start_ends_it(console: Console, number: int, seconds: float) -> None:

@@ -53,6 +53,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_few_files_hold_fewer_connections_and_the_log_stays_short(tmp_path: Path) -> None:
     """Many times more clients than files, who come all at once and wait in the system, and each probe is answered."""
     served = Served(Settings(models=write_cards(tmp_path / "models"), devices="cpu", port=0, drain=5))

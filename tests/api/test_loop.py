@@ -206,6 +206,7 @@ def test_a_body_in_chunks_of_a_byte_is_parsed_over_many_turns(
     assert generate(http, {"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.slow
 def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the first ones are answered they stay with the client, and then all are answered, in order."""
     ahead: list[int] = []
@@ -230,6 +231,7 @@ def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pyte
     assert max(ahead) <= AHEAD + 256 * 1024  # what asyncio reads at once
 
 
+@pytest.mark.slow
 def test_health_is_answered_while_a_crowd_pipelines() -> None:
     """The document of all shipped cards; ten times what `python -m tests.bench.loop` finds."""
     server = Server(Settings(models=MODELS, devices="cpu", port=0, drain=0, connections_per_address=0))

@@ -40,6 +40,7 @@ def test_a_server_whose_engine_died_is_not_ready_before_its_models_are_back(
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_server_without_preload_is_not_ready_while_it_has_no_engine(settings: Settings) -> None:
     server = Server(settings.model_copy(update={"preload": ""}))
     url, supervisor = server.start(), server.supervisor

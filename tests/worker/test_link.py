@@ -35,6 +35,7 @@ def test_a_hang_is_killed_and_restarted(caplog):
     assert any('hung in phase "step"' in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_idleness_is_no_hang(monkeypatch):
     """Idle for longer than a process may be silent: it says again and again that it is."""
 
