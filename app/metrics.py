@@ -153,7 +153,10 @@ class Metrics:
         self._requests.labels(model, "answered").inc()
 
     def failed(self, model: str, reason: str) -> None:
-        """An accepted request failed; reason: an error code. "cancelled" is the client's doing and an outcome apart."""
+        """An accepted request failed; reason: an error code. "cancelled" is the client's doing and an outcome apart.
+
+        model: a card's id, or "" where the client left before its body was read.
+        """
         self._failed.labels(model, reason).inc()
         self._requests.labels(model, "cancelled" if reason == "cancelled" else "failed").inc()
 

@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.crowd import Turns
-from app.api.front import Record
+from app.api.front import Front, Record
 from app.api.responses import error_response
-from app.errors import InstepError
+from app.errors import Cancelled, InstepError
 from app.keys import KEY_LENGTH
 from app.logs import logger
 
@@ -55,13 +55,15 @@ class Access:
                 MutableHeaders(scope=message)["X-Request-ID"] = record.id
             await _sliced(message, send, turns)
 
-        turns = scope["app"].state.front.turns
+        front: Front = scope["app"].state.front
+        turns = front.turns
         try:
             if scope["path"] not in PROBES or scope["state"].get("pipelined"):
                 await turns.take()
             await self._app(scope, receive, noting)
-        except ClientDisconnect:
+        except ClientDisconnect:  # before its body was read
             record.gone = True
+            front.metrics.failed("", Cancelled.code)
         except Exception:
             log.exception("unhandled", request_id=record.id)
             if record.status:

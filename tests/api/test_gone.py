@@ -17,9 +17,9 @@ from tests.api.test_access import lines
 from tests.wires import connect
 
 
-def cancelled(http: httpx.Client) -> float:
+def cancelled(http: httpx.Client, model: str = "tiny-text") -> float:
     for line in http.get("/metrics").text.splitlines():
-        if line.startswith('instep_requests_failed_total{model="tiny-text",reason="cancelled"}'):
+        if line.startswith(f'instep_requests_failed_total{{model="{model}",reason="cancelled"}}'):
             return float(line.rsplit(" ", 1)[1])
     return 0.0
 
@@ -76,6 +76,15 @@ def test_leaving_is_no_error_of_the_server(
     gc.collect()  # an exception that nobody took is logged when its future is collected
     time.sleep(0.05)
     assert [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info] == []
+
+
+def test_a_client_that_leaves_before_its_body_is_whole_is_counted(http: httpx.Client, url: str) -> None:
+    before = cancelled(http, model="")
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 99\r\n\r\n{"
+    with connect(url) as sock:
+        sock.sendall(head)
+        time.sleep(0.1)
+    eventually(lambda: cancelled(http, model="") == before + 1)
 
 
 def test_a_client_that_leaves_hurts_nobody_else(http: httpx.Client, url: str) -> None:
