@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.aliases import valid_alias, with_aliases
 from app.cards.cards import Cards, taken
+from app.cards.facts import FACTS, FamilyFacts
 from app.cards.files import read_toml
 from app.cards.folder import labels_of
 from app.errors import CardError
@@ -152,9 +153,19 @@ class Card(Part):
         return parse_size(self.defaults.size)
 
     @property
+    def facts(self) -> FamilyFacts:
+        """Those of its family."""
+        return FACTS[self.family]
+
+    @property
+    def draws_classes(self) -> bool:
+        """Whether a picture is drawn from a class label; else it is drawn from a prompt."""
+        return self.facts.draws == "class"
+
+    @property
     def text_length(self) -> int:
         """Tokens that the longest text encoder is padded to unless the request says otherwise; 0 for classes."""
-        return 0 if self.family == "dit" else self.text.t5
+        return 0 if self.draws_classes else self.text.t5
 
     @model_validator(mode="after")
     def _agrees(self) -> Card:
@@ -165,11 +176,11 @@ class Card(Part):
                 raise ValueError(f"defaults.size {self.defaults.size} is outside limits.sizes")
         if self.defaults.num_inference_steps > self.limits.num_inference_steps:
             raise ValueError("defaults.num_inference_steps is over limits.num_inference_steps")
-        if self.classes is not None and self.family != "dit":
+        if self.classes is not None and not self.draws_classes:
             raise ValueError(f"classes: {self.family} draws prompts")
-        if self.guidance == "embedded" and self.family != "flux":
+        if self.guidance == "embedded" and not self.facts.embedded_guidance:
             raise ValueError(f"guidance: {self.family} has no embedded guidance")
-        if self.skip_layer_guidance is not None and self.family != "sd3":
+        if self.skip_layer_guidance is not None and not self.facts.skip_layers:
             raise ValueError(f"skip_layer_guidance: {self.family} has none")
         twice = sorted(self.components.keys() & self.files.keys())
         if twice:

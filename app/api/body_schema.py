@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.api.classes import draws_classes
 from app.api.fields import ANY_SEED, SEEDS
 from app.api.schemas import DEADLINE_LIMIT, PRIORITY_LIMIT, ImageBody, allows
 from app.card import Card, Sizes
@@ -20,10 +19,10 @@ Json = dict[str, Any]
 def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
     """JSON schema of the bodies that this card takes. default: the card also answers to no name at all."""
     properties = {**_common(card), "model": {"enum": [*names, *(["", None] if default else [])]}}
-    properties |= _label_fields(card) if draws_classes(card) else _text_fields(card)
+    properties |= _label_fields(card) if card.draws_classes else _text_fields(card)
     for field, schema in properties.items():
         schema["description"] = ImageBody.model_fields[field].description
-    what = "class_label" if draws_classes(card) else "prompt"
+    what = "class_label" if card.draws_classes else "prompt"
     one, many = properties[what]["anyOf"][:-1], properties[what]["anyOf"][-1]
     return {
         "title": card.id,
@@ -102,7 +101,7 @@ def _label_fields(card: Card) -> Json:
 
 
 def example(card: Card) -> Json:
-    field, value = ("class_label", next(iter(card.labels), 0)) if draws_classes(card) else ("prompt", "a red apple")
+    field, value = ("class_label", next(iter(card.labels), 0)) if card.draws_classes else ("prompt", "a red apple")
     return {"model": card.id, field: value, "num_inference_steps": card.defaults.num_inference_steps, "seed": 7}
 
 

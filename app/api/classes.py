@@ -12,11 +12,6 @@ from app.card import Card
 from app.errors import InvalidValue
 
 
-def draws_classes(card: Card) -> bool:
-    """Whether this model's condition is a class label; every other family's is a prompt."""
-    return card.family == "dit"
-
-
 def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
     """The index of a class given by id, by full name, or by one of the synonyms of an ImageNet-like "tench, Tinca".
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from app.api.body_schema import Json, body_schema
-from app.api.classes import draws_classes
 from app.api.comparison import MODELS, OWN, ROWS, SHARED, CompareBody
 from app.api.presets import PRESETS, takes_preset
 from app.api.registry import Registry
@@ -26,8 +25,8 @@ def place_comparison(document: Json, registry: Registry) -> None:
     kinds: Json = {}
     cards = list(registry.cards.values())
     for what, fitting in (
-        ("prompt", [card for card in cards if not draws_classes(card)]),
-        ("class_label", [card for card in cards if draws_classes(card) and card.labels]),
+        ("prompt", [card for card in cards if not card.draws_classes]),
+        ("class_label", [card for card in cards if card.draws_classes and card.labels]),
     ):
         if fitting:
             kinds[what] = compare_schema(registry, fitting, what)

@@ -11,7 +11,6 @@ from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from app.api.classes import draws_classes
 from app.api.fields import entries, first_seed, text
 from app.api.other_names import hint
 from app.api.presets import PRESETS, takes_preset
@@ -203,7 +202,7 @@ def _columns(body: CompareBody, registry: Registry) -> tuple[Card, ...]:
 def _completed(body: ImageBody, card: Card, complete: Complete) -> Request:
     """One cell's request. An error says the model before the field, where the bounds are the model's."""
     try:
-        if body.prompt is not None and draws_classes(card):
+        if body.prompt is not None and card.draws_classes:
             raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
         return complete(body, card)
     except RequestError as error:

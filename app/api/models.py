@@ -14,7 +14,7 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from app.api.classes import draws_classes, search
+from app.api.classes import search
 from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
@@ -182,7 +182,7 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> b
         aliases=list(card.aliases),
         description=card.description,
         family=card.family,
-        condition="class_label" if draws_classes(card) else "prompt",
+        condition="class_label" if card.draws_classes else "prompt",
         classes=len(card.labels),
         state=state.state,
         detail=(state.detail or broken).replace(f"{card.folder.parent}/", ""),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from app.api.classes import draws_classes
 from app.card import Card
 
 
@@ -39,4 +38,4 @@ def takes_preset(card: Card, preset: Preset) -> bool:
     """Whether a model draws prompts and its limits hold the preset's."""
     limits, longest = card.limits, max(map(len, preset.prompts))
     enough = limits.num_inference_steps >= preset.steps and limits.guidance_scale >= preset.guidance
-    return not draws_classes(card) and enough and limits.prompt >= longest
+    return not card.draws_classes and enough and limits.prompt >= longest

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from copy import copy
 
-from app.api.classes import draws_classes
 from app.api.hints import did_you_mean
 from app.card import Card
 from app.cards.cards import Cards
@@ -71,7 +70,7 @@ class Registry:
         """The error that says that no card here has this name, and which do."""
         hint = did_you_mean(name, self._names, otherwise=f"; there are {', '.join(self.cards)}")
         if _OPENAIS.fullmatch(name):
-            prompts = (card.id for card in (self.default, *self.cards.values()) if not draws_classes(card))
+            prompts = (card.id for card in (self.default, *self.cards.values()) if not card.draws_classes)
             model = next(prompts, self.default.id)
             hint = f"; start the server with --alias {name}={model} (INSTEP_ALIAS) to have {model} draw it"
         return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
@@ -95,7 +94,7 @@ class Registry:
 def rank(card: Card, cards: Mapping[str, Card]) -> tuple[bool, ...]:
     """How late a card comes when a request names none: first a user's that is here and draws prompts, then the built-in
     one, then what is here, then what draws prompts; among equals the order of their folders."""
-    here, prompts = ModelFolder(card, cards).here(), not draws_classes(card)
+    here, prompts = ModelFolder(card, cards).here(), not card.draws_classes
     return not (here and prompts and card.id not in SHIPPED), not (here and card.id == BUILT_IN), not here, not prompts
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.api.classes import draws_classes, find_label
+from app.api.classes import find_label
 from app.api.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, within
 from app.api.guidance import guidance_of
 from app.api.other_names import hint
@@ -146,17 +146,17 @@ class ImageBody(BaseModel):
     def _wanted(self, card: Card) -> tuple[int | str | list[int | str] | list[str], str]:
         """What to draw and the field that says so. A label model takes its label from `prompt` when that is all
         there is, so that a client which knows only prompts can use it."""
-        if not draws_classes(card) and self.class_label is not None:
+        if not card.draws_classes and self.class_label is not None:
             raise InvalidValue(f"class_label: {card.id} draws a prompt and has no classes", param="class_label")
         if self.class_label is not None:
             return self.class_label, "class_label"
         if self.prompt is None:
-            field = "class_label" if draws_classes(card) else "prompt"
+            field = "class_label" if card.draws_classes else "prompt"
             raise InvalidValue(f"{field}: is required by {card.id}", param=field)
         return self.prompt, "prompt"
 
     def _condition(self, card: Card, given: int | str) -> Condition:
-        if draws_classes(card):
+        if card.draws_classes:
             if self.negative_prompt:
                 raise InvalidValue(f"negative_prompt: {card.id} draws classes and takes none", param="negative_prompt")
             return ClassLabel(find_label(card, given, "prompt" if self.class_label is None else "class_label"))
@@ -188,7 +188,7 @@ class ImageBody(BaseModel):
         return sampler
 
     def _text_length(self, card: Card) -> int:
-        if not draws_classes(card):
+        if not card.draws_classes:
             return int(within("max_sequence_length", self.max_sequence_length, 1, card.text.t5) or card.text.t5)
         if self.max_sequence_length is not None:
             message = f"max_sequence_length: {card.id} draws classes and reads no text"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from app.api.classes import draws_classes
 from app.card import Card
 from app.imaging import Format
 from app.report import Result
@@ -68,7 +67,7 @@ def of_body(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
 def of_model(ask: Ask) -> Iterator[str]:
     """What is without effect with this model, or for this key."""
     body, card, request = ask.body, ask.card, ask.request
-    if draws_classes(card) and body.class_label is not None and body.prompt:
+    if card.draws_classes and body.class_label is not None and body.prompt:
         yield f"prompt is ignored: {card.id} draws class_label"
     yield from _of_guidance(body, card, request)
     if request.previews >= request.steps:  # else a sampler with two lines a step has more than are asked for

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from app.api.classes import draws_classes
 from app.api.schemas import read_body
 from app.bench.machine import wait
 from app.bench.subject import Subject
@@ -76,7 +75,7 @@ class Drawn(NamedTuple):
 
 def asked(subject: Subject, *, steps: int | None = None, guidance: float | None = None, size: str | None) -> Request:
     """The request that is measured: the card's defaults but for what is said. Raises InvalidValue as a server does."""
-    what = {"class_label": 0} if draws_classes(subject.card) else {"prompt": PROMPT}
+    what = {"class_label": 0} if subject.card.draws_classes else {"prompt": PROMPT}
     body = {**what, "num_inference_steps": steps, "guidance_scale": guidance, "size": size, "seed": 0}
     return read_body(body).to_request(subject.card, "bench")
 

@@ -14,7 +14,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from app.api.classes import draws_classes
 from app.card import Card
 from app.errors import InvalidValue
 from app.samplers.table import compile_table, valid_samplers
@@ -120,7 +119,7 @@ def draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, Any
     lines = compile_table(card.schedule, sampler, steps, tokens=1).lines
     passes = lines * (2 if guided and card.guidance == "cfg" else 1)
     shown: dict[str, Any] = {"prompt": dice.choice(PROMPTS)}
-    if draws_classes(card):
+    if card.draws_classes:
         shown = {"class_label": dice.randrange(len(card.labels))}
     body = {
         "model": card.id, **shown, "sampler": sampler, "num_inference_steps": steps,

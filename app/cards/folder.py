@@ -223,12 +223,12 @@ def cached_index(repo: str, revision: str | None) -> Path | None:
 
 
 def labels_of(card: Card) -> tuple[str, ...]:
-    """A DiT's class names: those of its model_index.json, else as many as `classes` says, by number.
+    """A label model's class names: those of its model_index.json, else as many as `classes` says, by number.
 
     While the repository is not downloaded, the index that is shipped beside the card stands for its own. Raises
     CardError: ids that are not 0 to n - 1, another number of them than `classes` says.
     """
-    if card.family != "dit":
+    if not card.draws_classes:
         return ()
     source = card.source
     own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from app.api.classes import draws_classes
 from app.api.registry import Registry
 from app.card import Card, read_cards
 from app.cards.folder import ModelFolder
@@ -88,4 +87,4 @@ def _next(model: str, cards: dict[str, Card]) -> str:
     """The command that comes after `add`."""
     if not ModelFolder(cards[model], cards).here():
         return f"instep models pull {model}"
-    return "instep serve" if draws_classes(cards[model]) else f'instep generate "a red apple" --model {model}'
+    return "instep serve" if cards[model].draws_classes else f'instep generate "a red apple" --model {model}'

@@ -163,7 +163,7 @@ def judge(report: Report, registry: Registry, settings: Settings) -> None:
     if report.pickled:
         words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{one.card.id}"), "--vae"]
         dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
-        return typer.echo(f"next: {dit if one.card.family == 'dit' else 'save its tensors as safetensors'}")
+        return typer.echo(f"next: {dit if one.card.facts.torch_files else 'save its tensors as safetensors'}")
     makings = start(report, registry, one.card.id)
     words = ["instep", "models", "add", str(path), "--like", one.card.id]
     if path.is_file() and one.missing(pieces):

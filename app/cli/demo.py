@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from app.api.classes import draws_classes
 from app.api.registry import Registry
 from app.card import Card
 from app.cards.folder import ModelFolder
@@ -112,7 +111,7 @@ def write_script(registry: Registry) -> list[tuple[int, Request, str]]:
             "sampler": samplers[(default + which) % len(samplers)],
             "seed": index,
         }
-        body |= {"class_label": index * 7 % len(card.labels)} if draws_classes(card) else {"prompt": WORDS[index]}
+        body |= {"class_label": index * 7 % len(card.labels)} if card.draws_classes else {"prompt": WORDS[index]}
         ask = build(body, registry, f"demo-{index}")
         request = ask.request
         with_guidance = f"guidance {request.guidance:g}" if request.guided else "no guidance"
@@ -127,9 +126,9 @@ def cast_cards(registry: Registry) -> dict[str, Card]:
     """
     here = [card for card in registry.cards.values() if ModelFolder(card, registry.all).here()]
     here.sort(key=lambda card: card.parameters or 0)
-    texts = [card for card in here if not draws_classes(card)]
+    texts = [card for card in here if not card.draws_classes]
     turbos = [card for card in texts if card.defaults.guidance_scale <= 1 and card.defaults.num_inference_steps <= 8]
-    labels = [card for card in here if draws_classes(card) and card.labels]
+    labels = [card for card in here if card.draws_classes and card.labels]
     plain = [card for card in texts if card not in turbos]
     main = registry.default if registry.default in plain else next(iter(plain or texts or labels), None)
     if main is None:

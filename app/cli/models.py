@@ -15,7 +15,6 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from app.api.classes import draws_classes
 from app.api.registry import check_sampler, sound
 from app.api.schemas import describe_sizes
 from app.card import Card, read_cards
@@ -162,7 +161,7 @@ def check_facts(card: Card) -> None:
 
 
 def _draws(card: Card) -> str:
-    return f"{len(card.labels)} classes" if draws_classes(card) else "prompts"
+    return f"{len(card.labels)} classes" if card.draws_classes else "prompts"
 
 
 def count(parameters: int | None) -> str:

@@ -56,7 +56,7 @@ def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan
     if card.source.repo:
         repo, own = _open(card, opened)
         parts = own - set(card.components) | {"scheduler"}
-        _add(made, repo, parts, bare=set(card.files), torch=card.family == "dit")
+        _add(made, repo, parts, bare=set(card.files), torch=card.facts.torch_files)
     for target in card.components.values():
         owner, _, folder = target.partition("/")
         if cards[owner].source.repo:

@@ -85,7 +85,7 @@ class Upstream:
             known = ", ".join(DRAWN[card.family])
             raise InvalidValue(f"sampler: diffusers draws {card.id} with {known}", param="sampler")
         self._pipeline.scheduler = scheduler_of(card.schedule, request.sampler)
-        call = _dit_call if card.family == "dit" else self._text_call
+        call = _dit_call if card.draws_classes else self._text_call
         return np.asarray((self._pipeline(**call(request, image), output_type="np").images[0] * 255).round(), np.uint8)
 
     def _text_call(self, request: Request, image: ImageSpec) -> dict[str, Any]:
