@@ -6,7 +6,6 @@ Knows nothing of tensors; reading a card opens no weights. An invalid card is le
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -192,7 +191,7 @@ def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
     try:
         raw = read_toml(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CardError(f"{file}: {error}") from error
     for filled in ("folder", "labels"):
         if filled in raw:

@@ -38,6 +38,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
+def plain(text: str) -> str:
+    """Text that UTF-8 can hold: the name of a file or of an unknown field may have a lone surrogate."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class InstepError(Exception):
     """The root. `message` is fit for a user's eyes; `param` names the field; `retry_after` is in seconds.
 
@@ -49,7 +54,7 @@ class InstepError(Exception):
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = plain(message)
         self.param = param
         self.retry_after = retry_after
 

@@ -9,7 +9,6 @@ import hmac
 import os
 import re
 import stat
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,8 +76,8 @@ def read_keys(settings: Settings) -> Keyring:
     """The keys of API_KEYS, API_KEYS_FILE and ADMIN_KEY.
 
     Raises SettingsError naming the file and the field, or the setting and the entry; never with a key in its message. A
-    file that others may change is refused.
-    A setting that is not empty and holds no key is an error too: it must not open the server to all.
+    file that others may change is refused. A setting that is not empty and holds no key is an error too: it must not
+    open the server to all.
     """
     file = Path(settings.api_keys_file).expanduser() if settings.api_keys_file else None
     clients = [*_from_text(settings.api_keys), *(_from_file(file) if file else [])]
@@ -159,7 +158,7 @@ def _from_file(file: Path) -> Iterator[_Found]:
 def _read(file: Path) -> _File:
     """NOTE: `from None`: what went wrong with a file of keys may have the keys in it."""
     try:
-        return _File.model_validate(read_toml(file, partial(_refuse_open, file)))
+        return _File.model_validate(read_toml(file, partial(_refuse_open, file), FILE_LIMIT))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         # NOTE: a key may stand where a name belongs; what is shorter than any key is none.
@@ -168,7 +167,7 @@ def _read(file: Path) -> _File:
         reason = f"{where}: {first['msg'].removeprefix('Value error, ')}"
     except UnicodeDecodeError:
         reason = "not UTF-8"
-    except (OSError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
     raise SettingsError(f"{file}: {reason}", param="api_keys_file") from None
 
@@ -182,17 +181,19 @@ def _open_to_others(file: Path, opened: int) -> str | None:
     """Why somebody else than root and the server's own user could change this file, in words; None where nobody could.
 
     opened: its descriptor, so that what is checked is what is read. Where it is a link, the folders of both ends count.
-    NOTE: files of a container's secrets may belong to a user of the host; they are mounted read-only.
+    NOTE: a container's secrets and their folder may belong to a user of the host; they are mounted read-only.
     """
     facts, own = os.fstat(opened), (0, os.geteuid())
     if facts.st_mode & 0o022:
         return f"{file}: others may write it (mode {stat.S_IMODE(facts.st_mode):04o}): chmod go-w {file}"
-    if facts.st_uid not in own and not os.fstatvfs(opened).f_flag & os.ST_RDONLY:
+    if os.fstatvfs(opened).f_flag & os.ST_RDONLY:
+        return None
+    if facts.st_uid not in own:
         return f"{file}: it belongs to user {facts.st_uid}, who is neither root nor the user of this process"
     for folder in dict.fromkeys((file.absolute().parent, file.resolve().parent)):
         facts = folder.stat()
-        if facts.st_mode & 0o002 and not facts.st_mode & stat.S_ISVTX:
-            return f"{file}: others may replace it, as all may write into its folder: chmod o-w {folder}"
+        if facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
+            return f"{file}: others may replace it, as they may write into its folder: chmod go-w {folder}"
         if facts.st_uid not in own:
             return f"{file}: its folder {folder} belongs to user {facts.st_uid}, who may replace it"
     return None

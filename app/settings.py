@@ -94,7 +94,9 @@ class Settings(BaseSettings):
     drain: Annotated[float, Field(ge=0)] = Field(
         30.0, description="Seconds that running requests may take after SIGTERM"
     )
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads an engine process; 0 takes what is free")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="CPU threads an engine process; 0 is the cores that others leave free"
+    )
     compile: bool = Field(False, description="Compile the networks' blocks, once, into CACHE; needs a C++ compiler")
     cache: Path = Field(Path("~/.cache/instep"), description="Folder for measured profiles and compiled blocks")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")

@@ -208,8 +208,10 @@ def test_a_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> N
 
 def test_a_folder_in_which_all_may_replace_the_file(tmp_path: Path) -> None:
     settings = secret(tmp_path)
+    tmp_path.chmod(0o775)
+    assert f"chmod go-w {tmp_path}" in refused(settings), "a group is others too"
     tmp_path.chmod(0o777)
-    assert f"all may write into its folder: chmod o-w {tmp_path}" in refused(settings)
+    assert f"they may write into its folder: chmod go-w {tmp_path}" in refused(settings)
     tmp_path.chmod(0o1777)  # as /tmp: only its owner may replace a file
     assert read_keys(settings).clients
 
@@ -224,7 +226,7 @@ def test_a_link_counts_at_both_ends(tmp_path: Path) -> None:
     assert read_keys(settings).clients
     for folder in (tmp_path / "here", tmp_path / "there"):
         folder.chmod(0o777)
-        assert f"chmod o-w {folder}" in refused(settings)
+        assert f"chmod go-w {folder}" in refused(settings)
         folder.chmod(0o755)
     (tmp_path / "there" / "keys.toml").chmod(0o664)
     assert "others may write it" in refused(settings)
@@ -244,10 +246,18 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 @as_root
-def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = secret(tmp_path)
     os.chown(tmp_path, STRANGER, 0)
     assert f"its folder {tmp_path} belongs to user {STRANGER}" in refused(settings)
+    monkeypatch.setattr(os, "fstatvfs", lambda opened: SimpleNamespace(f_flag=os.ST_RDONLY))
+    assert read_keys(settings).clients, "a folder of the host's user, mounted read-only"
+
+
+def test_many_keys_and_a_number_of_thousands_of_digits(tmp_path: Path) -> None:
+    entries = (f'[keys.client{n}]\nsha256 = "{n:064x}"\n' for n in range(12_000))
+    assert len(read_keys(written(tmp_path, "".join(entries))).clients) == 12_000
+    assert "digits" in refused(written(tmp_path, f'[keys.a]\nkey = "{KEY}"\nweight = {"9" * 5000}'))
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o440])

@@ -19,7 +19,7 @@ from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.card import Card
 from app.cards.folder import ModelFolder
-from app.errors import NotDownloaded, NoWorker
+from app.errors import NotDownloaded, NoWorker, plain
 from app.report import ModelState
 from app.samplers.table import valid_samplers
 
@@ -111,7 +111,7 @@ async def load_model(request: Request, model: str) -> Response:
     """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
     front, card = _working(request, model)
     front.supervisor.load(card.id)
-    return _json((await _entries(front))[card.id], status=202)
+    return _json(await _one(front, card), status=202)
 
 
 @router.post("/{model:path}/unload", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
@@ -119,7 +119,7 @@ async def unload_model(request: Request, model: str) -> Response:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     front, card = _working(request, model)
     front.supervisor.unload(card.id)
-    return _json((await _entries(front))[card.id], status=202)
+    return _json(await _one(front, card), status=202)
 
 
 # NOTE: the last of them: before the others it would take "a/load" for a name.
@@ -127,7 +127,7 @@ async def unload_model(request: Request, model: str) -> Response:
 async def get_model(request: Request, model: str) -> Response:
     """One model, by id or alias, which may have slashes."""
     front, card = _found(request, model)
-    return _json((await _entries(front))[card.id])
+    return _json(await _one(front, card))
 
 
 def _working(request: Request, name: str) -> tuple[Front, Card]:
@@ -158,11 +158,21 @@ async def _entries(front: Front) -> dict[str, bytes]:
     return await front.shared("models", make)
 
 
+async def _one(front: Front, card: Card) -> bytes:
+    """The entry of one model: a slow disk under others does not delay it."""
+
+    async def make() -> bytes:
+        state = front.supervisor.states.get(card.id)
+        return await front.in_thread(lambda: _entry(card, front.registry.all, state))
+
+    return await front.shared(("model", card.id), make)
+
+
 def _skipped(front: Front) -> Iterator[bytes]:
     folder = front.settings.models
     for file, error in front.registry.all.skipped.items():
         reason = error.message.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
-        yield SkippedCard(card=f"{file.parent.name}/{file.name}", reason=reason).model_dump_json().encode()
+        yield SkippedCard(card=plain(f"{file.parent.name}/{file.name}"), reason=reason).model_dump_json().encode()
 
 
 def _json(*parts: bytes, status: int = 200) -> Response:

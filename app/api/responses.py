@@ -170,9 +170,4 @@ def _quality(text: str) -> float:
 
 
 def _envelope(message: str, kind: str, param: str | None, code: str) -> ErrorReply:
-    return ErrorReply(error=ErrorDetail(message=_clean(message), type=kind, param=param and _clean(param), code=code))
-
-
-def _clean(text: str) -> str:
-    """Text that UTF-8 can hold: an unknown field's name may be a lone surrogate."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return ErrorReply(error=ErrorDetail(message=e.plain(message), type=kind, param=param and e.plain(param), code=code))

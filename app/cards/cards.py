@@ -40,11 +40,12 @@ class Cards(dict[str, "Card"]):
 
     def check_aliases(self) -> None:
         """Skip every card with an alias that is an id, or an alias of a card before it."""
-        owners = {name: card.file for name, card in self.items()}
+        before: dict[str, Card] = {}
         for card in list(self.values()):
+            owners = {name: owner.file for name, owner in {**before, **self}.items() if owner.id in self}
             name = next((alias for alias in card.aliases if alias in owners), None)
             if name is None:
-                owners |= dict.fromkeys(card.aliases, card.file)
+                before |= dict.fromkeys(card.aliases, card)
             elif card.id in self:
                 self.skip(card.file, taken(card.file, name, owners[name]), card)
 

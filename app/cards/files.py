@@ -59,11 +59,12 @@ _TEXT = r"[\t\n\r\x20-\x7e]{16}"
 
 def open_file(file: Path) -> BinaryIO:
     """A regular file, to read. Raises OSError; at a pipe or a device too, and without waiting for one."""
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if stat.S_ISREG(os.stat(file).st_mode):  # to open a device may set it off
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
-    return os.fdopen(descriptor, "rb")
+    raise OSError(errno.EINVAL, "not a regular file", str(file))
 
 
 def read_file(file: Path, limit: int, check: Callable[[int], None] = lambda opened: None) -> bytes:
@@ -79,9 +80,12 @@ def read_file(file: Path, limit: int, check: Callable[[int], None] = lambda open
     return content
 
 
-def read_toml(file: Path, check: Callable[[int], None] = lambda opened: None) -> dict[str, Any]:
-    """A card or a file of keys, by `read_file`. Raises UnicodeDecodeError, TOMLDecodeError and RecursionError too."""
-    return tomllib.loads(read_file(file, TOML_LIMIT, check).decode())
+def read_toml(
+    file: Path, check: Callable[[int], None] = lambda opened: None, limit: int = TOML_LIMIT
+) -> dict[str, Any]:
+    """A card or a file of keys, by `read_file`. Raises ValueError and RecursionError too: it is not UTF-8, not TOML, or
+    has a number of thousands of digits."""
+    return tomllib.loads(read_file(file, limit, check).decode())
 
 
 def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:

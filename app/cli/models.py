@@ -22,7 +22,7 @@ from app.cards.folder import ModelFolder
 from app.cards.noise import changes, schedule_of
 from app.cli.bodies import find, open_registry
 from app.cli.serve import Folder, read_settings
-from app.errors import CheckpointError, InstepError, LoadError, NotDownloaded
+from app.errors import CheckpointError, InstepError, LoadError, NotDownloaded, plain
 from app.samplers.table import compile_table, valid_samplers
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
@@ -113,8 +113,8 @@ def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
     if not files:
         raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
     cards = sound(read_cards(folder))
-    skipped = {file.parent.name: ("broken", error.message) for file, error in cards.skipped.items()}
-    return skipped | {card.folder.name: _check_files(card, cards, threads) for card in cards.values()}
+    skipped = {plain(file.parent.name): ("broken", error.message) for file, error in cards.skipped.items()}
+    return skipped | {plain(card.folder.name): _check_files(card, cards, threads) for card in cards.values()}
 
 
 def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str, str]:

@@ -208,6 +208,7 @@ class Engine:
         if state.state != "ready":
             return state
         self._turns.loaded(state.model, state.seconds)
+        self._patience.forget(state.model)
         key = default_key(self._pool.cards[state.model])
         error = None
         while not self._promises and self._inbox.empty() and error is None and self._runner.limits.measurable(key):

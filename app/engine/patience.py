@@ -31,9 +31,9 @@ FADING = 0.98
 class Patience:
     """Announces each unit of work with the seconds that it may take.
 
-    An estimate is the longest that such a work took in this process, never what a file says. Before there is one, MOST
-    seconds are for each gigabyte of the model's weights and each 256 x 256 pixels on a CPU. A GPU, whose kernels are
-    loaded at first use, has FIRST_ON_GPU seconds, and networks that compile themselves have COMPILING.
+    An estimate is the longest that such a work took in this process, never what a file says. On a CPU LEAST and MOST
+    are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels too. A
+    GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
     """
 
     def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
@@ -42,6 +42,10 @@ class Patience:
         self._longest: dict[tuple[Key, str], tuple[float, int]] = {}
         self._announced, self._announced_at = Announce("start", 0.0), 0.0
         self._size = 0
+
+    def forget(self, model: str) -> None:
+        """Drop what was learned of a model, which was loaded anew: its weights may have to come from the disk again."""
+        self._longest = {at: longest for at, longest in self._longest.items() if at[0].model != model}
 
     def idle(self) -> None:
         """There is nothing to do. Call it again and again."""
@@ -70,15 +74,19 @@ class Patience:
         longest = self._longest.get((key, phase))
         if longest is None:
             return self._first(key, size)
-        estimate = longest[0] * max(1.0, size / longest[1])
-        least = LEAST if self._plain else MOST
-        return math.ceil(max(LONG * estimate, min(MOST, max(least, FACTOR * estimate))))
+        estimate, large = longest[0] * max(1.0, size / longest[1]), self._large(key)
+        least = LEAST * large if self._plain else MOST
+        return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
 
     def _first(self, key: Key, size: int) -> float:
         if not self._plain:
             return COMPILING if self._compiled else FIRST_ON_GPU
         area = size * key.width * key.height / FIRST_AREA
-        return math.ceil(MOST * max(1.0, self._pool.size(key.model) / 1e9) * max(1.0, area))
+        return math.ceil(MOST * self._large(key) * max(1.0, area))
+
+    def _large(self, key: Key) -> float:
+        """Gigabytes of weights where the system may have dropped them from memory, at least 1."""
+        return max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
 
     def _learn(self, key: Key, phase: str, size: int, seconds: float) -> None:
         longest, widest = self._longest.get((key, phase), (0.0, size))

@@ -1,6 +1,9 @@
 """Cores: a forward gives up one thread for each core that others keep busy, and takes it back afterwards."""
 
 import os
+import subprocess
+import sys
+import time
 from typing import ClassVar
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from app.engine.cores import LOOK, Cores
 from app.pool.threads import use_threads
+from app.report import Tick
 from tests.engine.fakes import FakeFamily, FakePool, card, request
 from tests.engine.harness import Bench
 
@@ -30,7 +34,7 @@ class Machine:
         self.write(nice * seconds)
 
     def write(self, nice=0.0):
-        each, low = round(self.busy * HERTZ / CORES), round(nice * HERTZ)
+        each, low = round(self.busy * HERTZ / CORES), round(nice * HERTZ / CORES)
         lines = ["cpu  9 9 9 9 9 9 9 9 9 9"]
         lines += [f"cpu{core} {each} {low} 0 {int(1e6)} 0 0 0 0 0 0" for core in range(CORES)]
         lines += [f"cpu{CORES} {int(1e9 * self.now)} 0 0 0 0 0 0 0 0 0", "intr 1 2 3"]
@@ -110,19 +114,43 @@ def test_a_system_that_does_not_say_keeps_its_threads(machine, text):
     assert cores.threads == 3
 
 
-def test_the_file_of_this_machine_is_read():
-    clock = iter(range(100))
-    cores = Cores(2, clock=lambda: float(next(clock)))
+def test_a_niced_process_counts_those_of_its_kind(machine, monkeypatch):
+    monkeypatch.setattr(os, "nice", lambda _: 10)
+    cores = machine.cores(8)
+    machine.pass_time(2 * LOOK, 0.0, 0.0, nice=5.0)
     cores.adapt()
-    assert cores.threads in (1, 2)
+    assert cores.threads == 3
+
+
+@pytest.mark.slow
+def test_a_loop_on_this_machine_is_seen():
+    """The real /proc/stat: all cores busy with loops of others leave one thread."""
+    count = len(os.sched_getaffinity(0))
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        cores, until = Cores(max(2, count)), time.monotonic() + 60
+        while cores.threads > 1 and time.monotonic() < until:
+            time.sleep(0.5)
+            cores.adapt()
+        assert cores.threads == 1
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+        use_threads(1)
 
 
 class Counted(Cores):
     made: ClassVar[list[Cores]] = []
+    looks = 0
 
     def __init__(self, most):
         super().__init__(most)
         self.made.append(self)
+
+    def adapt(self):
+        self.looks += 1
+        super().adapt()
 
 
 @pytest.mark.parametrize(
@@ -134,4 +162,7 @@ def test_fixed_bits_and_a_number_that_the_user_names_stay(monkeypatch, settings,
     monkeypatch.setattr(Counted, "made", [])
     bench = Bench(FakePool(FakeFamily(card())), **settings).run([request("a")])
     assert len(bench.results) == 1
-    assert bool(Counted.made) == adapts
+    works = len(bench.of(Tick))
+    assert [each.looks for each in Counted.made] == ([works] if adapts else []), (
+        "before each encode, forward and decode"
+    )

@@ -73,6 +73,25 @@ def test_where_kernels_are_loaded_or_compiled_late_nothing_has_less_than_half_a_
         assert watched.work() == MOST
 
 
+def test_a_large_model_on_a_cpu_may_read_its_weights_again() -> None:
+    watched = Watched()
+    watched.ran(0.1, key=LARGE)
+    assert watched.work(key=LARGE) == 8 * LEAST
+    watched.ran(20.0, key=LARGE)
+    assert watched.work(key=LARGE) == 200.0
+    gpu = Watched("cuda")
+    gpu.ran(0.1, key=LARGE)
+    assert gpu.work(key=LARGE) == MOST, "there they are on the device"
+
+
+def test_a_model_that_was_loaded_anew_is_not_known() -> None:
+    watched = Watched()
+    watched.ran(0.1)
+    watched.ran(0.1, key=LARGE)
+    watched.patience.forget("small")
+    assert watched.work() == MOST and watched.work(key=LARGE) == 8 * LEAST
+
+
 def test_a_wider_work_has_more_and_a_narrower_one_not_less() -> None:
     watched = Watched()
     watched.ran(0.5, rows=4)
