@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket as sockets
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
@@ -10,11 +13,11 @@ from socket import socket
 import httpx
 import pytest
 
-from app import door
+from app import door, protocol
 from app.protocol import PROBES
 from app.settings import Settings
 from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
-from tests.wires import GET, answer, asked, connect, gone, heard, refusal
+from tests.wires import GET, PAUSE, answer, asked, connect, gone, heard, refusal
 
 CAP = 6
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
@@ -65,6 +68,7 @@ def test_silent_connections_over_the_cap_leave_room(server: Server, room: ExitSt
     silent = [room.enter_context(connect(server.url)) for _ in range(8 * CAP)]
     for wire in silent:
         wire.sendall(sent)
+    eventually(lambda: [gone(wire) for wire in silent].count(False) <= CAP + 1)
     for _ in range(3):
         with connect(server.url) as wire:
             assert asked(wire)[0] == 200
@@ -108,6 +112,53 @@ def test_a_body_on_its_way_is_never_cut_off_to_make_room(server: Server, room: E
         idle(server, room, 1)
         slow.sendall(body[3:])
         assert answer(slow)[0] == 200
+
+
+def test_an_answer_that_is_not_read_yet_is_never_cut_off_to_make_room(server: Server, room: ExitStack) -> None:
+    """Its route is done with it, and the connection is used again once it was read."""
+    listener = server.uvicorn.servers[0].sockets[0]
+    before = listener.getsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF)
+    listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 4096)
+    wire = room.enter_context(socket())
+    wire.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+    wire.settimeout(20)
+    wire.connect(listener.getsockname()[:2])
+    wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert wire.recv(12, sockets.MSG_PEEK) == b"HTTP/1.1 200"
+    eventually(lambda: not server.uvicorn.server_state.tasks)
+    listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, before // 2)
+    for _ in range(4 * CAP):
+        room.enter_context(connect(server.url))
+    idle(server, room, 1)
+    assert answer(wire)[2]["openapi"]
+    assert asked(wire)[0] == 200
+
+
+def test_a_request_that_is_not_read_yet_is_answered(server: Server, room: ExitStack) -> None:
+    """Two come for one place, with their requests, while the server is busy."""
+    drawing(server, room, CAP - 1, seconds=2)
+    loop, go = next(iter(server.uvicorn.server_state.connections)).loop, threading.Event()
+    loop.call_soon_threadsafe(go.wait)
+    first, second = (room.enter_context(connect(server.url)) for _ in range(2))
+    for wire in (first, second):
+        wire.sendall(GET + b"\r\n")
+    go.set()
+    assert (answer(first)[0], answer(second)[0]) == (200, 503)
+
+
+def test_a_connection_over_the_cap_that_goes_on_sending_is_cut_off(
+    server: Server, room: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the time for a request is over."""
+    monkeypatch.setattr(protocol, "GRACE", 4 * PAUSE)
+    monkeypatch.setattr(protocol, "LINGER", 4 * PAUSE)
+    drawing(server, room, CAP)
+    with connect(server.url) as wire:
+        wire.sendall(POST + b"Content-Length: 9000\r\n\r\n")
+        with pytest.raises(OSError):
+            for _ in range(200):
+                wire.sendall(b"a")
+                time.sleep(PAUSE)
 
 
 @pytest.mark.parametrize("spare", ["SPARE", "SPARE_EACH"])
