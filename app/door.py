@@ -6,7 +6,7 @@ Plain counting, without sockets: `app/protocol.py` is the connection.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from app.errors import InstepError
@@ -37,8 +37,9 @@ class Guest(Protocol):
 
     address: str
 
-    def dismiss(self) -> None:
-        """Close this connection, which is silent: another one needs its place."""
+    def dismiss(self) -> bool:
+        """Close this connection, which is silent: another one needs its place. False where it is not silent after all:
+        its next bytes are here and only not read yet."""
 
 
 class Door:
@@ -56,12 +57,11 @@ class Door:
     def enter(self, guest: Guest) -> bool | None:
         """Whether a new connection is within the caps; None where it is not to be heard at all.
 
-        At a cap the oldest silent connection makes room for it.
+        At a cap the oldest silent connection that agrees to be dismissed makes room for it.
         """
         address = guest.address
-        if self._full(address) and (oldest := self._oldest(address)):
-            self.leave(oldest)
-            oldest.dismiss()
+        if self._full(address) and (gone := next((old for old in self._silent_for(address) if old.dismiss()), None)):
+            self.leave(gone)
         if not self._full(address):
             self._count(guest, True)
             self.note(guest, silent=True)
@@ -104,9 +104,8 @@ class Door:
     def _full_of(self, address: str) -> bool:
         return 0 < self._most_each <= self._inside[address]
 
-    def _oldest(self, address: str) -> Guest | None:
-        """The connection that has been silent longest: of this address where that is at its own cap, else of the
-        address that has most of them, so that a crowd pushes out its own."""
+    def _silent_for(self, address: str) -> Iterable[Guest]:
+        """Silent connections, the oldest first: of this address where that is at its own cap, else of the address that
+        has most of them, so that a crowd pushes out its own."""
         crowds = self._silent
-        crowd = crowds.get(address) if self._full_of(address) else max(crowds.values(), key=len, default=None)
-        return next(iter(crowd)) if crowd else None
+        return (crowds.get(address) if self._full_of(address) else max(crowds.values(), key=len, default=None)) or ()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import termios
+from contextlib import suppress
+from fcntl import ioctl
 from http import HTTPStatus
 from typing import Any
 
@@ -33,7 +36,7 @@ PROBES = (b"/healthz", b"/readyz")
 probes come from an address like any other's."""
 
 GRACE = 2.0
-"""Seconds in which a connection over the caps is heard."""
+"""Seconds in which a connection over the caps is heard, and in which it must leave once it is refused."""
 
 _QUIET = logging.getLogger("instep.protocol")
 _QUIET.setLevel(logging.ERROR)
@@ -117,16 +120,27 @@ class Guarded(H11Protocol):
     def shutdown(self) -> None:
         """Called by the server when it stops; a request that is still coming would hold that up.
 
-        NOTE: h11 does not know that we refused a request, and would raise.
+        NOTE: h11 does not know that we refused a request, and would raise. Whatever is raised here, and for one
+        connection only, would end the drain of all.
         """
-        if self.conn.coming and not self._refused:
-            self._refuse(ShuttingDown("The server is shutting down.", retry_after=5.0))
-        elif not self._refused:
-            super().shutdown()
+        try:
+            if self.conn.coming and not self._refused:
+                self._refuse(ShuttingDown("The server is shutting down.", retry_after=5.0))
+            elif not self._refused:
+                super().shutdown()
+        except Exception:
+            self.logger.exception("a connection could not be shut down and is cut off")
+            self.transport.abort()
 
-    def dismiss(self) -> None:
-        """Called by the door: another connection needs the place of this silent one."""
+    def dismiss(self) -> bool:
+        """Called by the door: another connection needs the place of this silent one.
+
+        Returns whether it goes: not where bytes wait that we did not read yet, which may be a whole request.
+        """
+        if any(ioctl(self.transport.get_extra_info("socket"), termios.FIONREAD, bytes(4))):
+            return False
         self.transport.close()
+        return True
 
     def _fault(self, request: h11.Request) -> InstepError | None:
         if not self._entered and request.target not in PROBES:
@@ -191,9 +205,10 @@ class Guarded(H11Protocol):
             lines += [b"%s: %s" % header for header in (*self.server_state.default_headers, *headers)]
             self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", body)))
         self.flow.resume_reading()
-        self.transport.write_eof()
+        with suppress(OSError):  # a client that reset the connection while it was not read
+            self.transport.write_eof()
         self._settle()
-        self._linger(self.loop.time() + self._door.seconds)
+        self._linger(self.loop.time() + (self._door.seconds if self._entered else GRACE))
 
     def _linger(self, until: float) -> None:
         self._still_sends = False

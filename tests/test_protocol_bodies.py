@@ -118,6 +118,7 @@ EARLY = [
     ("POST", "/v1/models/tiny-text/load", {}, 403),
     ("GET", "/healthz", {}, 200),
     ("HEAD", "/healthz", {}, 200),
+    ("POST", "/v1/images/generations", {"Expect": "nothing"}, 401),
     ("POST", "/healthz", {"X-Long": "a" * 40_000}, 431),
     ("POST", "/healthz", {"Transfer-Encoding": "chunked"}, 400),
 ]

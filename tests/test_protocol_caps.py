@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import socket as sockets
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import count
 from socket import socket
 
 import httpx
 import pytest
 
-from app import door
+from app import door, protocol
 from app.protocol import PROBES
 from app.settings import Settings
+from app.sockets import ACCEPTED, WAITING
 from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
-from tests.wires import GET, answer, asked, connect, gone, heard, refusal
+from tests.wires import GET, PAUSE, answer, asked, connect, gone, heard, refusal
 
-CAP = 6
+CAP = 12
+"""More than the connections that a burst may have unread at once: asyncio accepts four in a turn."""
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
 
 
@@ -28,8 +34,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 @pytest.fixture(scope="module")
 def server(settings: Settings) -> Iterator[Server]:
+    """As `serve` has it, a few connections are accepted in a turn and many wait."""
     server = Server(settings.model_copy(update={"max_connections": CAP}))
+    server.uvicorn.config.backlog = ACCEPTED
     server.start()
+    with socket(fileno=os.dup(server.uvicorn.servers[0].sockets[0].fileno())) as listener:
+        listener.listen(WAITING)
     yield server
     server.stop()
 
@@ -68,7 +78,7 @@ def test_silent_connections_over_the_cap_leave_room(server: Server, room: ExitSt
     for _ in range(3):
         with connect(server.url) as wire:
             assert asked(wire)[0] == 200
-    eventually(lambda: [gone(wire) for wire in silent].count(False) < CAP)
+    eventually(lambda: [gone(wire) for wire in silent].count(False) <= CAP + door.SPARE_EACH)
 
 
 def test_the_oldest_silent_connection_goes_first(server: Server, room: ExitStack) -> None:
@@ -108,6 +118,53 @@ def test_a_body_on_its_way_is_never_cut_off_to_make_room(server: Server, room: E
         idle(server, room, 1)
         slow.sendall(body[3:])
         assert answer(slow)[0] == 200
+
+
+def test_an_answer_that_is_not_read_yet_is_never_cut_off_to_make_room(server: Server, room: ExitStack) -> None:
+    """Its route is done with it, and the connection is used again once it was read."""
+    listener = server.uvicorn.servers[0].sockets[0]
+    before = listener.getsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF)
+    listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, 4096)
+    wire = room.enter_context(socket())
+    wire.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+    wire.settimeout(20)
+    wire.connect(listener.getsockname()[:2])
+    wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert wire.recv(12, sockets.MSG_PEEK) == b"HTTP/1.1 200"
+    eventually(lambda: not server.uvicorn.server_state.tasks)
+    listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, before // 2)
+    for _ in range(4 * CAP):
+        room.enter_context(connect(server.url))
+    idle(server, room, 1)
+    assert answer(wire)[2]["openapi"]
+    assert asked(wire)[0] == 200
+
+
+def test_a_request_that_is_not_read_yet_is_answered(server: Server, room: ExitStack) -> None:
+    """Two come for one place, with their requests, while the server is busy."""
+    drawing(server, room, CAP - 1, seconds=2)
+    loop, go = next(iter(server.uvicorn.server_state.connections)).loop, threading.Event()
+    loop.call_soon_threadsafe(go.wait)
+    first, second = (room.enter_context(connect(server.url)) for _ in range(2))
+    for wire in (first, second):
+        wire.sendall(GET + b"\r\n")
+    go.set()
+    assert (answer(first)[0], answer(second)[0]) == (200, 503)
+
+
+def test_a_connection_over_the_cap_that_goes_on_sending_is_cut_off(
+    server: Server, room: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the time for a request is over."""
+    monkeypatch.setattr(protocol, "GRACE", 4 * PAUSE)
+    monkeypatch.setattr(protocol, "LINGER", 4 * PAUSE)
+    drawing(server, room, CAP)
+    with connect(server.url) as wire:
+        wire.sendall(POST + b"Content-Length: 9000\r\n\r\n")
+        with pytest.raises(OSError):
+            for _ in range(200):
+                wire.sendall(b"a")
+                time.sleep(PAUSE)
 
 
 @pytest.mark.parametrize("spare", ["SPARE", "SPARE_EACH"])
@@ -187,6 +244,8 @@ def test_room_is_not_lost(server: Server) -> None:
             for _ in range(3 * CAP):
                 wire = stack.enter_context(connect(server.url))
                 wire.sendall((b"", b"\x00", GET + b"\r\n")[next(numbers) % 3])
+        with suppress(httpx.TransportError):
+            httpx.get(f"{server.url}/healthz")  # it is accepted after all that wait
         eventually(lambda: not server.uvicorn.server_state.connections)
     with ExitStack() as stack:
         kept = idle(server, stack, CAP)

@@ -20,7 +20,7 @@ class Drain:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        whole = scope["type"] != "http" or not _with_body(Headers(scope=scope))
+        whole = scope["type"] != "http" or not _with_body(scope)
         if whole:
             await self._app(scope, receive, send)
             return
@@ -42,6 +42,11 @@ class Drain:
         await self._app(scope, hearing, sending)
 
 
-def _with_body(headers: Headers) -> bool:
-    """Whether a body is on its way. NOTE: a client that waits for "100 Continue" need not send one after its answer."""
-    return "expect" not in headers and ("transfer-encoding" in headers or headers.get("content-length", "0") != "0")
+def _with_body(scope: Scope) -> bool:
+    """Whether a body is on its way. NOTE: a client that waits for "100 Continue" need not send one after its answer;
+    which client waits is told here as h11 tells it, since only that one would be sent a 100."""
+    headers = Headers(scope=scope)
+    expected = ",".join(headers.getlist("expect")).lower().split(",")
+    if scope["http_version"] != "1.0" and "100-continue" in map(str.strip, expected):
+        return False
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"

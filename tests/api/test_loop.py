@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,17 +22,32 @@ import pytest
 
 from app.api import docs, models
 from app.api.access import SLICE
-from app.api.crowd import SingleFlight, Turns
+from app.api.crowd import SWITCH, SingleFlight, Turns
 from app.api.fields import LONGEST, MOST
 from app.api.hints import COMPARED, did_you_mean
 from app.protocol import AHEAD, EVENTS, Guarded
 from app.settings import Settings
-from tests.api.conftest import Server, generate
+from tests.api.conftest import FAKE, Server, generate
 from tests.wires import connect
 
 SURROGATE = "\ud800"
 CROWD = 20
 MODELS = Path(__file__).parents[2] / "models"
+STEADY = """
+import gc, signal, sys
+from functools import partial
+from app import main
+from app.settings import Settings
+
+def greet(*_):
+    print(round(sys.getswitchinterval(), 6), gc.get_freeze_count() > 10_000)
+    signal.raise_signal(signal.SIGTERM)
+
+main.greet = greet
+main.Supervisor = partial(main.Supervisor, command=sys.argv[2:])
+main.serve(Settings.model_validate_json(sys.argv[1]))
+"""
+"""A server that says how its interpreter is set once it has started, and ends."""
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[Any]:
@@ -134,6 +151,13 @@ def test_a_shared_result_is_never_older_than_the_question() -> None:
         assert await asyncio.gather(*later[1:]) == [3, 3]
 
     asyncio.run(scene())
+
+
+@pytest.mark.slow
+def test_a_server_that_has_started_is_steady(settings: Settings) -> None:
+    words = [sys.executable, "-c", STEADY, settings.model_dump_json(exclude_unset=True), *FAKE]
+    done = subprocess.run(words, cwd=MODELS.parent, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{SWITCH} True\n"), done.stderr
 
 
 def test_one_request_goes_on_in_a_turn_of_the_loop() -> None:
