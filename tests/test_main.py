@@ -68,6 +68,7 @@ def test_a_signal_while_generating_drains_and_exits_0(served: Served, number: in
     assert "Traceback" not in "".join(served.lines)
 
 
+@pytest.mark.slow
 def test_what_outlives_the_drain_is_told_so(settings: Settings) -> None:
     served = Served(settings.model_copy(update={"drain": 0.5}))
     try:
@@ -83,6 +84,7 @@ def test_what_outlives_the_drain_is_told_so(settings: Settings) -> None:
         served.process.kill()
 
 
+@pytest.mark.slow
 def test_a_worker_that_refuses_is_one_line(settings: Settings, tmp_path: Path) -> None:
     script = tmp_path / "refuses.py"
     script.write_text(REFUSES, encoding="utf-8")

@@ -64,6 +64,7 @@ def test_a_client_that_does_not_read_is_cut_off(endless: Endless, closing: bytes
         assert len(heard(wire)) < PLENTY
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_at_its_own_pace_gets_all(endless: Endless) -> None:
     got = 0
     with connect(endless.url) as wire:

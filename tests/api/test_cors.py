@@ -127,6 +127,7 @@ NOT_FOR_PAGES = {
 }
 
 
+@pytest.mark.slow
 def test_every_answer_is_readable_and_its_headers_too(shared: Server) -> None:
     """And no header of ours is missing from the list because no answer here brought it."""
     met: set[str] = set()
@@ -152,6 +153,7 @@ def test_every_answer_is_readable_and_its_headers_too(shared: Server) -> None:
     assert met == exposed == set(ours)
 
 
+@pytest.mark.slow
 def test_a_crowd_is_refused_readably(settings: Settings, tmp_path: Path) -> None:
     """By a page too, which would else see nothing but a network error; and slow ones are."""
     get, post = (

@@ -54,6 +54,7 @@ def real(models: Path) -> Iterator[httpx.Client]:
         patch.undo()
 
 
+@pytest.mark.slow
 def test_it_is_ready_with_what_is_here(real: httpx.Client) -> None:
     entries = {entry["id"]: entry for entry in real.get("/v1/models").json()["data"]}
     assert next(iter(entries)) == "emoji-mmdit", "the default comes first"
@@ -65,6 +66,7 @@ def test_it_is_ready_with_what_is_here(real: httpx.Client) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_body_of_every_tutorial_draws_and_the_reply_names_who_drew(real: httpx.Client) -> None:
     reply = generate(real, OTTER)
     assert reply.status_code == 200 and reply.json()["model"] == "emoji-mmdit", reply.text
@@ -77,12 +79,14 @@ def test_the_body_of_every_tutorial_draws_and_the_reply_names_who_drew(real: htt
     assert drawn.data and drawn.data[0].b64_json and drawn.model_extra and drawn.model_extra["model"] == "emoji-mmdit"
 
 
+@pytest.mark.slow
 def test_a_panel_as_bytes_names_its_models(real: httpx.Client) -> None:
     body = {"models": ["emoji-mmdit"], "prompt": ["a red apple"], "num_inference_steps": 1}
     reply = real.post("/v1/images/compare", json=body, headers={"Accept": "image/png"})
     assert reply.status_code == 200 and reply.headers["X-Model"] == "emoji-mmdit", reply.text
 
 
+@pytest.mark.slow
 def test_who_asks_for_it_is_told_the_command(real: httpx.Client) -> None:
     reply = generate(real, {**OTTER, "model": "a-tune"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "model_not_downloaded")

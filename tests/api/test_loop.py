@@ -111,6 +111,7 @@ def test_the_document_is_made_once(server: Server, url: str, monkeypatch: pytest
     assert {reply.content for reply in replies} == {replies[0].content} and replies[0].json()["openapi"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny-text", "/metrics"])
 def test_a_crowd_shares_one_answer(server: Server, url: str, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """While one is made, all others wait for one more, so that nobody gets what is older than the question."""
