@@ -31,7 +31,6 @@ def parse(
     parser.add_argument("--threads", type=int, default=2, help="parts of a batch worked on at once; 1 on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of matrix products; else what is quick here")
-    parser.add_argument("--muon", type=float, default=0.0, help="rate of Muon for the matrices of blocks; 0: AdamW")
     parser.add_argument("--compile", action="store_true", help="a third faster after a minute of compiling")
     extra(parser)
     parser.set_defaults(**usual)
@@ -57,20 +56,12 @@ class Training:
         self, module: nn.Module, args: argparse.Namespace, decay: float = 0.999, weight_decay: float = 0.01
     ) -> None:
         self.module, self.args, self.average = module, args, Average(module, decay)
-        weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        inner = [p for name, p in weights.items() if args.muon and p.ndim == 2 and "blocks." in name]
-        rest = [p for p in weights.values() if all(p is not other for other in inner)]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-        ]
-        if inner:
-            self.optimizers.append(torch.optim.Muon(inner, weight_decay=weight_decay))
-        self.peaks = (args.rate, args.muon)
+        weights = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
         self.step, self.curve, self.used = 0, [], 0.0
         if state := load_state(args.work / "state.pt"):
             module.load_state_dict(state["model"])
-            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(kept)
+            self.optimizer.load_state_dict(state["optimizer"])
             self.average.values = {name: value.to(args.device) for name, value in state["average"].items()}
             self.step, self.curve, self.used = state["step"], state["losses"], state["used"]
         torch.manual_seed(self.step)
@@ -91,7 +82,7 @@ class Training:
         clock, workers = Clock(self.args.minutes, self.used), Workers(self.args.threads, self.autocast)
         recent, done, bar = [], False, tqdm(initial=self.step, mininterval=10)
         while not done:
-            recent.append(self._advance(workers, losses(), clock.rate(1.0)))
+            recent.append(self._advance(workers, losses(), clock.rate(self.args.rate)))
             bar.update()
             clock.tick()
             done = clock.share >= 1
@@ -104,22 +95,19 @@ class Training:
                 self._checkpoint(publish)
 
     def _advance(self, workers: Workers, losses: list[Callable[[], Tensor]], rate: float) -> float:
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * peak
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         loss = workers.backward(self.module, losses)
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.average.update(self.step)
         return loss
 
     @torch.no_grad()
     def _checkpoint(self, publish: Callable[[], None]) -> None:
-        state = {"model": self.module.state_dict()}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"model": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"average": self.average.values, "step": self.step, "losses": self.curve, "used": self.used}
         save_state(self.args.work / "state.pt", **state)
         plot_curve(self.args.work / "loss.png", self.curve, "loss")
