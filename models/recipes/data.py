@@ -37,10 +37,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (128, 128, 128),
 }
 PLACES = ("left", "right", "top", "bottom")
-SIDES = {"plain": (88, 95, 102, 109, 116), "placed": (84,), "small": (60,)}
-OFFSETS = (-8, -3, 3, 8)
-"""Pixels off the middle, across and down: 16 places for each plain side, so 80 scenes of a drawing of which no more is
-said. Few, because every one is another picture to learn, and these networks have no room for thousands."""
+SIDES = {"plain": (88, 96, 104), "placed": (80,), "small": (56,)}
+STEP = 8
+"""Pixels of a latent pixel's side. Drawings have few sides and lie on this grid, so that a drawing in another place has
+the same latents in another place: a small network has no room for thousands of different ones."""
+REACH = 20  # pixels off the middle that a drawing may lie across and down, where its caption names no place
 SHOWN_SEED = 2502557892  # drawn before the first training, and never again: which prompts the grid shows
 
 
@@ -151,43 +152,43 @@ def draw_scene(rng: np.random.Generator, subjects: list[Subject], every_pair: bo
     colour = str(rng.choice(colours)) if named else "white"
     small = rng.random() < 0.2
     place = str(rng.choice(PLACES)) if rng.random() < (0.6 if small else 0.12) else None
-    side = int(rng.choice(SIDES["small" if small else "placed" if place else "plain"]))
-    x, y = position(rng, side, place)
+    side, x, y = spot(rng, "small" if small else "placed" if place else "plain", place)
     style = int(rng.random() < 0.4)
     style_named = style > 0 or rng.random() < 0.25  # who names no style is shown the first
     return Scene(index, colour, named, small, place, style, False, side, x, y, style_named)
 
 
 def plain_scene(rng: np.random.Generator, index: int, style: int = 0) -> Scene:
-    """A scene that says only its subject: white, middle, full size; scale and place vary."""
-    side = int(rng.choice(SIDES["plain"]))
-    x, y = position(rng, side, None)
-    return Scene(index, "white", False, False, None, style, False, side, x, y)
+    """A scene that says only its subject: white, about the middle, full size; scale and place vary."""
+    return Scene(index, "white", False, False, None, style, False, *spot(rng, "plain", None))
 
 
 def every_plain_scene(index: int, style: int = 0) -> tuple[list[Scene], list[float]]:
     """All scenes that `plain_scene` can draw of a subject, and how likely it draws each."""
-    spots = [(side, x, y) for side in SIDES["plain"] for x, y in product(middles(side), repeat=2)]
-    scenes = [Scene(index, "white", False, False, None, style, False, *spot) for spot in spots]
+    scenes = [Scene(index, "white", False, False, None, style, False, *each) for each in spots("plain")]
     return scenes, [1 / len(scenes)] * len(scenes)
 
 
+def spots(kind: str) -> list[tuple[int, int, int]]:
+    """Sides and upper left corners in pixels of the drawings of a kind, about the middle."""
+    return [(side, x, y) for side in SIDES[kind] for x, y in product(middles(side), repeat=2)]
+
+
 def middles(side: int) -> list[int]:
-    """Where a side may begin about the middle, as far as the picture has room for it."""
+    """Where a side may begin about the middle."""
     room = SIZE - side
-    return [min(max(room // 2 + step, 0), room) for step in OFFSETS]
+    return [place for place in range(0, room + 1, STEP) if abs(place - room / 2) <= REACH]
 
 
-def position(rng: np.random.Generator, side: int, place: str | None) -> tuple[int, int]:
-    """The upper left corner of a square of `side` pixels: near the named edge, or about the middle."""
-    room = SIZE - side
-    x, y = (int(rng.choice(middles(side))) for _ in range(2))
-    near = 4 * int(rng.integers(2))
+def spot(rng: np.random.Generator, kind: str, place: str | None) -> tuple[int, int, int]:
+    """The side and the upper left corner of a drawing: near the named edge, or about the middle."""
+    side, x, y = spots(kind)[rng.integers(len(spots(kind)))]
+    near, room = STEP * int(rng.integers(2)), SIZE - side
     if place in ("left", "right"):
         x = near if place == "left" else room - near
     elif place in ("top", "bottom"):
         y = near if place == "top" else room - near
-    return x, y
+    return side, x, y
 
 
 def render(scene: Scene, subject: Subject) -> np.ndarray:

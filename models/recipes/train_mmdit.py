@@ -213,6 +213,8 @@ def train(
 
     def publish() -> None:
         export(model, args.out, SHIFT)
+        if args.compile:  # to draw here makes the next step compile anew, in two threads at once: a deadlock, once
+            return
         with torch.autocast(training.autocast or "cpu", torch.bfloat16, enabled=training.autocast is not None):
             pictures = sample(model, text, vae, list(PROBES), guidance=4.0, steps=14, pooled_alone=args.pooled)
         save_grid(args.work / f"grid-{training.step}.png", pictures, 8)

@@ -34,7 +34,7 @@ def test_every_plain_scene_is_one_that_is_drawn_and_as_often() -> None:
     counts: dict[Scene, int] = dict.fromkeys(scenes, 0)
     for _ in range(20_000):
         counts[plain_scene(rng, 7)] += 1
-    assert abs(sum(weights) - 1) < 1e-9 and len(set(scenes)) == 80
+    assert abs(sum(weights) - 1) < 1e-9 and len(set(scenes)) == 77
     expected = 20_000 * np.array(weights)
     assert (np.abs(np.array(list(counts.values())) - expected) < 6 * np.sqrt(expected)).all()
 
