@@ -41,7 +41,8 @@ SIDES = {"plain": (88, 96, 104), "placed": (80,), "small": (56,)}
 STEP = 8
 """Pixels of a latent pixel's side. Drawings have few sides and lie on this grid, so that a drawing in another place has
 the same latents in another place: a small network has no room for thousands of different ones."""
-REACH = 20  # pixels off the middle that a drawing may lie across and down, where its caption names no place
+REACH, LEVEL = 20, 8
+"""Pixels off the middle that a drawing may lie across and down; along an edge that its caption names."""
 SHOWN_SEED = 2502557892  # drawn before the first training, and never again: which prompts the grid shows
 
 
@@ -169,20 +170,21 @@ def every_plain_scene(index: int, style: int = 0) -> tuple[list[Scene], list[flo
     return scenes, [1 / len(scenes)] * len(scenes)
 
 
-def spots(kind: str) -> list[tuple[int, int, int]]:
+def spots(kind: str, reach: int = REACH) -> list[tuple[int, int, int]]:
     """Sides and upper left corners in pixels of the drawings of a kind, about the middle."""
-    return [(side, x, y) for side in SIDES[kind] for x, y in product(middles(side), repeat=2)]
+    return [(side, x, y) for side in SIDES[kind] for x, y in product(middles(side, reach), repeat=2)]
 
 
-def middles(side: int) -> list[int]:
+def middles(side: int, reach: int) -> list[int]:
     """Where a side may begin about the middle."""
     room = SIZE - side
-    return [place for place in range(0, room + 1, STEP) if abs(place - room / 2) <= REACH]
+    return [place for place in range(0, room + 1, STEP) if abs(place - room / 2) <= reach]
 
 
 def spot(rng: np.random.Generator, kind: str, place: str | None) -> tuple[int, int, int]:
     """The side and the upper left corner of a drawing: near the named edge, or about the middle."""
-    side, x, y = spots(kind)[rng.integers(len(spots(kind)))]
+    choices = spots(kind, LEVEL if place else REACH)
+    side, x, y = choices[rng.integers(len(choices))]
     near, room = STEP * int(rng.integers(2)), SIZE - side
     if place in ("left", "right"):
         x = near if place == "left" else room - near

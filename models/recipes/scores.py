@@ -15,7 +15,7 @@ from nearest import Match
 from PIL import Image, ImageOps
 
 VALUES = np.array(list(COLOURS.values()), dtype=np.float32)
-BAR = 11  # pixels off the middle from which a place counts as named: scenes without one stay within 8, with one over 17
+BAR = 11  # pixels off the middle from which a place counts as named: along the edge they stay within 8, off it over 15
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_diffusers_reads_it_and_so_does_the_server(made: Path) -> None:
 def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path) -> None:
     vae = AutoencoderKL.from_pretrained(made / "emoji-mmdit" / "vae")
     pool = Latents(vae, subjects[:2], np.random.default_rng(0))
-    assert pool.latents.shape == (4, 80, 16, 16, 16) and sum(pool.weights) == pytest.approx(1)
+    assert pool.latents.shape == (4, 77, 16, 16, 16) and sum(pool.weights) == pytest.approx(1)
     assert classes(subjects[:2]) == ["thing 0", "flat thing 0", "thing 1", "flat thing 1"]
     scene = every_plain_scene(1, 1)[0][5]
     mean = vae.encode(to_float([render(scene, subjects[1])])).latent_dist.mean[0]
