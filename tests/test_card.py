@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from huggingface_hub import constants
 from app.api.classes import find_label
 from app.card import read_card
 from app.errors import CardError
+from tests.endless import make_endless
 from tests.tiny import DIT_CARD, SD3_CARD
 
 REPO = 'source = { repo = "some/dit", revision = "main" }'
@@ -71,31 +71,19 @@ def test_an_index_that_cannot_be_read(tmp_path: Path) -> None:
     assert read_card(file).labels == ()
 
 
-def special(file: Path, kind: str) -> None:
-    """In place of the file: a pipe that nobody writes to, an endless device, or a file of a terabyte without blocks."""
-    file.unlink()
-    if kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "device":
-        file.symlink_to("/dev/zero")
-    else:
-        file.touch()
-        os.truncate(file, 2**40)
-
-
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [("pipe", "not a regular file"), ("device", "not a regular file"), ("terabyte", r"over \d+ bytes")],
 )
 def test_a_card_that_does_not_end_is_refused(tmp_path: Path, kind: str, reason: str) -> None:
-    special(write(tmp_path), kind)
+    make_endless(write(tmp_path), kind)
     with pytest.raises(CardError, match=rf"card\.toml: .*{reason}"):
         read_card(tmp_path / "card.toml")
 
 
 def test_an_index_that_does_not_end_is_refused(tmp_path: Path) -> None:
     index(tmp_path, {})
-    special(tmp_path / "model_index.json", "terabyte")
+    make_endless(tmp_path / "model_index.json", "terabyte")
     with pytest.raises(CardError, match=r"model_index\.json: id2label: .*over \d+ bytes"):
         read_card(write(tmp_path))
 
@@ -104,7 +92,7 @@ def test_an_index_that_does_not_end_is_refused(tmp_path: Path) -> None:
 def test_an_index_that_is_no_file_names_no_classes(tmp_path: Path, kind: str) -> None:
     """The load of the model says what is wrong; the start of the server goes on."""
     index(tmp_path, {})
-    special(tmp_path / "model_index.json", kind)
+    make_endless(tmp_path / "model_index.json", kind)
     assert read_card(write(tmp_path, more="classes = 2")).labels == ("class 0", "class 1")
 
 

@@ -15,6 +15,7 @@ import torch
 from app.card import read_cards
 from app.pool.pool import Pool
 from app.report import ModelState
+from tests.endless import make_endless
 from tests.tiny import write_models
 
 MODELS = ("tiny-dit", "tiny-sd3")
@@ -34,17 +35,6 @@ def folder(whole: Path, tmp_path: Path) -> Iterator[Path]:
     for file in tmp_path.rglob("*"):
         if file.is_fifo():
             os.close(os.open(file, os.O_RDWR))
-
-
-def replace(file: Path, kind: str) -> None:
-    file.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(file)
-    elif kind == "device":
-        file.symlink_to("/dev/zero")
-    else:
-        file.touch()
-        os.truncate(file, 2**40)
 
 
 def outcome(pool: Pool, model: str) -> ModelState:
@@ -79,7 +69,7 @@ CASES = [
 @pytest.mark.parametrize(("file", "kind"), CASES)
 def test_the_model_fails_with_the_name_of_the_file_and_others_load(folder: Path, file: str, kind: str) -> None:
     cards = read_cards(folder)
-    replace(folder / file, kind)
+    make_endless(folder / file, kind)
     spoiled, other = sorted(MODELS, key=lambda name: not file.startswith(name + "/"))
     pool = Pool(cards, "cpu", torch.float32)
     try:
