@@ -25,19 +25,19 @@ from app.api import docs
 from app.api.application import Application, build
 from app.api.cors import Cors, read_origins
 from app.api.crowd import steady
-from app.api.curl import first_curl, url_of
+from app.api.door import Answer, Asked, Door
 from app.api.front import Front
-from app.api.registry import Registry, warn_of
+from app.api.protocol import Guarded
 from app.api.responses import error_response
 from app.api.security import with_ids
-from app.card import read_cards
-from app.door import Answer, Asked, Door
+from app.api.sockets import ACCEPTED, WAITING, Failures, listen, make_room, taken
+from app.cards.card import read_cards
+from app.cards.catalog import Registry, warn_of
 from app.errors import InstepError
+from app.jobs.curl import first_curl, url_of
 from app.keys import read_keys
 from app.metrics import Metrics
-from app.protocol import Guarded
 from app.settings import SECRETS, Settings
-from app.sockets import ACCEPTED, WAITING, Failures, listen, make_room, taken
 from app.worker.supervisor import Supervisor
 
 ASGI = Callable[[Any, Any, Any], Awaitable[None]]

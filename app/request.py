@@ -1,6 +1,6 @@
 """What a user asked for: validated, complete, frozen, picklable.
 
-Knows nothing of HTTP bodies (`app/api/schemas.py`) and nothing of tensors (`app/families`).
+Knows nothing of HTTP bodies (`app/jobs/body.py`) and nothing of tensors (`app/families`).
 """
 
 from __future__ import annotations

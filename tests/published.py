@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from app.card import read_card
+from app.cards.card import read_card
 from tests.cli import originals
 from tests.families.plain_shapes import dit_state
 from tests.tiny import write_dit, write_flux, write_sd3

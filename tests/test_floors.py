@@ -17,25 +17,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = {
-    **dict.fromkeys(("card", "aliases", "cards", "request", "report", "settings", "errors", "keys", "schedule"), 0),
-    "imaging": 1,
-    "panel": 1,
-    "logs": 1,
-    "gpu": 1,
+    **dict.fromkeys(("request", "report", "settings", "errors"), 0),
+    **dict.fromkeys(("imaging", "panel", "logs", "gpu"), 1),
     "samplers": 2,
-    "families": 3,
-    "pool": 4,
-    "engine": 5,
-    "worker": 6,
-    "metrics": 7,
-    "api": 8,
-    "protocol": 8,
-    "parser": 7,
-    "sockets": 7,
-    "door": 1,
-    "main": 9,
-    "bench": 10,
-    "cli": 11,  # the command line starts main and bench, neither of them the command line
+    "cards": 3,
+    "keys": 4,
+    "families": 4,
+    "checkpoints": 5,
+    "pool": 6,
+    "engine": 7,
+    "worker": 8,
+    "metrics": 9,
+    "jobs": 10,
+    "api": 11,
+    "main": 12,
+    "bench": 13,
+    "cli": 14,  # the command line starts main and bench, neither of them the command line
 }
 DOORS: dict[str, str | tuple[str, ...]] = {
     "fastapi": "app.api",
@@ -49,8 +46,8 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "isal": "app.imaging",
     "structlog": "app.logs",
     "pynvml": "app.gpu",
-    "uvicorn": ("app.main", "app.protocol"),
-    "h11": ("app.protocol", "app.parser"),
+    "uvicorn": ("app.main", "app.api.protocol"),
+    "h11": ("app.api.protocol", "app.api.parser"),
     "typer": "app.cli",
     "click": "app.cli",
     "rich": "app.cli",
@@ -58,7 +55,7 @@ DOORS: dict[str, str | tuple[str, ...]] = {
 FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.imaging", "app.panel")
 """The server's front process: neither these nor what they import may import torch."""
 
-PLAIN = ("app.card", "app.cards", "app.request", "app.report", "app.settings", "app.keys")
+PLAIN = ("app.cards", "app.request", "app.report", "app.settings", "app.keys")
 TORCH_FREE = (*FRONT, *PLAIN, "app.samplers", "app.engine.batcher", "app.engine.turns")
 TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
 
@@ -204,7 +201,7 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
     """Each rule above finds a planted breach of it."""
     planted = {
         "__init__": "",
-        "card": '"""Card."""\nimport app.engine.engine\n',
+        "settings": '"""Settings."""\nimport app.engine.engine\n',
         "main": '"""Main."""\nfrom app.worker import supervisor\nfrom fastapi import FastAPI\n',
         "metrics": '"""Metrics."""\nimport h11\nimport uvicorn\n',
         "worker/__init__": "",
@@ -217,11 +214,11 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     app = read(tmp_path)
-    assert [line.rpartition(": ")[2] for line in upward(app)] == ["app.card imports app.engine.engine"]
+    assert [line.rpartition(": ")[2] for line in upward(app)] == ["app.settings imports app.engine.engine"]
     assert [line.rpartition(": ")[2] for line in side_doors(app)] == [
         "fastapi belongs to app.api",
-        "h11 belongs to app.protocol and app.parser",
-        "uvicorn belongs to app.main and app.protocol",
+        "h11 belongs to app.api.protocol and app.api.parser",
+        "uvicorn belongs to app.main and app.api.protocol",
     ]
     chains = with_torch(app, ("app.main",))
     assert chains == ["app.main -> app.worker.supervisor -> app.engine.engine -> torch"]

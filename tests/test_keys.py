@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.api.schemas import PRIORITY_LIMIT
 from app.errors import SettingsError
+from app.jobs.body import PRIORITY_LIMIT
 from app.keys import ApiKey, Keyring, read_keys
 from app.settings import SECRETS, Settings
 

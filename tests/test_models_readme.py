@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
 from app.families import FAMILIES
 from app.families.base import Family
 

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from app.api.schemas import ImageBody
+from app.jobs.body import ImageBody
 from app.main import create_app
 from app.settings import Settings
 from tests.readme import FILES, TABLES, remade

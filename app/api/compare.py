@@ -11,17 +11,17 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from app.api.body import read_json
-from app.api.comparison import Comparison, lay_out, read_comparison
 from app.api.front import Front, Record, front_of, record_of
 from app.api.generation import Generation, milliseconds, unless_gone
 from app.api.images import engine_id, headers, patience
 from app.api.openapi import COMPARE_ROUTE
-from app.api.panels import json_panel, panel_warnings, raw_panel
+from app.api.reading import read_json
 from app.api.responses import accepted_format
-from app.api.schemas import ImageBody
-from app.card import Card
+from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
+from app.jobs.body import ImageBody
+from app.jobs.compare import Comparison, lay_out, read_comparison
+from app.jobs.panels import json_panel, panel_warnings, raw_panel
 from app.report import Result
 from app.request import Request as Asked
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 
 from app.api.crowd import SingleFlight, Turns
-from app.api.registry import Registry
+from app.cards.catalog import Registry
 from app.keys import NOBODY, ApiKey, Keyring
 from app.metrics import Metrics
 from app.settings import Settings

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from app.api.front import Front, Record
-from app.api.replies import Ask
 from app.errors import Cancelled, InstepError
+from app.jobs.replies import Ask
 from app.logs import logger
 from app.report import Preview, Progress, Result
 

@@ -16,17 +16,17 @@ from typing import cast
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from app.api.body import read_json
 from app.api.front import Record, front_of, record_of
 from app.api.generation import Generation, unless_gone
 from app.api.openapi import IMAGE_ROUTE
-from app.api.replies import Ask, json_reply, raw_image
+from app.api.reading import read_json
 from app.api.responses import accepted_format
-from app.api.schemas import read_body
 from app.api.stream import EventStream
-from app.api.warnings import warnings
 from app.errors import InstepError, InvalidValue
 from app.imaging import Format
+from app.jobs.body import read_body
+from app.jobs.replies import Ask, json_reply, raw_image
+from app.jobs.warnings import warnings
 from app.report import Result
 
 router = APIRouter()

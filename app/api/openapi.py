@@ -1,6 +1,6 @@
 """The OpenAPI document: the bodies spelled out for each card, with its own bounds and examples.
 
-Knows nothing of serving; `app/api/schemas.py` enforces what is written here.
+Knows nothing of serving; `app/jobs/body.py` enforces what is written here.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.api.body_schema import Json, body_schema, example
-from app.api.compare_schema import place_comparison
 from app.api.front import Front
-from app.api.registry import Registry
 from app.api.responses import ErrorReply
 from app.api.security import ADMIN, OPEN
-from app.api.shapes import CompareReply, ImagesReply
+from app.cards.catalog import Registry
 from app.imaging import FORMATS
+from app.jobs.body_schema import Json, body_schema, example
+from app.jobs.compare_schema import place_comparison
+from app.jobs.shapes import CompareReply, ImagesReply
 from app.keys import Keyring
 
 _STATUSES = {

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fastapi import Request
 
 from app.api.front import Front, record_of
-from app.api.registry import Registry
+from app.cards.catalog import Registry
 from app.errors import Forbidden, InstepError, ModelNotFound, SettingsError, Unauthorized
 from app.keys import NOBODY, ApiKey, Keyring
 

@@ -13,9 +13,9 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.api.generation import Generation, unless_gone
-from app.api.replies import completed_event, partial_event
 from app.api.responses import envelope
 from app.errors import Cancelled
+from app.jobs.replies import completed_event, partial_event
 from app.report import Preview, Progress, Result
 
 PING = 15.0

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from app.api.schemas import read_body
 from app.bench.machine import wait
 from app.bench.subject import Subject
 from app.bench.timing import Spread, alternate, spread
@@ -25,6 +24,7 @@ from app.families.base import Family
 from app.families.compiling import allow_compiling
 from app.families.upstream import Upstream
 from app.imaging import encode_image
+from app.jobs.body import read_body
 from app.report import Failure, Report, Result
 from app.request import Request
 

@@ -104,7 +104,7 @@ def _get(url: str) -> tuple[int, bytes]:
 
 def serve(policy: str, settings: Settings) -> None:
     """The front of such a server; its engines run under the policy."""
-    from app.card import read_cards
+    from app.cards.card import read_cards
     from app.main import create_app
     from app.main import serve as serve_app
     from app.metrics import Metrics

@@ -15,7 +15,7 @@ import torch
 from app.bench.machine import Ceilings, wait
 from app.bench.timing import Spread, alternate
 from app.bench.work import Work, forward_work
-from app.card import Size
+from app.cards.card import Size
 from app.engine.slots import Guidance, Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Family

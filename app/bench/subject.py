@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.api.registry import Registry
 from app.bench.weights import write_random
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
+from app.cards.catalog import Registry
 from app.engine.engine import Engine
 from app.errors import CheckpointError, DoesNotFit
 from app.families.base import Family

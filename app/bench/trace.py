@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import InvalidValue
 from app.samplers.table import compile_table, valid_samplers
 

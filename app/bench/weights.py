@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from app.card import Card, read_card
+from app.cards.card import Card, read_card
 from app.cards.files import read_json
 from app.cards.folder import INDEX
 from app.cards.toml import to_toml

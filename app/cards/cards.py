@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from app.errors import CardError
 
 if TYPE_CHECKING:
-    from app.card import Card
+    from app.cards.card import Card
 
 
 class Cards(dict[str, "Card"]):

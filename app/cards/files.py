@@ -1,7 +1,7 @@
 """Files: the one way to read a stranger's file, a checkpoint's JSON, and which files a part's weights are in.
 
 A pipe, a device or an endless file must not hold who reads it. Of weights only names and first bytes are read here;
-what tensors a file holds is for `app/pool/weights.py`.
+what tensors a file holds is for `app/checkpoints/tensors.py`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from app.cards.files import (
 from app.errors import CardError, CheckpointError, NotDownloaded
 
 if TYPE_CHECKING:
-    from app.card import Card
+    from app.cards.card import Card
 
 INDEX = "model_index.json"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from app.cards.files import read_json
 from app.errors import CheckpointError
-from app.schedule import Schedule
+from app.samplers.schedule import Schedule
 
 FILE = "scheduler/scheduler_config.json"
 

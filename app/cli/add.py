@@ -1,6 +1,6 @@
 """`instep models add`: a card for files that a user has, where they are: no weights are copied.
 
-Knows nothing of how files are compared (app/pool/identify.py), nor of how the card is written (makings.py).
+Knows nothing of how files are compared (app/checkpoints/identify.py), nor of how the card is written (makings.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from app.api.registry import Registry
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
+from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.cli.bodies import open_registry
 from app.cli.compose import left_out, own_schedule, refuse_gaps, start, take, take_rest, take_tokenizers
@@ -38,7 +38,7 @@ def add(
     models: Folder = None,
 ) -> None:
     """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
-    from app.pool.identify import identify
+    from app.checkpoints.identify import identify
 
     settings = read_settings(models=models)
     registry = open_registry(settings)

@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.api.schemas import describe_sizes
-from app.card import Card, Size, parse_size
+from app.cards.card import Card, Size, parse_size
 from app.cli import bench_serve
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
+from app.jobs.body import describe_sizes
 
 if TYPE_CHECKING:
     from app.bench.machine import Ceilings

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from app.bench.trace import Trace
-from app.card import Card
+from app.cards.card import Card
 from app.cli.bodies import open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue

@@ -1,6 +1,6 @@
 """Bodies: from the words of a command line to what the server makes of them, and the curl that asks a server the same.
 
-Knows nothing of defaults and limits: a body goes through `app/api/schemas.py` like everyone's.
+Knows nothing of defaults and limits: a body goes through `app/jobs/body.py` like everyone's.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from app.api.curl import curl as post
-from app.api.registry import Registry
-from app.api.replies import Ask
-from app.api.schemas import read_body
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
+from app.cards.catalog import Registry
 from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
+from app.jobs.body import read_body
+from app.jobs.curl import curl as post
+from app.jobs.replies import Ask
 from app.request import Prompt
 from app.settings import Settings
 

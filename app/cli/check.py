@@ -1,7 +1,6 @@
 """`instep models check`: whether cards and their files are sound, or which card fits files that a user has.
 
-Knows nothing of how files are compared (app/pool/identify.py): it says what was found, what is missing and what comes
-next.
+How files are compared is in app/checkpoints/identify.py; this prints what was found and what is missing.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import typer
 from rich.filesize import decimal
 from rich.markup import escape
 
-from app.api.registry import Registry
-from app.card import Card
+from app.cards.card import Card
+from app.cards.catalog import Registry
 from app.cli.add import free_id
 from app.cli.bodies import open_registry
 from app.cli.compose import (
@@ -38,7 +37,7 @@ from app.settings import Settings
 from app.worker import plan
 
 if TYPE_CHECKING:
-    from app.pool.identify import Report, Shipped
+    from app.checkpoints.identify import Report, Shipped
 
 
 def check(
@@ -55,7 +54,7 @@ def check(
         return check_cards(path or settings.models, plan.threads(settings))
     if not path.exists():
         raise LoadError(f"{path}: there is no such file or folder")
-    from app.pool.identify import identify
+    from app.checkpoints.identify import identify
 
     registry = open_registry(settings)
     report = identify(path.absolute(), registry.cards)
@@ -113,8 +112,8 @@ def bytes_each(one: Shipped, settings: Settings) -> dict[str, int]:
     import torch
 
     from app.cards.folder import Part
+    from app.checkpoints.building import part_dtype
     from app.families.components import has_weights
-    from app.pool.building import part_dtype
     from app.worker.process import resolve_dtype
 
     device = plan.devices(settings.devices)[0]
@@ -126,9 +125,9 @@ def bytes_each(one: Shipped, settings: Settings) -> dict[str, int]:
 def _memory(one: Shipped, parts: list[str], each: dict[str, int], settings: Settings) -> str:
     """Bytes by phase, with a VAE in any case, against what weights may take here."""
 
+    from app.checkpoints.identify import phases
     from app.families import FAMILIES
     from app.pool.budget import budgets
-    from app.pool.identify import phases
 
     devices = plan.devices(settings.devices)
     budget, _ = budgets(settings, devices[0], devices)

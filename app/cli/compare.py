@@ -17,16 +17,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from app.api.comparison import Comparison, lay_out, read_comparison
-from app.api.panels import panel_warnings, raw_panel
-from app.api.registry import Registry
-from app.api.schemas import ImageBody
-from app.card import Card
+from app.cards.card import Card
+from app.cards.catalog import Registry
 from app.cli.bodies import Body, curl_of, kind_of, labels_of, open_registry
 from app.cli.generate import say
-from app.cli.local import Local, loading
 from app.cli.serve import Folder, read_settings
 from app.errors import InstepError
+from app.jobs.body import ImageBody
+from app.jobs.compare import Comparison, lay_out, read_comparison
+from app.jobs.local import Local, loading
+from app.jobs.panels import panel_warnings, raw_panel
 from app.report import Failure, Report, Result
 from app.report import Progress as Step
 from app.request import Request

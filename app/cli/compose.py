@@ -1,6 +1,6 @@
 """Compose: from files that were recognised to what the card of them is made of, or why there can be none.
 
-Knows nothing of how files are compared (app/pool/identify.py), nor of how a card is written (makings.py).
+Knows nothing of how files are compared (app/checkpoints/identify.py), nor of how a card is written (makings.py).
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.api.registry import SHIPPED, Registry
+from app.cards.catalog import SHIPPED, Registry
 from app.cards.folder import INDEX
 from app.cards.noise import changes
 from app.cli.makings import Makings
 from app.errors import CheckpointError, LoadError
 
 if TYPE_CHECKING:
-    from app.pool.identify import Piece, Report, Shipped
+    from app.checkpoints.identify import Piece, Report, Shipped
 
 LOST = {
     ("sd3", "text_encoder"): "it is zeros without: prompts are followed less well",
@@ -68,7 +68,7 @@ def refuse_odd(report: Report) -> None:
 
 def take(makings: Makings, part: str, place: Path) -> None:
     """A part from a place of its own, instead of the one that is there. Raises CheckpointError."""
-    from app.pool.identify import look
+    from app.checkpoints.identify import look
 
     if part not in makings.like.classes:
         raise LoadError(f"--{part.replace('_', '-')}: {makings.like.card.id} has no such part")
@@ -94,7 +94,7 @@ def take_tokenizers(makings: Makings, place: Path) -> None:
 
 def take_rest(makings: Makings, owner: str, registry: Registry) -> None:
     """What is still missing, from another card. Raises LoadError: it is of another kind."""
-    from app.pool.identify import shipped_of
+    from app.checkpoints.identify import shipped_of
 
     other = shipped_of(registry.cards[owner])
     if other is None or other.card.family != makings.like.card.family:

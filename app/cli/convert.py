@@ -1,6 +1,6 @@
 """`instep models convert`: the DiT authors' `.pt`, once and offline, to a folder that the server loads.
 
-Knows nothing of how: app/pool/converting.py does it.
+Knows nothing of how: app/checkpoints/convert.py does it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def convert(
     """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
     import torch
 
-    from app.pool.bins import write_folder
-    from app.pool.converting import Conversion, convert_dit
+    from app.checkpoints.bins import write_folder
+    from app.checkpoints.convert import Conversion, convert_dit
 
     shipped = [read_settings(models=models).models / card for card in LABELLED]
     indices = [place / INDEX for place in (*[file] * file.is_dir(), *[folder] * replace, *shipped)]

@@ -13,15 +13,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from app.api.registry import Registry
-from app.card import Card
+from app.cards.card import Card
+from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.cli.bodies import build, open_registry, what
-from app.cli.local import Local, loading
 from app.cli.paint import half_blocks, shrink
 from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
 from app.imaging import grid
+from app.jobs.local import Local, loading
 from app.report import Progress as Step
 from app.report import Report, Result, Tick
 from app.request import Request

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from safetensors.numpy import save_file
 
-from app.api.replies import Ask, raw_image
-from app.api.warnings import warnings
 from app.cli.bodies import build, curl, file_name, in_folder, kind_of, labels_of, open_registry
-from app.cli.local import Local, loading
 from app.cli.paint import half_blocks
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
+from app.jobs.local import Local, loading
+from app.jobs.replies import Ask, raw_image
+from app.jobs.warnings import warnings
 from app.report import Progress as Step
 from app.report import Report, Result
 from app.request import Request

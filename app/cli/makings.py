@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.card import Card, read_card
+from app.cards.card import Card, read_card
 from app.cards.files import read_json, read_toml
 from app.cards.folder import INDEX, ModelFolder
 from app.cards.noise import schedule_of
@@ -21,7 +21,7 @@ from app.cli.models import check_facts
 from app.errors import LoadError, NotDownloaded
 
 if TYPE_CHECKING:
-    from app.pool.identify import Shipped
+    from app.checkpoints.identify import Shipped
 
 OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
@@ -100,9 +100,9 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
     # NOTE: imported late: torch and the model libraries take seconds.
     import torch
 
-    from app.pool.building import build_family
+    from app.checkpoints.building import build_family
+    from app.checkpoints.layout import check_classes, read_parts
     from app.pool.component import Component
-    from app.pool.layout import check_classes, read_parts
 
     check_facts(card)
     device, dtype = torch.device("cpu"), torch.bfloat16

@@ -15,14 +15,14 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from app.api.registry import check_sampler, sound
-from app.api.schemas import describe_sizes
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
+from app.cards.catalog import check_sampler, sound
 from app.cards.folder import ModelFolder
 from app.cards.noise import changes, schedule_of
 from app.cli.bodies import find, open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, InstepError, LoadError, NotDownloaded, plain
+from app.jobs.body import describe_sizes
 from app.samplers.table import compile_table, valid_samplers
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
@@ -122,8 +122,8 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
     # NOTE: imported late: torch and the model libraries take seconds, and only this command needs them.
     import torch
 
-    from app.pool.building import build_family, build_parts
-    from app.pool.layout import read_parts
+    from app.checkpoints.building import build_family, build_parts
+    from app.checkpoints.layout import read_parts
 
     try:
         check_facts(card)
@@ -173,7 +173,7 @@ def count(parameters: int | None) -> str:
 
 def _page(card: Card) -> str:
     # NOTE: imported late: the Hub library takes a third of a second.
-    from app.cli.hub import page
+    from app.checkpoints.hub import page
 
     return page(str(card.source.repo))
 

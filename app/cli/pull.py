@@ -20,16 +20,16 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from app.api.registry import Registry
-from app.card import Card
+from app.cards.card import Card
+from app.cards.catalog import Registry
+from app.checkpoints.needs import Plan, plan
 from app.cli.bodies import open_registry
-from app.cli.needs import Plan, plan
 from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
 if TYPE_CHECKING:
-    from app.cli.hub import Repo
+    from app.checkpoints.hub import Repo
 
 
 def pull(
@@ -80,7 +80,7 @@ def choose(ids: Sequence[str], everything: bool, registry: Registry, settings: S
 
 def check_room(plans: Iterable[Plan]) -> None:
     """Raises LoadError when the disk of the cache has less room than is to come, with both numbers."""
-    from app.cli.hub import cache
+    from app.checkpoints.hub import cache
 
     pieces: dict[str, tuple[Repo, set[str]]] = {}
     for repo, paths in (piece for one in plans for piece in one.pieces.values()):
@@ -99,8 +99,8 @@ def free_bytes(folder: Path) -> int:
 
 def carry_out(one: Plan, models: Path) -> None:
     """Download what is still to come. models: the folder of cards. Raises CheckpointError."""
-    from app.cli.download import fetch, link
-    from app.cli.hub import cache
+    from app.checkpoints.download import fetch, link
+    from app.checkpoints.hub import cache
 
     name, card = one.card.id, one.card
     if not one.pieces:

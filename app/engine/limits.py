@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from app.card import Card
+from app.cards.card import Card
 from app.engine.curve import WIDEST, Curve
 from app.engine.events import Events
 from app.engine.outcome import ALONE

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import ModelNotFound
 from app.report import Phase, Timings
 from app.request import Condition, Request

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from app.card import Card
+from app.cards.card import Card
 from app.families.text import Read, read_texts
 from app.report import Phase
 from app.request import Condition

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import nn
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import CheckpointError, InvalidValue
 from app.families.base import Conditions
 from app.families.text import Read, read_texts

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import CheckpointError
 from app.families.base import Conditions
 from app.families.text import Read, clip_pooled, prompt_text, read_texts, t5_states, text_encoder, unseen_text

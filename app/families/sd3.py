@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import CheckpointError
 from app.families.base import Conditions
 from app.families.compiling import as_written

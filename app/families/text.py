@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import CheckpointError, InvalidValue
 from app.request import Condition, Prompt
 

@@ -16,7 +16,7 @@ from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.flux import pack
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
-from app.schedule import Schedule
+from app.samplers.schedule import Schedule
 
 _UNTYPED: Any = diffusers
 

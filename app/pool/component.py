@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from app.cards.folder import Part
+from app.checkpoints.parts import part_outline, part_stamp, part_states
 from app.families.components import blank_network, build_tokenizer, empty_network, fill_network, has_weights
-from app.pool.contents import part_outline, part_stamp, part_states
 
 Place = Literal["device", "host", "away", "moving"]
 Key = tuple[tuple[Hashable, ...], torch.dtype, tuple[float | None, ...]]

@@ -12,18 +12,18 @@ from collections.abc import Mapping
 
 import torch
 
-from app.card import Card
+from app.cards.card import Card
 from app.cards.folder import Part
+from app.checkpoints.building import build_family, part_dtype
+from app.checkpoints.layout import read_parts
+from app.checkpoints.parts import part_identity, part_outline
 from app.errors import DoesNotFit, LoadError
 from app.families import FAMILIES
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
 from app.pool.books import PHASES, Books, Bring, Build, Drop, Job
 from app.pool.budget import readable
-from app.pool.building import build_family, part_dtype
 from app.pool.component import Component
-from app.pool.contents import part_identity, part_outline
-from app.pool.layout import read_parts
 from app.pool.threads import use_threads
 
 _log = logging.getLogger(__name__)

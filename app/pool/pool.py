@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import LoadError
 from app.families.base import Family
 from app.pool.books import Books, Change

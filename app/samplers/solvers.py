@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from app.samplers.schedules import Array, Path, Points
+from app.samplers.grids import Array, Path, Points
 
 
 class Lines(NamedTuple):

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import InvalidValue
-from app.samplers import schedules, solvers
-from app.samplers.schedules import Array, Path, Walk, at_size
+from app.samplers import grids as schedules
+from app.samplers import solvers
+from app.samplers.grids import Array, Path, Walk, at_size
+from app.samplers.schedule import Schedule
 from app.samplers.solvers import Lines
-from app.schedule import Schedule
 
 COLUMNS = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo")
 

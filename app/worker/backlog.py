@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from app.card import Card
+from app.cards.card import Card
 from app.request import Request
 from app.samplers.table import compile_table
 from app.worker.costs import Costs

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect, insort
 
-from app.card import parse_size
+from app.cards.card import parse_size
 from app.report import ModelState, Phase, Tick
 
 DEFAULT_RATE = 0.05

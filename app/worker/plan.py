@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from app.card import Card
+from app.cards.card import Card
 from app.cards.cards import Cards
 from app.cards.folder import ModelFolder
 from app.errors import SettingsError

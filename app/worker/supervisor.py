@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result
 from app.request import Request

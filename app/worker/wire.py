@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from app.card import Card
+from app.cards.card import Card
 from app.errors import InstepError
 from app.report import Report
 from app.request import Request

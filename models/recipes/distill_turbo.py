@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train_mmdit import PROBES, build
 
-from app.card import read_card
+from app.cards.card import read_card
+from app.samplers.schedule import Schedule
 from app.samplers.table import compile_table
-from app.schedule import Schedule
 
 SHARED = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 STEPS = (1, 2, 3, 4)

@@ -28,9 +28,9 @@ from nearest import Nearest, twins
 from scores import Asked, save_grid, score, summary, table
 from tqdm import tqdm
 
-from app.api.schemas import read_body
-from app.card import Card, Source, read_cards
-from app.cli.local import Local
+from app.cards.card import Card, Source, read_cards
+from app.jobs.body import read_body
+from app.jobs.local import Local
 from app.report import Result
 from app.settings import Settings
 

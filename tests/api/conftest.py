@@ -14,7 +14,7 @@ import httpx
 import pytest
 import uvicorn
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.main import configured, create_app
 from app.metrics import Metrics
 from app.settings import Settings

@@ -137,7 +137,7 @@ def test_a_bug_after_the_engine_is_a_fixed_error_too(
     def broken(*_: object) -> bytes:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr("app.api.replies.encode_image", broken)
+    monkeypatch.setattr("app.jobs.replies.encode_image", broken)
     reply = generate(http, {"prompt": "a", "stream": stream})
     assert reply.status_code == (200 if stream else 500)
     assert '"code":"internal_error"' in reply.text and "secret" not in reply.text

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from app.api.body import BODY_LIMIT
+from app.api.reading import BODY_LIMIT
 from tests.api.conftest import generate
 
 PATH = "/v1/images/generations"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.api.body import parse_json
+from app.api.reading import parse_json
 from app.errors import InvalidJSON
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from app.api.classes import find_label, search
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
+from app.cards.classes import find_label, search
 from app.errors import InvalidValue
 from app.settings import Settings
 

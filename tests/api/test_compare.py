@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.api.presets import PRESETS
-from app.api.shapes import CompareReply
+from app.jobs.presets import PRESETS
+from app.jobs.shapes import CompareReply
 from app.request import ClassLabel, Prompt
 from app.settings import Settings
 from tests.api.conftest import ALICE, BOB, LABEL, LABELS, TEXT, Server, bearer, eventually
@@ -228,7 +228,7 @@ def test_a_field_that_one_model_does_not_have_is_no_field_of_both(alice: httpx.C
 
 
 def test_pictures_are_bounded_together(alice: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.api.comparison.PIXELS", 3 * 32 * 32)
+    monkeypatch.setattr("app.jobs.compare.PIXELS", 3 * 32 * 32)
     body = {"models": ["tiny-text", "large-text"], "prompt": TWO}
     assert "4 pictures have 0 megapixels together" in compare(alice, body).json()["error"]["message"]
     assert compare(alice, {**body, "models": ["tiny-text"]}).status_code == 200

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.api.presets import PRESETS
+from app.jobs.presets import PRESETS
 from tests.api.conftest import generate, real_server
 from tests.tiny import write_models
 

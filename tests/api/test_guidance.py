@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from app.api.guidance import guidance_facts
-from app.api.schemas import read_body
-from app.card import Card, SkipLayers, read_cards
+from app.cards.card import Card, SkipLayers, read_cards
 from app.errors import InvalidValue
+from app.jobs.body import read_body
+from app.jobs.guidance import guidance_facts
 from app.request import Request, SkipGuidance
 from tests.api.conftest import write_cards
 

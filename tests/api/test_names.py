@@ -13,8 +13,8 @@ import openai
 import pytest
 from openai.types import ImageModel
 
-from app.api.registry import Registry
-from app.card import read_card, read_cards
+from app.cards.card import read_card, read_cards
+from app.cards.catalog import Registry
 from app.errors import CardError, SettingsError
 from app.settings import Settings
 from tests.api.conftest import ADMIN, ALICE, BOB, TEXT, Server, bearer, eventually, generate

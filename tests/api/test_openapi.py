@@ -13,8 +13,8 @@ import jsonschema_rs
 import pytest
 
 from app.api.openapi import body_schema
-from app.api.registry import Registry
-from app.card import Card, Sizes, read_cards
+from app.cards.card import Card, Sizes, read_cards
+from app.cards.catalog import Registry
 from app.settings import Settings
 from tests.api.conftest import ADMIN, ALICE, BOB, Server, bearer, generate
 from tests.api.test_schemas import TEXT_ERRORS

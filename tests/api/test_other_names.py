@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.other_names import OTHERWISE, RENAMED, hint
-from app.api.schemas import ImageBody
+from app.jobs.body import ImageBody
+from app.jobs.other_names import OTHERWISE, RENAMED, hint
 from tests.api.conftest import generate
 
 FIELDS = list(ImageBody.model_fields)

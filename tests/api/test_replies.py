@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.api.registry import Registry
-from app.api.replies import Ask, effective, facts, stages, usage
-from app.api.schemas import read_body
-from app.api.warnings import warnings
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.cards.catalog import Registry
+from app.jobs.body import read_body
+from app.jobs.replies import Ask, effective, facts, stages, usage
+from app.jobs.warnings import warnings
 from app.report import Result, Timings
 from app.settings import Settings
 from app.worker.jobs import Estimate

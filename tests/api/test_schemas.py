@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from app.api.fields import SEEDS
-from app.api.schemas import ImageBody, describe_sizes, read_body
-from app.card import Card, Sizes, read_cards
+from app.cards.card import Card, Sizes, read_cards
 from app.errors import InstepError, InvalidJSON, InvalidValue, UnknownField, Unsupported
+from app.jobs.body import ImageBody, describe_sizes, read_body
+from app.jobs.fields import SEEDS
 from app.keys import ApiKey
 from app.request import ClassLabel, Prompt, Request
 from tests.api.conftest import write_cards

@@ -17,10 +17,10 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
-from app.api.registry import Registry
 from app.api.security import ADMIN as ADMIN_ROUTES
 from app.api.security import OPEN, with_ids
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.cards.catalog import Registry
 from app.errors import SettingsError
 from app.keys import ApiKey, Keyring
 from app.main import create_app

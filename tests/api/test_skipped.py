@@ -13,9 +13,9 @@ import httpx
 import openai
 import pytest
 
-from app.api.registry import Registry
 from app.api.security import with_ids
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.cards.catalog import Registry
 from app.errors import SettingsError, plain
 from app.keys import read_keys
 from app.settings import Settings

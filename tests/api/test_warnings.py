@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
-from app.api.registry import Registry
-from app.api.replies import Ask
-from app.api.schemas import read_body
-from app.api.warnings import warnings
-from app.card import Card, SkipLayers, read_cards
+from app.cards.card import Card, SkipLayers, read_cards
+from app.cards.catalog import Registry
+from app.jobs.body import read_body
+from app.jobs.replies import Ask
+from app.jobs.warnings import warnings
 from app.keys import NOBODY, ApiKey
 from app.settings import Settings
 from tests.api.conftest import generate

@@ -27,7 +27,7 @@ from app.bench.machine import Ceilings, ceilings, facts, wait
 from app.bench.step import measure_steps
 from app.bench.subject import Subject, loaded
 from app.bench.timing import Spread, alternate
-from app.card import Size, parse_size
+from app.cards.card import Size, parse_size
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import resolve_dtype

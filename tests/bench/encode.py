@@ -1,7 +1,7 @@
 """What image files cost: `python -m tests.bench.encode`. Ends in one JSON line.
 
 First the seconds of one 1024 x 1024 file, on one core, beside Pillow's own PNG of the same picture. Then how late an
-event loop wakes while four threads make 64 files, and while they make 64 whole replies (`app/api/replies.py`).
+event loop wakes while four threads make 64 files, and while they make 64 whole replies (`app/jobs/replies.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.api.replies import Ask, completed_event, json_reply
-from app.api.schemas import read_body
-from app.card import read_card
+from app.cards.card import read_card
 from app.imaging import FORMATS, Format, encode_image
+from app.jobs.body import read_body
+from app.jobs.replies import Ask, completed_event, json_reply
 from app.report import Result, Timings
 
 MODELS = Path(__file__).parents[2] / "models"

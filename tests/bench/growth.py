@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.request import Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor

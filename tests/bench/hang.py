@@ -83,8 +83,8 @@ def engine(case: str, mark: str, descriptors: list[str]) -> None:
 
 async def watch(case: str, folder: Path, limit: float) -> str:
     """Seconds from the fault to the death of the engine that has it."""
-    from app.api.schemas import read_body
-    from app.card import read_cards
+    from app.cards.card import read_cards
+    from app.jobs.body import read_body
     from app.settings import Settings
     from app.worker.supervisor import Supervisor
 

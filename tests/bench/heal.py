@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.engine.curve import Curve
 from app.engine.profile import Profiles
 from app.engine.row import default_key

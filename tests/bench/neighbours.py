@@ -30,9 +30,9 @@ LOOP = "import signal; signal.alarm(600)\nwhile True: pass"
 
 def draw(model: str, steps: int, images: int, dtype: str) -> None:
     """Print the seconds of each image, one after the other, after one that is not counted."""
-    from app.api.schemas import read_body
-    from app.card import read_cards
-    from app.cli.local import Local
+    from app.cards.card import read_cards
+    from app.jobs.body import read_body
+    from app.jobs.local import Local
     from app.report import Result
     from app.settings import Settings
 

@@ -25,9 +25,9 @@ from typing import IO
 
 import httpx
 
-from app.api.schemas import read_body
-from app.card import Card, read_cards
-from app.cli.local import Local
+from app.cards.card import Card, read_cards
+from app.jobs.body import read_body
+from app.jobs.local import Local
 from app.report import Report, Result
 from app.settings import Settings
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.bench.subject import Subject
-from app.card import parse_size, read_cards
+from app.cards.card import parse_size, read_cards
 from app.settings import Settings
 from tests.bench import cuda
 from tests.bench.cuda import BACKENDS, CARDS, SHAPES, TINY_CARDS, TINY_SHAPES, Plan

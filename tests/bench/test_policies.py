@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.bench.policies import POLICIES, Single, Static, likeness
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.engine.row import Row
 from app.pool.pool import Pool
 from app.request import Prompt, Request

@@ -11,10 +11,10 @@ import torch
 
 from app.bench import weights
 from app.bench.weights import write_random
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.checkpoints.tensors import read_state
 from app.errors import CheckpointError
 from app.pool.pool import Pool
-from app.pool.weights import read_state
 from app.request import Prompt
 from tests.engine.conftest import load_all
 from tests.families.plain import ask, serve

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.checkpoints.building import build_family, build_parts
 from app.engine.encodings import Encodings
 from app.engine.row import Row, default_key
 from app.families.base import Family
-from app.pool.building import build_family, build_parts
 from app.request import ImageSpec, Prompt, Request
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.card import Card, Source, read_cards
+from app.cards.card import Card, Source, read_cards
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded
 from tests.tiny import write_models

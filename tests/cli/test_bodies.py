@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from app.api.registry import Registry
-from app.api.schemas import read_body
+from app.cards.catalog import Registry
 from app.cli.bodies import build, curl, file_name, kind_of, open_registry
 from app.errors import InvalidValue
+from app.jobs.body import read_body
 from app.settings import Settings
 
 

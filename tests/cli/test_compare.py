@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from app.api.panels import parameters_of
 from app.cli import compare
 from app.cli.bodies import open_registry
-from app.cli.local import Local
 from app.errors import NonFiniteOutput
+from app.jobs.local import Local
+from app.jobs.panels import parameters_of
 from app.report import Failure, ModelState, Progress, Timings
 from app.report import Result as Drawn
 from app.request import Request

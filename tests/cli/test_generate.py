@@ -16,8 +16,8 @@ from typer.testing import Result
 
 from app.cli import generate
 from app.cli.bodies import build, open_registry
-from app.cli.local import Local
 from app.errors import NonFiniteOutput
+from app.jobs.local import Local
 from app.report import Failure, Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings

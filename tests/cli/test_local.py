@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.api.schemas import read_body
 from app.cli.bodies import open_registry
-from app.cli.local import Local
+from app.jobs.body import read_body
+from app.jobs.local import Local
 from app.pool.books import Job
 from app.pool.loader import Loader
 from app.report import Report, Result

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.card import read_card
-from app.cli.needs import wanted
+from app.cards.card import read_card
+from app.checkpoints.needs import wanted
 from app.errors import CheckpointError
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line

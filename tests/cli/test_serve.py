@@ -157,7 +157,8 @@ def test_keys_that_are_set_and_empty_are_a_warning(
 def test_no_variable_of_the_hub_is_empty() -> None:
     """HF_HOME= would put the cache here, HF_ENDPOINT= would ask nobody: huggingface_hub takes "" for a value."""
     names = ("HF_HOME", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
-    code = "import app.cli.hub as h; c = h.constants; print(c.ENDPOINT, c.HF_HUB_CACHE, c.HF_TOKEN_PATH, c.HF_HOME)"
+    code = "from app.checkpoints.hub import constants as c\n"
+    code += "print(c.ENDPOINT, c.HF_HUB_CACHE, c.HF_TOKEN_PATH, c.HF_HOME)"
 
     def told(**more: str) -> str:
         kept = {name: value for name, value in os.environ.items() if name not in names}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from app.card import Card
+from app.cards.card import Card
 from app.engine.curve import Curve
 from app.errors import LoadError
 from app.families.base import Conditions

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.card import Card, read_card, read_cards
+from app.cards.card import Card, read_card, read_cards
 from app.engine.profile import Profiles
 from app.errors import CheckpointError
 from app.pool.books import PHASES, RETRY_AFTER

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
 from app.errors import Cancelled
 from app.pool.pool import Pool
 from app.request import ClassLabel, ImageSpec, Prompt, Request

@@ -11,8 +11,8 @@ import torch
 from app.engine.slots import COLUMNS, PASSES, Guidance, Slots
 from app.engine.step import denoise_step, gather, indices, totals
 from app.families.base import Conditions, Family
+from app.samplers.schedule import Schedule
 from app.samplers.table import Table, compile_table
-from app.schedule import Schedule
 from tests.close import FORWARD, apart, close, furthest
 from tests.engine.fakes import FakeFamily, card
 

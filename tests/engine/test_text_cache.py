@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.card import Card, read_card
+from app.cards.card import Card, read_card
 from app.errors import SettingsError
 from app.pool.pool import Pool
 from app.report import Memory, ModelState, Result, Tick

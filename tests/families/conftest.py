@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from app.card import Card, read_card
+from app.cards.card import Card, read_card
 from app.families import SD3, DiT
 from app.pool.pool import Pool
-from app.schedule import Schedule
+from app.samplers.schedule import Schedule
 from tests.engine.conftest import load_all
 from tests.families.plain import build, load
 from tests.tiny import SD3_PARTS, write_dit, write_flux, write_sd3

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.card import SkipLayers, read_card
+from app.cards.card import SkipLayers, read_card
 from app.engine.profile import Profiles
 from app.engine.row import default_key
 from app.errors import SettingsError
@@ -21,7 +21,7 @@ from app.families.base import Family
 from app.families.compiling import allow_compiling, compile_blocks
 from app.pool.pool import Pool
 from app.request import ClassLabel
-from app.schedule import Schedule
+from app.samplers.schedule import Schedule
 from app.settings import Settings
 from tests.close import FORWARD, SAME, apart, close, furthest
 from tests.engine.conftest import load_all

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 
-from app.card import Limits, Sizes
+from app.cards.card import Limits, Sizes
 from app.errors import CheckpointError, InvalidValue
 from app.families import DiT
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
-from app.schedule import Schedule
+from app.samplers.schedule import Schedule
 from tests.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close, furthest
 from tests.families.plain import ask, build, final, load, serve
 

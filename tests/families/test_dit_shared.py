@@ -11,14 +11,14 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from app.card import read_card
+from app.cards.card import read_card
 from app.cards.folder import Part
+from app.checkpoints.tensors import read_outline
 from app.errors import CheckpointError
 from app.families import DiT
 from app.families.components import blank_network, fill_network
 from app.families.dit import SharedEmbedder, predict
 from app.pool.component import Component
-from app.pool.weights import read_outline
 from tests.close import EXACT, FORWARD, apart, close
 from tests.families.plain import CPU, build_component, load
 from tests.tiny import write_dit

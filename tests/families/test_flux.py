@@ -13,15 +13,15 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from app.card import read_card
+from app.cards.card import read_card
+from app.checkpoints.tensors import read_state
 from app.errors import InvalidValue
 from app.families import Flux
 from app.families.flux import pack, unpack
 from app.families.preview import shapes
-from app.pool.weights import read_state
 from app.request import ClassLabel, Prompt
-from app.samplers.schedules import at_size
-from app.schedule import DynamicShift, Schedule
+from app.samplers.grids import at_size
+from app.samplers.schedule import DynamicShift, Schedule
 from tests.close import EXACT, FORWARD, LEVELS, apart, beyond_rounding, close
 from tests.families.plain import build, build_component
 from tests.tiny_parts import write_first_clip

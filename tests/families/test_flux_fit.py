@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from app.card import Card, Sizes, Text, read_card
+from app.cards.card import Card, Sizes, Text, read_card
+from app.checkpoints.tensors import read_state
 from app.errors import CheckpointError
 from app.families import Flux
-from app.pool.weights import read_state
 from tests.families.plain import build, build_component
 
 

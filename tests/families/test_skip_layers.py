@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from app.card import Card, SkipLayers, read_card
+from app.cards.card import Card, SkipLayers, read_card
+from app.checkpoints.building import build_family
 from app.errors import CheckpointError
-from app.pool.building import build_family
 from app.pool.pool import Pool
 from app.request import Prompt, Request, SkipGuidance
 from tests.close import SAME, apart, close

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.card import Card, read_card
+from app.cards.card import Card, read_card
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import compile_blocks

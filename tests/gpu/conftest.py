@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.pool.pool import Pool
 from tests.engine.conftest import load_all
 from tests.tiny import write_models

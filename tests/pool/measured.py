@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from app.cards.folder import Part
+from app.checkpoints.parts import part_outline, part_states
 from app.families.components import blank_network, fill_network
-from app.pool.contents import part_outline, part_states
 from tests.cli.originals import write_sparse
 
 CLASS = "SD3Transformer2DModel"

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
 from app.cards.folder import Part
+from app.checkpoints.parts import part_states
 from app.errors import CheckpointError, DoesNotFit
 from app.families.components import empty_network
 from app.pool.books import PHASES
-from app.pool.contents import part_states
 from app.pool.need import Need
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState

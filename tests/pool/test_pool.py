@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
 from app.cards.folder import Part
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from tests.cli.hub import Hub
 from tests.published import MODELS, write_clone, write_single_files
 from tests.readmes.blocks import Block

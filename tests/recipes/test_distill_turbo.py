@@ -10,10 +10,10 @@ import pytest
 import torch
 from distill_turbo import Point, draw_times, follow, read_pairs, straight, walk
 
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.checkpoints.building import build_family, build_parts
 from app.cli.models import check_folder
 from app.families.base import Family
-from app.pool.building import build_family, build_parts
 from app.pool.pool import Pool
 from app.request import Prompt
 from tests.close import FORWARD, SAME, apart, close, furthest

@@ -12,8 +12,8 @@ from data import COLOURS
 from evaluate import Run, ask, read_run, without_t5
 from PIL import Image
 
-from app.card import read_cards
-from app.pool.layout import read_parts
+from app.cards.card import read_cards
+from app.checkpoints.layout import read_parts
 from tests.recipes.conftest import run
 
 pytestmark = pytest.mark.slow

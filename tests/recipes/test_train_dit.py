@@ -16,11 +16,11 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch.distributions import Normal, kl_divergence
 from train_dit import Latents, build, classes, loss_of
 
-from app.card import read_cards
+from app.cards.card import read_cards
+from app.checkpoints.building import build_family, build_parts
 from app.cli.models import check_folder
 from app.families.dit import predict
-from app.pool.building import build_family, build_parts
-from app.samplers.schedules import alpha_bar
+from app.samplers.grids import alpha_bar
 from tests.close import FORWARD, SAME, apart, close, each, furthest
 from tests.recipes.conftest import run
 

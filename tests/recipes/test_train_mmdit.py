@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from train_mmdit import ABSENT, build, kept_encoders, loss_of
 from train_text import Readers, batch, facts, summaries
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.cli.models import check_folder
 from app.request import Prompt
 from tests.close import FORWARD, apart, close, furthest

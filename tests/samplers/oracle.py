@@ -21,9 +21,9 @@ from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_dis
 
 from app.families.upstream import PREDICTIONS as PREDICTION_TYPE
 from app.families.upstream import SCHEDULERS as UPSTREAM
-from app.samplers.schedules import Array
+from app.samplers.grids import Array
+from app.samplers.schedule import Schedule
 from app.samplers.table import COLUMNS, Table
-from app.schedule import Schedule
 
 Network = Callable[[Array, float], Array]
 

@@ -1,4 +1,4 @@
-"""The grids of app/samplers/schedules.py against diffusers' schedulers, at every count of steps from 1 to 1000."""
+"""The grids of app/samplers/grids.py against diffusers' schedulers, at every count of steps from 1 to 1000."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from app.errors import InvalidValue
 from app.families.upstream import scheduler_of
-from app.samplers.schedules import Array, Path, at_size
+from app.samplers.grids import Array, Path, at_size
+from app.samplers.schedule import DynamicShift, Schedule
 from app.samplers.table import SAMPLERS
-from app.schedule import DynamicShift, Schedule
 from tests.close import EXACT, apart, close, each
 from tests.samplers.oracle import UPSTREAM, diffusion_scheduler, flow_scheduler, wide
 

@@ -1,4 +1,4 @@
-"""The walks of app/samplers/schedules.py: alpha-bar, grids, shifts, and what is refused."""
+"""The walks of app/samplers/grids.py: alpha-bar, grids, shifts, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from app.errors import CardError, InvalidValue
-from app.samplers import schedules
-from app.samplers.schedules import alpha_bar, at_size
-from app.schedule import DynamicShift, Schedule
+from app.samplers import grids as schedules
+from app.samplers.grids import alpha_bar, at_size
+from app.samplers.schedule import DynamicShift, Schedule
 from tests.close import FORWARD, apart, close, each
 
 

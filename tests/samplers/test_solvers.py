@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from app.errors import InvalidValue
 from app.samplers import solvers
-from app.samplers.schedules import Path, Points
+from app.samplers.grids import Path, Points
+from app.samplers.schedule import Schedule
 from app.samplers.table import SAMPLERS, compile_table, compose
-from app.schedule import Schedule
 from tests.close import EXACT, SAME, apart, close, furthest, relative
 from tests.samplers.oracle import PLACE, Array, channel, draw, network, run_table
 from tests.seeds.plain_dit import respaced

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from app.card import read_card
+from app.cards.card import read_card
+from app.checkpoints.convert import Conversion, convert_dit
+from app.checkpoints.tensors import read_state
 from app.engine.slots import Guidance, Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
 from app.families.dit import predict
 from app.families.originals import from_original
-from app.pool.converting import Conversion, convert_dit
-from app.pool.weights import read_state
 from app.request import ClassLabel
 from app.samplers.table import compile_table
 from tests.close import EXACT, FORWARD, SAME, apart, close, relative

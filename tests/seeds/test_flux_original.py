@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.pool.pool import Pool
 from app.request import Prompt
 from tests.close import SAME, apart, close

@@ -14,11 +14,11 @@ import torch
 from diffusers import FluxPipeline
 from transformers import CLIPTextModel
 
-from app.api.schemas import ImageBody
-from app.card import Card, read_cards
+from app.cards.card import Card, read_cards
+from app.jobs.body import ImageBody
 from app.pool.pool import Pool
 from app.request import Request
-from app.schedule import DynamicShift
+from app.samplers.schedule import DynamicShift
 from tests.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.engine.conftest import load_all
 from tests.engine.harness import Bench

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.cards.folder import INDEX
 from app.errors import CheckpointError
 from app.families.components import blank_network, has_weights

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from app.api.presets import PRESETS
 from app.cli.commands import app
+from app.jobs.presets import PRESETS
 from tests.published import write_published
 from tests.readmes.blocks import BLOCKS
 

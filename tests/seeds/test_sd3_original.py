@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.pool.pool import Pool
 from app.request import Prompt
+from app.samplers.schedule import Schedule
 from app.samplers.table import compile_table
-from app.schedule import Schedule
 from tests.close import EXACT, SAME, apart, close, each
 from tests.engine.conftest import load_all
 from tests.families import plain_originals

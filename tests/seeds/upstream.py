@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from app.card import Card, parse_size, read_card
+from app.cards.card import Card, parse_size, read_card
 
 Body = dict[str, Any]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from app.card import Card
+from app.cards.card import Card
 from app.report import Report
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.errors import NoWorker
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings

@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from app.card import read_cards
+from app.cards.card import read_cards
 from app.errors import NoWorker
 from app.report import Progress, Result
 from app.request import ImageSpec, Prompt, Request

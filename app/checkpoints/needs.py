@@ -1,0 +1,131 @@
+"""Needs: which files of which Hub repositories a card needs, and no more.
+
+Knows nothing of how they come (download.py), except model_index.json, which says what the others are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from app.cards.card import Card
+from app.cards.files import STEMS
+from app.cards.folder import INDEX, classes_in
+from app.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from app.checkpoints.hub import Repo
+
+_BIN = "/diffusion_pytorch_model.bin"
+_SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
+_OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
+_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
+INDEX_LIMIT = 2**20
+
+
+@dataclass
+class Plan:
+    """What a card needs: of each repository, these files."""
+
+    card: Card
+    pieces: dict[str, tuple[Repo, list[str]]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are still to come."""
+        return sum(repo.left(paths) for repo, paths in self.pieces.values())
+
+    @property
+    def pickled(self) -> Repo | None:
+        """The repository whose weights are torch files, to be converted once they are here."""
+        return next((repo for repo, paths in self.pieces.values() if any(path.endswith(_BIN) for path in paths)), None)
+
+    @property
+    def size(self) -> int:
+        return sum(repo.files[path].size for repo, paths in self.pieces.values() for path in paths)
+
+
+def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan:
+    """What this card needs: its own parts, and those that it takes from others. Raises CheckpointError.
+
+    opened: repositories that were asked for already; grows.
+    """
+    made = Plan(card)
+    if card.source.repo:
+        repo, own = _open(card, opened)
+        parts = own - set(card.components) | {"scheduler"}
+        _add(made, repo, parts, bare=set(card.files), torch=card.facts.torch_files)
+    for target in card.components.values():
+        owner, _, folder = target.partition("/")
+        if cards[owner].source.repo:
+            repo, _ = _open(cards[owner], opened)
+            _add(made, repo, {folder}, bare={folder} & set(cards[owner].files))
+    return made
+
+
+def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = (), torch: bool = False) -> list[str]:
+    """Of a repository's files, those that a server reads for these parts (folders): settings, tokenizers, weights.
+
+    bare: parts whose weights are elsewhere. torch: whether diffusers' torch files will do, which `instep models
+    convert` reads, for parts without safetensors; else raises CheckpointError for those.
+    """
+    listed = list(files)
+    found: list[str] = []
+    for part in parts:
+        names = {path.removeprefix(f"{part}/") for path in listed if path.startswith(f"{part}/")}
+        mine = [name for name in names if _SETTINGS.fullmatch(name)]
+        if part not in bare:
+            mine += _weights(part, names, torch)
+        found += [f"{part}/{name}" for name in mine]
+    return sorted(found)
+
+
+def _weights(part: str, names: set[str], torch: bool) -> list[str]:
+    """One format of a part's weights, without variants; the order is that in which app/cards/files.py looks."""
+    for stem in STEMS:
+        index = f"{stem}.safetensors.index.json"
+        if index in names:
+            shard = re.compile(rf"{stem}-\d+-of-\d+\.safetensors")
+            return [index, *(name for name in names if shard.fullmatch(name))]
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+    if torch and _BIN[1:] in names:
+        return [_BIN[1:]]
+    others = sorted(name for name in names if _OTHERS.fullmatch(name))
+    if others:
+        raise CheckpointError(f"{part} has no safetensors there, only {others[0]}, which this server does not load")
+    return []
+
+
+def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
+    """The repository of a card, and the parts that its model_index.json names."""
+    from app.checkpoints.download import fetch
+    from app.checkpoints.hub import open_repo
+
+    name, revision = str(card.source.repo), card.source.revision
+    key = f"{name}@{revision}"
+    if key not in opened:
+        opened[key] = open_repo(name, revision)
+    repo = opened[key]
+    if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
+        raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
+    file = fetch(repo, INDEX)
+    try:
+        return repo, set(classes_in(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error.message.replace(str(file), INDEX)}") from error
+
+
+def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:
+    for part in parts:
+        if not _PART.fullmatch(part):
+            raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
+    try:
+        paths = wanted(repo.files, parts, bare, torch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{repo.name}: {error.message}") from error
+    key = f"{repo.name}@{repo.commit}"
+    before = made.pieces.get(key, (repo, []))[1]
+    made.pieces[key] = repo, sorted({INDEX, *before, *paths})

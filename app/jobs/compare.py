@@ -1,0 +1,219 @@
+"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel.
+
+Knows nothing of HTTP: no fastapi here, so the command line compares through the same door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from app.cards.card import Card
+from app.cards.catalog import Registry
+from app.cards.folder import ModelFolder
+from app.errors import InvalidJSON, InvalidValue, RequestError, UnknownField, Unsupported
+from app.imaging import Format
+from app.jobs.body import ImageBody, read_body
+from app.jobs.fields import entries, first_seed, text
+from app.jobs.other_names import hint
+from app.jobs.presets import PRESETS, takes_preset
+from app.jobs.replies import Ask
+from app.request import Prompt, Request
+
+MODELS, ROWS = 8, 16
+"""Columns and rows that a comparison has at most."""
+
+PIXELS = 64 * 1024 * 1024
+"""Pixels of all its pictures together, which are held until the last one is there."""
+
+Complete = Callable[[ImageBody, Card], Request]
+
+OWN = ("models", "preset")
+SHARED = tuple(name for name in ImageBody.model_fields if name not in ("model", "n", "grid", "partial_images"))
+"""Fields of an image's body that a comparison has too. `stream` is among them to be refused in words of its own."""
+
+_ANY_MODEL = ("response_format", "output_format", "output_compression", "seed", "priority", "deadline")
+"""Fields whose bounds are the server's: an error about one of them is no model's."""
+
+_DELIVERY = (
+    *("prompt", "class_label", "seed", "stream", "priority", "deadline"),
+    *("response_format", "output_format", "output_compression"),
+    *("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity"),
+)
+"""Fields that do not say what the pictures look like, or that `facts` tells in its own way."""
+
+
+def names(value: object) -> list[str]:
+    """A list of names, none of them empty."""
+    if not isinstance(value, list):
+        raise ValueError("expects a list of model ids or aliases")
+    found = [text(item) for item in entries(value)]
+    if not all(found):
+        raise ValueError("expects model ids or aliases, none of them empty")
+    return found
+
+
+class CompareBody(BaseModel):
+    """The body: what is a comparison's own, and the shared fields of every cell, checked as an image's body is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    models: Annotated[list[str], BeforeValidator(names)] | None = Field(
+        None, description="Model ids or aliases, a column for each; they are put in order of their parameters"
+    )
+    preset: Annotated[str, BeforeValidator(text)] | None = Field(
+        None,
+        description='Fills what is absent; "two_prompts": two prompts, 28 steps, guidance 7, and without models every '
+        "downloaded model that draws prompts and takes these",
+    )
+    shared: ImageBody
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A valid comparison. cells[row][column]; rows: what each shows, in words; raw: the file alone is the answer."""
+
+    body: ImageBody
+    cards: tuple[Card, ...]
+    rows: tuple[str, ...]
+    cells: tuple[tuple[Ask, ...], ...]
+    format: Format
+    raw: bool
+
+    @property
+    def asks(self) -> list[Ask]:
+        """All cells, row by row."""
+        return [ask for row in self.cells for ask in row]
+
+    @property
+    def seed(self) -> int:
+        return self.asks[0].request.images[0].seed
+
+    def facts(self) -> dict[str, Any]:
+        """The body that makes the same panel again."""
+        field, given = rows_of(self.body)
+        looks = {
+            name: value for name, value in self.body.model_dump(exclude_none=True).items() if name not in _DELIVERY
+        }
+        return {"models": [card.id for card in self.cards], field: given, **looks, "seed": self.seed}
+
+
+def read_comparison(raw: object) -> CompareBody:
+    """A parsed JSON body as a CompareBody with its preset filled in; bounds are checked in `lay_out`.
+
+    Raises InvalidValue naming the field, UnknownField with the name that was probably meant, Unsupported.
+    """
+    if not isinstance(raw, dict):
+        raise InvalidJSON("The body must be a JSON object")
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key in given:
+        if key not in OWN and key not in SHARED:
+            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, (*OWN, *SHARED))}', param=key[:64])
+    shared = read_body({key: value for key, value in given.items() if key not in OWN})
+    try:
+        body = CompareBody(**{key: given[key] for key in OWN if key in given}, shared=shared)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0])
+        raise InvalidValue(f"{field}: {first['msg'].removeprefix('Value error, ')}", param=field) from None
+    if shared.stream:
+        raise Unsupported("stream: a comparison comes as a whole; leave it out", param="stream")
+    if shared.prompt is not None and shared.class_label is not None:
+        raise InvalidValue("class_label: the rows are prompts or classes, not both", param="class_label")
+    return _filled(body)
+
+
+def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: Format | None = None) -> Comparison:
+    """One complete request for each row and column, all with one seed.
+
+    complete: `ImageBody.to_request` with all but the card. wanted: the format that the answer is alone in. It reads
+    folders where the preset chooses the models. Raises ModelNotFound, and what `complete` raises, with the
+    model before the field.
+    """
+    cards = _columns(body, registry)
+    field, given = rows_of(body.shared)
+    if not 1 <= len(given) <= ROWS:
+        raise InvalidValue(f"{field}: a comparison has 1 to {ROWS} rows, not {len(given)}", param=field)
+    seed = first_seed(body.shared.seed)
+    shared = body.shared.model_copy(update={"seed": seed})
+    format = wanted or cast(Format, shared.output_format or "png")
+
+    def ask(card: Card, one: int | str) -> Ask:
+        cell = shared.model_copy(update={"model": card.id, field: one})
+        return Ask(cell, card, _completed(cell, card, complete), format, raw=False)
+
+    cells = tuple(tuple(ask(card, one) for card in cards) for one in given)
+    _check_pixels(cells)
+    return Comparison(shared, cards, tuple(shows(row[0]) for row in cells), cells, format, wanted is not None)
+
+
+def rows_of(body: ImageBody) -> tuple[str, list[int | str]]:
+    """The field that names the rows, and their prompts or class labels as they were given."""
+    field = "prompt" if body.class_label is None else "class_label"
+    given: Any = getattr(body, field)
+    if given is None:
+        raise InvalidValue("prompt: is required, or class_label, or a preset", param="prompt")
+    return field, given if isinstance(given, list) else [given]
+
+
+def shows(ask: Ask) -> str:
+    """What a cell shows: its prompt, or the name of its class."""
+    condition = ask.request.images[0].condition
+    return condition.text if isinstance(condition, Prompt) else ask.card.labels[condition.index]
+
+
+def _filled(body: CompareBody) -> CompareBody:
+    """The body with its preset in the place of what it leaves out."""
+    if body.preset is None:
+        return body
+    shared, preset = body.shared, PRESETS.get(body.preset)
+    if preset is None:
+        raise InvalidValue(f"preset: expects one of {', '.join(PRESETS)}", param="preset")
+    if shared.prompt is not None or shared.class_label is not None:
+        field = "prompt" if shared.class_label is None else "class_label"
+        raise InvalidValue(f"{field}: the preset {body.preset} brings its own prompts", param=field)
+    filled: dict[str, Any] = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance}
+    filled = {name: value for name, value in filled.items() if getattr(shared, name) is None}
+    return body.model_copy(update={"shared": shared.model_copy(update={"prompt": [*preset.prompts], **filled})})
+
+
+def _columns(body: CompareBody, registry: Registry) -> tuple[Card, ...]:
+    """The cards, by the number of their parameters; those that do not say come last. One named twice is one column."""
+    if body.models is not None:
+        if not 1 <= len(body.models) <= MODELS:
+            raise InvalidValue(f"models: a comparison has 1 to {MODELS} models, not {len(body.models)}", param="models")
+        cards = [registry.find(name) for name in body.models]
+    elif body.preset is None:
+        raise InvalidValue("models: is required", param="models")
+    else:
+        preset = PRESETS[body.preset]
+        fitting = [card for card in registry.cards.values() if takes_preset(card, preset)]
+        cards = [card for card in fitting if ModelFolder(card, registry.all).here()]
+        if not 1 <= len(cards) <= MODELS:
+            here = f"{len(cards)} models that take the preset {body.preset} are downloaded here"
+            raise InvalidValue(f"models: {here}; name 1 to {MODELS}", param="models")
+    unique = {card.id: card for card in cards}
+    return tuple(sorted(unique.values(), key=lambda card: (card.parameters is None, card.parameters or 0)))
+
+
+def _completed(body: ImageBody, card: Card, complete: Complete) -> Request:
+    """One cell's request. An error says the model before the field, where the bounds are the model's."""
+    try:
+        if body.prompt is not None and card.draws_classes:
+            raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
+        return complete(body, card)
+    except RequestError as error:
+        if error.param in _ANY_MODEL:
+            raise
+        raise type(error)(f"{card.id}: {error.message}", param=error.param) from None
+
+
+def _check_pixels(cells: tuple[tuple[Ask, ...], ...]) -> None:
+    requests = [ask.request for row in cells for ask in row]
+    pixels = sum(request.width * request.height for request in requests)
+    if pixels > PIXELS:
+        told = f"{len(requests)} pictures have {pixels / 1e6:.0f} megapixels together"
+        raise InvalidValue(f"size: {told}; a comparison has at most {PIXELS / 1e6:.0f}", param="size")

@@ -1,0 +1,199 @@
+"""Replies: from finished pixels to the bodies that a client gets: OpenAI's JSON, raw bytes, events of a stream.
+
+Knows nothing of requests in flight. Everything here is plain computing: it runs in the imaging threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.cards.card import Card
+from app.errors import InvalidValue
+from app.imaging import LONGEST, Format, encode_image, grid, sheet_size
+from app.jobs.body import ImageBody
+from app.jobs.guidance import guidance_facts
+from app.jobs.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
+from app.jobs.splice import mark, spliced
+from app.jobs.warnings import warnings
+from app.report import Preview, Result
+from app.request import ClassLabel, Prompt, Request
+from app.worker.jobs import Estimate
+
+TOKEN = 16
+"""Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A valid body with all that the server made of it. estimate: once it was accepted.
+
+    Raises InvalidValue: a sheet longer than its format can be.
+    """
+
+    body: ImageBody
+    card: Card
+    request: Request
+    format: Format
+    raw: bool
+    estimate: Estimate | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns:
+            width, height = sheet_size(len(self.request.images), self.columns, self.request.width, self.request.height)
+            limit = LONGEST[self.format]
+            if max(width, height) > limit:
+                told = f"grid: the sheet has {width} x {height} pixels; a side of {self.format} has at most {limit}"
+                raise InvalidValue(told, param="grid")
+
+    @property
+    def columns(self) -> int | None:
+        """Columns of the sheet that was asked for; None for separate images."""
+        return self.body.grid.columns if self.body.grid else None
+
+
+def raw_image(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+    """The one file that these results make, and the seconds it took."""
+    started = time.perf_counter()
+    data = _file(ask, results)
+    return data, time.perf_counter() - started
+
+
+def json_reply(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+    """The whole JSON reply, and the seconds the encoding took."""
+    started = time.perf_counter()
+    groups = [results] if ask.columns else [[result] for result in results]
+    files = [_file(ask, group) for group in groups]
+    data = [Item(b64_json=mark(place), **_item(ask, group[0])) for place, group in enumerate(groups)]
+    seconds = time.perf_counter() - started
+    reply = ImagesReply(
+        created=int(time.time()),
+        data=data,
+        usage=usage(ask, len(results)),
+        timings=stages(results, seconds, ask.estimate),
+        warnings=warnings(ask, results) or None,
+        **effective(ask, len(groups[0])),
+    )
+    return spliced(reply, files), seconds
+
+
+def partial_event(ask: Ask, preview: Preview) -> bytes:
+    """A preview as a server-sent event. It carries no facts: it is not the image that they make."""
+    file = encode_image(preview.pixels, ask.format, ask.body.output_compression, {})
+    event = PartialEvent(
+        b64_json=mark(0),
+        created_at=int(time.time()),
+        partial_image_index=preview.partial,
+        image_index=preview.index if len(ask.request.images) > 1 else None,
+        **effective(ask, 1),
+    )
+    return sse(event, file)
+
+
+def completed_event(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+    """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
+    started = time.perf_counter()
+    file = _file(ask, results)
+    seconds = time.perf_counter() - started
+    event = CompletedEvent(
+        b64_json=mark(0),
+        created_at=int(time.time()),
+        usage=usage(ask, len(results)),
+        timings=stages(results, seconds, ask.estimate),
+        image_index=results[0].index if len(ask.request.images) > 1 and not ask.columns else None,
+        warnings=warnings(ask, results) or None,
+        **_item(ask, results[0]),
+        **effective(ask, len(results)),
+    )
+    return sse(event, file), seconds
+
+
+def sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
+    """One server-sent event with its file; JSON has no newlines, so one data line holds it."""
+    return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
+
+
+def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
+    """The body that makes these images again, as the file's text chunk tells it: complete, and valid to POST."""
+    request, specs = ask.request, [ask.request.images[index] for index in indices]
+    told: dict[str, Any] = {"model": request.model}
+    conditions = [spec.condition for spec in specs]
+    first = conditions[0]
+    if isinstance(first, Prompt):
+        told["prompt"] = _one_or_list([one.text for one in conditions if isinstance(one, Prompt)])
+        told |= {"negative_prompt": first.negative, "max_sequence_length": request.text_length}
+    else:
+        told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
+    if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
+        told["n"] = len(specs)
+    if ask.columns:
+        told["grid"] = {"columns": ask.columns}
+    return told | {
+        "seed": specs[0].seed,
+        "size": f"{request.width}x{request.height}",
+        "sampler": request.sampler,
+        "num_inference_steps": request.steps,
+        **guidance_facts(request),
+    }
+
+
+def effective(ask: Ask, images: int) -> dict[str, Any]:
+    """The fields of Effective for a file that shows this many images."""
+    request, columns = ask.request, min(ask.columns or 1, images)
+    return {
+        "model": request.model,
+        "sampler": request.sampler,
+        "num_inference_steps": request.steps,
+        "guidance_scale": guidance_facts(request)["guidance_scale"],
+        "size": f"{request.width * columns}x{request.height * -(-images // columns)}",
+        "output_format": ask.format,
+    }
+
+
+def usage(ask: Ask, images: int) -> Usage:
+    """Tokens of this many images of the request; a class label counts as one."""
+    text = max(1, ask.request.text_length) * images
+    pixels = -(-ask.request.width // TOKEN) * -(-ask.request.height // TOKEN) * images
+    details = TokenDetails(text_tokens=text)
+    return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
+
+
+def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | None = None) -> Stages:
+    """Where the time went, rounded to 10 microseconds, and what was expected."""
+    timings = [result.timings for result in results]
+    return Stages(
+        queue=round(max(one.queue for one in timings), 5),
+        encode=round(max(one.encode for one in timings), 5),
+        denoise=round(max(one.denoise for one in timings), 5),
+        decode=round(max(one.decode for one in timings), 5),
+        image_encode=round(image_encode, 5),
+        steps=max(one.steps for one in timings),
+        shared=round(sum(one.shared for one in timings) / len(timings), 2),
+        cost=round(estimate.cost, 5) if estimate else None,
+        estimated_wait=round(estimate.wait, 5) if estimate else None,
+        queue_position=estimate.position if estimate else None,
+    )
+
+
+def _file(ask: Ask, results: Sequence[Result]) -> bytes:
+    pixels = results[0].pixels
+    if ask.columns:
+        pixels = grid([result.pixels for result in results], ask.columns)
+    told = facts(ask, [result.index for result in results])
+    return encode_image(np.asarray(pixels), ask.format, ask.body.output_compression, told)
+
+
+def _item(ask: Ask, result: Result) -> dict[str, Any]:
+    condition = ask.request.images[result.index].condition
+    if isinstance(condition, ClassLabel):
+        name = ask.card.labels[condition.index]
+        return {"seed": result.seed, "class_label": condition.index, "revised_prompt": name}
+    return {"seed": result.seed}
+
+
+def _one_or_list(values: list[Any]) -> object:
+    return values[0] if len(set(values)) == 1 else values

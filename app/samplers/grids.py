@@ -1,0 +1,227 @@
+"""Schedules: the walk of a sampler, for each line the point it leaves and the point it reaches.
+
+Knows nothing of solvers, predictions or networks: a card's Schedule and a number of steps in, float64 arrays out.
+
+The grids are those of diffusers' schedulers, file by file: a checkpoint is tuned, and a turbo distilled, on its grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import CardError, InvalidValue
+from app.samplers.schedule import Schedule
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Points:
+    """Noise levels along a walk, arrays of one length: the state there is x = alpha * clean + sigma * noise.
+
+    The network, asked at timestep t, is given c_in * x.
+    """
+
+    alpha: Array
+    sigma: Array
+    t: Array
+    c_in: Array
+
+    def __getitem__(self, index: slice) -> Points:
+        return Points(self.alpha[index], self.sigma[index], self.t[index], self.c_in[index])
+
+    @property
+    def log_snr(self) -> Array:
+        """log(alpha / sigma): half the logarithm of the signal-to-noise ratio; -inf for pure noise, inf for none."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(np.log(self.alpha) - np.log(self.sigma))
+
+
+@dataclass(frozen=True)
+class Path:
+    """A walk: step i goes from here[i] to there[i]. init: scale of the first noise. variance: what ddpm adds back."""
+
+    here: Points
+    there: Points
+    init: float = 1.0
+    variance: str = "fixed_small"
+
+
+Walk = Callable[[Schedule, int], Path]
+"""The path of so many steps on a schedule. Raises InvalidValue(param="num_inference_steps") when they do not fit."""
+
+# ---- diffusion: alpha-bar from betas -------------------------------------------------------------------------------
+
+BETAS: dict[str, Callable[[float, float, int], Array]] = {
+    "linear": lambda start, end, count: np.linspace(start, end, count),
+    "scaled_linear": lambda start, end, count: np.linspace(start**0.5, end**0.5, count) ** 2,
+}
+
+
+def alpha_bar(schedule: Schedule) -> Array:
+    """The share of signal in the variance at each training step, [train_steps] (Ho et al. 2020, eq. 4).
+
+    Raises CardError when nothing is left of the signal at the last step: such a network has no clean latent to predict.
+    """
+    betas = BETAS[schedule.betas](schedule.beta_start, schedule.beta_end, schedule.train_steps)
+    bar = np.cumprod(1 - betas, dtype=np.float64)
+    if bar[-1] < np.finfo(np.float32).tiny:
+        raise CardError("schedule: these betas leave no signal at the last training step (zero signal-to-noise ratio)")
+    return bar
+
+
+def _leading(schedule: Schedule, steps: int) -> Array:
+    return np.arange(steps, dtype=np.float64)[::-1] * (schedule.train_steps // steps) + schedule.steps_offset
+
+
+def _linspace(schedule: Schedule, steps: int) -> Array:
+    return np.linspace(0, schedule.train_steps - 1, steps, dtype=np.float64)[::-1]
+
+
+def _trailing(schedule: Schedule, steps: int) -> Array:
+    # NOTE: at some counts (61 of 1000) rounding gives arange one element too many, upstream too: a step to t = -1.
+    return np.arange(schedule.train_steps, 0, -schedule.train_steps / steps)[:steps].round() - 1
+
+
+def _respaced(schedule: Schedule, steps: int) -> Array:
+    # NOTE: upstream adds its stride step by step and rounds the sums, so halves fall where their rounding errors say.
+    # linspace differs from it at 278 of the counts from 2 to 1000. cumsum adds in the same order.
+    stride = (schedule.train_steps - 1) / max(steps - 1, 1)
+    return np.cumsum([0.0] + [stride] * (steps - 1)).round()[::-1]
+
+
+SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
+    "leading": _leading,
+    "linspace": _linspace,
+    "trailing": _trailing,
+    "respaced": _respaced,
+}
+"""Descending timesteps, [steps]; those of linspace need not be whole (Lin et al. 2023, arXiv 2305.08891, table 2).
+
+respaced is `space_timesteps` of respace.py in facebookresearch/DiT, first in openai/improved-diffusion.
+"""
+
+
+def _preserving(schedule: Schedule, t: Array, after: float = 1.0) -> Points:
+    """Variance-preserving points, alpha^2 + sigma^2 = 1, at whole timesteps; t = -1 is the end, alpha-bar `after`."""
+    bar = np.append(alpha_bar(schedule), after)[t.astype(np.intp)]
+    return Points(np.sqrt(bar), np.sqrt(1 - bar), t, np.ones_like(bar))
+
+
+def _chain(schedule: Schedule, t: Array) -> Path:
+    """From each timestep to the next, and from the last to the clean end."""
+    return Path(_preserving(schedule, t), _preserving(schedule, np.append(t[1:], -1.0)), variance=schedule.variance)
+
+
+def ddpm_path(schedule: Schedule, steps: int) -> Path:
+    """scheduling_ddpm.py; with respaced, `p_sample_loop` of the original DiT after `create_diffusion(str(steps))`."""
+    return _chain(schedule, _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps).round()))
+
+
+def ddim_path(schedule: Schedule, steps: int) -> Path:
+    """scheduling_ddim.py; with respaced, `ddim_sample_loop` of the original DiT, which steps to the next timestep.
+
+    NOTE: the former steps to t - train_steps // steps, which need not be the next timestep.
+    """
+    t = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps).round())
+    after = 1.0 if schedule.set_alpha_to_one else alpha_bar(schedule)[0]
+    respaced, stride = schedule.spacing == "respaced", schedule.train_steps // steps
+    to = np.append(t[1:], -1.0) if respaced else np.maximum(t - stride, -1.0)
+    return Path(_preserving(schedule, t), _preserving(schedule, to, after))
+
+
+def dpm_path(schedule: Schedule, steps: int) -> Path:
+    """scheduling_dpmsolver_multistep.py. NOTE: all but trailing lay steps + 1 points and leave out the last."""
+    points = steps if schedule.spacing == "trailing" else steps + 1
+    return _chain(schedule, _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, points)[:steps].round()))
+
+
+def exploding_path(schedule: Schedule, steps: int) -> Path:
+    """Variance-exploding points, alpha = 1 (Karras et al. 2022, eq. 199): the Euler and Heun schedulers of diffusers.
+
+    Between whole timesteps sigma, not its logarithm, is interpolated.
+    """
+    t = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps))
+    bar = alpha_bar(schedule)
+    sigma = np.append(np.interp(t, np.arange(len(bar)), np.sqrt((1 - bar) / bar)), 0.0)
+    points = Points(np.ones_like(sigma), sigma, np.append(t, 0.0), 1 / np.sqrt(1 + sigma**2))
+    init = math.hypot(sigma[0], 1) if schedule.spacing == "leading" else sigma[0]
+    return Path(points[:-1], points[1:], init=float(init))
+
+
+# ---- rectified flow: sigma is the time itself ----------------------------------------------------------------------
+
+
+def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
+    """The schedule with `shift` set for an image of this many tokens; itself where the shift is static.
+
+    pipeline_flux.py, `calculate_shift` (Esser et al. 2024, section 5.3.2). Raises InvalidValue when tokens is None.
+    """
+    line = schedule.dynamic_shift
+    if line is None:
+        return schedule
+    if tokens is None:
+        raise InvalidValue("this model's noise schedule depends on the image size, which is not given", param="size")
+    slope = (line.max - line.base) / (line.max_tokens - line.base_tokens)
+    return schedule.model_copy(update={"shift": math.exp(line.base + slope * (tokens - line.base_tokens))})
+
+
+def shifted(sigma: Array, shift: float) -> Array:
+    """The noise level moved towards pure noise by `shift` (Esser et al. 2024, eq. 23); never past it, by rounding."""
+    return np.minimum(shift * sigma / (1 + (shift - 1) * sigma), 1.0)
+
+
+def _sd3(schedule: Schedule, steps: int) -> Array:
+    # NOTE: a static shift is applied to the ends of the grid, and then to the whole of it; a dynamic one only once.
+    ends = np.array([1, 1 / schedule.train_steps])
+    if schedule.dynamic_shift is None:
+        ends = shifted(ends, schedule.shift)
+    return shifted(np.linspace(ends[0], ends[1], steps), schedule.shift)
+
+
+def _flux(schedule: Schedule, steps: int) -> Array:
+    return shifted(np.linspace(1, 1 / steps, steps), schedule.shift)
+
+
+FLOW_SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {"sd3": _sd3, "flux": _flux}
+"""Descending sigmas, [steps]: scheduling_flow_match_euler_discrete.py alone, and as pipeline_flux.py calls it."""
+
+
+def _straight(schedule: Schedule, sigma: Array, t: Array) -> Path:
+    """From each sigma to the next, and from the last to 0, on x = (1 - sigma) clean + sigma noise."""
+    sigma, t = np.append(sigma, 0.0), np.append(t, 0.0)
+    points = Points(1 - sigma, sigma, t, np.ones_like(sigma))
+    return Path(points[:-1], points[1:])
+
+
+def flow_path(schedule: Schedule, steps: int) -> Path:
+    """scheduling_flow_match_euler_discrete.py, and its Heun: the spacing the card names."""
+    sigma = _fit(schedule, steps, FLOW_SPACINGS[schedule.spacing](schedule, steps))
+    return _straight(schedule, sigma, sigma * schedule.train_steps)
+
+
+def flow_dpm_path(schedule: Schedule, steps: int) -> Path:
+    """scheduling_dpmsolver_multistep.py with use_flow_sigmas: one grid of its own, whichever spacing the card names.
+
+    It is FLUX's but for its start, 1 - 1 / train_steps, where the log-SNR is finite.
+    NOTE: upstream cuts its timesteps to whole numbers, so sigma is computed by upstream's own arithmetic, in its order.
+    """
+    sigma = 1.0 - np.linspace(1, 1 / schedule.train_steps, steps + 1)
+    sigma = _fit(schedule, steps, shifted(sigma, schedule.shift)[:0:-1])
+    return _straight(schedule, sigma, np.floor(sigma * schedule.train_steps))
+
+
+def _fit(schedule: Schedule, steps: int, grid: Array) -> Array:
+    """The grid itself, if it falls at every step and starts inside the training steps; else raises InvalidValue."""
+    if np.any(np.diff(grid) >= 0) or grid[0] > schedule.train_steps - 1:
+        raise InvalidValue(
+            f"num_inference_steps: {steps} steps do not fit the {schedule.train_steps} training steps of this model "
+            f"with {schedule.spacing} spacing and this sampler",
+            param="num_inference_steps",
+        )
+    return grid

@@ -1,0 +1,81 @@
+"""Files of a checkpoint that are pipes, devices or without end: their model fails, and the loader goes on to others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.cards.card import read_cards
+from app.pool.pool import Pool
+from app.report import ModelState
+from tests.endless import make_endless
+from tests.tiny import write_models
+
+MODELS = ("tiny-dit", "tiny-sd3")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Iterator[Path]:
+    yield shutil.copytree(whole, tmp_path / "models")
+    # Whoever waits for a pipe still is let go, so that a failure here does not hold the end of the tests.
+    for file in tmp_path.rglob("*"):
+        if file.is_fifo():
+            os.close(os.open(file, os.O_RDWR))
+
+
+def outcome(pool: Pool, model: str) -> ModelState:
+    """How the load of a model ends."""
+    pool.want(model)
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        for change in pool.poll():
+            if isinstance(change, ModelState) and change.model == model and change.state in ("ready", "failed"):
+                return change
+        time.sleep(0.01)
+    raise AssertionError(f"the loader is held by {model}")
+
+
+FILES = (
+    "tiny-dit/model_index.json",
+    "tiny-dit/scheduler/scheduler_config.json",
+    "tiny-dit/transformer/config.json",
+    "tiny-dit/transformer/diffusion_pytorch_model.safetensors",
+    "tiny-dit/transformer/diffusion_pytorch_model.safetensors.index.json",
+    "tiny-sd3/tokenizer/tokenizer_config.json",
+    "tiny-sd3/tokenizer_3/tokenizer.json",
+    "tiny-sd3/tokenizer_3/chat_template.jinja",
+)
+CASES = [
+    (file, kind)
+    for file, kind in product(FILES, ("pipe", "device", "terabyte"))
+    if (file, kind) != ("tiny-dit/model_index.json", "terabyte")  # that card is refused when the cards are read
+]
+
+
+@pytest.mark.parametrize(("file", "kind"), CASES)
+def test_the_model_fails_with_the_name_of_the_file_and_others_load(folder: Path, file: str, kind: str) -> None:
+    cards = read_cards(folder)
+    make_endless(folder / file, kind)
+    spoiled, other = sorted(MODELS, key=lambda name: not file.startswith(name + "/"))
+    pool = Pool(cards, "cpu", torch.float32)
+    try:
+        failed = outcome(pool, spoiled)
+        assert failed.state == "failed" and Path(file).name in failed.detail
+        assert any(words in failed.detail for words in ("not a regular file", "over ", "an empty file", "header"))
+        assert outcome(pool, other).state == "ready"
+    finally:
+        pool.close()
