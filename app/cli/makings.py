@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json, read_toml
-from app.cards.folder import INDEX, ModelFolder
+from app.cards.files import INDEX, read_json, read_toml, to_toml
+from app.cards.folder import ModelFolder
 from app.cards.noise import schedule_of
-from app.cards.toml import to_toml
 from app.cli.models import check_facts
 from app.errors import LoadError, NotDownloaded
 
