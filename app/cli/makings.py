@@ -101,7 +101,7 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
 
     from app.checkpoints.building import build_family
     from app.checkpoints.layout import check_classes, read_parts
-    from app.pool.component import Component
+    from app.pool.memory import Component
 
     check_facts(card)
     device, dtype = torch.device("cpu"), torch.bfloat16
