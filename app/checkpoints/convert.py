@@ -29,8 +29,8 @@ from app.checkpoints.torchzip import read_torch_zip
 from app.checkpoints.vaes import VAE, open_vae
 from app.checkpoints.whole import whole
 from app.errors import CheckpointError
+from app.families.authors import from_original
 from app.families.components import blank_network
-from app.families.originals import from_original
 
 SHARD = 5 * 10**9
 """The most bytes of a file of weights that is written."""

@@ -12,7 +12,7 @@ from app.cards.files import read_json
 from app.cards.folder import Part
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
 from app.errors import CheckpointError
-from app.families.originals import Held, find_part
+from app.families.authors import Layout, find_part
 
 _TOLD = ("architectures", "dtype", "torch_dtype", "transformers_version")
 """What a config.json says of how it was written, besides what begins with an underscore."""
@@ -53,14 +53,14 @@ def part_identity(part: Part) -> tuple[Hashable, ...]:
     return part.file, _held(part, part.file).prefix, part.class_name, repr(sorted(said.items()))
 
 
-def _held(part: Part, file: Path) -> Held:
+def _held(part: Part, file: Path) -> Layout:
     try:
         return find_part(part.name, part.class_name, read_names(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _named(part: Part, held: Held, state: State) -> State:
+def _named(part: Part, held: Layout, state: State) -> State:
     try:
         return held.read(part.class_name, state)
     except ValueError as error:

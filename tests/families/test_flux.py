@@ -18,7 +18,7 @@ from app.checkpoints.tensors import read_state
 from app.errors import InvalidValue
 from app.families import Flux
 from app.families.flux import pack, unpack
-from app.families.preview import shapes
+from app.families.vae import shapes
 from app.request import ClassLabel, Prompt
 from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule
