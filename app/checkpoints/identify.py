@@ -16,8 +16,7 @@ import torch
 from app.cards.card import Card
 from app.cards.files import PICKLES, read_json
 from app.cards.folder import INDEX, classes_in
-from app.checkpoints.tensors import read_names, read_outline
-from app.checkpoints.torchzip import read_torch_zip
+from app.checkpoints.tensors import read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError
 from app.families import FAMILIES
 from app.families.components import State, has_weights

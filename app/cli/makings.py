@@ -100,8 +100,7 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
     # NOTE: imported late: torch and the model libraries take seconds.
     import torch
 
-    from app.checkpoints.building import build_family
-    from app.checkpoints.layout import check_classes, read_parts
+    from app.checkpoints.parts import build_family, check_classes, read_parts
     from app.pool.component import Component
 
     check_facts(card)
