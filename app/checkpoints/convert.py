@@ -25,10 +25,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json
-from app.cards.folder import INDEX, Part
+from app.cards.files import INDEX, read_json, to_toml
+from app.cards.folder import Part
 from app.cards.noise import FILE, schedule_of
-from app.cards.toml import to_toml
 from app.checkpoints.parts import part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from app.cards.card import Card
-from app.cards.files import read_json
-from app.cards.folder import INDEX, ModelFolder, Part
+from app.cards.files import INDEX, read_json
+from app.cards.folder import ModelFolder, Part
 from app.cards.noise import check_schedule
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
 from app.errors import CheckpointError
