@@ -240,7 +240,8 @@ class Profiles:
 
         Raises what the first forward raises.
         """
-        steps, seconds = self._open.pop(key, None) or (measuring(_forward(family, key), self._budget), {})
+        opened = self._open.pop(key, None)
+        steps, seconds = opened or (measuring(_forward(family, key), self._budget), {})
         if more := next(steps, None):
             self._open[key] = steps, more
             return None

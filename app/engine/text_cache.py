@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -65,7 +66,8 @@ class TextCache:
 
     def cuts(self, family: Family, row: Row) -> list[str | None]:
         """The ends of the row's prompt, and of its negative prompt where it is guided, that no encoder sees."""
-        return [self._truncated(family, condition, row.key.text_length) for condition in _conditions(family, row)]
+        one: Any = family  # Hashable is no part of the protocol
+        return [self._truncated(one, condition, row.key.text_length) for condition in _conditions(family, row)]
 
     def forget(self, model: str) -> None:
         """Drop the outputs of the model's encoders, except those that other models asked for too."""
