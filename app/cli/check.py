@@ -18,17 +18,7 @@ from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cli.add import free_id
 from app.cli.bodies import open_registry
-from app.cli.compose import (
-    LOST,
-    bases,
-    no_card,
-    own_schedule,
-    refuse_gaps,
-    refuse_odd,
-    short,
-    start,
-    take_rest,
-)
+from app.cli.compose import bases, no_card, own_schedule, refuse_gaps, refuse_odd, short, start, take_rest
 from app.cli.makings import write
 from app.cli.models import check_folder, count, print_table, table
 from app.cli.serve import Folder, read_settings
@@ -145,7 +135,7 @@ def _absent(card: Card, part: str, pieces: object) -> str:
         return "missing, and needed"
     if part.startswith("tokenizer"):
         return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
-    return f"missing; {LOST.get((card.family, part), 'it can do without')}"
+    return f"missing; {card.facts.without.get(part, 'it can do without')}"
 
 
 def _flag(part: str) -> str:

@@ -17,15 +17,6 @@ from app.errors import CheckpointError, LoadError
 if TYPE_CHECKING:
     from app.checkpoints.identify import Piece, Report, Shipped
 
-LOST = {
-    ("sd3", "text_encoder"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_2"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_3"): "it is zeros without: long prompts and written words are followed less well",
-    ("flux", "text_encoder"): "it is zeros without: pictures keep less to the prompt's style",
-    ("flux", "text_encoder_2"): "it is zeros without: prompts are hardly followed",
-}
-"""What a model loses with a part that it can do without."""
-
 
 def start(report: Report, registry: Registry, like: str | None) -> Makings:
     """The card that these files are like, and what of it they are. Raises CheckpointError, LoadError."""
@@ -128,9 +119,9 @@ def refuse_gaps(makings: Makings, path: Path) -> None:
 def left_out(report: Report, makings: Makings) -> list[str]:
     """A line for each encoder that the model will be without, and for each part of the file that is not usable."""
     card = makings.like.card
-    absent = [part for part in makings.like.missing(makings.parts) if (card.family, part) in LOST]
+    absent = [part for part in makings.like.missing(makings.parts) if part in card.facts.without]
     odd = {part: f": {short(reason)}" for part, reason in report.odd.items()}
-    return [f"without {part}{odd.get(part, '')} ({LOST[card.family, part]})" for part in absent]
+    return [f"without {part}{odd.get(part, '')} ({card.facts.without[part]})" for part in absent]
 
 
 def own_schedule(makings: Makings) -> list[str]:
