@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.makings import to_toml
+from app.cards.files import to_toml
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line
 from tests.tiny import write_flux
