@@ -16,11 +16,10 @@ import torch
 from app.cards.card import Card
 from app.cards.catalog import SHIPPED
 from app.cards.files import INDEX, PICKLES, read_classes, read_json
-from app.checkpoints.tensors import read_names, read_outline, read_torch_zip
+from app.checkpoints.tensors import State, read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError
-from app.families.components import State, has_weights
-from app.families.differences import counts, differences, outline_of
-from app.families.originals import Held, parts_in
+from app.families.authors import Layout, parts_in
+from app.families.components import counts, differences, has_weights, outline_of
 
 BESIDES = {
     "AutoencoderKL": ("scaling_factor", "shift_factor"),
@@ -40,7 +39,7 @@ class FoundPart:
 
     place: Path
     state: State
-    original: Held | None = None
+    original: Layout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class CardConfigs:
             return None
         state = found.state
         if found.original is not None:
-            if class_name not in found.original.layout.classes:
+            if class_name not in found.original.classes:
                 return None
             try:
                 state = found.original.read(class_name, found.state)
@@ -72,7 +71,7 @@ class CardConfigs:
         theirs: Mapping[str, Any] = {}
         if found.place.is_dir() and (found.place / "config.json").is_file():
             theirs = read_json(found.place / "config.json")
-        elif found.original and found.original.layout.family == "dit" and "pos_embed" in found.state:
+        elif found.original and "pos_embed" in found.state:
             theirs = {"sample_size": isqrt(found.state["pos_embed"].shape[1]) * int(own.get("patch_size", 2))}
         both = [name for name in BESIDES.get(self.classes[part], ()) if name in own and name in theirs]
         return [f"its {name} is {theirs[name]}, not {own[name]}" for name in both if theirs[name] != own[name]]

@@ -19,9 +19,9 @@ from app.cards.noise import changes, check_schedule, schedule_of
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
 from app.errors import CheckpointError, InstepError, NotDownloaded
 from app.families import FAMILIES
+from app.families.authors import Layout, find_part
 from app.families.base import Family
 from app.families.components import blank_network, build_tokenizer, fill_network, has_weights
-from app.families.originals import Held, find_part
 from app.samplers.table import compile_table
 
 _WRITER = ("architectures", "dtype", "torch_dtype", "transformers_version")
@@ -77,7 +77,7 @@ def naming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _original(part: Part) -> Held | None:
+def _original(part: Part) -> Layout | None:
     """How the authors' file names the part; None for one in a folder."""
     if part.file is None:
         return None
@@ -85,7 +85,7 @@ def _original(part: Part) -> Held | None:
         return find_part(part.name, part.class_name, read_names(part.file))
 
 
-def _named(part: Part, original: Held | None, state: State) -> State:
+def _named(part: Part, original: Layout | None, state: State) -> State:
     if original is None:
         return state
     with naming(part.weights):
