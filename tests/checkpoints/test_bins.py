@@ -17,7 +17,7 @@ from app.checkpoints.tensors import read_state
 from app.errors import CheckpointError
 from app.families import DiT
 from tests.families.plain import load
-from tests.tiny import write_dit
+from tests.parts.tiny import write_dit
 
 STEM = "diffusion_pytorch_model.safetensors"
 

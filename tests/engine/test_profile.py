@@ -13,7 +13,7 @@ from app.engine.curve import Curve
 from app.engine.limits import caps_of
 from app.engine.profile import Profiles, measuring
 from app.engine.row import Key
-from tests.engine.fakes import FakeFamily, card
+from tests.parts.engine import FakeFamily, card
 
 KEY = Key("fake", 32, 32, 24)
 

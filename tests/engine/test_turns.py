@@ -8,7 +8,7 @@ from app.engine.row import Key, Row
 from app.engine.turns import ALL, Standing, Turns
 from app.pool.need import Need
 from app.report import Phase
-from tests.engine.fakes import request
+from tests.parts.engine import request
 
 IDLE = Standing([], [], set())
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from app.report import ModelState
 from app.worker.backlog import Backlog, Kind, kind_of
 from app.worker.costs import Costs
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:
