@@ -13,19 +13,9 @@ from dataclasses import dataclass, field, replace
 
 from app.report import Preview, Progress, Result
 from app.request import ImageSpec, Request
-from app.worker.backlog import Kind
+from app.worker.admission import Estimate, Kind
 
 OnReport = Callable[[Preview | Progress | Result], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What was known when a request was accepted. wait: seconds until its turn; cost: device seconds of its own;
-    position: requests on its device that were not answered yet."""
-
-    wait: float
-    position: int
-    cost: float
 
 
 class Ticket(asyncio.Future[list[Result]]):

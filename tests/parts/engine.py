@@ -16,7 +16,7 @@ from app.engine.engine import Engine
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts
-from app.pool.need import Need
+from app.pool.policy import Need
 from app.pool.pool import Pool
 from app.report import Failure, ModelState, Phase, Report, Result, Tick
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
