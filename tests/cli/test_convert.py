@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from app.cards.card import read_card, read_cards
 from app.checkpoints import convert as converting
-from app.checkpoints.building import build_family, build_parts
+from app.checkpoints.parts import build_family, build_parts
 from app.request import ClassLabel
 from tests.families import plain_originals
 from tests.families.plain_shapes import dit_state, drawn, vae_shapes

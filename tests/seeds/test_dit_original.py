@@ -11,7 +11,6 @@ import torch
 
 from app.cards.card import read_card
 from app.checkpoints.convert import Conversion, convert_dit
-from app.checkpoints.tensors import read_state
 from app.engine.slots import Guidance, Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
@@ -22,6 +21,7 @@ from app.samplers.table import compile_table
 from tests.families.plain import load
 from tests.parts.close import EXACT, FORWARD, SAME, apart, close, relative
 from tests.parts.tiny import write_dit
+from tests.parts.tiny_parts import read_state
 from tests.seeds import plain_dit
 from tests.seeds.plain_dit import State, doubled, original_state
 
