@@ -175,7 +175,8 @@ def _played_gpus() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            lines = metrics.render(_NoWorkers()).decode().splitlines()
+            metrics.refresh(_NoWorkers())
+            lines = metrics.text().decode().splitlines()
             text = "".join(f"{line}\n" for line in lines if "instep_gpu_" in line)
             with suppress(ConnectionError):
                 self.send_response(200)
