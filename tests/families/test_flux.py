@@ -17,7 +17,7 @@ from app.cards.card import read_card
 from app.errors import InvalidValue
 from app.families import Flux
 from app.families.flux import pack, unpack
-from app.families.preview import shapes
+from app.families.vae import shapes
 from app.request import ClassLabel, Prompt
 from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import single_file_utils as theirs
 
-from app.families.originals import from_original
+from app.families.authors import from_original
 from tests.families import plain_originals
 from tests.families.plain_shapes import (
     State,

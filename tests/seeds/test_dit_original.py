@@ -14,8 +14,8 @@ from app.checkpoints.convert import Conversion, convert_dit
 from app.engine.slots import Guidance, Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
+from app.families.authors import from_original
 from app.families.dit import predict
-from app.families.originals import from_original
 from app.request import ClassLabel
 from app.samplers.table import compile_table
 from tests.families.plain import load
