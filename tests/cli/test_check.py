@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli import originals
-from tests.cli.conftest import Run, one_line
+from tests.parts import originals
+from tests.parts.commands import Run, one_line
 from tests.seeds.plain_dit import original_state
 
 SHIPPED = Path(__file__).parent.parent.parent / "models"
