@@ -101,7 +101,7 @@ def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
         "request_id": record.id,
         "method": method,
         "path": path,
-        "status": CLIENT_GONE if record.gone else record.status,
+        "status": CLIENT_GONE if record.gone or record.facts.get("error") == Cancelled.code else record.status,
         "total_ms": round(1000 * seconds, 1),
         **({"key": record.key.name} if record.key.name else {}),
         **record.facts,

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.jobs.job import Estimate
 from app.request import Request
 from app.worker.backlog import Backlog, Kind
-from app.worker.jobs import Estimate
 
 BUSY = 0.5
 """The part of MAX_WAIT up to which a queue is open to all, whoever fills it."""

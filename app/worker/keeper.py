@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from app.errors import InstepError, NoWorker
+from app.jobs.job import Job
 from app.report import Memory, ModelState, Report, Result, State, Tick
 from app.worker import wire
-from app.worker.backlog import Backlog
+from app.worker.backlog import Backlog, kind_of
 from app.worker.costs import Costs
-from app.worker.jobs import Job
 from app.worker.link import Link
 
 FIRST_DELAY = 0.5
@@ -129,19 +129,18 @@ class Keeper:
     def take(self, job: Job) -> None:
         """This request goes here."""
         self.jobs[job.request.id] = job
-        self.backlog.add(job.kind, job.images_left, job.request.weight)
+        self.backlog.add(kind_of(job.request, job.card), job.images_left, job.request.weight)
         self.send(wire.Submit(job.request))
 
     def answer(self, job: Job, result: Result) -> None:
         """One image of this request is done."""
         if result.index not in job.results:
-            self.backlog.drop(job.kind, 1)
-        job.results[result.index] = result
+            self.backlog.drop(kind_of(job.request, job.card), 1)
 
     def drop(self, job: Job) -> None:
         """This request is over. What the last Ticks told of rows is true no more once nothing is left."""
         if self.jobs.pop(job.request.id, None) and job.images_left:
-            self.backlog.drop(job.kind, job.images_left)
+            self.backlog.drop(kind_of(job.request, job.card), job.images_left)
         if not self.jobs:
             self._tick = None
         if not self.backlog.images_of(job.request.model):

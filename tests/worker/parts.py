@@ -14,6 +14,8 @@ from itertools import count
 from pathlib import Path
 
 from app.cards.card import Card
+from app.jobs.body import read_body
+from app.jobs.job import Job, OnReport
 from app.report import Report
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
@@ -55,6 +57,12 @@ def request(text: str = "a cat", *, seeds: Sequence[int] = (1,), steps: int = 4,
         "text_length": 16,
     }
     return Request(**(facts | changes))
+
+
+def job(asked: Request | str = "a cat", *, on_report: OnReport | None = None, **changes: object) -> Job:
+    """A job of this request, or of one for this text."""
+    asked = request(asked, **changes) if isinstance(asked, str) else asked
+    return Job(asked, CARDS.get(asked.model, CARDS["fake"]), read_body({}), on_report=on_report)
 
 
 @dataclass

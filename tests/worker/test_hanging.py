@@ -12,6 +12,7 @@ from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.tiny import write_models
+from tests.worker.parts import job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
 
@@ -35,15 +36,15 @@ def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(tmp_p
         try:
             (first,) = supervisor.pids
             if fault == "forward":
-                assert len(await supervisor.submit(picture("a cat"))) == 1
+                assert len(await supervisor.submit(job(picture("a cat")))) == 1
             with pytest.raises(NoWorker, match="died while it worked"):
-                await supervisor.submit(picture("hang"))
+                await supervisor.submit(job(picture("hang")))
             async with asyncio.timeout(100):
                 while not supervisor.live:
                     await asyncio.sleep(0.05)
             assert supervisor.restarts == 1 and supervisor.pids != [first]
             if fault == "forward":
-                assert len(await supervisor.submit(picture("a dog"))) == 1
+                assert len(await supervisor.submit(job(picture("a dog")))) == 1
         finally:
             await supervisor.stop(0)
 
