@@ -21,9 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json
+from app.cards.files import read_json, to_toml
 from app.cards.noise import FILE, schedule_of
-from app.cards.toml import to_toml
 from app.checkpoints.parts import part_outline, part_states
 from app.checkpoints.tensors import State
 from app.checkpoints.torchzip import read_torch_zip

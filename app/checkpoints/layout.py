@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from app.cards.card import Card
-from app.cards.folder import INDEX, ModelFolder, Part
+from app.cards.files import INDEX
+from app.cards.folder import ModelFolder, Part
 from app.cards.noise import check_schedule
 from app.errors import CheckpointError
 from app.families import FAMILIES

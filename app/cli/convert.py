@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from app.cards.folder import INDEX, read_labels
+from app.cards.files import INDEX, read_labels
 from app.cli.serve import Folder, read_settings
 
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json, read_toml
-from app.cards.folder import INDEX, ModelFolder
+from app.cards.files import INDEX, read_json, read_toml, to_toml
+from app.cards.folder import ModelFolder
 from app.cards.noise import schedule_of
-from app.cards.toml import to_toml
 from app.cli.models import check_facts
 from app.errors import LoadError, NotDownloaded
 
@@ -102,7 +101,7 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
 
     from app.checkpoints.building import build_family
     from app.checkpoints.layout import check_classes, read_parts
-    from app.pool.component import Component
+    from app.pool.memory import Component
 
     check_facts(card)
     device, dtype = torch.device("cpu"), torch.bfloat16

@@ -10,7 +10,7 @@ import torch
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.pool.books import Job
+from app.pool import policy
 from app.pool.loader import Loader
 from app.report import Report
 from app.settings import Settings
@@ -24,7 +24,7 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
     loading: list[int] = []
     load = Loader._do
 
-    def seen_loading(loader: Loader, job: Job) -> None:
+    def seen_loading(loader: Loader, job: policy.Job) -> None:
         loading.append(torch.get_num_threads())
         load(loader, job)
 

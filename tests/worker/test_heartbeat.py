@@ -85,7 +85,7 @@ def test_a_stopped_engine_is_killed_and_restarted(busy, caplog):
             await until(lambda: here.supervisor.running) if busy else await lost
             os.kill(first, signal.SIGSTOP)
             await until(lambda: here.supervisor.restarts and here.supervisor.ready)
-            assert here.supervisor.pids[0] != first and lost.done()
+            assert here.supervisor.pids[0] != first and lost.future.done()
             assert len(await here.supervisor.submit(job())) == 1
 
     run(scenario)
@@ -112,7 +112,7 @@ def test_an_interpreter_that_is_held_for_too_long_is_a_hang(monkeypatch, caplog)
             await until(lambda: here.supervisor.running)
             monkeypatch.setattr(link, "START_LIMIT", 3.0)
             await until(lambda: here.supervisor.restarts)
-            assert lost.exception()
+            assert lost.error
 
     run(scenario)
     assert any('hung in phase "step"' in record.getMessage() for record in caplog.records)
