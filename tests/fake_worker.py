@@ -86,7 +86,7 @@ class FakeWorker:
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self.rows: list[Row] = []
         self.ready: set[str] = set()
-        self.stopping: wire.Stop | None = None
+        self.stopping = self.draining = False
         wanted = start.settings.preload
         self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
@@ -106,7 +106,7 @@ class FakeWorker:
             self.load(model)
         while True:
             self.take_orders()
-            if self.stopping and not (self.stopping.drain and self.rows):
+            if self.stopping and not (self.draining and self.rows):
                 return
             self.tick()
 
@@ -127,18 +127,18 @@ class FakeWorker:
 
     def obey(self, order: wire.Order) -> None:
         match order:
-            case wire.Submit(request):
+            case wire.Call("submit", request):
                 self.admit(request)
-            case wire.Cancel(request_id):
+            case wire.Call("cancel", request_id):
                 if any(row.request.id == request_id for row in self.rows):
                     self.fail(request_id, Cancelled("The request was cancelled."))
-            case wire.Load(model_id):
+            case wire.Call("load", model_id):
                 self.load(model_id)
-            case wire.Unload(model_id):
+            case wire.Call("unload", model_id):
                 self.ready.discard(model_id)
                 self.emit(ModelState(model_id, "absent"))
-            case wire.Stop():
-                self.stopping = order
+            case wire.Call("stop", drain):
+                self.stopping, self.draining = True, drain
 
     def load(self, model: str) -> None:
         if model in self.ready:

@@ -14,8 +14,7 @@ from fastapi.responses import Response
 from app.api.front import Front, front_of, record_of
 from app.api.jobs import file_response, job_of, refusals, reply, submit
 from app.api.openapi import COMPARE_ROUTE
-from app.api.reading import read_json
-from app.api.responses import accepted_format
+from app.api.reading import accepted_format, read_json
 from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
 from app.jobs.body import ImageBody

@@ -11,8 +11,7 @@ from fastapi.responses import Response
 from app.api.front import front_of, record_of
 from app.api.jobs import EventStream, file_response, job_of, refusals, reply, submit
 from app.api.openapi import IMAGE_ROUTE
-from app.api.reading import read_json
-from app.api.responses import accepted_format
+from app.api.reading import accepted_format, read_json
 from app.errors import InvalidValue
 from app.imaging import Format
 from app.jobs.body import read_body

@@ -15,8 +15,8 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app.api.errors import envelope
 from app.api.front import Front, record_of
-from app.api.responses import envelope
 from app.cards.card import Card
 from app.errors import Cancelled, InstepError
 from app.imaging import Format

@@ -15,8 +15,7 @@ import torch
 
 from app.cards.card import Card
 from app.cards.files import INDEX, PICKLES, read_classes, read_json
-from app.checkpoints.tensors import read_names, read_outline
-from app.checkpoints.torchzip import read_torch_zip
+from app.checkpoints.tensors import read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError
 from app.families import FAMILIES
 from app.families.components import State, has_weights

@@ -47,12 +47,11 @@ def convert(
     """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
     import torch
 
-    from app.checkpoints.bins import write_folder
     from app.checkpoints.convert import Conversion, convert_dit
 
     shipped = [read_settings(models=models).models / card for card in LABELLED]
     indices = [place / INDEX for place in (*[file] * file.is_dir(), *[folder] * replace, *shipped)]
     labels = next((names for one in indices if one.is_file() and (names := read_labels(one))), ())
     wanted = Conversion(file, folder, vae, dtype and getattr(torch, dtype), heads, labels, replace)
-    convert_dit(wanted, typer.echo, write_folder if file.is_dir() else None)
+    convert_dit(wanted, typer.echo)
     typer.echo(f"next: instep serve --models {folder.parent}")

@@ -121,8 +121,7 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
     # NOTE: imported late: torch and the model libraries take seconds, and only this command needs them.
     import torch
 
-    from app.checkpoints.building import build_family, build_parts
-    from app.checkpoints.layout import read_parts
+    from app.checkpoints.parts import build_family, build_parts, read_parts
 
     try:
         check_facts(card)

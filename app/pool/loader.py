@@ -11,9 +11,7 @@ import torch
 
 from app.cards.card import Card
 from app.cards.folder import Part
-from app.checkpoints.building import build_family, part_dtype
-from app.checkpoints.layout import read_parts
-from app.checkpoints.parts import part_identity, part_outline
+from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, read_parts
 from app.errors import DoesNotFit, LoadError
 from app.families import FAMILIES
 from app.families.compiling import compile_blocks
@@ -109,7 +107,7 @@ class Loader:
             )
 
     def _component(self, card: Card, part: Part) -> Component:
-        dtype = part_dtype(part, self._device, self._dtype)
+        dtype = part_dtype(part.name, self._device, self._dtype)
         key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
         known = self._store.components.get(key)
         if known is None:

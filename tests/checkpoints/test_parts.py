@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from app.cards.card import Card, read_card, read_cards
 from app.cards.folder import Part
-from app.checkpoints.building import build_parts
-from app.checkpoints.layout import read_parts
-from app.checkpoints.parts import part_identity, part_outline, part_stamp, part_states
+from app.checkpoints.parts import build_parts, part_identity, part_outline, part_stamp, part_states, read_parts
 from app.errors import CheckpointError
 from app.pool import memory
 from app.pool.pool import Pool
