@@ -160,7 +160,8 @@ def test_a_terminal_sees_bars_and_the_picture(run: Run, monkeypatch: pytest.Monk
     job = build({"prompt": "red", "model": "tiny-sd3", "n": 2, "seed": 1}, registry, "generate")
     pixels = np.full((16, 32, 3), 200, np.uint8)
     timings = Timings(0.0, 0.1, 0.2, 0.3, 4, 1.0)
-    told = [Progress("generate", 1, 3, 4), *(Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0))]
+    told = [Progress("generate", 1, step, 4) for step in (1, 2, 3)]
+    told += [Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0)]
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system="truecolor")
     watch = generate.bars(job, console)
