@@ -31,9 +31,9 @@ from app.cards.noise import FILE, schedule_of
 from app.checkpoints.parts import part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
+from app.families.authors import from_original
 from app.families.components import blank_network
 from app.families.dit import dit_keys
-from app.families.originals import from_original
 
 SHARD = 5 * 10**9
 """The most bytes of a file of weights that is written."""

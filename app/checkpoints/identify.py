@@ -15,12 +15,11 @@ import torch
 
 from app.cards.card import Card
 from app.cards.files import INDEX, PICKLES, read_classes, read_json
-from app.checkpoints.tensors import read_names, read_outline, read_torch_zip
+from app.checkpoints.tensors import State, read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError
 from app.families import FAMILIES
-from app.families.components import State, has_weights
-from app.families.differences import counts, differences, outline_of
-from app.families.originals import Held, parts_in
+from app.families.authors import Layout, parts_in
+from app.families.components import counts, differences, has_weights, outline_of
 
 BESIDES = {
     "AutoencoderKL": ("scaling_factor", "shift_factor"),
@@ -39,7 +38,7 @@ class Piece:
 
     place: Path
     state: State
-    held: Held | None = None
+    held: Layout | None = None
 
     @property
     def bytes(self) -> int:
@@ -67,7 +66,7 @@ class Shipped:
             return None
         state = piece.state
         if piece.held is not None:
-            if class_name not in piece.held.layout.classes:
+            if class_name not in piece.held.classes:
                 return None
             try:
                 state = piece.held.read(class_name, piece.state)
@@ -81,7 +80,7 @@ class Shipped:
         theirs: Mapping[str, Any] = {}
         if piece.place.is_dir() and (piece.place / "config.json").is_file():
             theirs = read_json(piece.place / "config.json")
-        elif piece.held and piece.held.layout.family == "dit" and "pos_embed" in piece.state:
+        elif piece.held and "pos_embed" in piece.state:
             theirs = {"sample_size": isqrt(piece.state["pos_embed"].shape[1]) * int(own.get("patch_size", 2))}
         said = [name for name in BESIDES.get(self.classes[part], ()) if name in own and name in theirs]
         return [f"its {name} is {theirs[name]}, not {own[name]}" for name in said if theirs[name] != own[name]]

@@ -18,9 +18,9 @@ from app.cards.noise import check_schedule
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
 from app.errors import CheckpointError
 from app.families import FAMILIES
+from app.families.authors import Layout, find_part
 from app.families.base import Family
 from app.families.components import blank_network, build_tokenizer, fill_network, has_weights
-from app.families.originals import Held, find_part
 
 _WRITER = ("architectures", "dtype", "torch_dtype", "transformers_version")
 """Keys of a config.json about how it was written, besides those that begin with an underscore."""
@@ -116,14 +116,14 @@ def build_family(card: Card, parts: Mapping[str, Any], device: torch.device, dty
     return family
 
 
-def _held(part: Part, file: Path) -> Held:
+def _held(part: Part, file: Path) -> Layout:
     try:
         return find_part(part.name, part.class_name, read_names(file))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _named(part: Part, held: Held, state: State) -> State:
+def _named(part: Part, held: Layout, state: State) -> State:
     try:
         return held.read(part.class_name, state)
     except ValueError as error:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from app.report import Evicted
-from tests.close import SAME, close
-from tests.engine.harness import Bench
 from tests.engine.test_memory import Bounded, ask
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import held
+from tests.parts.close import SAME, close
+from tests.parts.engine import Bench
 
 pytestmark = pytest.mark.slow
 

@@ -16,9 +16,9 @@ from app.cli.models import check_folder
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import Prompt
-from tests.close import FORWARD, SAME, apart, close, furthest
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, serve
+from tests.parts.close import FORWARD, SAME, apart, close, furthest
+from tests.parts.engine import load_all
 from tests.recipes.conftest import run
 
 pytestmark = pytest.mark.slow

@@ -21,7 +21,7 @@ from app.checkpoints.parts import build_family, build_parts
 from app.cli.models import check_folder
 from app.families.dit import predict
 from app.samplers.grids import alpha_bar
-from tests.close import FORWARD, SAME, apart, close, each, furthest
+from tests.parts.close import FORWARD, SAME, apart, close, each, furthest
 from tests.recipes.conftest import run
 
 pytestmark = pytest.mark.slow
