@@ -83,7 +83,7 @@ def unload(bench: Bench, *models: str) -> None:
 
 def take_away(pool: Pool, *parts: str) -> None:
     """These parts of the SD3 off the device, as for others that need the room; the model stays."""
-    policy = pool._policy
+    policy = pool
     leaving = [policy.models["sd3"].parts[part] for part in parts]
     with policy.lock:
         policy.store.claim((), leaving)

@@ -37,7 +37,7 @@ def sizes(cards: dict[str, Card]) -> dict[str, dict[str, int]]:
     pool = Pool(cards, "cpu", torch.float32)
     for model_id in ALL:
         ready(pool, model_id)
-    models = pool._policy.models
+    models = pool.models
     found = {m: {p: sum(one.bytes for one in models[m].components((p,))) for p in PHASES} for m in ALL}
     pool.close()
     return found
@@ -85,11 +85,11 @@ class Counting:
 def ready(pool: Pool, model_id: str) -> None:
     """Load the model; all of it where it fits."""
     pool.want(model_id)
-    eventually(lambda: pool._policy.models[model_id].state == "ready" and not pool._policy._loads)
+    eventually(lambda: pool.models[model_id].state == "ready" and not pool._loads)
 
 
 def held_now(pool: Pool) -> int:
-    return sum(one.bytes for one in pool._policy.store.components.values() if one.place == "device")
+    return sum(one.bytes for one in pool.store.components.values() if one.place == "device")
 
 
 def test_the_one_that_was_leased_longest_ago_leaves(
@@ -206,9 +206,9 @@ def test_unload_waits_for_leases_and_spares_what_others_use(made: Callable[..., 
     eventually(lambda: not pool.resident("tiny-dit", "decode"))
     assert pool.resident("tiny-dit", "denoise") and lease is not None
     lease.release()
-    eventually(lambda: pool._policy.models["tiny-dit"].state == "absent")
+    eventually(lambda: pool.models["tiny-dit"].state == "absent")
     pool.unload("tiny-sd3-turbo")
-    eventually(lambda: pool._policy.models["tiny-sd3-turbo"].state == "absent")
+    eventually(lambda: pool.models["tiny-sd3-turbo"].state == "absent")
     assert pool.resident("tiny-sd3", "encode") and pool.resident("tiny-sd3", "denoise")
     ready(pool, "tiny-dit")
     ready(pool, "tiny-sd3-turbo")
@@ -241,7 +241,7 @@ def test_models_that_share_parts_leave_nothing_behind_when_they_go_one_after_the
         ready(pool, model_id)
     for model_id in ("tiny-sd3-turbo", "tiny-sd3"):
         pool.unload(model_id)
-        eventually(lambda model_id=model_id: pool._policy.models[model_id].state == "absent")
+        eventually(lambda model_id=model_id: pool.models[model_id].state == "absent")
     eventually(lambda: not held_now(pool))
 
 
@@ -251,10 +251,10 @@ def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
     """The next need brings it all the same."""
     pool = made(10**9)
     needs = [Need("tiny-dit", ("encode", "denoise", "decode"))]
-    with pool._lock:
-        pool._policy.want("tiny-dit")
-        pool._policy.need(needs, ())
-        pool._policy.unload("tiny-dit")
+    with pool.lock:
+        pool.want("tiny-dit")
+        pool.need(needs, ())
+        pool.unload("tiny-dit")
     pool.need(needs)
     eventually(lambda: pool.resident("tiny-dit", "denoise"))
 
@@ -276,7 +276,7 @@ def test_weights_put_aside_come_back_the_same(
     """Host memory, played on the CPU: the moves are real, and the two tiers are the same memory."""
     budget = max(sum(size.values()) for size in sizes.values())
     pool = made(budget)
-    pool._policy.store.host = 10**9
+    pool.store.host = 10**9
     ready(pool, "tiny-sd3")
     family: Any = pool.family("tiny-sd3")
     assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
@@ -284,7 +284,7 @@ def test_weights_put_aside_come_back_the_same(
         before = family.encode([Prompt("red")], 24)
     monkeypatch.setattr("app.pool.memory.part_states", Counting(part_states))
     ready(pool, "tiny-dit")
-    assert pool._policy.store.parked and not pool.resident("tiny-sd3", "encode")
+    assert pool.store.parked and not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")
     with torch.inference_mode():
         after = family.encode([Prompt("red")], 24)

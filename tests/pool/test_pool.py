@@ -152,7 +152,7 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {key[0][0].name: one for key, one in pool._policy.store.components.items()}
+    held = {key[0][0].name: one for key, one in pool.store.components.items()}
     leases = [
         pool.lease(model_id, phase) for model_id in ("tiny-sd3", "tiny-sd3-no-t5") for phase in ("encode", "denoise")
     ]
@@ -175,9 +175,7 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     file.write_text(whole)
     error = pool.failure("tiny-dit")
     assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
-    assert error.__traceback__ is None and not pool._policy.store.components, (
-        "what was loaded before it failed is let go"
-    )
+    assert error.__traceback__ is None and not pool.store.components, "what was loaded before it failed is let go"
     clock.now = RETRY_AFTER - 0.1
     pool.want("tiny-dit")
     assert pool.poll() == [] and pool.failure("tiny-dit") is error and pool.lease("tiny-dit", "denoise") is None
@@ -214,7 +212,7 @@ def test_who_polls_hears_that_the_loader_ended(pool: Pool, monkeypatch: pytest.M
 
     monkeypatch.setattr(memory, "part_states", broken)
     if not lost:
-        monkeypatch.setattr(pool._policy.store, "drop", broken)
+        monkeypatch.setattr(pool.store, "drop", broken)
     pool.want("tiny-dit")
     with pytest.raises(type(error), match=str(error)):
         eventually(lambda: pool.poll() and False)
