@@ -21,7 +21,7 @@ from app.engine.row import default_key
 from app.pool.budget import use_threads
 from app.pool.pool import Pool
 from app.request import ImageSpec, Prompt, Request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "emoji-mmdit"

@@ -9,7 +9,7 @@ from app.engine.row import Key, Row
 from app.engine.turns import ALL, Turns
 from app.pool.policy import Need
 from app.report import Phase
-from tests.engine.fakes import request
+from tests.parts.engine import request
 
 
 class Shelf:

@@ -6,7 +6,7 @@ from app.report import ModelState
 from app.request import ClassLabel, ImageSpec, Prompt
 from app.worker.admission import Backlog, best, merge
 from app.worker.jobs import Deaths
-from tests.worker.parts import request
+from tests.parts.supervising import request
 
 
 def test_two_deaths_condemn_and_a_success_clears():

@@ -17,7 +17,7 @@ from app.pool.budget import use_threads
 from app.report import Announce, Failure, Progress, Tick
 from app.settings import Settings
 from app.worker import process, wire
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 STAND_IN = """
 import ctypes, queue, sys, time

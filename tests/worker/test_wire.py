@@ -13,7 +13,7 @@ from app.errors import InstepError, NoWorker, SettingsError
 from app.report import Announce, Failure, ModelState, Preview, Progress, Result, Tick, Timings
 from app.settings import Settings
 from app.worker import wire
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 ORDERS = [
     wire.Start(Settings(devices="cpu", max_wait=7.0), CARDS, "cpu"),

@@ -11,7 +11,7 @@ from app.errors import InvalidValue
 from app.jobs.body import read_body
 from app.jobs.guidance import guidance_facts
 from app.request import Request, SkipGuidance
-from tests.api.conftest import write_cards
+from tests.parts.cards import write_cards
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ Rows advance together, one step a tick of STEP seconds, as the engine's do. Prom
     !held 8     announces 4 seconds, then holds the interpreter for 8 in a native call, and goes on
     !die        the process kills itself with SIGKILL at the second step
     !slow 2.5   the request takes about 2.5 seconds, spread over its steps; others go on meanwhile
-Run as `python tests/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
+Run as `python tests/parts/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
 """
 
 from __future__ import annotations
