@@ -145,12 +145,13 @@ def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
     private, and a client may put its key in any of them."""
     path = getattr(scope.get("route"), "path_format", None)
     write = log.debug if path in _QUIET else log.info
+    gone = record.gone or record.facts.get("error") == Cancelled.code
     write(
         "request",
         request_id=record.id,
         method=method,
         path=path,
-        status=CLIENT_GONE if record.gone else record.status,
+        status=CLIENT_GONE if gone else record.status,
         total_ms=round(1000 * seconds, 1),
         **({"key": record.key.name} if record.key.name else {}),
         **record.facts,
