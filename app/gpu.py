@@ -1,7 +1,4 @@
-"""What the driver says of the GPUs: how busy, how full, how warm, how hungry.
-
-Knows nothing of models or processes. The only home of pynvml; a machine without a GPU or a driver has no figures.
-"""
+"""Figures of the GPUs from their driver: load, memory, temperature, power. None without a GPU or a driver."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
@@ -25,12 +23,9 @@ READINGS: Mapping[str, Callable[[Any], float]] = {
     "gpu_power_watts": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
 }
 
-EVERY = 5.0
-"""Seconds between two readings."""
-PATIENCE = 0.01
-"""Seconds that a caller waits for a reading; one that takes longer is shown by the next call."""
-STALE = 60.0
-"""Seconds after which figures are dropped: a driver that hangs must not look like one that is idle."""
+EVERY = 5.0  # seconds between two readings
+PATIENCE = 0.01  # seconds that a caller waits for a reading; one that takes longer is shown by the next call
+STALE = 60.0  # seconds after which figures are dropped: a driver that hangs must not look like one that is idle
 
 
 class Gpus:
@@ -38,7 +33,7 @@ class Gpus:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._asked = self._told = -math.inf
+        self._asked = self._answered = -math.inf
         self._figures: Figures = {}
         self._open = False
         self._thread: threading.Thread | None = None
@@ -50,7 +45,7 @@ class Gpus:
             self._thread = threading.Thread(target=self._refresh, name="gpu", daemon=True)
             self._thread.start()
             self._thread.join(PATIENCE)
-        return self._figures if self._clock() - self._told < STALE else {}
+        return self._figures if self._clock() - self._answered < STALE else {}
 
     def _refresh(self) -> None:
         try:
@@ -60,7 +55,7 @@ class Gpus:
             figures = {device: _read(gpu) for device, gpu in _handles().items()}
         except pynvml.NVMLError:
             self._open, figures = False, {}
-        self._figures, self._told = figures, self._clock()
+        self._figures, self._answered = figures, self._clock()
 
 
 def _handles() -> dict[str, Any]:
@@ -80,11 +75,9 @@ def _handles() -> dict[str, Any]:
 
 
 def _read(gpu: Any) -> dict[str, float]:
-    """What this GPU tells; a slice of one (MIG) does not tell everything."""
-    told = {}
+    """All figures of this GPU that its driver has; for a slice of one (MIG) some are missing."""
+    found = {}
     for name, reading in READINGS.items():
-        try:
-            told[name] = float(reading(gpu))
-        except pynvml.NVMLError:
-            continue
-    return told
+        with suppress(pynvml.NVMLError):
+            found[name] = float(reading(gpu))
+    return found

@@ -8,9 +8,9 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from app.api.auth import ADMIN, OPEN
+from app.api.errors import ErrorReply
 from app.api.front import Front
-from app.api.responses import ErrorReply
-from app.api.security import ADMIN, OPEN
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
 from app.jobs.body_schema import Json, body_schema, example
@@ -87,7 +87,7 @@ def _place_bodies(document: Json, registry: Registry) -> None:
     names = []
     for card in registry.cards.values():
         name = f"ImageBody.{card.id}"
-        schemas[name] = body_schema(card, registry.names(card), card.id == registry.default.id)
+        schemas[name] = body_schema(card, card.names, card.id == registry.default.id)
         names.append({"$ref": f"#/components/schemas/{name}"})
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": names}

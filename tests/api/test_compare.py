@@ -17,16 +17,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.jobs.job import Job
 from app.jobs.presets import PRESETS
 from app.jobs.shapes import CompareReply
 from app.request import ClassLabel, Prompt
 from app.settings import Settings
-from tests.api.conftest import ALICE, BOB, LABEL, LABELS, TEXT, Server, bearer, eventually
 from tests.api.test_access import lines
-from tests.fake_worker import colour
-from tests.pictures import TYPE, properties
-from tests.tiny import write_json
-from tests.tiny_parts import write_vae
+from tests.parts.cards import LABEL, LABELS, TEXT
+from tests.parts.fake_worker import colour
+from tests.parts.pictures import TYPE, properties
+from tests.parts.servers import ALICE, BOB, Server, bearer
+from tests.parts.tiny import write_json
+from tests.parts.tiny_parts import write_vae
+from tests.parts.waiting import eventually
 
 CARDS = {
     "tiny-text": TEXT,
@@ -51,11 +54,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = folder.parent / "keys.toml"
     file.write_text(f'[keys.bob]\nkey = "{BOB}"\nmodels = ["tiny-label"]\n', encoding="utf-8")
     keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(file)}
-    server = Server(Settings(models=folder, devices="cpu", preload="all", port=0, drain=5, max_wait=20, **keys))
-    base = server.start()
-    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
-    yield server
-    server.stop()
+    with Server(Settings(models=folder, devices="cpu", preload="all", port=0, drain=5, max_wait=20, **keys)) as server:
+        yield server.ready()
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +297,12 @@ def test_a_cell_that_is_refused_takes_the_others_with_it(
     before = {name: outcomes(alice, name) for name in ("tiny-text", "large-text")}
     inner, calls = several.supervisor.submit, []
 
-    def submit(request: Any, *rest: Any, **more: Any) -> Any:
-        calls.append(request)
+    def submit(job: Job, **more: Any) -> Job:
+        calls.append(job.request)
         if len(calls) == 4:
             several.supervisor._closing = True
         try:
-            return inner(request, *rest, **more)
+            return inner(job, **more)
         finally:
             several.supervisor._closing = False
 
@@ -319,7 +319,7 @@ def test_more_work_than_may_wait_is_no_matter_of_time(
     alice: httpx.Client, several: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Costs are planted: at 6 seconds a picture and 20 that may wait, no later moment takes sixteen of them."""
-    monkeypatch.setattr("app.worker.backlog.Backlog.image", lambda backlog, kind: 6.0)
+    monkeypatch.setattr("app.worker.admission.Backlog.image", lambda backlog, kind: 6.0)
     reply = compare(alice, {"models": ["tiny-text"], "prompt": [f"!slow {i}" for i in range(16)]})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "models")
     assert re.search(r"the first \d+ of 16 pictures are \d+ seconds of work already, and 20 may wait", reply.text)

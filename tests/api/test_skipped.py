@@ -13,14 +13,15 @@ import httpx
 import openai
 import pytest
 
-from app.api.security import with_ids
+from app.api.auth import with_ids
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError, plain
 from app.keys import read_keys
 from app.settings import Settings
 from app.worker import plan
-from tests.api.conftest import ALICE, BOB, LABEL, TEXT, Server, bearer, eventually, write_cards
+from tests.parts.cards import LABEL, TEXT, write_cards
+from tests.parts.servers import ALICE, BOB, Server, bearer
 
 
 def text(name: str, **other: str) -> str:
@@ -80,10 +81,8 @@ def logged(folder: Path) -> Iterator[tuple[Server, list[Any]]]:
     keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(file)}
     server = Server(Settings(models=folder, devices="cpu", preload="tiny-label", port=0, drain=5, **keys))
     logging.getLogger("instep").removeHandler(handler)
-    url = server.start()
-    eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-    yield server, lines
-    server.stop()
+    with server:
+        yield server.ready(), lines
 
 
 def test_the_others_are_served(logged: tuple[Server, list[Any]]) -> None:
@@ -143,10 +142,9 @@ def test_a_setting_that_names_a_skipped_card_says_why(folder: Path, tmp_path: Pa
     with pytest.raises(SettingsError) as caught:
         with_ids(read_keys(Settings(api_keys_file=str(tmp_path / "keys.toml"))), registry)
     assert reason[:20] in caught.value.message
-    if name != "e-sampler":  # its schedule is looked at later than aliases are
-        with pytest.raises(SettingsError) as caught:
-            read_cards(folder, f"mine={name}")
-        assert reason[:20] in caught.value.message
+    with pytest.raises(SettingsError) as caught:
+        read_cards(folder, f"mine={name}")
+    assert reason[:20] in caught.value.message
 
 
 def test_a_folder_in_which_no_card_is_valid_says_why(folder: Path, tmp_path: Path) -> None:

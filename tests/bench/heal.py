@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 
 from app.cards.card import read_cards
-from app.engine.curve import Curve
-from app.engine.profile import Profiles
+from app.engine.profile import Curve, Profiles
 from app.engine.row import default_key
+from app.pool.budget import use_threads
 from app.pool.pool import Pool
-from app.pool.threads import use_threads
 from app.request import ImageSpec, Prompt, Request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "emoji-mmdit"

@@ -20,8 +20,7 @@ from app.bench.machine import processor
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions
-from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
 
 ROWS, STEPS = 16, 250
 SAMPLERS = ("flow_euler", "flow_heun", "flow_dpmpp_2m")
@@ -72,7 +71,7 @@ def main() -> None:
     choice = milliseconds(lambda: engine._batcher.next(time.monotonic()))
     work = engine._batcher.next(time.monotonic())
     assert work is not None and len(work.rows) == ROWS
-    slots = engine._runner._space[work.key]
+    slots = engine._runner._slots[work.key]
     index = np.array([row.slot for row in work.rows])
     layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
     anew = milliseconds(lambda: _gather_anew(slots, index))

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from app.checkpoints.torchzip import PICKLE_LIMIT, read_torch_zip
+from app.checkpoints.tensors import PICKLE_LIMIT, read_torch_zip
 from app.errors import CheckpointError
-from tests.pool.measured import peak
+from tests.parts.measured import peak
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.ones(3, dtype=torch.bfloat16)}
 

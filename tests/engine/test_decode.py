@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from app.engine.curve import Curve
-from app.engine.limits import caps_of
+from app.engine.caps import caps_of
+from app.engine.profile import Curve
 from app.engine.row import Caps, Work
 from app.pool.pool import Pool
 from app.report import Tick
 from app.request import ImageSpec, Prompt
-from tests.engine.harness import Bench
-from tests.engine.simulation import KEY, OTHER, Simulation, row
 from tests.families.plain import ask
+from tests.parts.engine import Bench
+from tests.parts.simulation import KEY, OTHER, Simulation, row
 
 
 @pytest.mark.parametrize("decode", [1, 3, 8])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from app.engine.queue import AGE_LIMIT
 from app.engine.row import Caps, Key, Row, Work
-from tests.engine.simulation import KEY, OTHER, Simulation, row
+from tests.parts.simulation import KEY, OTHER, Simulation, row
 
 
 class PlainBatcher:

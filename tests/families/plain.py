@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from app.cards.card import Card, read_card
-from app.checkpoints.building import build_family, build_parts
+from app.checkpoints.parts import build_family, build_parts
 from app.families.base import Family
 from app.families.components import ALLOWED, State, blank_network, build_tokenizer, fill_network, has_weights
 from app.pool.pool import Pool
 from app.report import Result
 from app.request import Condition, ImageSpec, Request, SkipGuidance
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench
 
 CPU = torch.device("cpu")
 

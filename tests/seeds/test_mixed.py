@@ -21,12 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
+from app.jobs.job import Job
 from app.report import Result
 from app.settings import Settings
-from app.worker.jobs import Ticket
 from app.worker.supervisor import WORKER, Supervisor
-from tests.api.conftest import Server
-from tests.close import LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.close import LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.servers import Server
 from tests.seeds.upstream import Body, final_latent, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -115,10 +115,10 @@ def keep_latents(supervisor: Supervisor) -> dict[str, Result]:
     kept: dict[str, Result] = {}
     submit = supervisor.submit
 
-    def keeping(request: Any, *arguments: Any, **options: Any) -> Ticket:
-        ticket = submit(replace(request, keep_latents=True), *arguments, **options)
-        ticket.add_done_callback(lambda done: kept.update({request.id: done.result()[0]}))
-        return ticket
+    def keeping(job: Job, **options: Any) -> Job:
+        job.request = replace(job.request, keep_latents=True)
+        job.future.add_done_callback(lambda done: kept.update({job.request.id: done.result()[0]}))
+        return submit(job, **options)
 
     supervisor.submit = keeping  # type: ignore[method-assign]
     return kept
@@ -149,11 +149,8 @@ def answers(seed_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     facts = {"devices": "cpu", "dtype": "float32", "threads": 1, "port": 0, "drain": 5, "max_wait": 1e6}
     server = Server(Settings(models=seed_models, cache=cache, **facts), WORKER)
     kept = keep_latents(server.supervisor)
-    url = server.start()
-    try:
-        replies = ask_all(url, bodies)
-    finally:
-        server.stop()
+    with server:
+        replies = ask_all(server.url, bodies)
     results = {name.rpartition("-")[0]: result for name, result in kept.items()}
     assert results.keys() == bodies.keys()
     yield {name: Answer(replies[name], results[name]) for name in bodies}

@@ -9,12 +9,14 @@ import pytest
 
 from app.cards.card import read_cards
 from app.errors import NoWorker
+from app.jobs.job import Job
 from app.report import Progress, Result
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
-from app.worker import keeper
+from app.worker import child
 from app.worker.supervisor import Supervisor
-from tests.tiny import write_models
+from tests.parts.supervising import job
+from tests.parts.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +26,7 @@ MODEL = "tiny-sd3-turbo"
 def picture(identity: str, *, images: int = 1, steps: int = 4, progress: bool = False) -> Request:
     specs = tuple(ImageSpec(Prompt("a red square" if images == 1 else identity), seed) for seed in range(images))
     facts = {"keep_latents": True, "progress": progress}
-    return Request(identity, MODEL, specs, 32, 48, "flow_euler", steps, False, 0.0, 24, **facts)
+    return job(Request(identity, MODEL, specs, 32, 48, "flow_euler", steps, False, 0.0, 24, **facts))
 
 
 def same(one: Result, other: Result) -> bool:
@@ -33,20 +35,22 @@ def same(one: Result, other: Result) -> bool:
 
 
 async def ready(supervisor: Supervisor, live: int) -> None:
-    async with asyncio.timeout(100):
-        while [keeper.state(MODEL) for keeper in supervisor._keepers if keeper.live] != ["ready"] * live:
-            await asyncio.sleep(0.05)
+    def states() -> list[str]:
+        return [worker.backlog.state(MODEL).state for worker in supervisor._children if worker.live]
+
+    await until(lambda: states() == ["ready"] * live, 100)
     assert supervisor.ready
 
 
-async def working(supervisor: Supervisor, identity: str) -> asyncio.Future:
+async def working(supervisor: Supervisor, identity: str) -> Job:
     """A request that outlasts the test, and its first sign of work."""
     begun = asyncio.Event()
-    request = picture(identity, images=10, steps=900, progress=True)
-    future = supervisor.submit(request, lambda report: begun.set() if isinstance(report, Progress) else None)
+    long = picture(identity, images=10, steps=900, progress=True)
+    long.on_report = lambda report: begun.set() if isinstance(report, Progress) else None
+    supervisor.submit(long)
     async with asyncio.timeout(100):
         await begun.wait()
-    return future
+    return long
 
 
 async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,8 +70,8 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(supervisor.queues)
     with monkeypatch.context() as impatient:
         # One restart, of the other, is enough to wait for here.
-        impatient.setattr(keeper, "HEALTHY", 0.0)
-        impatient.setattr(keeper, "FIRST_DELAY", 600.0)
+        impatient.setattr(child, "HEALTHY", 0.0)
+        impatient.setattr(child, "FIRST_DELAY", 600.0)
         os.kill(frozen, signal.SIGSTOP)
         with pytest.raises(NoWorker):
             await stuck
@@ -87,10 +91,9 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.timeout(300)
-def test_two_real_processes_draw_freeze_die_and_draw_again(tmp_path, monkeypatch):
-    write_models(tmp_path / "models")
+def test_two_real_processes_draw_freeze_die_and_draw_again(tiny, tmp_path, monkeypatch):
     settings = Settings(devices="cpu,cpu", dtype="float32", deterministic=True, preload=MODEL, cache=tmp_path / "cache")
-    supervisor = Supervisor(settings, read_cards(tmp_path / "models"))
+    supervisor = Supervisor(settings, read_cards(tiny))
 
     async def serve():
         await supervisor.start()

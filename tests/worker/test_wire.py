@@ -13,15 +13,13 @@ from app.errors import InstepError, NoWorker, SettingsError
 from app.report import Announce, Failure, ModelState, Preview, Progress, Result, Tick, Timings
 from app.settings import Settings
 from app.worker import wire
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 ORDERS = [
     wire.Start(Settings(devices="cpu", max_wait=7.0), CARDS, "cpu"),
-    wire.Submit(request("ünï 🍎", seeds=(1, 2**63))),
-    wire.Cancel("r1"),
-    wire.Load("fake"),
-    wire.Unload("fake"),
-    wire.Stop(drain=True),
+    wire.Call("submit", request("ünï 🍎", seeds=(1, 2**63))),
+    wire.Call("cancel", "r1"),
+    wire.Call("stop", True),
 ]
 NEWS = [
     wire.Hello(1),
@@ -46,9 +44,7 @@ def over_asyncio(write) -> list[wire.Word]:
     async def hear_all():
         heard = []
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        loop = asyncio.get_running_loop()
-        transport, receiver = await loop.create_unix_connection(lambda: wire.Receiver(heard.append), sock=ours)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
 
         def send_all():
             with theirs:
@@ -57,10 +53,11 @@ def over_asyncio(write) -> list[wire.Word]:
         thread = threading.Thread(target=send_all)
         thread.start()
         try:
-            await asyncio.wait_for(receiver.ended, 20)
+            while (message := await asyncio.wait_for(wire.read(reader), 20)) is not None:
+                heard.append(message)
             return heard
         finally:
-            transport.abort()
+            writer.transport.abort()
             thread.join()
 
     return asyncio.run(hear_all())
@@ -86,10 +83,10 @@ def test_pictures_arrive_whole():
 
 @pytest.mark.parametrize("piece", [1, 7, 1000, 65_536, 65_537, 1 << 20])
 def test_frames_in_any_pieces(piece):
-    """Small frames, frames just around the scratch buffer's size, and large ones, cut at every kind of place."""
+    """Small frames, frames just around the size of the reader's buffer, and large ones, cut at every kind of place."""
     sizes = (0, 10, 65_000, 65_400, 65_500, 65_536, 66_000, 200_000, 3)
     sizes = sizes if piece > 10 else (0, 10, 3)
-    sent = [wire.Load("x" * size) for size in sizes] + NEWS
+    sent = [wire.Call("load", "x" * size) for size in sizes] + NEWS
     stream = b"".join(wire.pack(message) for message in sent)
 
     def write(sock):
@@ -139,4 +136,4 @@ def test_nothing_over_the_cap_is_sent(monkeypatch):
     monkeypatch.setattr(wire, "FRAME_CAP", 100)
     assert pickle.loads(wire.pack(wire.Hello(1))[8:]) == wire.Hello(1)
     with pytest.raises(wire.WireError, match="over the cap of 100"):
-        wire.pack(wire.Cancel("x" * 200))
+        wire.pack(wire.Call("cancel", "x" * 200))

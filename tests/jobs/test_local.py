@@ -1,0 +1,48 @@
+"""The engine inside a command's own process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.cli.bodies import open_registry
+from app.jobs.body import read_body
+from app.jobs.job import Job
+from app.pool import policy
+from app.pool.loader import Loader
+from app.report import Report
+from app.settings import Settings
+from app.worker.local import Local
+
+
+def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_one(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch hands what one thread asks for on to every thread that has not computed yet."""
+    loading: list[int] = []
+    load = Loader._do
+
+    def seen_loading(loader: Loader, job: policy.Job) -> None:
+        loading.append(torch.get_num_threads())
+        load(loader, job)
+
+    monkeypatch.setattr(Loader, "_do", seen_loading)
+    settings = Settings(models=tiny, threads=3)
+    registry = open_registry(settings)
+    seen: list[int] = []
+
+    def observe(report: Report, worker: str) -> None:
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with Local(settings, registry.cards, observe=observe) as local:
+            torch.set_num_threads(4)  # of whoever computes next for the first time
+            body, card = read_body({"prompt": "a"}), registry.cards["tiny-sd3"]
+            local.submit(Job(body.to_request(card, "id"), card, body)).future.result()
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {3} and set(loading) == {1}

@@ -1,0 +1,298 @@
+"""An engine in this process, and a family and a pool of arithmetic alone, which need no network and no files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from app.cards.card import Card
+from app.engine.engine import Engine
+from app.engine.profile import Curve
+from app.errors import LoadError
+from app.families.base import Conditions
+from app.families.text import Encoder, Read, States, read_texts
+from app.pool.policy import Need
+from app.pool.pool import Pool
+from app.report import Failure, ModelState, Phase, Report, Result, Tick
+from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
+from app.settings import Settings
+from tests.parts.waiting import eventually
+
+POISON = Prompt("poison")
+NOT_A_NUMBER = Prompt("nan")
+NOWHERE = Path("/nonexistent")
+
+
+def card(name: str = "fake", **changes: Any) -> Card:
+    facts: dict[str, Any] = {
+        "id": name,
+        "family": "sd3",
+        "source": {"path": "."},
+        "schedule": {"kind": "flow", "shift": 3.0},
+        "defaults": {"sampler": "flow_euler", "num_inference_steps": 8, "guidance_scale": 4.0, "size": "32x32"},
+        "limits": {"sizes": {"min": 16, "max": 64, "multiple": 16}},
+    }
+    return Card(**{**facts, **changes})
+
+
+class FakeFamily:
+    """A smooth function of latent, time and condition, different for each condition; rows do not see each other."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, card: Card, learned_variance: bool = False) -> None:
+        self.card = card
+        self.learned_variance = learned_variance
+        self.widths: list[int] = []
+        self.encoded: list[int] = []
+        self.encoder = Encoder(_Codes(), _Letters(), self._states)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        return (4, height // 8, width // 8)
+
+    def image_tokens(self, width: int, height: int) -> int:
+        return width * height // 256
+
+    def opposite(self, condition: Condition) -> Condition:
+        return Prompt(condition.negative) if isinstance(condition, Prompt) else ClassLabel(10)
+
+    def encode(
+        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+    ) -> Conditions:
+        if POISON in conditions:
+            raise ValueError("a poison prompt")
+        if isinstance(conditions[0], ClassLabel):
+            return {"code": torch.tensor([[_code(each)] for each in conditions])}
+        texts = [each.text for each in conditions if isinstance(each, Prompt)]
+        return {"code": read(self.encoder, texts, text_length, batch)[0]}
+
+    def _states(self, network: Any, ids: torch.Tensor) -> States:
+        self.encoded.append(len(ids))
+        return (ids,)
+
+    def blank(self, text_length: int) -> Conditions:
+        return {"code": torch.zeros(1, 1)}
+
+    def prepare(self) -> None:
+        pass
+
+    def truncated(self, condition: Condition, text_length: int) -> str | None:
+        return None
+
+    def denoise(
+        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.widths.append(len(x))
+        assert t.shape == (len(x),)
+        code = conditions["code"][:, :, None, None]
+        if "guidance" in conditions:
+            code = code + 0.2 * conditions["guidance"][:, None, None, None]
+        if "skip" in conditions:
+            code = torch.where(conditions["skip"][:, None, None, None], 0.5 * code, code)
+        out = torch.tanh(0.7 * x + code) + 0.3 * torch.cos(t / 300)[:, None, None, None] * x
+        return out, torch.sigmoid(out) if self.learned_variance else None
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        rows, _, height, width = latents.shape
+        flat = (torch.sigmoid(latents[:, :3]) * 255).to(torch.uint8)
+        return flat.permute(0, 2, 3, 1).reshape(rows, height, width, 3)
+
+    preview = decode
+
+
+class _Codes(torch.nn.Linear):
+    """Stands for a network with weights."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+
+class _Letters:
+    """A tokenizer whose one token is the text's code."""
+
+    def __call__(self, texts: list[str], **_: object) -> SimpleNamespace:
+        codes = [[float("nan") if Prompt(text) == NOT_A_NUMBER else _code(Prompt(text))] for text in texts]
+        return SimpleNamespace(input_ids=torch.tensor(codes))
+
+
+def _code(condition: Condition) -> float:
+    if isinstance(condition, ClassLabel):
+        return condition.index / 10
+    return sum(map(ord, condition.text)) % 97 / 97
+
+
+class FakeLease:
+    def __init__(self, pool: FakePool, model: FakeFamily) -> None:
+        self.model = model
+        self._pool = pool
+        self._held = True
+        pool.leases += 1
+
+    def release(self) -> None:
+        self._pool.leases -= self._held
+        self._held = False
+
+
+class FakePool:
+    """Every model is ready at once, or when `present` says so. `needs` is what was asked for last."""
+
+    device = torch.device("cpu")
+    blocked = False
+
+    def __init__(self, *families: FakeFamily) -> None:
+        self.families = {family.card.id: family for family in families}
+        self.cards = {name: family.card for name, family in self.families.items()}
+        self.present = set(self.families)
+        self.errors: dict[str, LoadError] = {}
+        self.states: list[ModelState] = []
+        self.leases = 0
+        self.needs: list[Need] = []
+        self.kept: Collection[str] = ()
+
+    def want(self, model_id: str) -> None:
+        pass
+
+    def need(self, needs: list[Need], kept: Collection[str]) -> None:
+        self.needs, self.kept = needs, kept
+
+    def lease(self, model_id: str, phase: Phase) -> FakeLease | None:
+        return FakeLease(self, self.families[model_id]) if self.resident(model_id, phase) else None
+
+    def resident(self, model_id: str, phase: Phase) -> bool:
+        return model_id in self.present
+
+    def family(self, model_id: str) -> FakeFamily | None:
+        return self.families[model_id] if model_id in self.present else None
+
+    def version(self, network: object) -> int:
+        return 1
+
+    def size(self, model_id: str) -> int:
+        return 1_000_000
+
+    def fits(self, model_id: str) -> bool:
+        return True
+
+    def failure(self, model_id: str) -> LoadError | None:
+        return self.errors.get(model_id)
+
+    def poll(self) -> list[ModelState]:
+        states, self.states = self.states, []
+        return states
+
+    def close(self) -> None:
+        pass
+
+
+class Still(Curve):
+    """A curve that learns nothing, for tests that count forwards."""
+
+    def trial(self) -> int:
+        return 0
+
+    def learn(self, passes: int, seconds: float, now: float) -> bool:
+        return False
+
+
+class FakeProfiles:
+    """Seconds by passes as a test wants them: `passes` is the width that saturates."""
+
+    def __init__(self, passes: int = 16, rate: float = 1e-3) -> None:
+        self.curve = {passes: passes * rate}
+
+    def forget(self, model: str) -> None:
+        pass
+
+    def known(self, family: object, key: object) -> Still | None:
+        return Still(self.curve)
+
+    def keep(self, family: object, key: object, curve: object) -> None:
+        pass
+
+
+def request(name: str, **changes: Any) -> Request:
+    facts: dict[str, Any] = {
+        "id": name,
+        "model": "fake",
+        "images": (ImageSpec(Prompt(name), 7),),
+        "width": 32,
+        "height": 32,
+        "sampler": "flow_euler",
+        "steps": 8,
+        "guided": True,
+        "guidance": 4.0,
+        "text_length": 24,
+        "keep_latents": True,
+    }
+    return Request(**{**facts, **changes})
+
+
+def load_all(pool: Pool) -> Pool:
+    """Load every model of a real pool."""
+
+    def loaded() -> bool:
+        for name in pool.cards:
+            assert pool.failure(name) is None, pool.failure(name)
+        return all(pool.resident(name, "denoise") for name in pool.cards)
+
+    for name in pool.cards:
+        pool.want(name)
+    eventually(loaded, 60)
+    return pool
+
+
+class Bench:
+    """Collects reports; `ticks` are the forwards, `results` and `failures` are by (request id, index) and id."""
+
+    def __init__(
+        self, pool: Any, *, deterministic: bool = False, threads: int = 0, profiles: Any = None, **engine: Any
+    ) -> None:
+        settings = Settings(deterministic=deterministic, threads=threads, cache=NOWHERE)
+        self.reports: list[Report] = []
+        profiles = profiles or FakeProfiles()
+        self.engine = Engine(pool, settings, self.reports.append, profiles=profiles, **engine)
+
+    def run(self, requests: Iterable[Request] = (), most: int = 100_000) -> Bench:
+        """Submit, then turn until nothing is left to do."""
+        for request in requests:
+            self.engine.submit(request)
+        for _ in range(most):
+            if not self.engine.tick():
+                return self
+        raise AssertionError("the engine does not come to rest")
+
+    def until(self, done: Callable[[], object], seconds: float = 60.0) -> None:
+        """Turn until this is true, also while models load. Asserts that nothing fails meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert not self.failures, self.failures
+            assert time.monotonic() < deadline, f"{len(self.results)} images are answered"
+            if not self.engine.tick():
+                time.sleep(0.002)
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.engine.tick()
+
+    @property
+    def forwards(self) -> list[Tick]:
+        return [report for report in self.reports if isinstance(report, Tick) and report.phase == "denoise"]
+
+    @property
+    def results(self) -> dict[tuple[str, int], Result]:
+        return {(each.request_id, each.index): each for each in self.reports if isinstance(each, Result)}
+
+    @property
+    def failures(self) -> dict[str, Failure]:
+        return {each.request_id: each for each in self.reports if isinstance(each, Failure)}
+
+    def of(self, kind: type[Report]) -> list[Any]:
+        return [each for each in self.reports if isinstance(each, kind)]

@@ -1,0 +1,238 @@
+"""A worker without torch: the same messages as `app.worker.process`, for the tests of the front.
+
+Knows nothing of diffusion: every image is one solid colour, `colour(condition, seed)`.
+
+Rows advance together, one step a tick of STEP seconds, as the engine's do. Prompts that begin with "!" misbehave:
+    !nan        the request fails with NonFiniteOutput at its second step
+    !oom        the request fails with OutOfMemory at its second step
+    !load       the request fails with CheckpointError before its first step
+    !hang       announces 0.3 seconds, then says nothing for ever
+    !held 8     announces 4 seconds, then holds the interpreter for 8 in a native call, and goes on
+    !die        the process kills itself with SIGKILL at the second step
+    !slow 2.5   the request takes about 2.5 seconds, spread over its steps; others go on meanwhile
+Run as `python tests/parts/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from app.errors import Cancelled, CheckpointError, InstepError, ModelNotFound, NonFiniteOutput, OutOfMemory
+from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
+from app.request import Condition, ImageSpec, Prompt, Request
+from app.worker import heartbeat, wire
+
+STEP = 0.002
+RATE = 0.0002
+"""Seconds a pass, as told: every body that the cards allow costs less than the shortest deadline there is."""
+CAP = 16
+IDLE = 30.0
+
+
+def words(condition: Condition) -> str:
+    return condition.text if isinstance(condition, Prompt) else f"label {condition.index}"
+
+
+def colour(condition: Condition, seed: int) -> tuple[int, int, int]:
+    """The colour of the image that this worker paints: a function of prompt (or label) and seed only."""
+    digest = hashlib.sha256(f"{words(condition)}|{seed}".encode()).digest()
+    return digest[0], digest[1], digest[2]
+
+
+@dataclass
+class Row:
+    request: Request
+    index: int
+    born: float = field(default_factory=time.monotonic)
+    started: float = 0.0
+    step: int = 0
+
+    @property
+    def spec(self) -> ImageSpec:
+        return self.request.images[self.index]
+
+    @property
+    def due(self) -> bool:
+        """Whether a step may be taken now: a "!slow S" row takes its first step at once, its last after S seconds."""
+        text = words(self.spec.condition)
+        if not text.startswith("!slow"):
+            return True
+        share = self.step / (self.request.steps - 1) if self.request.steps > 1 else 1.0
+        return time.monotonic() >= self.started + float(text.split()[1]) * share
+
+    def picture(self) -> np.ndarray:
+        pixels = np.empty((self.request.height, self.request.width, 3), np.uint8)
+        pixels[:] = colour(self.spec.condition, self.spec.seed)
+        return pixels
+
+
+class FakeWorker:
+    def __init__(self, sock: socket.socket, start: wire.Start) -> None:
+        self.sock = sock
+        self.sending = threading.Lock()
+        self.cards = start.cards
+        self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
+        self.rows: list[Row] = []
+        self.ready: set[str] = set()
+        self.stopping = self.draining = False
+        wanted = start.settings.preload
+        self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
+
+    def emit(self, report: Report | wire.Hello) -> None:
+        with self.sending:
+            wire.send(self.sock, report)
+
+    def listen(self) -> None:
+        while (order := wire.receive(self.sock)) is not None:
+            self.orders.put(order)
+        os._exit(0)
+
+    def run(self) -> None:
+        threading.Thread(target=self.listen, daemon=True).start()
+        self.emit(wire.Hello(os.getpid()))
+        for model in self.preload:
+            self.load(model)
+        while True:
+            self.take_orders()
+            if self.stopping and not (self.draining and self.rows):
+                return
+            self.tick()
+
+    def take_orders(self) -> None:
+        if not self.rows:
+            self.obey(self.wait())
+            if self.rows:
+                self.emit(Announce("step", 600.0))
+        while not self.orders.empty():
+            self.obey(self.orders.get())
+
+    def wait(self) -> wire.Order:
+        """The next order; as idle as the engine, and says so more often."""
+        while True:
+            self.emit(Announce("idle", IDLE))
+            with contextlib.suppress(queue.Empty):
+                return self.orders.get(timeout=IDLE / 300)
+
+    def obey(self, order: wire.Order) -> None:
+        match order:
+            case wire.Call("submit", request):
+                self.admit(request)
+            case wire.Call("cancel", request_id):
+                if any(row.request.id == request_id for row in self.rows):
+                    self.fail(request_id, Cancelled("The request was cancelled."))
+            case wire.Call("load", model_id):
+                self.load(model_id)
+            case wire.Call("unload", model_id):
+                self.ready.discard(model_id)
+                self.emit(ModelState(model_id, "absent"))
+            case wire.Call("stop", drain):
+                self.stopping, self.draining = True, drain
+
+    def load(self, model: str) -> None:
+        if model in self.ready:
+            return
+        seconds = float(os.environ.get("INSTEP_FAKE_LOAD", "0"))
+        self.emit(Announce("load", seconds + 5))
+        self.emit(ModelState(model, "loading"))
+        time.sleep(seconds)
+        self.ready.add(model)
+        rates = {self.cards[model].defaults.size: RATE}
+        self.emit(ModelState(model, "ready", seconds=seconds, device_bytes=1_000_000, rates=rates))
+
+    def admit(self, request: Request) -> None:
+        if request.model not in self.cards:
+            self.emit(Failure(request.id, ModelNotFound(f'There is no model "{request.model}".', param="model")))
+            return
+        if any(words(spec.condition).startswith("!load") for spec in request.images):
+            self.ready.discard(request.model)
+            self.emit(ModelState(request.model, "failed", "broken as asked"))
+            self.emit(Failure(request.id, CheckpointError("broken as asked")))
+            return
+        self.load(request.model)
+        self.rows += [Row(request, index) for index in range(len(request.images))]
+
+    def fail(self, request_id: str, error: InstepError) -> None:
+        self.rows = [row for row in self.rows if row.request.id != request_id]
+        self.emit(Failure(request_id, error))
+
+    def tick(self) -> None:
+        time.sleep(STEP)
+        for row in self.rows:
+            row.started = row.started or time.monotonic()
+        for model in sorted({row.request.model for row in self.rows}):
+            batch = [row for row in self.rows if row.request.model == model and row.due][:CAP]
+            if batch:
+                self.forward(model, batch)
+
+    def forward(self, model: str, batch: list[Row]) -> None:
+        for row in batch:
+            row.step += 1
+        passes = sum(2 if row.request.guided else 1 for row in batch)
+        running = min(CAP, len(self.rows))
+        waiting = len(self.rows) - running
+        self.emit(Tick(model, "denoise", len(batch), passes, 0, 2 * CAP, STEP, running, waiting))
+        for row in batch:
+            if row in self.rows:
+                self.settle(row)
+
+    def settle(self, row: Row) -> None:
+        request, text = row.request, words(row.spec.condition)
+        if row.step >= min(2, request.steps) and text.startswith("!"):
+            self.misbehave(row, text)
+        if row not in self.rows:
+            return
+        if request.progress:
+            self.emit(Progress(request.id, row.index, row.step, request.steps))
+        for partial in range(request.previews):
+            if row.step < request.steps and row.step == (partial + 1) * request.steps // (request.previews + 1):
+                self.emit(Preview(request.id, row.index, partial, row.picture()))
+        if row.step == request.steps:
+            self.rows.remove(row)
+            self.emit(self.result(row))
+
+    def misbehave(self, row: Row, text: str) -> None:
+        request = row.request
+        if text.startswith("!nan"):
+            self.fail(request.id, NonFiniteOutput("The network produced numbers that are not finite."))
+        elif text.startswith("!oom"):
+            self.fail(request.id, OutOfMemory("This image alone does not fit in the device's memory."))
+        elif text.startswith("!die"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif text.startswith("!hang"):
+            self.emit(Announce("step", 0.3))
+            time.sleep(3600)
+        elif text.startswith("!held") and row.step == 2:
+            self.emit(Announce("step", 4.0))
+            ctypes.PyDLL(None).sleep(int(text.split()[1]))
+            self.emit(Announce("step", 600.0))
+
+    def result(self, row: Row) -> Result:
+        request, now = row.request, time.monotonic()
+        latents = np.zeros((4, request.height // 8, request.width // 8), np.float32) if request.keep_latents else None
+        timings = Timings(row.started - row.born, 0.0, now - row.started, 0.0, request.steps, 1.0)
+        return Result(request.id, row.index, row.spec.seed, row.picture(), timings, latents)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heartbeat.start(int(sys.argv[2]))
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    start = wire.receive(sock)
+    if isinstance(start, wire.Start):
+        FakeWorker(sock, start).run()
+
+
+if __name__ == "__main__":
+    main()
