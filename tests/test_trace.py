@@ -10,8 +10,9 @@ import httpx
 import pytest
 
 from app.settings import Settings
-from tests.api.conftest import Server, eventually
-from tests.tracing import Tracer
+from tests.parts.servers import Server
+from tests.parts.tracing import Tracer
+from tests.parts.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
 FILES, CLASSES = 40, 16
@@ -33,7 +34,7 @@ def trace(folder: Path) -> dict[str, list[str]]:
     tracer = Tracer()
     tracer.install()
     try:
-        command = (sys.executable, str(ROOT / "tests" / "traced_worker.py"), str(folder))
+        command = (sys.executable, str(ROOT / "tests" / "parts" / "traced_worker.py"), str(folder))
         settings = Settings(
             models=ROOT / "models", devices="cpu", port=0, preload="emoji-mmdit", cache=folder / "cache"
         )

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 from app.worker import process
-from tests.tracing import Tracer, watch
+from tests.parts.tracing import Tracer, watch
 
 if __name__ == "__main__":
     tracer = Tracer()

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-APP = str(Path(__file__).parent.parent / "app") + "/"
+APP = str(Path(__file__).parent.parent.parent / "app") + "/"
 
 
 class Tracer:
