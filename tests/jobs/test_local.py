@@ -11,7 +11,7 @@ from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.local import Local
 from app.pool.loader import Loader
-from app.pool.policy import Job
+from app.pool.policy import Task
 from app.report import Report, Result
 from app.settings import Settings
 
@@ -23,7 +23,7 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
     loading: list[int] = []
     load = Loader._do
 
-    def seen_loading(loader: Loader, job: Job) -> None:
+    def seen_loading(loader: Loader, job: Task) -> None:
         loading.append(torch.get_num_threads())
         load(loader, job)
 
