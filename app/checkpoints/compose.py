@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -186,3 +187,15 @@ def draft(found: Inventory, registry: Registry, like: str | None) -> Draft:
 def flag(part: str) -> str:
     """The option of `instep models add` for a part."""
     return f"--{part.replace('_', '-')}"
+
+
+def free_id(path: Path, registry: Registry, models: Path) -> str:
+    """An id made of the name of the files, with a number behind it where that one is taken."""
+    named = re.sub(r"[^a-z0-9._]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-._")[:58]
+    ids = (f"{named or 'model'}{number}" for number in ("", *(f"-{count}" for count in range(2, 10_000))))
+    return next(model for model in ids if not is_taken(model, registry, models))
+
+
+def is_taken(model: str, registry: Registry, models: Path) -> bool:
+    """Whether a model of the folder or of the registry has this name."""
+    return (models / model).exists() or any(model in card.names for card in registry.cards.values())
