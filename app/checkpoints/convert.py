@@ -28,6 +28,7 @@ from app.cards.card import Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
 from app.cards.folder import Part
 from app.cards.noise import FILE, schedule_of
+from app.checkpoints.compose import ID
 from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
@@ -54,7 +55,6 @@ _COUNTS = ("num_embeds_ada_norm", "in_channels", "out_channels", "num_layers", "
 
 CLASS, VAE = "DiTTransformer2DModel", "AutoencoderKL"
 BIN = "diffusion_pytorch_model.bin"
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CARD = """\
 id = "{id}"
@@ -118,7 +118,7 @@ def convert_dit(wanted: Conversion, tell: Tell) -> None:
     if folder.exists() and card is None:
         hint = " and holds no card without weights" if wanted.replace else ": name a folder that does not"
         raise CheckpointError(f"{folder} exists{hint}")
-    if not _ID.fullmatch(folder.name):
+    if not ID.fullmatch(folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
     with _whole(folder) as unfinished:
         _write(wanted, unfinished, folder.name, tell)

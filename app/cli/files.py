@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def add(
     models: Folder = None,
 ) -> None:
     """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
-    from app.checkpoints.compose import draft, free_id, is_taken
+    from app.checkpoints.compose import draft, free_folder, free_id
     from app.checkpoints.identify import identify
 
     settings = read_settings(models=models)
@@ -68,11 +67,7 @@ def add(
         made.take_rest(registry.find(rest))
     made.refuse_gaps()
     model = name or free_id(path, registry, settings.models)
-    folder = settings.models / model
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", model):
-        raise LoadError(f'"{model}" cannot be the id of a model: letters, digits, ".", "_", "-"')
-    if is_taken(model, registry, settings.models):
-        raise LoadError(f"{folder}: there is a model of this name already; give another with --id")
+    folder = free_folder(model, registry, settings.models)
     made.write(folder, registry.cards)
     typer.echo(f"{model}: {folder / 'card.toml'}, like {made.like.card.id}; the weights stay where they are")
     for line in (*made.left_out(found), *made.own_schedule()):

@@ -159,6 +159,9 @@ def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
 
 def _print_found(found: Inventory, settings: Settings) -> None:
     """Which cards fit, the state of each part, and the memory that they take."""
+    from app.checkpoints.compose import flag
+    from app.checkpoints.identify import short
+
     one, parts = found.bases[0]
     names = [base.card.id for base, _ in found.bases]
     if found.pickled:
@@ -180,16 +183,12 @@ def _print_found(found: Inventory, settings: Settings) -> None:
         typer.echo(_budget(one, parts, memory, settings))
         return
     if found.others:
-        from app.checkpoints.identify import short
-
         typer.echo(f"besides, {len(found.others)} tensors that no layout has, the first {short(found.others[0])}")
-    flags = ", ".join(f"--{part.replace('_', '-')}" for part in parts)
-    typer.echo(f"no network is in it: give it to `instep models add` beside one ({flags})")
+    typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, parts))})")
 
 
 def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventory) -> str:
     """How a part is stored, or why it is not usable, or what its absence means."""
-    from app.checkpoints.compose import LOST
     from app.checkpoints.identify import short
     from app.families import FAMILIES
 
@@ -202,7 +201,7 @@ def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventor
         return "missing, and needed"
     if part.startswith("tokenizer"):
         return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
-    return f"missing; {LOST.get((one.card.family, part), 'it can do without')}"
+    return f"missing; {one.card.facts.without.get(part, 'it can do without')}"
 
 
 def _memory_of(one: CardConfigs, parts: Iterable[str], settings: Settings) -> dict[str, int]:

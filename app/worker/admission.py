@@ -8,11 +8,12 @@ import time
 from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from app.cards.card import Card, parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.jobs.job import Estimate
 from app.report import ModelState, Phase, State, Tick
 from app.request import Request
 from app.samplers.table import compile_table
@@ -33,18 +34,6 @@ OUTLIER = 4.0
 """A measurement over so many times the average counts as that: the first decode after a load also loads."""
 
 _USEFUL: tuple[State, ...] = ("ready", "loading", "failed", "absent")
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What was known when a request was accepted.
-
-    wait: seconds until its turn; position: unanswered requests on its device; cost: its own device seconds.
-    """
-
-    wait: float
-    position: int
-    cost: float
 
 
 class Kind(NamedTuple):

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, NoWorker
+from app.jobs.job import Job
 from app.report import Memory, ModelState, Report, Result, Tick
 from app.request import Request
 from app.worker import wire
-from app.worker.admission import Backlog
+from app.worker.admission import Backlog, kind_of
 from app.worker.heartbeat import Pulse
-from app.worker.jobs import Job
 
 FIRST_DELAY = 0.5
 """Seconds before the first restart; doubles to LAST_DELAY, and starts over after HEALTHY seconds of life."""
@@ -90,19 +90,18 @@ class Child:
     def take(self, job: Job) -> None:
         """This request goes here."""
         self.jobs[job.request.id] = job
-        self.backlog.add(job.kind, job.images_left, job.request.weight)
+        self.backlog.add(kind_of(job.request, job.card), job.images_left, job.request.weight)
         self.call("submit", job.request)
 
     def answer(self, job: Job, result: Result) -> None:
         """One image of this request is done."""
         if result.index not in job.results:
-            self.backlog.drop(job.kind, 1)
-        job.results[result.index] = result
+            self.backlog.drop(kind_of(job.request, job.card), 1)
 
     def drop(self, job: Job) -> None:
         """This request is over."""
         if self.jobs.pop(job.request.id, None):
-            self.backlog.end(job.kind, job.images_left)
+            self.backlog.end(kind_of(job.request, job.card), job.images_left)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""

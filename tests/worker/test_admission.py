@@ -7,9 +7,10 @@ import time
 import pytest
 
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
-from app.worker.admission import Backlog, Estimate, admit, after
+from app.jobs.job import Estimate
+from app.worker.admission import Backlog, admit, after
 from tests.parts.fake_worker import RATE
-from tests.parts.supervising import request, serving
+from tests.parts.supervising import job, request, serving
 from tests.parts.waiting import run, until
 from tests.worker.test_backlog import backlog, kind
 
@@ -115,15 +116,15 @@ def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
         async with serving(max_wait=50 * RATE) as here:
             supervisor = here.supervisor
             await until(lambda: supervisor.ready)
-            flood = [supervisor.submit(request("!slow 60", steps=18, tenant="flood")) for _ in range(3)]
+            flood = [supervisor.submit(job("!slow 60", steps=18, tenant="flood")) for _ in range(3)]
             assert flood[-1].estimate == Estimate(pytest.approx(40 * RATE), 2, pytest.approx(20 * RATE))
-            small = supervisor.submit(request("!slow 60", tenant="small"))
+            small = supervisor.submit(job("!slow 60", tenant="small"))
             assert small.estimate.wait == pytest.approx(6 * RATE)
             assert supervisor.tenants() == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
             with pytest.raises(RateLimited):
-                supervisor.submit(request(tenant="flood"))
+                supervisor.submit(job(tenant="flood"))
             with pytest.raises(RateLimited):
-                supervisor.submit(request(tenant="small"), limit=RATE)
+                supervisor.submit(job(tenant="small"), limit=RATE)
             for future in (*flood, small):
                 future.cancel()
             await asyncio.sleep(0)
