@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from app.cards.card import Card, parse_size
+from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
-from app.jobs.job import Estimate
+from app.jobs.job import Estimate, Job
 from app.report import ModelState, Phase, State, Tick
 from app.request import Request
 from app.samplers.table import compile_table
@@ -46,10 +46,11 @@ class Kind(NamedTuple):
     passes: int
 
 
-def kind_of(request: Request, card: Card) -> Kind:
-    """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+def kind_of(job: Job) -> Kind:
+    """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+    request = job.request
     # The engine compiles the same table, for the image's own number of tokens.
-    lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
+    lines = compile_table(job.card.schedule, request.sampler, request.steps, tokens=1).lines
     return Kind(request.tenant, request.model, request.width, request.height, request.passes(lines))
 
 
@@ -110,19 +111,18 @@ def _nearer(known: float, taken: float) -> float:
 
 
 class Backlog:
-    """The unanswered images of one worker by kind, and what its engine last reported of its models and its batch.
+    """The jobs of one worker, what their unanswered images take, and what the engine last reported of its models.
 
-    A sum over kinds is exact and cheap, however many requests there are. Costs outlive the process: the next one has
-    the same device and the same files.
+    Images are counted by kind: a sum over kinds is exact and cheap, however many jobs there are. Costs outlive the
+    process: the next one has the same device and the same files.
 
     NOTE: an image counts whole until it is answered. What of it is done is known to the engine alone; leaving it out
     overstates the queue by at most what is in the slots, which is little beside a queue that is worth a refusal.
     """
 
     def __init__(self) -> None:
-        self.requests = 0
-        self.weights: dict[str, float] = {}
-        """Of the tenants that have images here."""
+        self.jobs: dict[str, Job] = {}
+        self.weights: dict[str, float] = {}  # of the tenants that have images here
         self.costs = Costs()
         self._images: Counter[Kind] = Counter()
         self._states: dict[str, ModelState] = {}
@@ -130,14 +130,24 @@ class Backlog:
         self._running = 0
         self._rows: dict[str, int] = {}
 
-    def add(self, kind: Kind, images: int, weight: float) -> None:
-        """A request of so many images; its weight is from now on that of its tenant."""
-        self.requests += 1
-        self._images[kind] += images
-        self.weights[kind.tenant] = weight
+    def add(self, job: Job) -> None:
+        """A job more; its weight is from now on that of its tenant."""
+        self.jobs[job.request.id] = job
+        self._images[kind_of(job)] += job.images_left
+        self.weights[job.request.tenant] = job.request.weight
 
-    def drop(self, kind: Kind, images: int) -> None:
-        """So many images fewer: answered, failed or cancelled. Counts of the last Ticks end with the last image."""
+    def answer(self, job: Job, index: int) -> None:
+        """This image of the job is about to be answered."""
+        if index not in job.results:
+            self._drop(kind_of(job), 1)
+
+    def end(self, job: Job) -> None:
+        """The job is answered, failed or cancelled."""
+        if self.jobs.pop(job.request.id, None) and job.images_left:
+            self._drop(kind_of(job), job.images_left)
+
+    def _drop(self, kind: Kind, images: int) -> None:
+        """So many images fewer. What the last Ticks counted ends with the last image."""
         self._images[kind] -= images
         if not self._images[kind]:
             del self._images[kind]
@@ -147,12 +157,6 @@ class Backlog:
                 self._rows.pop(kind.model, None)
         if not self._images:
             self._running = 0
-
-    def end(self, kind: Kind, images: int) -> None:
-        """A request is over; so many of its images were not answered."""
-        self.requests -= 1
-        if images:
-            self.drop(kind, images)
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
@@ -241,7 +245,7 @@ def merge(old: ModelState | None, new: ModelState) -> ModelState:
 
 def best(states: Iterable[ModelState]) -> ModelState:
     """The most useful of a model's states on several workers."""
-    return min(states, key=lambda state: _USEFUL.index(state.state))
+    return min(states, key=lambda known: _USEFUL.index(known.state))
 
 
 def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
@@ -261,16 +265,15 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
     return min(range(len(backlogs)), key=rank)
 
 
-def admit(
-    request: Request, kind: Kind, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None
-) -> Estimate:
-    """What the request may expect behind `chosen`, one of the live workers' backlogs.
+def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> Estimate:
+    """What the job may expect behind `chosen`, one of the live workers' backlogs.
 
-    All is judged by what is ahead, not by that and the request's own cost: else large requests would never enter.
-    Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy
-    queue; Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even
-    an idle device would not meet that.
+    All is judged by what is ahead, not by that and the job's own cost: else large requests would never enter. Raises
+    RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy queue;
+    Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle
+    device would not meet that.
     """
+    request, kind = job.request, kind_of(job)
     _check_share(request, chosen, backlogs, max_wait, limit)
     own = chosen.tenants().get(request.tenant, 0.0)
     wait = chosen.wait(request.tenant, request.weight, own)
@@ -279,8 +282,8 @@ def admit(
     cost = len(request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(request.tenant, request.weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, chosen.requests, cost)
-    if request.deadline is not None and chosen.costs.measured(request.model):
+    estimate = Estimate(finish - cost, len(chosen.jobs), cost)
+    if request.deadline is not None and chosen.costs.measured(kind.model):
         _check_deadline(estimate, request.deadline - time.monotonic())
     return estimate
 

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, NoWorker
-from app.jobs.job import Job
-from app.report import Memory, ModelState, Report, Result, Tick
+from app.report import Memory, ModelState, Report, Tick
 from app.request import Request
 from app.worker import wire
-from app.worker.admission import Backlog, kind_of
+from app.worker.admission import Backlog
 from app.worker.heartbeat import Pulse
 
 FIRST_DELAY = 0.5
@@ -37,7 +36,7 @@ log = logging.getLogger("instep.worker")
 
 
 class Child:
-    """One entry of DEVICES: its process, the requests that it has, and what it takes to answer them.
+    """One entry of DEVICES: its process, and the backlog of jobs that it has.
 
     `hear(child, report)` gets the reports, `bury(child, reason)` each death. back_in: seconds from a death until the
     next process is expected to be ready.
@@ -52,7 +51,6 @@ class Child:
         bury: Callable[[Child, str], None],
     ) -> None:
         self.name = name
-        self.jobs: dict[str, Job] = {}
         self.backlog = Backlog()
         self.memory = Memory(name, {})
         self.restarts = 0
@@ -86,22 +84,6 @@ class Child:
         """Call a method of the engine in the live process; without one it goes nowhere."""
         if self.live:
             self._write(wire.Call(method, argument))
-
-    def take(self, job: Job) -> None:
-        """This request goes here."""
-        self.jobs[job.request.id] = job
-        self.backlog.add(kind_of(job.request, job.card), job.images_left, job.request.weight)
-        self.call("submit", job.request)
-
-    def answer(self, job: Job, result: Result) -> None:
-        """One image of this request is done."""
-        if result.index not in job.results:
-            self.backlog.drop(kind_of(job.request, job.card), 1)
-
-    def drop(self, job: Job) -> None:
-        """This request is over."""
-        if self.jobs.pop(job.request.id, None):
-            self.backlog.end(kind_of(job.request, job.card), job.images_left)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
@@ -194,11 +176,11 @@ class Child:
         while (message := await wire.read(reader)) is not None:
             pulse.hear(message)
             try:
-                self._take(message)
+                self._receive(message)
             except Exception:
                 log.exception("a listener failed on %s", type(message).__name__)
 
-    def _take(self, message: wire.Word) -> None:
+    def _receive(self, message: wire.Word) -> None:
         match message:
             case wire.Hello(pid):
                 self._startup = time.monotonic() - self._born

@@ -20,7 +20,7 @@ from app.report import Failure, Memory, ModelState, Preview, Progress, Report, R
 from app.request import ImageSpec, Request
 from app.settings import Settings
 from app.worker import plan, wire
-from app.worker.admission import admit, best, choose, kind_of
+from app.worker.admission import admit, best, choose
 from app.worker.child import Child
 
 WORKER = (sys.executable, "-m", "app.worker.process")
@@ -158,17 +158,18 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
         if self._crashes.condemned(request):
             raise EngineError(_POISON)
-        kind, max_wait = kind_of(request, self._card(request.model)), self._settings.max_wait
+        model, max_wait = self._card(request.model).id, self._settings.max_wait
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
         backlogs = [child.backlog for child in live]
-        child = live[choose(backlogs, request.model, max_wait)]
-        job.estimate = admit(request, kind, child.backlog, backlogs, max_wait=max_wait, limit=limit)
+        child = live[choose(backlogs, model, max_wait)]
+        job.estimate = admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         self._jobs[request.id] = job
         job.future.add_done_callback(lambda _: self._close(child, job))
-        child.take(job)
+        child.backlog.add(job)
+        child.call("submit", request)
         return job
 
     def load(self, model_id: str) -> None:
@@ -193,9 +194,9 @@ class Supervisor:
         """One report from a live worker. What is about a job that is no longer in flight is only observed."""
         match report:
             case Result() | Progress() | Preview() | Failure():
-                if job := child.jobs.get(report.request_id):
+                if job := child.backlog.jobs.get(report.request_id):
                     if isinstance(report, Result):
-                        child.answer(job, report)
+                        child.backlog.answer(job, report.index)
                     job.hear(report)
             case Memory(bytes=held):
                 report = child.memory = Memory(child.name, held)
@@ -210,7 +211,7 @@ class Supervisor:
     def _close(self, child: Child, job: Job) -> None:
         """The job has ended, whoever ended it: the one place where it leaves the books."""
         self._jobs.pop(job.request.id, None)
-        child.drop(job)
+        child.backlog.end(job)
         if job.future.cancelled():
             child.call("cancel", job.request.id)
         elif not job.future.exception():
@@ -218,7 +219,7 @@ class Supervisor:
 
     def _bury(self, child: Child, reason: str) -> None:
         """A worker is gone: answer its requests at once, forget what it had loaded."""
-        lost = list(child.jobs.values())
+        lost = list(child.backlog.jobs.values())
         if not self._closing:
             self._crashes.record(job.request for job in lost)
         retry_after = 1.0 if self.live else max(1.0, child.back_in)

@@ -1,12 +1,19 @@
 """The books of one worker in device seconds: whose, how long, what goes first; empty when all is answered."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.report import ModelState
+from app.jobs.job import Job
+from app.report import ModelState, Result, Timings
 from app.worker.admission import Backlog, Kind, kind_of
-from tests.parts.supervising import CARDS, request
+from tests.parts.supervising import job, request
+
+
+def taking(passes: int, **changes: object) -> Job:
+    """A job of images that take so many passes."""
+    return job(request(steps=passes, **changes))
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:
@@ -14,27 +21,33 @@ def backlog(**tenants: tuple[float, int]) -> Backlog:
     made = Backlog()
     made.hear(ModelState("fake", "ready", rates={"32x32": 0.1}))
     for name, (weight, images) in tenants.items():
-        made.add(kind(name), images, weight)
+        made.add(taking(8, tenant=name, weight=weight, seeds=range(images)))
     return made
 
 
-def kind(tenant: str = "", passes: int = 8) -> Kind:
-    return Kind(tenant, "fake", 32, 32, passes)
+def answer(books: Backlog, some: Job, images: int) -> None:
+    for index in range(images):
+        result = Result(some.request.id, index, index, np.zeros(0), Timings(0, 0, 0, 0, 0, 0))
+        books.answer(some, index)
+        some.hear(result)
 
 
 def test_a_kind_counts_lines_and_both_passes_of_a_guided_image():
-    assert kind_of(request(tenant="a"), CARDS["fake"]) == Kind("a", "fake", 32, 32, 4)
-    assert kind_of(request(guided=True), CARDS["fake"]).passes == 8
-    assert kind_of(request(sampler="flow_heun", steps=10), CARDS["fake"]).passes == 19
+    assert kind_of(job(tenant="a")) == Kind("a", "fake", 32, 32, 4)
+    assert kind_of(job(guided=True)).passes == 8
+    assert kind_of(job(sampler="flow_heun", steps=10)).passes == 19
 
 
 def test_seconds_are_of_images_by_tenant():
     books = backlog(a=(1.0, 3), b=(1.0, 2))
+    first, second = books.jobs.values()
     assert books.tenants() == pytest.approx({"a": 3.0, "b": 2.0})
     assert (books.seconds, books.images) == (pytest.approx(5.0), 5)
-    books.drop(kind("a"), 2)
-    books.drop(kind("b"), 2)
+    answer(books, first, 2)
+    answer(books, second, 2)
     assert books.tenants() == pytest.approx({"a": 1.0}) and books.weights == {"a": 1.0}
+    books.answer(first, 0)
+    assert books.images == 1, "an image that is answered twice counts once"
 
 
 def test_alone_the_wait_is_all_that_is_ahead():
@@ -52,19 +65,27 @@ def test_a_flood_of_another_tenant_makes_nobody_wait_for_all_of_it():
 
 def test_shorter_and_equal_images_of_the_same_tenant_go_first():
     books = backlog(a=(1.0, 2), b=(1.0, 5))
-    books.add(kind("a", passes=98), 3, 1.0)
-    assert books.before(kind("a", passes=4)) == 0.0
-    assert books.before(kind("a")) == pytest.approx(2.0)
-    assert books.before(kind("a", passes=200)) == pytest.approx(2.0 + 3 * 10.0)
+    books.add(taking(98, tenant="a", seeds=range(3)))
+    assert books.before(Kind("a", "fake", 32, 32, 4)) == 0.0
+    assert books.before(Kind("a", "fake", 32, 32, 8)) == pytest.approx(2.0)
+    assert books.before(Kind("a", "fake", 32, 32, 200)) == pytest.approx(2.0 + 3 * 10.0)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(1, 5)), max_size=30))
-def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]]):
-    books = backlog()
-    for name, passes, images in moves:
-        books.add(kind(name, passes), images, 2.0)
-    assert books.images == sum(images for _, _, images in moves)
-    assert books.seconds == pytest.approx(sum(books.image(kind("", passes)) * images for _, passes, images in moves))
-    for name, passes, images in sorted(moves):
-        books.drop(kind(name, passes), images)
-    assert (books.images, books.seconds, books.weights) == (0, 0, {})
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(1, 5), st.integers(0, 5)), max_size=30)
+)
+def test_books_in_any_order_end_empty(asked: list[tuple[str, int, int, int]]):
+    """Jobs of a tenant, with so many passes, images and images that are answered before the job ends."""
+    books, seconds = backlog(), 0.0
+    jobs = [
+        (taking(passes, tenant=name, weight=2.0, seeds=range(images)), done) for name, passes, images, done in asked
+    ]
+    for some, _ in jobs:
+        books.add(some)
+        seconds += books.image(kind_of(some)) * some.images_left
+    assert books.images == sum(images for _, _, images, _ in asked)
+    assert books.seconds == pytest.approx(seconds)
+    for some, done in sorted(jobs, key=lambda pair: kind_of(pair[0])):
+        answer(books, some, min(done, some.images_left))
+        books.end(some)
+    assert (books.images, books.seconds, books.weights, books.jobs) == (0, 0, {}, {})
