@@ -22,14 +22,9 @@ from app.cards.files import read_toml
 from app.errors import SettingsError
 from app.settings import Settings
 
-ADMIN = "admin"
-"""The name of the admin key in requests, metrics and logs."""
-
-KEY_LENGTH = 16
-"""Least characters of a key."""
-
-FILE_LIMIT = 16 * 1024 * 1024
-"""Bytes of a file of keys that are read; a key takes about 100."""
+ADMIN = "admin"  # the name of the admin key in requests, metrics and logs
+KEY_LENGTH = 16  # least characters of a key
+FILE_LIMIT = 16 * 1024 * 1024  # bytes of a file of keys that are read; a key takes about 100
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(rf"[!-~]{{{KEY_LENGTH},512}}")
@@ -52,8 +47,7 @@ class ApiKey:
     queue: float | None = None
 
 
-NOBODY = ApiKey("")
-"""Every client of a server without keys."""
+NOBODY = ApiKey("")  # every client of a server without keys
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,23 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.errors import HeadersTooLarge, InstepError, Overloaded, RequestError, RequestTimeout, ShuttingDown
 from app.settings import Settings
 
-HEADERS = 100
-"""Header lines that a request may have."""
-
-HEADER_BYTES = 32 * 1024
-"""Bytes of a request's target and headers together."""
-
-EVENTS = 16
-"""Heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us."""
-
-AHEAD = 64 * 1024
-"""Bytes behind a whole request beyond which a connection is not read before it is answered."""
-
-SLOWEST = 8 * 1024
-"""Bytes a second that a client must take of its answer while it has not taken all."""
-
-HEAD_SECONDS = 10.0
-"""Seconds in which a client must send the whole head of a request, if REQUEST_TIMEOUT is not shorter still."""
+HEADERS = 100  # header lines of a request
+HEADER_BYTES = 32 * 1024  # of a request's target and headers together
+EVENTS = 16  # heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us
+AHEAD = 64 * 1024  # bytes behind a whole request beyond which a connection is not read before it is answered
+SLOWEST = 8 * 1024  # bytes a second that a client must take of its answer while it has not taken all
+HEAD_SECONDS = 10.0  # in which a client must send the whole head of a request, if REQUEST_TIMEOUT is not shorter still
 
 LINGER = 2.0
 """Seconds of silence after which a refused client is cut off, and REQUEST_TIMEOUT where it goes on sending. NOTE: to
@@ -51,8 +40,7 @@ PROBES = (b"/healthz", b"/readyz")
 """What a connection over the caps may still ask. A crowd must not make an orchestrator restart the server, and its
 probes come from an address like any other's."""
 
-GRACE = 2.0
-"""Seconds in which a connection over the caps is heard, and in which it must leave once it is refused."""
+GRACE = 2.0  # seconds in which a connection over the caps is heard, and in which it must leave once it is refused
 
 _TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them."
 

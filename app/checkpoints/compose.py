@@ -18,15 +18,6 @@ from app.checkpoints.parts import prove
 from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
 
-LOST = {
-    ("sd3", "text_encoder"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_2"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_3"): "it is zeros without: long prompts and written words are followed less well",
-    ("flux", "text_encoder"): "it is zeros without: pictures keep less to the prompt's style",
-    ("flux", "text_encoder_2"): "it is zeros without: prompts are hardly followed",
-}
-"""What a model loses with a part that it can do without."""
-
 OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
 
@@ -105,10 +96,10 @@ class Draft:
 
     def left_out(self, found: Inventory) -> list[str]:
         """A line for each encoder that the model will be without, with the reason where the files have one."""
-        family = self.like.card.family
+        without = self.like.card.facts.without
         odd = {part: f": {short(reason)}" for part, reason in found.odd.items()}
-        absent = [part for part in self.missing if (family, part) in LOST]
-        return [f"without {part}{odd.get(part, '')} ({LOST[family, part]})" for part in absent]
+        absent = [part for part in self.missing if part in without]
+        return [f"without {part}{odd.get(part, '')} ({without[part]})" for part in absent]
 
     def own_schedule(self) -> list[str]:
         """A line for what the folder's own scheduler_config.json says otherwise than the card that it is like."""

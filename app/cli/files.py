@@ -119,7 +119,6 @@ def _print_found(found: Inventory, settings: Settings) -> None:
 
 def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventory) -> str:
     """How a part is stored, or why it is not usable, or what its absence means."""
-    from app.checkpoints.compose import LOST
     from app.checkpoints.identify import short
     from app.families import FAMILIES
 
@@ -132,7 +131,7 @@ def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventor
         return "missing, and needed"
     if part.startswith("tokenizer"):
         return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
-    return f"missing; {LOST.get((one.card.family, part), 'it can do without')}"
+    return f"missing; {one.card.facts.without.get(part, 'it can do without')}"
 
 
 def _memory_of(one: CardConfigs, settings: Settings) -> dict[str, int]:
