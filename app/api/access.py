@@ -1,4 +1,4 @@
-"""What is around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
+"""The layers around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
 
 FastAPI's own middleware would hide a client's disconnect.
 """

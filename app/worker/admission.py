@@ -14,7 +14,7 @@ from typing import NamedTuple
 from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.jobs.job import Estimate, Job
-from app.report import ModelState, Phase, State, Tick
+from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
 from app.request import Request
 from app.samplers.table import compile_table
 
@@ -136,14 +136,10 @@ class Backlog:
         self._images[kind_of(job)] += job.images_left
         self.weights[job.request.tenant] = job.request.weight
 
-    def answer(self, job: Job, index: int) -> None:
-        """This image of the job is about to be answered."""
-        if index not in job.results:
-            self._drop(kind_of(job), 1)
-
     def end(self, job: Job) -> None:
         """The job is answered, failed or cancelled."""
-        if self.jobs.pop(job.request.id, None) and job.images_left:
+        del self.jobs[job.request.id]
+        if job.images_left:
             self._drop(kind_of(job), job.images_left)
 
     def _drop(self, kind: Kind, images: int) -> None:
@@ -158,17 +154,24 @@ class Backlog:
         if not self._images:
             self._running = 0
 
-    def hear(self, report: ModelState | Tick) -> None:
-        """Learn from a report of the engine."""
-        self.costs.hear(report)
-        if isinstance(report, ModelState):
-            self._states[report.model] = merge(self._states.get(report.model), report)
-            if report.state == "ready":
-                self._were_ready.add(report.model)
-        else:
-            self._running = report.running
-            if report.phase == "denoise" and report.rows:
-                self._rows[report.model] = report.rows
+    def hear(self, report: Report) -> None:
+        """Learn from a report of the engine, and hand it to the job in flight that it is about."""
+        match report:
+            case Result() | Progress() | Preview() | Failure():
+                if job := self.jobs.get(report.request_id):
+                    if isinstance(report, Result) and report.index not in job.results:
+                        self._drop(kind_of(job), 1)
+                    job.hear(report)
+            case ModelState(model=model):
+                self.costs.hear(report)
+                self._states[model] = merge(self._states.get(model), report)
+                if report.state == "ready":
+                    self._were_ready.add(model)
+            case Tick():
+                self.costs.hear(report)
+                self._running = report.running
+                if report.phase == "denoise" and report.rows:
+                    self._rows[report.model] = report.rows
 
     def forget(self) -> list[str]:
         """The process is dead, and what it had loaded is gone. Returns the models that it knew."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, NoWorker
-from app.report import Memory, ModelState, Report, Tick
+from app.jobs.job import Job
+from app.report import Memory, Report
 from app.request import Request
 from app.worker import wire
 from app.worker.admission import Backlog
@@ -84,6 +85,17 @@ class Child:
         """Call a method of the engine in the live process; without one it goes nowhere."""
         if self.live:
             self._write(wire.Call(method, argument))
+
+    def take(self, job: Job) -> None:
+        """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
+        self.backlog.add(job)
+        job.future.add_done_callback(lambda _: self._drop(job))
+        self.call("submit", job.request)
+
+    def _drop(self, job: Job) -> None:
+        self.backlog.end(job)
+        if job.future.cancelled():
+            self.call("cancel", job.request.id)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
@@ -193,8 +205,7 @@ class Child:
                 self._refusal = error
                 log.error("engine process on %s refuses: %s", self.name, error.message)
             case _:
-                if isinstance(message, ModelState | Tick):
-                    self.backlog.hear(message)
+                self.backlog.hear(message)
                 self._hear(self, message)
 
     async def _watch(self, process: subprocess.Popen[bytes], listening: asyncio.Task[None], pulse: Pulse) -> str:

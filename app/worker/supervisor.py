@@ -16,7 +16,7 @@ from dataclasses import replace
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.jobs.job import Job
-from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result
+from app.report import Memory, ModelState, Report
 from app.request import ImageSpec, Request
 from app.settings import Settings
 from app.worker import plan, wire
@@ -49,7 +49,6 @@ class Supervisor:
         self._observe = observe
         self._preloads = plan.preloads(settings, cards)
         self._crashes = CrashHistory()
-        self._jobs: dict[str, Job] = {}
         self._closing = False
         self._children = [
             Child(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
@@ -131,15 +130,15 @@ class Supervisor:
             raise
 
     async def stop(self, grace: float) -> None:
-        """Take no new requests, give those in flight `grace` seconds, then end the processes.
+        """Take no new jobs, give those in flight `grace` seconds, then end the processes.
 
         What is unanswered by then fails with ShuttingDown.
         """
         self._closing = True
-        if self._jobs and grace > 0:
-            log.info("draining %d requests", len(self._jobs))
-            await asyncio.wait([asyncio.gather(*self._jobs.values(), return_exceptions=True)], timeout=grace)
-        for job in list(self._jobs.values()):
+        if (jobs := self._jobs) and grace > 0:
+            log.info("draining %d requests", len(jobs))
+            await asyncio.wait([asyncio.gather(*jobs, return_exceptions=True)], timeout=grace)
+        for job in self._jobs:
             job.fail(ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
         await asyncio.gather(*(child.stop() for child in self._children))
 
@@ -148,17 +147,16 @@ class Supervisor:
 
         limit: device seconds that its tenant may have queued, None for its share alone. Raises ShuttingDown, NoWorker,
         Overloaded, RateLimited (all with retry_after, seconds), DeadlineExceeded, EngineError for a request that two
-        deaths have in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's
+        crashes have in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's
         schedule does not have.
         """
-        request = job.request
         if self._closing:
             raise ShuttingDown("The server is shutting down.", retry_after=5.0)
-        if request.id in self._jobs:
-            raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
-        if self._crashes.condemned(request):
+        if any(job.request.id in child.backlog.jobs for child in self._children):
+            raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
+        if self._crashes.condemned(job.request):
             raise EngineError(_POISON)
-        model, max_wait = self._card(request.model).id, self._settings.max_wait
+        model, max_wait = self._card(job.request.model).id, self._settings.max_wait
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
@@ -166,10 +164,8 @@ class Supervisor:
         backlogs = [child.backlog for child in live]
         child = live[choose(backlogs, model, max_wait)]
         job.estimate = admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
-        self._jobs[request.id] = job
-        job.future.add_done_callback(lambda _: self._close(child, job))
-        child.backlog.add(job)
-        child.call("submit", request)
+        child.take(job)
+        job.future.add_done_callback(lambda _: self._forgive(job))
         return job
 
     def load(self, model_id: str) -> None:
@@ -179,6 +175,14 @@ class Supervisor:
     def unload(self, model_id: str) -> None:
         """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
         self._call("unload", model_id)
+
+    def _forgive(self, job: Job) -> None:
+        if not job.images_left:
+            self._crashes.clear(job.request)
+
+    @property
+    def _jobs(self) -> list[Job]:
+        return [job for child in self._children for job in child.backlog.jobs.values()]
 
     def _call(self, method: wire.Method, model_id: str) -> None:
         model = self._card(model_id).id
@@ -191,34 +195,15 @@ class Supervisor:
         return self._cards[model_id]
 
     def _hear(self, child: Child, report: Report) -> None:
-        """One report from a live worker. What is about a job that is no longer in flight is only observed."""
-        match report:
-            case Result() | Progress() | Preview() | Failure():
-                if job := child.backlog.jobs.get(report.request_id):
-                    if isinstance(report, Result):
-                        child.backlog.answer(job, report.index)
-                    job.hear(report)
-            case Memory(bytes=held):
-                report = child.memory = Memory(child.name, held)
-        self._tell(child, report)
-
-    def _tell(self, child: Child, report: Report) -> None:
+        if isinstance(report, Memory):
+            report = child.memory = Memory(child.name, report.bytes)
         try:
             self._observe(report, child.name)
         except Exception:
             log.exception("the observer failed on %s", type(report).__name__)
 
-    def _close(self, child: Child, job: Job) -> None:
-        """The job has ended, whoever ended it: the one place where it leaves the books."""
-        self._jobs.pop(job.request.id, None)
-        child.backlog.end(job)
-        if job.future.cancelled():
-            child.call("cancel", job.request.id)
-        elif not job.future.exception():
-            self._crashes.clear(job.request)
-
     def _bury(self, child: Child, reason: str) -> None:
-        """A worker is gone: answer its requests at once, forget what it had loaded."""
+        """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
         lost = list(child.backlog.jobs.values())
         if not self._closing:
             self._crashes.record(job.request for job in lost)
@@ -229,11 +214,11 @@ class Supervisor:
             else:
                 message = "The engine process died while it worked on this request. Try again."
                 job.fail(NoWorker(message, retry_after=retry_after))
-        self._tell(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
+        self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
         for model in child.backlog.forget():
-            self._tell(child, ModelState(model, "absent"))
+            self._hear(child, ModelState(model, "absent"))
 
 
 class CrashHistory:
