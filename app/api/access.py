@@ -1,4 +1,4 @@
-"""What is around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
+"""The layers around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
 
 FastAPI's own middleware would hide a client's disconnect.
 """
@@ -8,26 +8,23 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
-from app.api.front import Front, Record, Turns
+from app.api.front import Front, Turns
 from app.errors import Cancelled, InstepError
-from app.keys import KEY_LENGTH
+from app.keys import KEY_LENGTH, NOBODY
 from app.logs import logger
 
 PROBES = ("/health", "/healthz", "/readyz")
 """Routes that are answered at once, so that a crowd does not look like a server that is stuck."""
 
-SLICE = 256 * 1024
-"""Bytes of an answer that are sent in one turn of the event loop: to copy a hundred megabytes takes 100 ms."""
-
-DRAIN_LIMIT = 32 * 1024 * 1024
-"""Bytes of a request that are read and dropped after its answer. REQUEST_TIMEOUT bounds the time."""
-
+SLICE = 256 * 1024  # bytes of an answer in one turn of the event loop: to copy a hundred megabytes takes 100 ms
+DRAIN_LIMIT = 32 * 1024 * 1024  # bytes of a request that are read and dropped; REQUEST_TIMEOUT bounds the time
 CLIENT_GONE = 499
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -44,19 +41,20 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, partial(_without_traceback, send))
             return
-        record, method = Record(_id(scope)), scope["method"]
+        identity, method, status = _id(scope), scope["method"], 0
         if method == "HEAD":  # answered as GET is; uvicorn, which has the method as it was, leaves the body out
             scope = {**scope, "method": "GET"}
-        scope.setdefault("state", {})["record"] = record
+        scope.setdefault("state", {}).update(id=identity, key=NOBODY, facts={})
         front: Front = scope["app"].state.front
         started = time.perf_counter()
 
         async def noting(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = record.id
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = identity
             await _sliced(message, send, front.turns)
 
         try:
@@ -64,15 +62,15 @@ class Access:
                 await front.turns.take()
             await self._app(scope, receive, noting)
         except ClientDisconnect:  # before its body was read
-            record.gone = True
+            status = CLIENT_GONE
             front.metrics.failed("", Cancelled.code)
         except Exception:
-            log.exception("unhandled", request_id=record.id)
-            if record.status:
+            log.exception("unhandled", request_id=identity)
+            if status:
                 raise
             await error_response(InstepError("unhandled"))(scope, receive, noting)
         finally:
-            _write(scope, method, record, time.perf_counter() - started)
+            _write(scope, method, status, time.perf_counter() - started)
 
 
 class Drain:
@@ -108,6 +106,11 @@ class Drain:
         await self._app(scope, hearing, sending)
 
 
+async def _without_traceback(send: Send, message: Message) -> None:
+    """Send a message of the lifespan: what ends the start is raised by `serve`, so uvicorn need not log it."""
+    await send({"type": message["type"]})
+
+
 async def _sliced(message: Message, send: Send, turns: Turns) -> None:
     """Send a message, a long body in slices with a turn before each next one."""
     body, rest = message.get("body", b""), message.get("more_body", False)
@@ -138,18 +141,20 @@ def _with_body(scope: Scope) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
-def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
+def _write(scope: Scope, method: str, status: int, seconds: float) -> None:
     """Log one line for a request. NOTE: neither body nor query string, and of the path only the route's: prompts are
     private, and a client may put its key in any of them."""
     path = getattr(scope.get("route"), "path_format", None)
     write = log.debug if path in _QUIET else log.info
+    state = scope["state"]
+    gone = state["facts"].get("error") == Cancelled.code
     write(
         "request",
-        request_id=record.id,
+        request_id=state["id"],
         method=method,
         path=path,
-        status=CLIENT_GONE if record.gone else record.status,
+        status=CLIENT_GONE if gone else status,
         total_ms=round(1000 * seconds, 1),
-        **({"key": record.key.name} if record.key.name else {}),
-        **record.facts,
+        **({"key": state["key"].name} if state["key"].name else {}),
+        **state["facts"],
     )

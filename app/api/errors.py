@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from app import errors as e
-from app.api.front import record_of
+from app.api.front import facts_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ TABLE: dict[type[e.InstepError], Answer] = {
 }
 """A class that is absent is answered as its parent. Load errors name files, which only the log and /v1/models show."""
 
-RETRY_AFTER = (1, 120)
-"""Least and most seconds in Retry-After: above 120 OpenAI's client gives up at once."""
+RETRY_AFTER = (1, 120)  # least and most seconds: above 120 OpenAI's client gives up at once
 
 
 class ErrorDetail(BaseModel):
@@ -102,7 +101,7 @@ def error_response(error: e.InstepError) -> Response:
 async def on_error(request: Request, error: Exception) -> Response:
     """FastAPI's handler of errors that a route raised."""
     assert isinstance(error, e.InstepError)
-    record_of(request).facts.setdefault("error", error.code)
+    facts_of(request).setdefault("error", error.code)
     return error_response(error)
 
 

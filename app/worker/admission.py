@@ -8,11 +8,12 @@ import time
 from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
-from app.cards.card import Card, parse_size
+from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.jobs.job import Estimate, Job
 from app.report import ModelState, Phase, State, Tick
 from app.request import Request
 from app.samplers.table import compile_table
@@ -35,18 +36,6 @@ OUTLIER = 4.0
 _USEFUL: tuple[State, ...] = ("ready", "loading", "failed", "absent")
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What was known when a request was accepted.
-
-    wait: seconds until its turn; position: unanswered requests on its device; cost: its own device seconds.
-    """
-
-    wait: float
-    position: int
-    cost: float
-
-
 class Kind(NamedTuple):
     """What images of equal cost have in common. passes: through the network, of one image."""
 
@@ -57,10 +46,11 @@ class Kind(NamedTuple):
     passes: int
 
 
-def kind_of(request: Request, card: Card) -> Kind:
-    """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+def kind_of(job: Job) -> Kind:
+    """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     # The engine compiles the same table, for the image's own number of tokens.
-    lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
+    request = job.request
+    lines = compile_table(job.card.schedule, request.sampler, request.steps, tokens=1).lines
     return Kind(request.tenant, request.model, request.width, request.height, request.passes(lines))
 
 
@@ -141,14 +131,15 @@ class Backlog:
         self._running = 0
         self._rows: dict[str, int] = {}
 
-    def add(self, kind: Kind, images: int, weight: float) -> None:
-        """A request of so many images; its weight is from now on that of its tenant."""
+    def add(self, job: Job) -> None:
+        """Count a new job; its weight is from now on that of its tenant."""
         self.requests += 1
-        self._images[kind] += images
-        self.weights[kind.tenant] = weight
+        self._images[kind_of(job)] += job.images_left
+        self.weights[job.request.tenant] = job.request.weight
 
-    def drop(self, kind: Kind, images: int) -> None:
+    def drop(self, job: Job, images: int = 1) -> None:
         """So many images fewer: answered, failed or cancelled. Counts of the last Ticks end with the last image."""
+        kind = kind_of(job)
         self._images[kind] -= images
         if not self._images[kind]:
             del self._images[kind]
@@ -159,11 +150,11 @@ class Backlog:
         if not self._images:
             self._running = 0
 
-    def end(self, kind: Kind, images: int) -> None:
-        """A request is over; so many of its images were not answered."""
+    def end(self, job: Job) -> None:
+        """The job has ended, and what it has no result of is not drawn any more."""
         self.requests -= 1
-        if images:
-            self.drop(kind, images)
+        if job.images_left:
+            self.drop(job, job.images_left)
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
@@ -273,15 +264,16 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
 
 
 def admit(
-    request: Request, kind: Kind, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None
-) -> Estimate:
-    """What the request may expect behind `chosen`, one of the live workers' backlogs.
+    job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None = None
+) -> None:
+    """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs.
 
-    All is judged by what is ahead, not by that and the request's own cost: else large requests would never enter.
+    All is judged by what is ahead, not by that and the job's own cost: else large requests would never enter.
     Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy
     queue; Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even
     an idle device would not meet that.
     """
+    request, kind = job.request, kind_of(job)
     _check_share(request, chosen, backlogs, max_wait, limit)
     own = chosen.tenants().get(request.tenant, 0.0)
     wait = chosen.wait(request.tenant, request.weight, own)
@@ -290,10 +282,9 @@ def admit(
     cost = len(request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(request.tenant, request.weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, chosen.requests, cost)
+    job.estimate = Estimate(finish - cost, chosen.requests, cost)
     if request.deadline is not None and chosen.costs.measured(request.model):
-        _check_deadline(estimate, request.deadline - time.monotonic())
-    return estimate
+        _check_deadline(job.estimate, request.deadline - time.monotonic())
 
 
 def _check_share(

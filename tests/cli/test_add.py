@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.makings import to_toml
+from app.cards.files import to_toml
 from tests.parts import originals
 from tests.parts.commands import Run, one_line
 from tests.parts.tiny import write_flux

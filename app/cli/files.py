@@ -1,0 +1,213 @@
+"""`instep models add | convert | pull`: models made of a user's own files, and files from the Hub."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from app.cards.card import Card, read_cards
+from app.cards.catalog import Registry
+from app.cards.files import INDEX, read_labels
+from app.cards.folder import ModelFolder
+from app.cli.bodies import open_registry
+from app.cli.serve import Folder, read_settings
+from app.errors import CheckpointError, LoadError
+from app.settings import Settings
+
+# NOTE: app.checkpoints is imported late: torch and the model libraries take seconds, the Hub library a third of one.
+if TYPE_CHECKING:
+    from app.checkpoints.hub import Needs, Repo
+
+LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
+"""Cards whose index names the 1000 classes of ImageNet."""
+
+Place = Annotated[
+    Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
+]
+
+
+def add(
+    path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
+    like: Annotated[str | None, typer.Option(help="The card whose settings it takes; none: the one that fits")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Its id; none: made of the file's name")] = None,
+    vae: Place = None,
+    text_encoder: Place = None,
+    text_encoder_2: Place = None,
+    text_encoder_3: Place = None,
+    tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
+    rest: Annotated[str | None, typer.Option(help="The card that gives the parts that are still missing")] = None,
+    models: Folder = None,
+) -> None:
+    """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
+    from app.checkpoints.compose import draft, free_folder, free_id
+    from app.checkpoints.identify import identify
+
+    settings = read_settings(models=models)
+    registry = open_registry(settings)
+    path = path.absolute()
+    found = identify(path, registry.cards)
+    made = draft(found, registry, like)
+    encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3}
+    for part, place in {"vae": vae, **encoders}.items():
+        if place is not None:
+            made.take(part, place.absolute())
+    if tokenizers is not None:
+        made.take_tokenizers(tokenizers.absolute())
+    if rest is not None:
+        made.take_rest(registry.find(rest))
+    made.refuse_gaps()
+    model = name or free_id(path, registry, settings.models)
+    folder = free_folder(model, registry, settings.models)
+    made.write(folder, registry.cards)
+    typer.echo(f"{model}: {folder / 'card.toml'}, like {made.like.card.id}; the weights stay where they are")
+    for line in (*made.left_out(found), *made.own_schedule()):
+        typer.echo(line)
+    cards = read_cards(settings.models)
+    draw = "instep serve" if cards[model].draws_classes else f'instep generate "a red apple" --model {model}'
+    typer.echo(f"next: {draw if ModelFolder(cards[model], cards).here() else f'instep models pull {model}'}")
+
+
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The authors' .pt, or one that their train.py saved (its EMA is taken); or a folder of diffusers' .bin"
+        ),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist, or see --replace")],
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            show_default=False,
+            help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names; a .pt has none",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Number format of the network's weights; none: the file's own", show_default=False),
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="FOLDER may be a card without weights; its facts are kept")
+    ] = False,
+    models: Folder = None,
+) -> None:
+    """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
+    import torch
+
+    from app.checkpoints.convert import Conversion, convert_dit
+
+    shipped = [read_settings(models=models).models / card for card in LABELLED]
+    indices = [place / INDEX for place in (*[file] * file.is_dir(), *[folder] * replace, *shipped)]
+    labels = next((names for one in indices if one.is_file() and (names := read_labels(one))), ())
+    wanted = Conversion(file, folder, vae, dtype and getattr(torch, dtype), heads, labels, replace)
+    convert_dit(wanted, typer.echo)
+    typer.echo(f"next: instep serve --models {folder.parent}")
+
+
+def pull(
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Model ids or aliases; none: those the server preloads")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
+    models: Folder = None,
+) -> None:
+    """Download what models need from the Hub: only that, resumed where it broke off, checked. Needs HF_TOKEN if gated.
+
+    Without ids: the models that INSTEP_PRELOAD and INSTEP_DEFAULT_MODEL name.
+    """
+    settings = read_settings(models=models)
+    registry = open_registry(settings)
+    chosen = _choose(ids or (), everything, registry, settings)
+    from app.checkpoints.hub import bytes_left, cache, needs
+
+    found: list[tuple[Card, Needs]] = []
+    failed = []
+    opened: dict[str, Repo] = {}
+    for card in chosen:
+        try:
+            found.append((card, needs(card, registry.cards, opened)))
+        except CheckpointError as error:
+            failed.append(f"{card.id}: {error.message}")
+    left = bytes_left(chain.from_iterable(files.values() for _, files in found))
+    if left > (free := _free_bytes(cache())):
+        where = f"{cache()} (HF_HOME may name a larger disk)"
+        raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
+    for card, files in found:
+        try:
+            _download(card, files, settings.models)
+        except CheckpointError as error:
+            failed.append(f"{card.id}: {error.message}")
+    if failed:
+        many = f"{len(failed)} of {len(chosen)} models were not pulled: " if len(chosen) > 1 else ""
+        raise LoadError(many + "; ".join(failed))
+
+
+def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
+    """The cards to pull, each once. Raises ModelNotFound; LoadError when nothing says which."""
+    on_hub = [card for card in registry.cards.values() if card.source.repo]
+    if everything:
+        return on_hub
+    named = list(ids)
+    if not named:
+        words = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
+        named = [word for word in words if word not in ("", "all")]  # to the server, all are those that are here
+    if not named:
+        known = ", ".join(card.id for card in on_hub) or "none"
+        raise LoadError(f"which models? Name them, or set INSTEP_PRELOAD, or --all. On the Hub: {known}")
+    return list({card.id: card for card in map(registry.find, named)}.values())
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return shutil.disk_usage(there).free
+
+
+def _download(card: Card, files: Needs, models: Path) -> None:
+    """Download what is still to come, with one bar in a terminal, elsewhere a line for each file that has to come.
+
+    models: the folder of cards. Raises CheckpointError.
+    """
+    from app.checkpoints.hub import bytes_left, cache, fetch, link
+
+    if not files:
+        typer.echo(f"{card.id}: beside its card, nothing to pull")
+        return
+    sizes = [repo.files[path].size for repo, paths in files.values() for path in paths]
+    left, free = bytes_left(files.values()), decimal(_free_bytes(cache()))
+    summary = f"{decimal(sum(sizes))} in {len(sizes)} files, {decimal(left)} to come"
+    typer.echo(f"{card.id}: {summary}; {free} free in {cache()}")
+    console = Console()
+    columns = BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    text = TextColumn("{task.description}")
+    with Progress(*columns, text, console=console, disable=not console.is_terminal, transient=True) as bars:
+        task = bars.add_task("", total=left)
+        for repo, paths in files.values():
+            for size, path in sorted((repo.files[path].size, path) for path in paths):
+                bars.update(task, description=path)
+                if not console.is_terminal and bytes_left([(repo, [path])]):
+                    typer.echo(f"  {path}: {decimal(size)}")
+                fetch(repo, path, partial(bars.advance, task))
+            link(repo, paths)
+    for repo, _ in files.values():
+        typer.echo(f"{card.id}: here, {repo.name} at {repo.commit}")
+        if repo.name == card.source.repo and repo.revision != repo.commit:
+            pin = f'source.revision = "{repo.commit}" in its card'
+            typer.echo(f"{card.id}: not pinned; to stay with these files: {pin}")
+    for repo, paths in files.values():
+        if any(path.endswith(".bin") for path in paths):
+            words = shlex.join(["instep", "models", "convert", str(repo.snapshot), str(models / card.id), "--replace"])
+            typer.echo(f"{card.id}: its weights are torch files, which a server does not load; next: {words}")
