@@ -6,23 +6,20 @@ policy is `python -m tests.bench.policies NAME FD PULSE`.
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from app.engine.batcher import Batcher
-from app.engine.engine import Engine
 from app.engine.row import Caps, Image, Key, Outcome, Row, Work
 from app.engine.runner import Runner, isolate
 from app.errors import EngineError
-from app.pool.pool import Pool
-from app.report import Phase, Report
-from app.worker import process, wire
+from app.report import Phase
+from app.worker import process
 from tests.bench.upstream import Upstream
 
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
@@ -169,25 +166,7 @@ POLICIES = {
 """The first is the server as it is."""
 
 
-def engine(policy: str, descriptor: int, pulse: int) -> int:
-    """The engine process of a server under this policy. Returns the exit code."""
-
-    def make(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
-        pool, chosen = process.open_pool(start), POLICIES[policy]
-        return pool, Engine(pool, start.settings, emit, batcher=chosen.batcher, runner=chosen.runner)
-
-    return process.main(descriptor, pulse, make)
-
-
-def _run(policy: str, descriptor: str, pulse: str) -> None:
-    code = 1
-    try:
-        code = engine(policy, int(descriptor), int(pulse))
-    except Exception:
-        logging.getLogger("instep.worker").exception("the engine process ends")
-    logging.shutdown()
-    os._exit(code)  # as the worker does: threads that load would hold up the exit
-
-
 if __name__ == "__main__":
-    _run(*sys.argv[1:])
+    chosen = POLICIES[sys.argv.pop(1)]
+    process.build = partial(process.build, batcher=chosen.batcher, runner=chosen.runner)
+    process._run()
