@@ -55,11 +55,10 @@ def kind_of(job: Job) -> Kind:
 
 
 class Costs:
-    """Estimated device seconds of an image, from measured rates and past work.
+    """Estimated device seconds of an image, from the measured rates of an idle device and from past work.
 
-    An encode and a decode count as one pass each until they have been seen. The engine reports the rate of an idle
-    device; what a shared or a hot one takes is learned from full forwards, of which a queue is made. Sizes of the same
-    area have the same number of tokens, and one rate.
+    An encode and a decode count as one pass each until they have been seen; what a pass takes on a shared or a hot
+    device is learned from full forwards. Sizes of the same area have the same number of tokens, and one rate.
     """
 
     def __init__(self) -> None:
@@ -113,11 +112,9 @@ def _nearer(known: float, taken: float) -> float:
 class Backlog:
     """The jobs of one worker, what their unanswered images take, and what the engine last reported of its models.
 
-    Images are counted by kind: a sum over kinds is exact and cheap, however many jobs there are. Costs outlive the
-    process: the next one has the same device and the same files.
-
-    NOTE: an image counts whole until it is answered. What of it is done is known to the engine alone; leaving it out
-    overstates the queue by at most what is in the slots, which is little beside a queue that is worth a refusal.
+    Images are counted by kind: a sum over kinds is exact and cheap, however many jobs there are. An image counts whole
+    until it is answered, which overstates the queue by at most what is in the slots. Costs outlive the process: the
+    next one has the same device and the same files.
     """
 
     def __init__(self) -> None:
@@ -164,7 +161,7 @@ class Backlog:
                     job.hear(report)
             case ModelState(model=model):
                 self.costs.hear(report)
-                self._states[model] = merge(self._states.get(model), report)
+                self._states[model] = merge(self.state(model), report)
                 if report.state == "ready":
                     self._were_ready.add(model)
             case Tick():
@@ -236,14 +233,11 @@ class Backlog:
         return own + sum(min(seconds, own * self.weights[name] / weight) for name, seconds in others)
 
 
-def merge(old: ModelState | None, new: ModelState) -> ModelState:
+def merge(old: ModelState, new: ModelState) -> ModelState:
     """What is known of a model in one process after `new`: the rate of a size stays until it is measured again."""
-    if old is None:
-        return new
-    new = replace(new, rates={**old.rates, **new.rates})
-    if old.state != new.state:
-        return new
-    return replace(new, seconds=new.seconds or old.seconds, device_bytes=new.device_bytes or old.device_bytes)
+    if old.state == new.state:
+        new = replace(new, seconds=new.seconds or old.seconds, device_bytes=new.device_bytes or old.device_bytes)
+    return replace(new, rates={**old.rates, **new.rates})
 
 
 def best(states: Iterable[ModelState]) -> ModelState:
@@ -271,10 +265,9 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
 def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> Estimate:
     """What the job may expect behind `chosen`, one of the live workers' backlogs.
 
-    All is judged by what is ahead, not by that and the job's own cost: else large requests would never enter. Raises
-    RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy queue;
-    Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle
-    device would not meet that.
+    The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
+    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
+    is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle device misses that.
     """
     request, kind = job.request, kind_of(job)
     _check_share(request, chosen, backlogs, max_wait, limit)
