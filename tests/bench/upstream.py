@@ -1,7 +1,4 @@
-"""Upstream: diffusers' own pipeline around the parts of a loaded family: the baseline that a bench compares with.
-
-Knows nothing of the engine, of samplers' tables or of time; nothing of the server uses it.
-"""
+"""diffusers' own pipeline around the parts of a loaded family: the baseline that a bench compares with."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import diffusers
 import numpy as np
 import torch
 
+from app.bench.trace import SAMPLERS
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.flux import pack
@@ -37,13 +35,6 @@ SPACINGS = {"respaced": "linspace"}
 """diffusers' name where it is not the card's; its linspace is within one timestep of the original DiT's."""
 
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
-DRAWN = {
-    "dit": ("ddim", "ddpm", "dpmpp_2m"),  # DiTPipeline does not scale its first noise, as the others need
-    "sd3": ("flow_euler", "flow_heun", "flow_dpmpp_2m"),
-    "flux": ("flow_euler", "flow_dpmpp_2m"),  # FluxPipeline gives sigmas, which the Heun does not take
-}
-"""The samplers that each family's pipeline draws with."""
-
 NULL_CLASS = 1000
 """What DiTPipeline guides away from, whatever the network."""
 
@@ -81,8 +72,8 @@ class Upstream:
         that the pipeline does not draw with.
         """
         card, image = self.family.card, request.images[index]
-        if request.sampler not in DRAWN[card.family]:
-            known = ", ".join(DRAWN[card.family])
+        if request.sampler not in SAMPLERS[card.family]:
+            known = ", ".join(SAMPLERS[card.family])
             raise InvalidValue(f"sampler: diffusers draws {card.id} with {known}", param="sampler")
         self._pipeline.scheduler = scheduler_of(card.schedule, request.sampler)
         call = _dit_call if card.draws_classes else self._text_call
