@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 
 from app.engine import patience, profile, runner
-from app.engine.row import Key, Row
+from app.engine.row import Row
 from app.families.base import Family
-from app.request import Prompt
+from app.request import Key, Prompt
 from app.worker import process
 
 _denoise = runner.Runner._denoise

@@ -82,7 +82,7 @@ def _submitted(front: Front, record: Record, cells: list[Generation]) -> Futures
         _dropped(front, cells[: len(futures)])
         for future in futures:
             future.cancel()
-        record.facts["model"] = cells[len(futures)].ask.request.model
+        record.facts["model"] = cells[len(futures)].ask.request.recipe.model
         raise _honest(front, record, cells[: len(futures)], len(cells), error) from None
     return futures
 
@@ -135,8 +135,8 @@ def _failed(cells: list[Generation], futures: Futures, error: Exception) -> Inst
     _dropped(first.front, [cell for cell in cells if cell is not first])
     told = first.failed(error)
     if guilty and told.param is None and isinstance(told, EngineError | LoadError):
-        guilty.record.facts["model"] = guilty.ask.request.model
-        return type(told)(told.message, param=f"models.{guilty.ask.request.model}", retry_after=told.retry_after)
+        guilty.record.facts["model"] = guilty.ask.request.recipe.model
+        return type(told)(told.message, param=f"models.{guilty.ask.request.recipe.model}", retry_after=told.retry_after)
     return told
 
 
@@ -146,12 +146,12 @@ def _raised(future: asyncio.Future[list[Result]]) -> BaseException | None:
 
 def _dropped(front: Front, cells: list[Generation]) -> None:
     for cell in cells:
-        front.metrics.failed(cell.ask.request.model, "cancelled")
+        front.metrics.failed(cell.ask.request.recipe.model, "cancelled")
 
 
 def _answered(cells: list[Generation], results: list[Result], seconds: float) -> None:
     """Count every cell as a request that was answered; each has its share of the seconds of imaging."""
     total = time.perf_counter() - cells[0].started
     for cell, result in zip(cells, results, strict=True):
-        cell.front.metrics.answered(cell.ask.request.model, [result], total, seconds / len(cells))
+        cell.front.metrics.answered(cell.ask.request.recipe.model, [result], total, seconds / len(cells))
     cells[0].record.facts |= milliseconds(results, seconds)

@@ -39,7 +39,7 @@ class Generation:
 
         Raises Unavailable, RateLimited and DeadlineExceeded at once.
         """
-        model, images = self.ask.request.model, len(self.ask.request.images)
+        model, images = self.ask.request.recipe.model, len(self.ask.request.images)
         future = self.front.supervisor.submit(self.ask.request, on_report, limit=self.record.key.queue)
         self.ask = replace(self.ask, estimate=future.estimate)
         self.front.metrics.started(model, images)
@@ -49,7 +49,7 @@ class Generation:
     def answered(self, results: list[Result], image_encode: float) -> None:
         """Count and note a request that was answered in full."""
         total = time.perf_counter() - self.started
-        self.front.metrics.answered(self.ask.request.model, results, total, image_encode)
+        self.front.metrics.answered(self.ask.request.recipe.model, results, total, image_encode)
         self.record.facts |= milliseconds(results, image_encode)
 
     def failed(self, error: Exception) -> InstepError:
@@ -61,7 +61,7 @@ class Generation:
             log.exception("unhandled", request_id=self.record.id)
             error = InstepError(repr(error))
         code = error.code
-        self.front.metrics.failed(self.ask.request.model, code)
+        self.front.metrics.failed(self.ask.request.recipe.model, code)
         self.record.facts |= {"error": code, "detail": error.message}
         self.record.gone = self.record.gone or isinstance(error, Cancelled)
         return error

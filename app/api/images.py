@@ -52,7 +52,7 @@ async def create_image(request: Request) -> Response:
         wanted = accepted_format(request, body.output_format)
         asked = body.to_request(card, engine_id(record), record.key, patience(request))
         ask = Ask(body, card, asked, wanted or cast(Format, body.output_format or "png"), wanted is not None)
-        record.facts |= {"seed": asked.images[0].seed, "steps": asked.steps, "images": len(asked.images)}
+        record.facts |= {"seed": asked.images[0].seed, "steps": asked.recipe.steps, "images": len(asked.images)}
         _single(ask)
         generation = Generation(front, record, ask, started)
         answer = EventStream(generation) if body.stream else generation.submit()

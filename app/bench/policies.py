@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from app.engine.batcher import Batcher
 from app.engine.outcome import Image, Outcome, isolate
-from app.engine.row import Caps, Key, Row, Work
+from app.engine.row import Caps, Row, Work
 from app.engine.runner import Runner
 from app.errors import EngineError
 from app.families.upstream import Upstream
 from app.report import Phase
+from app.request import Key, Recipe
 
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
 
 
-def likeness(row: Row) -> tuple[object, ...]:
+def likeness(row: Row) -> Recipe:
     """What rows of a static batch have in common: all that decides their steps, and not what they show."""
-    request = row.request
-    scale = request.guidance if request.guided else 0.0
-    return (row.key, request.sampler, request.steps, request.guided, scale, request.embedded, request.skip)
+    recipe, guidance = row.request.recipe, row.request.recipe.guidance
+    return replace(recipe, guidance=replace(guidance, scale=guidance.scale if guidance.guided else 0.0))
 
 
 class Static(Batcher):

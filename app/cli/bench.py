@@ -104,9 +104,10 @@ def image(
         names = [name.strip() for name in baselines.split(",") if name.strip() not in ("", "none")]
         drawn = measure_image(subject, request, names, rounds)
         most = ceilings(subject.family.device, subject.family.dtype)
+        recipe = request.recipe
         facts = _facts(
-            subject, most, rounds, size=f"{request.width}x{request.height}", sampler=request.sampler,
-            steps=request.steps, guidance=request.guidance if request.guided else 0.0, random_weights=random_weights,
+            subject, most, rounds, size=f"{recipe.width}x{recipe.height}", sampler=recipe.sampler, steps=recipe.steps,
+            guidance=recipe.guidance.scale if recipe.guidance.guided else 0.0, random_weights=random_weights,
         )  # fmt: skip
     ways, stages = _table("one image", "ms", "least", "most", "against instep", "mean off", "most off"), _times("stage")
     told = {}

@@ -76,7 +76,8 @@ def plan(body: Body, registry: Registry) -> Comparison:
     numbers = itertools.count()
 
     def complete(image: ImageBody, card: Card) -> Request:
-        return replace(image.to_request(card, f"compare-{next(numbers)}"), progress=True)
+        request = image.to_request(card, f"compare-{next(numbers)}")
+        return replace(request, delivery=replace(request.delivery, progress=True))
 
     return lay_out(read_comparison(body), registry, complete)
 
@@ -107,7 +108,8 @@ def watch(reports: Iterator[Report], comparison: Comparison, console: Console) -
     results: dict[str, Result] = {}
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        totals = {card.id: rows * asks[f"compare-{place}"].request.steps for place, card in enumerate(comparison.cards)}
+        steps = [asks[f"compare-{place}"].request.recipe.steps for place in range(len(comparison.cards))]
+        totals = {card.id: rows * each for card, each in zip(comparison.cards, steps, strict=True)}
         tasks = {name: bars.add_task(name, total=total) for name, total in totals.items()}
         for report in reports:
             if line := loading(report):

@@ -114,8 +114,11 @@ def write_script(registry: Registry) -> list[tuple[int, Request, str]]:
         body |= {"class_label": index * 7 % len(card.labels)} if card.draws_classes else {"prompt": WORDS[index]}
         ask = build(body, registry, f"demo-{index}")
         request = ask.request
-        with_guidance = f"guidance {request.guidance:g}" if request.guided else "no guidance"
-        script.append((arrival, request, f"{what(ask)[:18]:18} {card.id:18} {request.sampler:15} {with_guidance:11}"))
+        guidance = request.recipe.guidance
+        with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
+        script.append(
+            (arrival, request, f"{what(ask)[:18]:18} {card.id:18} {request.recipe.sampler:15} {with_guidance:11}")
+        )
     return script
 
 
@@ -141,7 +144,9 @@ def watch(reports: Iterator[Report], script: list[tuple[int, Request, str]], con
     results: dict[str, Result] = {}
     columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
     with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {request.id: bars.add_task(line, total=request.steps) for _, request, line in script}
+        tasks: dict[str, TaskID] = {
+            request.id: bars.add_task(line, total=request.recipe.steps) for _, request, line in script
+        }
         for report in reports:
             if line := loading(report):
                 console.print(line, highlight=False, markup=False)

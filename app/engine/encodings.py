@@ -143,4 +143,4 @@ def _bytes(states: States) -> int:
 
 def _conditions(family: Family, row: Row) -> list[Condition]:
     own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
-    return [own, family.opposite(row.condition)] if row.request.guided else [own]
+    return [own, family.opposite(row.condition)] if row.request.recipe.guidance.guided else [own]

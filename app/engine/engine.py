@@ -15,7 +15,7 @@ from dataclasses import replace
 from app.engine.batcher import Batcher
 from app.engine.patience import Patience
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Key, default_key, rows_of
+from app.engine.row import Caps, default_key, rows_of
 from app.engine.runner import Runner
 from app.engine.settler import Settler
 from app.engine.turns import Turns, standing
@@ -23,7 +23,7 @@ from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
 from app.pool.budget import text_bytes
 from app.pool.pool import Pool
 from app.report import Failure, Memory, ModelState, Phase, Report
-from app.request import Request
+from app.request import Key, Request
 from app.settings import Settings
 
 
@@ -182,8 +182,8 @@ class Engine:
         for row in rows:
             self._batcher.add(row)
             self._turns.add(row)
-        self._pool.want(request.model)
-        failure = self._pool.failure(request.model)
+        self._pool.want(request.recipe.model)
+        failure = self._pool.failure(request.recipe.model)
         if failure is not None:
             self._settler.fail(request.id, failure)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from app.engine.row import Key
+from app.request import Key
 
 
 class Events:

@@ -13,11 +13,12 @@ from app.engine.curve import WIDEST, Curve
 from app.engine.events import Events
 from app.engine.outcome import ALONE
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Key
+from app.engine.row import Caps
 from app.engine.slots import PASSES
 from app.errors import EngineError, OutOfMemory
 from app.families.base import Family
 from app.pool.pool import Pool
+from app.request import Key
 
 SLOT_BYTES = 256 << 20
 """Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""

@@ -18,8 +18,8 @@ import torch
 
 from app.cards.files import read_file
 from app.engine.curve import WIDEST, Curve
-from app.engine.row import Key
 from app.families.base import Family
+from app.request import Key
 
 NEAR_AREA = 1.25
 """A size whose area is within this factor of a measured one takes its profile, scaled."""

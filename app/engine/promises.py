@@ -9,8 +9,8 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from app.engine.row import Key, Row
-from app.request import Request
+from app.engine.row import Row
+from app.request import Key, Request
 
 
 @dataclass(slots=True)
@@ -35,8 +35,8 @@ class Promises:
 
     def make(self, request: Request, rows: list[Row]) -> None:
         self._open[request.id] = _Promise(request, rows, len(rows))
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if request.delivery.deadline is not None:
+            heapq.heappush(self._deadlines, (request.delivery.deadline, request.id))
 
     def keep(self, row: Row) -> None:
         """One image of its request is done."""

@@ -16,12 +16,13 @@ from app.engine.encodings import Encodings
 from app.engine.limits import Limits
 from app.engine.outcome import Image, Outcome, isolate
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Key, Row, Work
-from app.engine.slots import Slots, Space, guidance_of
+from app.engine.row import Caps, Row, Work
+from app.engine.slots import Slots, Space
 from app.engine.step import denoise_step, gather
 from app.errors import EngineError, InstepError, NonFiniteOutput
 from app.families.base import Conditions, Family
 from app.pool.pool import Pool
+from app.request import Key
 from app.samplers.table import compile_table
 
 
@@ -126,10 +127,10 @@ class Runner:
 
     def _place(self, family: Family, row: Row, conditions: Conditions) -> None:
         """Give the row its table, first noise and slot. Noise is from a CPU generator: one seed, any device."""
-        request = row.request
-        shape = family.latent_shape(request.width, request.height)
-        tokens = family.image_tokens(request.width, request.height)
-        table = compile_table(family.card.schedule, request.sampler, request.steps, tokens=tokens)
+        recipe = row.request.recipe
+        shape = family.latent_shape(recipe.width, recipe.height)
+        tokens = family.image_tokens(recipe.width, recipe.height)
+        table = compile_table(family.card.schedule, recipe.sampler, recipe.steps, tokens=tokens)
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
         row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
@@ -137,7 +138,7 @@ class Runner:
         slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cuts = zip(("prompt", "negative prompt"), self._encodings.cuts(family, row), strict=False)
         row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
-        row.slot = slots.take(table, first, conditions, guidance_of(request, table.lines))
+        row.slot = slots.take(table, first, conditions, recipe.guidance, row.skipping)
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])
@@ -178,7 +179,7 @@ class Runner:
         finally:
             lease.release()
         for place, row in enumerate(rows):
-            kept = latents[place].cpu().numpy() if row.request.keep_latents else None
+            kept = latents[place].cpu().numpy() if row.request.delivery.keep_latents else None
             outcome.images.append(Image(row, pixels[place], kept))
 
     def _preview(self, rows: list[Row], outcome: Outcome) -> None:

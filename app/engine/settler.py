@@ -10,10 +10,11 @@ from collections.abc import Callable
 from app.engine.batcher import Batcher
 from app.engine.outcome import Image, Outcome
 from app.engine.promises import Promises
-from app.engine.row import Key, Row, Work
+from app.engine.row import Row, Work
 from app.engine.runner import Runner
 from app.errors import InstepError, OutOfMemory
 from app.report import Failure, Preview, Progress, Report, Result, Tick
+from app.request import Key
 
 
 class Settler:
@@ -85,7 +86,7 @@ class Settler:
             row.line += 1
             row.served += now - start
             row.neighbours += len(rows)
-            if row.request.progress:
+            if row.request.delivery.progress:
                 self._emit(Progress(row.request.id, row.index, row.line, row.lines))
             if row.line == row.lines:
                 self._batcher.finish(row)

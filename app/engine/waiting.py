@@ -30,7 +30,7 @@ class Lane:
 
     def push(self, row: Row, aged_at: float) -> None:
         """Put in a row that counts as aged after `aged_at`, on the engine's clock."""
-        entry = (row.remaining, -row.request.priority, row.deadline, row.sequence, row)
+        entry = (row.remaining, -row.request.delivery.priority, row.deadline, row.sequence, row)
         heapq.heappush(self._shortest, entry)
         heapq.heappush(self._oldest, (aged_at, row.sequence, row))
 

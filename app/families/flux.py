@@ -72,7 +72,7 @@ class Flux:
 
     def opposite(self, condition: Condition) -> Condition:
         """The negative prompt, as a prompt."""
-        return Prompt(condition.negative if isinstance(condition, Prompt) else "")
+        return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
 
     def truncated(self, condition: Condition, text_length: int) -> str | None:
         """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""

@@ -81,8 +81,8 @@ def parameters_of(card: Card) -> str | None:
 
 
 def _heading(ask: Ask) -> Heading:
-    count, request = parameters_of(ask.card), ask.request
-    settings = f"steps {request.steps}, guidance {guidance_facts(request)['guidance_scale']:g}"
+    count, recipe = parameters_of(ask.card), ask.request.recipe
+    settings = f"steps {recipe.steps}, guidance {guidance_facts(recipe.guidance)['guidance_scale']:g}"
     return Heading(ask.card.id, (*([f"{count} parameters"] if count else []), settings))
 
 
@@ -91,21 +91,20 @@ def _file(comparison: Comparison, pixels: np.ndarray) -> bytes:
 
 
 def _cell(comparison: Comparison, place: int, ask: Ask, result: Result) -> Cell:
-    request = ask.request
-    condition = request.images[0].condition
+    recipe, condition = ask.request.recipe, ask.request.images[0].condition
     row, column = divmod(place, len(comparison.cards))
     return Cell(
         row=row,
         column=column,
-        model=request.model,
+        model=recipe.model,
         parameters=ask.card.parameters,
         prompt=condition.text if isinstance(condition, Prompt) else None,
         class_label=condition.index if isinstance(condition, ClassLabel) else None,
         seed=result.seed,
-        size=f"{request.width}x{request.height}",
-        sampler=request.sampler,
-        num_inference_steps=request.steps,
-        guidance_scale=guidance_facts(request)["guidance_scale"],
+        size=f"{recipe.width}x{recipe.height}",
+        sampler=recipe.sampler,
+        num_inference_steps=recipe.steps,
+        guidance_scale=guidance_facts(recipe.guidance)["guidance_scale"],
         timings=stages([result], 0.0, ask.estimate),
     )
 

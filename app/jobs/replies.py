@@ -44,7 +44,8 @@ class Ask:
 
     def __post_init__(self) -> None:
         if self.columns:
-            width, height = sheet_size(len(self.request.images), self.columns, self.request.width, self.request.height)
+            recipe = self.request.recipe
+            width, height = sheet_size(len(self.request.images), self.columns, recipe.width, recipe.height)
             limit = LONGEST[self.format]
             if max(width, height) > limit:
                 told = f"grid: the sheet has {width} x {height} pixels; a side of {self.format} has at most {limit}"
@@ -119,13 +120,13 @@ def sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
 
 def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
     """The body that makes these images again, as the file's text chunk tells it: complete, and valid to POST."""
-    request, specs = ask.request, [ask.request.images[index] for index in indices]
-    told: dict[str, Any] = {"model": request.model}
+    recipe, specs = ask.request.recipe, [ask.request.images[index] for index in indices]
+    told: dict[str, Any] = {"model": recipe.model}
     conditions = [spec.condition for spec in specs]
     first = conditions[0]
     if isinstance(first, Prompt):
         told["prompt"] = _one_or_list([one.text for one in conditions if isinstance(one, Prompt)])
-        told |= {"negative_prompt": first.negative, "max_sequence_length": request.text_length}
+        told |= {"negative_prompt": first.negative or "", "max_sequence_length": recipe.text_length}
     else:
         told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
     if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
@@ -134,30 +135,31 @@ def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
         told["grid"] = {"columns": ask.columns}
     return told | {
         "seed": specs[0].seed,
-        "size": f"{request.width}x{request.height}",
-        "sampler": request.sampler,
-        "num_inference_steps": request.steps,
-        **guidance_facts(request),
+        "size": f"{recipe.width}x{recipe.height}",
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        **guidance_facts(recipe.guidance),
     }
 
 
 def effective(ask: Ask, images: int) -> dict[str, Any]:
     """The fields of Effective for a file that shows this many images."""
-    request, columns = ask.request, min(ask.columns or 1, images)
+    recipe, columns = ask.request.recipe, min(ask.columns or 1, images)
     return {
-        "model": request.model,
-        "sampler": request.sampler,
-        "num_inference_steps": request.steps,
-        "guidance_scale": guidance_facts(request)["guidance_scale"],
-        "size": f"{request.width * columns}x{request.height * -(-images // columns)}",
+        "model": recipe.model,
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        "guidance_scale": guidance_facts(recipe.guidance)["guidance_scale"],
+        "size": f"{recipe.width * columns}x{recipe.height * -(-images // columns)}",
         "output_format": ask.format,
     }
 
 
 def usage(ask: Ask, images: int) -> Usage:
     """Tokens of this many images of the request; a class label counts as one."""
-    text = max(1, ask.request.text_length) * images
-    pixels = -(-ask.request.width // TOKEN) * -(-ask.request.height // TOKEN) * images
+    recipe = ask.request.recipe
+    text = max(1, recipe.text_length) * images
+    pixels = -(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) * images
     details = TokenDetails(text_tokens=text)
     return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
-from app.request import Request
+from app.request import Delivery, Request
 from app.worker.backlog import Backlog, Kind
 from app.worker.jobs import Estimate
 
@@ -37,25 +37,26 @@ class Door:
         busy queue; Overloaded when the wait is longer than max_wait, or too long for the deadline; DeadlineExceeded
         when even an idle device would not meet that.
         """
-        self._check_share(request, chosen, limit)
-        own = chosen.tenants().get(request.tenant, 0.0)
-        wait = chosen.wait(request.tenant, request.weight, own)
+        self._check_share(request.delivery, chosen, limit)
+        tenant, weight, deadline = request.delivery.tenant, request.delivery.weight, request.delivery.deadline
+        own = chosen.tenants().get(tenant, 0.0)
+        wait = chosen.wait(tenant, weight, own)
         if wait > self.max_wait:
             raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - self.max_wait))
         cost = len(request.images) * chosen.image(kind)
         # Others have their turns while it waits and while it runs: both are in its wait.
-        finish = chosen.wait(request.tenant, request.weight, chosen.before(kind) + cost)
+        finish = chosen.wait(tenant, weight, chosen.before(kind) + cost)
         estimate = Estimate(finish - cost, position, cost)
-        if request.deadline is not None and chosen.measured(request.model):
-            _check_deadline(estimate, request.deadline - time.monotonic())
+        if deadline is not None and chosen.measured(request.recipe.model):
+            _check_deadline(estimate, deadline - time.monotonic())
         return estimate
 
-    def _check_share(self, request: Request, chosen: Backlog, limit: float | None) -> None:
-        own = sum(backlog.tenants().get(request.tenant, 0.0) for backlog in self.backlogs)
-        weights = Counter({request.tenant: request.weight})
+    def _check_share(self, delivery: Delivery, chosen: Backlog, limit: float | None) -> None:
+        own = sum(backlog.tenants().get(delivery.tenant, 0.0) for backlog in self.backlogs)
+        weights = Counter({delivery.tenant: delivery.weight})
         for backlog in self.backlogs:
-            weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != request.tenant})
-        share = len(self.backlogs) * request.weight / sum(weights.values())
+            weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != delivery.tenant})
+        share = len(self.backlogs) * delivery.weight / sum(weights.values())
         if limit is not None and own > limit:
             words = f"This key has about {own:.0f} seconds of work queued, and may have {limit:.0f}."
             raise RateLimited(words, retry_after=after((own - limit) / share))

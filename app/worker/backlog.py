@@ -27,8 +27,9 @@ class Kind(NamedTuple):
 def kind_of(request: Request, card: Card) -> Kind:
     """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     # The engine compiles the same table, for the image's own number of tokens.
-    lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
-    return Kind(request.tenant, request.model, request.width, request.height, request.passes(lines))
+    recipe = request.recipe
+    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    return Kind(request.delivery.tenant, recipe.model, recipe.width, recipe.height, recipe.passes(lines))
 
 
 class Backlog:

@@ -9,12 +9,13 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from app.report import Preview, Progress, Result
-from app.request import ImageSpec, Request
+from app.request import Condition, Recipe, Request
 from app.worker.backlog import Kind
 
+Fingerprint = tuple[Recipe, tuple[Condition, ...]]
 OnReport = Callable[[Preview | Progress | Result], None]
 
 
@@ -57,8 +58,8 @@ class Job:
 class Deaths:
     """A short memory of what was in a process when it died, so that a poison request cannot kill for ever.
 
-    Two requests are the same here when they ask for the same pictures: id, deadline and seeds do not count, because
-    a client who tries again brings a new id, and a new seed where it named none; nor does whose key it is. One success
+    Two requests are the same here when they ask for the same pictures: delivery and seeds do not count, because a
+    client who tries again brings a new id, and a new seed where it named none; nor does whose key it is. One success
     clears the name, so a popular prompt that was only a bystander is not condemned.
     """
 
@@ -66,7 +67,7 @@ class Deaths:
         self.limit = limit
         self.memory = memory
         self.seconds = seconds
-        self._seen: OrderedDict[Request, tuple[int, float]] = OrderedDict()
+        self._seen: OrderedDict[Fingerprint, tuple[int, float]] = OrderedDict()
 
     def condemned(self, request: Request) -> bool:
         """Whether this request was present at `limit` deaths, the last of them less than `seconds` ago."""
@@ -88,7 +89,6 @@ class Deaths:
             self._seen.pop(fingerprint(request), None)
 
 
-def fingerprint(request: Request) -> Request:
-    """The request without what changes between two tries of it."""
-    images = tuple(ImageSpec(spec.condition, 0) for spec in request.images)
-    return replace(request, id="", deadline=None, images=images, tenant="", weight=1.0)
+def fingerprint(request: Request) -> Fingerprint:
+    """What two tries of the same pictures have in common."""
+    return request.recipe, tuple(spec.condition for spec in request.images)

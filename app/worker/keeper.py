@@ -129,7 +129,7 @@ class Keeper:
     def take(self, job: Job) -> None:
         """This request goes here."""
         self.jobs[job.request.id] = job
-        self.backlog.add(job.kind, job.images_left, job.request.weight)
+        self.backlog.add(job.kind, job.images_left, job.request.delivery.weight)
         self.send(wire.Submit(job.request))
 
     def answer(self, job: Job, result: Result) -> None:
@@ -144,8 +144,8 @@ class Keeper:
             self.backlog.drop(job.kind, job.images_left)
         if not self.jobs:
             self._tick = None
-        if not self.backlog.images_of(job.request.model):
-            self._rows.pop(job.request.model, None)
+        if not self.backlog.images_of(job.request.recipe.model):
+            self._rows.pop(job.request.recipe.model, None)
 
     def forget(self) -> list[str]:
         """Drop what the dead process had; the models it knew."""

@@ -157,8 +157,8 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
         if self._deaths.condemned(request):
             raise EngineError(_POISON)
-        kind, max_wait = kind_of(request, self._card(request.model)), self._settings.max_wait
-        keeper = choose(self._keepers, request.model, max_wait)
+        kind, max_wait = kind_of(request, self._card(request.recipe.model)), self._settings.max_wait
+        keeper = choose(self._keepers, request.recipe.model, max_wait)
         door = Door([keeper.backlog for keeper in self._keepers if keeper.live], max_wait)
         estimate = door.admit(request, kind, keeper.backlog, len(keeper.jobs), limit)
         job = self._jobs[request.id] = Job(request, Ticket(estimate), kind, on_report)

@@ -15,7 +15,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from app.worker.supervisor import Supervisor
 from tests.bench.host import FreeFamily
 from tests.engine.fakes import FakePool, FakeProfiles, card, request
 from tests.engine.harness import Bench
+from tests.parts.requests import changed
 from tests.tiny import write_models
 
 SIZES = (10, 100, 1000, 10_000)
@@ -77,7 +77,7 @@ def _replace(bench: Bench, ask: Callable[[], None], images: int) -> None:
 
 
 def tiny_request(number: int) -> Request:
-    return replace(
+    return changed(
         request(f"t{number}", keep_latents=False), model=MODEL, steps=1 + number % 3, guided=False, guidance=1.0
     )
 

@@ -100,9 +100,9 @@ def test_parameters_as_a_person_says_them(run: Run, count: int | None, said: str
 def test_the_preset_takes_every_model_of_prompts_that_is_here(run: Run) -> None:
     comparison = compare.plan({"preset": "two_prompts"}, open_registry(Settings()))
     assert [card.id for card in comparison.cards] == ["tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
-    assert {(ask.request.steps, ask.request.guidance) for ask in comparison.asks} == {(28, 7.0)}
+    assert {(ask.request.recipe.steps, ask.request.recipe.guidance.scale) for ask in comparison.asks} == {(28, 7.0)}
     assert len({ask.request.id for ask in comparison.asks}) == 6 and all(
-        ask.request.progress for ask in comparison.asks
+        ask.request.delivery.progress for ask in comparison.asks
     )
 
 
@@ -126,7 +126,7 @@ def test_a_bad_comparison_is_one_line(run: Run, words: tuple[object, ...], said:
 
 def test_an_error_of_the_engine_names_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(local: Local, request: Request) -> None:
-        if request.model == "tiny-sd3-turbo":
+        if request.recipe.model == "tiny-sd3-turbo":
             local._hear(Failure(request.id, NonFiniteOutput("the network gave NaN")))
 
     monkeypatch.setattr(Local, "submit", fail)

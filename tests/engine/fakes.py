@@ -17,6 +17,7 @@ from app.families.text import Encoder, Read, States, read_texts
 from app.pool.need import Need
 from app.report import ModelState, Phase
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
+from tests.parts.requests import flat
 
 POISON = Prompt("poison")
 NOT_A_NUMBER = Prompt("nan")
@@ -54,7 +55,7 @@ class FakeFamily:
         return width * height // 256
 
     def opposite(self, condition: Condition) -> Condition:
-        return Prompt(condition.negative) if isinstance(condition, Prompt) else ClassLabel(10)
+        return Prompt(condition.negative or "") if isinstance(condition, Prompt) else ClassLabel(10)
 
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
@@ -226,7 +227,7 @@ def request(name: str, **changes: Any) -> Request:
         "text_length": 24,
         "keep_latents": True,
     }
-    return Request(**{**facts, **changes})
+    return flat(**{**facts, **changes})
 
 
 NOWHERE = Path("/nonexistent")

@@ -11,9 +11,10 @@ import torch
 
 from app.engine.outcome import Outcome
 from app.engine.patience import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
-from app.engine.row import Key, Work
+from app.engine.row import Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report
+from app.request import Key
 from tests.engine.fakes import FakeFamily, FakePool, card, request
 from tests.engine.harness import Bench
 from tests.engine.simulation import row

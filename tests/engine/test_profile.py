@@ -12,7 +12,7 @@ import torch
 from app.engine.curve import Curve
 from app.engine.limits import caps_of
 from app.engine.profile import Profiles, measuring
-from app.engine.row import Key
+from app.request import Key
 from tests.engine.fakes import FakeFamily, card
 
 KEY = Key("fake", 32, 32, 24)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-from app.engine.row import Key, Row
+from app.engine.row import Row
 from app.engine.turns import ALL, Standing, Turns
 from app.pool.need import Need
 from app.report import Phase
+from app.request import Key
 from tests.engine.fakes import request
 
 IDLE = Standing([], [], set())

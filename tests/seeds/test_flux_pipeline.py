@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from tests.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.engine.conftest import load_all
 from tests.engine.harness import Bench
 from tests.families.plain import final, serve
+from tests.parts.requests import changed
 from tests.seeds.upstream import Body, final_latent, opened, picture, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -81,7 +81,7 @@ def theirs(folder: Path, case: int) -> torch.Tensor:
 
 
 def asked(card: Card, body: Body, name: str = "alone") -> Request:
-    return replace(ImageBody.model_validate(whole(body)).to_request(card, name), keep_latents=True)
+    return changed(ImageBody.model_validate(whole(body)).to_request(card, name), keep_latents=True)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

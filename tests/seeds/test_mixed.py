@@ -10,7 +10,7 @@ import io
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from app.worker.jobs import Ticket
 from app.worker.supervisor import WORKER, Supervisor
 from tests.api.conftest import Server
 from tests.close import LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.requests import changed
 from tests.seeds.upstream import Body, final_latent, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -116,7 +117,7 @@ def keep_latents(supervisor: Supervisor) -> dict[str, Result]:
     submit = supervisor.submit
 
     def keeping(request: Any, *arguments: Any, **options: Any) -> Ticket:
-        ticket = submit(replace(request, keep_latents=True), *arguments, **options)
+        ticket = submit(changed(request, keep_latents=True), *arguments, **options)
         ticket.add_done_callback(lambda done: kept.update({request.id: done.result()[0]}))
         return ticket
 

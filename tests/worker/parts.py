@@ -18,6 +18,7 @@ from app.report import Report
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.parts.requests import flat
 
 FAKE = (sys.executable, str(Path(__file__).parent.parent / "fake_worker.py"))
 PATIENCE = 20.0
@@ -51,10 +52,10 @@ def request(text: str = "a cat", *, seeds: Sequence[int] = (1,), steps: int = 4,
         "sampler": "flow_euler",
         "steps": steps,
         "guided": False,
-        "guidance": 0.0,
+        "guidance": 4.0,
         "text_length": 16,
     }
-    return Request(**(facts | changes))
+    return flat(**(facts | changes))
 
 
 @dataclass

@@ -11,6 +11,7 @@ from app.errors import NoWorker
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.parts.requests import flat
 from tests.tiny import write_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
@@ -20,7 +21,7 @@ MODEL = "tiny-sd3-turbo"
 
 
 def picture(text: str) -> Request:
-    return Request(text, MODEL, (ImageSpec(Prompt(text), 1),), 32, 32, "flow_euler", 4, False, 0.0, 24)
+    return flat(text, MODEL, (ImageSpec(Prompt(text), 1),), 32, 32, "flow_euler", 4, 0.0, 24)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [("forward", "denoise"), ("profile", "profile")])

@@ -14,6 +14,7 @@ from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker import keeper
 from app.worker.supervisor import Supervisor
+from tests.parts.requests import flat
 from tests.tiny import write_models
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ MODEL = "tiny-sd3-turbo"
 def picture(identity: str, *, images: int = 1, steps: int = 4, progress: bool = False) -> Request:
     specs = tuple(ImageSpec(Prompt("a red square" if images == 1 else identity), seed) for seed in range(images))
     facts = {"keep_latents": True, "progress": progress}
-    return Request(identity, MODEL, specs, 32, 48, "flow_euler", steps, False, 0.0, 24, **facts)
+    return flat(identity, MODEL, specs, 32, 48, "flow_euler", steps, 0.0, 24, **facts)
 
 
 def same(one: Result, other: Result) -> bool:
