@@ -172,3 +172,10 @@ def spoil(file: Path, tensor: str, value: float = float("nan")) -> None:
     state = load_file(file)
     state[tensor].view(-1)[0] = value
     save_file(state, file, {"format": "pt"})
+
+
+def read_state(place: Path) -> Any:
+    """All tensors of a part's folder or file at once, as the server reads them."""
+    from app.checkpoints.tensors import read_states
+
+    return {key: value for shard in read_states(place) for key, value in shard.items()}

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from app.api.front import Front, front_of, record_of
 from app.api.responses import ErrorReply
 from app.cards.card import Card
-from app.cards.classes import search
+from app.cards.catalog import search
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, NoWorker, plain
 from app.report import ModelState

@@ -87,7 +87,7 @@ def _place_bodies(document: Json, registry: Registry) -> None:
     names = []
     for card in registry.cards.values():
         name = f"ImageBody.{card.id}"
-        schemas[name] = body_schema(card, registry.names(card), card.id == registry.default.id)
+        schemas[name] = body_schema(card, card.names, card.id == registry.default.id)
         names.append({"$ref": f"#/components/schemas/{name}"})
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": names}

@@ -15,9 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json
-from app.cards.folder import INDEX
-from app.cards.toml import to_toml
+from app.cards.files import INDEX, read_json, to_toml
 from app.errors import CheckpointError
 from app.families import FAMILIES
 from app.families.components import has_weights

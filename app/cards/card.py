@@ -1,34 +1,69 @@
-"""Card: the TOML facts of a checkpoint. The one authority on what a model is, wants and allows.
+"""Card: the TOML facts of a checkpoint, and the cards of a folder with the reasons why others are skipped.
 
-Knows nothing of tensors; reading a card opens no weights. An invalid card is left out and named, with file and field.
+A card is the one authority on what a model is, wants and allows. Reading one opens no weights.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from app.cards.aliases import valid_alias, with_aliases
-from app.cards.cards import Cards, taken
-from app.cards.facts import FACTS, FamilyFacts
-from app.cards.files import read_toml
-from app.cards.folder import labels_of
-from app.errors import CardError
+from app.cards.files import INDEX, cached_index, read_labels, read_toml
+from app.errors import CardError, SettingsError
 from app.samplers.schedule import Part, Schedule
+from app.samplers.table import valid_samplers
 
 Size = tuple[int, int]
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+_ALIAS = re.compile(r"[^\s/,=][^/,=]*(/[^/,=]+)*")
+_ROUTES = ("classes", "load", "unload")
+"""Last words of /v1/models/{model}/..., so no name of a model may end in them."""
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """Facts of a family of networks, for modules that do not import torch.
+
+    draws: the condition of a picture. embedded_guidance: the network may take the guidance scale as an input.
+    skip_layers: skip-layer guidance is possible. torch_files: the authors publish pickled .pt files, to be converted.
+    """
+
+    draws: Literal["class", "prompt"]
+    embedded_guidance: bool = False
+    skip_layers: bool = False
+    torch_files: bool = False
+
+
+FACTS = {
+    "dit": FamilyFacts("class", torch_files=True),
+    "sd3": FamilyFacts("prompt", skip_layers=True),
+    "flux": FamilyFacts("prompt", embedded_guidance=True),
+}
 
 
 def parse_size(text: str) -> Size:
-    """ "WxH" -> (width, height) in pixels. Raises ValueError."""
+    """Parse "WxH" to (width, height) in pixels. Raises ValueError."""
     found = _SIZE.fullmatch(text)
     if not found:
         raise ValueError(f'"{text}" is not a size like "512x512"')
     return int(found[1]), int(found[2])
+
+
+def valid_alias(text: str) -> str:
+    """Return the alias if settings and URLs can hold it; slashes are allowed, as in Hub names. Raises ValueError."""
+    parts = text.split("/")
+    fits = _ALIAS.fullmatch(text) and len(text) <= 128 and text.isprintable() and text == text.strip()
+    if not fits or {".", ".."} & set(parts) or parts[-1] in _ROUTES:
+        raise ValueError(
+            f'"{text[:128]}" is no alias: 1 to 128 printable characters without "," and "=", with something on both '
+            f"sides of a slash, and not ending in /{', /'.join(_ROUTES)}"
+        )
+    return text
 
 
 class Source(Part):
@@ -46,7 +81,7 @@ class Source(Part):
 
 
 class Defaults(Part):
-    """What a request gets when it does not say."""
+    """What a request gets for a field that it leaves out."""
 
     sampler: str
     num_inference_steps: Annotated[int, Field(ge=1)]
@@ -83,8 +118,8 @@ class Text(Part):
 class SkipLayers(Part):
     """Skip-layer guidance: a third pass without these blocks, which guidance moves away from too (SD3.5-medium).
 
-    layers: blocks that the pass leaves out. scale: 0 is off, unless a request says more. It acts on the steps i with
-    start * steps < i < stop * steps, counted from 0, as pipeline_stable_diffusion_3.py counts them.
+    scale: 0 is off unless a request sets one. It acts on the steps i (from 0) with start * steps < i < stop * steps, as
+    in pipeline_stable_diffusion_3.py.
     """
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -110,11 +145,11 @@ class Bucket(Part):
 class Card(Part):
     """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML.
 
-    like: id of the card whose settings `instep models add` took for this one.
-    classes: how many a dit has whose model_index.json names none, or is not downloaded yet.
-    files: parts whose tensors are in one safetensors file of the authors' own layout, not in the part's folder.
-    guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of the network, where 1 is
-    a scale like others. parameters: of the denoising network. bytes: of all weights as they are downloaded.
+    like: the card that `instep models add` copied settings from. classes: their number where model_index.json names
+    none, or is not downloaded yet. components: parts that another card shares, as "<card id>/<folder>". files: parts
+    whose tensors are in one safetensors file of the authors' own layout. guidance: "cfg" takes two passes above a
+    scale of 1; "embedded" (FLUX.1-dev) is an input of the network, where 1 is a scale like others. parameters: of the
+    denoising network. bytes: of all weights as downloaded.
     """
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -148,22 +183,27 @@ class Card(Part):
         return self.folder / "card.toml"
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a request may use, the id first."""
+        return (self.id, *self.aliases)
+
+    @property
     def default_size(self) -> Size:
         return parse_size(self.defaults.size)
 
     @property
     def facts(self) -> FamilyFacts:
-        """Those of its family."""
+        """The facts of its family."""
         return FACTS[self.family]
 
     @property
     def draws_classes(self) -> bool:
-        """Whether a picture is drawn from a class label; else it is drawn from a prompt."""
+        """Whether pictures are drawn from a class label instead of a prompt."""
         return self.facts.draws == "class"
 
     @property
     def text_length(self) -> int:
-        """Tokens that the longest text encoder is padded to unless the request says otherwise; 0 for classes."""
+        """Default padded length of the longest text encoder in tokens; 0 for a model of classes."""
         return 0 if self.draws_classes else self.text.t5
 
     @model_validator(mode="after")
@@ -187,8 +227,108 @@ class Card(Part):
         return self
 
 
+class Cards(dict[str, Card]):
+    """Cards by id. skipped: the error of each card.toml that cannot be served, by its file."""
+
+    def __init__(self, cards: Mapping[str, Card] | None = None) -> None:
+        super().__init__(cards or {})
+        self.skipped: dict[Path, CardError] = dict(cards.skipped) if isinstance(cards, Cards) else {}
+        self._reasons: dict[str, CardError] = dict(cards._reasons) if isinstance(cards, Cards) else {}
+
+    @property
+    def owners(self) -> dict[str, Card]:
+        """Every card by each of its names."""
+        return {name: card for card in self.values() for name in card.names}
+
+    def skip(self, file: Path, error: CardError, card: Card | None = None) -> None:
+        """Leave this file out, and with its card those that take parts of it."""
+        self.skipped[file] = error
+        self._reasons = {**dict.fromkeys((file.parent.name, *(card.names if card else ())), error), **self._reasons}
+        if card and self.get(card.id) is card:
+            del self[card.id]
+            self.check_components()
+
+    def check_components(self) -> None:
+        """Skip every card whose `components` name a card or a folder that does not exist."""
+        for card in list(self.values()):
+            for part, target in card.components.items():
+                owner, _, rest = target.partition("/")
+                if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):
+                    message = f'{card.file}: components.{part}: "{target}" is not "<card id>/<folder>"'
+                    self.skip(card.file, CardError(f"{message}{self.reason(owner)}"), card)
+
+    def check_aliases(self) -> None:
+        """Skip every card with an alias that is an id, or an alias of a card before it."""
+        before: dict[str, Card] = {}
+        for card in list(self.values()):
+            owners = {name: owner.file for name, owner in {**before, **self}.items() if owner.id in self}
+            name = next((alias for alias in card.aliases if alias in owners), None)
+            if name is None:
+                before |= dict.fromkeys(card.aliases, card)
+            elif card.id in self:
+                self.skip(card.file, _taken(card.file, name, owners[name]), card)
+
+    def reason(self, name: str) -> str:
+        """The end of a message about a name that no card has: why its card was skipped, or nothing."""
+        error = None if name in self else self._reasons.get(name)
+        return f"; {error.message}" if error else ""
+
+    def add_aliases(self, setting: str) -> None:
+        """Add the aliases of the setting ALIAS: `alias=model`, comma separated, where a model is an id or alias.
+
+        Raises SettingsError: no such model, a name that is taken or no alias.
+        """
+        owners = self.owners
+        for entry in filter(None, (part.strip() for part in setting.split(","))):
+            alias, equals, target = (part.strip() for part in entry.partition("="))
+            if not (equals and target):
+                raise _alias_error(f'"{entry[:128]}" is not alias=model, as in gpt-image-1=emoji-mmdit')
+            try:
+                valid_alias(alias)
+            except ValueError as error:
+                raise _alias_error(str(error)) from None
+            if target not in owners:
+                why = self.reason(target) or f"; there are {', '.join(self)}"
+                raise _alias_error(f'no card is named "{target[:128]}"{why}')
+            if taken := self.owners.get(alias):
+                raise _alias_error(f'"{alias}" is a name of {taken.id} already')
+            card = self[owners[target].id]
+            self[card.id] = card.model_copy(update={"aliases": (*card.aliases, alias)})
+
+
 def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
+    card = _parse(file)
+    _check_sampler(card)
+    return card
+
+
+def read_cards(folder: Path, aliases: str = "") -> Cards:
+    """Read every `<folder>/<id>/card.toml`, with the aliases of the setting ALIAS.
+
+    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError as
+    `add_aliases`.
+    """
+    cards = Cards()
+    for file in sorted(folder.glob("*/card.toml")):
+        card = None
+        try:
+            card = _parse(file)
+            _check_sampler(card)
+            if card.id in cards:
+                raise _taken(file, card.id, cards[card.id].file)
+        except CardError as error:
+            cards.skip(file, error, card)
+        else:
+            cards[card.id] = card
+    cards.check_aliases()
+    cards.check_components()
+    cards.add_aliases(aliases)
+    return cards
+
+
+def _parse(file: Path) -> Card:
+    """A card with its labels, its sampler not checked yet."""
     try:
         raw = read_toml(file)
     except (OSError, ValueError, RecursionError) as error:
@@ -203,29 +343,36 @@ def read_card(file: Path) -> Card:
         field = ".".join(str(part) for part in first["loc"]) or "card"
         raise CardError(f"{file}: {field}: {first['msg']}") from error
     try:
-        return card.model_copy(update={"labels": labels_of(card)})
+        return card.model_copy(update={"labels": _labels(card)})
     except (OSError, ValueError) as error:  # a name that no file system takes
         raise CardError(f"{file}: source: {error}") from error
 
 
-def read_cards(folder: Path, aliases: str = "") -> Cards:
-    """Every `<folder>/<id>/card.toml`, by id, with the aliases of the setting ALIAS.
+def _labels(card: Card) -> tuple[str, ...]:
+    """The class names of its model_index.json, else as many numbered ones as `classes` says; none for prompts.
 
-    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError: what
-    `with_aliases` refuses.
+    Before a repository is downloaded, the index beside the card stands for its own. Raises CardError.
     """
-    cards = Cards()
-    for file in sorted(folder.glob("*/card.toml")):
-        try:
-            card = read_card(file)
-        except CardError as error:
-            cards.skip(file, error)
-            continue
-        if card.id in cards:
-            cards.skip(file, taken(file, card.id, cards[card.id].file), card)
-        else:
-            cards[card.id] = card
-    cards.check_aliases()
-    cards.check_components()
-    cards.update(with_aliases(cards, aliases))
-    return cards
+    if not card.draws_classes:
+        return ()
+    source = card.source
+    own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
+    index = own or card.folder / INDEX
+    labels = read_labels(index) if index.is_file() else ()
+    if labels and card.classes not in (None, len(labels)):
+        raise CardError(f"{card.file}: classes: {card.classes}, but {index} names {len(labels)}")
+    return labels or tuple(f"class {number}" for number in range(card.classes or 0))
+
+
+def _check_sampler(card: Card) -> None:
+    names = valid_samplers(card.schedule)
+    if card.defaults.sampler not in names:
+        raise CardError(f'{card.file}: defaults.sampler: "{card.defaults.sampler}" is not one of {", ".join(names)}')
+
+
+def _taken(file: Path, name: str, owner: Path) -> CardError:
+    return CardError(f"{file}: the name {name} is already used by {owner}")
+
+
+def _alias_error(message: str) -> SettingsError:
+    return SettingsError(f"alias: {message}", param="alias")

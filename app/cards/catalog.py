@@ -1,21 +1,19 @@
-"""Registry: the cards by every name a user may call them.
-
-Knows nothing of HTTP, weights or workers.
-"""
+"""Catalog: from a name that a user writes to a model or to a class of one, and the nearest name where none has it."""
 
 from __future__ import annotations
 
+import difflib
+import heapq
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from copy import copy
+from functools import lru_cache
 
-from app.cards.card import Card
-from app.cards.cards import Cards
+from app.cards.card import Card, Cards
 from app.cards.folder import ModelFolder
-from app.cards.hints import did_you_mean
-from app.errors import CardError, ModelNotFound, NotDownloaded, SettingsError
+from app.errors import InvalidValue, ModelNotFound, NotDownloaded, SettingsError
 from app.logs import logger
-from app.samplers.table import valid_samplers
 from app.settings import Settings
 
 log = logger("instep")
@@ -24,7 +22,7 @@ _OPENAIS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,48}", re.ASCII
 """Names of OpenAI's models, which many clients send without asking their user."""
 
 BUILT_IN = "emoji-mmdit"
-"""The card that draws where nothing else is said: its files come with the project."""
+"""The default model of a server without other models: its files come with the project."""
 
 SHIPPED = frozenset(
     (
@@ -34,41 +32,42 @@ SHIPPED = frozenset(
 )
 """The cards that come with the project; every other one is a user's."""
 
+LONGEST = 64
+"""Characters of a word that are compared with names."""
+
+COMPARED = 32
+"""Names that difflib compares: those that share most pairs of letters with the word. It takes 10 ms for a thousand."""
+
 
 class Registry:
-    """Cards by id and alias, and the card of a request that names none. all: those too that a key may not use."""
+    """Cards by id and alias, and the default card. all: those too that a key may not use."""
 
     def __init__(self, cards: Mapping[str, Card], settings: Settings) -> None:
-        """Skips a card whose default sampler does not go with its schedule.
-
-        Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one.
-        """
-        cards = self.cards = self.all = sound(cards)
+        """Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one."""
+        cards = self.cards = self.all = Cards(cards)
         if not cards:
-            why = next(
-                (error.message for error in cards.skipped.values()), f"expected {settings.models}/<id>/card.toml"
-            )
+            errors = (error.message for error in cards.skipped.values())
+            why = next(errors, f"expected {settings.models}/<id>/card.toml")
             raise SettingsError(f"no cards in {settings.models}: {why}")
-        self._names = {name: card for card in cards.values() for name in (card.id, *card.aliases)}
-        if settings.default_model and settings.default_model not in self._names:
+        self._owners = cards.owners
+        if settings.default_model and settings.default_model not in self._owners:
             message = f'default_model: no card is named "{settings.default_model}"'
             raise SettingsError(f"{message}{cards.reason(settings.default_model)}", param="default_model")
-        ranked = sorted(cards.values(), key=lambda card: rank(card, cards))
-        named = [self._names[settings.default_model]] if settings.default_model else []
-        self._by_rank = [*named, *ranked]
+        named = [self._owners[settings.default_model]] if settings.default_model else []
+        self._by_rank = [*named, *sorted(cards.values(), key=lambda card: _rank(card, cards))]
         self.default = self._by_rank[0]
 
     def find(self, name: str | None) -> Card:
         """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
         if not name:
             return self.default
-        if name in self._names:
-            return self._names[name]
+        if name in self._owners:
+            return self._owners[name]
         raise self.missing(name)
 
     def missing(self, name: str) -> ModelNotFound:
-        """The error that says that no card here has this name, and which do."""
-        hint = did_you_mean(name, self._names, otherwise=f"; there are {', '.join(self.cards)}")
+        """The error for a name that no card has, with the names that exist."""
+        hint = did_you_mean(name, self._owners, otherwise=f"; there are {', '.join(self.cards)}")
         if _OPENAIS.fullmatch(name):
             prompts = (card.id for card in (self.default, *self.cards.values()) if not card.draws_classes)
             model = next(prompts, self.default.id)
@@ -76,52 +75,103 @@ class Registry:
         return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
 
     def only(self, models: frozenset[str]) -> Registry:
-        """The same with these ids alone, the others as if they were not there.
-
-        The default is the server's if it is among them, else the next in rank.
-        """
+        """A view of these cards alone; its default is the server's if it is among them, else the next in rank."""
         view = copy(self)
         view.cards = Cards({name: card for name, card in self.cards.items() if name in models})
-        view._names = {name: card for name, card in self._names.items() if card.id in models}
+        view._owners = {name: card for name, card in self._owners.items() if card.id in models}
         view.default = next(card for card in self._by_rank if card.id in models)
         return view
 
-    def names(self, card: Card) -> tuple[str, ...]:
-        """Every name of a card, its id first."""
-        return (card.id, *card.aliases)
 
-
-def rank(card: Card, cards: Mapping[str, Card]) -> tuple[bool, ...]:
-    """How late a card comes when a request names none: first a user's that is here and draws prompts, then the built-in
-    one, then what is here, then what draws prompts; among equals the order of their folders."""
+def _rank(card: Card, cards: Mapping[str, Card]) -> tuple[bool, ...]:
+    """Sort key of the default model: first a user's that is here and draws prompts, then the built-in one, then what is
+    here, then what draws prompts; equals keep the order of their folders."""
     here, prompts = ModelFolder(card, cards).here(), not card.draws_classes
     return not (here and prompts and card.id not in SHIPPED), not (here and card.id == BUILT_IN), not here, not prompts
 
 
-def sound(cards: Mapping[str, Card]) -> Cards:
-    """The cards whose default sampler goes with their schedule; the others are skipped."""
-    found = Cards(cards)
-    for card in cards.values():
-        try:
-            check_sampler(card)
-        except CardError as error:
-            found.skip(card.file, error, card)
-    return found
-
-
-def check_sampler(card: Card) -> None:
-    """Raises CardError when the card's default sampler is not one of its schedule's."""
-    names = valid_samplers(card.schedule)
-    if card.defaults.sampler not in names:
-        file = card.folder / "card.toml"
-        raise CardError(f'{file}: defaults.sampler: "{card.defaults.sampler}" is not one of {", ".join(names)}')
-
-
 def warn_of(cards: Cards) -> None:
-    """One line of the log for each card that is skipped, and for each model with files that are missing or broken."""
+    """Log one line for each card that is skipped, and for each model with files that are missing or broken."""
     for error in cards.skipped.values():
         log.error("card skipped", reason=error.message)
     for card in cards.values():
         fault = ModelFolder(card, cards).fault()
         if fault and not isinstance(fault, NotDownloaded):
             log.error("model cannot be loaded", model=card.id, reason=fault.message)
+
+
+def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
+    """The index of a class by id, full name, or one of the synonyms of an ImageNet-like "tench, Tinca".
+
+    Raises InvalidValue naming the range, the ids of an ambiguous name, or the nearest names.
+    """
+    last = len(card.labels) - 1
+    if last < 0:
+        raise InvalidValue(f"{field}: {card.id} has no class names; its model_index.json lacks id2label", param=field)
+    if isinstance(given, str):
+        full, synonyms = _ids(card.labels)
+        wanted = given.strip().casefold()
+        found = full.get(wanted) or synonyms.get(wanted, [])
+        if len(found) == 1:
+            return found[0]
+        if found:
+            ids = ", ".join(map(str, found))
+            raise InvalidValue(f"{field}: several classes of {card.id} have this name; use an id: {ids}", param=field)
+        if not (given.isascii() and given.isdigit() and len(given) < 10):
+            hint = did_you_mean(given, card.labels, most=3, otherwise=f"; see /v1/models/{card.id}/classes?q=")
+            raise InvalidValue(f"{field}: {card.id} has no such class{hint}", param=field)
+        given = int(given)
+    if not 0 <= given <= last:
+        raise InvalidValue(f"{field}: expects a class id from 0 to {last}, or a name", param=field)
+    return given
+
+
+def search(card: Card, query: str | None) -> list[tuple[int, str]]:
+    """(id, name) of the classes whose name contains the query in any case, or whose id it is; all without a query."""
+    words = (query or "").strip().casefold()
+    return [(i, name) for i, name in enumerate(card.labels) if words in name.casefold() or words == str(i)]
+
+
+@lru_cache(maxsize=32)
+def _ids(labels: tuple[str, ...]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The ids of the classes by full name, and by synonym; both in lower case."""
+    full: dict[str, list[int]] = {}
+    synonyms: dict[str, list[int]] = {}
+    for index, label in enumerate(map(str.casefold, labels)):
+        full.setdefault(label, []).append(index)
+        for part in {part.strip() for part in label.split(",")}:
+            synonyms.setdefault(part, []).append(index)
+    return full, synonyms
+
+
+def did_you_mean(word: str, known: Iterable[str], *, most: int = 1, otherwise: str = "") -> str:
+    """The end of a message: `; did you mean "this" or "that"?`, or `otherwise` where no name is near."""
+    near = nearest(word, known, most)
+    quoted = " or ".join(f'"{name}"' for name in near)
+    return f"; did you mean {quoted}?" if near else otherwise
+
+
+def nearest(word: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Up to `most` of the known names that contain `word` or are spelled nearly so, in any case."""
+    wanted, (folded, having) = word[: 4 * LONGEST].strip().casefold()[:LONGEST], _indexed(tuple(known))
+    found = [name for name in folded if wanted in name] if len(wanted) > 2 else []
+    if not found:
+        shared = Counter(name for pair in _pairs(wanted) for name in having.get(pair, ()))
+        alike = heapq.nlargest(COMPARED, shared, key=lambda name: shared[name] / (len(wanted) + len(name)))
+        found = difflib.get_close_matches(wanted, alike, n=most)
+    return [folded[name] for name in found[:most]]
+
+
+@lru_cache(maxsize=32)
+def _indexed(known: tuple[str, ...]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Names by their folded form, and the folded names by each pair of letters in them."""
+    folded = {name.casefold(): name for name in known}
+    having: dict[str, list[str]] = {}
+    for name in folded:
+        for pair in _pairs(name):
+            having.setdefault(pair, []).append(name)
+    return folded, having
+
+
+def _pairs(word: str) -> set[str]:
+    return {word[place : place + 2] for place in range(len(word) - 1)}

@@ -1,7 +1,6 @@
-"""Files: the one way to read a stranger's file, a checkpoint's JSON, and which files a part's weights are in.
+"""Files of a checkpoint, read as a stranger's: regular ones only, up to a bound, and nothing in them is trusted.
 
-A pipe, a device or an endless file must not hold who reads it. Of weights only names and first bytes are read here;
-what tensors a file holds is for `app/checkpoints/tensors.py`.
+Of weights only names and first bytes are read here; `app/checkpoints/tensors.py` reads their headers.
 """
 
 from __future__ import annotations
@@ -12,11 +11,13 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from app.errors import CheckpointError
+from app.errors import CardError, CheckpointError
+
+INDEX = "model_index.json"
 
 JSON_LIMIT = 16 * 2**20
 """Bytes of a checkpoint's JSON, of which an index of shards is the largest."""
@@ -31,10 +32,12 @@ PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pickle", ".pkl")
 CONVERT = "`instep models convert` makes them of the DiT authors' .pt"
 
 STEMS = ("diffusion_pytorch_model", "model")
-"""What weights are called, the first that is there."""
+"""Names of files of weights; the first that exists counts."""
 
 _FIRST = 512
-"""Bytes of a file that are looked at; a Git LFS pointer has about 130 in all."""
+"""Bytes at the start of a file that are compared; a Git LFS pointer has about 130 in all."""
+
+_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 Wanted = Literal["safetensors", "torch", "json"]
 
@@ -51,14 +54,14 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ),
     (r"\x1f\x8b\x08|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive: unpack it first"),
 )
-"""What files begin with that people have in place of a checkpoint, and what to say of them."""
+"""How files begin that people have in place of a checkpoint, and what an error calls them."""
 
 _TORCH = r"PK\x03\x04|\x80[\x02-\x05]"
 _TEXT = r"[\t\n\r\x20-\x7e]{16}"
 
 
 def open_file(file: Path) -> BinaryIO:
-    """A regular file, to read. Raises OSError; at a pipe or a device too, and without waiting for one."""
+    """Open a regular file for reading. Raises OSError, also for a pipe or a device, without waiting for one."""
     if stat.S_ISREG(os.stat(file).st_mode):  # to open a device may set it off
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -68,9 +71,9 @@ def open_file(file: Path) -> BinaryIO:
 
 
 def read_file(file: Path, limit: int, check: Callable[[int], None] = lambda opened: None) -> bytes:
-    """All of a regular file. check: called with its descriptor first, so that what is checked is what is read.
+    """Read all of a regular file. check: called with its descriptor before that.
 
-    Raises OSError, also where it has more than `limit` bytes, and what `check` raises.
+    Raises OSError, also for more than `limit` bytes, and what `check` raises.
     """
     with open_file(file) as stream:
         check(stream.fileno())
@@ -83,9 +86,17 @@ def read_file(file: Path, limit: int, check: Callable[[int], None] = lambda open
 def read_toml(
     file: Path, check: Callable[[int], None] = lambda opened: None, limit: int = TOML_LIMIT
 ) -> dict[str, Any]:
-    """A card or a file of keys, by `read_file`. Raises ValueError and RecursionError too: it is not UTF-8, not TOML, or
-    has a number of thousands of digits."""
+    """Read a card or a file of keys. Raises OSError as `read_file`, ValueError and RecursionError for bad TOML."""
     return tomllib.loads(read_file(file, limit, check).decode())
+
+
+def to_toml(value: Any) -> str:
+    """Write a value of a card as TOML, tables in one line."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:
@@ -94,18 +105,24 @@ def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:
         with open_file(file) as stream:
             size = os.fstat(stream.fileno()).st_size
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from error
+        raise _unreadable(file, error) from error
     if size > limit:
         raise CheckpointError(f"{file}: over {limit} bytes")
 
 
-def foreign(file: Path, wanted: Wanted = "safetensors") -> str | None:
-    """What this file is instead of the kind that is wanted, in words; None where its first bytes do not show it.
+def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
+    """Raises CheckpointError for a file that cannot be read, or whose first bytes are those of another kind of file."""
+    try:
+        with open_file(file) as stream:
+            first = stream.read(_FIRST).decode("latin-1")
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if found := _foreign(first, wanted):
+        raise CheckpointError(f"{file}: is {found}")
 
-    Raises OSError.
-    """
-    with open_file(file) as stream:
-        first = stream.read(_FIRST).decode("latin-1")
+
+def _foreign(first: str, wanted: Wanted) -> str | None:
+    """Name the kind of file that begins so; None where it may be the wanted one."""
     # NOTE: a safetensors' first eight bytes are a length, which may look like anything; a brace follows it.
     if wanted == "safetensors" and first[8:9] == "{":
         return None
@@ -121,24 +138,18 @@ def foreign(file: Path, wanted: Wanted = "safetensors") -> str | None:
     return None if first else "an empty file"
 
 
-def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
-    """Raises CheckpointError where a file is something else than is wanted, in words, or cannot be read."""
-    try:
-        found = foreign(file, wanted)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from error
-    if found:
-        raise CheckpointError(f"{file}: is {found}")
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file}: {error.strerror or error}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of at most 16 MB. Raises CheckpointError naming the file."""
+    """Read a JSON object of at most 16 MB. Raises CheckpointError naming the file."""
     try:
         content = json.loads(read_file(file, JSON_LIMIT))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing") from error
     except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from error
+        raise _unreadable(file, error) from error
     except (ValueError, RecursionError) as error:
         refuse_foreign(file, "json")
         raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
@@ -147,10 +158,53 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(place: Path) -> dict[Path, set[str] | None]:
-    """The safetensors of a part's folder, or the one file, each with the keys that the index of shards promises.
+def read_classes(index: Path) -> dict[str, str]:
+    """Read the class of each part that a model_index.json names, without the scheduler and absent parts.
 
-    None stands for the keys where there is no index. Raises CheckpointError: one is missing, or the index is not one.
+    Raises CheckpointError naming the file: missing, a bad name of a part, not a pair of library and class.
+    """
+    found = {}
+    for name, entry in read_json(index).items():
+        if name.startswith("_") or name == "scheduler" or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if not _PART.fullmatch(name):
+            raise CheckpointError(f'{index}: "{name}" is not the name of a part')
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise CheckpointError(f"{index}: {name}: not a pair of library and class")
+        found[name] = str(entry[1])
+    return found
+
+
+def read_labels(index: Path) -> tuple[str, ...]:
+    """Read the class names in order of id, none without `id2label`. Raises CardError unless the ids are 0 to n - 1."""
+    try:
+        named: Any = json.loads(read_file(index, JSON_LIMIT)).get("id2label") or {}
+        labels = tuple(named[str(number)] for number in range(len(named)))
+    except KeyError as error:
+        raise CardError(f"{index}: id2label: {len(named)} classes, but none has the id {error.args[0]}") from error
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CardError(f"{index}: id2label: {error}") from error
+    if not all(isinstance(label, str) for label in labels):
+        raise CardError(f"{index}: id2label: a name that is not a text")
+    return labels
+
+
+def cached_index(repo: str, revision: str | None) -> Path | None:
+    """Find model_index.json of a Hub repository's snapshot in the local cache; None before it is downloaded."""
+    # NOTE: imported late, by cards that name a repository alone: it takes a third of a second.
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repo, INDEX, revision=revision)
+    except ValueError:  # no name of a repository: its load says so
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def weight_files(place: Path) -> dict[Path, set[str] | None]:
+    """Find the safetensors of a part's folder (or the one file), each with its keys by the index of shards.
+
+    The keys are None without an index. Raises CheckpointError: one is missing, or the index is not one.
     """
     if place.exists() and not place.is_dir():
         return {place: None}

@@ -1,6 +1,6 @@
-"""Noise: what a folder's scheduler_config.json says of the noise that its network was trained on, as a card says it.
+"""Noise: from a folder's scheduler_config.json to the `schedule` of a card.
 
-The names are those of diffusers' schedulers. How a solver steps is no fact of a checkpoint: such keys are left alone.
+The names are those of diffusers' schedulers. Keys of how a solver steps are ignored: that is a choice of a request.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ DIFFUSION = tuple(
 )
 """The classes whose noise process a card can hold; flow ones among the second say `use_flow_sigmas`."""
 
-_SAME = ("leading", "linspace", "trailing", "fixed_small", "fixed_large", "learned_range", "linear", "scaled_linear")
 _WORDS = {
     "prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"},
-    "beta_schedule": {word: word for word in _SAME[6:]},
-    "timestep_spacing": {word: word for word in _SAME[:3]},
-    "variance_type": {word: word for word in _SAME[3:6]},
+    "beta_schedule": {word: word for word in ("linear", "scaled_linear")},
+    "timestep_spacing": {word: word for word in ("leading", "linspace", "trailing")},
+    "variance_type": {word: word for word in ("fixed_small", "fixed_large", "learned_range")},
 }
 """The values that a table of coefficients can be made of, by diffusers' word and by a card's."""
 
@@ -77,17 +76,14 @@ _SOLVERS = frozenset(
 
 
 def schedule_of(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """A card's `schedule` for the files of a diffusers folder: that of a card, with each fact of theirs in its place.
+    """A card's `schedule` for a diffusers folder: `like`, with each fact of the folder in its place.
 
-    like: the `schedule` of the card that they are like, as its TOML says it; what is returned where the folder says
-    nothing. Raises CheckpointError naming file and key: clipped samples, another kind of noise process, a key or a
-    value that no table of coefficients can hold.
+    like: the `schedule` of the most similar card, as its TOML says it. Raises CheckpointError naming file and key:
+    clipped samples, another kind of noise process, a key or a value that no table of coefficients can hold.
     """
-    file = folder / FILE
-    if not file.exists():
+    file, config = folder / FILE, check_schedule(folder)
+    if config is None:
         return dict(like)
-    check_schedule(folder)
-    config = read_json(file)
     name, flows = str(config.get("_class_name", "")), bool(config.get("use_flow_sigmas"))
     if name and name not in (*FLOW, *DIFFUSION):
         raise CheckpointError(f"{file}: {name} is not a scheduler that a card can say the noise of")
@@ -102,23 +98,27 @@ def schedule_of(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(before: Schedule, after: Mapping[str, Any]) -> list[str]:
-    """What a schedule says otherwise than another, a line each: "shift is 1.0, not 3.0"."""
+    """The differences of a schedule from the one before, a line each: "shift is 1.0, not 3.0"."""
     fresh = Schedule(**after)
     names = [name for name in Schedule.model_fields if getattr(fresh, name) != getattr(before, name)]
     return [f"{name} is {_word(getattr(fresh, name))}, not {_word(getattr(before, name))}" for name in names]
 
 
-def check_schedule(folder: Path) -> None:
-    """Refuse a checkpoint whose samples are clipped or thresholded: that is not affine, and no table can hold it."""
+def check_schedule(folder: Path) -> dict[str, Any] | None:
+    """Read scheduler_config.json, None where there is none.
+
+    Raises CheckpointError for clipped or thresholded samples: they are not affine, so no table can hold them.
+    """
     file = folder / FILE
     if not file.exists():
-        return
+        return None
     config = read_json(file)
     name = str(config.get("_class_name", ""))
     for field, default in (("clip_sample", name in CLIPS_BY_DEFAULT), ("thresholding", False)):
         if config.get(field, default):
             why = "" if field in config else f" (the default of {name})"
             raise CheckpointError(f"{file}: {field} is true{why}: clipped samples cannot be served")
+    return config
 
 
 def _refuse_others(file: Path, config: Mapping[str, Any]) -> None:

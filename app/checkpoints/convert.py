@@ -1,36 +1,38 @@
-"""Converting: a DiT's `.pt` in its authors' names, and a VAE, to a whole folder of a card, offline.
+"""Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
-Knows nothing of the command line: it is told what to write, and tells what it does in lines.
-
-What stands in the tensors is read from them (depth, width, patch, size, classes); the number of heads does not, and is
-that of facebookresearch/DiT models.py for the width, unless given. The arithmetic that the card asks for is that of
-the authors' sample.py.
+The source is a `.pt` in the authors' names, or a folder in diffusers' layout whose weights are `.bin` files, as the Hub
+repositories facebook/DiT-XL-2-256 and -512 are. Of a `.pt` the tensors say depth, width, patch, size and classes; the
+number of heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the
+authors' sample.py.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json
+from app.cards.files import INDEX, read_json, to_toml
+from app.cards.folder import Part
 from app.cards.noise import FILE, schedule_of
-from app.cards.toml import to_toml
 from app.checkpoints.parts import part_outline, part_states
-from app.checkpoints.tensors import State
-from app.checkpoints.torchzip import read_torch_zip
-from app.checkpoints.vaes import VAE, open_vae
-from app.checkpoints.whole import whole
+from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
 from app.families.components import blank_network
+from app.families.dit import dit_keys
 from app.families.originals import from_original
 
 SHARD = 5 * 10**9
@@ -47,7 +49,11 @@ _SHAPES = {
 }
 """The tensors that say how large a DiT is."""
 
-CLASS = "DiTTransformer2DModel"
+_COUNTS = ("num_embeds_ada_norm", "in_channels", "out_channels", "num_layers", "sample_size", "patch_size")
+"""Keys of a DiT's config.json that say how large it is."""
+
+CLASS, VAE = "DiTTransformer2DModel", "AutoencoderKL"
+BIN = "diffusion_pytorch_model.bin"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CARD = """\
@@ -57,7 +63,7 @@ description = "DiT with {classes} classes at {pixels} x {pixels} px, from {sourc
 source = {{ path = "." }}
 schedule = {schedule}
 defaults = {{ sampler = "ddpm", num_inference_steps = 250, guidance_scale = 4.0, size = "{pixels}x{pixels}" }}
-limits = {{ num_inference_steps = 1000, sizes = {{ min = {pixels}, max = {pixels}, multiple = {multiple}, \
+limits = {{ num_inference_steps = 1000, sizes = {{ min = {pixels}, max = {pixels}, multiple = {pixels}, \
 square = true }} }}
 classes = {classes}
 # The authors' own arithmetic, from which diffusers' pipeline differs.
@@ -80,11 +86,12 @@ _SCHEDULER = {
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What to convert to what. vae: a folder in diffusers' layout, or a safetensors file in the authors'.
+    """What to convert to what.
 
-    dtype: of the network's weights; None for the file's own. heads: None for those of the width. labels: names of
-    classes, used if they are as many as the network's. replace: the folder may be a card without weights, whose facts
-    are kept.
+    file: a .pt, or a folder of .bin files. vae: a folder in diffusers' layout, or a safetensors file in the authors';
+    None for the folder's own. dtype: of the network's weights; None for the file's own. heads: None for those of the
+    width. labels: names of classes, used if they are as many as the network's. replace: the folder may be a card
+    without weights, whose facts are kept.
     """
 
     file: Path
@@ -96,8 +103,11 @@ class Conversion:
     replace: bool = False
 
 
-def convert_dit(wanted: Conversion, tell: Callable[[str], None], write: Callable[..., None] | None = None) -> None:
-    """Write the folder whole or not at all, by `write` or as a .pt's. Raises CheckpointError: it exists; bad files."""
+def convert_dit(wanted: Conversion, tell: Callable[[str], None]) -> None:
+    """Write the folder whole or not at all, and tell what is done, a line each.
+
+    Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
+    """
     folder = wanted.folder.absolute()
     card = _card_without_weights(folder) if wanted.replace else None
     if folder.exists() and card is None:
@@ -105,11 +115,35 @@ def convert_dit(wanted: Conversion, tell: Callable[[str], None], write: Callable
         raise CheckpointError(f"{folder} exists{hint}")
     if not _ID.fullmatch(folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
-    with whole(folder) as unfinished:
-        (write or _write)(wanted, unfinished, folder.name, tell)
+    with _whole(folder) as unfinished:
+        _write(wanted, unfinished, folder.name, tell)
         if card is not None:
             _keep_facts(card, unfinished / "card.toml")
     tell(f"wrote {folder}")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write into, which takes its place at the end, and nothing is left of it on an error.
+
+    What stood there before is gone only when the new one stands.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    before = unfinished.with_name(f"{unfinished.name}-before")
+    try:
+        yield unfinished
+        for path in (unfinished, *unfinished.rglob("*")):  # of which two libraries would let only the owner read some
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        if folder.exists():
+            os.rename(folder, before)
+        os.rename(unfinished, folder)
+    except BaseException:
+        if before.exists():
+            os.rename(before, folder)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _card_without_weights(folder: Path) -> Card | None:
@@ -133,6 +167,36 @@ def _keep_facts(before: Card, file: Path) -> None:
 
 
 def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str], None]) -> None:
+    """Every file of the folder; the weights last, once configs and tensors are known to fit each other."""
+    bins = wanted.file.is_dir()
+    network, config, parameters = (_network_of_bins if bins else _network_of_pt)(wanted, folder, tell)
+    place = wanted.vae or (wanted.file / "vae" if bins else None)
+    if place is None:
+        raise CheckpointError("a .pt holds no VAE: give one with --vae")
+    vae = Part("vae", VAE, place) if place.is_dir() else Part("vae", VAE, place.parent, place)
+    vae_config = vae_config_of(part_outline(vae)) if vae.file else read_json(place / "config.json")
+    pixels, file = _read_bins(vae, tell) if bins else (_joined(vae), vae.weights)
+    _check_fit(folder / "vae", VAE, vae_config, pixels, file)
+    _write_index(wanted, folder, config)
+    side = config["sample_size"] * 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    learned = config["out_channels"] == 2 * config["in_channels"]
+    schedule = {**_SCHEDULE, "variance": "learned_range" if learned else "fixed_large"}
+    card = _CARD.format(
+        id=model_id,
+        classes=config["num_embeds_ada_norm"],
+        pixels=side,
+        source=json.dumps(wanted.file.name)[1:-1],
+        schedule=to_toml(schedule_of(wanted.file, schedule)),
+        parameters=parameters,
+    )
+    (folder / "card.toml").write_text(card, encoding="utf-8")
+    tell("writing the network and the VAE")
+    _write_weights(folder / "transformer", network, wanted.dtype)
+    _write_weights(folder / "vae", pixels, None)
+
+
+def _network_of_pt(wanted: Conversion, folder: Path, tell: Callable[[str], None]) -> tuple[State, dict[str, Any], int]:
+    """The tensors by diffusers' names, their config and the number of parameters."""
     tell(f"reading {wanted.file}")
     theirs = read_torch_zip(wanted.file)
     try:
@@ -140,17 +204,43 @@ def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str]
         config = dit_config(theirs, wanted.heads)
     except ValueError as error:
         raise CheckpointError(f"{wanted.file}: {error}") from error
-    told = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
-    tell(f"a DiT: {told.format(**config)}, {config['num_embeds_ada_norm']} classes")
-    check_written(folder / "transformer", CLASS, config, {k: v.to("meta") for k, v in state.items()}, wanted.file)
-    vae, vae_config = open_vae(wanted.vae)
-    check_written(folder / "vae", VAE, vae_config, part_outline(vae), vae.weights)
-    write_index(wanted, folder, config)
-    scale = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    write_card(wanted, folder, model_id, config, scale, sum(value.numel() for value in theirs.values()))
-    tell("writing the network and the VAE")
-    write_weights(folder / "transformer", state, wanted.dtype)
-    write_weights(folder / "vae", {key: value for shard in part_states(vae) for key, value in shard.items()}, None)
+    shape = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
+    tell(f"a DiT: {shape.format(**config)}, {config['num_embeds_ada_norm']} classes")
+    _check_fit(folder / "transformer", CLASS, config, state, wanted.file)
+    return state, config, sum(value.numel() for value in theirs.values())
+
+
+def _network_of_bins(
+    wanted: Conversion, folder: Path, tell: Callable[[str], None]
+) -> tuple[State, dict[str, Any], int]:
+    """As `_network_of_pt`, of a folder. Raises CheckpointError too where blocks have embedders that differ."""
+    place = wanted.file / "transformer"
+    config = read_json(place / "config.json")
+    for name in _COUNTS:
+        if not isinstance(config.get(name), int) or config[name] < 1:
+            raise CheckpointError(f"{place / 'config.json'}: {name} is {config.get(name)!r}, not a number over 0")
+    state, file = _read_bins(Part("transformer", CLASS, place), tell)
+    _check_fit(folder / "transformer", CLASS, config, state, file)
+    try:
+        state = dit_keys(state, dict.fromkeys(state))
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {error}") from error
+    # Counted as the authors do: one embedder for all blocks, and the fixed table of positions.
+    copies = {key for key in state if ".norm1.emb." in key and not key.startswith("transformer_blocks.0.")}
+    positions = (config["sample_size"] // config["patch_size"]) ** 2 * state["pos_embed.proj.weight"].shape[0]
+    return state, config, positions + sum(value.numel() for key, value in state.items() if key not in copies)
+
+
+def _read_bins(part: Part, tell: Callable[[str], None]) -> tuple[State, Path]:
+    """The tensors of a part of such a folder, and what to name in an error; one in safetensors will do."""
+    torch_zip = part.file is None and (part.folder / BIN).is_file()
+    file = part.folder / BIN if torch_zip else part.weights
+    tell(f"reading {file}")
+    return read_torch_zip(file) if torch_zip else _joined(part), file
+
+
+def _joined(part: Part) -> State:
+    return {key: value for shard in part_states(part) for key, value in shard.items()}
 
 
 def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
@@ -181,63 +271,56 @@ def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
     }
 
 
-def write_weights(folder: Path, state: State, dtype: torch.dtype | None) -> None:
-    """The tensors as safetensors in `folder`, in `dtype` or as they are, in as many files as their bytes ask for."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for key, value in state.items():
-        more = value.numel() * (dtype or value.dtype).itemsize
-        if shards[-1] and size + more > SHARD:
-            shards.append([])
-            size = 0
-        shards[-1].append(key)
-        size += more
-    stem = "diffusion_pytorch_model"
-    several = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = several if len(shards) > 1 else [f"{stem}.safetensors"]
-    for name, keys in zip(names, shards, strict=True):
-        # A copy of each, also where two names have one tensor: the format has no second names.
-        own = {key: state[key].to(dtype or state[key].dtype, copy=True).contiguous() for key in keys}
-        save_file(own, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        placed = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        _write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": placed})
+def vae_config_of(state: State) -> dict[str, Any]:
+    """diffusers' config of an autoencoder by diffusers' names, with the scale of the first latent diffusion models."""
+    channels = [
+        state[key].shape[0] for i in range(9) if (key := f"encoder.down_blocks.{i}.resnets.0.conv1.weight") in state
+    ]
+    latent, first = state.get("decoder.conv_in.weight"), "encoder.down_blocks.0.resnets."
+    return {
+        "_class_name": VAE,
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "latent_channels": 4 if latent is None else latent.shape[1],
+        "layers_per_block": len({key.split(".")[4] for key in state if key.startswith(first)}),
+        "use_quant_conv": "quant_conv.weight" in state,
+        "use_post_quant_conv": "post_quant_conv.weight" in state,
+        "scaling_factor": 0.18215,
+    }
 
 
-def check_written(folder: Path, class_name: str, config: dict[str, Any], outline: State, file: Path) -> None:
+def _check_fit(folder: Path, class_name: str, config: dict[str, Any], state: State, file: Path) -> None:
     """Write the config, and see that the network of it takes these tensors, before any of them is written."""
     folder.mkdir()
     _write_json(folder / "config.json", config)
-    blank_network(class_name, folder, outline, file)
+    blank_network(class_name, folder, {key: value.to("meta") for key, value in state.items()}, file)
 
 
-def write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> None:
+def _write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> None:
+    """model_index.json, and the folder's own scheduler_config.json or the authors' schedule as one."""
     index: dict[str, Any] = {"_class_name": "DiTPipeline"}
     if len(wanted.labels) == config["num_embeds_ada_norm"]:
         index["id2label"] = {str(number): label for number, label in enumerate(wanted.labels)}
     parts = {"scheduler": "DDIMScheduler", "transformer": CLASS, "vae": VAE}
-    _write_json(folder / "model_index.json", {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}})
+    _write_json(folder / INDEX, {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}})
     (folder / "scheduler").mkdir()
     theirs = wanted.file / FILE
     _write_json(folder / FILE, read_json(theirs) if theirs.is_file() else _SCHEDULER)
 
 
-def write_card(
-    wanted: Conversion, folder: Path, model_id: str, config: dict[str, Any], scale: int, parameters: int
-) -> None:
-    pixels = config["sample_size"] * scale
-    learned = config["out_channels"] == 2 * config["in_channels"]
-    schedule = {**_SCHEDULE, "variance": "learned_range" if learned else "fixed_large"}
-    card = _CARD.format(
-        id=model_id,
-        classes=config["num_embeds_ada_norm"],
-        pixels=pixels,
-        source=json.dumps(wanted.file.name)[1:-1],
-        schedule=to_toml(schedule_of(wanted.file, schedule)),
-        multiple=pixels,
-        parameters=parameters,
-    )
-    (folder / "card.toml").write_text(card, encoding="utf-8")
+def _write_weights(folder: Path, state: State, dtype: torch.dtype | None) -> None:
+    """The tensors as safetensors in `folder`, in `dtype` or as they are, in as many files as their bytes ask for."""
+    outline = {key: torch.empty(value.shape, dtype=dtype or value.dtype, device="meta") for key, value in state.items()}
+    name = "diffusion_pytorch_model{suffix}.safetensors"
+    split = split_torch_state_dict_into_shards(outline, filename_pattern=name, max_shard_size=SHARD)
+    for file, keys in split.filename_to_tensors.items():
+        # A copy of each, also where two names have one tensor: the format has no second names.
+        own = {key: state[key].to(outline[key].dtype, copy=True).contiguous() for key in keys}
+        save_file(own, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = f"{name.format(suffix='')}.index.json"
+        _write_json(folder / index, {"metadata": {}, "weight_map": split.tensor_to_filename})
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from app.cards.card import Card
-from app.cards.files import PICKLES, read_json
-from app.cards.folder import INDEX, classes_in
-from app.checkpoints.tensors import read_names, read_outline
-from app.checkpoints.torchzip import read_torch_zip
+from app.cards.files import INDEX, PICKLES, read_classes, read_json
+from app.checkpoints.tensors import read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError
 from app.families import FAMILIES
 from app.families.components import State, has_weights
@@ -139,7 +137,7 @@ def look(path: Path) -> Report:
     if path.is_file():
         return _look_in(path)
     if (path / INDEX).is_file():
-        classes = {name: kind for name, kind in classes_in(path / INDEX).items() if (path / name).is_dir()}
+        classes = {name: kind for name, kind in read_classes(path / INDEX).items() if (path / name).is_dir()}
         pieces = {name: Piece(path / name, read_outline(path / name)) for name in classes if has_weights(classes[name])}
         return Report(path, pieces, tuple(name for name in classes if name not in pieces))
     if (path / "config.json").is_file():
@@ -174,7 +172,7 @@ def shipped_of(card: Card) -> Shipped | None:
     here = [card.folder] if card.source.path is None else [card.folder, card.folder / card.source.path]
     for folder in here:
         if (folder / INDEX).is_file() and (folder / "transformer" / "config.json").is_file():
-            return Shipped(card, folder, classes_in(folder / INDEX))
+            return Shipped(card, folder, read_classes(folder / INDEX))
     return None
 
 

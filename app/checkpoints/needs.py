@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from app.cards.card import Card
-from app.cards.files import STEMS
-from app.cards.folder import INDEX, classes_in
+from app.cards.files import INDEX, STEMS, read_classes
 from app.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
         raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
     file = fetch(repo, INDEX)
     try:
-        return repo, set(classes_in(file))
+        return repo, set(read_classes(file))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error.message.replace(str(file), INDEX)}") from error
 

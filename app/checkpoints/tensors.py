@@ -1,18 +1,25 @@
-"""Weights: safetensors files to tensors.
+"""Files of weights to tensors: safetensors, and for an offline conversion alone the zips that torch.save writes.
 
-Knows nothing of networks: which keys and shapes are right is for app/families to say.
+The safetensors format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of {name: dtype,
+shape, data_offsets}, the data. The library reads it, and refuses holes, overlaps, tails, short files and shapes that do
+not fill their place. What it lets pass is refused here before it sees the file: headers that cost memory to parse, a
+key twice, number formats that no network here is stored in.
 
-The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of {name: dtype, shape,
-data_offsets}, the data. The library reads it, and refuses holes, overlaps, tails, short files and shapes that do not
-fill their place. What it lets pass is refused here before it sees the file: headers that cost memory to parse, a key
-twice, number formats that no network here is stored in.
+A torch file is a pickle, which can run code, so torch's weights-only unpickler reads it, and what it refuses stays
+refused. That stops code, not bombs: entries that are compressed, share their bytes or lie outside the archive are
+refused before torch sees the file, and tensors that are more than their bytes after it.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +50,15 @@ _FORMATS = {
     "BOOL": torch.bool,
 }
 
+PICKLE_LIMIT = 16 * 2**20
+"""Bytes of data.pkl, which holds names, shapes and offsets: a DiT-XL's has 40 kB, one with an optimizer's 200 kB."""
+
+WRAPPERS = ("ema", "model", "state_dict")
+"""Where the weights may stand, the best first: the authors' train.py saves "model", "ema", "opt" and "args"."""
+
+_END = b"PK\x05\x06"
+_END_BYTES = 22
+
 
 def read_outline(place: Path, prefix: str = "") -> State:
     """Names, shapes and number formats of the tensors of a folder or a file, on the meta device, from headers alone.
@@ -63,21 +79,13 @@ def read_outline(place: Path, prefix: str = "") -> State:
 def read_states(place: Path, prefix: str = "") -> Iterator[State]:
     """The tensors whose names begin so: of a file, or of a component's folder, one of its files after another.
 
-    The tensors may be maps of the file: who lets go of a shard before the next never holds two. Raises CheckpointError
-    naming the file: missing, not whole, over 16 MB of header or 20,000 tensors, shards and index that do not agree; all
-    headers are checked before the first tensor is read.
+    The tensors may be maps of the file: a caller that drops a shard before the next never has two in memory. Raises
+    CheckpointError naming the file: missing, not whole, over 16 MB of header or 20,000 tensors, shards and index that
+    do not agree; all headers are checked before the first tensor is read.
     """
     for file in _headers(place, prefix):
         with _opened(file) as opened:
             yield {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}  # noqa: SIM118
-
-
-def read_state(place: Path) -> State:
-    """All tensors of a folder or a file at once. Raises CheckpointError as `read_states`."""
-    state: State = {}
-    for shard in read_states(place):
-        state.update(shard)
-    return state
 
 
 def read_names(file: Path) -> set[str]:
@@ -85,12 +93,39 @@ def read_names(file: Path) -> set[str]:
     return set(_header(file))
 
 
+def read_torch_zip(file: Path) -> State:
+    """The tensors of a file of torch.save, as maps of it. Of what train.py saves: those under "ema", else "model".
+
+    Raises CheckpointError naming the file: not a whole torch zip, compressed or overlapping entries, a pickle of
+    anything but tensors and plain values, tensors that are more than their bytes.
+    """
+    refuse_foreign(file, "torch")
+    try:
+        with _Short(file) as stream:
+            _check_end(file, stream)
+            with zipfile.ZipFile(stream) as archive:
+                _check_entries(file, archive.infolist())
+        # NOTE: Namespace holds the options of train.py; it is plain data, and nothing of it is called.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"asks for {found[1]}, which is not a tensor" if found else "is not that of tensors"
+        raise CheckpointError(f"{file}: its pickle {why}; nothing of it was run") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a spoiled pickle makes the unpickler do, the file is the reason
+        why = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise CheckpointError(f"{file}: not a whole torch zip: {why}") from error
+    return _unwrapped(file, loaded)
+
+
 def _headers(folder: Path, prefix: str) -> dict[Path, dict[str, Any]]:
     """The header of every shard, checked against the index."""
     shards = weight_files(folder)
     headers = {file: _header(file) for file in shards}
     for file, header in headers.items():
-        _formats(file, header, prefix)
+        _check_formats(file, {key: entry["dtype"] for key, entry in header.items() if key.startswith(prefix)})
     if sum(len(header) for header in headers.values()) > TENSOR_LIMIT:
         raise CheckpointError(f"{folder}: over {TENSOR_LIMIT} tensors")
     for file, listed in shards.items():
@@ -102,7 +137,7 @@ def _headers(folder: Path, prefix: str) -> dict[Path, dict[str, Any]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """The file in the library's hands, which checks the header again and the length of the data."""
+    """The file opened by the library, which checks the header again and the length of the data."""
     try:
         with safe_open(file, framework="pt", device="cpu") as opened:
             yield opened
@@ -138,18 +173,80 @@ def _header(file: Path) -> dict[str, Any]:
     return dict(header)
 
 
-def _formats(file: Path, header: Mapping[str, Any], prefix: str) -> None:
-    """Refuse number formats that no network here is stored in."""
-    for key, entry in header.items():
-        if key.startswith(prefix) and entry["dtype"] not in _FORMATS:
-            form = entry["dtype"]
-            words = f"{form} (8-bit floats)" if form.startswith("F8_") else form
-            more = ": take its bfloat16, float16 or float32 file" if form.startswith(("F8_", "F4", "F6")) else ""
-            raise CheckpointError(f"{file}: {key} has number format {words}, which this server does not load{more}")
-
-
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key twice")
     return found
+
+
+def _check_formats(file: Path, formats: dict[str, str]) -> None:
+    """Refuse number formats that no network here is stored in."""
+    for key, form in formats.items():
+        if form not in _FORMATS:
+            words = f"{form} (8-bit floats)" if form.startswith("F8_") else form
+            more = ": take its bfloat16, float16 or float32 file" if form.startswith(("F8_", "F4", "F6")) else ""
+            raise CheckpointError(f"{file}: {key} has number format {words}, which this server does not load{more}")
+
+
+class _Short(io.FileIO):
+    """A file of which no more than a pickle's limit is read at once: the zip library reads a directory whole."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        most = PICKLE_LIMIT + 1
+        found = super().read(most if size is None or size < 0 else min(size, most))
+        if len(found) > PICKLE_LIMIT:
+            raise zipfile.BadZipFile("a directory of too many bytes")
+        return found
+
+
+def _check_end(file: Path, stream: io.FileIO) -> None:
+    """The end record is the file's last bytes, so that every reader finds the same directory."""
+    size = stream.seek(0, io.SEEK_END)
+    stream.seek(max(size - _END_BYTES, 0))
+    if stream.read(_END_BYTES)[:4] != _END:
+        raise CheckpointError(f"{file}: not a whole torch zip (torch.save of version 1.6 or later writes one)")
+    stream.seek(0)
+
+
+def _check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
+    if len(entries) > TENSOR_LIMIT:
+        raise CheckpointError(f"{file}: {len(entries)} entries, over {TENSOR_LIMIT}")
+    names = [entry.filename for entry in entries]
+    root = names[0].partition("/")[0] if names else ""
+    if f"{root}/data.pkl" not in names or len(set(names)) != len(names):
+        raise CheckpointError(f"{file}: a zip, but not one that torch.save wrote")
+    for entry in entries:
+        parts = entry.filename.split("/")
+        if parts[0] != root or ".." in parts or "" in parts or "\\" in entry.filename or "\0" in entry.filename:
+            raise CheckpointError(f"{file}: {entry.filename!r} is not the name of an entry that torch.save writes")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+            raise CheckpointError(f"{file}: {entry.filename!r} is compressed, which torch.save does not do")
+        if entry.file_size > PICKLE_LIMIT and len(parts) != 3:
+            raise CheckpointError(f"{file}: {entry.filename!r} has {entry.file_size} bytes, over {PICKLE_LIMIT}")
+    total = sum(entry.file_size for entry in entries)
+    if total > file.stat().st_size:
+        raise CheckpointError(f"{file}: its entries have {total} bytes, more than the file: they overlap")
+
+
+def _unwrapped(file: Path, loaded: Any) -> State:
+    """The state of a checkpoint, each tensor whole and its own."""
+    for wrapper in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, dict) or not loaded:
+        raise CheckpointError(f"{file}: holds {type(loaded).__name__}, not tensors by their names")
+    state: State = {}
+    total = 0
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{file}: {str(key)[:80]!r} holds {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu" or not value.is_floating_point():
+            raise CheckpointError(f"{file}: {key} is not a plain tensor of numbers")
+        total += value.numel() * value.itemsize
+        if not value.is_contiguous() or total > file.stat().st_size:
+            raise CheckpointError(f"{file}: {key} has shape {list(value.shape)}, more than the file holds of it")
+        # A state dict of a distributed run names every weight after the module that wrapped the network.
+        state[key.removeprefix("module.")] = value.detach()
+    return state

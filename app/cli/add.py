@@ -80,7 +80,7 @@ def free_id(path: Path, registry: Registry, models: Path) -> str:
 
 
 def _taken(model: str, registry: Registry, models: Path) -> bool:
-    return (models / model).exists() or any(model in registry.names(card) for card in registry.cards.values())
+    return (models / model).exists() or any(model in card.names for card in registry.cards.values())
 
 
 def _next(model: str, cards: dict[str, Card]) -> str:

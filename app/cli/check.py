@@ -111,15 +111,14 @@ def bytes_each(one: Shipped, settings: Settings) -> dict[str, int]:
     """Bytes of one number of each part of a card as this machine would load it."""
     import torch
 
-    from app.cards.folder import Part
-    from app.checkpoints.building import part_dtype
+    from app.checkpoints.parts import part_dtype
     from app.families.components import has_weights
     from app.worker.process import resolve_dtype
 
     device = plan.devices(settings.devices)[0]
     dtype = resolve_dtype(settings, device)
-    named = {part: Part(part, kind, one.folder / part) for part, kind in one.classes.items() if has_weights(kind)}
-    return {name: part_dtype(part, torch.device(device), dtype).itemsize for name, part in named.items()}
+    named = (part for part, kind in one.classes.items() if has_weights(kind))
+    return {part: part_dtype(part, torch.device(device), dtype).itemsize for part in named}
 
 
 def _memory(one: Shipped, parts: list[str], each: dict[str, int], settings: Settings) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.cards.catalog import SHIPPED, Registry
-from app.cards.folder import INDEX
+from app.cards.files import INDEX
 from app.cards.noise import changes
 from app.cli.makings import Makings
 from app.errors import CheckpointError, LoadError

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from app.cards.folder import INDEX, read_labels
+from app.cards.files import INDEX, read_labels
 from app.cli.serve import Folder, read_settings
 
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
@@ -47,12 +47,11 @@ def convert(
     """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
     import torch
 
-    from app.checkpoints.bins import write_folder
     from app.checkpoints.convert import Conversion, convert_dit
 
     shipped = [read_settings(models=models).models / card for card in LABELLED]
     indices = [place / INDEX for place in (*[file] * file.is_dir(), *[folder] * replace, *shipped)]
     labels = next((names for one in indices if one.is_file() and (names := read_labels(one))), ())
     wanted = Conversion(file, folder, vae, dtype and getattr(torch, dtype), heads, labels, replace)
-    convert_dit(wanted, typer.echo, write_folder if file.is_dir() else None)
+    convert_dit(wanted, typer.echo)
     typer.echo(f"next: instep serve --models {folder.parent}")

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.cards.card import Card, read_card
-from app.cards.files import read_json, read_toml
-from app.cards.folder import INDEX, ModelFolder
+from app.cards.files import INDEX, read_json, read_toml, to_toml
+from app.cards.folder import ModelFolder
 from app.cards.noise import schedule_of
-from app.cards.toml import to_toml
 from app.cli.models import check_facts
 from app.errors import LoadError, NotDownloaded
 
@@ -100,20 +99,18 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
     # NOTE: imported late: torch and the model libraries take seconds.
     import torch
 
-    from app.checkpoints.building import build_family
-    from app.checkpoints.layout import check_classes, read_parts
-    from app.pool.component import Component
+    from app.checkpoints.parts import blank_part, build_family, check_classes, read_parts
 
     check_facts(card)
     device, dtype = torch.device("cpu"), torch.bfloat16
     folder = ModelFolder(card, {**cards, card.id: card})
     check_classes(card, folder.own())
-    own = {part.name: Component(part, device, dtype).value for part in folder.own()}
+    own = {part.name: blank_part(part) for part in folder.own()}
     try:
         parts = read_parts(card, cards)
     except NotDownloaded:
         return
-    shared = {part.name: Component(part, device, dtype).value for part in parts if part.name not in own}
+    shared = {part.name: blank_part(part) for part in parts if part.name not in own}
     build_family(card, {**own, **shared}, device, dtype)
 
 

@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.cards.card import Card, read_cards
-from app.cards.catalog import check_sampler, sound
 from app.cards.folder import ModelFolder
 from app.cards.noise import changes, schedule_of
 from app.cli.bodies import find, open_registry
@@ -112,7 +111,7 @@ def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
     files = sorted(folder.glob("*/card.toml"))
     if not files:
         raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
-    cards = sound(read_cards(folder))
+    cards = read_cards(folder)
     skipped = {plain(file.parent.name): ("broken", error.message) for file, error in cards.skipped.items()}
     return skipped | {plain(card.folder.name): _check_files(card, cards, threads) for card in cards.values()}
 
@@ -122,8 +121,7 @@ def _check_files(card: Card, cards: dict[str, Card], threads: int) -> tuple[str,
     # NOTE: imported late: torch and the model libraries take seconds, and only this command needs them.
     import torch
 
-    from app.checkpoints.building import build_family, build_parts
-    from app.checkpoints.layout import read_parts
+    from app.checkpoints.parts import build_family, build_parts, read_parts
 
     try:
         check_facts(card)
@@ -156,7 +154,6 @@ def _overruled(card: Card, folder: Path) -> str:
 
 def check_facts(card: Card) -> None:
     """Raises InstepError when the card's own defaults make no table of coefficients."""
-    check_sampler(card)
     compile_table(card.schedule, card.defaults.sampler, card.defaults.num_inference_steps, tokens=256)
 
 

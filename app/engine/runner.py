@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from app.engine.cores import Cores
 from app.engine.encodings import Encodings
 from app.engine.limits import Limits
 from app.engine.outcome import Image, Outcome, isolate
@@ -21,6 +20,7 @@ from app.engine.slots import Slots, Space
 from app.engine.step import denoise_step, gather
 from app.errors import EngineError, InstepError, NonFiniteOutput
 from app.families.base import Conditions, Family
+from app.pool.budget import Cores
 from app.pool.pool import Pool
 from app.request import Key
 from app.samplers.table import compile_table

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from app.engine.row import Row
-from app.pool.need import Need
+from app.pool.policy import Need
 from app.report import Phase
 
 ALL: tuple[Phase, ...] = ("encode", "denoise", "decode")

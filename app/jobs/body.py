@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.cards.card import Card, Size, Sizes, parse_size
-from app.cards.classes import find_label
+from app.cards.catalog import find_label
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
 from app.imaging import FORMATS
 from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, within

@@ -97,4 +97,4 @@ def _described(fields: Iterable[str]) -> Json:
 
 
 def _names(registry: Registry, cards: list[Card]) -> list[str]:
-    return [name for card in cards for name in registry.names(card)]
+    return [name for card in cards for name in card.names]

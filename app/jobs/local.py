@@ -62,7 +62,7 @@ class Local:
         self._reports.put(report)
 
     def _run(self) -> None:
-        from app.pool.threads import use_threads
+        from app.pool.budget import use_threads
 
         use_threads(self._threads)
         try:

@@ -22,7 +22,7 @@ from app.jobs.splice import mark, spliced
 from app.jobs.warnings import warnings
 from app.report import Preview, Result
 from app.request import ClassLabel, Prompt, Request
-from app.worker.jobs import Estimate
+from app.worker.admission import Estimate
 
 TOKEN = 16
 """Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""

@@ -1,7 +1,4 @@
-"""Loader: the one thread that builds models and moves their weights, as the books say.
-
-Knows nothing of who waits or why. One thread: a shared component is never built twice.
-"""
+"""Loader: the one thread that builds models and moves their weights, so that a shared part is never built twice."""
 
 from __future__ import annotations
 
@@ -14,34 +11,31 @@ import torch
 
 from app.cards.card import Card
 from app.cards.folder import Part
-from app.checkpoints.building import build_family, part_dtype
-from app.checkpoints.layout import read_parts
-from app.checkpoints.parts import part_identity, part_outline
+from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, read_parts
 from app.errors import DoesNotFit, LoadError
 from app.families import FAMILIES
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
-from app.pool.books import PHASES, Books, Bring, Build, Drop, Job
-from app.pool.budget import readable
-from app.pool.component import Component
-from app.pool.threads import use_threads
+from app.pool.budget import readable, use_threads
+from app.pool.memory import Component
+from app.pool.policy import PHASES, Bring, Build, Drop, Job, Policy
 
 _log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Does the jobs of the books until they are closed."""
+    """Does the policy's jobs until it is closed."""
 
     def __init__(
-        self, books: Books, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype, compiled: bool = False
+        self, policy: Policy, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype, compiled: bool
     ) -> None:
-        self._books, self._cards, self._device, self._dtype = books, cards, device, dtype
-        self._compiled = compiled
+        self._policy, self._store, self._lock = policy, policy.store, policy.lock
+        self._cards, self._device, self._dtype, self._compiled = cards, device, dtype, compiled
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
     def join(self, seconds: float) -> None:
-        """Wait for the job that runs, at most so long."""
+        """Wait for the running job, at most so long."""
         self._thread.join(timeout=seconds)
 
     def _work(self) -> None:
@@ -50,24 +44,27 @@ class Loader:
             while job := self._next():
                 self._do(job)
         except BaseException as error:
-            with self._books.wake:
-                self._books.broken = error
+            with self._lock:
+                self._policy.broken = error
 
     def _next(self) -> Job | None:
-        """The next job, waited for; None when the books are closed."""
-        with self._books.wake:
-            while not self._books.closed:
-                if job := self._books.next():
+        """Wait for the next job; None when the policy is closed."""
+        with self._lock:
+            while not self._policy.closed:
+                if job := self._policy.next():
                     return job
-                self._books.wake.wait()
+                self._lock.wait()
         return None
 
     def _do(self, job: Job) -> None:
-        """What a job raises is its model's failure, and the thread's end only where the device is lost."""
+        """Do a job; an error is its model's failure, and ends the thread only where the device is lost."""
         try:
             match job:
                 case Drop(leaving):
-                    self._drop(leaving)
+                    for one in leaving:
+                        self._store.drop(one)
+                    with self._lock:
+                        self._policy.moved((one, "away") for one in leaving)
                 case Build(model_id):
                     self._build(model_id)
                 case Bring():
@@ -75,19 +72,14 @@ class Loader:
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            if isinstance(job, Drop):  # what could not be emptied is no model's failure
+            if isinstance(job, Drop):  # an error while weights are freed is no model's failure
                 _log.exception("dropping weights")
-                self._settle(job.leaving)
+                self._store.settle(job.leaving)
             else:
                 self._fail(job.model, error)
 
-    def _settle(self, leaving: list[Component]) -> None:
-        with self._books.wake:
-            for one in leaving:
-                one.settle()
-
     def _build(self, model_id: str) -> None:
-        """Everything but the weights: parts found, headers and configs checked, sizes known and compared."""
+        """Build all but the weights: find the parts, check headers and configs, compare the sizes with the budget."""
         start = time.monotonic()
         card = self._cards[model_id]
         found = read_parts(card, self._cards)
@@ -100,76 +92,68 @@ class Loader:
         family = build_family(card, {name: one.value for name, one in parts.items()}, self._device, self._dtype)
         if self._compiled:
             compile_blocks(family.network)
-        with self._books.wake:
-            model = self._books.models[model_id]
+        with self._lock:
+            model = self._policy.models[model_id]
             model.family, model.parts = family, parts
             model.spent += time.monotonic() - start
             for one in parts.values():
                 one.owners.add(model_id)
             sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
         phase = max(PHASES, key=lambda phase: sizes[phase])
-        if sizes[phase] > self._books.store.budget:
+        if sizes[phase] > self._store.budget:
             raise DoesNotFit(
                 f"{model_id}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
-                f"{readable(self._books.store.budget)} of {self._device} (INSTEP_DEVICE_MEMORY)"
+                f"{readable(self._store.budget)} of {self._device} (INSTEP_DEVICE_MEMORY)"
             )
 
     def _component(self, card: Card, part: Part) -> Component:
-        dtype = part_dtype(part, self._device, self._dtype)
+        dtype = part_dtype(part.name, self._device, self._dtype)
         key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
-        known = self._books.store.components.get(key)
+        known = self._store.components.get(key)
         if known is None:
             known = Component(part, self._device, dtype)
-            with self._books.wake:
-                self._books.store.components[key] = known
+            with self._lock:
+                self._store.components[key] = known
         return known
 
     def _bring(self, job: Bring) -> None:
-        books, model, start = self._books, self._books.models[job.model], time.monotonic()
-        left = books.store.bring(job.wanted, job.leaving)
+        policy, model, start = self._policy, self._policy.models[job.model], time.monotonic()
+        left = self._store.bring(job.wanted, job.leaving)
         if "decode" in job.phases and "decode" not in model.brought and model.family is not None:
             with torch.inference_mode():
                 model.family.prepare()
-        with books.wake:
+        with self._lock:
             model.brought.update(job.phases)
             model.spent += time.monotonic() - start
             if model.brought.issuperset(PHASES):
-                books.loaded(job.model)
+                policy.end_load(job.model)
                 if model.state != "ready":
-                    books.change(job.model, "ready", seconds=model.spent)
-            books.tell(left)
-
-    def _drop(self, leaving: list[Component]) -> None:
-        for one in leaving:
-            self._books.store.drop(one)
-        with self._books.wake:
-            self._books.tell([(one, "away") for one in leaving])
+                    policy.change(job.model, "ready", seconds=model.spent)
+            policy.moved(left)
 
     def _fail(self, model_id: str, error: Exception) -> None:
-        """Record the reason, and empty the components that were loaded for this model alone."""
-        # A new object: the caught one holds, by its traceback, all that was loaded until it was raised.
-        told = _told(model_id, error, self._device)
-        books = self._books
-        with books.wake:
-            model = books.models[model_id]
+        """Record the reason, and empty the components that only this model has."""
+        reason = self._reason(model_id, error)
+        policy, model = self._policy, self._policy.models[model_id]
+        with self._lock:
             alone = [one for one in model.parts.values() if one.owners == {model_id} and not one.leases and one.bytes]
-            books.store.claim((), alone)
+            self._store.claim((), alone)
         for one in alone:
-            books.store.drop(one)
-        with books.wake:
+            self._store.drop(one)
+        with self._lock:
             for one in model.parts.values():
                 one.owners.discard(model_id)
-            books.store.forget()
-            model.family, model.parts, model.brought, model.error = None, {}, set(), told
-            books.loaded(model_id)
-            books.change(model_id, "failed", detail=told.message)
-            books.tell(())
+            self._store.forget()
+            model.family, model.parts, model.brought, model.error = None, {}, set(), reason
+            policy.end_load(model_id)
+            policy.change(model_id, "failed", detail=reason.message)
+            policy.moved(())
 
-
-def _told(model_id: str, error: Exception, device: torch.device) -> LoadError:
-    if isinstance(error, LoadError):
-        return type(error)(error.message)
-    if isinstance(error, torch.OutOfMemoryError):
-        return LoadError(f"{model_id}: not enough memory on {device}")
-    _log.error("loading %s", model_id, exc_info=error)
-    return LoadError(f"{model_id}: cannot be loaded ({type(error).__name__})")
+    def _reason(self, model_id: str, error: Exception) -> LoadError:
+        """A new error for users: the traceback of the caught one holds all that was loaded until it was raised."""
+        if isinstance(error, LoadError):
+            return type(error)(error.message)
+        if isinstance(error, torch.OutOfMemoryError):
+            return LoadError(f"{model_id}: not enough memory on {self._device}")
+        _log.error("loading %s", model_id, exc_info=error)
+        return LoadError(f"{model_id}: cannot be loaded ({type(error).__name__})")

@@ -1,7 +1,6 @@
-"""Pool: which weights are on the device. Brings them in the background, leases them, and makes room.
+"""Pool: which weights are on the device. It brings them in the background, leases them, and makes room.
 
-Knows nothing of requests or batches. Components (a network, a VAE, a text encoder) are what moves and what is leased:
-two models that name the same one share it.
+Components (a network, a VAE, a text encoder) are what moves and what is leased; models that name the same one share it.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ import torch
 from app.cards.card import Card
 from app.errors import LoadError
 from app.families.base import Family
-from app.pool.books import Books, Change
-from app.pool.component import Component
 from app.pool.loader import Loader
-from app.pool.need import Need
+from app.pool.memory import Store
+from app.pool.policy import Change, Need, Policy
 from app.report import Phase
 
 
 class Lease:
-    """A hold on the parts of one phase of a model; release it once, or more often to no effect."""
+    """A hold on the parts of one phase of a model."""
 
     def __init__(self, model: Family, release: Callable[[], None]) -> None:
         self.model = model
@@ -39,8 +37,8 @@ class Lease:
 class Pool:
     """The models of these cards on one device. Every method is thread-safe and returns at once.
 
-    What is leased is never moved; of the rest, what was leased longest ago leaves first: to host memory beside a GPU,
-    where it may take `host` bytes, and then away.
+    What is leased never moves. Of the rest, what was leased longest ago leaves first: to host memory beside a GPU,
+    where it may take `host` bytes, and then away. A method that takes a model's id raises ModelNotFound.
     """
 
     def __init__(
@@ -58,98 +56,97 @@ class Pool:
         device. compiled: networks compile their blocks. clock: seconds, for the wait after a failure."""
         self.cards, self.device, self.dtype = dict(cards), torch.device(device), dtype
         # On a CPU the host's memory is the device's: there is nowhere to put weights aside.
-        self._books = Books(self.cards, device, budget, host if self.device.type != "cpu" else 0, clock)
-        self._lock = self._books.wake
-        self._loader = Loader(self._books, self.cards, self.device, dtype, compiled)
+        store = Store(budget, host if self.device.type != "cpu" else 0)
+        self._lock = store.lock
+        self._policy = Policy(self.cards, device, store, clock)
+        self._loader = Loader(self._policy, self.cards, self.device, dtype, compiled)
 
     def want(self, model_id: str) -> None:
-        """Start loading in the background if absent, or if it failed over 30 s ago. Raises ModelNotFound."""
+        """Start loading in the background if absent, or if the last load failed over 30 s ago."""
         with self._lock:
-            self._books.want(model_id)
+            self._policy.want(model_id)
 
     def unload(self, model_id: str) -> None:
-        """Take the model off the device and out of host memory, once nobody leases it. Raises ModelNotFound."""
+        """Take the model off the device and out of host memory, once nobody leases it."""
         with self._lock:
-            self._books.unload(model_id)
+            self._policy.unload(model_id)
 
     def need(self, needs: Sequence[Need], kept: Collection[str] = ()) -> None:
-        """What rows wait for now, most urgent first; each call replaces the last. Raises ModelNotFound.
+        """Replace what rows wait for, most urgent first.
 
-        kept: models whose parts stay for now, whoever asks less than urgently. Whoever waited must lease what came
-        before the next call: until then nothing else moves.
+        kept: models whose parts stay, except for urgent needs. Rows that waited must lease what came before the next
+        call: until then nothing else moves.
         """
         with self._lock:
-            self._books.need(needs, kept)
+            self._policy.need(needs, kept)
 
     def lease(self, model_id: str, phase: Phase) -> Lease | None:
-        """A hold on the parts of a phase, or None while they are not all there. Raises ModelNotFound."""
+        """A hold on the parts of a phase, or None while they are not all on the device."""
         with self._lock:
-            if not self._resident(model_id, phase):
+            model = self._policy.model(model_id)
+            if not model.has((phase,)):
                 return None
-            model = self._books.models[model_id]
-            held = model.components((phase,))
-            for one in held:
+            leased = model.components((phase,))
+            for one in leased:
                 one.leases += 1
                 one.used = time.monotonic()
+
+        def release() -> None:
+            with self._lock:
+                for one in leased:
+                    one.leases -= 1
+                self._lock.notify()
+
         assert model.family is not None
-        return Lease(model.family, lambda: self._end(held))
+        return Lease(model.family, release)
 
     def resident(self, model_id: str, phase: Phase) -> bool:
-        """Whether a lease would be given now. Raises ModelNotFound."""
+        """Whether `lease` would succeed now."""
         with self._lock:
-            return self._resident(model_id, phase)
+            return self._policy.model(model_id).has((phase,))
 
     def family(self, model_id: str) -> Family | None:
-        """The model as code and configuration, wherever its weights are; None until it was ready once."""
+        """The model as code and configuration, wherever its weights are; None until it was built."""
         with self._lock:
-            return self._books.model(model_id).family
+            return self._policy.model(model_id).family
 
     def version(self, network: object) -> int:
-        """Of a part that is leased: another number once its weights came from files that had changed."""
+        """The version of the weights of a leased part; another number once they came from files that had changed."""
         with self._lock:
-            return next((one.version for one in self._books.store.components.values() if one.value is network), 0)
+            components = self._policy.store.components.values()
+            return next((one.version for one in components if one.value is network), 0)
 
     def fits(self, model_id: str) -> bool:
-        """Whether all parts of a built model can be on the device together. Raises ModelNotFound."""
+        """Whether all parts of a built model can be on the device together."""
         with self._lock:
-            return self._books.model(model_id).bytes <= self._books.store.budget
+            return self._policy.model(model_id).bytes <= self._policy.store.budget
 
     def size(self, model_id: str) -> int:
-        """Bytes of the weights of all parts; 0 until the model was built once. Raises ModelNotFound."""
+        """Bytes of the weights of all parts; 0 until the model was built."""
         with self._lock:
-            return self._books.model(model_id).bytes
+            return self._policy.model(model_id).bytes
 
     @property
     def blocked(self) -> bool:
         """Whether the first need that is not met waits for what is leased or kept."""
-        return self._books.blocked
+        return self._policy.blocked
 
     def failure(self, model_id: str) -> LoadError | None:
-        """Why the last load failed; None when it did not or is being tried again. Raises ModelNotFound."""
+        """Why the last load failed; None when it did not or is being tried again."""
         with self._lock:
-            return self._books.model(model_id).error
+            return self._policy.model(model_id).error
 
     def poll(self) -> list[Change]:
-        """What has happened since the last call, in order. Raises what ended the loader: a device that is lost."""
+        """The changes since the last call, in order. Raises the error that ended the loader: a device that is lost."""
         with self._lock:
-            if self._books.broken:
-                raise self._books.broken
-            changes, self._books.changes = self._books.changes, []
+            if self._policy.broken:
+                raise self._policy.broken
+            changes, self._policy.changes = self._policy.changes, []
         return changes
 
     def close(self) -> None:
-        """Take no more loads; waits a little for the one that runs."""
+        """Take no more loads, and wait a little for the running one."""
         with self._lock:
-            self._books.closed = True
+            self._policy.closed = True
             self._lock.notify()
         self._loader.join(5)
-
-    def _resident(self, model_id: str, phase: Phase) -> bool:
-        model = self._books.model(model_id)
-        return model.state == "ready" and all(one.place == "device" for one in model.components((phase,)))
-
-    def _end(self, held: list[Component]) -> None:
-        with self._lock:
-            for one in held:
-                one.leases -= 1
-            self._lock.notify()

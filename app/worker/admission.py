@@ -1,69 +1,318 @@
-"""Admission: whether a request may stand in a worker's queue, by the seconds of device time that are before it.
-
-Knows nothing of processes, and of keys only the name, the weight and the limit.
-"""
+"""Admission: which worker takes a request, and whether it may queue there, by estimated seconds of device time."""
 
 from __future__ import annotations
 
+import math
 import random
 import time
+from bisect import bisect, insort
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from app.cards.card import Card, parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.report import ModelState, Phase, State, Tick
 from app.request import Delivery, Request
-from app.worker.backlog import Backlog, Kind
-from app.worker.jobs import Estimate
+from app.samplers.table import compile_table
 
 BUSY = 0.5
 """The part of MAX_WAIT up to which a queue is open to all, whoever fills it."""
 
+DEFAULT_RATE = 0.05
+"""Seconds a pass until a model has been measured: about SD3.5-large at 1024 px on one large GPU."""
 
-@dataclass(frozen=True)
-class Door:
-    """What a request must pass. backlogs: of all live workers; max_wait: seconds, of each.
+PACE = 0.1
+"""How far an average moves towards what was just measured."""
 
-    All is judged by what is ahead, not by that and the request's own cost: else large requests would never enter.
+FULL = 0.75
+"""Forwards of at least this part of the key's cap teach what a pass takes: a narrow one costs more a pass."""
+
+OUTLIER = 4.0
+"""A measurement over so many times the average counts as that: the first decode after a load also loads."""
+
+_USEFUL: tuple[State, ...] = ("ready", "loading", "failed", "absent")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What was known when a request was accepted.
+
+    wait: seconds until its turn; position: unanswered requests on its device; cost: its own device seconds.
     """
 
-    backlogs: Sequence[Backlog]
-    max_wait: float
+    wait: float
+    position: int
+    cost: float
 
-    def admit(self, request: Request, kind: Kind, chosen: Backlog, position: int, limit: float | None) -> Estimate:
-        """What the request may expect behind `chosen`.
 
-        Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a
-        busy queue; Overloaded when the wait is longer than max_wait, or too long for the deadline; DeadlineExceeded
-        when even an idle device would not meet that.
+class Kind(NamedTuple):
+    """What images of equal cost have in common. passes: through the network, of one image."""
+
+    tenant: str
+    model: str
+    width: int
+    height: int
+    passes: int
+
+
+def kind_of(request: Request, card: Card) -> Kind:
+    """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+    # The engine compiles the same table, for the image's own number of tokens.
+    recipe = request.recipe
+    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    return Kind(request.delivery.tenant, recipe.model, recipe.width, recipe.height, recipe.passes(lines))
+
+
+class Costs:
+    """Estimated device seconds of an image, from measured rates and past work.
+
+    An encode and a decode count as one pass each until they have been seen. The engine reports the rate of an idle
+    device; what a shared or a hot one takes is learned from full forwards, of which a queue is made. Sizes of the same
+    area have the same number of tokens, and one rate.
+    """
+
+    def __init__(self) -> None:
+        self._rates: dict[str, dict[int, float]] = {}
+        self._areas: dict[str, list[int]] = {}  # of the rates, in order
+        self._seen: dict[tuple[str, Phase, int, int], float] = {}
+
+    def hear(self, report: ModelState | Tick) -> None:
+        """Learn from a report of the engine."""
+        rates = self._rates.setdefault(report.model, {})
+        if isinstance(report, ModelState):
+            for size, rate in report.rates.items():
+                area = math.prod(parse_size(size))
+                if area not in rates:
+                    insort(self._areas.setdefault(report.model, []), area)
+                rates[area] = rate
+        elif report.phase == "denoise":
+            area, passes = report.width * report.height, report.passes - report.padding
+            if area in rates and 0 < report.cap * FULL <= passes:
+                rates[area] = _nearer(rates[area], report.seconds / passes)
+        elif report.rows and report.width:
+            place = (report.model, report.phase, report.width, report.height)
+            known = self._seen.get(place, self.rate(report.model, report.width, report.height))
+            self._seen[place] = _nearer(known, report.seconds / report.rows)
+
+    def measured(self, model: str) -> bool:
+        """Whether the estimates for this model are more than a guess."""
+        return bool(self._rates.get(model))
+
+    def image(self, model: str, width: int, height: int, passes: int) -> float:
+        """Seconds of one image that goes through the network `passes` times."""
+        rate = self.rate(model, width, height)
+        around = (self._seen.get((model, phase, width, height), rate) for phase in ("encode", "decode"))
+        return passes * rate + sum(around)
+
+    def rate(self, model: str, width: int, height: int) -> float:
+        """Seconds a pass at width x height pixels: measured, or scaled by area from the nearest size, or a guess."""
+        rates = self._rates.get(model)
+        if not rates:
+            return DEFAULT_RATE
+        area, areas = width * height, self._areas[model]
+        above = bisect(areas, area)
+        nearest = min(areas[max(0, above - 1) : above + 1], key=lambda known: abs(known - area))
+        return rates[nearest] * area / nearest
+
+
+def _nearer(known: float, taken: float) -> float:
+    return known + PACE * (min(taken, OUTLIER * known) - known)
+
+
+class Backlog:
+    """The unanswered images of one worker by kind, and what its engine last reported of its models and its batch.
+
+    A sum over kinds is exact and cheap, however many requests there are. Costs outlive the process: the next one has
+    the same device and the same files.
+
+    NOTE: an image counts whole until it is answered. What of it is done is known to the engine alone; leaving it out
+    overstates the queue by at most what is in the slots, which is little beside a queue that is worth a refusal.
+    """
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.weights: dict[str, float] = {}
+        """Of the tenants that have images here."""
+        self.costs = Costs()
+        self._images: Counter[Kind] = Counter()
+        self._states: dict[str, ModelState] = {}
+        self._were_ready: set[str] = set()
+        self._running = 0
+        self._rows: dict[str, int] = {}
+
+    def add(self, kind: Kind, images: int, weight: float) -> None:
+        """A request of so many images; its weight is from now on that of its tenant."""
+        self.requests += 1
+        self._images[kind] += images
+        self.weights[kind.tenant] = weight
+
+    def drop(self, kind: Kind, images: int) -> None:
+        """So many images fewer: answered, failed or cancelled. Counts of the last Ticks end with the last image."""
+        self._images[kind] -= images
+        if not self._images[kind]:
+            del self._images[kind]
+            if not any(other.tenant == kind.tenant for other in self._images):
+                del self.weights[kind.tenant]
+            if not self.images_of(kind.model):
+                self._rows.pop(kind.model, None)
+        if not self._images:
+            self._running = 0
+
+    def end(self, kind: Kind, images: int) -> None:
+        """A request is over; so many of its images were not answered."""
+        self.requests -= 1
+        if images:
+            self.drop(kind, images)
+
+    def hear(self, report: ModelState | Tick) -> None:
+        """Learn from a report of the engine."""
+        self.costs.hear(report)
+        if isinstance(report, ModelState):
+            self._states[report.model] = merge(self._states.get(report.model), report)
+            if report.state == "ready":
+                self._were_ready.add(report.model)
+        else:
+            self._running = report.running
+            if report.phase == "denoise" and report.rows:
+                self._rows[report.model] = report.rows
+
+    def forget(self) -> list[str]:
+        """The process is dead, and what it had loaded is gone. Returns the models that it knew."""
+        known, self._states, self._running = list(self._states), {}, 0
+        self._were_ready.clear()
+        return known
+
+    def state(self, model: str) -> ModelState:
+        """How the model stands here."""
+        return self._states.get(model) or ModelState(model, "absent")
+
+    def proved(self, model: str) -> bool:
+        """Whether this process has had the model ready, and has not failed to load it since."""
+        return model in self._were_ready and self.state(model).state != "failed"
+
+    @property
+    def images(self) -> int:
+        return self._images.total()
+
+    def images_of(self, model: str) -> int:
+        return sum(images for kind, images in self._images.items() if kind.model == model)
+
+    @property
+    def running(self) -> int:
+        """Images in a batch or encoded for the next, as of the last Tick."""
+        return min(self.images, self._running)
+
+    @property
+    def batched(self) -> dict[str, int]:
+        """Images in the last denoising forward of each model that has work here, less those answered since."""
+        return {model: min(rows, self.images_of(model)) for model, rows in self._rows.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Device seconds of everything."""
+        return sum(self.tenants().values())
+
+    def tenants(self) -> dict[str, float]:
+        """Device seconds by tenant."""
+        seconds: dict[str, float] = dict.fromkeys(self.weights, 0.0)
+        for kind, images in self._images.items():
+            seconds[kind.tenant] += images * self.image(kind)
+        return seconds
+
+    def image(self, kind: Kind) -> float:
+        """Device seconds of one image of this kind."""
+        return self.costs.image(*kind[1:])
+
+    def before(self, kind: Kind) -> float:
+        """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
+        own = self.image(kind)
+        same = ((other, images) for other, images in self._images.items() if other.tenant == kind.tenant)
+        return sum(images * each for other, images in same if (each := self.image(other)) <= own)
+
+    def wait(self, tenant: str, weight: float, own: float) -> float:
+        """Seconds until the device has worked `own` seconds for this tenant.
+
+        Meanwhile every other tenant has its share, weight by weight, or all of its work where that is less: the
+        batcher's deficit round robin with turns too short to see.
         """
-        self._check_share(request.delivery, chosen, limit)
-        tenant, weight, deadline = request.delivery.tenant, request.delivery.weight, request.delivery.deadline
-        own = chosen.tenants().get(tenant, 0.0)
-        wait = chosen.wait(tenant, weight, own)
-        if wait > self.max_wait:
-            raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - self.max_wait))
-        cost = len(request.images) * chosen.image(kind)
-        # Others have their turns while it waits and while it runs: both are in its wait.
-        finish = chosen.wait(tenant, weight, chosen.before(kind) + cost)
-        estimate = Estimate(finish - cost, position, cost)
-        if deadline is not None and chosen.measured(request.recipe.model):
-            _check_deadline(estimate, deadline - time.monotonic())
-        return estimate
+        others = ((name, seconds) for name, seconds in self.tenants().items() if name != tenant)
+        return own + sum(min(seconds, own * self.weights[name] / weight) for name, seconds in others)
 
-    def _check_share(self, delivery: Delivery, chosen: Backlog, limit: float | None) -> None:
-        own = sum(backlog.tenants().get(delivery.tenant, 0.0) for backlog in self.backlogs)
-        weights = Counter({delivery.tenant: delivery.weight})
-        for backlog in self.backlogs:
-            weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != delivery.tenant})
-        share = len(self.backlogs) * delivery.weight / sum(weights.values())
-        if limit is not None and own > limit:
-            words = f"This key has about {own:.0f} seconds of work queued, and may have {limit:.0f}."
-            raise RateLimited(words, retry_after=after((own - limit) / share))
-        busy = len(weights) > 1 and chosen.seconds > BUSY * self.max_wait
-        if busy and own > share * self.max_wait:
-            words = f"This key has about {own:.0f} seconds of work queued; its share of the queue is full."
-            raise RateLimited(words, retry_after=after(own / share - self.max_wait))
+
+def merge(old: ModelState | None, new: ModelState) -> ModelState:
+    """What is known of a model in one process after `new`: the rate of a size stays until it is measured again."""
+    if old is None:
+        return new
+    new = replace(new, rates={**old.rates, **new.rates})
+    if old.state != new.state:
+        return new
+    return replace(new, seconds=new.seconds or old.seconds, device_bytes=new.device_bytes or old.device_bytes)
+
+
+def best(states: Iterable[ModelState]) -> ModelState:
+    """The most useful of a model's states on several workers."""
+    return min(states, key=lambda state: _USEFUL.index(state.state))
+
+
+def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
+    """Index of the worker that gets to a request for this model first, one with a queue under max_wait if there is any.
+
+    NOTE: a worker on which the model failed answers at once and so never has a queue; by its queue alone it would draw
+    every request. Between equals, the one that has the model, so that an idle server does not load it twice.
+    """
+    states = [backlog.state(model) for backlog in backlogs]
+    load = max((known.seconds for known in states if known.state == "ready"), default=0.0)
+
+    def rank(index: int) -> tuple[bool, bool, float, bool]:
+        state, ahead = states[index].state, backlogs[index].seconds
+        wait = ahead if state == "ready" else ahead + load
+        return state == "failed", ahead > max_wait, wait, state not in ("ready", "loading")
+
+    return min(range(len(backlogs)), key=rank)
+
+
+def admit(
+    request: Request, kind: Kind, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None
+) -> Estimate:
+    """What the request may expect behind `chosen`, one of the live workers' backlogs.
+
+    All is judged by what is ahead, not by that and the request's own cost: else large requests would never enter.
+    Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy
+    queue; Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even
+    an idle device would not meet that.
+    """
+    _check_share(request.delivery, chosen, backlogs, max_wait, limit)
+    tenant, weight, deadline = request.delivery.tenant, request.delivery.weight, request.delivery.deadline
+    own = chosen.tenants().get(tenant, 0.0)
+    wait = chosen.wait(tenant, weight, own)
+    if wait > max_wait:
+        raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait))
+    cost = len(request.images) * chosen.image(kind)
+    # Others have their turns while it waits and while it runs: both are in its wait.
+    finish = chosen.wait(tenant, weight, chosen.before(kind) + cost)
+    estimate = Estimate(finish - cost, chosen.requests, cost)
+    if deadline is not None and chosen.costs.measured(request.recipe.model):
+        _check_deadline(estimate, deadline - time.monotonic())
+    return estimate
+
+
+def _check_share(
+    delivery: Delivery, chosen: Backlog, backlogs: Sequence[Backlog], max_wait: float, limit: float | None
+) -> None:
+    own = sum(backlog.tenants().get(delivery.tenant, 0.0) for backlog in backlogs)
+    weights = Counter({delivery.tenant: delivery.weight})
+    for backlog in backlogs:
+        weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != delivery.tenant})
+    share = len(backlogs) * delivery.weight / sum(weights.values())
+    if limit is not None and own > limit:
+        words = f"This key has about {own:.0f} seconds of work queued, and may have {limit:.0f}."
+        raise RateLimited(words, retry_after=after((own - limit) / share))
+    busy = len(weights) > 1 and chosen.seconds > BUSY * max_wait
+    if busy and own > share * max_wait:
+        words = f"This key has about {own:.0f} seconds of work queued; its share of the queue is full."
+        raise RateLimited(words, retry_after=after(own / share - max_wait))
 
 
 def _check_deadline(estimate: Estimate, left: float) -> None:

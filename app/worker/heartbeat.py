@@ -1,9 +1,9 @@
-"""Heartbeat: the engine's process shows that it runs, and that its interpreter is free, whatever its main thread does.
+"""Heartbeat: how an engine process shows that it runs and that its interpreter is free, and how the front sees a hang.
 
 At each signal of a timer Python's own C handler writes one byte to a socket, also while a native call (an import, a
 large file) holds the interpreter's lock for a minute. A thread that does nothing else writes another byte, for which it
 needs that lock. So the front can distinguish three processes: one that is stopped or frozen, one whose interpreter is
-held, and one whose main thread alone does not get on.
+held, and one whose main thread alone does not get on: that one is silent for longer than it announced.
 """
 
 from __future__ import annotations
@@ -16,8 +16,28 @@ import socket
 import threading
 import time
 
+from app.report import Announce
+from app.worker import wire
+
 BEAT = 0.5
 """Seconds between two heartbeats of a kind."""
+
+START_LIMIT = 120.0
+"""Seconds from the start of the process to its Hello; importing torch from a cold disk takes tens.
+As many again from there to its first announcement."""
+
+MAX_SILENCE = 900.0
+"""Seconds of silence that no announcement can exceed."""
+
+STOPPED = 3.5
+"""Seconds without a heartbeat after which the process counts as stopped or frozen."""
+
+HELD = 3.0
+"""Seconds after which the interpreter counts as held by one native call. Its main thread cannot speak then, so what it
+announced does not count, for START_LIMIT seconds at most."""
+
+LATE = 1.0
+"""Seconds between two looks after which it was the front that stood still."""
 
 _FREE = b"\0"
 _CHUNK = 4096
@@ -44,48 +64,57 @@ def _beat(descriptor: int) -> None:
 
 
 class Pulse:
-    """The front's end of that socket: how long ago a process ran, and how long ago its interpreter was free.
+    """The front's view of one process: when it last ran, when its interpreter was free, and when it last spoke.
 
-    Both are 0 until the first heartbeat: before it nothing is known.
+    theirs: the socket for `start`. phase: what was last announced. Before the first heartbeat only silence counts.
     """
 
     def __init__(self) -> None:
-        self._ours: socket.socket | None = None
+        self.phase = "start"
+        self._limit = START_LIMIT
         self._ran = self._free = 0.0
-
-    def open(self) -> socket.socket:
-        """The other end, for the process. Raises OSError: there is no descriptor left."""
-        self._ours, theirs = socket.socketpair()
+        self._spoke = self._looked = time.monotonic()
+        self._ours, self.theirs = socket.socketpair()
         self._ours.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._ours, self._read, self._ours)
-        return theirs
+        asyncio.get_running_loop().add_reader(self._ours, self._read)
 
-    def silent(self, now: float) -> float:
-        """Seconds without any heartbeat."""
-        return now - self._ran if self._ran else 0.0
+    def hear(self, message: wire.Word) -> None:
+        """Any message is a sign of life of the main thread; an Announce says how long it may be silent now."""
+        self._spoke = time.monotonic()
+        if isinstance(message, wire.Hello):
+            self.phase = "ready"
+        elif isinstance(message, Announce):
+            self.phase, self._limit = message.phase, message.seconds
 
-    def held(self, now: float) -> float:
-        """Seconds in which nothing in the process could run Python."""
-        return now - self._free if self._free else 0.0
-
-    def reset(self, now: float) -> None:
-        """Count from now on: it was the front that stood still."""
-        if self._ran:
-            self._ran = self._free = now
+    def hang(self) -> str | None:
+        """Why this process counts as hung, in words."""
+        now = time.monotonic()
+        if now - self._looked > LATE:
+            # NOTE: what the process sent meanwhile is not read yet.
+            self._spoke = now
+            self._ran = self._free = now if self._ran else 0.0
+        self._looked = now
+        if self._ran and (silent := now - self._ran) > STOPPED:
+            return f'stopped in phase "{self.phase}", no heartbeat for {silent:.1f} s'
+        if self._free and HELD < now - self._free < START_LIMIT:
+            self._spoke = now
+        if (silent := now - self._spoke) > min(self._limit, MAX_SILENCE):
+            return f'hung in phase "{self.phase}", silent for {silent:.1f} s'
+        return None
 
     def close(self) -> None:
-        """Read no more."""
-        if self._ours:
-            asyncio.get_running_loop().remove_reader(self._ours)
-            self._ours.close()
+        """Close both ends."""
+        asyncio.get_running_loop().remove_reader(self._ours)
+        self._ours.close()
+        self.theirs.close()
 
-    def _read(self, ours: socket.socket) -> None:
+    def _read(self) -> None:
         try:
-            beats = ours.recv(_CHUNK)
+            beats = self._ours.recv(_CHUNK)
         except BlockingIOError:
             return
         if not beats:
-            asyncio.get_running_loop().remove_reader(ours)
+            asyncio.get_running_loop().remove_reader(self._ours)
             return
         self._ran = time.monotonic()
         if _FREE in beats:

@@ -13,20 +13,10 @@ from dataclasses import dataclass, field
 
 from app.report import Preview, Progress, Result
 from app.request import Condition, Recipe, Request
-from app.worker.backlog import Kind
+from app.worker.admission import Estimate, Kind
 
 Fingerprint = tuple[Recipe, tuple[Condition, ...]]
 OnReport = Callable[[Preview | Progress | Result], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What was known when a request was accepted. wait: seconds until its turn; cost: device seconds of its own;
-    position: requests on its device that were not answered yet."""
-
-    wait: float
-    position: int
-    cost: float
 
 
 class Ticket(asyncio.Future[list[Result]]):

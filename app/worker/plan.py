@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from app.cards.card import Card
-from app.cards.cards import Cards
+from app.cards.card import Card, Cards
 from app.cards.folder import ModelFolder
 from app.errors import SettingsError
 from app.settings import Settings
@@ -78,7 +77,7 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     """
     if settings.preload.strip() == "all":
         return [name for name, card in cards.items() if ModelFolder(card, cards).here()]
-    names = {name: card.id for card in cards.values() for name in (card.id, *card.aliases)}
+    names = {name: card.id for card in cards.values() for name in card.names}
     wanted = dict.fromkeys(entry.strip() for entry in settings.preload.split(",") if entry.strip())
     for name in wanted:
         if name not in names:

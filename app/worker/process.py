@@ -177,9 +177,8 @@ def open_pool(start: wire.Start) -> Pool:
     import torch
 
     from app.families.compiling import allow_compiling
-    from app.pool.budget import budgets
+    from app.pool.budget import budgets, use_threads
     from app.pool.pool import Pool
-    from app.pool.threads import use_threads
 
     use_threads(plan.threads(start.settings))
     _check(start.device)

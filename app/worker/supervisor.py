@@ -17,11 +17,9 @@ from app.report import Failure, Memory, ModelState, Preview, Progress, Report, R
 from app.request import Request
 from app.settings import Settings
 from app.worker import plan, wire
-from app.worker.admission import Door
-from app.worker.backlog import kind_of
-from app.worker.choice import choose
+from app.worker.admission import admit, best, choose, kind_of
+from app.worker.child import Child
 from app.worker.jobs import Deaths, Job, OnReport, Ticket
-from app.worker.keeper import Keeper, best
 
 WORKER = (sys.executable, "-m", "app.worker.process")
 _POISON = "The engine process died twice while it worked on this request; it is not tried again."
@@ -51,15 +49,15 @@ class Supervisor:
         self._deaths = Deaths()
         self._jobs: dict[str, Job] = {}
         self._closing = False
-        self._keepers = [
-            Keeper(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
+        self._children = [
+            Child(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
             for name, device in plan.named(plan.devices(settings.devices))
         ]
 
     @property
     def states(self) -> dict[str, ModelState]:
         """For every card, the best state over the live workers; "absent" where none has touched it."""
-        return {model: best(model, (keeper.states.get(model) for keeper in self._keepers)) for model in self._cards}
+        return {model: best(child.backlog.state(model) for child in self._children) for model in self._cards}
 
     @property
     def ready(self) -> bool:
@@ -67,23 +65,23 @@ class Supervisor:
 
         One that was evicted or unloaded since then comes back when it is asked for; one that failed does not.
         """
-        proved = all(any(keeper.proved(model) for keeper in self._keepers) for model in self._preloads)
+        proved = all(any(child.backlog.proved(model) for child in self._children) for model in self._preloads)
         return proved and self.live > 0 and not self._closing
 
     @property
     def live(self) -> int:
         """How many engine processes are able to work now."""
-        return sum(keeper.live for keeper in self._keepers)
+        return sum(child.live for child in self._children)
 
     @property
     def pids(self) -> list[int]:
         """Process ids in the order of DEVICES; 0 where none runs."""
-        return [keeper.pid for keeper in self._keepers]
+        return [child.pid for child in self._children]
 
     @property
     def queues(self) -> list[float]:
         """Estimated device seconds of what each worker has not yet answered, in the order of DEVICES."""
-        return [keeper.queued_seconds for keeper in self._keepers]
+        return [child.backlog.seconds for child in self._children]
 
     @property
     def queued_seconds(self) -> float:
@@ -93,29 +91,29 @@ class Supervisor:
     def tenants(self) -> dict[str, float]:
         """The same by tenant, of those who have any."""
         seconds: Counter[str] = Counter()
-        for keeper in self._keepers:
-            seconds.update(keeper.backlog.tenants())
+        for child in self._children:
+            seconds.update(child.backlog.tenants())
         return dict(seconds)
 
     @property
     def running(self) -> int:
         """Images in a batch now, as the workers last told; with `waiting`, every image not yet answered."""
-        return sum(keeper.running for keeper in self._keepers)
+        return sum(child.backlog.running for child in self._children)
 
     @property
     def batched(self) -> dict[str, int]:
         """Images in the workers' last denoising forwards, by model."""
-        return dict(sum((Counter(keeper.batched) for keeper in self._keepers), Counter[str]()))
+        return dict(sum((Counter(child.backlog.batched) for child in self._children), Counter[str]()))
 
     @property
     def waiting(self) -> int:
         """Images not yet answered that are not in a batch."""
-        return sum(keeper.images for keeper in self._keepers) - self.running
+        return sum(child.backlog.images for child in self._children) - self.running
 
     @property
     def restarts(self) -> int:
         """How often a process was started again."""
-        return sum(keeper.restarts for keeper in self._keepers)
+        return sum(child.restarts for child in self._children)
 
     async def start(self) -> None:
         """Start every process and wait for its Hello; models may still load.
@@ -123,9 +121,9 @@ class Supervisor:
         Raises the worker's own error (such as SettingsError for a device that is not there), or NoWorker when a
         process ends without a word; nothing is left running then.
         """
-        log.info("starting engine processes on %s", ", ".join(keeper.device for keeper in self._keepers))
+        log.info("starting engine processes on %s", ", ".join(child.name for child in self._children))
         try:
-            await asyncio.gather(*(keeper.start() for keeper in self._keepers))
+            await asyncio.gather(*(child.start() for child in self._children))
         except BaseException:
             await self.stop(0)
             raise
@@ -141,7 +139,7 @@ class Supervisor:
             await asyncio.wait([job.future for job in self._jobs.values()], timeout=grace)
         for job in list(self._jobs.values()):
             self._fail(job, ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
-        await asyncio.gather(*(keeper.stop() for keeper in self._keepers))
+        await asyncio.gather(*(child.stop() for child in self._children))
 
     def submit(self, request: Request, on_report: OnReport | None = None, *, limit: float | None = None) -> Ticket:
         """Give the request to the live worker that will get to it first; its results come in image order.
@@ -158,12 +156,16 @@ class Supervisor:
         if self._deaths.condemned(request):
             raise EngineError(_POISON)
         kind, max_wait = kind_of(request, self._card(request.recipe.model)), self._settings.max_wait
-        keeper = choose(self._keepers, request.recipe.model, max_wait)
-        door = Door([keeper.backlog for keeper in self._keepers if keeper.live], max_wait)
-        estimate = door.admit(request, kind, keeper.backlog, len(keeper.jobs), limit)
+        live = [child for child in self._children if child.live]
+        if not live:
+            wait = min(child.back_in for child in self._children)
+            raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
+        backlogs = [child.backlog for child in live]
+        child = live[choose(backlogs, request.recipe.model, max_wait)]
+        estimate = admit(request, kind, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         job = self._jobs[request.id] = Job(request, Ticket(estimate), kind, on_report)
-        job.future.add_done_callback(lambda _: self._close(keeper, job))
-        keeper.take(job)
+        job.future.add_done_callback(lambda _: self._close(child, job))
+        child.take(job)
         return job.future
 
     def load(self, model_id: str) -> None:
@@ -175,37 +177,37 @@ class Supervisor:
         self._order(wire.Unload(self._card(model_id).id))
 
     def _order(self, order: wire.Order) -> None:
-        for keeper in self._keepers:
-            keeper.send(order)
+        for child in self._children:
+            child.send(order)
 
     def _card(self, model_id: str) -> Card:
         if model_id not in self._cards:
             raise ModelNotFound(f'There is no model "{model_id}".', param="model")
         return self._cards[model_id]
 
-    def _hear(self, keeper: Keeper, report: Report) -> None:
+    def _hear(self, child: Child, report: Report) -> None:
         """One report from a live worker. What is about a request that is no longer in flight is only observed."""
         match report:
             case Result() | Progress() | Preview():
-                job = keeper.jobs.get(report.request_id)
+                job = child.jobs.get(report.request_id)
                 if job and not job.future.done():
-                    self._deliver(keeper, job, report)
+                    self._deliver(child, job, report)
             case Failure():
-                if job := keeper.jobs.get(report.request_id):
+                if job := child.jobs.get(report.request_id):
                     self._fail(job, report.error)
             case Memory(bytes=held):
-                report = keeper.memory = Memory(keeper.device, held)
-        self._tell(keeper, report)
+                report = child.memory = Memory(child.name, held)
+        self._tell(child, report)
 
-    def _tell(self, keeper: Keeper, report: Report) -> None:
+    def _tell(self, child: Child, report: Report) -> None:
         try:
-            self._observe(report, keeper.device)
+            self._observe(report, child.name)
         except Exception:
             log.exception("the observer failed on %s", type(report).__name__)
 
-    def _deliver(self, keeper: Keeper, job: Job, report: Result | Progress | Preview) -> None:
+    def _deliver(self, child: Child, job: Job, report: Result | Progress | Preview) -> None:
         if isinstance(report, Result):
-            keeper.answer(job, report)
+            child.answer(job, report)
         try:
             if job.on_report:
                 job.on_report(report)
@@ -219,32 +221,32 @@ class Supervisor:
         if not job.future.done():
             job.future.set_exception(error)
 
-    def _close(self, keeper: Keeper, job: Job) -> None:
+    def _close(self, child: Child, job: Job) -> None:
         """The future is done, whoever did it: the one place where a job leaves the books.
 
         Its exception is looked at here: where the client has left, nobody else does, and asyncio would log a traceback.
         """
         self._jobs.pop(job.request.id, None)
-        keeper.drop(job)
+        child.drop(job)
         if job.future.cancelled():
-            keeper.send(wire.Cancel(job.request.id))
+            child.send(wire.Cancel(job.request.id))
         else:
             job.future.exception()
 
-    def _bury(self, keeper: Keeper, reason: str) -> None:
+    def _bury(self, child: Child, reason: str) -> None:
         """A worker is gone: answer its requests at once, forget what it had loaded."""
-        lost = list(keeper.jobs.values())
+        lost = list(child.jobs.values())
         if not self._closing:
             self._deaths.record(job.request for job in lost)
-        retry_after = 1.0 if self.live else max(1.0, keeper.back_in)
+        retry_after = 1.0 if self.live else max(1.0, child.back_in)
         for job in lost:
             if self._deaths.condemned(job.request):
                 self._fail(job, EngineError(_POISON))
             else:
                 message = "The engine process died while it worked on this request. Try again."
                 self._fail(job, NoWorker(message, retry_after=retry_after))
-        self._tell(keeper, Memory(keeper.device, dict.fromkeys(keeper.memory.bytes, 0)))
+        self._tell(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         if lost:
-            log.error("%s: %d requests lost: %s", keeper.device, len(lost), reason)
-        for model in keeper.forget():
-            self._tell(keeper, ModelState(model, "absent"))
+            log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
+        for model in child.backlog.forget():
+            self._tell(child, ModelState(model, "absent"))

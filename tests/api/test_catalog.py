@@ -22,7 +22,7 @@ def test_by_id_alias_and_default(settings: Settings) -> None:
     assert registry.find("gpt-image-1").id == "tiny-text"
     assert registry.find(None) is registry.find("") is registry.default
     assert registry.default.id == "tiny-text"
-    assert registry.names(registry.default) == ("tiny-text", "gpt-image-1")
+    assert registry.default.names == ("tiny-text", "gpt-image-1")
 
 
 def opened(folder: Path, default: str = "") -> Registry:

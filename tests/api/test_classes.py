@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from app.cards.card import Card, read_cards
-from app.cards.classes import find_label, search
+from app.cards.catalog import find_label, search
 from app.errors import InvalidValue
 from app.settings import Settings
 

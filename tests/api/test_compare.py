@@ -319,7 +319,7 @@ def test_more_work_than_may_wait_is_no_matter_of_time(
     alice: httpx.Client, several: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Costs are planted: at 6 seconds a picture and 20 that may wait, no later moment takes sixteen of them."""
-    monkeypatch.setattr("app.worker.backlog.Backlog.image", lambda backlog, kind: 6.0)
+    monkeypatch.setattr("app.worker.admission.Backlog.image", lambda backlog, kind: 6.0)
     reply = compare(alice, {"models": ["tiny-text"], "prompt": [f"!slow {i}" for i in range(16)]})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, "models")
     assert re.search(r"the first \d+ of 16 pictures are \d+ seconds of work already, and 20 may wait", reply.text)

@@ -24,7 +24,7 @@ from app.api import docs, models
 from app.api.access import SLICE
 from app.api.crowd import SWITCH, SingleFlight, Turns
 from app.api.protocol import AHEAD, EVENTS, Guarded
-from app.cards.hints import COMPARED, did_you_mean
+from app.cards.catalog import COMPARED, did_you_mean
 from app.jobs.fields import LONGEST, MOST
 from app.settings import Settings
 from tests.api.conftest import FAKE, Server, generate

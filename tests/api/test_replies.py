@@ -14,7 +14,7 @@ from app.jobs.replies import Ask, effective, facts, stages, usage
 from app.jobs.warnings import warnings
 from app.report import Result, Timings
 from app.settings import Settings
-from app.worker.jobs import Estimate
+from app.worker.admission import Estimate
 
 TIMINGS = Timings(queue=1.0, encode=0.2, denoise=3.0, decode=0.1, steps=4, shared=2.0)
 

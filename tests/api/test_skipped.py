@@ -143,10 +143,9 @@ def test_a_setting_that_names_a_skipped_card_says_why(folder: Path, tmp_path: Pa
     with pytest.raises(SettingsError) as caught:
         with_ids(read_keys(Settings(api_keys_file=str(tmp_path / "keys.toml"))), registry)
     assert reason[:20] in caught.value.message
-    if name != "e-sampler":  # its schedule is looked at later than aliases are
-        with pytest.raises(SettingsError) as caught:
-            read_cards(folder, f"mine={name}")
-        assert reason[:20] in caught.value.message
+    with pytest.raises(SettingsError) as caught:
+        read_cards(folder, f"mine={name}")
+    assert reason[:20] in caught.value.message
 
 
 def test_a_folder_in_which_no_card_is_valid_says_why(folder: Path, tmp_path: Path) -> None:

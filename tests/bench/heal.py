@@ -19,8 +19,8 @@ from app.cards.card import read_cards
 from app.engine.curve import Curve
 from app.engine.profile import Profiles
 from app.engine.row import default_key
+from app.pool.budget import use_threads
 from app.pool.pool import Pool
-from app.pool.threads import use_threads
 from app.request import ImageSpec, Prompt
 from tests.engine.harness import Bench
 from tests.parts.requests import flat

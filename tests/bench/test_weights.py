@@ -12,13 +12,13 @@ import torch
 from app.bench import weights
 from app.bench.weights import write_random
 from app.cards.card import read_cards
-from app.checkpoints.tensors import read_state
 from app.errors import CheckpointError
 from app.pool.pool import Pool
 from app.request import Prompt
 from tests.engine.conftest import load_all
 from tests.families.plain import ask, serve
 from tests.tiny import write_flux
+from tests.tiny_parts import read_state
 
 
 def test_they_load_through_the_pool_and_draw(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

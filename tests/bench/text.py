@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from app.cards.card import read_cards
-from app.checkpoints.building import build_family, build_parts
+from app.checkpoints.parts import build_family, build_parts
 from app.engine.encodings import Encodings
 from app.engine.row import Row, default_key
 from app.families.base import Family

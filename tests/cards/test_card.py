@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from app.cards.card import read_card
-from app.cards.classes import find_label
+from app.cards.catalog import find_label
 from app.errors import CardError
 from tests.endless import make_endless
 from tests.tiny import DIT_CARD, SD3_CARD

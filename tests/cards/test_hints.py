@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.cards.hints import did_you_mean, nearest
+from app.cards.catalog import did_you_mean, nearest
 
 NAMES = ("goldfish", "Golden Retriever", "gold", "crane")
 

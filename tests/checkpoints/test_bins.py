@@ -11,13 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from app.cards.card import read_card
-from app.checkpoints.bins import BIN, write_folder
-from app.checkpoints.convert import Conversion, convert_dit
-from app.checkpoints.tensors import read_state
+from app.checkpoints.convert import BIN, Conversion, convert_dit
 from app.errors import CheckpointError
 from app.families import DiT
 from tests.families.plain import load
 from tests.tiny import write_dit
+from tests.tiny_parts import read_state
 
 STEM = "diffusion_pytorch_model.safetensors"
 
@@ -36,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def convert(folder: Path, vae: Path | None = None, **options: object) -> Path:
     to = folder.parent / "my-dit"
-    convert_dit(Conversion(folder, to, vae, torch.float32, **options), lambda line: None, write_folder)  # type: ignore[arg-type]
+    convert_dit(Conversion(folder, to, vae, torch.float32, **options), lambda line: None)  # type: ignore[arg-type]
     return to
 
 

@@ -17,7 +17,7 @@ import torch
 from app.cards.card import read_cards
 from app.cards.folder import Part
 from app.errors import CheckpointError
-from app.pool import component
+from app.pool import memory
 from app.pool.pool import Pool
 from tests.checkpoints.test_parts import name_files
 from tests.cli import originals
@@ -160,7 +160,7 @@ def test_a_lie_is_refused_in_one_line_before_a_tensor_is_read(
 ) -> None:
     spoil, told = LIES[lie]
     spoil(models)
-    monkeypatch.setattr(component, "part_states", lambda part: pytest.fail("not a byte of weights"))
+    monkeypatch.setattr(memory, "part_states", lambda part: pytest.fail("not a byte of weights"))
     pool = Pool(read_cards(models), "cpu", torch.float32)
 
     def load() -> None:
@@ -195,7 +195,7 @@ def test_mutated_headers_are_refused_or_right(whole: Path, tmp_path: Path) -> No
             spoiled[chance.randrange(end)] = chance.randrange(256)
         file.write_bytes(spoiled)
         try:
-            component.Component(
+            memory.Component(
                 Part("transformer", "SD3Transformer2DModel", folder, file), torch.device("cpu"), torch.float32
             )
         except CheckpointError as error:
@@ -213,7 +213,7 @@ def test_a_file_of_another_part_may_have_any_number_format(models: Path) -> None
         )
     )(models)
     part = Part("transformer", "SD3Transformer2DModel", models / "sd3" / "transformer", weights(models))
-    assert component.Component(part, torch.device("cpu"), torch.float32).bytes > 0
+    assert memory.Component(part, torch.device("cpu"), torch.float32).bytes > 0
     t5 = Part("text_encoder_3", "T5EncoderModel", models / "sd3" / "text_encoder_3", weights(models))
     with pytest.raises(CheckpointError, match="F8_E4M3"):
-        component.Component(t5, torch.device("cpu"), torch.float32)
+        memory.Component(t5, torch.device("cpu"), torch.float32)

@@ -14,11 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from app.cards.card import Card, read_card, read_cards
 from app.cards.folder import Part
-from app.checkpoints.building import build_parts
-from app.checkpoints.layout import read_parts
-from app.checkpoints.parts import part_identity, part_outline, part_stamp, part_states
+from app.checkpoints.parts import build_parts, part_identity, part_outline, part_stamp, part_states, read_parts
 from app.errors import CheckpointError
-from app.pool import component
+from app.pool import memory
 from app.pool.pool import Pool
 from tests.cli import originals
 from tests.families.plain_shapes import drawn, flux_shapes
@@ -131,7 +129,7 @@ def test_shards_whose_names_of_one_weight_differ_are_refused(tmp_path: Path) -> 
         return Part("text_encoder_3", "T5EncoderModel", folder)
 
     def arrive(part: Part) -> Any:
-        made = component.Component(part, CPU, torch.float32)
+        made = memory.Component(part, CPU, torch.float32)
         made.arrive()
         return made.value
 
@@ -185,7 +183,7 @@ def test_what_came_from_files_that_changed_is_another_version(tmp_path: Path, mo
     """Also when they change while they are read: what was kept of the weights before is not theirs."""
     write_sd3(tmp_path / "sd3")
     folder = tmp_path / "sd3" / "text_encoder_3"
-    made = component.Component(Part("text_encoder_3", "T5EncoderModel", folder), CPU, torch.float32)
+    made = memory.Component(Part("text_encoder_3", "T5EncoderModel", folder), CPU, torch.float32)
 
     def arrive() -> int:
         made.arrive()
@@ -193,13 +191,13 @@ def test_what_came_from_files_that_changed_is_another_version(tmp_path: Path, mo
         return made.version
 
     assert (arrive(), arrive()) == (1, 1)
-    fill = component.fill_network
+    fill = memory.fill_network
 
     def filled_meanwhile(*given: Any) -> None:
         fill(*given)
         os.utime(folder / "model.safetensors", ns=(1, 1))
 
     with monkeypatch.context() as patch:
-        patch.setattr(component, "fill_network", filled_meanwhile)
+        patch.setattr(memory, "fill_network", filled_meanwhile)
         assert arrive() == 2
     assert arrive() == 2

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.checkpoints.torchzip import PICKLE_LIMIT, read_torch_zip
+from app.checkpoints.tensors import PICKLE_LIMIT, read_torch_zip
 from app.errors import CheckpointError
 from tests.pool.measured import peak
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from app.cards.card import read_card, read_cards
 from app.checkpoints import convert as converting
-from app.checkpoints.building import build_family, build_parts
+from app.checkpoints.parts import build_family, build_parts
 from app.request import ClassLabel
 from tests.cli import originals
 from tests.cli.conftest import Run, one_line

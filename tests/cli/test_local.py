@@ -10,8 +10,8 @@ import torch
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.local import Local
-from app.pool.books import Job
 from app.pool.loader import Loader
+from app.pool.policy import Job
 from app.report import Report, Result
 from app.settings import Settings
 

@@ -14,7 +14,7 @@ from app.engine.curve import Curve
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts
-from app.pool.need import Need
+from app.pool.policy import Need
 from app.report import ModelState, Phase
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 from tests.parts.requests import flat

@@ -17,7 +17,7 @@ import torch
 from app.cards.card import Card, read_card, read_cards
 from app.engine.profile import Profiles
 from app.errors import CheckpointError
-from app.pool.books import PHASES, RETRY_AFTER
+from app.pool.policy import PHASES, RETRY_AFTER
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
@@ -42,7 +42,7 @@ def cards(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def largest(cards: dict[str, Card]) -> tuple[int, int]:
     """Bytes of the largest model, and of its largest phase."""
     pool = load_all(Pool(cards, "cpu", torch.float32))
-    models = pool._books.models
+    models = pool._policy.models
     whole = max(model.bytes for model in models.values())
     phase = max(sum(one.bytes for one in model.components((p,))) for model in models.values() for p in PHASES)
     pool.close()
@@ -175,7 +175,7 @@ def test_more_rows_than_slots_for_a_model_whose_parts_take_turns(
 ) -> None:
     """Finished rows wait for the VAE and keep their slots meanwhile: no row is given one that is not there."""
     pool = load_all(Pool(cards, "cpu", torch.float32))
-    parts = max(sum(one.bytes for one in pool._books.models["tiny-dit"].components((phase,))) for phase in PHASES)
+    parts = max(sum(one.bytes for one in pool._policy.models["tiny-dit"].components((phase,))) for phase in PHASES)
     pool.close()
     bound.append(Pool(cards, "cpu", torch.float32, budget=parts))
     asked = [ask("tiny-dit", number, number % 2 == 0) for number in range(150)]

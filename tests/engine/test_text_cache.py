@@ -93,12 +93,12 @@ def unload(bench: Bench, *models: str) -> None:
 
 def take_away(pool: Pool, *parts: str) -> None:
     """These parts of the SD3 off the device, as for others that need the room; the model stays."""
-    books = pool._books
-    leaving = [books.models["sd3"].parts[part] for part in parts]
-    with books.wake:
-        books.store.claim((), leaving)
+    policy = pool._policy
+    leaving = [policy.models["sd3"].parts[part] for part in parts]
+    with policy.lock:
+        policy.store.claim((), leaving)
     for one in leaving:
-        books.store.drop(one)
+        policy.store.drop(one)
 
 
 def held(bench: Bench) -> int:

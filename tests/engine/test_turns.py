@@ -6,7 +6,7 @@ import itertools
 
 from app.engine.row import Row
 from app.engine.turns import ALL, Standing, Turns
-from app.pool.need import Need
+from app.pool.policy import Need
 from app.report import Phase
 from app.request import Key
 from tests.engine.fakes import request

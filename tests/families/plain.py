@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from app.cards.card import Card, read_card
-from app.checkpoints.building import build_family, build_parts
+from app.checkpoints.parts import build_family, build_parts
 from app.families.base import Family
 from app.families.components import ALLOWED, State, blank_network, build_tokenizer, fill_network, has_weights
 from app.pool.pool import Pool

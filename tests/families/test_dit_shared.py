@@ -18,7 +18,7 @@ from app.errors import CheckpointError
 from app.families import DiT
 from app.families.components import blank_network, fill_network
 from app.families.dit import SharedEmbedder, predict
-from app.pool.component import Component
+from app.pool.memory import Component
 from tests.close import EXACT, FORWARD, apart, close
 from tests.families.plain import CPU, build_component, load
 from tests.tiny import write_dit

@@ -14,7 +14,6 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from app.cards.card import read_card
-from app.checkpoints.tensors import read_state
 from app.errors import InvalidValue
 from app.families import Flux
 from app.families.flux import pack, unpack
@@ -24,7 +23,7 @@ from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule
 from tests.close import EXACT, FORWARD, LEVELS, apart, beyond_rounding, close
 from tests.families.plain import build, build_component
-from tests.tiny_parts import write_first_clip
+from tests.tiny_parts import read_state, write_first_clip
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
 TEXTS = ("red apple", "", "a cat and a dog", "red apple", "moon")

@@ -12,10 +12,10 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from app.cards.card import Card, Sizes, Text, read_card
-from app.checkpoints.tensors import read_state
 from app.errors import CheckpointError
 from app.families import Flux
 from tests.families.plain import build, build_component
+from tests.tiny_parts import read_state
 
 
 @cache

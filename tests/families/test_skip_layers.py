@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from app.cards.card import Card, SkipLayers, read_card
-from app.checkpoints.building import build_family
+from app.checkpoints.parts import build_family
 from app.errors import CheckpointError
 from app.pool.pool import Pool
 from app.request import Prompt, Request, SkipGuidance

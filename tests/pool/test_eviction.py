@@ -14,8 +14,7 @@ from app.cards.folder import Part
 from app.checkpoints.parts import part_states
 from app.errors import CheckpointError, DoesNotFit
 from app.families.components import empty_network
-from app.pool.books import PHASES
-from app.pool.need import Need
+from app.pool.policy import PHASES, Need
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import Prompt
@@ -37,7 +36,7 @@ def sizes(cards: dict[str, Card]) -> dict[str, dict[str, int]]:
     pool = Pool(cards, "cpu", torch.float32)
     for model_id in ALL:
         ready(pool, model_id)
-    models = pool._books.models
+    models = pool._policy.models
     found = {m: {p: sum(one.bytes for one in models[m].components((p,))) for p in PHASES} for m in ALL}
     pool.close()
     return found
@@ -92,11 +91,11 @@ def until(done: Callable[[], Any]) -> None:
 def ready(pool: Pool, model_id: str) -> None:
     """Load the model; all of it where it fits."""
     pool.want(model_id)
-    until(lambda: pool._books.models[model_id].state == "ready" and not pool._books._loads)
+    until(lambda: pool._policy.models[model_id].state == "ready" and not pool._policy._loads)
 
 
 def held_now(pool: Pool) -> int:
-    return sum(one.bytes for one in pool._books.store.components.values() if one.place == "device")
+    return sum(one.bytes for one in pool._policy.store.components.values() if one.place == "device")
 
 
 def test_the_one_that_was_leased_longest_ago_leaves(
@@ -166,7 +165,7 @@ def test_parts_that_fit_one_at_a_time(made: Callable[..., Pool], sizes: dict[str
 def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
     made: Callable[..., Pool], sizes: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.pool.component.part_states", lambda part: pytest.fail("not a byte moves"))
+    monkeypatch.setattr("app.pool.memory.part_states", lambda part: pytest.fail("not a byte moves"))
     pool = made(max(sizes["tiny-sd3"].values()) - 1)
     pool.want("tiny-sd3")
     until(lambda: pool.failure("tiny-sd3"))
@@ -213,9 +212,9 @@ def test_unload_waits_for_leases_and_spares_what_others_use(made: Callable[..., 
     until(lambda: not pool.resident("tiny-dit", "decode"))
     assert pool.resident("tiny-dit", "denoise") and lease is not None
     lease.release()
-    until(lambda: pool._books.models["tiny-dit"].state == "absent")
+    until(lambda: pool._policy.models["tiny-dit"].state == "absent")
     pool.unload("tiny-sd3-turbo")
-    until(lambda: pool._books.models["tiny-sd3-turbo"].state == "absent")
+    until(lambda: pool._policy.models["tiny-sd3-turbo"].state == "absent")
     assert pool.resident("tiny-sd3", "encode") and pool.resident("tiny-sd3", "denoise")
     ready(pool, "tiny-dit")
     ready(pool, "tiny-sd3-turbo")
@@ -248,7 +247,7 @@ def test_models_that_share_parts_leave_nothing_behind_when_they_go_one_after_the
         ready(pool, model_id)
     for model_id in ("tiny-sd3-turbo", "tiny-sd3"):
         pool.unload(model_id)
-        until(lambda model_id=model_id: pool._books.models[model_id].state == "absent")
+        until(lambda model_id=model_id: pool._policy.models[model_id].state == "absent")
     until(lambda: not held_now(pool))
 
 
@@ -259,9 +258,9 @@ def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
     pool = made(10**9)
     needs = [Need("tiny-dit", ("encode", "denoise", "decode"))]
     with pool._lock:
-        pool._books.want("tiny-dit")
-        pool._books.need(needs, ())
-        pool._books.unload("tiny-dit")
+        pool._policy.want("tiny-dit")
+        pool._policy.need(needs, ())
+        pool._policy.unload("tiny-dit")
     pool.need(needs)
     until(lambda: pool.resident("tiny-dit", "denoise"))
 
@@ -270,7 +269,7 @@ def test_the_loader_outlives_a_drop_that_raises(made: Callable[..., Pool], monke
     pool = made(10**9)
     ready(pool, "tiny-dit")
     with monkeypatch.context() as patch:
-        patch.setattr("app.pool.component.empty_network", fail_once := Once())
+        patch.setattr("app.pool.memory.empty_network", fail_once := Once())
         pool.unload("tiny-dit")
         until(lambda: fail_once.called)
     ready(pool, "tiny-sd3")
@@ -283,15 +282,15 @@ def test_weights_put_aside_come_back_the_same(
     """Host memory, played on the CPU: the moves are real, and the two tiers are the same memory."""
     budget = max(sum(size.values()) for size in sizes.values())
     pool = made(budget)
-    pool._books.store.host = 10**9
+    pool._policy.store.host = 10**9
     ready(pool, "tiny-sd3")
     family: Any = pool.family("tiny-sd3")
     assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
     with torch.inference_mode():
         before = family.encode([Prompt("red")], 24)
-    monkeypatch.setattr("app.pool.component.part_states", Counting(part_states))
+    monkeypatch.setattr("app.pool.memory.part_states", Counting(part_states))
     ready(pool, "tiny-dit")
-    assert pool._books.store.parked and not pool.resident("tiny-sd3", "encode")
+    assert pool._policy.store.parked and not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")
     with torch.inference_mode():
         after = family.encode([Prompt("red")], 24)

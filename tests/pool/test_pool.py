@@ -15,8 +15,8 @@ from app.cards.card import Card, read_cards
 from app.cards.folder import Part
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
-from app.pool import component
-from app.pool.books import RETRY_AFTER
+from app.pool import memory
+from app.pool.policy import RETRY_AFTER
 from app.pool.pool import Pool
 from app.report import ModelState
 from app.request import ClassLabel
@@ -88,7 +88,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened, self.reads = threading.Event(), threading.Event(), [Path()]
-        real = component.part_states
+        real = memory.part_states
 
         def read(part: Part) -> Any:
             self.reads.append(part.folder)
@@ -96,7 +96,7 @@ class Gate:
             assert self.opened.wait(60)
             return real(part)
 
-        monkeypatch.setattr(component, "part_states", read)
+        monkeypatch.setattr(memory, "part_states", read)
 
 
 def test_a_load_is_told_step_by_step(pool: Pool) -> None:
@@ -159,7 +159,7 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {key[0][0].name: one for key, one in pool._books.store.components.items()}
+    held = {key[0][0].name: one for key, one in pool._policy.store.components.items()}
     leases = [
         pool.lease(model_id, phase) for model_id in ("tiny-sd3", "tiny-sd3-no-t5") for phase in ("encode", "denoise")
     ]
@@ -182,7 +182,7 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     file.write_text(whole)
     error = pool.failure("tiny-dit")
     assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
-    assert error.__traceback__ is None and not pool._books.store.components, (
+    assert error.__traceback__ is None and not pool._policy.store.components, (
         "what was loaded before it failed is let go"
     )
     clock.now = RETRY_AFTER - 0.1
@@ -201,13 +201,13 @@ def test_the_pool_survives_what_nobody_foresaw(pool: Pool, monkeypatch: pytest.M
         raise next(errors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(component, "part_states", broken)
+        patch.setattr(memory, "part_states", broken)
         for model_id in ("tiny-dit", "tiny-sd3"):
             pool.want(model_id)
             states_until(pool, model_id, "failed")
-    foreseen, memory = pool.failure("tiny-dit"), pool.failure("tiny-sd3")
-    assert foreseen is not None and "RuntimeError" in foreseen.message and "secret" not in foreseen.message
-    assert memory is not None and "not enough memory" in memory.message
+    unforeseen, full = pool.failure("tiny-dit"), pool.failure("tiny-sd3")
+    assert unforeseen is not None and "RuntimeError" in unforeseen.message and "secret" not in unforeseen.message
+    assert full is not None and "not enough memory" in full.message
     load(pool, "tiny-sd3-turbo")
 
 
@@ -219,9 +219,9 @@ def test_who_polls_hears_that_the_loader_ended(pool: Pool, monkeypatch: pytest.M
     def broken(*_: object) -> Any:
         raise error
 
-    monkeypatch.setattr(component, "part_states", broken)
+    monkeypatch.setattr(memory, "part_states", broken)
     if not lost:
-        monkeypatch.setattr(pool._books.store, "drop", broken)
+        monkeypatch.setattr(pool._policy.store, "drop", broken)
     pool.want("tiny-dit")
     with pytest.raises(type(error), match=str(error)):
         until(lambda: pool.poll() and False)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from app.pool.component import Component, Place
-from app.pool.store import Store
+from app.pool.memory import Component, Place, Store
 
 
 class Counted:
@@ -42,7 +40,7 @@ class Counted:
 
 
 def store(budget: int, host: int, *components: Counted) -> Store:
-    made = Store(budget, host, threading.Condition())
+    made = Store(budget, host)
     made.components = {((Path(one.name),), torch.float32, ()): cast(Component, one) for one in components}
     return made
 

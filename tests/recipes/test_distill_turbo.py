@@ -11,7 +11,7 @@ import torch
 from distill_turbo import Point, draw_times, follow, read_pairs, straight, walk
 
 from app.cards.card import read_cards
-from app.checkpoints.building import build_family, build_parts
+from app.checkpoints.parts import build_family, build_parts
 from app.cli.models import check_folder
 from app.families.base import Family
 from app.pool.pool import Pool

@@ -13,7 +13,7 @@ from evaluate import Run, ask, read_run, without_t5
 from PIL import Image
 
 from app.cards.card import read_cards
-from app.checkpoints.layout import read_parts
+from app.checkpoints.parts import read_parts
 from tests.recipes.conftest import run
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,6 @@ import torch
 
 from app.cards.card import read_card
 from app.checkpoints.convert import Conversion, convert_dit
-from app.checkpoints.tensors import read_state
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
@@ -24,6 +23,7 @@ from tests.families.plain import load
 from tests.seeds import plain_dit
 from tests.seeds.plain_dit import State, doubled, original_state
 from tests.tiny import write_dit
+from tests.tiny_parts import read_state
 
 ROOT = Path(__file__).parent.parent.parent
 CARD = read_card(ROOT / "models" / "dit-xl-2-256" / "card.toml")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from app.cards.card import read_cards
-from app.cards.folder import INDEX
+from app.cards.files import INDEX
 from app.errors import CheckpointError
 from app.families.components import blank_network, has_weights
 from app.families.differences import outline_of

@@ -7,9 +7,7 @@ import time
 import pytest
 
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
-from app.worker.admission import Door, after
-from app.worker.backlog import Backlog
-from app.worker.jobs import Estimate
+from app.worker.admission import Backlog, Estimate, admit, after
 from tests.fake_worker import RATE
 from tests.worker.parts import request, run, serving, until
 from tests.worker.test_backlog import backlog, kind
@@ -20,14 +18,16 @@ BOUND = 10.0
 def ask(books: Backlog, tenant: str = "", *, weight: float = 1.0, limit: float | None = None, **changes) -> Estimate:
     """One image of a second at the door of one worker."""
     asked = request(tenant=tenant, weight=weight, **changes)
-    return Door([books], BOUND).admit(asked, kind(tenant), books, 4, limit)
+    return admit(asked, kind(tenant), books, [books], max_wait=BOUND, limit=limit)
 
 
 def test_what_is_ahead_counts_and_the_requests_own_cost_does_not():
     asked = request(tenant="a", seeds=range(500))
-    estimate = Door([backlog()], BOUND).admit(asked, kind("a"), backlog(), 0, None)
+    estimate = admit(asked, kind("a"), backlog(), [backlog()], max_wait=BOUND, limit=None)
     assert estimate == Estimate(0.0, 0, pytest.approx(500.0))
-    assert ask(backlog(a=(1.0, 10)), "a") == Estimate(pytest.approx(10.0), 4, pytest.approx(1.0))
+    behind = backlog(a=(1.0, 4), b=(1.0, 3), c=(1.0, 3))
+    assert ask(backlog(a=(1.0, 10)), "a") == Estimate(pytest.approx(10.0), 1, pytest.approx(1.0))
+    assert ask(behind, "d").position == 3
 
 
 def test_alone_a_tenant_may_fill_the_queue_and_is_told_how_long_it_drains():
@@ -69,8 +69,8 @@ def test_a_keys_own_limit_holds_at_any_time():
 def test_a_share_is_of_all_workers():
     asked, books = request(tenant="a"), backlog(a=(1.0, 7), b=(1.0, 1))
     with pytest.raises(RateLimited):
-        Door([books], BOUND).admit(asked, kind("a"), books, 0, None)
-    Door([books, backlog()], BOUND).admit(asked, kind("a"), books, 0, None)
+        admit(asked, kind("a"), books, [books], max_wait=BOUND, limit=None)
+    admit(asked, kind("a"), books, [books, backlog()], max_wait=BOUND, limit=None)
 
 
 def test_a_deadline_that_even_an_idle_device_misses_is_not_tried_elsewhere():
@@ -100,7 +100,7 @@ def test_a_deadline_is_not_judged_by_a_guess():
     books = backlog()
     unmeasured = kind()._replace(model="other", passes=10_000)
     asked = request(model="other", deadline=time.monotonic() + 1.0)
-    assert Door([books], BOUND).admit(asked, unmeasured, books, 0, None).cost > 1.0
+    assert admit(asked, unmeasured, books, [books], max_wait=BOUND, limit=None).cost > 1.0
 
 
 def test_retry_after_is_spread_and_bounded():

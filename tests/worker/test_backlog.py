@@ -5,16 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.report import ModelState
-from app.worker.backlog import Backlog, Kind, kind_of
-from app.worker.costs import Costs
+from app.worker.admission import Backlog, Kind, kind_of
 from tests.worker.parts import CARDS, request
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:
     """Eight passes an image, one to encode and one to decode, a tenth of a second each. name=(weight, images)."""
-    costs = Costs()
-    costs.hear(ModelState("fake", "ready", rates={"32x32": 0.1}))
-    made = Backlog(costs)
+    made = Backlog()
+    made.hear(ModelState("fake", "ready", rates={"32x32": 0.1}))
     for name, (weight, images) in tenants.items():
         made.add(kind(name), images, weight)
     return made

@@ -3,7 +3,7 @@
 import pytest
 
 from app.report import ModelState, Tick
-from app.worker.costs import DEFAULT_RATE, OUTLIER, PACE, Costs
+from app.worker.admission import DEFAULT_RATE, OUTLIER, PACE, Costs
 
 
 def measured(**rates: float) -> Costs:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from app.worker import link
+from app.worker import heartbeat
 from tests.worker.parts import request, run, serving, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
@@ -94,7 +94,7 @@ def test_a_stopped_engine_is_killed_and_restarted(busy, caplog):
 
 def test_an_engine_whose_interpreter_is_held_lives_though_it_misses_what_it_announced(monkeypatch):
     """As in an import or a large file of a load. It announces 4 seconds and says nothing for 8."""
-    monkeypatch.setattr(link, "HELD", 2.0)
+    monkeypatch.setattr(heartbeat, "HELD", 2.0)
 
     async def scenario():
         async with serving() as here:
@@ -110,7 +110,7 @@ def test_an_interpreter_that_is_held_for_too_long_is_a_hang(monkeypatch, caplog)
         async with serving() as here:
             lost = here.supervisor.submit(request("!held 600"))
             await until(lambda: here.supervisor.running)
-            monkeypatch.setattr(link, "START_LIMIT", 3.0)
+            monkeypatch.setattr(heartbeat, "START_LIMIT", 3.0)
             await until(lambda: here.supervisor.restarts)
             assert lost.exception()
 
@@ -123,7 +123,7 @@ def test_a_front_that_stood_still_kills_nobody():
         async with serving() as here:
             await until(lambda: here.supervisor.ready)
             os.kill(here.supervisor.pids[0], signal.SIGSTOP)  # as a container that is paused, front and engine
-            time.sleep(link.STOPPED + 2)
+            time.sleep(heartbeat.STOPPED + 2)
             await asyncio.sleep(0.5)
             os.kill(here.supervisor.pids[0], signal.SIGCONT)
             await asyncio.sleep(0.5)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from app.report import ModelState
 from app.request import ClassLabel, ImageSpec, Prompt
+from app.worker.admission import Backlog, best, merge
 from app.worker.jobs import Deaths
-from app.worker.keeper import best, merge
 from tests.parts.requests import changed
 from tests.worker.parts import request
 
@@ -60,9 +60,9 @@ def test_memory_of_deaths_is_bounded_and_fades():
 def test_best_state_and_merged_rates():
     loading, failed = ModelState("m", "loading"), ModelState("m", "failed", "bad file")
     ready = ModelState("m", "ready", seconds=2.0, device_bytes=7, rates={"32x32": 1.0})
-    assert best("m", [failed, None, loading, ready]) is ready
-    assert best("m", [failed, loading]) is loading
-    assert best("m", [None]) == ModelState("m", "absent")
+    assert best([failed, loading, ready]) is ready
+    assert best([failed, loading]) is loading
+    assert best([Backlog().state("m")]) == ModelState("m", "absent")
     later = merge(ready, ModelState("m", "ready", rates={"64x64": 4.0}))
     assert later == replace(ready, rates={"32x32": 1.0, "64x64": 4.0})
     assert merge(ready, failed) == replace(failed, rates={"32x32": 1.0}) and merge(None, ready) is ready

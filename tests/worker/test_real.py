@@ -12,7 +12,7 @@ from app.errors import NoWorker
 from app.report import Progress, Result
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
-from app.worker import keeper
+from app.worker import child
 from app.worker.supervisor import Supervisor
 from tests.parts.requests import flat
 from tests.tiny import write_models
@@ -35,7 +35,7 @@ def same(one: Result, other: Result) -> bool:
 
 async def ready(supervisor: Supervisor, live: int) -> None:
     async with asyncio.timeout(100):
-        while [keeper.state(MODEL) for keeper in supervisor._keepers if keeper.live] != ["ready"] * live:
+        while [worker.backlog.state(MODEL).state for worker in supervisor._children if worker.live] != ["ready"] * live:
             await asyncio.sleep(0.05)
     assert supervisor.ready
 
@@ -67,8 +67,8 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(supervisor.queues)
     with monkeypatch.context() as impatient:
         # One restart, of the other, is enough to wait for here.
-        impatient.setattr(keeper, "HEALTHY", 0.0)
-        impatient.setattr(keeper, "FIRST_DELAY", 600.0)
+        impatient.setattr(child, "HEALTHY", 0.0)
+        impatient.setattr(child, "FIRST_DELAY", 600.0)
         os.kill(frozen, signal.SIGSTOP)
         with pytest.raises(NoWorker):
             await stuck

@@ -98,7 +98,7 @@ def test_each_workers_batch_counts_until_its_images_are_answered():
     async def scenario():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
-            await until(lambda: all(keeper.proved("fake") for keeper in supervisor._keepers))
+            await until(lambda: all(child.backlog.proved("fake") for child in supervisor._children))
             first = supervisor.submit(request("!slow 60", seeds=(1, 2, 3), steps=100))
             other = supervisor.submit(request("!slow 60", steps=100))
             await until(lambda: supervisor.batched == {"fake": 4})
@@ -251,9 +251,9 @@ def test_settings_that_make_no_sense():
 def test_a_dead_worker_holds_no_memory():
     told: list[Report] = []
     supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, observe=lambda report, _: told.append(report))
-    for keeper in supervisor._keepers:
-        supervisor._hear(keeper, Memory("cpu", {"weights": 5, "budget": 9}))
-    supervisor._bury(supervisor._keepers[1], "died")
+    for child in supervisor._children:
+        supervisor._hear(child, Memory("cpu", {"weights": 5, "budget": 9}))
+    supervisor._bury(supervisor._children[1], "died")
     assert [report for report in told if isinstance(report, Memory)] == [
         Memory("cpu", {"weights": 5, "budget": 9}),
         Memory("cpu#1", {"weights": 5, "budget": 9}),

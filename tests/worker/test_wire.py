@@ -46,9 +46,7 @@ def over_asyncio(write) -> list[wire.Word]:
     async def hear_all():
         heard = []
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        loop = asyncio.get_running_loop()
-        transport, receiver = await loop.create_unix_connection(lambda: wire.Receiver(heard.append), sock=ours)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
 
         def send_all():
             with theirs:
@@ -57,10 +55,11 @@ def over_asyncio(write) -> list[wire.Word]:
         thread = threading.Thread(target=send_all)
         thread.start()
         try:
-            await asyncio.wait_for(receiver.ended, 20)
+            while (message := await asyncio.wait_for(wire.read(reader), 20)) is not None:
+                heard.append(message)
             return heard
         finally:
-            transport.abort()
+            writer.transport.abort()
             thread.join()
 
     return asyncio.run(hear_all())
@@ -86,7 +85,7 @@ def test_pictures_arrive_whole():
 
 @pytest.mark.parametrize("piece", [1, 7, 1000, 65_536, 65_537, 1 << 20])
 def test_frames_in_any_pieces(piece):
-    """Small frames, frames just around the scratch buffer's size, and large ones, cut at every kind of place."""
+    """Small frames, frames just around the size of the reader's buffer, and large ones, cut at every kind of place."""
     sizes = (0, 10, 65_000, 65_400, 65_500, 65_536, 66_000, 200_000, 3)
     sizes = sizes if piece > 10 else (0, 10, 3)
     sent = [wire.Load("x" * size) for size in sizes] + NEWS

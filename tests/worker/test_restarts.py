@@ -9,8 +9,8 @@ import pytest
 
 from app.errors import EngineError, NoWorker
 from app.report import ModelState
-from app.worker import keeper
-from app.worker.link import Link
+from app.worker import child
+from app.worker.heartbeat import Pulse
 from tests.worker.parts import request, run, serving, until
 from tests.worker.scripts import HELLO, script
 
@@ -61,7 +61,7 @@ def test_a_watch_that_breaks_is_a_death(monkeypatch, caplog):
         async with serving() as here:
             first = here.supervisor.pids[0]
             with monkeypatch.context() as broken:
-                broken.setattr(Link, "_exit_code", lambda _: 1 / 0)
+                broken.setattr(Pulse, "hang", lambda _: 1 / 0)
                 await until(lambda: not here.supervisor.live)
             await until(lambda: here.supervisor.live)
             assert here.supervisor.restarts == 1 and here.supervisor.pids[0] != first
@@ -137,7 +137,7 @@ def test_a_bystander_is_tried_again():
 
 
 def test_back_off_doubles_to_its_limit_and_health_resets_it(monkeypatch, caplog):
-    monkeypatch.setattr(keeper, "LAST_DELAY", 0.2)
+    monkeypatch.setattr(child, "LAST_DELAY", 0.2)
     command = script(f"say({HELLO}); os._exit(3)")
 
     async def scenario():
@@ -150,6 +150,6 @@ def test_back_off_doubles_to_its_limit_and_health_resets_it(monkeypatch, caplog)
     run(scenario)
     assert delays()[:4] == [0.05, 0.1, 0.2, 0.2]
     caplog.clear()
-    monkeypatch.setattr(keeper, "HEALTHY", 0.0)
+    monkeypatch.setattr(child, "HEALTHY", 0.0)
     run(scenario)
     assert delays()[:4] == [0.05, 0.05, 0.05, 0.05]

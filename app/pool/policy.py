@@ -1,40 +1,46 @@
-"""Books: what is wanted of the pool, how each model stands, and what is to be done next.
-
-Knows nothing of threads and moves nothing: everything here is decided at once, under one lock that the caller holds.
-"""
+"""Policy: which weights should be on the device, and what the loader does next; plain Python, without tensors."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from app.errors import LoadError, ModelNotFound
-from app.families.base import Family
-from app.pool.component import Component, Place
-from app.pool.need import Need
-from app.pool.store import Store
 from app.report import Evicted, Memory, ModelState, Phase, State
 
+if TYPE_CHECKING:
+    from app.families.base import Family
+    from app.pool.memory import Component, Place, Store
+
 RETRY_AFTER = 30.0
-"""Seconds that a failed load stands before it is tried again."""
+"""Seconds after a failed load before it is tried again."""
 
 PHASES: tuple[Phase, ...] = ("decode", "encode", "denoise")
-"""The order of a first load: the VAE first, because the map of previews is made of it."""
+"""The order of a first load: the VAE first, because the map of previews is fitted with it."""
 
 Change = ModelState | Evicted | Memory
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """Parts of a model that rows wait for. urgent: these rows hold memory already, so nothing unleased is spared."""
+
+    model: str
+    phases: tuple[Phase, ...]
+    urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Build:
-    """To do: find the parts of a model and check their headers."""
+    """A job for the loader: find the parts of a model and check their headers."""
 
     model: str
 
 
 @dataclass(frozen=True, slots=True)
 class Bring:
-    """To do: move `leaving` off the device, and what is missing of `wanted` in. Both are claimed."""
+    """A job for the loader: move `leaving` off the device, and what is missing of `wanted` in. Both are claimed."""
 
     model: str
     phases: tuple[Phase, ...]
@@ -44,7 +50,7 @@ class Bring:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """To do: empty these components, which are claimed."""
+    """A job for the loader: empty these components, which are claimed."""
 
     leaving: list[Component]
 
@@ -54,9 +60,9 @@ Job = Build | Bring | Drop
 
 @dataclass
 class Model:
-    """How a model stands. brought: the phases whose parts were on the device since it was built.
+    """The state of a model. brought: the phases whose parts were on the device since it was built.
 
-    spent: seconds of the loader's time that the load took so far, without those in which it waited for room.
+    spent: the loader's seconds on this load so far, without those in which it waited for room.
     """
 
     state: State = "absent"
@@ -76,9 +82,13 @@ class Model:
         return sum(one.bytes for one in self.parts.values() if one.place == "device")
 
     def components(self, phases: Collection[Phase]) -> list[Component]:
-        """The parts with weights that these phases need; none while it is not built."""
+        """The parts with weights that these phases need; none before it is built."""
         names = [name for phase in PHASES if phase in phases and self.family for name in self.family.phases[phase]]
         return [self.parts[name] for name in names if name in self.parts]
+
+    def has(self, phases: Collection[Phase]) -> bool:
+        """Whether the model is ready and all parts of these phases are on the device."""
+        return self.state == "ready" and all(one.place == "device" for one in self.components(phases))
 
     def first(self, budget: int) -> tuple[Phase, ...]:
         """The phases that a load brings next: all, or one after the other when they do not fit together."""
@@ -87,18 +97,16 @@ class Model:
         return next(((phase,) for phase in PHASES if phase not in self.brought), ("denoise",))
 
 
-class Books:
-    """The models, what is wanted, and what changed. `wake` is the lock, and is notified when there may be work.
+class Policy:
+    """The models, what is wanted of them, and the changes not reported yet.
 
-    blocked: the first need that is not met waits for what is leased or kept. broken: what ended the loader, if it did.
+    Callers hold the store's lock, which is notified when there may be work. blocked: the first need that is not met
+    waits for something leased or kept. broken: the error that ended the loader, if one did.
     """
 
-    def __init__(
-        self, models: Collection[str], device: str, budget: int, host: int, clock: Callable[[], float]
-    ) -> None:
-        self.wake = threading.Condition()
+    def __init__(self, models: Iterable[str], device: str, store: Store, clock: Callable[[], float]) -> None:
         self.models = {model_id: Model() for model_id in models}
-        self.store = Store(budget, host, self.wake)
+        self.store, self.lock = store, store.lock
         self.changes: list[Change] = []
         self.closed = self.blocked = False
         self.broken: BaseException | None = None
@@ -117,7 +125,7 @@ class Books:
             raise ModelNotFound(f'no model "{model_id}"', param="model") from None
 
     def want(self, model_id: str) -> None:
-        """Begin to load, if absent or failed long enough ago; a model that has lost parts of it gets them back."""
+        """Begin a load if absent or failed long enough ago; a model that has lost parts of it gets them back."""
         model = self.model(model_id)
         self._dropped.discard(model_id)
         retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
@@ -128,19 +136,19 @@ class Books:
         elif not robbed or model_id in self._loads:
             return
         self._loads.append(model_id)
-        self.wake.notify()
+        self.lock.notify()
 
     def unload(self, model_id: str) -> None:
-        """Let go of the model as soon as nobody leases it."""
+        """Drop the model as soon as nobody leases it."""
         if self.model(model_id).state == "loading":
-            self.loaded(model_id)
+            self.end_load(model_id)
             self.change(model_id, "absent")
         self._dropped.add(model_id)
-        self._needs = ()  # rows that wait for it say so again
-        self.wake.notify()
+        self._needs = ()  # rows that wait for it ask again
+        self.lock.notify()
 
     def need(self, needs: Sequence[Need], kept: Collection[str]) -> None:
-        """What rows wait for now replaces what they waited for before."""
+        """Replace what rows waited for until now."""
         if self._fresh and list(needs) == list(self._needs) and set(kept) == set(self._kept):
             return
         self._needs, self._kept, self._fresh = needs, kept, True
@@ -148,24 +156,24 @@ class Books:
             self._dropped.discard(need.model)
             if self.model(need.model).state == "absent":
                 self.want(need.model)
-        self.wake.notify()
+        self.lock.notify()
 
     def next(self) -> Job | None:
-        """What the loader does next; None when there is nothing, or what must stay stands in the way."""
+        """The loader's next job; None when there is nothing to do, or what must stay stands in the way."""
         return self._drop() or self._build() or self._bring()
 
-    def loaded(self, model_id: str) -> None:
-        """The load of this model is over, well or badly."""
+    def end_load(self, model_id: str) -> None:
+        """The load of this model has ended, well or badly."""
         self._loads = [other for other in self._loads if other != model_id]
 
     def change(self, model_id: str, state: State, detail: str = "", seconds: float = 0.0) -> None:
-        """Write down how a model stands from now on."""
+        """Set and report the state of a model."""
         model = self.models[model_id]
         model.state, model.since = state, self._clock()
         self.changes.append(ModelState(model_id, state, detail, seconds, model.on_device))
 
-    def tell(self, left: Sequence[tuple[Component, Place]]) -> None:
-        """What left the device, which models are absent by it, and what memory holds now."""
+    def moved(self, left: Iterable[tuple[Component, Place]]) -> None:
+        """Report what left the device and where it went, the models that became absent, and the memory now in use."""
         for one, place in left:
             for model_id in sorted(one.owners):
                 model = self.models[model_id]
@@ -196,8 +204,8 @@ class Books:
     def _bring(self) -> Bring | None:
         """The first need that is not met, strictly in order: a later one would take the room that it waits for.
 
-        Loads that no row waits for come last. After a need is met nothing moves until the next `need`, and what meets
-        one is spared by those after it: whoever waited must be able to lease what came before it is taken away again.
+        Loads that no row waits for come last. Once a need is met nothing moves until the next `need`, and later needs
+        spare what meets it: the rows that waited must be able to lease what came before it is taken away again.
         """
         if not self._fresh:
             return None
@@ -207,7 +215,7 @@ class Books:
             if model.state == "failed" or model.family is None:
                 continue
             phases = need.phases if model.brought.issuperset(PHASES) else model.first(self.store.budget)
-            if model.state == "ready" and all(one.place == "device" for one in model.components(phases)):
+            if model.has(phases):
                 met.update(id(one) for one in model.components(phases))
                 continue
             job = self._plan(need.model, phases, () if need.urgent else self._kept, met)

@@ -9,8 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from app.engine.cores import LOOK, Cores
-from app.pool.threads import use_threads
+from app.pool.budget import LOOK, Cores, use_threads
 from app.report import Tick
 from tests.engine.fakes import FakeFamily, FakePool, card, request
 from tests.engine.harness import Bench

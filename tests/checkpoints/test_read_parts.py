@@ -14,7 +14,7 @@ import pytest
 from app.cards.card import Card, Source, read_cards
 from app.cards.folder import ModelFolder
 from app.cards.noise import CLIPS_BY_DEFAULT, check_schedule
-from app.checkpoints.layout import read_parts
+from app.checkpoints.parts import read_parts
 from app.errors import CheckpointError, NotDownloaded
 from tests.tiny import write_dit, write_models
 
