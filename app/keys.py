@@ -1,6 +1,6 @@
 """Keys: who may ask, and what each may have: an API key by its digest, its share of the device, its limits.
 
-Knows nothing of HTTP headers (`app/api/security.py`); a key itself is never kept, only its SHA-256.
+Knows nothing of HTTP headers (`app/api/auth.py`); a key itself is never kept, only its SHA-256.
 """
 
 from __future__ import annotations

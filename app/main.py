@@ -1,16 +1,17 @@
-"""Main: puts cards, workers, metrics and routes together, and runs them until a signal says stop.
-
-Knows nothing of what they do.
-"""
+"""Main: puts cards, workers, metrics and routes together, and serves them until a signal says stop."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import math
 import os
+import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -22,18 +23,13 @@ import uvicorn
 
 from app import logs
 from app.api import docs
-from app.api.application import Application, build
-from app.api.cors import Cors, read_origins
-from app.api.crowd import steady
-from app.api.door import Answer, Asked, Door
+from app.api.app import Application, build, refuser
+from app.api.auth import with_ids
 from app.api.front import Front
-from app.api.protocol import Guarded
-from app.api.responses import error_response
-from app.api.security import with_ids
-from app.api.sockets import ACCEPTED, WAITING, Failures, listen, make_room, taken
+from app.api.guard import Door, Guarded
 from app.cards.card import read_cards
 from app.cards.catalog import Registry, warn_of
-from app.errors import InstepError
+from app.errors import InstepError, SettingsError
 from app.jobs.curl import first_curl, url_of
 from app.keys import read_keys
 from app.metrics import Metrics
@@ -48,6 +44,27 @@ LAST_ANSWERS = 5
 KEEP_ALIVE = 75
 """Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
 
+SWITCH = 0.001
+"""Seconds that a thread may compute while the event loop waits for the interpreter's lock; 5 ms is Python's own."""
+
+WAITING = 2048
+"""Connections that the system keeps for us until we accept them."""
+
+ACCEPTED = 4
+"""Connections accepted in one turn of the event loop: each has a file before the door has counted it."""
+
+OTHER_FILES = 256
+"""Open files besides the connections within the caps; half of all where there are fewer than twice as many."""
+
+MOST_FILES = 1 << 20
+"""Open files that are enough where connections have no cap, and the system has none either."""
+
+NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Why a connection cannot be accepted though it is there. asyncio tries again after a second."""
+
+QUIET = 60.0
+"""Seconds between two lines of the log about that."""
+
 
 def create_app(
     settings: Settings, *, supervisor: Supervisor | None = None, metrics: Metrics | None = None
@@ -55,7 +72,7 @@ def create_app(
     """The whole server as an ASGI application; its lifespan starts the engine processes and ends them.
 
     A card that cannot be served, and a model that cannot be loaded, are a line of the log each. supervisor, metrics:
-    given by tests that bring their own workers. Raises SettingsError.
+    for tests that bring their own workers. Raises SettingsError.
     """
     registry = Registry(read_cards(settings.models, settings.alias), settings)
     keys = with_ids(read_keys(settings), registry)
@@ -86,7 +103,7 @@ def serve(settings: Settings, app: Application | None = None) -> None:
     """Serve until SIGTERM or SIGINT, then drain and return. Call it on the main thread.
 
     app: made of these settings already, with workers of its own. Raises SettingsError, also when the port is taken,
-    and what an engine process refused to start with.
+    and the error with which an engine process refused to start.
     """
     logs.setup(settings.log_level)
     app = app or create_app(settings)
@@ -106,12 +123,11 @@ def serve(settings: Settings, app: Application | None = None) -> None:
 
 
 def configured(app: Application, settings: Settings) -> uvicorn.Config:
-    """How uvicorn is to serve this application, through our own door."""
-    protocol = partial(Guarded, _door(app.state.front, settings))
+    """The configuration with which uvicorn serves this application, through our own guard."""
     return uvicorn.Config(
         _quiet(app),
         port=settings.port,
-        http=cast(Any, protocol),
+        http=cast(Any, partial(Guarded, Door(settings, refuser(app.state.front)))),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -120,6 +136,39 @@ def configured(app: Application, settings: Settings) -> uvicorn.Config:
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=math.ceil(settings.drain) + LAST_ANSWERS + 1,
     )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises SettingsError for an address that is taken, before anything heavy has started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # NOTE: with the protocol named asyncio switches Nagle off; else every answer after the first waits 40 ms for an ACK
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise _taken(host, port, error) from error
+    listener.set_inheritable(False)
+    return listener
+
+
+def make_room(connections: int) -> int:
+    """Raise this process's limit of open files for so many connections, 0 for all that there can be.
+
+    Returns how many connections fit, and logs a warning where that is fewer.
+    """
+    soft, hard = (
+        sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
+    files = max(soft, min(hard, connections + OTHER_FILES if connections else MOST_FILES))
+    if files > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard if hard < sys.maxsize else resource.RLIM_INFINITY))
+    room = files - min(OTHER_FILES, files // 2)
+    if room < connections:
+        logs.logger("instep").warning("fewer connections", wanted=connections, room=room, open_files=files)
+    return min(room, connections or room)
 
 
 def forget_secrets() -> None:
@@ -148,6 +197,24 @@ def version() -> str:
         return "0"
 
 
+class Failures:
+    """An exception handler for the event loop: connections that could not be accepted are one line a minute."""
+
+    def __init__(self) -> None:
+        self._logged = -QUIET
+        self._count = 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in NO_FILES or "socket" not in context:
+            loop.default_exception_handler(context)
+            return
+        self._count += 1
+        if (now := time.monotonic()) >= self._logged + QUIET:
+            logs.logger("instep").error("connections wait for open files", reason=error.strerror, failures=self._count)
+            self._logged, self._count = now, 0
+
+
 class _Server(uvicorn.Server):
     """uvicorn with our drain: its own only waits, and past its limit it drops connections without an answer."""
 
@@ -166,14 +233,17 @@ class _Server(uvicorn.Server):
             asyncio.run_coroutine_threadsafe(self._hurry(), asyncio.get_running_loop())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then say where. Raises SettingsError when another has begun to listen there meanwhile."""
+        """Start, then log the address. Raises SettingsError if another has begun to listen there meanwhile."""
         asyncio.get_running_loop().set_exception_handler(Failures())
         try:
             await super().startup(sockets)
         except OSError as error:
             await self.lifespan.shutdown()
-            raise taken(self._settings.host, self._settings.port, error) from error
-        steady()
+            raise _taken(self._settings.host, self._settings.port, error) from error
+        # Threads take short turns, and a full pass of the garbage collector, which took 0.2 s, skips what is there now.
+        sys.setswitchinterval(SWITCH)
+        gc.collect()
+        gc.freeze()
         for listener in sockets or [] if self.started else []:
             # NOTE: what asyncio accepts at once and what the system keeps for us are one number to uvicorn.
             listener.listen(WAITING)
@@ -203,19 +273,9 @@ class _Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def _door(front: Front, settings: Settings) -> Door:
-    """What refuses before a route is chosen, in the same envelope and counts as all else, and for the same pages."""
-    cors = Cors(None, read_origins(settings.cors_origins)) if settings.cors_origins else None
-
-    def refuse(error: InstepError, asked: Asked) -> Answer:
-        front.metrics.rejected("", error.code)
-        response = error_response(error)
-        if cors:
-            cors.mark(response, asked.origin.decode("latin-1"))
-        body = b"" if asked.method == b"HEAD" else bytes(response.body)
-        return response.status_code, response.raw_headers, body
-
-    return Door(settings, refuse)
+def _taken(host: str, port: int, error: OSError) -> SettingsError:
+    """The error for an address that the system does not give us."""
+    return SettingsError(f"cannot listen on {host}, port {port}: {error.strerror or error}", param="port")
 
 
 def _quiet(app: Application) -> ASGI:

@@ -46,8 +46,8 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "isal": "app.imaging",
     "structlog": "app.logs",
     "pynvml": "app.gpu",
-    "uvicorn": ("app.main", "app.api.protocol"),
-    "h11": ("app.api.protocol", "app.api.parser"),
+    "uvicorn": ("app.main", "app.api.guard"),
+    "h11": "app.api.guard",
     "typer": "app.cli",
     "click": "app.cli",
     "rich": "app.cli",
@@ -217,8 +217,8 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
     assert [line.rpartition(": ")[2] for line in upward(app)] == ["app.settings imports app.engine.engine"]
     assert [line.rpartition(": ")[2] for line in side_doors(app)] == [
         "fastapi belongs to app.api",
-        "h11 belongs to app.api.protocol and app.api.parser",
-        "uvicorn belongs to app.main and app.api.protocol",
+        "h11 belongs to app.api.guard",
+        "uvicorn belongs to app.main and app.api.guard",
     ]
     chains = with_torch(app, ("app.main",))
     assert chains == ["app.main -> app.worker.supervisor -> app.engine.engine -> torch"]

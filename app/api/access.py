@@ -1,6 +1,6 @@
-"""Access: around every request: its id, its log line, and a fixed 500 for what nobody caught.
+"""What is around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
 
-Knows nothing of routes; plain ASGI, because FastAPI's own middleware hides a client's disconnect.
+FastAPI's own middleware would hide a client's disconnect.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.crowd import Turns
-from app.api.front import Front, Record
-from app.api.responses import error_response
+from app.api.errors import error_response
+from app.api.front import Front, Record, Turns
 from app.errors import Cancelled, InstepError
 from app.keys import KEY_LENGTH
 from app.logs import logger
 
-_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 PROBES = ("/health", "/healthz", "/readyz")
 """Routes that are answered at once, so that a crowd does not look like a server that is stuck."""
 
-_QUIET = (*PROBES, "/metrics")
-CLIENT_GONE = 499
-
 SLICE = 256 * 1024
 """Bytes of an answer that are sent in one turn of the event loop: to copy a hundred megabytes takes 100 ms."""
+
+DRAIN_LIMIT = 32 * 1024 * 1024
+"""Bytes of a request that are read and dropped after its answer. REQUEST_TIMEOUT bounds the time."""
+
+CLIENT_GONE = 499
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_QUIET = (*PROBES, "/metrics")
 
 log = logger("instep.access")
 
 
 class Access:
-    """The outermost layer of our own."""
+    """The layer that gives a request its id, log line and turns, and answers a fixed 500 for what nobody caught."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,19 +50,18 @@ class Access:
         if method == "HEAD":  # answered as GET is; uvicorn, which has the method as it was, leaves the body out
             scope = {**scope, "method": "GET"}
         scope.setdefault("state", {})["record"] = record
+        front: Front = scope["app"].state.front
         started = time.perf_counter()
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = record.id
-            await _sliced(message, send, turns)
+            await _sliced(message, send, front.turns)
 
-        front: Front = scope["app"].state.front
-        turns = front.turns
         try:
             if scope["path"] not in PROBES or scope["state"].get("pipelined"):
-                await turns.take()
+                await front.turns.take()
             await self._app(scope, receive, noting)
         except ClientDisconnect:  # before its body was read
             record.gone = True
@@ -73,6 +75,39 @@ class Access:
             _write(scope, method, record, time.perf_counter() - started)
 
 
+class Drain:
+    """The outermost layer: it sends an answer at once, but ends it only when the request's body is whole.
+
+    A server that closes a connection on unread data resets it, and a client that sends first and reads then would
+    never see its 401.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        whole = scope["type"] != "http" or not _with_body(scope)
+        if whole:
+            await self._app(scope, receive, send)
+            return
+
+        async def hearing() -> Message:
+            nonlocal whole
+            message = await receive()
+            whole = not message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False) and not whole:
+                await send({**message, "more_body": True})
+                message, left = {"type": "http.response.body"}, DRAIN_LIMIT
+                while not whole and left > 0:
+                    left -= len((await hearing()).get("body", b""))
+            await send(message)
+
+        await self._app(scope, hearing, sending)
+
+
 async def _sliced(message: Message, send: Send, turns: Turns) -> None:
     """Send a message, a long body in slices with a turn before each next one."""
     body, rest = message.get("body", b""), message.get("more_body", False)
@@ -84,7 +119,7 @@ async def _sliced(message: Message, send: Send, turns: Turns) -> None:
 
 
 def _id(scope: Scope) -> str:
-    """The client's own id for the request, where it sent one, safe and no key; else a new one."""
+    """The client's own id for the request, if it sent one that is safe and no key; else a new one."""
     headers = Headers(scope=scope)
     given = headers.getlist("x-request-id")
     if len(given) != 1 or not _SAFE_ID.fullmatch(given[0]) or scope["app"].state.front.keys.find(given[0].encode()):
@@ -93,20 +128,28 @@ def _id(scope: Scope) -> str:
     return uuid.uuid4().hex if any(len(token) >= KEY_LENGTH and token in given[0] for token in sent) else given[0]
 
 
+def _with_body(scope: Scope) -> bool:
+    """Whether a body is on its way. NOTE: a client that waits for "100 Continue" need not send one after its answer;
+    which client waits is judged as h11 judges it, since only that one would be sent a 100."""
+    headers = Headers(scope=scope)
+    expected = ",".join(headers.getlist("expect")).lower().split(",")
+    if scope["http_version"] != "1.0" and "100-continue" in map(str.strip, expected):
+        return False
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
 def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
-    """One line a request. NOTE: neither body nor query string, and of the path only the route's: prompts are nobody's
-    business, and a client may put its key in any of them."""
+    """Log one line for a request. NOTE: neither body nor query string, and of the path only the route's: prompts are
+    private, and a client may put its key in any of them."""
     path = getattr(scope.get("route"), "path_format", None)
-    facts = {
-        "request_id": record.id,
-        "method": method,
-        "path": path,
-        "status": CLIENT_GONE if record.gone else record.status,
-        "total_ms": round(1000 * seconds, 1),
+    write = log.debug if path in _QUIET else log.info
+    write(
+        "request",
+        request_id=record.id,
+        method=method,
+        path=path,
+        status=CLIENT_GONE if record.gone else record.status,
+        total_ms=round(1000 * seconds, 1),
         **({"key": record.key.name} if record.key.name else {}),
         **record.facts,
-    }
-    if path in _QUIET:
-        log.debug("request", **facts)
-    else:
-        log.info("request", **facts)
+    )

@@ -15,8 +15,7 @@ from app.api.front import Front, Record, front_of, record_of
 from app.api.generation import Generation, milliseconds, unless_gone
 from app.api.images import engine_id, headers, patience
 from app.api.openapi import COMPARE_ROUTE
-from app.api.reading import read_json
-from app.api.responses import accepted_format
+from app.api.reading import accepted_format, read_json
 from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
 from app.jobs.body import ImageBody

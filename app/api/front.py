@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 from fastapi import Request
 
-from app.api.crowd import SingleFlight, Turns
 from app.cards.catalog import Registry
 from app.keys import NOBODY, ApiKey, Keyring
 from app.metrics import Metrics
@@ -21,6 +20,45 @@ from app.settings import Settings
 from app.worker.supervisor import Supervisor
 
 T = TypeVar("T")
+
+
+class Turns:
+    """A queue in which one request goes on in each turn of the event loop, so that sockets and probes come between."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    async def take(self) -> None:
+        """Wait for the next free turn, in order of arrival. What follows should hold the loop for a few ms at most."""
+        async with self._lock:
+            await asyncio.sleep(0)
+
+
+class SingleFlight:
+    """Work whose result is shared by all who ask for it before it starts.
+
+    Whoever asks while it runs waits for the next run, so a result is never older than the question.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[Hashable, asyncio.Future[Any]] = {}
+        self._next: dict[Hashable, asyncio.Future[Any]] = {}
+
+    async def run(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        """The result of `make`. key: the same for work with the same result."""
+        if key not in self._next:
+            self._next[key] = asyncio.ensure_future(self._run(key, make))
+        result: T = await asyncio.shield(self._next[key])
+        return result
+
+    async def _run(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        if before := self._running.get(key):
+            await asyncio.wait([before])
+        self._running[key] = self._next.pop(key)
+        try:
+            return await make()
+        finally:
+            del self._running[key]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Health, readiness and metrics.
-
-Knows nothing of images.
-"""
+"""Health, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +6,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from app.api.errors import ErrorReply
 from app.api.front import front_of
-from app.api.responses import ErrorReply
 from app.errors import Unavailable
 from app.metrics import CONTENT_TYPE
 

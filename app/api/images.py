@@ -19,8 +19,7 @@ from fastapi.responses import Response
 from app.api.front import Record, front_of, record_of
 from app.api.generation import Generation, unless_gone
 from app.api.openapi import IMAGE_ROUTE
-from app.api.reading import read_json
-from app.api.responses import accepted_format
+from app.api.reading import accepted_format, read_json
 from app.api.stream import EventStream
 from app.errors import InstepError, InvalidValue
 from app.imaging import Format

@@ -14,8 +14,8 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from app.api.errors import ErrorReply
 from app.api.front import Front, front_of, record_of
-from app.api.responses import ErrorReply
 from app.cards.card import Card
 from app.cards.catalog import search
 from app.cards.folder import ModelFolder

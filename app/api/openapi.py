@@ -8,9 +8,9 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from app.api.auth import ADMIN, OPEN
+from app.api.errors import ErrorReply
 from app.api.front import Front
-from app.api.responses import ErrorReply
-from app.api.security import ADMIN, OPEN
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
 from app.jobs.body_schema import Json, body_schema, example

@@ -12,8 +12,8 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app.api.errors import envelope
 from app.api.generation import Generation, unless_gone
-from app.api.responses import envelope
 from app.errors import Cancelled
 from app.jobs.replies import completed_event, partial_event
 from app.report import Preview, Progress, Result

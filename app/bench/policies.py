@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from app.engine.batcher import Batcher
-from app.engine.outcome import Image, Outcome, isolate
-from app.engine.row import Caps, Row, Work
-from app.engine.runner import Runner
+from app.engine.row import Caps, Image, Outcome, Row, Work
+from app.engine.runner import Runner, isolate
 from app.errors import EngineError
 from app.families.upstream import Upstream
 from app.report import Phase
@@ -118,6 +117,8 @@ class UpstreamRunner(Runner):
         self._drawing: dict[str, Upstream] = {}
 
     def run(self, work: Work) -> Outcome:
+        if work.phase == "profile":
+            return super().run(work)
         outcome = Outcome()
         isolate(self._whole, work.rows, outcome)
         return outcome

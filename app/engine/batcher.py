@@ -1,7 +1,4 @@
-"""Batcher: who runs next. Tenants in turn, then least remaining work with an age limit; plain Python, no tensors.
-
-Knows nothing of the network, the device, or what becomes of a row when its lines are done.
-"""
+"""Batcher: who runs next. Tenants in turn, then least remaining work with an age limit; plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import NamedTuple
 
 from app.engine.queue import Order, Queue
 from app.engine.row import Caps, Row, Work
-from app.engine.shares import Shares
+from app.engine.shares import FairShares
 from app.report import Phase
 from app.request import Key
 
@@ -24,7 +21,7 @@ TRIAL_SLACK = 4.0
 
 
 class Offer(NamedTuple):
-    """What one key would run: its candidates, those that wait best first."""
+    """The rows that one key could run, the best of those that wait first."""
 
     queue: Queue
     caps: Caps
@@ -69,9 +66,9 @@ class Offer(NamedTuple):
 class Batcher:
     """Rows by key, and the choice of the next Work: decode frees memory, encode fills it, denoise spends it.
 
-    caps: the limits of a key, or None while they are not measured; asked again at every choice. A key that has 0 slots
-    waits for room that others hold. resident(model, phase): whether the parts of that phase are on the device; a
-    started row holds its network itself. held: models that take no new rows, because another waits for their memory.
+    caps: the caps of a key, asked at every choice; None while they are not measured. A key that has 0 slots waits for
+    room that others hold. resident(model, phase): whether the parts of that phase are on the device; a started row
+    leases its network itself. held: models that take no new rows, because another waits for their memory.
     """
 
     def __init__(
@@ -81,7 +78,7 @@ class Batcher:
         self.held: frozenset[str] = frozenset()
         self._queues: dict[Key, Queue] = {}
         self.finished: list[Row] = []
-        self._shares = Shares()
+        self._shares = FairShares()
         self._encoded_last = False
         self.waiting = 0
 
@@ -100,21 +97,21 @@ class Batcher:
         self.waiting += 1
 
     def start(self, row: Row) -> None:
-        """The row is encoded and holds a slot: it takes part in forwards from now on."""
+        """An encoded row with a slot takes part in forwards from now on."""
         row.stage = "started"
         self._queues[row.key].leave(row)
         self._queues[row.key].started.append(row)
         self.waiting -= 1
 
     def finish(self, row: Row) -> None:
-        """The row has run its last line and waits to be decoded."""
+        """A row that has run its last line waits to be decoded."""
         row.stage = "finished"
         self._queues[row.key].started.remove(row)
         self._queues[row.key].finished += 1
         self.finished.append(row)
 
     def remove(self, row: Row) -> None:
-        """The row leaves, wherever it stands; nothing happens to one that is gone already."""
+        """Remove a row, whatever its stage; nothing happens to one that is gone already."""
         stage, row.stage = row.stage, "gone"
         if stage != "gone":
             self._shares.leave(row.request.delivery.tenant)
@@ -128,7 +125,7 @@ class Batcher:
             self.finished.remove(row)
 
     def charge(self, work: Work, seconds: float) -> None:
-        """The device took so long for this work: its rows' tenants pay, each by its passes."""
+        """Charge the rows' tenants for the seconds of a work, each by its passes."""
         passes: Counter[str] = Counter()
         for row in work.rows:
             passes[row.request.delivery.tenant] += row.passes
@@ -137,7 +134,7 @@ class Batcher:
             self._shares.charge(tenant, count * each)
 
     def doomed(self, now: float) -> list[Row]:
-        """Rows not begun that could not be done by their deadline any more; each is told once."""
+        """Rows not begun that cannot meet their deadline any more; each is returned once."""
         rows = []
         for queue in self._queues.values():
             caps = self._caps(queue.key) if queue.arrivals and not queue.empty else None  # asking has it measured
@@ -190,7 +187,7 @@ class Batcher:
         return offers
 
     def _able(self, row: Row, held: float) -> bool:
-        """Whether the row may go now: its parts are there, and nobody who came before `held` waits for its room."""
+        """Whether the row may go now: its parts are there, and no row that came before `held` waits for its room."""
         if row.stage == "started":
             return row.lease is not None
         model = row.key.model

@@ -1,11 +1,9 @@
-"""Engine: owns the loop and the promises. A turn is three calls: batcher.next, runner.run, settler.settle.
-
-Knows nothing of processes, sockets or HTTP: requests come in by `submit`, facts go out by `emit`.
-"""
+"""Engine: the loop and the open requests. A turn of it is three calls: next, run, settle."""
 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import queue
 import time
@@ -15,14 +13,13 @@ from dataclasses import replace
 from app.engine.batcher import Batcher
 from app.engine.patience import Patience
 from app.engine.profile import Profiles
-from app.engine.row import Caps, default_key, rows_of
+from app.engine.row import Caps, Image, Outcome, Row, Work, default_key, rows_of
 from app.engine.runner import Runner
-from app.engine.settler import Settler
-from app.engine.turns import Turns, standing
-from app.errors import Cancelled, DeadlineExceeded, InstepError, ShuttingDown
+from app.engine.turns import Turns
+from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, ShuttingDown
 from app.pool.budget import text_bytes
 from app.pool.pool import Pool
-from app.report import Failure, Memory, ModelState, Phase, Report
+from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Result, Tick
 from app.request import Key, Request
 from app.settings import Settings
 
@@ -30,8 +27,9 @@ from app.settings import Settings
 class Engine:
     """Rows of any sampler, step count and guidance through shared forwards, on one device.
 
-    `submit`, `cancel`, `load` and `stop` are thread-safe; the rest runs on the caller of `tick` or `run`.
-    batcher, runner: of another order of work, for a bench. clock: seconds, monotonic; deadlines are on it.
+    `submit`, `cancel`, `load`, `unload` and `stop` are thread-safe; the rest runs on the caller of `tick` or `run`.
+    emit: receives every report. batcher, runner: of another order of work, for a bench. clock: seconds, monotonic;
+    deadlines are on it.
     """
 
     def __init__(
@@ -45,21 +43,20 @@ class Engine:
         runner: type[Runner] = Runner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._pool = pool
-        self._emit = emit
-        self._clock = clock
+        self._pool, self._emit, self._clock = pool, emit, clock
         profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
         self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings), not settings.threads)
         self._batcher = batcher(self._caps, self._ready)
-        self._turns = Turns(pool, lambda row: row.key in self._runner.limits.known)
-        self._settler = Settler(self._batcher, self._runner, emit, clock, self._turns.served)
-        self._promises = self._settler.promises
-        self._unmeasured: dict[Key, None] = {}
-        self._leaving: set[str] = set()
-        self._memory = self._told = Memory(str(pool.device), self._runner.bytes)
+        self._turns = Turns(pool, self._runner.limits.known)
+        self._patience = Patience(pool, emit, clock, settings.compile)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequence = itertools.count()
-        self._patience = Patience(pool, emit, clock, settings.compile)
+        self._open: dict[str, list[Row]] = {}  # the rows without an image yet, by request
+        self._deadlines: list[tuple[float, str]] = []
+        self._unmeasured: dict[Key, None] = {}
+        self._measured_last = False
+        self._leaving: set[str] = set()
+        self._memory = self._reported = Memory(str(pool.device), self._runner.bytes)
         self._stopping = self._draining = False
 
     def submit(self, request: Request) -> None:
@@ -68,55 +65,72 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Drop the request at the next step boundary; a Failure with Cancelled follows. Unknown ids are ignored."""
-        self._inbox.put(lambda: self._settler.fail(request_id, Cancelled("the request was cancelled")))
+        self._inbox.put(lambda: self._fail(request_id, Cancelled("the request was cancelled")))
 
     def load(self, model_id: str) -> None:
-        """Start loading a model that no request has asked for yet."""
+        """Start loading a model before a request asks for it."""
         self._inbox.put(lambda: self._load(model_id))
 
     def unload(self, model_id: str) -> None:
-        """Let a model go when no request for it is open."""
+        """Drop a model when no request for it is open."""
         self._inbox.put(lambda: self._leaving.add(model_id))
 
     def stop(self, drain: bool = False) -> None:
-        """End `run`: at once, failing what is open, or with `drain` when the last open request is answered."""
+        """End `run`: at once, failing open requests, or with `drain` when the last of them is answered."""
         self._inbox.put(lambda: self._stop(drain))
 
     def run(self) -> None:
-        """Turn until stopped. Announces before every silence how long it may last."""
-        while not self._stopping and not (self._draining and not self._promises):
+        """Turn until stopped. Every silence is announced with the seconds that it may last."""
+        while not self._stopping and not (self._draining and not self._open):
             if not self.tick():
                 self._patience.idle()
-                self._wait(0.1)
-        for request_id in self._promises:
-            self._settler.fail(request_id, ShuttingDown("the server is shutting down"))
+                with contextlib.suppress(queue.Empty):
+                    self._inbox.get(timeout=0.1)()
+        for request_id in list(self._open):
+            self._fail(request_id, ShuttingDown("the server is shutting down"))
 
     def tick(self) -> bool:
         """One turn; False when there was nothing to do."""
-        self._read_inbox()
-        self._poll_models()
-        self._expire()
-        self._ask_pool()
-        work = self._batcher.next(self._clock())
-        measured = self._measure_one()
+        work = self._next()
         if work is None:
-            return measured
+            return False
+        self._do(work)
+        return True
+
+    def _do(self, work: Work) -> Outcome:
         self._patience.begin(work)
         start = self._clock()
         outcome = self._runner.run(work)
-        self._settler.settle(work, outcome, start)
+        self._settle(work, outcome, start)
         self._patience.end(work, outcome, self._clock() - start)
-        return True
+        return outcome
+
+    def _next(self) -> Work | None:
+        """The next work, after news from outside. One width of a key without caps is measured between two others."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
+        self._poll_models()
+        self._unmeasured.clear()
+        self._expire()
+        self._ask_pool()
+        keys = (key for key in list(self._unmeasured) if self._runner.limits.measurable(key))
+        profile = next((Work("profile", key) for key in keys), None)
+        first = profile if profile and not self._measured_last else self._batcher.next(self._clock())
+        work = first or profile
+        self._measured_last = work is not None and work.phase == "profile"
+        return work
 
     def _ask_pool(self) -> None:
-        """Started rows take hold of their network; what others lack is asked for, and who must wait for it is told."""
+        """Lease the network for every started row, ask the pool for the parts that other rows need, and tell the
+        batcher which models may not start new rows."""
         rows = self._batcher.started
         for row in rows:
             self._runner.hold(row)
-        for model in [model for model in self._leaving if not self._promises.of(model)]:
+        for model in [model for model in self._leaving if not self._requests(model)]:
             self._leaving.discard(model)
             self._pool.unload(model)
-        plan = self._turns.plan(standing(self._batcher.finished, rows), self._clock())
+        plan = self._turns.plan(self._batcher.finished, rows, self._clock())
         self._pool.need(plan.needs, plan.kept)
         self._batcher.held = plan.held
 
@@ -126,51 +140,24 @@ class Engine:
         return self._pool.resident(model, phase) and (not both or self._pool.resident(model, "denoise"))
 
     def _caps(self, key: Key) -> Caps | None:
-        """The caps of a key; one that has none is measured, a width a turn, and its rows wait until it is done."""
+        """The caps of a key; rows of a key without them wait until it is measured."""
         caps = self._runner.caps(key)
         if caps is None:
             self._unmeasured[key] = None
         return caps
 
-    def _measure_one(self) -> bool:
-        """One width of one key that was asked for; whether there was such a key, and its network was there."""
-        keys, self._unmeasured = list(self._unmeasured), {}
-        for key in keys:
-            if self._runner.limits.measurable(key):
-                error = self._measure(key)
-                if error:
-                    self._fail_all(key.model, error, key)
-                return True
-        return False
-
-    def _measure(self, key: Key) -> InstepError | None:
-        """Measure one more width of a key; the error when its first forward fails."""
-        self._patience.measure(key)
-        start = self._clock()
-        try:
-            caps = self._runner.limits.measure(key)
-        except InstepError as error:
-            self._settler.unmeasured(key, error)
-            return error
-        self._patience.measured(key, self._clock() - start)
-        if caps:
-            self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
-        return None
-
-    def _read_inbox(self) -> None:
-        while True:
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                return
-
-    def _wait(self, seconds: float) -> None:
-        with contextlib.suppress(queue.Empty):
-            self._inbox.get(timeout=seconds)()
+    def _requests(self, model: str, key: Key | None = None) -> list[str]:
+        """Ids of the open requests of a model, or of one key of it."""
+        keys = {request_id: rows[0].key for request_id, rows in self._open.items()}
+        return [request_id for request_id, own in keys.items() if own.model == model and key in (None, own)]
 
     def _load(self, model_id: str) -> None:
         self._leaving.discard(model_id)
         self._pool.want(model_id)
+
+    def _stop(self, drain: bool) -> None:
+        self._draining = drain
+        self._stopping = not drain
 
     def _add(self, request: Request) -> None:
         try:
@@ -178,60 +165,156 @@ class Engine:
         except InstepError as error:
             self._emit(Failure(request.id, error))
             return
-        self._promises.make(request, rows)
+        self._open[request.id] = rows
+        if request.delivery.deadline is not None:
+            heapq.heappush(self._deadlines, (request.delivery.deadline, request.id))
         for row in rows:
             self._batcher.add(row)
             self._turns.add(row)
         self._pool.want(request.recipe.model)
         failure = self._pool.failure(request.recipe.model)
         if failure is not None:
-            self._settler.fail(request.id, failure)
+            self._fail(request.id, failure)
+
+    def _fail(self, request_id: str, error: InstepError) -> None:
+        """Answer a request with an error and drop its rows; nothing for one that is answered already."""
+        rows = self._open.pop(request_id, [])
+        for row in rows:
+            self._batcher.remove(row)
+            self._runner.release(row)
+        if rows:
+            self._emit(Failure(request_id, error))
+
+    def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:
+        for request_id in self._requests(model, key):
+            self._fail(request_id, error)
+
+    def _expire(self) -> None:
+        """Fail the requests whose deadline has passed, or cannot be met any more."""
+        now = self._clock()
+        if len(self._deadlines) > 2 * len(self._open) + 64:  # most are of requests answered long ago
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._open]
+            heapq.heapify(self._deadlines)
+        late = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            late.append(heapq.heappop(self._deadlines)[1])
+        for request_id in [*late, *(row.request.id for row in self._batcher.doomed(now))]:
+            self._fail(request_id, DeadlineExceeded("the image cannot be done before its deadline"))
 
     def _poll_models(self) -> None:
+        """Report what has happened in the pool, and the memory in use when that has changed."""
         for change in self._pool.poll():
+            if isinstance(change, Memory):
+                self._memory = change
+                continue
             if isinstance(change, ModelState):
-                change = self._tried(change)
+                change = self._loaded(change) if change.state == "ready" else change
                 error = self._pool.failure(change.model) if change.state == "failed" else None
                 if error is not None:
                     self._fail_all(change.model, error)
                     self._runner.forget(change.model)
                 elif change.state == "absent":
                     self._runner.tidy(change.model)
-            self._memory = change if isinstance(change, Memory) else self._memory
-            if not isinstance(change, Memory):
-                self._emit(change)
-        self._tell_memory()
+            self._emit(change)
+        memory = replace(self._memory, bytes={**self._memory.bytes, **self._runner.bytes})
+        if memory != self._reported:
+            self._reported = memory
+            self._emit(memory)
 
-    def _tried(self, state: ModelState) -> ModelState:
-        """A model that becomes ready while nobody waits is measured first, or adds to what was measured before; it
-        counts as failed if that fails."""
-        if state.state != "ready":
-            return state
+    def _loaded(self, state: ModelState) -> ModelState:
+        """Measure a model that became ready while no request is open; it counts as failed if that fails."""
         self._turns.loaded(state.model, state.seconds)
         self._patience.forget(state.model)
         key = default_key(self._pool.cards[state.model])
-        error = None
-        while not self._promises and self._inbox.empty() and error is None and self._runner.limits.measurable(key):
-            error = self._measure(key)
-        return replace(state, state="failed", detail=error.message) if error else state
+        while not self._open and self._inbox.empty() and self._runner.limits.measurable(key):
+            if error := self._do(Work("profile", key)).error:
+                return replace(state, state="failed", detail=error.message)
+        return state
 
-    def _tell_memory(self) -> None:
-        """What the device holds, when that has changed; the pool knows of weights, the runner of the rest."""
-        held = replace(self._memory, bytes={**self._memory.bytes, **self._runner.bytes})
-        if held != self._told:
-            self._told = held
-            self._emit(held)
-
-    def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:
-        for request_id in self._promises.of(model, key):
-            self._settler.fail(request_id, error)
-
-    def _expire(self) -> None:
+    def _settle(self, work: Work, outcome: Outcome, start: float) -> None:
+        """Move the rows of a work on, emit its images, answer what failed. start: when it began."""
+        if work.phase == "profile":
+            self._settle_profile(work.key, outcome.error)
+            return
         now = self._clock()
-        late = [*self._promises.expired(now), *(row.request.id for row in self._batcher.doomed(now))]
-        for request_id in late:
-            self._settler.fail(request_id, DeadlineExceeded("the image cannot be done before its deadline"))
+        passes = work.passes if work.phase == "denoise" else len(work.rows)  # before the rows go to their next lines
+        self._batcher.charge(work, now - start)
+        for row, error in outcome.failed:
+            self._fail(row.request.id, error)
+        alive = [row for row in work.rows if row.stage != "gone"]
+        if work.phase == "encode":
+            self._settle_encode(alive, start, now)
+        elif work.phase == "denoise":
+            if outcome.out_of_memory:
+                self._runner.limits.refuse(work.key, passes)
+            elif not outcome.failed:
+                self._runner.limits.learn(work.key, passes, now - start, now)
+            self._settle_denoise(alive, start, now)
+        for image in outcome.images:
+            self._settle_image(image, start)
+        if not outcome.idle:
+            self._emit_tick(work.key, work.phase, len(work.rows), passes, outcome, now - start)
 
-    def _stop(self, drain: bool) -> None:
-        self._draining = drain
-        self._stopping = not drain
+    def _settle_profile(self, key: Key, error: InstepError | None) -> None:
+        """Report the rate of a key once it is measured; its requests fail where the first forward did."""
+        if isinstance(error, OutOfMemory):
+            around = self._batcher.running, self._batcher.waiting, key.width, key.height
+            self._emit(Tick(key.model, "denoise", 0, 0, 0, 0, 0.0, *around, out_of_memory=1))
+        if error is not None:
+            self._fail_all(key.model, error, key)
+        elif caps := self._runner.limits.known.get(key):
+            self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
+
+    def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
+        for row in rows:
+            if row.slot >= 0:
+                row.encode_start, row.denoise_start = start, now
+                self._batcher.start(row)
+                self._runner.hold(row)
+
+    def _settle_denoise(self, rows: list[Row], start: float, now: float) -> None:
+        for row in rows:
+            if not row.begun:
+                row.idled = start - row.denoise_start
+            row.line += 1
+            row.served += now - start
+            row.neighbours += len(rows)
+            if row.request.delivery.progress:
+                self._emit(Progress(row.request.id, row.index, row.line, row.lines))
+            if row.line == row.lines:
+                self._batcher.finish(row)
+                self._runner.rest(row)
+        due = [row for row in rows if row.preview_due()]
+        if due:
+            self._settle_previews(self._runner.preview(due))
+
+    def _settle_previews(self, outcome: Outcome) -> None:
+        for image in outcome.images:
+            self._emit(Preview(image.row.request.id, image.row.index, image.row.previews, image.pixels))
+        for row in [image.row for image in outcome.images] + [row for row, _ in outcome.failed]:
+            row.previews += 1  # a preview that fails is left out: the image itself goes on
+
+    def _settle_image(self, image: Image, start: float) -> None:
+        row = image.row
+        if row.stage == "gone":
+            return
+        row.decode_start = start
+        self._batcher.remove(row)
+        self._runner.release(row)
+        self._open[row.request.id].remove(row)
+        if not self._open[row.request.id]:
+            del self._open[row.request.id]
+        now = self._clock()
+        self._turns.served(row.key.model, now - row.encode_start)
+        timings = row.timings(now)
+        self._emit(Result(row.request.id, row.index, row.seed, image.pixels, timings, image.latents, row.warnings))
+
+    def _emit_tick(self, key: Key, phase: Phase, rows: int, passes: int, outcome: Outcome, seconds: float) -> None:
+        cap = caps.passes if (caps := self._runner.caps(key)) else 0
+        self._emit(
+            Tick(
+                key.model, phase, rows, passes + outcome.padding, outcome.padding, cap, seconds,
+                self._batcher.running, self._batcher.waiting, key.width, key.height, outcome.out_of_memory,
+                outcome.text_hits, outcome.text_misses,
+            )
+        )  # fmt: skip

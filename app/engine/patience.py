@@ -1,12 +1,11 @@
-"""Patience: how long a unit of work may take before it counts as hung, announced before it begins."""
+"""Patience: how long a work may take before it counts as hung, announced before it begins."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from app.engine.outcome import Outcome
-from app.engine.row import Work
+from app.engine.row import Outcome, Work
 from app.pool.pool import Pool
 from app.report import Announce, Report
 from app.request import Key
@@ -18,7 +17,7 @@ LEAST = 10.0
 MOST = 30.0
 
 LONG = 5.0
-"""Work that is expected to take longer than MOST / LONG seconds may take so many times its estimate."""
+"""Work with an estimate over MOST / LONG seconds may take so many times its estimate."""
 
 FIRST_AREA = 256**2
 FIRST_ON_GPU = 120.0
@@ -30,11 +29,11 @@ FADING = 0.98
 
 
 class Patience:
-    """Announces each unit of work with the seconds that it may take.
+    """Announces each work with the seconds that it may take.
 
-    An estimate is the longest that such a work took in this process, never what a file says. On a CPU LEAST and MOST
-    are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels too. A
-    GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
+    An estimate is the longest that such a work took in this process, never a number from a file. On a CPU LEAST and
+    MOST are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels
+    too. A GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
     """
 
     def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
@@ -45,31 +44,25 @@ class Patience:
         self._size = 0
 
     def forget(self, model: str) -> None:
-        """Drop what was learned of a model, which was loaded anew: its weights may have to come from the disk again."""
+        """Drop the estimates of a model that was loaded again: its weights may have to come from the disk once more."""
         self._longest = {at: longest for at, longest in self._longest.items() if at[0].model != model}
 
     def idle(self) -> None:
-        """There is nothing to do. Call it again and again."""
+        """Announce that there is nothing to do. Call it again and again."""
         self._announce("idle", IDLE)
 
     def begin(self, work: Work) -> None:
-        """This work begins."""
-        self._size = work.passes if work.phase == "denoise" else len(work.rows)
-        self._announce(work.phase, self._limit(work.key, work.phase, self._size))
+        """Announce a work. The next width of a profile is twice the last, and networks compile meanwhile."""
+        self._size = work.passes if work.phase == "denoise" else len(work.rows) or 2
+        compiling = self._compiled and work.phase == "profile"
+        self._announce(work.phase, COMPILING if compiling else self._limit(work.key, work.phase, self._size))
 
     def end(self, work: Work, outcome: Outcome, seconds: float) -> None:
-        """It took so long. What failed, or found all of its texts encoded, says nothing of the next."""
+        """Learn from a work; one that failed, or found all of its texts encoded, says nothing of the next."""
         known = outcome.text_hits > 0
-        if not (outcome.failed or outcome.idle or (known and not outcome.text_misses)):
-            self._learn(work.key, work.phase, 1 if known else self._size, seconds)
-
-    def measure(self, key: Key) -> None:
-        """The next width of a key is measured, which is twice the last. Networks compile meanwhile."""
-        self._announce("profile", COMPILING if self._compiled else self._limit(key, "profile", 2))
-
-    def measured(self, key: Key, seconds: float) -> None:
-        """Measuring a width took so long."""
-        self._learn(key, "profile", 1, seconds)
+        if not (outcome.failed or outcome.error or outcome.idle or (known and not outcome.text_misses)):
+            least = known or work.phase == "profile"
+            self._learn(work.key, work.phase, 1 if least else self._size, seconds)
 
     def _limit(self, key: Key, phase: str, size: int) -> float:
         longest = self._longest.get((key, phase))
@@ -95,7 +88,7 @@ class Patience:
         self._longest[key, phase] = (seconds, size) if seconds >= faded else (faded, widest)
 
     def _announce(self, phase: str, seconds: float) -> None:
-        """Tell a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
+        """Emit a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
         fresh, now = Announce(phase, seconds), self._clock()
         if fresh != self._announced or now - self._announced_at >= seconds / 3:
             self._announced, self._announced_at = fresh, now

@@ -1,7 +1,4 @@
-"""Queue: the rows of one key, the order among them, and which of those that wait may take a slot.
-
-Knows nothing of other keys, of phases, or of who counts what a tenant has had.
-"""
+"""Queue: the rows of one key, the order among them, and which of those that wait may take a slot."""
 
 from __future__ import annotations
 
@@ -9,30 +6,97 @@ import heapq
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 from app.engine.row import Caps, Row
-from app.engine.shares import Shares
-from app.engine.waiting import SLACK, Lane
+from app.engine.shares import FairShares
 from app.request import Key
 
 AGE_LIMIT = 8.0
-"""A row that has waited this many times its own service time goes first (DESIGN: order of work)."""
+"""A row that has waited this many times its own service time goes first."""
 
 LANES = 64
 """Most tenants of one key that a choice looks at, those with credit first: no forward is wider."""
 
+SLACK = 32
+"""Heaps may hold so many entries of rows that have left, beside as many as there are rows that wait."""
+
 Order = tuple[bool, int, float, int, float, int]
+
+
+class Lane:
+    """The waiting rows of one tenant and one key in heaps: by remaining work, by when they age, the aged by arrival.
+
+    A row that has left, which its stage shows, stays in them until it surfaces or there are too many such.
+    `left` is how many wait, also those that are not in the heaps yet.
+    """
+
+    def __init__(self) -> None:
+        self.left = 0
+        self._shortest: list[tuple[int, int, float, int, Row]] = []
+        self._oldest: list[tuple[float, int, Row]] = []
+        self._aged: list[tuple[float, int, Row]] = []
+
+    def push(self, row: Row, aged_at: float) -> None:
+        """Add a row that counts as aged after `aged_at`, on the engine's clock."""
+        entry = (row.remaining, -row.request.delivery.priority, row.deadline, row.sequence, row)
+        heapq.heappush(self._shortest, entry)
+        heapq.heappush(self._oldest, (aged_at, row.sequence, row))
+
+    def leave(self) -> None:
+        """Count one waiting row less."""
+        self.left -= 1
+        heaps: tuple[list[Any], ...] = (self._shortest, self._oldest, self._aged)
+        if sum(map(len, heaps)) > 4 * self.left + SLACK:  # a waiting row is in two of them
+            for heap in heaps:
+                heap[:] = [entry for entry in heap if entry[-1].stage == "waiting"]
+                heapq.heapify(heap)
+
+    def best(self, now: float) -> Iterator[Row]:
+        """Rows in the order in which they would start, found lazily: the aged by arrival first."""
+        first = []
+        for row in self.aged(now):
+            first.append(row)
+            yield row
+        _drop_gone(self._shortest)
+        for entry in _in_order(self._shortest):
+            if entry[-1].stage == "waiting" and entry[-1] not in first:
+                yield entry[-1]
+
+    def aged(self, now: float) -> Iterator[Row]:
+        """The aged rows, by arrival."""
+        while self._oldest and (self._oldest[0][0] < now or self._oldest[0][-1].stage != "waiting"):
+            row = heapq.heappop(self._oldest)[-1]
+            if row.stage == "waiting":
+                heapq.heappush(self._aged, (row.arrived, row.sequence, row))
+        _drop_gone(self._aged)
+        return (entry[-1] for entry in _in_order(self._aged) if entry[-1].stage == "waiting")
+
+
+def _drop_gone(heap: list[Any]) -> None:
+    while heap and heap[0][-1].stage != "waiting":
+        heapq.heappop(heap)
+
+
+def _in_order(heap: list[Any]) -> Iterator[Any]:
+    """The entries of a heap, least first, found lazily; the heap does not change."""
+    front = [(heap[0], 0)] if heap else []
+    while front:
+        entry, index = heapq.heappop(front)
+        yield entry
+        for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+            heapq.heappush(front, (heap[child], child))
 
 
 class Queue:
     """The rows of one key: a lane of those waiting for each tenant, a list of those started, and one ordering for all.
 
-    finished: how many wait to be decoded; they hold their slots until then.
-
-    Arrivals enter their lane once the key's rate is known, because the age limit is a multiple of it.
+    finished: how many wait to be decoded; they hold their slots until then. arrivals: rows that enter their lane once
+    the key's rate is known, because the age limit is a multiple of it.
     """
 
-    def __init__(self, key: Key, shares: Shares) -> None:
+    def __init__(self, key: Key, shares: FairShares) -> None:
         self.key = key
         self.started: list[Row] = []
         self.finished = 0
@@ -46,7 +110,7 @@ class Queue:
         self._lanes.setdefault(row.request.delivery.tenant, Lane()).left += 1
 
     def leave(self, row: Row) -> None:
-        """A row waits no more: it was started, or it is gone."""
+        """Remove a row that was started, or is gone."""
         lane = self._lanes[row.request.delivery.tenant]
         lane.leave()
         if not lane.left:
@@ -71,7 +135,7 @@ class Queue:
         return (owing, 1, row.remaining * rate, -row.request.delivery.priority, row.deadline, row.sequence)
 
     def admit(self, rate: float) -> None:
-        """Arrivals take their places in the lanes, now that a pass is known to take `rate` seconds."""
+        """Move arrivals into the lanes, now that a pass is known to take `rate` seconds."""
         for row in self.arrivals:
             if row.stage == "waiting":
                 service = row.remaining * rate
@@ -81,7 +145,7 @@ class Queue:
         self.arrivals.clear()
 
     def doomed(self, now: float) -> list[Row]:
-        """Rows not begun whose deadline their own work no longer meets, even alone on the device; each is told once."""
+        """Rows not begun that cannot meet their deadline any more, even alone on the device; each is returned once."""
         found = []
         while self._latest and self._latest[0][0] < now:
             row = heapq.heappop(self._latest)[-1]
@@ -99,8 +163,8 @@ class Queue:
         return self.started + waiting
 
     def ahead(self, caps: Caps, entering: int) -> int:
-        """How many rows may be encoded before they can run, beside `entering` ones that will: at most half of what an
-        encode holds wait so, and they leave the last quarter of the slots alone."""
+        """How many rows may be encoded before they can run, beside `entering` ones that will: at most half an encode,
+        and none in the last quarter of the slots."""
         waiting = sum(not row.begun for row in self.started)
         open_slots = caps.slots - caps.slots // 4 - len(self.started) - self.finished - entering
         return max(0, min(caps.encode // 2 - waiting, open_slots))
@@ -117,8 +181,8 @@ class Queue:
         return list(itertools.islice(heapq.merge(*lanes, key=lambda row: self.order(row, now, rate)), most))
 
     def _last_quarter(self, waiting: list[Row], open_slots: int) -> list[Row]:
-        """Who may take the last slots: rows shorter than any that holds one, because they leave soon, and rows of
-        tenants that hold less than their share of the other slots. Alone, a tenant holds all of those."""
+        """The rows that may take the last slots: those shorter than any that holds one, because they leave soon, and
+        those of tenants that hold less than their share of the other slots. Alone, a tenant holds all of those."""
         shortest = min((row.remaining for row in self.started), default=math.inf)
         held = Counter(row.request.delivery.tenant for row in self.started)
         each = open_slots / sum(self._shares.weight(tenant) for tenant in held.keys() | self._lanes.keys())

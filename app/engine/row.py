@@ -1,7 +1,4 @@
-"""Row: one image in flight. Work: what to do now, and for which rows.
-
-Knows nothing of tensors and nothing of who runs next.
-"""
+"""Row: one image in flight. Work: what the device does next, and for which rows. Outcome: what came of a work."""
 
 from __future__ import annotations
 
@@ -11,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from app.cards.card import Card
-from app.errors import ModelNotFound
+from app.errors import InstepError, ModelNotFound
 from app.report import Phase, Timings
 from app.request import Condition, Key, Request
 from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from app.pool.pool import Lease
@@ -37,7 +35,7 @@ class Row:
     lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
     each: passes of a line without that; total: passes of all lines.
     slot: its place in the key's `Slots` once started. noisy: the lines whose noise is not drawn yet.
-    Times are on the engine's clock, in seconds. idled: what it waited between its encode and its first step.
+    Times are on the engine's clock, in seconds. idled: the wait between its encode and its first step.
     """
 
     request: Request
@@ -100,7 +98,7 @@ class Row:
         return self.line > 0
 
     def preview_due(self) -> bool:
-        """Whether the line just run is one after which a partial image was asked for; evenly spread."""
+        """Whether a partial image is due after the line just run; they are evenly spread."""
         wanted = self.request.delivery.previews
         return (
             self.previews < wanted
@@ -121,9 +119,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The next thing the device does: one phase for rows of one key."""
+    """The next thing the device does: one phase for rows of one key, or one width of the key's profile without rows."""
 
-    phase: Phase
+    phase: Phase | Literal["profile"]
     key: Key
     rows: list[Row] = field(default_factory=list)
 
@@ -136,8 +134,8 @@ class Work:
 class Caps:
     """What a key may do at once, by its cost curve: passes a forward, rows an encode and a decode, slots.
 
-    rate: seconds a pass costs at that width. bytes: of all its slots. trial: passes of a wider forward that is to be
-    tried as soon as rows nearly fill it; 0 for none.
+    rate: seconds a pass costs at that width. bytes: of all its slots. trial: passes of a wider forward to try as soon
+    as rows nearly fill it; 0 for none.
     """
 
     passes: int
@@ -147,6 +145,33 @@ class Caps:
     rate: float
     bytes: int = 0
     trial: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A decoded row. pixels: uint8 [H, W, 3]; latents: float32 [C, h, w], when the request keeps them."""
+
+    row: Row
+    pixels: np.ndarray
+    latents: np.ndarray | None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Images that are done, rows that failed alone, padding passes, and how many forwards ran out of memory.
+
+    error: why a profile could not be measured. idle: nothing was done, because the parts had left the device.
+    text_hits, text_misses: texts that the encoders' cache had, or had not.
+    """
+
+    images: list[Image] = field(default_factory=list)
+    failed: list[tuple[Row, InstepError]] = field(default_factory=list)
+    error: InstepError | None = None
+    padding: int = 0
+    out_of_memory: int = 0
+    text_hits: int = 0
+    text_misses: int = 0
+    idle: bool = False
 
 
 def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:

@@ -1,33 +1,71 @@
-"""Runner: computes a Work on the device. Encodes rows into slots, runs their steps, decodes their latents.
-
-Knows nothing of order, of requests' other rows, or of who waits for the result.
-"""
+"""Runner: computes a Work on the device. Encodes rows into slots, runs their steps, decodes their latents."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from app.engine.encodings import Encodings
-from app.engine.limits import Limits
-from app.engine.outcome import Image, Outcome, isolate
+from app.engine.caps import Limits
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Row, Work
-from app.engine.slots import Slots, Space
+from app.engine.row import Caps, Image, Outcome, Row, Work
+from app.engine.slots import SlotPool, Slots
 from app.engine.step import denoise_step, gather
-from app.errors import EngineError, InstepError, NonFiniteOutput
+from app.engine.text_cache import TextCache
+from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
 from app.families.base import Conditions, Family
 from app.pool.budget import Cores
 from app.pool.pool import Pool
 from app.request import Key
 from app.samplers.table import compile_table
 
+ALONE = "this image alone does not fit in the device's memory"
+
+Compute = Callable[[list[Row], Outcome], None]
+"""What one phase does for rows."""
+
+
+def isolate(phase: Compute, rows: list[Row], outcome: Outcome) -> None:
+    """Run a phase; when it raises, halve the rows and run each half again, until one row fails alone.
+
+    This is also the split and retry of a step that is out of memory. Phases change nothing before they succeed.
+    """
+    if not rows:
+        return
+    error = attempt(lambda: phase(rows, outcome), phase.__name__.strip("_"))
+    if error is None:
+        return
+    outcome.out_of_memory += isinstance(error, OutOfMemory)
+    if len(rows) == 1:
+        outcome.failed.append((rows[0], error))
+        return
+    middle = len(rows) // 2
+    isolate(phase, rows[:middle], outcome)
+    isolate(phase, rows[middle:], outcome)
+
+
+def attempt(call: Callable[[], None], where: str) -> InstepError | None:
+    """The error of a call, or None. Nothing of the exception outlives it: its traceback holds tensors."""
+    try:
+        call()
+    except torch.AcceleratorError:
+        raise
+    except torch.OutOfMemoryError:
+        return OutOfMemory(ALONE)
+    except InstepError as error:
+        return type(error)(error.message, param=error.param, retry_after=error.retry_after)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # one row must not end the others: tokenizers panic as BaseException
+        return EngineError(f"{type(error).__name__} in {where}")
+    return None
+
 
 class Runner:
-    """The device's side of the engine: slots by key, cached conditions, and the three phases.
+    """The device's side of the engine: slots by key, cached conditions, and the phases.
 
     deterministic: every forward, encode and decode is padded to the card's bucket, so that a row's bits do not
     depend on its neighbours.
@@ -36,38 +74,41 @@ class Runner:
     def __init__(
         self, pool: Pool, profiles: Profiles, deterministic: bool, text_bytes: int, adapts: bool = True
     ) -> None:
-        """text_bytes: of the device, for prompts that are encoded already. adapts: leave cores to other processes."""
+        """text_bytes: of the device, for the cache of encoded prompts. adapts: leave cores to other processes."""
         self._pool = pool
         self._deterministic = deterministic
-        self._space = Space()
+        self._slots = SlotPool()
         self.limits = Limits(pool, profiles, deterministic)
-        self._encodings = Encodings(text_bytes, pool.version)
+        self._texts = TextCache(text_bytes, pool.version)
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
         self._cores: Cores | None = None
         self._adapts = adapts and not deterministic and pool.device.type == "cpu"
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Bytes of the device that are held here, by kind: the slots of all keys, and encoded prompts."""
-        return {"slots": self._space.bytes, "text": self._encodings.bytes}
+        """Bytes of the device in use here, by kind: the slots of all keys, and encoded prompts."""
+        return {"slots": self._slots.bytes, "text": self._texts.bytes}
 
     def caps(self, key: Key) -> Caps | None:
         """The caps of a key, with no slots while those of other keys leave no room; None before it is measured."""
         caps = self.limits.caps(key)
-        return caps if caps is None or self._space.has_room(key, caps.bytes) else replace(caps, slots=0)
+        return caps if caps is None or self._slots.has_room(key, caps.bytes) else replace(caps, slots=0)
 
     def tidy(self, model: str) -> None:
-        """Give back what is kept for a model that is off the device: its encoded prompts, and slots without rows."""
-        self._encodings.forget(model)
-        self._space.forget(model)
+        """Free what is kept for a model that is off the device: its encoded prompts, and slots without rows."""
+        self._texts.forget(model)
+        self._slots.forget(model)
 
     def forget(self, model: str) -> None:
-        """Everything that was learned of a model whose files may be others when it comes back."""
+        """Drop also what was learned of a model, whose files may be others when it comes back."""
         self.tidy(model)
         self.limits.forget(model)
 
     def run(self, work: Work) -> Outcome:
         """Do the work. A row that fails, fails alone; an error that ends the process (a lost device) is raised."""
+        if work.phase == "profile":
+            where = f"the first forward of {work.key.model}"
+            return Outcome(error=attempt(lambda: self.limits.measure(work.key), where))
         self._adapt()
         phases = {"encode": self._encode, "denoise": self._denoise, "decode": self._decode}
         outcome = Outcome(failed=self._non_finite())
@@ -75,7 +116,7 @@ class Runner:
         rows = [row for row in work.rows if id(row) not in lost]
         with torch.inference_mode():
             isolate(phases[work.phase], rows, outcome)
-        outcome.text_hits, outcome.text_misses = self._encodings.count()
+        outcome.text_hits, outcome.text_misses = self._texts.count()
         return outcome
 
     def _adapt(self) -> None:
@@ -97,16 +138,16 @@ class Runner:
             row.lease = self._pool.lease(row.key.model, "denoise")
 
     def rest(self, row: Row) -> None:
-        """The row needs the network no more."""
+        """Release the network of a row that has run its last line."""
         if row.lease is not None:
             row.lease.release()
             row.lease = None
 
     def release(self, row: Row) -> None:
-        """Give back what a started row holds; nothing for a row that holds nothing."""
+        """Release the network and the slot of a row, if it has them."""
         self.rest(row)
         if row.slot >= 0:
-            self._space[row.key].release(row.slot)
+            self._slots[row.key].release(row.slot)
             row.slot = -1
             row.noise = None
 
@@ -118,7 +159,7 @@ class Runner:
         family = lease.model
         try:
             batch = family.card.bucket.encode if self._deterministic else None
-            encoded = self._encodings.of(family, rows, batch)
+            encoded = self._texts.encode(family, rows, batch)
         finally:
             lease.release()
         for row, conditions in zip(rows, encoded, strict=True):
@@ -135,8 +176,8 @@ class Runner:
         row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
         caps = self.limits.known[row.key]
-        slots = self._space.open(row.key, caps.bytes, caps.slots, shape, family.device)
-        cuts = zip(("prompt", "negative prompt"), self._encodings.cuts(family, row), strict=False)
+        slots = self._slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
+        cuts = zip(("prompt", "negative prompt"), self._texts.cuts(family, row), strict=False)
         row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
         row.slot = slots.take(table, first, conditions, recipe.guidance, row.skipping)
 
@@ -153,7 +194,7 @@ class Runner:
 
     @staticmethod
     def _draw(rows: list[Row], slots: Slots) -> None:
-        """Step noise of the rows whose line adds some, once a line: a replayed step must see the same noise."""
+        """Draw step noise for the rows whose line adds some, once a line: a replayed step must see the same noise."""
         due = [row for row in rows if row.line in row.noisy]
         if not due:
             return
@@ -168,7 +209,7 @@ class Runner:
         if lease is None:
             outcome.idle = True
             return
-        family, slots = lease.model, self._space[rows[0].key]
+        family, slots = lease.model, self._slots[rows[0].key]
         try:
             index = np.array([row.slot for row in rows], np.int64)
             if self._deterministic:
@@ -203,4 +244,4 @@ class Runner:
         family = self._pool.family(row.key.model)
         if family is None:
             raise EngineError("the model is gone")
-        return family, self._space[row.key]
+        return family, self._slots[row.key]

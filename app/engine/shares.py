@@ -1,7 +1,4 @@
-"""Shares: which tenants may run before the others. Deficit round robin in seconds of the device.
-
-Knows nothing of rows, keys or models: a tenant is a name with a weight and a number of rows.
-"""
+"""FairShares: which tenants may run before the others, by deficit round robin in seconds of the device."""
 
 from __future__ import annotations
 
@@ -30,11 +27,11 @@ class _Account:
     rows: int = 0
 
 
-class Shares:
+class FairShares:
     """Accounts of the tenants that have rows, or had some in this round or owe for them.
 
-    Nobody has more than one quantum: who was idle, or could not run, has saved up nothing. An account stays to the
-    end of its round, so that leaving and coming back brings nothing either.
+    Nobody has more than one quantum: a tenant that was idle, or could not run, has saved up nothing. An account stays
+    to the end of its round, so that leaving and coming back brings nothing either.
     (Shreedhar and Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995; our packets are forwards.)
     """
 
@@ -43,14 +40,14 @@ class Shares:
         self._accounts: dict[str, _Account] = {}
 
     def join(self, tenant: str, weight: float) -> None:
-        """One more row of this tenant is here; its weight is the one told last."""
+        """Count one more row of a tenant, which has this weight from now on."""
         quantum = self._quantum * max(LEAST, weight)
         account = self._accounts.setdefault(tenant, _Account(quantum, quantum))
         account.quantum = quantum
         account.rows += 1
 
     def leave(self, tenant: str) -> None:
-        """One row of this tenant is gone."""
+        """Count one row less."""
         self._accounts[tenant].rows -= 1
 
     def has(self, tenant: str) -> bool:
@@ -63,13 +60,13 @@ class Shares:
         return self._accounts[tenant].quantum
 
     def charge(self, tenant: str, seconds: float) -> None:
-        """The device worked so long for this tenant."""
+        """Charge a tenant for seconds of the device."""
         account = self._accounts.get(tenant)
         if account is not None:
             account.credit = max(account.credit - seconds, -DEBT * account.quantum)
 
     def begin_round(self, able: Iterable[str]) -> None:
-        """As many rounds at once as it takes until one of `able`, the tenants with rows that can run, has credit."""
+        """Add as many rounds as it takes until one of `able`, the tenants with rows that can run, has credit."""
         accounts = [self._accounts[tenant] for tenant in able]
         rounds = min(math.floor(-account.credit / account.quantum) + 1 for account in accounts)
         for tenant, account in list(self._accounts.items()):

@@ -1,7 +1,4 @@
-"""Slots: the tensors of the rows of one key. Rows never move: a forward gathers them by index.
-
-Knows nothing of requests, of order, or of what a forward computes.
-"""
+"""Slots: the tensors of the rows of one key. Rows never move: a forward gathers them by index."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from app.samplers.table import COLUMNS, Table
 IDLE_KEYS = 4
 """Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
 
-SPACE_BYTES = 1 << 30
+POOL_BYTES = 1 << 30
 """Most bytes that the slots of all keys take together."""
 
 PASSES = 2
@@ -26,7 +23,7 @@ PASSES = 2
 
 LINE = (*COLUMNS, "weight", "skip", "scale")
 """Columns of a row's plan: the sampler's table; the weights of guidance (its scale - 1) and of skip-layer guidance on
-that line; the scale that a network with embedded guidance is given."""
+that line; the scale for a network with embedded guidance."""
 
 _XX, _SKIP = LINE.index("xx"), LINE.index("skip")
 
@@ -55,12 +52,12 @@ class Slots:
 
     x, mem, noise: float32 [capacity + 1, C, h, w]. conditions: by name, [PASSES * (capacity + 1), ...].
     plan: float32 [capacity + 1, lines, len(LINE)] on the host, the rows' tables. line, guided: [capacity + 1].
-    gathered: what the last forward gathered by, until a row comes or goes.
+    gathered: what the last forward gathered by, until a row comes or goes. bytes: as their pool counts them.
     """
 
-    def __init__(self, capacity: int, shape: Sequence[int], device: torch.device) -> None:
-        self.capacity = capacity
-        self.spare = capacity
+    def __init__(self, capacity: int, shape: Sequence[int], device: torch.device, size: int = 0) -> None:
+        self.capacity = self.spare = capacity
+        self.bytes = size
         self.x = torch.zeros(capacity + 1, *shape, device=device)
         self.mem = torch.zeros_like(self.x)
         self.noise = torch.zeros_like(self.x)
@@ -72,13 +69,14 @@ class Slots:
         self._free = list(range(capacity))[::-1]
 
     @property
-    def free(self) -> int:
-        return len(self._free)
+    def idle(self) -> bool:
+        """Whether no row is here."""
+        return len(self._free) == self.capacity
 
     def take(
         self, table: Table, x: torch.Tensor, conditions: Conditions, guidance: Guidance, skipping: range = range(0)
     ) -> int:
-        """Put a row in and return its slot. x: [C, h, w], the first noise.
+        """Add a row and return its slot. x: [C, h, w], the first noise.
 
         conditions: by name, [1 or 2, ...]: the row's own first. skipping: lines with skip-layer guidance. mem and noise
         start at zero (0 * NaN is NaN).
@@ -132,46 +130,42 @@ class Slots:
             self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value
 
 
-class Space:
-    """The slots of all keys of one device, within a budget of bytes; the caller says how large a key's will be."""
+class SlotPool:
+    """The slots of all keys of one device, within a budget of bytes."""
 
-    def __init__(self, budget: int = SPACE_BYTES) -> None:
+    def __init__(self, budget: int = POOL_BYTES) -> None:
         self._budget = budget
         self._slots: dict[Key, Slots] = {}
-        self._sizes: dict[Key, int] = {}
 
     def __getitem__(self, key: Key) -> Slots:
         return self._slots[key]
 
     @property
     def bytes(self) -> int:
-        """Of all slots that are open."""
-        return sum(self._sizes.values())
+        return sum(slots.bytes for slots in self._slots.values())
 
     def has_room(self, key: Key, size: int) -> bool:
-        """Whether slots of `size` bytes can be opened; a key is never refused while no other holds rows."""
+        """Whether slots of `size` bytes can be opened; a key is never refused while no other has rows."""
         if key in self._slots:
             return True
-        used = sum(self._sizes[other] for other, slots in self._slots.items() if slots.free < slots.capacity)
+        used = sum(slots.bytes for slots in self._slots.values() if not slots.idle)
         return used == 0 or used + size <= self._budget
 
     def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
-        """The key's slots, made on first need; those that nobody has used for longest make room."""
+        """The key's slots, made on first need with so many bytes; the longest unused slots without rows make room."""
         slots = self._slots.pop(key, None)
         if slots is None:
             self._close_idle(size)
-            slots = Slots(capacity, shape, device)
-        self._slots[key], self._sizes[key] = slots, size
+            slots = Slots(capacity, shape, device, size)
+        self._slots[key] = slots
         return slots
 
     def forget(self, model: str) -> None:
-        """Close the slots of this model that hold no rows."""
-        for key, slots in list(self._slots.items()):
-            if key.model == model and slots.free == slots.capacity:
-                del self._slots[key], self._sizes[key]
+        """Close the slots of this model that have no rows."""
+        for key in [key for key, slots in self._slots.items() if key.model == model and slots.idle]:
+            del self._slots[key]
 
     def _close_idle(self, size: int) -> None:
-        idle = [key for key, slots in self._slots.items() if slots.free == slots.capacity]
-        while idle and (len(idle) > IDLE_KEYS or sum(self._sizes.values()) + size > self._budget):
-            key = idle.pop(0)
-            del self._slots[key], self._sizes[key]
+        idle = [key for key, slots in self._slots.items() if slots.idle]
+        while idle and (len(idle) > IDLE_KEYS or self.bytes + size > self._budget):
+            del self._slots[idle.pop(0)]

@@ -1,7 +1,4 @@
-"""The heart: one forward of the network and one affine update, for rows of any sampler, step and guidance.
-
-Knows nothing of which rows these are or why they were chosen.
-"""
+"""Step: one forward of the network and one affine update, for rows of any sampler, step and guidance."""
 
 from __future__ import annotations
 

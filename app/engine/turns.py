@@ -1,45 +1,28 @@
-"""Turns: which models' weights should come to the device now, and who has to make room for them.
+"""Turns: which models' weights should come to the device now, and which models make room for them.
 
-Knows nothing of bytes or files: the pool moves weights, and says whether what is asked for is blocked.
-
-Models that fit together run together, and then nothing here holds anybody. When one does not fit beside those that
-run, these keep the device for the time that one of their images takes, or that the other takes to load, whichever is
-longer, so that loading is at most half of what the device does; after that they take no new rows until it is in.
+Models that fit together run together. When one does not fit beside those that run, these keep the device for the time
+that one of their images takes, or that the other takes to load, whichever is longer, so that loading is at most half of
+what the device does; after that they take no new rows until it is in.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import defaultdict, deque
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from app.engine.row import Row
 from app.pool.policy import Need
 from app.report import Phase
+from app.request import Key
+
+if TYPE_CHECKING:
+    from app.pool.pool import Pool
 
 ALL: tuple[Phase, ...] = ("encode", "denoise", "decode")
 SMOOTH = 0.2
 """Weight of the newest image in the mean service time of its model."""
-
-
-class Shelf(Protocol):
-    """What is asked of the pool."""
-
-    def resident(self, model_id: str, phase: Phase) -> bool: ...
-
-    def fits(self, model_id: str) -> bool: ...
-
-    @property
-    def blocked(self) -> bool: ...
-
-
-class Standing(NamedTuple):
-    """Models with rows by how these stand: finished ones, started ones that hold no network, started ones at all."""
-
-    finished: list[str]
-    unheld: list[str]
-    started: set[str]
 
 
 class Plan(NamedTuple):
@@ -63,38 +46,40 @@ class _Turn:
 class Turns:
     """The waiting rows by model in order of arrival, and how long each model has had the device."""
 
-    def __init__(self, shelf: Shelf, measured: Callable[[Row], bool]) -> None:
-        """measured: whether the caps of a row's key are known; until then its network is needed before its text."""
-        self._shelf, self._measured = shelf, measured
+    def __init__(self, pool: Pool, measured: Container[Key]) -> None:
+        """measured: keys with known caps; the others need their network before their text."""
+        self._pool, self._measured = pool, measured
         self._waiting: dict[str, deque[Row]] = {}
-        self._turns: dict[str, _Turn] = {}
+        self._turns: defaultdict[str, _Turn] = defaultdict(_Turn)
         self._latest = ""
 
     def add(self, row: Row) -> None:
-        """A row has arrived."""
+        """Add a row that has arrived."""
         self._waiting.setdefault(row.key.model, deque()).append(row)
 
     def loaded(self, model: str, seconds: float) -> None:
-        """A load took so long."""
-        self._turn(model).load = seconds
+        """Record how long a load took."""
+        self._turns[model].load = seconds
 
     def served(self, model: str, seconds: float) -> None:
-        """An image took so long from its first work to its pixels."""
-        turn = self._turn(model)
+        """Record how long an image took from its first work to its pixels."""
+        turn = self._turns[model]
         turn.service += (seconds - turn.service) * (SMOOTH if turn.service else 1.0)
 
-    def plan(self, standing: Standing, now: float) -> Plan:
+    def plan(self, finished: Sequence[Row], started: Sequence[Row], now: float) -> Plan:
         """What to ask of the pool now."""
-        urgent = [Need(model, ("decode",), urgent=True) for model in dict.fromkeys(standing.finished)]
-        urgent += [Need(model, ("denoise",), urgent=True) for model in dict.fromkeys(standing.unheld)]
+        whole, lacking = (row.key.model for row in finished), (row.key.model for row in started if row.lease is None)
+        urgent = [Need(model, ("decode",), urgent=True) for model in dict.fromkeys(whole)]
+        urgent += [Need(model, ("denoise",), urgent=True) for model in dict.fromkeys(lacking)]
         heads = self._heads()
         absent = self._in_turn([head for head in heads if not self._here(head, now)], now)
-        here = standing.started | {head.key.model for head in heads} - {head.key.model for head in absent}
+        here = {row.key.model for row in started}
+        here |= {head.key.model for head in heads} - {head.key.model for head in absent}
         over = frozenset(model for model in here if absent and self._over(model, absent[0], now))
-        if not all(self._shelf.resident(need.model, phase) for need in urgent for phase in need.phases):
-            over = frozenset(here)  # rows that hold memory wait: who stands in their way takes no new ones
+        if not all(self._pool.resident(need.model, phase) for need in urgent for phase in need.phases):
+            over = frozenset(here)  # rows that hold memory wait: the models in their way take no new ones
         needs = urgent + [Need(head.key.model, self._phases(head)) for head in absent]
-        return Plan(needs, frozenset(here) - over, over if self._shelf.blocked else frozenset())
+        return Plan(needs, frozenset(here) - over, over if self._pool.blocked else frozenset())
 
     def _heads(self) -> list[Row]:
         """The row of each model that has waited longest, oldest first."""
@@ -107,21 +92,21 @@ class Turns:
 
     def _phases(self, head: Row) -> tuple[Phase, ...]:
         """All parts at once where they fit together, else those of what the row does next."""
-        if self._shelf.fits(head.key.model):
+        if self._pool.fits(head.key.model):
             return ALL
-        return ("encode",) if self._measured(head) else ("denoise",)
+        return ("encode",) if head.key in self._measured else ("denoise",)
 
     def _here(self, head: Row, now: float) -> bool:
-        """Whether this model can take the row; notes when that began."""
+        """Whether this model can take the row; records when that began."""
         model = head.key.model
-        turn = self._turn(model)
-        was, turn.here = turn.here, all(self._shelf.resident(model, phase) for phase in self._phases(head))
+        turn = self._turns[model]
+        was, turn.here = turn.here, all(self._pool.resident(model, phase) for phase in self._phases(head))
         if turn.here and not was and self._latest != model:  # else its own parts took turns
             turn.since, self._latest = now, model
         return turn.here
 
     def _in_turn(self, absent: list[Row], now: float) -> list[Row]:
-        """The same heads; that of the model which had the device last comes after the others once its turn is over.
+        """The same heads, but that of the model which had the device last comes last once its turn is over.
 
         Else, where it is the oldest, the model would be brought back before the one that it has just made room for.
         """
@@ -134,18 +119,5 @@ class Turns:
 
     def _over(self, model: str, head: Row, now: float) -> bool:
         """Whether the model has had the device long enough, now that this row of another waits."""
-        turn = self._turn(model)
-        return now - max(turn.since, head.arrived) > max(turn.service, self._turn(head.key.model).load)
-
-    def _turn(self, model: str) -> _Turn:
-        return self._turns.setdefault(model, _Turn())
-
-
-def standing(finished: Iterable[Row], started: Iterable[Row]) -> Standing:
-    """How the rows stand that are no longer waiting."""
-    started = list(started)
-    return Standing(
-        [row.key.model for row in finished],
-        [row.key.model for row in started if row.lease is None],
-        {row.key.model for row in started},
-    )
+        turn = self._turns[model]
+        return now - max(turn.since, head.arrived) > max(turn.service, self._turns[head.key.model].load)

@@ -1,7 +1,4 @@
-"""Plan: what the settings ask for, spelled out: which devices get an engine process, which models load at start.
-
-Knows nothing of torch: GPUs are counted by their device files, because the front process must stay light.
-"""
+"""Plan: what the settings ask for: which devices get an engine process, its threads, which models load at start."""
 
 from __future__ import annotations
 
@@ -9,9 +6,9 @@ import contextlib
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 
 from app.cards.card import Card, Cards
@@ -42,18 +39,14 @@ def devices(text: str, dev: Path = Path("/dev")) -> list[str]:
 
 def named(devices: Sequence[str]) -> list[tuple[str, str]]:
     """(name, device) of each engine process: "cpu" alone is called so, of two the second is "cpu#1"."""
-    seen: Counter[str] = Counter()
-    names = []
-    for device in devices:
-        names.append((f"{device}#{seen[device]}" if seen[device] else device, device))
-        seen[device] += 1
-    return names
+    earlier = [devices[:index].count(device) for index, device in enumerate(devices)]
+    return [(f"{device}#{count}" if count else device, device) for device, count in zip(devices, earlier, strict=True)]
 
 
 def count_gpus(dev: Path = Path("/dev")) -> int:
     """How many GPUs torch will see: the files /dev/nvidia0, 1, ..., narrowed by CUDA_VISIBLE_DEVICES.
 
-    0 when the installed torch is a CPU build, by its version, which is read without importing it.
+    0 when the installed torch is a CPU build, by its version: the front process never imports torch.
     """
     if _torch_version().endswith("+cpu"):
         return 0
@@ -61,13 +54,9 @@ def count_gpus(dev: Path = Path("/dev")) -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return files
-    count = 0
-    for entry in visible.split(","):
-        # NOTE: CUDA reads the list up to its first invalid entry; "-1" or nothing hides the rest.
-        if not entry.strip() or entry.strip().startswith("-"):
-            break
-        count += 1
-    return min(files, count)
+    # NOTE: CUDA reads the list up to its first invalid entry; "-1" or nothing hides the rest.
+    entries = (entry.strip() for entry in visible.split(","))
+    return min(files, len(list(takewhile(lambda entry: entry and not entry.startswith("-"), entries))))
 
 
 def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
@@ -77,17 +66,16 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     """
     if settings.preload.strip() == "all":
         return [name for name, card in cards.items() if ModelFolder(card, cards).here()]
-    names = {name: card.id for card in cards.values() for name in card.names}
-    wanted = dict.fromkeys(entry.strip() for entry in settings.preload.split(",") if entry.strip())
+    wanted, owners = [entry.strip() for entry in settings.preload.split(",") if entry.strip()], Cards(cards).owners
     for name in wanted:
-        if name not in names:
+        if name not in owners:
             why = Cards(cards).reason(name)
             raise SettingsError(f'INSTEP_PRELOAD: no card is named "{name}"{why}', param="preload")
-    return list(dict.fromkeys(names[name] for name in wanted))
+    return list(dict.fromkeys(owners[name].id for name in wanted))
 
 
 def threads(settings: Settings, root: Path = _CGROUPS, mine: Path = _MINE) -> int:
-    """CPU threads for one engine process: as set, or the cores that we may use shared by the processes."""
+    """CPU threads for one engine process: as set, or its part of the cores that we may use."""
     return settings.threads or max(1, cores(root, mine) // len(devices(settings.devices)))
 
 
@@ -103,8 +91,8 @@ def cores(root: Path = _CGROUPS, mine: Path = _MINE) -> int:
 def quotas(root: Path = _CGROUPS, mine: Path = _MINE) -> list[float]:
     """The processor time that each control group above this process allows it, in cores.
 
-    root: where the groups are mounted. mine: which groups are ours, one line for each hierarchy: number, controllers
-    and path. In a container the path may be the host's; there the container's own group is mounted as the root.
+    root: where the groups are mounted. mine: which groups are ours, one line for each hierarchy (number, controllers,
+    path). In a container the path may be the host's; there the container's own group is mounted as the root.
     """
     found = []
     for line in mine.read_text().splitlines() if mine.exists() else []:

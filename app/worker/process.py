@@ -40,10 +40,10 @@ log = logging.getLogger("instep.worker")
 
 
 class Bundle:
-    """Ticks wait for company, because each message on its own wakes the front, which shares the cores with a forward.
+    """Keeps Ticks back, because each message on its own wakes the front, which shares the cores with a forward.
 
     Any other word takes them along at once, and so does a Tick when HOLD seconds have passed since the last were sent:
-    nobody who waits for a picture, a preview or a step waits longer, and the Ticks still arrive one by one, in order.
+    pictures, previews and steps are never late, and the Ticks arrive one by one, in order.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Bundle:
         self._last = -HOLD
 
     def add(self, word: wire.Word, now: float) -> list[wire.Word]:
-        """What is to be sent now, at `now` seconds: nothing, or all that was held and the word."""
+        """What is to be sent now, at `now` seconds: nothing, or the word and all before it."""
         self._held.append(word)
         if isinstance(word, Tick) and now < self._last + HOLD:
             return []
@@ -59,7 +59,7 @@ class Bundle:
         return self.rest()
 
     def rest(self) -> list[wire.Word]:
-        """All that is held."""
+        """All that was kept back."""
         held, self._held = self._held, []
         return held
 
@@ -83,7 +83,7 @@ class Ends:
             self._outbox.put(words)
 
     def attach(self, engine: Engine) -> None:
-        """From now on orders are obeyed."""
+        """Orders go to this engine from now on."""
         self._engine = engine
         self._attached.set()
 
@@ -198,9 +198,8 @@ def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/c
     """
     import torch
 
-    named: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if settings.dtype != "auto":
-        return named[settings.dtype]
+        return torch.float32 if settings.dtype == "float32" else torch.bfloat16
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

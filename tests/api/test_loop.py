@@ -22,10 +22,11 @@ import pytest
 
 from app.api import docs, models
 from app.api.access import SLICE
-from app.api.crowd import SWITCH, SingleFlight, Turns
-from app.api.protocol import AHEAD, EVENTS, Guarded
+from app.api.front import SingleFlight, Turns
+from app.api.guard import AHEAD, EVENTS, Guarded
 from app.cards.catalog import COMPARED, did_you_mean
 from app.jobs.fields import LONGEST, MOST
+from app.main import SWITCH
 from app.settings import Settings
 from tests.api.conftest import FAKE, Server, generate
 from tests.wires import connect

@@ -10,8 +10,8 @@ from itertools import repeat
 import httpx
 import pytest
 
-from app.api import protocol
-from app.api.parser import HEADERS
+from app.api import guard
+from app.api.guard import HEADERS
 from app.settings import Settings
 from tests.api.conftest import Server, eventually, write_cards
 from tests.wires import GET, PAUSE, answer, asked, connect, dripped, heard, refusal
@@ -68,8 +68,8 @@ def test_a_client_that_drips_its_request_gets_408(server: Server, start: bytes, 
 
 def test_a_head_has_less_time_than_a_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two clients that drip from the same moment on, one its headers and one its body."""
-    assert protocol.HEAD_SECONDS == 10
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", SECONDS / 5)
+    assert guard.HEAD_SECONDS == 10
+    monkeypatch.setattr(guard, "HEAD_SECONDS", SECONDS / 5)
     body = b'{"prompt": "a"}'
     with connect(server.url) as head, connect(server.url) as whole:
         whole.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body))
@@ -79,7 +79,7 @@ def test_a_head_has_less_time_than_a_body(server: Server, monkeypatch: pytest.Mo
 
 
 def test_the_time_of_a_body_is_counted_from_its_head(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_SECONDS", SECONDS / 5)
+    monkeypatch.setattr(guard, "HEAD_SECONDS", SECONDS / 5)
     with connect(server.url) as wire:
         wire.sendall(POST + b"Content-Length: 1000\r\n\r\n")
         assert refusal(dripped(wire, b"{", repeat(b" "))) == (408, "request_timeout")
@@ -125,7 +125,7 @@ def test_a_request_may_have_so_many_headers(server: Server) -> None:
 )
 def test_long_headers_get_431(server: Server, monkeypatch: pytest.MonkeyPatch, request_: bytes) -> None:
     """The whole of it is sent, and more after the answer: no reset, which would lose the answer on its way."""
-    monkeypatch.setattr(protocol, "LINGER", 20.0)
+    monkeypatch.setattr(guard, "LINGER", 20.0)
     with connect(server.url) as wire:
         wire.sendall(request_ + b"\r\n\r\n")
         assert refusal(heard(wire)) == (431, "headers_too_large")
@@ -156,7 +156,7 @@ def test_refusals_are_counted_by_their_code(server: Server) -> None:
 
 
 def test_a_refused_client_that_never_stops_is_cut_off(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "LINGER", 4 * PAUSE)
+    monkeypatch.setattr(guard, "LINGER", 4 * PAUSE)
     with connect(server.url) as wire:
         wire.sendall(b"\x00")
         with pytest.raises(OSError):

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import uvicorn
+from starlette.responses import Response
 
-from app.api.door import Door
-from app.api.protocol import Guarded
+from app.api.guard import Door, Guarded
 from app.settings import Settings
 from tests.api.conftest import eventually
 from tests.wires import GET, connect, heard
@@ -26,7 +26,7 @@ class Endless:
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
-        door = Door(Settings(request_timeout=SECONDS, max_connections=1), lambda error, asked: (500, [], b""))
+        door = Door(Settings(request_timeout=SECONDS, max_connections=1), lambda *_: Response(status_code=500))
         config: Any = {
             "http": partial(Guarded, door),
             "log_config": None,

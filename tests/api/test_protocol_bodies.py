@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.api import protocol
+from app.api import guard
 from app.settings import Settings
 from tests.api.conftest import ALICE, Server, eventually, write_cards
 from tests.wires import asked, connect, heard, refusal
@@ -101,7 +101,7 @@ def test_one_length_said_twice_is_one(server: Server, head: bytes) -> None:
 @pytest.mark.slow
 def test_a_refused_client_may_take_its_time_to_send_the_rest(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is silent for far less than LINGER, and sends for longer."""
-    monkeypatch.setattr(protocol, "LINGER", 1.0)
+    monkeypatch.setattr(guard, "LINGER", 1.0)
     with connect(server.url) as wire:
         wire.sendall(IMAGES + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n")
         for _ in range(44):

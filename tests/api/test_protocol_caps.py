@@ -14,9 +14,9 @@ from socket import socket
 import httpx
 import pytest
 
-from app.api import door, protocol
-from app.api.protocol import PROBES
-from app.api.sockets import ACCEPTED, WAITING
+from app.api import guard
+from app.api.guard import PROBES
+from app.main import ACCEPTED, WAITING
 from app.settings import Settings
 from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
 from tests.wires import GET, PAUSE, answer, asked, connect, gone, heard, refusal
@@ -78,7 +78,7 @@ def test_silent_connections_over_the_cap_leave_room(server: Server, room: ExitSt
     for _ in range(3):
         with connect(server.url) as wire:
             assert asked(wire)[0] == 200
-    eventually(lambda: [gone(wire) for wire in silent].count(False) <= CAP + door.SPARE_EACH)
+    eventually(lambda: [gone(wire) for wire in silent].count(False) <= CAP + guard.SPARE_EACH)
 
 
 def test_the_oldest_silent_connection_goes_first(server: Server, room: ExitStack) -> None:
@@ -156,8 +156,8 @@ def test_a_connection_over_the_cap_that_goes_on_sending_is_cut_off(
     server: Server, room: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long before the time for a request is over."""
-    monkeypatch.setattr(protocol, "GRACE", 4 * PAUSE)
-    monkeypatch.setattr(protocol, "LINGER", 4 * PAUSE)
+    monkeypatch.setattr(guard, "GRACE", 4 * PAUSE)
+    monkeypatch.setattr(guard, "LINGER", 4 * PAUSE)
     drawing(server, room, CAP)
     with connect(server.url) as wire:
         wire.sendall(POST + b"Content-Length: 9000\r\n\r\n")
@@ -171,7 +171,7 @@ def test_a_connection_over_the_cap_that_goes_on_sending_is_cut_off(
 def test_too_many_that_are_answered_get_503_and_probes_an_answer(
     server: Server, room: ExitStack, monkeypatch: pytest.MonkeyPatch, spare: str
 ) -> None:
-    monkeypatch.setattr(door, spare, 1)
+    monkeypatch.setattr(guard, spare, 1)
     crowd = drawing(server, room, CAP)
     with connect(server.url) as wire:
         status, headers, body = asked(wire)
@@ -196,7 +196,7 @@ def _metrics(server: Server, crowd: list[socket]) -> str:
 def test_more_than_a_crowd_is_dropped_without_a_word(
     server: Server, room: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "SPARE", 0)
+    monkeypatch.setattr(guard, "SPARE", 0)
     drawing(server, room, CAP)
     with connect(server.url) as wire:
         assert heard(wire) == b""
@@ -205,11 +205,11 @@ def test_more_than_a_crowd_is_dropped_without_a_word(
 def test_a_crowd_from_one_address_leaves_room_for_probes_from_another(
     server: Server, room: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "SPARE_EACH", 0)
+    monkeypatch.setattr(guard, "SPARE_EACH", 0)
     drawing(server, room, CAP)
     with connect(server.url) as wire:
         assert heard(wire) == b""
-    monkeypatch.setattr(door, "SPARE_EACH", 1)
+    monkeypatch.setattr(guard, "SPARE_EACH", 1)
     with connect(server.url, "127.0.0.2") as probe:
         assert asked(probe, b"GET /healthz HTTP/1.1\r\nHost: a\r\n")[0] == 200
 

@@ -17,8 +17,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
-from app.api.security import ADMIN as ADMIN_ROUTES
-from app.api.security import OPEN, with_ids
+from app.api.auth import ADMIN as ADMIN_ROUTES
+from app.api.auth import OPEN, with_ids
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from app.api.security import with_ids
+from app.api.auth import with_ids
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError, plain

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from app.api import sockets
+from app import main
 from app.errors import SettingsError
 from app.settings import Settings
 from tests.api.conftest import write_cards
@@ -28,16 +28,16 @@ FEW = 64
 FULL = """
 import asyncio, os, resource, sys
 from app import logs
-from app.api import sockets
+from app import main
 logs.setup("info")
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
-async def main():
+async def scene():
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(sockets.Failures())
-    listener = sockets.listen("127.0.0.1", 0)
-    await asyncio.start_server(lambda _, writer: writer.close(), sock=listener, backlog=sockets.ACCEPTED)
-    listener.listen(sockets.WAITING)
+    loop.set_exception_handler(main.Failures())
+    listener = main.listen("127.0.0.1", 0)
+    await asyncio.start_server(lambda _, writer: writer.close(), sock=listener, backlog=main.ACCEPTED)
+    listener.listen(main.WAITING)
     files = []
     try:
         while True:
@@ -50,7 +50,7 @@ async def main():
     loop.call_soon(lambda: 1 / 0)
     await asyncio.sleep(60)
 
-asyncio.run(main())
+asyncio.run(scene())
 """
 
 
@@ -105,14 +105,14 @@ def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
-            sockets.listen("127.0.0.1", port)
+            main.listen("127.0.0.1", port)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
     async def without_delay() -> int:
         accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
-        listener = sockets.listen(host, 0)
+        listener = main.listen(host, 0)
         async with await asyncio.start_server(lambda _, writer: accepted.put(writer), sock=listener):
             _, client = await asyncio.open_connection(*listener.getsockname()[:2])
             server = await accepted.get()
@@ -128,7 +128,7 @@ def test_no_answer_waits_for_an_acknowledgement(host: str) -> None:
     ("connections", "hard", "files", "room", "told"),
     [
         (100, 2000, 500, 100, False),
-        (300, 2000, 300 + sockets.OTHER_FILES, 300, False),
+        (300, 2000, 300 + main.OTHER_FILES, 300, False),
         (0, 2000, 2000, 1744, False),
         (1744, 2000, 2000, 1744, False),
         (1745, 2000, 2000, 1744, True),
@@ -143,10 +143,10 @@ def test_there_is_room_for_the_connections(connections: int, hard: int, files: i
     code = f"""
 import resource, sys
 from app import logs
-from app.api import sockets
+from app import main
 resource.setrlimit(resource.RLIMIT_NOFILE, ({min(500, hard)}, {hard}))
 logs.setup("warning")
-print(sockets.make_room({connections}), *resource.getrlimit(resource.RLIMIT_NOFILE))
+print(main.make_room({connections}), *resource.getrlimit(resource.RLIMIT_NOFILE))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert [int(word) for word in done.stdout.split()] == [room, files, hard]
@@ -158,10 +158,10 @@ def test_a_limit_that_is_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
     for soft in (500, endless):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, endless))
-        assert sockets.make_room(0) > 1000 * 1000
-    assert given == [(sockets.MOST_FILES, endless)]
+        assert main.make_room(0) > 1000 * 1000
+    assert given == [(main.MOST_FILES, endless)]
 
 
 def test_an_address_that_is_not_ours() -> None:
     with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.1, port 0: "):
-        sockets.listen("203.0.113.1", 0)
+        main.listen("203.0.113.1", 0)

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 from app.cards.card import read_cards
-from app.engine.curve import Curve
-from app.engine.profile import Profiles
+from app.engine.profile import Curve, Profiles
 from app.engine.row import default_key
 from app.pool.budget import use_threads
 from app.pool.pool import Pool

@@ -72,7 +72,7 @@ def main() -> None:
     choice = milliseconds(lambda: engine._batcher.next(time.monotonic()))
     work = engine._batcher.next(time.monotonic())
     assert work is not None and len(work.rows) == ROWS
-    slots = engine._runner._space[work.key]
+    slots = engine._runner._slots[work.key]
     index = np.array([row.slot for row in work.rows])
     layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
     anew = milliseconds(lambda: _gather_anew(slots, index))

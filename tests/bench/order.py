@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.engine.curve import Curve
-from app.engine.limits import caps_of
+from app.engine.caps import caps_of
+from app.engine.profile import Curve
 from app.families.base import Conditions
 from app.report import Result
 from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request

@@ -19,8 +19,8 @@ import torch
 
 from app.cards.card import read_cards
 from app.checkpoints.parts import build_family, build_parts
-from app.engine.encodings import Encodings
 from app.engine.row import Row, default_key
+from app.engine.text_cache import TextCache
 from app.families.base import Family
 from app.request import ImageSpec, Prompt
 from tests.parts.requests import flat
@@ -29,8 +29,8 @@ MODELS = Path(__file__).parents[2] / "models"
 TIMES, WARM_UPS = 60, 3
 
 
-def fresh() -> Encodings:
-    return Encodings(10**9, lambda network: 1)
+def fresh() -> TextCache:
+    return TextCache(10**9, lambda network: 1)
 
 
 def row(family: Family, text: str) -> Row:
@@ -41,10 +41,10 @@ def row(family: Family, text: str) -> Row:
     return Row(asked, 0, key, 4, 0.0, 0)
 
 
-def milliseconds(family: Family, encodings: Encodings, text: str) -> float:
+def milliseconds(family: Family, encodings: TextCache, text: str) -> float:
     """Of the conditions and the end that no encoder sees, which is what the engine asks of a row."""
     one, begin = row(family, text), time.perf_counter()
-    encodings.of(family, [one], None)
+    encodings.encode(family, [one], None)
     encodings.cuts(family, one)
     return (time.perf_counter() - begin) * 1e3
 
@@ -56,7 +56,7 @@ def main() -> None:
     family = build_family(cards[model], parts, torch.device("cpu"), torch.float32)
     kept, taken = fresh(), dict[str, list[float]]()
     with torch.inference_mode():
-        kept.of(family, [row(family, "a red apple on a table")], None)
+        kept.encode(family, [row(family, "a red apple on a table")], None)
         for number in range(TIMES + WARM_UPS):
             text = f"a red apple on a table, number {number}"
             ways = (("nothing kept", fresh()), ("empty kept", kept), ("all kept", kept))

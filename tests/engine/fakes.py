@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from app.cards.card import Card
-from app.engine.curve import Curve
+from app.engine.profile import Curve
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts

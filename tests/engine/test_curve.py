@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.curve import PATIENCE, WIDEST, Curve
-from app.engine.profile import Profiles
+from app.engine.profile import PATIENCE, WIDEST, Curve, Profiles
 from app.engine.row import default_key
 from app.families.base import Conditions
 from tests.engine.fakes import FakeFamily, FakePool, card, request

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.encodings import Encodings
+from app.engine.text_cache import TextCache
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
@@ -20,8 +20,8 @@ from tests.tiny_parts import WORDS
 AMPLE = 10**9
 
 
-def fresh(budget: int) -> Encodings:
-    return Encodings(budget, lambda network: 1)
+def fresh(budget: int) -> TextCache:
+    return TextCache(budget, lambda network: 1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,9 @@ def test_what_is_kept_is_what_was_encoded_bit_for_bit(sd3: Family) -> None:
     encodings, texts = fresh(AMPLE), ["red apple", "", "a cat and a dog", "moon"]
     theirs = anew(sd3, texts)
     with forwards(sd3) as seen:
-        first = encodings.of(sd3, [row(text) for text in texts], None)
-        again = encodings.of(sd3, [row(text) for text in reversed(texts)], None)
-        alone = [encodings.of(sd3, [row(text)], None)[0] for text in texts]
+        first = encodings.encode(sd3, [row(text) for text in texts], None)
+        again = encodings.encode(sd3, [row(text) for text in reversed(texts)], None)
+        alone = [encodings.encode(sd3, [row(text)], None)[0] for text in texts]
     assert seen == [4, 4, 4], "each encoder, all four in one batch, once"
     for place in range(4):
         expected = {name: value[place : place + 1] for name, value in theirs.items()}
@@ -53,13 +53,13 @@ def test_what_is_kept_is_what_was_encoded_bit_for_bit(sd3: Family) -> None:
 
 def test_only_what_is_missing_is_encoded_each_text_once(sd3: Family) -> None:
     encodings = fresh(AMPLE)
-    encodings.of(sd3, [row("red", guided=True)], None)
+    encodings.encode(sd3, [row("red", guided=True)], None)
     rows = [row(text, guided=True) for text in ("red", "blue", "green", "blue")]
     with forwards(sd3) as seen:
-        encodings.of(sd3, rows, None)
+        encodings.encode(sd3, rows, None)
     assert seen == [2, 2, 2] and encodings.count() == (3 * 2, 3 * 2 + 3 * 2)
     with forwards(sd3) as seen:
-        encodings.of(sd3, [row("red", length=30)], None)
+        encodings.encode(sd3, [row("red", length=30)], None)
     assert seen == [1], "the CLIPs' length is the card's, whatever the T5's is"
     assert encodings.count() == (2, 1)
 
@@ -69,7 +69,7 @@ def test_a_rows_conditions_are_its_own_and_what_it_is_guided_away_from(sd3: Fami
     one, other = Prompt("red apple", negative="green dog"), Prompt("green dog", negative="red apple")
     with forwards(sd3) as seen:
         rows = [row(one, guided=True), row(other, guided=True), row(one), row("moon", guided=True)]
-        ours = encodings.of(sd3, rows, 8)
+        ours = encodings.encode(sd3, rows, 8)
     assert seen == [8, 8, 8]
     expected = (["red apple", "green dog"], ["green dog", "red apple"], ["red apple"], ["moon", ""])
     for conditions, texts in zip(ours, expected, strict=True):
@@ -79,7 +79,7 @@ def test_a_rows_conditions_are_its_own_and_what_it_is_guided_away_from(sd3: Fami
 def test_class_labels_pass_through(tiny_pool: Pool) -> None:
     family, encodings = tiny_pool.family("tiny-dit"), fresh(AMPLE)
     assert family is not None
-    guided, plain = encodings.of(
+    guided, plain = encodings.encode(
         family, [row(ClassLabel(3), "tiny-dit", guided=True), row(ClassLabel(7), "tiny-dit")], 8
     )
     assert guided["label"].tolist() == [3, 10] and plain["label"].tolist() == [7]
@@ -97,7 +97,7 @@ def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
         batches.append((length, texts))
         asked += len(texts)
     for length, texts in batches:
-        encodings.of(sd3, [row(text, length=length) for text in texts], None)
+        encodings.encode(sd3, [row(text, length=length) for text in texts], None)
         for encoder in encoders(sd3):
             own = length if encoder is sd3.t5 else 24
             size = 4 * 48 * own if encoder is sd3.t5 else 4 * encoder.network.config.hidden_size * (own + 1)
@@ -109,7 +109,7 @@ def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
     stores = [state.untyped_storage() for states in encodings._kept.values() for state in states]
     assert sum(store.nbytes() for store in stores) == encodings.bytes, "no batch is held by a part of it"
     with forwards(sd3) as seen:
-        (ours,) = encodings.of(sd3, [row("")], None)
+        (ours,) = encodings.encode(sd3, [row("")], None)
     assert not seen and equal(ours, anew(sd3, [""]))
 
 
@@ -121,7 +121,7 @@ def test_random_batches_are_each_text_encoded_anew(sd3: Family) -> None:
         alone = {text: anew(sd3, [text], batch=batch) for text in texts}
         for _ in range(30):
             chosen = dice.choices(texts, k=dice.randrange(1, 6))
-            for text, ours in zip(chosen, encodings.of(sd3, [row(text) for text in chosen], batch), strict=True):
+            for text, ours in zip(chosen, encodings.encode(sd3, [row(text) for text in chosen], batch), strict=True):
                 for name in ours:
                     assert batch is None or torch.equal(ours[name], alone[text][name])
                     close(ours[name], alone[text][name], FORWARD)
@@ -134,7 +134,7 @@ def test_a_prompt_wider_than_the_budget_is_kept_while_it_is_needed(sd3: Family) 
     encodings = fresh(0)
     rows = [row("a red apple", guided=True), row("moon")]
     for _ in range(2):
-        ours = encodings.of(sd3, rows, 8)
+        ours = encodings.encode(sd3, rows, 8)
         assert equal(ours[0], anew(sd3, ["a red apple", ""], batch=8)) and equal(ours[1], anew(sd3, ["moon"], batch=8))
     empty = sum(value.nbytes for value in anew(sd3, [""]).values())
     assert 0 < encodings.bytes <= empty, "the empty prompt stays, before it is padded to the network's width"
@@ -145,7 +145,7 @@ def test_the_empty_prompt_stays_at_one_length_alone(sd3: Family) -> None:
     """A client may ask for any: at every length it would fill the budget for good."""
     encodings = fresh(0)
     for length in (24, 30, 40, 24):
-        encodings.of(sd3, [row("", length=length)], None)
+        encodings.encode(sd3, [row("", length=length)], None)
         assert encodings.bytes == 4 * (25 * (16 + 24) + length * 48)
 
 
@@ -154,10 +154,10 @@ def test_cards_that_share_encoders_share_what_they_gave(tiny_pool: Pool, sd3: Fa
     turbo, without = tiny_pool.family("tiny-sd3-turbo"), tiny_pool.family("tiny-sd3-no-t5")
     assert turbo is not None and without is not None
     encodings = fresh(AMPLE)
-    first = encodings.of(sd3, [row("red apple", guided=True)], None)[0]
+    first = encodings.encode(sd3, [row("red apple", guided=True)], None)[0]
     with forwards(sd3) as seen:
-        again = encodings.of(turbo, [row("red apple", "tiny-sd3-turbo", guided=True)], None)[0]
-        part = encodings.of(without, [row("red apple", "tiny-sd3-no-t5", guided=True)], None)[0]
+        again = encodings.encode(turbo, [row("red apple", "tiny-sd3-turbo", guided=True)], None)[0]
+        part = encodings.encode(without, [row("red apple", "tiny-sd3-no-t5", guided=True)], None)[0]
     assert not seen and equal(again, first) and encodings.count() == (6 + 4, 6)
     assert torch.equal(part["text"][:, :24], first["text"][:, :24]) and not part["text"][:, 24:].any()
     held = encodings.bytes
@@ -168,21 +168,21 @@ def test_cards_that_share_encoders_share_what_they_gave(tiny_pool: Pool, sd3: Fa
     assert encodings.bytes == 2 * 4 * 25 * (16 + 24), "the T5's are nobody's any more"
     encodings.forget("tiny-sd3-no-t5")
     assert encodings.bytes == 0
-    encodings.of(sd3, [row("red apple")], None)
+    encodings.encode(sd3, [row("red apple")], None)
     assert encodings.count() == (0, 3)
 
 
 def test_an_encoder_whose_weights_are_others_is_asked_again(sd3: Any) -> None:
     versions = {one.network: 1 for one in encoders(sd3)}
-    encodings, t5 = Encodings(AMPLE, versions.__getitem__), sd3.t5.network
-    before = encodings.of(sd3, [row("red", guided=True)], 8)[0]
+    encodings, t5 = TextCache(AMPLE, versions.__getitem__), sd3.t5.network
+    before = encodings.encode(sd3, [row("red", guided=True)], 8)[0]
     held, weight = encodings.bytes, t5.shared.weight
     with torch.inference_mode(False):
         kept = weight.clone()
         weight.mul_(-1.5)
-    assert equal(encodings.of(sd3, [row("red", guided=True)], 8)[0], before) and encodings.count() == (6, 6)
+    assert equal(encodings.encode(sd3, [row("red", guided=True)], 8)[0], before) and encodings.count() == (6, 6)
     versions[t5] = 2
-    after = encodings.of(sd3, [row("red", guided=True)], 8)[0]
+    after = encodings.encode(sd3, [row("red", guided=True)], 8)[0]
     assert encodings.count() == (4, 2) and encodings.bytes == held, "the CLIPs' stayed"
     assert equal(after, anew(sd3, ["red", ""], batch=8)) and not equal(after, before)
     with torch.inference_mode(False):

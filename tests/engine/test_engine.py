@@ -11,7 +11,7 @@ import torch
 
 from app.engine import step
 from app.engine.queue import AGE_LIMIT
-from app.engine.slots import IDLE_KEYS, Space
+from app.engine.slots import IDLE_KEYS, SlotPool
 from app.engine.step import totals
 from app.errors import (
     Cancelled,
@@ -375,12 +375,12 @@ def test_slots_of_sizes_that_nobody_uses_are_given_back(pool: FakePool) -> None:
     for each in requests:
         bench.run([each])
     assert len(bench.results) == len(sizes)
-    assert len(bench.engine._runner._space._slots) <= IDLE_KEYS + 1
+    assert len(bench.engine._runner._slots._slots) <= IDLE_KEYS + 1
 
 
 def test_a_size_without_room_for_its_slots_waits_for_the_others(pool: FakePool) -> None:
     bench = Bench(pool)
-    bench.engine._runner._space = Space(budget=1)
+    bench.engine._runner._slots = SlotPool(budget=1)
     bench.run([request("a", steps=6), request("b", width=64, steps=2)])
     assert set(bench.results) == {("a", 0), ("b", 0)}
     assert {tick.rows for tick in bench.forwards} == {1}
@@ -399,4 +399,4 @@ def test_deadlines_of_answered_requests_are_forgotten(pool: FakePool) -> None:
     bench = Bench(pool)
     for number in range(300):
         bench.run([request(f"r{number}", steps=1, guided=False, deadline=1e12)])
-    assert len(bench.engine._promises._deadlines) < 100
+    assert len(bench.engine._deadlines) < 100

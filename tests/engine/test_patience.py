@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.outcome import Outcome
 from app.engine.patience import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
-from app.engine.row import Work
+from app.engine.row import Outcome, Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report
 from app.request import Key
@@ -37,12 +36,12 @@ class Watched:
         assert isinstance(self.told[-1], Announce)
         return self.told[-1].seconds
 
-    def work(self, rows: int = 1, phase: Phase = "denoise", key: Key = SMALL) -> float:
+    def work(self, rows: int = 1, phase: Any = "denoise", key: Key = SMALL) -> float:
         """Seconds that such a work would have now."""
         self.patience.begin(Work(phase, key, [row(4) for _ in range(rows)]))
         return self.last
 
-    def ran(self, seconds: float, rows: int = 1, phase: Phase = "denoise", key: Key = SMALL, **outcome: Any) -> None:
+    def ran(self, seconds: float, rows: int = 1, phase: Any = "denoise", key: Key = SMALL, **outcome: Any) -> None:
         work = Work(phase, key, [row(4) for _ in range(rows)])
         self.patience.begin(work)
         self.patience.end(work, Outcome(**outcome), seconds)
@@ -122,15 +121,14 @@ def test_what_did_nothing_says_nothing() -> None:
 
 def test_the_next_width_of_a_profile_has_ten_times_twice_the_last() -> None:
     watched = Watched()
-    watched.patience.measure(SMALL)
-    assert watched.last == MOST
-    watched.patience.measured(SMALL, 1.2)
-    watched.patience.measure(SMALL)
-    assert watched.last == 24.0
+    assert watched.work(0, "profile") == MOST
+    watched.ran(1.2, 0, "profile")
+    assert watched.work(0, "profile") == 24.0
+    watched.ran(60.0, 0, "profile", error=EngineError("broken"))
+    assert watched.work(0, "profile") == 24.0, "one that failed says nothing"
     compiled = Watched(compiled=True)
-    compiled.patience.measured(SMALL, 0.1)
-    compiled.patience.measure(SMALL)
-    assert compiled.last == COMPILING
+    compiled.ran(0.1, 0, "profile")
+    assert compiled.work(0, "profile") == COMPILING
 
 
 def test_the_engine_announces_each_phase_before_it_begins_it() -> None:

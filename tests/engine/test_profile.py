@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.curve import Curve
-from app.engine.limits import caps_of
-from app.engine.profile import Profiles, measuring
+from app.engine.caps import caps_of
+from app.engine.profile import Curve, Profiles, measuring
 from app.request import Key
 from tests.engine.fakes import FakeFamily, card
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine.row import Caps, Row
-from app.engine.shares import DEBT, Shares
+from app.engine.shares import DEBT, FairShares
 from app.request import Key
 from tests.engine.simulation import KEY, OTHER, Simulation, fixed, row
 
@@ -201,7 +201,7 @@ def test_everybody_is_served_and_no_work_is_lost(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.0, 30.0)), max_size=200))
 def test_accounts_stay_within_a_quantum_and_the_debt(charges: list[tuple[str, float]]) -> None:
-    shares = Shares(quantum=0.5)
+    shares = FairShares(quantum=0.5)
     weights = {"a": 1.0, "b": 3.0, "c": 0.0}
     for name, weight in weights.items():
         shares.join(name, weight)
@@ -216,7 +216,7 @@ def test_accounts_stay_within_a_quantum_and_the_debt(charges: list[tuple[str, fl
 
 
 def test_an_account_ends_with_its_round_when_it_has_no_rows_and_no_debt() -> None:
-    shares = Shares()
+    shares = FairShares()
     shares.join("gone", 1.0)
     shares.join("here", 1.0)
     shares.leave("gone")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from app.engine.row import Row
-from app.engine.turns import ALL, Standing, Turns
+from app.engine.turns import ALL, Turns
 from app.pool.policy import Need
 from app.report import Phase
 from app.request import Key
 from tests.engine.fakes import request
-
-IDLE = Standing([], [], set())
 
 
 class Shelf:
@@ -36,34 +35,41 @@ def row(model: str, arrived: float = 0.0) -> Row:
     return Row(asked, 0, Key(model, 32, 32, 24), 8, arrived, next(numbers))
 
 
-def turns(shelf: Shelf, *rows: Row, measured: bool = True) -> Turns:
-    made = Turns(shelf, lambda row: measured)
+def running(model: str) -> Row:
+    """A started row with its network."""
+    started, lease = row(model), object()
+    started.lease = lease  # type: ignore[assignment]
+    return started
+
+
+def turns(shelf: Any, *rows: Row, measured: bool = True) -> Turns:
+    made = Turns(shelf, {row.key for row in rows if measured})
     for each in rows:
         made.add(each)
     return made
 
 
 def test_models_that_are_there_hold_nobody() -> None:
-    plan = turns(Shelf("a", "b"), row("a"), row("b")).plan(IDLE, 100.0)
+    plan = turns(Shelf("a", "b"), row("a"), row("b")).plan([], [], 100.0)
     assert plan == ([], {"a", "b"}, frozenset())
 
 
 def test_an_absent_model_is_needed_whole_and_the_oldest_first() -> None:
-    plan = turns(Shelf(), row("b"), row("a"), row("b")).plan(IDLE, 0.0)
+    plan = turns(Shelf(), row("b"), row("a"), row("b")).plan([], [], 0.0)
     assert plan.needs == [Need("b", ALL), Need("a", ALL)] and not plan.kept
 
 
 def test_one_part_at_a_time_where_they_do_not_fit_together() -> None:
     shelf = Shelf()
     shelf.whole = False
-    assert turns(shelf, row("a")).plan(IDLE, 0.0).needs == [Need("a", ("encode",))]
-    assert turns(shelf, row("a"), measured=False).plan(IDLE, 0.0).needs == [Need("a", ("denoise",))]
+    assert turns(shelf, row("a")).plan([], [], 0.0).needs == [Need("a", ("encode",))]
+    assert turns(shelf, row("a"), measured=False).plan([], [], 0.0).needs == [Need("a", ("denoise",))]
     shelf.parts = {("a", "encode")}
-    assert turns(shelf, row("a")).plan(IDLE, 0.0).needs == []
+    assert turns(shelf, row("a")).plan([], [], 0.0).needs == []
 
 
 def test_rows_that_hold_memory_come_before_those_that_wait() -> None:
-    plan = turns(Shelf(), row("c")).plan(Standing(["b"], ["a", "a"], {"a"}), 0.0)
+    plan = turns(Shelf(), row("c")).plan([row("b")], [row("a"), row("a")], 0.0)
     assert plan.needs == [Need("b", ("decode",), True), Need("a", ("denoise",), True), Need("c", ALL)]
 
 
@@ -73,33 +79,33 @@ def test_the_running_model_keeps_the_device_for_one_image_or_one_load() -> None:
     made = turns(shelf, row("a"), row("b", arrived=10.0))
     made.served("a", 2.0)
     made.loaded("b", 5.0)
-    assert made.plan(IDLE, 10.0).kept == {"a"}
-    assert made.plan(IDLE, 14.9).held == frozenset()
-    plan = made.plan(IDLE, 15.1)
+    assert made.plan([], [], 10.0).kept == {"a"}
+    assert made.plan([], [], 14.9).held == frozenset()
+    plan = made.plan([], [], 15.1)
     assert plan.kept == frozenset() and plan.held == {"a"}
     shelf.blocked = False
-    assert made.plan(IDLE, 15.2).held == frozenset(), "while the other loads, who runs may take new rows"
+    assert made.plan([], [], 15.2).held == frozenset(), "while the other loads, who runs may take new rows"
 
 
 def test_a_model_that_comes_in_has_its_own_time_first() -> None:
     shelf = Shelf("a")
     shelf.blocked = True
     made = turns(shelf, row("a"), row("b"))
-    made.plan(IDLE, 0.0)
+    made.plan([], [], 0.0)
     for model in ("a", "b"):
         made.served(model, 2.0)
-    assert made.plan(IDLE, 2.1).held == {"a"}
+    assert made.plan([], [], 2.1).held == {"a"}
     shelf.here = {"b"}
-    plan = made.plan(IDLE, 3.0)
+    plan = made.plan([], [], 3.0)
     assert plan.kept == {"b"} and not plan.held and plan.needs == [Need("a", ALL)]
-    assert made.plan(IDLE, 5.1).held == {"b"}
+    assert made.plan([], [], 5.1).held == {"b"}
 
 
 def test_rows_that_started_or_left_are_no_heads() -> None:
     first, second = row("a"), row("a")
     made = turns(Shelf(), first, second)
     first.stage, second.stage = "started", "gone"
-    assert made.plan(IDLE, 0.0).needs == []
+    assert made.plan([], [], 0.0).needs == []
 
 
 def test_rows_that_hold_memory_make_room_for_themselves() -> None:
@@ -107,11 +113,11 @@ def test_rows_that_hold_memory_make_room_for_themselves() -> None:
     shelf = Shelf("a")
     shelf.blocked = True
     made = turns(shelf, row("a"))
-    for standing in (Standing([], ["b"], {"a", "b"}), Standing(["b"], [], {"a"})):
-        plan = made.plan(standing, 0.0)
+    for finished, started in (([], [running("a"), row("b")]), ([row("b")], [running("a")])):
+        plan = made.plan(finished, started, 0.0)
         assert "a" in plan.held and not plan.kept
     shelf.here = {"a", "b"}
-    assert not made.plan(Standing(["b"], [], {"a"}), 0.0).held
+    assert not made.plan([row("b")], [running("a")], 0.0).held
 
 
 def test_the_parts_of_one_model_taking_turns_do_not_renew_its_time() -> None:
@@ -120,20 +126,20 @@ def test_the_parts_of_one_model_taking_turns_do_not_renew_its_time() -> None:
     made = turns(shelf, row("a"), row("b"))
     made.served("a", 2.0)
     shelf.parts = {("a", "encode")}
-    made.plan(IDLE, 0.0)
+    made.plan([], [], 0.0)
     shelf.parts = {("a", "denoise")}
-    made.plan(Standing([], [], {"a"}), 1.5)
+    made.plan([], [running("a")], 1.5)
     shelf.parts = {("a", "encode")}
-    assert "a" in made.plan(Standing([], [], {"a"}), 2.1).held
+    assert "a" in made.plan([], [running("a")], 2.1).held
 
 
 def test_who_made_room_is_not_brought_back_first_although_its_row_is_the_oldest() -> None:
     shelf = Shelf("a")
     made = turns(shelf, row("a", 0.0), row("b", 1.0))
     made.served("a", 2.0)
-    assert made.plan(IDLE, 1.0).needs == [Need("b", ALL)]
+    assert made.plan([], [], 1.0).needs == [Need("b", ALL)]
     shelf.here = set()  # b is on its way, and a has left for it
-    assert made.plan(IDLE, 2.0).needs == [Need("a", ALL), Need("b", ALL)], "a's turn is not over yet"
-    assert made.plan(IDLE, 3.5).needs == [Need("b", ALL), Need("a", ALL)]
+    assert made.plan([], [], 2.0).needs == [Need("a", ALL), Need("b", ALL)], "a's turn is not over yet"
+    assert made.plan([], [], 3.5).needs == [Need("b", ALL), Need("a", ALL)]
     shelf.here = {"b"}
-    assert made.plan(IDLE, 4.0).needs == [Need("a", ALL)]
+    assert made.plan([], [], 4.0).needs == [Need("a", ALL)]

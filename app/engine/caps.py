@@ -1,21 +1,19 @@
-"""Limits: how much of each key the device does at once, by its measured profile and then by the forwards that run."""
+"""Caps: how much of each key the device does at once, by its measured profile and then by the forwards that run."""
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 
 from app.cards.card import Card
-from app.engine.curve import WIDEST, Curve
-from app.engine.events import Events
-from app.engine.outcome import ALONE
-from app.engine.profile import Profiles
+from app.engine.profile import WIDEST, Curve, Profiles
 from app.engine.row import Caps
 from app.engine.slots import PASSES
-from app.errors import EngineError, OutOfMemory
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import Key
@@ -30,7 +28,7 @@ def caps_of(curve: Curve, card: Card, latent: tuple[int, ...], slot_bytes: int, 
     latent: [C, h, w] of an image. slot_bytes: of one slot. There are slots for what memory allows, whatever the cap is:
     it moves while rows hold them.
     """
-    # DESIGN section 6 rule 6: at 1024 px the VAE is the memory peak, so its batch shrinks with the image.
+    # At 1024 px the VAE is the memory peak, so its batch shrinks with the image.
     decode = max(1, min(8, 16_384 // (latent[1] * latent[2])))
     slots = max(4, min(4 * WIDEST + 4, SLOT_BYTES // slot_bytes))
     rate, bucket = curve.cost(curve.cap) / curve.cap, card.bucket
@@ -41,7 +39,7 @@ def caps_of(curve: Curve, card: Card, latent: tuple[int, ...], slot_bytes: int, 
 
 
 class Limits:
-    """The caps of every key that was measured, and the cost curves that they come from.
+    """The caps of every measured key, and the cost curves that they come from.
 
     In deterministic mode the card's bucket decides, and nothing is learned.
     """
@@ -50,7 +48,8 @@ class Limits:
         self.known: dict[Key, Caps] = {}
         self._pool, self._profiles, self._deterministic = pool, profiles, deterministic
         self._curves: dict[Key, Curve] = {}
-        self._events = Events() if pool.device.type == "cuda" else None
+        self._gpu = pool.device.type == "cuda"
+        self._timed: deque[tuple[Key, int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def caps(self, key: Key) -> Caps | None:
         """The caps of a key and the wider forward that is worth a try; None before the key is measured."""
@@ -71,38 +70,27 @@ class Limits:
             return False
         return self._pool.resident(key.model, "denoise") or self._profiles.known(family, key) is not None
 
-    def measure(self, key: Key) -> Caps | None:
+    def measure(self, key: Key) -> None:
         """Find the caps of a key from its stored profile, or measure one more width of it.
 
-        None while there is more to measure, or the model or its network is not there. Raises EngineError: the first
-        forward of this checkpoint fails, OutOfMemory: for want of room.
+        Does nothing where the model or its network is not there. Raises what the first forward raises.
         """
         family = self._pool.family(key.model)
-        if family is None:
-            return None
-        try:
-            curve = self._profiles.known(family, key) or self._advance(family, key)
-            if curve is None:
-                return None
-            latent = family.latent_shape(key.width, key.height)
-            conditions = family.blank(key.text_length)
-            bytes_ = 12 * math.prod(latent) + PASSES * sum(value.nbytes for value in conditions.values())
-            self._curves[key] = curve
-            self.known[key] = caps_of(curve, family.card, latent, bytes_, self._deterministic)
-        except torch.AcceleratorError:
-            raise
-        except torch.OutOfMemoryError:
-            raise OutOfMemory(ALONE) from None
-        except Exception as error:
-            raise EngineError(f"{type(error).__name__} in the first forward of {key.model}") from None
-        return self.known[key]
+        curve = self._profiles.known(family, key) or self._advance(family, key) if family else None
+        if family is None or curve is None:
+            return
+        latent = family.latent_shape(key.width, key.height)
+        conditions = family.blank(key.text_length)
+        slot_bytes = 12 * math.prod(latent) + PASSES * sum(value.nbytes for value in conditions.values())
+        self._curves[key] = curve
+        self.known[key] = caps_of(curve, family.card, latent, slot_bytes, self._deterministic)
 
     def learn(self, key: Key, passes: int, seconds: float, now: float) -> None:
-        """A forward of so many passes took `seconds` by the host's clock and ended at `now`: widen or narrow the cap.
+        """Learn from a forward that took `seconds` by the host's clock and ended at `now`: the cap widens or narrows.
 
-        On a GPU the host's clock says how long the launch took, so there the device's own times count.
+        On a GPU the host's clock shows how long the launch took, so there the times of `timing` count.
         """
-        timed = [(key, passes, seconds)] if self._events is None else self._events.finished()
+        timed = self._ended() if self._gpu else iter([(key, passes, seconds)])
         for key, passes, seconds in timed:
             curve, family = self._curves.get(key), self._pool.family(key.model)
             if curve is None or family is None or self._deterministic:
@@ -119,7 +107,22 @@ class Limits:
 
     def timing(self, key: Key, passes: int) -> AbstractContextManager[None]:
         """Time the forward that is launched inside; only a GPU needs it."""
-        return self._events.around(key, passes) if self._events else nullcontext()
+        return self._events(key, passes) if self._gpu else nullcontext()
+
+    @contextmanager
+    def _events(self, key: Key, passes: int) -> Iterator[None]:
+        """A pair of CUDA events around a forward; one that raises is left out."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        yield
+        end.record()
+        self._timed.append((key, passes, start, end))
+
+    def _ended(self) -> Iterator[tuple[Key, int, float]]:
+        """Key, passes and seconds of the forwards that the GPU has ended since the last call; waits for none."""
+        while self._timed and self._timed[0][-1].query():  # type: ignore[no-untyped-call]
+            key, passes, start, end = self._timed.popleft()
+            yield key, passes, start.elapsed_time(end) / 1000
 
     def _advance(self, family: Family, key: Key) -> Curve | None:
         lease = self._pool.lease(key.model, "denoise")
