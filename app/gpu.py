@@ -1,7 +1,4 @@
-"""What the driver says of the GPUs: how busy, how full, how warm, how hungry.
-
-Knows nothing of models or processes. The only home of pynvml; a machine without a GPU or a driver has no figures.
-"""
+"""Figures of the GPUs from their driver: load, memory, temperature, power. None without a GPU or a driver."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]
@@ -38,7 +36,7 @@ class Gpus:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._asked = self._told = -math.inf
+        self._asked = self._answered = -math.inf
         self._figures: Figures = {}
         self._open = False
         self._thread: threading.Thread | None = None
@@ -50,7 +48,7 @@ class Gpus:
             self._thread = threading.Thread(target=self._refresh, name="gpu", daemon=True)
             self._thread.start()
             self._thread.join(PATIENCE)
-        return self._figures if self._clock() - self._told < STALE else {}
+        return self._figures if self._clock() - self._answered < STALE else {}
 
     def _refresh(self) -> None:
         try:
@@ -60,7 +58,7 @@ class Gpus:
             figures = {device: _read(gpu) for device, gpu in _handles().items()}
         except pynvml.NVMLError:
             self._open, figures = False, {}
-        self._figures, self._told = figures, self._clock()
+        self._figures, self._answered = figures, self._clock()
 
 
 def _handles() -> dict[str, Any]:
@@ -80,11 +78,9 @@ def _handles() -> dict[str, Any]:
 
 
 def _read(gpu: Any) -> dict[str, float]:
-    """What this GPU tells; a slice of one (MIG) does not tell everything."""
-    told = {}
+    """All figures of this GPU that its driver has; for a slice of one (MIG) some are missing."""
+    found = {}
     for name, reading in READINGS.items():
-        try:
-            told[name] = float(reading(gpu))
-        except pynvml.NVMLError:
-            continue
-    return told
+        with suppress(pynvml.NVMLError):
+            found[name] = float(reading(gpu))
+    return found

@@ -1,6 +1,6 @@
-"""Keys: who may ask, and what each may have: an API key by its digest, its share of the device, its limits.
+"""Keys: who may ask, and what each may have: its share of the device and its limits.
 
-Knows nothing of HTTP headers (`app/api/auth.py`); a key itself is never kept, only its SHA-256.
+A key itself is never kept, only its SHA-256.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ApiKey:
 
 
 NOBODY = ApiKey("")
-"""Every client of a server that was given no keys."""
+"""Every client of a server without keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,26 +79,26 @@ def read_keys(settings: Settings) -> Keyring:
     file that others may change is refused. A setting that is not empty and holds no key is an error too: it must not
     open the server to all.
     """
-    file = Path(settings.api_keys_file).expanduser() if settings.api_keys_file else None
-    clients = [*_from_text(settings.api_keys), *(_from_file(file) if file else [])]
+    found = [("api_keys", where, key) for where, key in _from_text(settings.api_keys)]
+    if settings.api_keys_file:
+        found += [("api_keys_file", where, key) for where, key in _from_file(Path(settings.api_keys_file).expanduser())]
     admin = _admin(settings.admin_key)
     seen: list[ApiKey] = [admin] if admin else []
-    for where, param, key in clients:
+    for setting, where, key in found:
         for other in seen:
             if key.name == other.name:
-                raise SettingsError(f"{where}: the name {key.name} is taken", param=param)
+                raise SettingsError(f"{where}: the name {key.name} is taken", param=setting)
             if hmac.compare_digest(key.digest, other.digest):
-                raise SettingsError(f"{where}: the same key as that of {other.name}", param=param)
+                raise SettingsError(f"{where}: the same key as that of {other.name}", param=setting)
         seen.append(key)
-    return Keyring(tuple(key for _, _, key in clients), admin)
+    return Keyring(tuple(key for _, _, key in found), admin)
 
 
-_Found = tuple[str, str, ApiKey]
-"""Where a key was found, in words; the setting; the key."""
+def _from_text(text: str) -> Iterator[tuple[str, ApiKey]]:
+    """`name=key` or bare keys, comma separated, each with words for where it is.
 
-
-def _from_text(text: str) -> Iterator[_Found]:
-    """`name=key` or bare keys, comma separated. NOTE: no name is told on errors: it may be half of a key with a "="."""
+    NOTE: errors do not show the name: it may be half of a key with a "=".
+    """
     for number, entry in enumerate(text.split(",") if text else [], 1):
         name, equals, key = (part.strip() for part in entry.partition("="))
         where = f"api_keys: entry {number}"
@@ -109,7 +109,7 @@ def _from_text(text: str) -> Iterator[_Found]:
         except ValueError as error:
             hint = '; one with "=" in it needs a name before it: name=key' if equals else ""
             raise SettingsError(f"{where}: {error}{hint}", param="api_keys") from None
-        yield where, "api_keys", ApiKey(name if equals else f"key-{number}", digest)
+        yield where, ApiKey(name if equals else f"key-{number}", digest)
 
 
 class _Entry(BaseModel):
@@ -132,7 +132,7 @@ class _Entry(BaseModel):
         return self
 
     def digest(self) -> bytes:
-        """Raises ValueError."""
+        """SHA-256 of the key. Raises ValueError."""
         return bytes.fromhex(self.sha256) if self.sha256 else _digest(self.key or "")
 
 
@@ -142,61 +142,49 @@ class _File(BaseModel):
     keys: Annotated[dict[Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")], _Entry], Field(min_length=1)]
 
 
-def _from_file(file: Path) -> Iterator[_Found]:
-    for name, entry in _read(file).keys.items():
-        key = ApiKey(
-            name,
-            entry.digest(),
-            weight=entry.weight,
-            priority=entry.priority,
-            models=frozenset(entry.models or ()),
-            queue=entry.queue,
-        )
-        yield f"{file}: keys.{name}", "api_keys_file", key
-
-
-def _read(file: Path) -> _File:
-    """NOTE: `from None`: what went wrong with a file of keys may have the keys in it."""
+def _from_file(file: Path) -> Iterator[tuple[str, ApiKey]]:
+    """The keys of a TOML file. NOTE: `from None`: an error about it may have the keys in it."""
     try:
-        return _File.model_validate(read_toml(file, partial(_refuse_open, file), FILE_LIMIT))
+        read = _File.model_validate(read_toml(file, partial(_refuse_open, file), FILE_LIMIT))
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         # NOTE: a key may stand where a name belongs; what is shorter than any key is none.
         parts = (str(part) for part in first["loc"] if part != "[key]")
         where = ".".join(part if len(part) < KEY_LENGTH else "..." for part in parts) or "file"
-        reason = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+        raise _refused(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
     except UnicodeDecodeError:
-        reason = "not UTF-8"
+        raise _refused(f"{file}: not UTF-8") from None
     except (OSError, ValueError, RecursionError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-    raise SettingsError(f"{file}: {reason}", param="api_keys_file") from None
+        raise _refused(f"{file}: {(isinstance(error, OSError) and error.strerror) or error}") from None
+    for name, entry in read.keys.items():
+        models = frozenset(entry.models or ())
+        yield f"{file}: keys.{name}", ApiKey(name, entry.digest(), entry.weight, entry.priority, models, entry.queue)
 
 
 def _refuse_open(file: Path, opened: int) -> None:
-    if fault := _open_to_others(file, opened):
-        raise SettingsError(fault, param="api_keys_file")
-
-
-def _open_to_others(file: Path, opened: int) -> str | None:
-    """Why somebody else than root and the server's own user could change this file, in words; None where nobody could.
+    """Raise SettingsError if somebody else than root and the server's own user could change this file.
 
     opened: its descriptor, so that what is checked is what is read. Where it is a link, the folders of both ends count.
     NOTE: a container's secrets and their folder may belong to a user of the host; they are mounted read-only.
     """
     facts, own = os.fstat(opened), (0, os.geteuid())
     if facts.st_mode & 0o022:
-        return f"{file}: others may write it (mode {stat.S_IMODE(facts.st_mode):04o}): chmod go-w {file}"
+        mode = f"{stat.S_IMODE(facts.st_mode):04o}"
+        raise _refused(f"{file}: others may write it (mode {mode}): chmod go-w {file}")
     if os.fstatvfs(opened).f_flag & os.ST_RDONLY:
-        return None
+        return
     if facts.st_uid not in own:
-        return f"{file}: it belongs to user {facts.st_uid}, who is neither root nor the user of this process"
+        raise _refused(f"{file}: it belongs to user {facts.st_uid}, who is neither root nor the user of this process")
     for folder in dict.fromkeys((file.absolute().parent, file.resolve().parent)):
         facts = folder.stat()
         if facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX:
-            return f"{file}: others may replace it, as they may write into its folder: chmod go-w {folder}"
+            raise _refused(f"{file}: others may replace it, as they may write into its folder: chmod go-w {folder}")
         if facts.st_uid not in own:
-            return f"{file}: its folder {folder} belongs to user {facts.st_uid}, who may replace it"
-    return None
+            raise _refused(f"{file}: its folder {folder} belongs to user {facts.st_uid}, who may replace it")
+
+
+def _refused(message: str) -> SettingsError:
+    return SettingsError(message, param="api_keys_file")
 
 
 def _admin(key: str) -> ApiKey | None:

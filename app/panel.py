@@ -1,9 +1,7 @@
 """Panel: pictures side by side with their labels: one sheet on white, rows named at the left, columns above.
 
-Knows nothing of requests, models or files. Beside `app/imaging.py` it is the only home of PIL.
-
-The font is the one that Pillow carries (Aileron, ASCII and a few signs): accents are left out, and a letter of another
-script is a box. `unreadable` says which letters those are.
+The font is the one in Pillow (Aileron, ASCII and a few signs): accents are left out, and a letter of another script is
+a box. `unreadable` lists such letters.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -44,11 +41,10 @@ class Heading:
 def panel(
     cells: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[Heading], corner: str = ""
 ) -> np.ndarray:
-    """One labelled sheet.
+    """Draw one labelled sheet. Returns uint8 [height, width, 3].
 
     cells[row][column]: uint8 [height, width, 3], of any sizes: each is scaled to fit one cell, never distorted. rows:
     the label of each; one that is too long for its cell is set smaller, then cut. corner: a word at the top left.
-    Returns uint8 [height, width, 3].
     """
     layout = _fitted(cells, [_plain(text) for text in rows], columns, _plain(corner))
     sheet = Image.new("RGB", layout.size, "white")
@@ -69,60 +65,29 @@ def unreadable(texts: Sequence[str]) -> str:
     return "".join(one for one in letters if not one.isascii() and not one.isspace() and _ink(font, one) == box)
 
 
-@dataclass(frozen=True)
 class _Layout:
     """Where everything is, in pixels. cell: width and height of one. rows, corner: in letters of the font."""
 
-    cell: tuple[int, int]
-    rows: Sequence[str]
-    columns: Sequence[Heading]
-    corner: str
-
-    @property
-    def text(self) -> int:
-        return min(44, max(14, round(0.042 * min(self.cell))))
-
-    @property
-    def small(self) -> int:
-        return max(12, round(0.82 * self.text))
-
-    @property
-    def gutter(self) -> int:
-        return max(8, round(0.03 * min(self.cell)))
-
-    @property
-    def margin(self) -> int:
-        return 2 * self.gutter
-
-    @cached_property
-    def left(self) -> int:
-        """Where the first column of pictures begins: behind the longest label, which takes at most 0.7 of a cell."""
-        most = max(_ROOM[0], round(0.7 * self.cell[0]))
+    def __init__(self, cell: tuple[int, int], rows: Sequence[str], columns: Sequence[Heading], corner: str) -> None:
+        self.cell, self.rows, self.corner = cell, rows, corner
+        self.text = min(44, max(14, round(0.042 * min(cell))))
+        self.small = max(12, round(0.82 * self.text))
+        self.gutter = max(8, round(0.03 * min(cell)))
+        self.margin = 2 * self.gutter
         font, small = _font(self.text), _font(self.small)
-        lines = (line for text in self.rows for line in _wrap(text, font, most, 40))
-        widest = min(most, max(0.0, small.getlength(self.corner), *map(font.getlength, lines)))
-        return self.margin + math.ceil(widest) + 2 * self.gutter
-
-    @cached_property
-    def heads(self) -> list[list[tuple[str, bool]]]:
-        """The lines above each column, and whether a line belongs to the title."""
-        font, small = _font(self.text), _font(self.small)
-        return [
-            [(line, True) for line in _wrap(_plain(one.title), font, self.cell[0], 20)]
-            + [(line, False) for text in one.details for line in _wrap(_plain(text), small, self.cell[0], 20)]
-            for one in self.columns
+        self.heads = [  # the lines above each column, and whether a line belongs to the title
+            [(line, True) for line in _wrap(_plain(one.title), font, cell[0], 20)]
+            + [(line, False) for text in one.details for line in _wrap(_plain(text), small, cell[0], 20)]
+            for one in columns
         ]
-
-    @cached_property
-    def top(self) -> int:
-        """Where the first row of pictures begins: below the highest heading."""
+        most = max(_ROOM[0], round(0.7 * cell[0]))
+        lines = (line for text in rows for line in _wrap(text, font, most, 40))
+        widest = min(most, max(0.0, small.getlength(corner), *map(font.getlength, lines)))
         heights = [sum(_pitch(self.text if title else self.small) for _, title in lines) for lines in self.heads]
-        return self.margin + max(heights, default=0) + self.gutter
-
-    @property
-    def size(self) -> tuple[int, int]:
-        right, below = self.corner_of(len(self.rows), len(self.columns))
-        return right - self.gutter + self.margin, below - self.gutter + self.margin
+        self.left = self.margin + math.ceil(widest) + 2 * self.gutter
+        self.top = self.margin + max(heights, default=0) + self.gutter
+        right, below = self.corner_of(len(rows), len(columns))
+        self.size = right - self.gutter + self.margin, below - self.gutter + self.margin
 
     def corner_of(self, row: int, column: int) -> tuple[int, int]:
         """x and y of the upper left pixel of a cell."""
@@ -223,7 +188,7 @@ def _breaks(word: str, font: _Font, width: int) -> int:
 
 def _plain(text: str) -> str:
     """The text in letters of the font where it has like ones; what is not shown is a space."""
-    return "".join(_alike(letter) for letter in text)
+    return "".join(map(_alike, text))
 
 
 def _alike(letter: str) -> str:

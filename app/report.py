@@ -1,7 +1,4 @@
-"""What the engine tells: plain, frozen, picklable facts that cross the process border upward.
-
-Knows nothing of who listens (the supervisor, the metrics, the command line, a test).
-"""
+"""Reports of the engine: plain, frozen, picklable facts that cross the process border upward."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.errors import InvalidValue
 from app.imaging import FORMATS, GENERATED, LONGEST, Format, a1111, encode_image, grid, sheet_size
-from tests.pictures import MORE, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
+from tests.parts.pictures import MORE, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
 
 FACTS = {
     "prompt": "a red apple",

@@ -16,8 +16,10 @@ import pytest
 from app import main
 from app.errors import SettingsError
 from app.settings import Settings
-from tests.api.conftest import FAKE, eventually, write_cards
-from tests.served import Clients, Served, refuses
+from tests.parts.cards import write_cards
+from tests.parts.servers import Clients, Served, refuses
+from tests.parts.waiting import eventually
+from tests.parts.workers import FAKE
 
 REFUSES = """
 import socket, sys
@@ -47,10 +49,8 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def served(settings: Settings) -> Iterator[Served]:
-    served = Served(settings)
-    yield served
-    served.process.kill()
-    served.process.wait()
+    with Served(settings) as served:
+        yield served
 
 
 @pytest.mark.slow
@@ -70,8 +70,7 @@ def test_a_signal_while_generating_drains_and_exits_0(served: Served, number: in
 
 @pytest.mark.slow
 def test_what_outlives_the_drain_is_told_so(settings: Settings) -> None:
-    served = Served(settings.model_copy(update={"drain": 0.5}))
-    try:
+    with Served(settings.model_copy(update={"drain": 0.5})) as served:
         url = served.logged("listening")["url"]
         clients = Clients(url, "!slow 60")
         served.process.send_signal(signal.SIGTERM)
@@ -80,8 +79,6 @@ def test_what_outlives_the_drain_is_told_so(settings: Settings) -> None:
         assert "retry-after" in whole.headers
         assert '"code":"shutting_down"' in stream.text
         assert served.ended() == (0, "returned\n")
-    finally:
-        served.process.kill()
 
 
 @pytest.mark.slow
@@ -102,16 +99,13 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Setti
     script = tmp_path / "late.py"
     script.write_text(LATE.format(path=str(Path(FAKE[1]))), encoding="utf-8")
     settings = settings.model_copy(update={"host": "127.0.0.1", "port": port})
-    late = Served(settings, (sys.executable, str(script), str(tmp_path / "go")))
-    try:
+    with Served(settings, (sys.executable, str(script), str(tmp_path / "go"))) as late:
         eventually(lambda: (tmp_path / "go.waits").exists())
         with socket.create_server(("127.0.0.1", port)):
             (tmp_path / "go").touch()
             assert late.ended()[0] == 1
         assert late.lines[-1] == f"refused: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
         assert "Traceback" not in "".join(late.lines)
-    finally:
-        late.process.kill()
 
 
 @pytest.mark.slow
@@ -119,16 +113,13 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Setti
 def test_a_signal_while_the_engines_start_ends_the_start(settings: Settings, tmp_path: Path, number: int) -> None:
     script = tmp_path / "late.py"
     script.write_text(LATE.format(path=str(Path(FAKE[1]))), encoding="utf-8")
-    served = Served(settings, (sys.executable, str(script), str(tmp_path / "go")))
-    try:
+    with Served(settings, (sys.executable, str(script), str(tmp_path / "go"))) as served:
         eventually(lambda: (tmp_path / "go.waits").exists())
         served.process.send_signal(number)
         assert served.ended() == (0, "returned\n")
         assert "Traceback" not in "".join(served.lines)
         engine = int((tmp_path / "go.waits").read_text())
         eventually(lambda: not Path(f"/proc/{engine}").exists())
-    finally:
-        served.process.kill()
 
 
 def test_keys_leave_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,8 @@ class Workers:
 
 def read(metrics: Metrics, workers: Workers | None = None) -> dict[tuple[str, ...], float]:
     """Samples by (name, label values sorted by label name)."""
-    text = metrics.render(workers or Workers()).decode()
+    metrics.refresh(workers or Workers())
+    text = metrics.text().decode()
     return {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

@@ -11,9 +11,11 @@ import httpx
 import pytest
 
 from app.settings import Settings
-from tests.api.conftest import bearer, eventually, write_cards
+from tests.parts.cards import write_cards
+from tests.parts.servers import bearer
+from tests.parts.waiting import eventually
+from tests.parts.wires import connect
 from tests.test_main import Served
-from tests.wires import connect
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +31,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
     file.write_text(f'[keys.bob]\nkey = "{BOB}"\n', encoding="utf-8")
     settings = Settings(models=models, devices="cpu", preload="all", port=0, drain=5, log_level="debug")
     keys = {"INSTEP_API_KEYS": f"alice={ALICE}", "instep_admin_key": ADMIN, "INSTEP_API_KEYS_FILE": str(file)}
-    served = Served(settings, **keys)
-    yield served
-    served.process.kill()
-    served.process.wait()
+    with Served(settings, **keys) as served:
+        yield served
 
 
 def everywhere(url: str, key: str) -> Iterator[httpx.Response]:

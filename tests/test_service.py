@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import random
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,24 +17,17 @@ from PIL import Image
 
 from app.settings import Settings
 from app.worker.supervisor import WORKER
-from tests.api.conftest import Server
 from tests.api.test_crowd import totals
-from tests.tiny import write_models
+from tests.parts.servers import Server
+from tests.parts.waiting import eventually
+from tests.parts.workers import faulty
 
 pytestmark = pytest.mark.slow
 
 CLIENTS = 64
-LEAKY = (sys.executable, str(Path(__file__).parent / "leaky_worker.py"))
 MODELS = ("tiny-sd3", "tiny-sd3-turbo", "tiny-sd3-no-t5", "tiny-dit")
 GROWTH = CLIENTS * (1 << 17)
 """Bytes that front and engine process may grow by in a round: a quarter of what the planted leak keeps."""
-
-
-def eventually(what: Callable[[], bool], patience: float = 30.0) -> None:
-    until = time.monotonic() + patience
-    while not what():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.02)
 
 
 def body(dice: random.Random) -> dict[str, object]:
@@ -79,31 +70,19 @@ class Crowd:
 
 
 @contextmanager
-def service(folder: Path, command: tuple[str, ...]) -> Iterator[tuple[Server, str]]:
+def service(models: Path, cache: Path, command: tuple[str, ...]) -> Iterator[Server]:
     settings = Settings(
-        models=folder / "models",
+        models=models,
         devices="cpu",
         dtype="float32",  # in bfloat16 a CPU with AMX keeps a compiled kernel of each new shape for many rounds
         preload=",".join(MODELS),
         port=0,
         drain=5,
-        cache=folder / "cache",
+        cache=cache,
         max_wait=1e6,
     )
-    server = Server(settings, command)
-    url = server.start()
-    try:
-        eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200, patience=100)
-        yield server, url
-    finally:
-        server.stop()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("service")
-    write_models(folder / "models")
-    return folder
+    with Server(settings, command) as server:
+        yield server.ready()
 
 
 def resident(pid: int) -> int:
@@ -123,9 +102,9 @@ def growth(rounds: int, run: Callable[[], object], *pids: int) -> float:
     return (sizes[-1] - sizes[1]) / (rounds - 2)
 
 
-def test_nothing_is_lost_and_memory_is_flat(folder: Path) -> None:
-    with service(folder, WORKER) as (server, url), httpx.Client(base_url=url) as http:
-        crowd, outcomes = Crowd(url), Counter[str]()
+def test_nothing_is_lost_and_memory_is_flat(tiny: Path, tmp_path: Path) -> None:
+    with service(tiny, tmp_path, WORKER) as server, httpx.Client(base_url=server.url) as http:
+        crowd, outcomes = Crowd(server.url), Counter[str]()
         grown = growth(6, lambda: outcomes.update(crowd.round()), server.supervisor.pids[0], os.getpid())
         eventually(lambda: server.supervisor.running + server.supervisor.waiting == 0)
         eventually(lambda: sum(totals(http).values()) == crowd.sent)
@@ -139,6 +118,6 @@ def test_nothing_is_lost_and_memory_is_flat(folder: Path) -> None:
         assert grown < GROWTH, f"front and engine process grew by {grown} bytes a round"
 
 
-def test_a_planted_leak_would_be_seen(folder: Path) -> None:
-    with service(folder, LEAKY) as (server, url):
-        assert growth(4, Crowd(url).round, server.supervisor.pids[0]) > GROWTH
+def test_a_planted_leak_would_be_seen(tiny: Path, tmp_path: Path) -> None:
+    with service(tiny, tmp_path, faulty("leak")) as server:
+        assert growth(4, Crowd(server.url).round, server.supervisor.pids[0]) > GROWTH

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
-from tests.api.conftest import eventually, write_cards
-from tests.served import Clients, Served, refuses
-from tests.wires import GET, answer, connect, heard, refusal
+from tests.parts.cards import write_cards
+from tests.parts.servers import Clients, Process, Served, refuses
+from tests.parts.waiting import eventually
+from tests.parts.wires import GET, answer, connect, heard, refusal
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +33,8 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def served(settings: Settings) -> Iterator[Served]:
-    served = Served(settings)
-    yield served
-    served.process.kill()
-    served.process.wait()
+    with Served(settings) as served:
+        yield served
 
 
 def taken(wire: socket.socket) -> bool:
@@ -106,58 +103,41 @@ def test_the_second_ctrl_c_ends_the_drain(served: Served, first: int) -> None:
 
 def test_a_client_that_does_not_read_is_cut_off_at_the_end(settings: Settings) -> None:
     """After the drain and the time for last answers, without a traceback."""
-    served = Served(settings.model_copy(update={"drain": 0.5}))
-    try:
+    with Served(settings.model_copy(update={"drain": 0.5})) as served:
         with connect(str(served.logged("listening")["url"])) as wire:
             wire.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
             time.sleep(1)
             served.process.send_signal(signal.SIGTERM)
             assert served.ended() == (0, "returned\n")
         assert "Traceback" not in "".join(served.lines)
-    finally:
-        served.process.kill()
-
-
-class Console:
-    """`instep serve` as the console script starts it."""
-
-    def __init__(self, folder: Path) -> None:
-        flags = ["--port", "0", "--devices", "cpu", "--models", str(write_cards(folder / "models"))]
-        self.process = subprocess.Popen(
-            [CONSOLE, "serve", *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=dict(os.environ)
-        )
-
-    def catches(self) -> bool:
-        """Whether a signal would no longer end the process in the system's own way."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        return bool(int(status.partition("SigCgt:")[2].split()[0], 16) & CAUGHT)
-
-    def ended(self, number: int) -> tuple[int, bytes]:
-        """The exit code after this signal, and what was written."""
-        self.process.send_signal(number)
-        said = self.process.communicate(timeout=60)[1]
-        return self.process.returncode, said
 
 
 @pytest.fixture
-def console(tmp_path: Path) -> Iterator[Console]:
-    console = Console(tmp_path)
-    yield console
-    console.process.kill()
-    console.process.wait()
+def console(tmp_path: Path) -> Iterator[Process]:
+    """`instep serve` as the console script starts it."""
+    flags = ("--port", "0", "--devices", "cpu", "--models", str(write_cards(tmp_path / "models")))
+    with Process((CONSOLE, "serve", *flags)) as console:
+        yield console
+
+
+def catches(console: Process) -> bool:
+    """Whether a signal would no longer end the process in the system's own way."""
+    status = Path(f"/proc/{console.process.pid}/status").read_text(encoding="ascii")
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) & CAUGHT)
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_a_signal_is_caught_before_anything_large_is_imported(console: Console, number: int) -> None:
-    eventually(console.catches)
+def test_a_signal_is_caught_before_anything_large_is_imported(console: Process, number: int) -> None:
+    eventually(lambda: catches(console))
     assert "pydantic" not in Path(f"/proc/{console.process.pid}/maps").read_text(encoding="utf-8")
-    assert console.ended(number) == (0, b"")
+    console.process.send_signal(number)
+    assert console.ended() == (0, "") and not console.lines
 
 
 @pytest.mark.parametrize("number", BOTH)
 @pytest.mark.parametrize("seconds", [0.1, 0.3, 0.8, 1.6, 2.5])
-def test_a_signal_during_a_start_ends_it(console: Console, number: int, seconds: float) -> None:
-    eventually(console.catches)
+def test_a_signal_during_a_start_ends_it(console: Process, number: int, seconds: float) -> None:
+    eventually(lambda: catches(console))
     time.sleep(seconds)
-    code, said = console.ended(number)
-    assert code == 0 and b"Traceback" not in said
+    console.process.send_signal(number)
+    assert console.ended()[0] == 0 and "Traceback" not in console.words

@@ -18,8 +18,7 @@ from app.cards.card import Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
 from app.errors import CheckpointError
 from app.families import FAMILIES
-from app.families.components import has_weights
-from app.families.differences import outline_of
+from app.families.components import has_weights, outline_of
 
 DEVIATION = 0.02
 """Of every weight: what transformers are initialised with, so that outputs stay finite at any depth."""

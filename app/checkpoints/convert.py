@@ -28,12 +28,12 @@ from app.cards.card import Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
 from app.cards.folder import Part
 from app.cards.noise import FILE, schedule_of
-from app.checkpoints.parts import part_outline, part_states
+from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
+from app.families.authors import from_original
 from app.families.components import blank_network
 from app.families.dit import dit_keys
-from app.families.originals import from_original
 
 SHARD = 5 * 10**9
 """The most bytes of a file of weights that is written."""
@@ -199,11 +199,9 @@ def _network_of_pt(wanted: Conversion, folder: Path, tell: Callable[[str], None]
     """The tensors by diffusers' names, their config and the number of parameters."""
     tell(f"reading {wanted.file}")
     theirs = read_torch_zip(wanted.file)
-    try:
+    with naming(wanted.file):
         state = from_original(CLASS, theirs)
         config = dit_config(theirs, wanted.heads)
-    except ValueError as error:
-        raise CheckpointError(f"{wanted.file}: {error}") from error
     shape = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
     tell(f"a DiT: {shape.format(**config)}, {config['num_embeds_ada_norm']} classes")
     _check_fit(folder / "transformer", CLASS, config, state, wanted.file)
@@ -221,10 +219,8 @@ def _network_of_bins(
             raise CheckpointError(f"{place / 'config.json'}: {name} is {config.get(name)!r}, not a number over 0")
     state, file = _read_bins(Part("transformer", CLASS, place), tell)
     _check_fit(folder / "transformer", CLASS, config, state, file)
-    try:
+    with naming(place):
         state = dit_keys(state, dict.fromkeys(state))
-    except ValueError as error:
-        raise CheckpointError(f"{place}: {error}") from error
     # Counted as the authors do: one embedder for all blocks, and the fixed table of positions.
     copies = {key for key in state if ".norm1.emb." in key and not key.startswith("transformer_blocks.0.")}
     positions = (config["sample_size"] // config["patch_size"]) ** 2 * state["pos_embed.proj.weight"].shape[0]

@@ -1,19 +1,25 @@
-"""Hub: what a repository of the Hugging Face Hub holds at a revision, and what goes wrong with it in one line.
+"""The Hugging Face Hub: what a repository holds, and downloads of its files into the local cache.
 
-Knows nothing of cards or of how files are brought (download.py). The token (HF_TOKEN) goes to the Hub alone, and no
+A file that was cut goes on where it stopped, and each is checked by its digest. The Hub library lists repositories, but
+its own downloads begin again after a cut and compare sizes alone. The token (HF_TOKEN) goes to the Hub alone, and no
 message has it.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     GatedRepoError,
@@ -24,20 +30,27 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from app.errors import CheckpointError
+
+PAUSES = (0.2, 1.0, 3.0)
+"""Seconds before a file is asked for again, when the last try brought nothing new."""
 
 NAME_LIMIT = 255
 """Bytes of a name in a folder that file systems take."""
 
+_UNREADABLE = (KeyError, TypeError, AttributeError, RecursionError)
+"""What JSON of other things than were asked for raises."""
+
+_AGAIN = (408, 416, 429, 500, 502, 503, 504)
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class HubFile:
     """A file as the Hub lists it. digest: sha256 of a large file, git's sha1 of a small one."""
 
-    path: str
     size: int
     digest: str
 
@@ -49,7 +62,7 @@ class Repo:
     name: str
     revision: str | None
     commit: str
-    files: dict[str, Entry]
+    files: dict[str, HubFile]
     folder: Path
 
     @property
@@ -58,16 +71,28 @@ class Repo:
         return self.folder / "snapshots" / self.commit
 
     def blob(self, path: str) -> Path:
+        """Where the cache keeps the content of a file."""
         return self.folder / "blobs" / self.files[path].digest
 
-    def left(self, paths: Iterable[str]) -> int:
-        """Bytes of these files that are still to come."""
-        wanted = {self.blob(path): self.files[path].size for path in paths}
-        return sum(max(0, size - length_of(blob)) for blob, size in wanted.items())
+
+def bytes_left(files: Iterable[tuple[Repo, Iterable[str]]]) -> int:
+    """Bytes of these files that are still to come, each blob once."""
+    blobs = {repo.blob(path): repo.files[path].size for repo, paths in files for path in paths}
+    return sum(max(0, size - _length(blob)) for blob, size in blobs.items())
+
+
+def _length(blob: Path) -> int:
+    """Bytes of a blob that are here."""
+    found = blob if blob.is_file() else _partial(blob)
+    return found.stat().st_size if found.is_file() else 0
+
+
+def _partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.incomplete")
 
 
 def page(repo: str) -> str:
-    """Where a user reads about a repository, and accepts the licence of a gated one."""
+    """The address at which a user reads about a repository, and accepts the licence of a gated one."""
     return f"{constants.ENDPOINT}/{repo}"
 
 
@@ -78,31 +103,152 @@ def cache() -> Path:
 
 def open_repo(name: str, revision: str | None) -> Repo:
     """What a repository holds at a revision. Raises CheckpointError."""
-    with told(name, revision):
+    with _explained(name, revision):
         api = HfApi()
         commit = str(api.model_info(name, revision=revision).sha)
         listed = [one for one in api.list_repo_tree(name, revision=commit, recursive=True) if isinstance(one, RepoFile)]
-        files = {one.path: Entry(one.path, one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in listed}
-        if not _DIGEST.fullmatch(commit) or not all(map(_sound, files.values())):
+        files = {one.path: HubFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in listed}
+        if not _DIGEST.fullmatch(commit) or not all(_is_sound(path, file) for path, file in files.items()):
             raise TypeError
     return Repo(name, revision, commit, files, cache() / repo_folder_name(repo_id=name, repo_type="model"))
 
 
-def _sound(entry: Entry) -> bool:
-    """Whether it says of a file what may be said. NOTE: digests and paths become names in the cache, and are shown."""
-    names = entry.path.split("/")
+def _is_sound(path: str, file: HubFile) -> bool:
+    """Whether these may be facts of a file. NOTE: digests and paths become names in the cache, and are shown."""
     return (
-        entry.path.isprintable()
-        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in names)
-        and isinstance(entry.size, int)
-        and entry.size >= 0
-        and _DIGEST.fullmatch(entry.digest) is not None
+        path.isprintable()
+        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in path.split("/"))
+        and isinstance(file.size, int)
+        and file.size >= 0
+        and _DIGEST.fullmatch(file.digest) is not None
     )
 
 
+def fetch(repo: Repo, path: str, tell: Callable[[int], None] = lambda count: None) -> Path:
+    """One file, whole and checked; it is in the cache's blobs, and `link` shows it to readers.
+
+    tell: called with the number of bytes that came, negative for those that were thrown away. Raises CheckpointError.
+    """
+    blob, file = repo.blob(path), repo.files[path]
+    if blob.is_file() and blob.stat().st_size == file.size:
+        return blob
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(blob)
+    with _explained(repo.name, repo.revision), partial.open("r+b" if partial.exists() else "w+b") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{repo.name}: {path}: another download of it is under way") from None
+        arrival = _Arrival(stream, file, tell)
+        _receive(repo, path, arrival)
+        if not arrival.right:
+            partial.unlink()
+            raise CheckpointError(
+                f"{repo.name}: {path}: what came is not what the Hub lists (its digest is not"
+                f" {file.digest[:12]}...): thrown away, try again"
+            )
+        os.replace(partial, blob)
+    return blob
+
+
+def link(repo: Repo, paths: Iterable[str]) -> None:
+    """Show files that were fetched where the Hub library looks for them: the snapshot of the commit."""
+    with _explained(repo.name, repo.revision):
+        for path in paths:
+            shown = repo.snapshot / path
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            if not shown.exists():
+                shown.unlink(missing_ok=True)  # a link to nothing
+                shown.symlink_to(os.path.relpath(repo.blob(path), shown.parent))
+        revision = repo.revision or constants.DEFAULT_REVISION
+        if revision != repo.commit:
+            ref = repo.folder / "refs" / revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(repo.commit, encoding="ascii")
+
+
+class _Arrival:
+    """The bytes of a file that are here, and the digest of them."""
+
+    def __init__(self, stream: BinaryIO, file: HubFile, tell: Callable[[int], None]) -> None:
+        self._stream, self._file, self._tell = stream, file, tell
+        self._begin()
+        while chunk := stream.read(2**20):
+            self._digest.update(chunk)
+            self.size += len(chunk)
+        if self.size > file.size:
+            self.restart()
+
+    def _begin(self) -> None:
+        self.size = 0
+        large = len(self._file.digest) == 64
+        self._digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % self._file.size)
+
+    @property
+    def right(self) -> bool:
+        return self.size == self._file.size and self._digest.hexdigest() == self._file.digest
+
+    def add(self, chunk: bytes) -> bool:
+        """False where it would be more than is listed."""
+        if self.size + len(chunk) > self._file.size:
+            return False
+        self._stream.write(chunk)
+        self._digest.update(chunk)
+        self.size += len(chunk)
+        self._tell(len(chunk))
+        return True
+
+    def restart(self) -> None:
+        self._tell(-self.size)
+        self._stream.seek(0)
+        self._stream.truncate()
+        self._begin()
+
+
+def _receive(repo: Repo, path: str, arrival: _Arrival) -> None:
+    """Ask until all is there, each time for the rest; given up once nothing new came as often as there are PAUSES."""
+    size, best, failures = repo.files[path].size, arrival.size, 0
+    while arrival.size < size:
+        trouble = "no more comes"
+        try:
+            if not _ask(repo, path, arrival):
+                return
+        except HTTPError as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code not in _AGAIN:
+                raise
+            trouble = type(error).__name__
+        failures = 0 if arrival.size > best else failures + 1
+        best = max(best, arrival.size)
+        if failures > len(PAUSES):
+            raise CheckpointError(
+                f"{repo.name}: {path}: broke off at {arrival.size} of {size} bytes ({trouble}): "
+                "the same command goes on from there"
+            )
+        if failures:
+            time.sleep(PAUSES[failures - 1])
+
+
+def _ask(repo: Repo, path: str, arrival: _Arrival) -> bool:
+    """One request for the rest of a file. False when more came than is listed."""
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if arrival.size:
+        headers["Range"] = f"bytes={arrival.size}-"
+    url, limit = hf_hub_url(repo.name, path, revision=repo.commit), constants.HF_HUB_DOWNLOAD_TIMEOUT
+    # NOTE: large files are elsewhere; the client leaves the token behind when it follows to another host.
+    with get_session().stream("GET", url, headers=headers, timeout=limit, follow_redirects=True) as response:
+        if response.status_code == 416:
+            arrival.restart()
+        hf_raise_for_status(response)
+        if arrival.size and not response.headers.get("Content-Range", "").startswith(f"bytes {arrival.size}-"):
+            arrival.restart()
+            if response.status_code != 200:
+                return True
+        return all(arrival.add(chunk) for chunk in response.iter_bytes())
+
+
 @contextmanager
-def told(repo: str, revision: str | None) -> Iterator[None]:
-    """Whatever the Hub, the way to it or the disk does: one line, as a CheckpointError."""
+def _explained(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn every error of the Hub, the way to it or the disk into a CheckpointError of one line."""
     if constants.HF_HUB_OFFLINE:
         raise CheckpointError("HF_HUB_OFFLINE is set: nothing can be downloaded")
     token = get_token()
@@ -110,43 +256,42 @@ def told(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError("HF_TOKEN is not a token: it has characters that no token has")
     try:
         yield
-    except GatedRepoError as error:
-        whose = "with the account of this HF_TOKEN" if token else "and set HF_TOKEN to a token of that account"
-        raise CheckpointError(f"{repo} is gated: accept its licence at {page(repo)} {whose}") from error
-    except RepositoryNotFoundError as error:
-        said = "there is no such repository, or this HF_TOKEN may not see it"
-        raise CheckpointError(f"{repo}: {said} (look at {page(repo)})") from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f'{repo}: there is no revision "{revision}"') from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{repo}: a file that the Hub lists is not there") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(_refused(repo, error.response.status_code)) from error
-    except HTTPError as error:
-        kind = type(error).__name__
-        raise CheckpointError(f"{repo}: the Hub ({constants.ENDPOINT}) cannot be reached ({kind})") from error
-    except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise CheckpointError(f"{repo}: {error.filename or cache()}: {what}") from error
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of other things than were asked for
-        raise CheckpointError(f"{repo}: the Hub's list of files is not readable") from error
-    except ValueError as error:  # the name of a repository, or JSON
-        raise CheckpointError(f"{repo}: {str(error).replace(token or '(no token)', '...')}") from error
+    except (
+        HTTPError,
+        EntryNotFoundError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        ValueError,
+    ) as error:
+        raise CheckpointError(_explain(error, repo, revision, token)) from error
 
 
-def _refused(repo: str, status: int) -> str:
-    if status == 401:
-        return f"the Hub does not know this HF_TOKEN (401): make another at {page('settings/tokens')}"
-    if status == 403:
-        return f"{repo}: this HF_TOKEN may not read it (403): see its rights at {page('settings/tokens')}"
-    return f"{repo}: the Hub answers {status}; try again later"
-
-
-def partial_of(blob: Path) -> Path:
-    return blob.with_name(f"{blob.name}.incomplete")
-
-
-def length_of(blob: Path) -> int:
-    """Bytes of a blob that are here."""
-    found = blob if blob.is_file() else partial_of(blob)
-    return found.stat().st_size if found.is_file() else 0
+def _explain(error: Exception, repo: str, revision: str | None, token: str | None) -> str:
+    match error:
+        case GatedRepoError():
+            account = "with the account of this HF_TOKEN" if token else "and set HF_TOKEN to a token of that account"
+            return f"{repo} is gated: accept its licence at {page(repo)} {account}"
+        case RepositoryNotFoundError():
+            return f"{repo}: there is no such repository, or this HF_TOKEN may not see it (look at {page(repo)})"
+        case RevisionNotFoundError():
+            return f'{repo}: there is no revision "{revision}"'
+        case EntryNotFoundError():
+            return f"{repo}: a file that the Hub lists is not there"
+        case HfHubHTTPError():
+            status, tokens = error.response.status_code, page("settings/tokens")
+            if status == 401:
+                return f"the Hub does not know this HF_TOKEN (401): make another at {tokens}"
+            if status == 403:
+                return f"{repo}: this HF_TOKEN may not read it (403): see its rights at {tokens}"
+            return f"{repo}: the Hub answers {status}; try again later"
+        case HTTPError():
+            return f"{repo}: the Hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__})"
+        case OSError():
+            what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+            return f"{repo}: {error.filename or cache()}: {what}"
+        case ValueError():  # the name of a repository, or JSON
+            return f"{repo}: {str(error).replace(token or '(no token)', '...')}"
+    return f"{repo}: the Hub's list of files is not readable"

@@ -1,67 +1,89 @@
-"""Needs: which files of which Hub repositories a card needs, and no more.
-
-Knows nothing of how they come (download.py), except model_index.json, which says what the others are.
-"""
+"""The files of Hub repositories that a card needs, and no more."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from app.cards.card import Card
 from app.cards.files import INDEX, STEMS, read_classes
+from app.checkpoints.hub import Repo, fetch, open_repo
 from app.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from app.checkpoints.hub import Repo
+INDEX_LIMIT = 2**20
 
-_BIN = "/diffusion_pytorch_model.bin"
+_BIN = "diffusion_pytorch_model.bin"
 _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
 _PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
-INDEX_LIMIT = 2**20
 
 
 @dataclass
-class Plan:
-    """What a card needs: of each repository, these files."""
+class Needs:
+    """What a card needs: of each repository, by name and commit, these files."""
 
     card: Card
-    pieces: dict[str, tuple[Repo, list[str]]] = field(default_factory=dict)
+    files: dict[str, tuple[Repo, set[str]]] = field(default_factory=dict)
 
     @property
-    def left(self) -> int:
-        """Bytes that are still to come."""
-        return sum(repo.left(paths) for repo, paths in self.pieces.values())
-
-    @property
-    def pickled(self) -> Repo | None:
+    def torch_repo(self) -> Repo | None:
         """The repository whose weights are torch files, to be converted once they are here."""
-        return next((repo for repo, paths in self.pieces.values() if any(path.endswith(_BIN) for path in paths)), None)
+        return next((repo for repo, paths in self.files.values() if any(path.endswith(_BIN) for path in paths)), None)
 
     @property
     def size(self) -> int:
-        return sum(repo.files[path].size for repo, paths in self.pieces.values() for path in paths)
+        """Bytes of all files."""
+        return sum(repo.files[path].size for repo, paths in self.files.values() for path in paths)
 
 
-def plan(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Plan:
-    """What this card needs: its own parts, and those that it takes from others. Raises CheckpointError.
+def needs(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Needs:
+    """The files of a card's own parts, and of those that it takes from other cards. Raises CheckpointError.
 
     opened: repositories that were asked for already; grows.
     """
-    made = Plan(card)
+    found = Needs(card)
     if card.source.repo:
-        repo, own = _open(card, opened)
-        parts = own - set(card.components) | {"scheduler"}
-        _add(made, repo, parts, bare=set(card.files), torch=card.facts.torch_files)
+        repo = _open(card, opened)
+        parts = _parts_of(repo) - set(card.components) | {"scheduler"}
+        _add(found, repo, parts, set(card.files), card.facts.torch_files)
     for target in card.components.values():
         owner, _, folder = target.partition("/")
         if cards[owner].source.repo:
-            repo, _ = _open(cards[owner], opened)
-            _add(made, repo, {folder}, bare={folder} & set(cards[owner].files))
-    return made
+            repo = _open(cards[owner], opened)
+            _parts_of(repo)
+            _add(found, repo, {folder}, {folder} & set(cards[owner].files))
+    return found
+
+
+def _open(card: Card, opened: dict[str, Repo]) -> Repo:
+    name, revision = str(card.source.repo), card.source.revision
+    key = f"{name}@{revision}"
+    if key not in opened:
+        opened[key] = open_repo(name, revision)
+    return opened[key]
+
+
+def _parts_of(repo: Repo) -> set[str]:
+    """The parts that its model_index.json names."""
+    if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
+        raise CheckpointError(f"{repo.name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
+    file = fetch(repo, INDEX)
+    try:
+        return set(read_classes(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{repo.name}: {error.message.replace(str(file), INDEX)}") from error
+
+
+def _add(found: Needs, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:
+    for part in parts:
+        if not _PART.fullmatch(part):
+            raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
+    try:
+        paths = wanted(repo.files, parts, bare, torch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{repo.name}: {error.message}") from error
+    found.files.setdefault(f"{repo.name}@{repo.commit}", (repo, {INDEX}))[1].update(paths)
 
 
 def wanted(files: Iterable[str], parts: Iterable[str], bare: Iterable[str] = (), torch: bool = False) -> list[str]:
@@ -90,41 +112,9 @@ def _weights(part: str, names: set[str], torch: bool) -> list[str]:
             return [index, *(name for name in names if shard.fullmatch(name))]
         if f"{stem}.safetensors" in names:
             return [f"{stem}.safetensors"]
-    if torch and _BIN[1:] in names:
-        return [_BIN[1:]]
+    if torch and _BIN in names:
+        return [_BIN]
     others = sorted(name for name in names if _OTHERS.fullmatch(name))
     if others:
         raise CheckpointError(f"{part} has no safetensors there, only {others[0]}, which this server does not load")
     return []
-
-
-def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
-    """The repository of a card, and the parts that its model_index.json names."""
-    from app.checkpoints.download import fetch
-    from app.checkpoints.hub import open_repo
-
-    name, revision = str(card.source.repo), card.source.revision
-    key = f"{name}@{revision}"
-    if key not in opened:
-        opened[key] = open_repo(name, revision)
-    repo = opened[key]
-    if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
-        raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
-    file = fetch(repo, INDEX)
-    try:
-        return repo, set(read_classes(file))
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error.message.replace(str(file), INDEX)}") from error
-
-
-def _add(made: Plan, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:
-    for part in parts:
-        if not _PART.fullmatch(part):
-            raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
-    try:
-        paths = wanted(repo.files, parts, bare, torch)
-    except CheckpointError as error:
-        raise CheckpointError(f"{repo.name}: {error.message}") from error
-    key = f"{repo.name}@{repo.commit}"
-    before = made.pieces.get(key, (repo, []))[1]
-    made.pieces[key] = repo, sorted({INDEX, *before, *paths})

@@ -6,6 +6,7 @@ A part's weights are in its folder, or in a file of its authors' own layout.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from app.cards.card import Card
 from app.cards.files import INDEX, read_json
 from app.cards.folder import ModelFolder, Part
-from app.cards.noise import check_schedule
+from app.cards.noise import changes, check_schedule, schedule_of
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
-from app.errors import CheckpointError
+from app.errors import CheckpointError, InstepError, NotDownloaded
 from app.families import FAMILIES
+from app.families.authors import Layout, find_part
 from app.families.base import Family
 from app.families.components import blank_network, build_tokenizer, fill_network, has_weights
-from app.families.originals import Held, find_part
+from app.samplers.table import compile_table
 
 _WRITER = ("architectures", "dtype", "torch_dtype", "transformers_version")
 """Keys of a config.json about how it was written, besides those that begin with an underscore."""
@@ -54,20 +56,40 @@ def check_classes(card: Card, parts: Iterable[Part]) -> None:
 def part_outline(part: Part) -> State:
     """Names, shapes and number formats, on the meta device, from headers alone. Raises CheckpointError: the files are
     not whole, or hold no such part (then with the parts they hold), or names of it that nobody knows."""
-    if part.file is None:
-        return read_outline(part.folder)
-    held = _held(part, part.file)
-    return _named(part, held, read_outline(part.file, held.prefix))
+    original = _original(part)
+    outline = read_outline(part.weights, original.prefix if original else "")
+    return _named(part, original, outline)
 
 
 def part_states(part: Part) -> Iterator[State]:
     """The tensors, one shard after another; they may be maps of the files. Raises CheckpointError."""
+    original = _original(part)
+    for state in read_states(part.weights, original.prefix if original else ""):
+        yield _named(part, original, state)
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Turn a ValueError into a CheckpointError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _original(part: Part) -> Layout | None:
+    """How the authors' file names the part; None for one in a folder."""
     if part.file is None:
-        yield from read_states(part.folder)
-        return
-    held = _held(part, part.file)
-    for state in read_states(part.file, held.prefix):
-        yield _named(part, held, state)
+        return None
+    with naming(part.file):
+        return find_part(part.name, part.class_name, read_names(part.file))
+
+
+def _named(part: Part, original: Layout | None, state: State) -> State:
+    if original is None:
+        return state
+    with naming(part.weights):
+        return original.read(part.class_name, state)
 
 
 def part_stamp(part: Part) -> tuple[Hashable, ...]:
@@ -79,11 +101,12 @@ def part_stamp(part: Part) -> tuple[Hashable, ...]:
 
 def part_identity(part: Part) -> tuple[Hashable, ...]:
     """Equal for parts that are the same object: the folder; or the file, the place in it, and the config's content."""
-    if part.file is None:
+    original = _original(part)
+    if original is None:
         return (part.folder,)
     config = read_json(part.folder / "config.json")
     facts = {key: value for key, value in config.items() if key[:1] != "_" and key not in _WRITER}
-    return part.file, _held(part, part.file).prefix, part.class_name, repr(sorted(facts.items()))
+    return part.file, original.prefix, part.class_name, repr(sorted(facts.items()))
 
 
 def part_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -116,15 +139,49 @@ def build_family(card: Card, parts: Mapping[str, Any], device: torch.device, dty
     return family
 
 
-def _held(part: Part, file: Path) -> Held:
+def prove(card: Card, cards: Mapping[str, Card]) -> None:
+    """Build the model from configs and headers alone; without the parts of other cards where these are not downloaded.
+
+    Raises LoadError: it cannot be built, CardError: its defaults do not fit.
+    """
+    check_defaults(card)
+    folder = ModelFolder(card, {**cards, card.id: card})
+    check_classes(card, folder.own())
+    built = {part.name: blank_part(part) for part in folder.own()}
     try:
-        return find_part(part.name, part.class_name, read_names(file))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        parts = read_parts(card, cards)
+    except NotDownloaded:
+        return
+    built |= {part.name: blank_part(part) for part in parts if part.name not in built}
+    build_family(card, built, torch.device("cpu"), torch.bfloat16)
 
 
-def _named(part: Part, held: Held, state: State) -> State:
+def check_card(card: Card, cards: Mapping[str, Card]) -> tuple[str, str]:
+    """Load the model on the CPU: "ok", "absent" (not downloaded) or "broken", and a detail."""
+    device, dtype = torch.device("cpu"), torch.bfloat16
     try:
-        return held.read(part.class_name, state)
-    except ValueError as error:
-        raise CheckpointError(f"{part.file}: {error}") from error
+        check_defaults(card)
+        parts = build_parts(card, cards, device, dtype)
+        with torch.inference_mode():
+            build_family(card, parts, device, dtype).prepare()
+    except NotDownloaded as error:
+        return "absent", error.message
+    except InstepError as error:
+        return "broken", error.message
+    except Exception as error:
+        return "broken", f"cannot be loaded ({type(error).__name__})"
+    return "ok", f"{len(parts)} parts{_overruled(card, ModelFolder(card, cards).path)}"
+
+
+def check_defaults(card: Card) -> None:
+    """Raises InstepError when the card's own defaults make no table of coefficients."""
+    compile_table(card.schedule, card.defaults.sampler, card.defaults.num_inference_steps, tokens=256)
+
+
+def _overruled(card: Card, folder: Path) -> str:
+    """The end of a line: how the folder's scheduler_config.json differs from the card, which is what counts."""
+    try:
+        found = changes(card.schedule, schedule_of(folder, card.schedule.model_dump()))
+    except CheckpointError as error:
+        return f"; the card does not follow {error.message}"
+    return f"; its scheduler_config.json differs from the card: {', '.join(found)}" if found else ""

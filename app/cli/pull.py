@@ -1,17 +1,15 @@
 """`instep models pull`: the files that cards name on the Hub, into the local Hub cache, for servers that ask nobody.
 
-Knows nothing of servers or devices, nor of what a card needs (needs.py) and how files come (download.py).
-
-NOTE: hub.py and download.py are imported late: the Hub library takes a third of a second, and this command alone needs
-it.
+NOTE: hub.py and needs.py are imported late: the Hub library takes a third of a second.
 """
 
 from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +20,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.checkpoints.needs import Plan, plan
 from app.cli.bodies import open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import CheckpointError, LoadError
@@ -30,6 +27,7 @@ from app.settings import Settings
 
 if TYPE_CHECKING:
     from app.checkpoints.hub import Repo
+    from app.checkpoints.needs import Needs
 
 
 def pull(
@@ -45,18 +43,25 @@ def pull(
     """
     settings = read_settings(models=models)
     registry = open_registry(settings)
-    chosen = choose(ids or (), everything, registry, settings)
-    plans, failed = [], []
+    chosen = _choose(ids or (), everything, registry, settings)
+    from app.checkpoints.hub import bytes_left, cache
+    from app.checkpoints.needs import needs
+
+    found: list[Needs] = []
+    failed = []
     opened: dict[str, Repo] = {}
     for card in chosen:
         try:
-            plans.append(plan(card, registry.cards, opened))
+            found.append(needs(card, registry.cards, opened))
         except CheckpointError as error:
             failed.append(f"{card.id}: {error.message}")
-    check_room(plans)
-    for one in plans:
+    left = bytes_left(chain.from_iterable(one.files.values() for one in found))
+    if left > (free := _free_bytes()):
+        where = f"{cache()} (HF_HOME may name a larger disk)"
+        raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
+    for one in found:
         try:
-            carry_out(one, settings.models)
+            _download(one, settings.models)
         except CheckpointError as error:
             failed.append(f"{one.card.id}: {error.message}")
     if failed:
@@ -64,83 +69,70 @@ def pull(
         raise LoadError(many + "; ".join(failed))
 
 
-def choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
+def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
     """The cards to pull, each once. Raises ModelNotFound; LoadError when nothing says which."""
-    named = list(ids)
-    if not named and not everything:
-        named = [word.strip() for word in (*settings.preload.split(","), settings.default_model)]
-        named = [word for word in named if word not in ("", "all")]  # to the server, all are those that are here
+    on_hub = [card for card in registry.cards.values() if card.source.repo]
     if everything:
-        return [card for card in registry.cards.values() if card.source.repo]
+        return on_hub
+    named = list(ids)
     if not named:
-        known = ", ".join(card.id for card in registry.cards.values() if card.source.repo) or "none"
+        words = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
+        named = [word for word in words if word not in ("", "all")]  # to the server, all are those that are here
+    if not named:
+        known = ", ".join(card.id for card in on_hub) or "none"
         raise LoadError(f"which models? Name them, or set INSTEP_PRELOAD, or --all. On the Hub: {known}")
     return list({card.id: card for card in map(registry.find, named)}.values())
 
 
-def check_room(plans: Iterable[Plan]) -> None:
-    """Raises LoadError when the disk of the cache has less room than is to come, with both numbers."""
+def _free_bytes() -> int:
+    """Free bytes of the disk that the cache is on, or will be."""
     from app.checkpoints.hub import cache
 
-    pieces: dict[str, tuple[Repo, set[str]]] = {}
-    for repo, paths in (piece for one in plans for piece in one.pieces.values()):
-        pieces.setdefault(str(repo.folder), (repo, set()))[1].update(paths)
-    left = sum(repo.left(paths) for repo, paths in pieces.values())
-    if left > (free := free_bytes(cache())):
-        where = f"{cache()} (HF_HOME may name a larger disk)"
-        raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that a folder is on, or will be."""
-    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    there = next(one for one in (cache(), *cache().absolute().parents) if one.exists())
     return shutil.disk_usage(there).free
 
 
-def carry_out(one: Plan, models: Path) -> None:
+def _download(one: Needs, models: Path) -> None:
     """Download what is still to come. models: the folder of cards. Raises CheckpointError."""
-    from app.checkpoints.download import fetch, link
-    from app.checkpoints.hub import cache
+    from app.checkpoints.hub import bytes_left, cache, fetch, link
 
-    name, card = one.card.id, one.card
-    if not one.pieces:
+    name, repos = one.card.id, one.files.values()
+    if not repos:
         typer.echo(f"{name}: beside its card, nothing to pull")
         return
-    count = sum(len(paths) for _, paths in one.pieces.values())
-    left, free = one.left, decimal(free_bytes(cache()))
-    typer.echo(f"{name}: {decimal(one.size)} in {count} files, {decimal(left)} to come; {free} free in {cache()}")
-    for repo, paths in one.pieces.values():
-        with _progress(repo.left(paths)) as show:
-            for path in sorted(paths, key=lambda path: repo.files[path].size):
-                fetch(repo, path, show(repo, path))
+    count = sum(len(paths) for _, paths in repos)
+    left, free = decimal(bytes_left(repos)), decimal(_free_bytes())
+    typer.echo(f"{name}: {decimal(one.size)} in {count} files, {left} to come; {free} free in {cache()}")
+    for repo, paths in repos:
+        with _progress(bytes_left([(repo, paths)])) as show:
+            for path in sorted(paths, key=lambda path: (repo.files[path].size, path)):
+                fetch(repo, path, show(path, repo.files[path].size, bytes_left([(repo, [path])])))
         link(repo, paths)
-    for repo, _ in one.pieces.values():
+    for repo, _ in repos:
         typer.echo(f"{name}: here, {repo.name} at {repo.commit}")
-        if repo.name == card.source.repo and repo.revision != repo.commit:
+        if repo.name == one.card.source.repo and repo.revision != repo.commit:
             typer.echo(f'{name}: not pinned; to stay with these files: source.revision = "{repo.commit}" in its card')
-    if torch_files := one.pickled:
-        words = shlex.join(["instep", "models", "convert", str(torch_files.snapshot), str(models / name), "--replace"])
+    if torch := one.torch_repo:
+        words = shlex.join(["instep", "models", "convert", str(torch.snapshot), str(models / name), "--replace"])
         typer.echo(f"{name}: its weights are torch files, which a server does not load; next: {words}")
 
 
 @contextmanager
-def _progress(left: int) -> Iterator[Callable[[Repo, str], Callable[[int], None]]]:
-    """Gives `fetch` somebody to tell: one bar in a terminal, elsewhere a line for each file that has to come."""
+def _progress(left: int) -> Iterator[Callable[[str, int, int], Callable[[int], None]]]:
+    """Show what comes: one bar in a terminal, elsewhere a line for each file that has to come.
+
+    Yields a function of a file's path, its bytes and those that are left; it returns what `fetch` calls.
+    """
     console = Console()
-    columns = (
-        BarColumn(24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+    columns = (BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}")
+    with Progress(*columns, text, console=console, disable=not console.is_terminal, transient=True) as bars:
         task = bars.add_task("", total=left)
 
-        def show(repo: Repo, path: str) -> Callable[[int], None]:
+        def show(path: str, size: int, more: int) -> Callable[[int], None]:
             bars.update(task, description=path)
-            if not console.is_terminal and repo.left([path]):
-                typer.echo(f"  {path}: {decimal(repo.files[path].size)}")
+            if not console.is_terminal and more:
+                typer.echo(f"  {path}: {decimal(size)}")
             return lambda count: bars.advance(task, count)
 
         yield show

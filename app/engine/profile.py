@@ -9,12 +9,16 @@ import math
 import os
 import re
 import time
+import timeit
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median_low
+from typing import Annotated
 
 import torch
+from pydantic import Field, TypeAdapter
 
 from app.cards.files import read_file
 from app.families.base import Family
@@ -57,8 +61,8 @@ SAMPLES = 3
 MOST_BYTES = 64 << 10
 """A file of a profile that is larger is not read."""
 
-POSSIBLE = (1e-6, 3600.0)
-"""Seconds that a forward can take."""
+_WIDTHS = TypeAdapter(dict[Annotated[int, Field(ge=1, le=WIDEST)], Annotated[float, Field(ge=1e-6, le=3600)]])
+"""A file of a profile: seconds that a forward can take, by its passes."""
 
 
 class Curve:
@@ -66,8 +70,7 @@ class Curve:
 
     The shape is one number for each doubling of the passes: how many times as long the wider forward takes, as the
     median of the last KEPT samples. A sample compares two forwards that ran close together, so that a busy neighbour
-    slows both and says nothing about the width. The measured profile, which may be from a bad moment or another day,
-    is the first sample of each doubling, and counts as one.
+    slows both. The measured profile, which may be from a bad moment, is the first sample of each doubling.
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
@@ -176,16 +179,15 @@ def measuring(
 ) -> Iterator[dict[int, float]]:
     """Seconds of forward(passes) at 1, 2, 4, ... until two doublings bring nothing or `budget` seconds are spent.
 
-    Yields all that is known after each width, so that others may run in between. Each is the least of a few: whatever
-    else the machine does can only add to a measurement. A width that does not fit in memory ends it too. Raises what
-    the very first forward raises.
+    Yields all that is known after each width, so that others may run in between. Each is the least of a few, because
+    other processes only add to it. A width that does not fit in memory ends it too. Raises what the first forward does.
     """
     seconds: dict[int, float] = {}
     passes, spent, samples = 1, 0.0, 1 + SAMPLES
     while passes <= WIDEST:
         start = clock()
         try:
-            seconds[passes] = min(_once(forward, passes, clock) for _ in range(samples))
+            seconds[passes] = min(timeit.repeat(partial(forward, passes), timer=clock, number=1, repeat=samples))
         except torch.OutOfMemoryError:
             if passes == 1:
                 raise
@@ -199,22 +201,15 @@ def measuring(
         passes *= 2
 
 
-def _once(forward: Callable[[int], None], passes: int, clock: Callable[[], float]) -> float:
-    begin = clock()
-    forward(passes)
-    return clock() - begin
-
-
 class Profiles:
     """Measured profiles by card and size, one JSON file each in `folder`, made on first need.
 
     A file is valid for one card, size, device, dtype, torch version and thread count; text is as long as the card's. A
-    size near one already measured is not measured but scaled by area, so that a client who asks for every size there is
-    does not stop the others each time. A file is a first guess, perhaps of a busy machine: its curve learns from real
-    forwards, and `keep` writes what it has learned.
+    size near one already measured is scaled by area, so that a client who asks for every size there is does not stop
+    the others each time. A file is a first guess, perhaps of a busy machine: its curve learns from real forwards.
 
-    compiled: networks compile in their first forwards, so a key is measured at every start and nothing is read or kept:
-    the compiling happens while measuring, which announces itself, and not in the midst of a request.
+    compiled: networks compile in their first forwards, so a key is measured at every start, from no file: the compiling
+    happens while measuring, which announces itself, and not in the midst of a request.
     """
 
     def __init__(self, folder: Path, budget: float = 5.0, *, compiled: bool = False) -> None:
@@ -283,13 +278,9 @@ def processor() -> str:
 def _stored(file: Path) -> dict[int, float] | None:
     """A stored profile; None when there is none or it makes no sense: anybody may have written into the folder."""
     try:
-        stored = json.loads(read_file(file, MOST_BYTES))
-        seconds = {int(passes): float(cost) for passes, cost in stored.items()}
-    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
+        return _WIDTHS.validate_json(read_file(file, MOST_BYTES)) or None
+    except (OSError, ValueError):
         return None
-    low, high = POSSIBLE
-    sound = seconds and all(1 <= passes <= WIDEST and low <= cost <= high for passes, cost in seconds.items())
-    return seconds if sound else None
 
 
 def _store(file: Path, seconds: dict[int, float]) -> None:

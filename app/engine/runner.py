@@ -74,7 +74,8 @@ class Runner:
     def __init__(
         self, pool: Pool, profiles: Profiles, deterministic: bool, text_bytes: int, adapts: bool = True
     ) -> None:
-        """text_bytes: of the device, for the cache of encoded prompts. adapts: leave cores to other processes."""
+        """text_bytes: of the device, for the cache of encoded prompts. adapts: leave cores to other processes, except
+        in deterministic mode, where the number of threads decides bits."""
         self._pool = pool
         self._deterministic = deterministic
         self._slots = SlotPool()
@@ -109,7 +110,9 @@ class Runner:
         if work.phase == "profile":
             where = f"the first forward of {work.key.model}"
             return Outcome(error=attempt(lambda: self.limits.measure(work.key), where))
-        self._adapt()
+        if self._adapts:
+            self._cores = self._cores or Cores(torch.get_num_threads())
+            self._cores.adapt()
         phases = {"encode": self._encode, "denoise": self._denoise, "decode": self._decode}
         outcome = Outcome(failed=self._non_finite())
         lost = {id(row) for row, _ in outcome.failed}
@@ -118,12 +121,6 @@ class Runner:
             isolate(phases[work.phase], rows, outcome)
         outcome.text_hits, outcome.text_misses = self._texts.count()
         return outcome
-
-    def _adapt(self) -> None:
-        """Leave cores to other processes; not in deterministic mode, where the number of threads decides bits."""
-        if self._adapts:
-            self._cores = self._cores or Cores(torch.get_num_threads())
-            self._cores.adapt()
 
     def preview(self, rows: list[Row]) -> Outcome:
         """The predicted clean images of running rows of one key, as `Outcome.images`."""

@@ -1,14 +1,12 @@
-"""The families by the name that a card gives. Importing this imports diffusers and transformers (seconds).
-
-Knows nothing of where weights come from (app/pool).
-"""
+"""The families by the name that a card gives. Importing this imports diffusers and transformers (seconds)."""
 
 from __future__ import annotations
 
+from app.families.base import Family
 from app.families.dit import DiT
 from app.families.flux import Flux
 from app.families.sd3 import SD3
 
-FAMILIES: dict[str, type[DiT] | type[SD3] | type[Flux]] = {"dit": DiT, "sd3": SD3, "flux": Flux}
+FAMILIES: dict[str, type[Family]] = {"dit": DiT, "sd3": SD3, "flux": Flux}
 
 __all__ = ["FAMILIES", "SD3", "DiT", "Flux"]

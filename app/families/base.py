@@ -1,68 +1,106 @@
-"""Family: what a network is, seen from the engine. The protocol that dit.py and sd3.py (and later files) fulfil.
-
-Knows nothing of requests' life, samplers or batches: it maps (latents, timesteps, conditions) to an output.
-"""
+"""Family: a network with its text encoders and VAE, as the engine sees them; what dit.py, sd3.py and flux.py share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
 from app.cards.card import Card
-from app.families.text import Read, read_texts
+from app.errors import CheckpointError
+from app.families import vae
+from app.families.text import Encoder, Read, prompt_text, read_texts, unseen_text
 from app.report import Phase
-from app.request import Condition
+from app.request import Condition, Prompt
 
 Conditions = dict[str, torch.Tensor]
 """Tensors by name, first axis = passes; what one pass needs besides its latent and timestep."""
 
+CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_TOKENIZER = ("T5Tokenizer", "T5TokenizerFast")
 
-class Family(Protocol):
-    """A network with its text encoders and VAE, in eval mode on one device, described by one card.
+
+class Family(ABC):
+    """A model of one kind of network, in eval mode on one device, described by one card.
 
     It is built before its weights are there (the pool brings them, phase by phase), so the constructor reads configs
-    only. Every method runs under `torch.inference_mode()` set by the caller, on the thread that owns the device; only
-    the constructor and `prepare` run on the loader's. `encode`, `denoise` and `decode` need the parts of that phase.
+    only. Every method runs under the caller's `torch.inference_mode()`, on the thread that owns the device; only the
+    constructor and `prepare` run on the loader's. `encode`, `denoise` and `decode` need the parts of that phase.
     """
 
+    parts: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The classes that each part may have, by its name in model_index.json."""
+    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    """The parts that the model cannot do without."""
     phases: ClassVar[Mapping[Phase, tuple[str, ...]]]
     """Names of the parts with weights that each phase needs on the device."""
+    patch: int
+    """Latent pixels along a side of one image token."""
+    learned_variance = False
+    """Whether `denoise` returns frac, the learned-range interpolation of a DiT's variance channels."""
 
     card: Card
     network: Any
     """The denoising network, a torch module."""
     device: torch.device
     dtype: torch.dtype
-    learned_variance: bool
-    """Whether `denoise` returns frac, the learned-range interpolation of a DiT's variance channels."""
+
+    def __init_subclass__(cls) -> None:
+        encoders = tuple(name for name in cls.parts if name.startswith("text_encoder"))
+        cls.phases = {"encode": encoders, "denoise": ("transformer",), "decode": ("vae",)}
+
+    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
+        self.card, self.device, self.dtype = card, torch.device(device), dtype
+        self.network, self.vae = parts["transformer"], parts["vae"]
+        self.config = self.network.config
+        self.channels: int = self.vae.config.latent_channels
+        self.scale = vae.pixels_per_latent(self.vae)
+
+    @staticmethod
+    def traits(card: Card, part: str) -> tuple[float | None, ...]:
+        """The facts of a card that change a part itself: cards that differ in them cannot share the built part."""
+        return ()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latent of an image of width x height pixels."""
+        return self.channels, height // self.scale, width // self.scale
 
     def image_tokens(self, width: int, height: int) -> int:
         """Number of image tokens, which resolution-dependent shift is a function of."""
+        _, rows, columns = self.latent_shape(width, height)
+        return (rows // self.patch) * (columns // self.patch)
 
     def opposite(self, condition: Condition) -> Condition:
-        """The condition that guidance moves away from: the negative prompt as a Prompt, or the null class."""
+        """The condition that guidance moves away from: the negative prompt as a prompt, or the null class."""
+        return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
 
+    @abstractmethod
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
     ) -> Conditions:
         """Conditions for len(conditions) passes, in order; `Prompt.negative` is not read here.
 
         text_length: padded length of the longest encoder (T5) in tokens. batch: pad every encoder forward to this
-        fixed batch size (deterministic mode); None runs them all in one batch of their own number. read: what gives
-        the encoders' outputs, so that what they gave before need not be encoded again.
+        fixed batch size (deterministic mode); None runs one forward of all texts. read: returns the encoders' outputs,
+        from a cache or by running them. Raises InvalidValue for a condition of the wrong kind.
         """
 
+    @abstractmethod
     def blank(self, text_length: int) -> Conditions:
-        """Conditions of one pass that stand for any, for measuring: right shapes and formats, no meaning."""
+        """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
+
+    def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
+        """The text encoders, None for an absent one, each with its padded length in tokens."""
+        return []
 
     def truncated(self, condition: Condition, text_length: int) -> str | None:
-        """The text that the encoders will not see because the prompt is too long; None when nothing is cut."""
+        """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
+        return unseen_text(self.encoders(text_length), prompt_text(condition))
 
+    @abstractmethod
     def denoise(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -77,9 +115,30 @@ class Family(Protocol):
 
         Raises NonFiniteOutput when any image of the batch comes out as numbers that are not finite.
         """
+        return vae.decode(self.vae, latents)
 
     def prepare(self) -> None:
-        """What is computed once from the VAE's weights, which must be there: the map that `preview` uses."""
+        """Fit the linear map of `preview` to the VAE, whose weights must be there."""
+        vae.linear_map(self.vae)
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """A quick look at predicted clean latents, much cheaper than `decode`; same shapes, same error."""
+        return vae.preview(self.vae, latents)
+
+    def _refuse(self, problems: Mapping[str, Any]) -> None:
+        """Raises CheckpointError naming the card and the first of these problems that is true."""
+        for problem, found in problems.items():
+            if found:
+                raise CheckpointError(f"{self.card.file}: {problem}")
+
+    def _size_problems(self) -> dict[str, Any]:
+        """Problems of a card's sizes with a network that takes any number of whole tokens."""
+        sizes, cell = self.card.limits.sizes, self.scale * self.patch
+        return {
+            "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % cell,
+            "limits.sizes.min: not a multiple of the network's patches": sizes.min % cell,
+        }
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        """Zeros on the model's device, which stand for what an absent encoder would give."""
+        return torch.zeros(shape, device=self.device, dtype=self.dtype)

@@ -1,7 +1,4 @@
-"""Compiling: torch.compile of a network's blocks, for any number of passes and any size.
-
-Knows nothing of settings, of what is measured, or of when a network's weights come and go.
-"""
+"""Compiling: torch.compile of a network's blocks, for any number of passes and any size."""
 
 from __future__ import annotations
 
@@ -35,8 +32,7 @@ def allow_compiling(cache: Path) -> None:
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
     """Compile each block of the network at its first forward, all blocks of a kind once: seconds, not minutes.
 
-    backend: one of torch.compile's. The whole network, compiled for one number of passes, is a little faster and has to
-    be compiled for each such number.
+    backend: one of torch.compile's. A whole network would be a little faster, but compiled for one number of passes.
     """
     for module in network.children():
         for block in module if isinstance(module, nn.ModuleList) else ():
@@ -46,7 +42,7 @@ def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:
 
 @contextmanager
 def as_written(network: nn.Module) -> Iterator[None]:
-    """Within it, blocks run as they are written: what hooks do to them must not be compiled in the midst of serving."""
+    """Run blocks as they are written within this context: hooks on them must not be compiled while serving."""
     if all(block._compiled_call_impl is None for block in network.modules()):
         yield  # the stance would import the compiler, which takes seconds
         return

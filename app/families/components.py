@@ -1,6 +1,6 @@
-"""Components: the allowlist of classes that a checkpoint may name, and how each is built from its folder and weights.
+"""Components: the allowlist of classes that a checkpoint may name, how each is built, and how tensors differ from it.
 
-Knows nothing of cards, devices or families; it reads config.json and tokenizer files, never a weights file.
+It reads config.json and tokenizer files, never a file of weights.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from app.cards.files import read_json
 from app.cards.folder import Part
 from app.errors import CheckpointError
 from app.families.dit import dit_keys, share_embedders
-from app.families.text import clip_keys, t5_keys
+from app.families.text import State, clip_keys, t5_keys
 from app.families.vae import vae_keys
 
-State = dict[str, torch.Tensor]
+DEPTH = 1000
+"""Blocks of the deepest network that tensors are compared with."""
 
 _BUFFER_LIMIT = 2**26
 """Elements of one computed buffer: a DiT-XL at 2048 px has 2^24."""
@@ -93,13 +95,11 @@ def build_tokenizer(class_name: str, folder: Path) -> Any:
 def blank_network(class_name: str, folder: Path, outline: State, file: Path | None = None) -> nn.Module:
     """The network of a config.json in eval mode, its weights on the meta device: no memory is spent.
 
-    outline: the tensors that its files hold, of which only names, shapes and number formats are looked at (they may be
-    on the meta device). file: where they are, when not in the folder. Raises CheckpointError: a class outside the
-    allowlist, a corrupt config, keys or shapes that are not exactly the network's.
+    outline: the tensors of its files, of which names, shapes and number formats are compared (they may be on the meta
+    device). file: where they are, when not in the folder. Raises CheckpointError: a class outside the allowlist, a
+    corrupt config, keys or shapes that are not exactly the network's.
     """
-    if class_name not in _NETWORKS:
-        raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')
-    network = _without_weights(_NETWORKS[class_name], folder, len(outline))
+    network = _without_weights(class_name, folder, len(outline))
     _named(network, class_name, file or folder, outline, whole=True)
     _compute_buffers(network, folder)
     if isinstance(network, T5EncoderModel):
@@ -112,7 +112,7 @@ def fill_network(
 ) -> None:
     """Give a blank or emptied network its own copy of the weights of these shards, one after another.
 
-    where: the folder or file to name in errors. Raises CheckpointError: names, shapes, or two tensors for one weight.
+    where: the folder or file that errors name. Raises CheckpointError: names, shapes, or two tensors for one weight.
     """
     for state in states:
         _fill(network, where, _named(network, class_name, where, state), device, dtype)
@@ -152,8 +152,48 @@ def empty_network(network: nn.Module) -> None:
                 module._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
-def _without_weights(spec: _Network, folder: Path, tensors: int) -> nn.Module:
+@cache
+def outline_of(class_name: str, folder: Path) -> State:
+    """Names and shapes of the network of a shipped config.json, on the meta device; do not change it.
+
+    The config is trusted to be as deep as it says. Raises CheckpointError.
+    """
+    return _without_weights(class_name, folder, DEPTH).state_dict(keep_vars=True)
+
+
+def counts(class_name: str, folder: Path) -> tuple[int, int]:
+    """Parameters of that network, as they are published; and all numbers that it keeps in memory.
+
+    The second has buffers too (SD3's positions). Tensors with several names count once.
+    """
+    own = {id(value): value for value in outline_of(class_name, folder).values()}.values()
+    return sum(one.numel() for one in own if isinstance(one, nn.Parameter)), sum(one.numel() for one in own)
+
+
+def differences(class_name: str, folder: Path, outline: State) -> list[str]:
+    """The differences of these tensors from that network's weights, a line each; none: they are its weights.
+
+    Only names, shapes and number formats are compared. Raises CheckpointError as `outline_of`.
+    """
+    expected = outline_of(class_name, folder)
+    try:
+        named = _NETWORKS[class_name].keys(outline, expected)
+    except ValueError as error:
+        return [str(error)]
+    odd = [key for key in sorted(expected.keys() & named.keys()) if named[key].shape != expected[key].shape]
+    return [
+        *(f"{key} is missing" for key in sorted(expected.keys() - named.keys())),
+        *(f"{key} is no tensor of the network" for key in sorted(named.keys() - expected.keys())),
+        *(f"{key} has shape {list(named[key].shape)}, not {list(expected[key].shape)}" for key in odd),
+        *(f"{key} holds {named[key].dtype}" for key in sorted(named) if not named[key].is_floating_point()),
+    ]
+
+
+def _without_weights(class_name: str, folder: Path, tensors: int) -> nn.Module:
     """The module on the meta device: neither memory nor random numbers are spent, and shapes are known."""
+    if class_name not in _NETWORKS:
+        raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')
+    spec = _NETWORKS[class_name]
     config = read_json(folder / "config.json")
     # NOTE: only the network's own fields pass. A config may also name an attention kernel to download, a dtype
     # (which transformers would make the default of the whole process while it builds), or other code.

@@ -1,7 +1,4 @@
-"""DiT: class-conditional diffusion transformers (Peebles and Xie 2022, arXiv:2212.09748) on diffusers' network.
-
-Knows nothing of samplers: the schedule that the network was trained on stands in the card.
-"""
+"""DiT: class-conditional diffusion transformers (Peebles and Xie 2022, arXiv:2212.09748) on diffusers' network."""
 
 from __future__ import annotations
 
@@ -14,56 +11,49 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import nn
 
 from app.cards.card import Card
-from app.errors import CheckpointError, InvalidValue
-from app.families.base import Conditions
+from app.errors import InvalidValue
+from app.families.base import Conditions, Family
 from app.families.text import Read, read_texts
-from app.families.vae import decode, linear_preview, pixels_per_latent
-from app.report import Phase
 from app.request import ClassLabel, Condition
 
 _COPY = re.compile(r"transformer_blocks\.[0-9]+(\.norm1\.emb\..+)")
-"""The name of a tensor of a block's embedders, of which diffusers writes a copy for every block."""
+"""Names of a block's embedders, of which diffusers writes a copy for every block."""
 
 
-class DiT:
+class DiT(Family):
     """A DiT with its VAE. Conditions: `label` int64 [P]. Square, at the size it was trained on."""
 
-    parts: ClassVar[dict[str, tuple[str, ...]]] = {
-        "transformer": ("DiTTransformer2DModel", "Transformer2DModel"),
-        "vae": ("AutoencoderKL",),
-    }
-    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
-    phases: ClassVar[Mapping[Phase, tuple[str, ...]]] = {"encode": (), "denoise": ("transformer",), "decode": ("vae",)}
+    parts: ClassVar = {"transformer": ("DiTTransformer2DModel", "Transformer2DModel"), "vae": ("AutoencoderKL",)}
 
-    def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
-        self.card, self.device, self.dtype = card, torch.device(device), dtype
-        self.network, self.vae = parts["transformer"], parts["vae"]
-        config = self.network.config
-        self.channels: int = config.in_channels
-        self.null_class: int = config.num_embeds_ada_norm
-        self.scale = pixels_per_latent(self.vae)
+    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """As the base class."""
+        super().__init__(card, parts, device, dtype)
+        config, sizes, labels = self.config, card.limits.sizes, len(card.labels)
+        self.patch, self.null_class, self.side = config.patch_size, config.num_embeds_ada_norm, config.sample_size
         self.learned_variance = card.schedule.variance == "learned_range"
-        self._check(config)
+        pixels, outputs = self.side * self.scale, config.out_channels or config.in_channels
+        problems = {
+            f"limits.sizes: this network takes {pixels}x{pixels} only": (sizes.min, sizes.max) != (pixels, pixels),
+            f"the network has {config.in_channels} latent channels, the VAE {self.channels}": self.channels
+            != config.in_channels,
+            f"schedule.variance: the network has {outputs} output channels": outputs != 2 * self.channels
+            and (self.learned_variance or outputs != self.channels),
+            f"{labels} labels, but the network knows {self.null_class} classes": labels > self.null_class,
+        }
+        self._refuse(problems)
         _apply(self.network, card.time_freq_shift, card.norm_eps)
 
     @staticmethod
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
-        """What of the card changes a part itself: cards that differ here cannot share the built part."""
+        """Those of the arithmetic that a card changes in its network."""
         return (card.time_freq_shift, card.norm_eps) if part == "transformer" else ()
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         """(channels, height, width) of the latent; InvalidValue for any but the trained size."""
-        side = self.network.config.sample_size
-        if (width, height) != (side * self.scale, side * self.scale):
-            raise InvalidValue(f"size must be {side * self.scale}x{side * self.scale}", param="size")
-        return self.channels, side, side
-
-    def image_tokens(self, width: int, height: int) -> int:
-        """Number of image tokens."""
-        _, rows, columns = self.latent_shape(width, height)
-        patch: int = self.network.config.patch_size
-        return (rows // patch) * (columns // patch)
+        pixels = self.side * self.scale
+        if (width, height) != (pixels, pixels):
+            raise InvalidValue(f"size must be {pixels}x{pixels}", param="size")
+        return self.channels, self.side, self.side
 
     def opposite(self, condition: Condition) -> Condition:
         """The null class, which is the last row of the label embedding."""
@@ -90,7 +80,7 @@ class DiT:
     def denoise(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [P, C, h, w] float32, t [P] float32 -> (out, frac), both float32 [P, C, h, w].
+        """As the base class.
 
         frac = (v + 1) / 2 of the variance channels v (Nichol and Dhariwal 2021, eq. 15): 0 is the lower bound of the
         log variance, 1 the upper. NOTE: as in the original it is not clamped.
@@ -98,32 +88,6 @@ class DiT:
         out = predict(self.network, x.to(self.dtype), t, conditions["label"]).float()
         frac = (out[:, self.channels :] + 1) / 2 if self.learned_variance else None
         return out[:, : self.channels], frac
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
-        return decode(self.vae, latents)
-
-    def prepare(self) -> None:
-        """Fit the VAE's linear map, once for all models that share it."""
-        linear_preview(self.vae)
-
-    def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
-        return linear_preview(self.vae)(latents)
-
-    def _check(self, config: Any) -> None:
-        file, sizes, labels = self.card.folder / "card.toml", self.card.limits.sizes, len(self.card.labels)
-        pixels = config.sample_size * self.scale
-        if (sizes.min, sizes.max) != (pixels, pixels):
-            raise CheckpointError(f"{file}: limits.sizes: this network takes {pixels}x{pixels} only")
-        if self.vae.config.latent_channels != self.channels:
-            theirs = self.vae.config.latent_channels
-            raise CheckpointError(f"{file}: the network has {self.channels} latent channels, the VAE {theirs}")
-        outputs = config.out_channels or config.in_channels
-        if outputs != 2 * self.channels and (self.learned_variance or outputs != self.channels):
-            raise CheckpointError(f"{file}: schedule.variance: the network has {outputs} output channels")
-        if labels > self.null_class:
-            raise CheckpointError(f"{file}: {labels} labels, but the network knows {self.null_class} classes")
 
 
 class SharedEmbedder(CombinedTimestepLabelEmbeddings):

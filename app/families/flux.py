@@ -1,6 +1,6 @@
 """FLUX.1: rectified flow transformers with a CLIP and a T5 (Black Forest Labs 2024) on diffusers' network.
 
-Knows nothing of samplers: shift, spacing and defaults stand in the card; dev and schnell are cards of this family.
+Dev and schnell are cards of this family.
 """
 
 from __future__ import annotations
@@ -12,71 +12,42 @@ import torch
 from torch.nn.functional import pad
 
 from app.cards.card import Card
-from app.errors import CheckpointError
-from app.families.base import Conditions
-from app.families.text import Read, clip_pooled, prompt_text, read_texts, t5_states, text_encoder, unseen_text
-from app.families.vae import decode, linear_preview, pixels_per_latent
-from app.report import Phase
-from app.request import Condition, Prompt
+from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Family
+from app.families.text import Encoder, Read, clip_pooled, prompt_text, read_texts, t5_states, text_encoder
+from app.request import Condition
 
 PATCH = 2
 """Latent pixels along a side of what is packed into one token."""
 
 
-class Flux:
+class Flux(Family):
     """A FLUX transformer with its VAE and whichever of its two text encoders the checkpoint holds.
 
     Conditions: `text` [P, text_length, joint width] of the T5, `pooled` [P, pooled width] of the CLIP, and where the
     card says `guidance = "embedded"` the engine's `guidance` [P]. An absent encoder is zeros of the same shape.
     """
 
-    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+    parts: ClassVar = {
         "transformer": ("FluxTransformer2DModel",),
         "vae": ("AutoencoderKL",),
         "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
         "text_encoder_2": ("T5EncoderModel",),
-        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-        "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": T5_TOKENIZER,
     }
-    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
-    phases: ClassVar[Mapping[Phase, tuple[str, ...]]] = {
-        "encode": ("text_encoder", "text_encoder_2"),
-        "denoise": ("transformer",),
-        "decode": ("vae",),
-    }
-    learned_variance = False
+    patch = PATCH
 
-    def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
-        self.card, self.device, self.dtype = card, torch.device(device), dtype
-        self.network, self.vae = parts["transformer"], parts["vae"]
-        self.config = self.network.config
-        self.scale = pixels_per_latent(self.vae)
+    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """As the base class."""
+        super().__init__(card, parts, device, dtype)
         self.clip = text_encoder(card, parts, "", clip_pooled)
         self.t5 = text_encoder(card, parts, "_2", t5_states)
         self.embedded = card.guidance == "embedded"
         self._check()
 
-    @staticmethod
-    def traits(card: Card, part: str) -> tuple[float | None, ...]:
-        """Nothing of the card changes a part itself."""
-        return ()
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, height, width) of the latent of an image of width x height pixels, unpacked."""
-        return self.vae.config.latent_channels, height // self.scale, width // self.scale
-
-    def image_tokens(self, width: int, height: int) -> int:
-        """Number of packed tokens, of which the dynamic shift is a function (calculate_shift of pipeline_flux.py)."""
-        return (height // self._cell()) * (width // self._cell())
-
-    def opposite(self, condition: Condition) -> Condition:
-        """The negative prompt, as a prompt."""
-        return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
-
-    def truncated(self, condition: Condition, text_length: int) -> str | None:
-        """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
-        return unseen_text([(self.t5, text_length), (self.clip, self.card.text.clip)], prompt_text(condition))
+    def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
+        """The T5 and the CLIP."""
+        return [(self.t5, text_length), (self.clip, self.card.text.clip)]
 
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
@@ -99,7 +70,7 @@ class Flux:
     def denoise(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [P, C, h, w] float32, t [P] float32 (0..1000) -> (out float32 [P, C, h, w], None).
+        """As the base class.
 
         NOTE: the network multiplies t / 1000 by 1000 again, in its own number format: in bfloat16 857.14 becomes 856,
         and a guidance of 3.5 is 3504 for 3500. The authors' own code rounds exactly so (sampling.py and layers.py of
@@ -119,34 +90,18 @@ class Flux:
         )[0]
         return unpack(out.float(), height, width), None
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
-        return decode(self.vae, latents)
-
-    def prepare(self) -> None:
-        """Fit the VAE's linear map, once for all models that share it."""
-        linear_preview(self.vae)
-
-    def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
-        return linear_preview(self.vae)(latents)
-
     def _blanks(self, count: int, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Zeros for (text, pooled), which stand for an absent encoder's."""
         joint, pooled = self.config.joint_attention_dim, self.config.pooled_projection_dim
         return self._zeros(count, text_length, joint), self._zeros(count, pooled)
 
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
-
     def _check(self) -> None:
-        file, config, sizes = self.card.folder / "card.toml", self.config, self.card.limits.sizes
+        config = self.config
         clip, t5 = (pair[0].config if pair else None for pair in (self.clip, self.t5))
-        channels, packed = PATCH**2 * self.vae.config.latent_channels, (config.in_channels, self.network.out_channels)
+        channels, packed = PATCH**2 * self.channels, (config.in_channels, self.network.out_channels)
         wants = "embedded" if config.guidance_embeds else "cfg"
         problems = {
-            "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % self._cell(),
-            "limits.sizes.min: not a multiple of the network's patches": sizes.min % self._cell(),
+            **self._size_problems(),
             f'guidance: this is a network for "{wants}": its guidance_embeds is {config.guidance_embeds}': wants
             != self.card.guidance,
             "the network's channels are not the VAE's, packed": packed != (channels, channels),
@@ -160,12 +115,7 @@ class Flux:
             and self.card.text.clip > clip.max_position_embeddings,
             "the T5 is not as wide as the network": t5 and t5.d_model != config.joint_attention_dim,
         }
-        for problem, found in problems.items():
-            if found:
-                raise CheckpointError(f"{file}: {problem}")
-
-    def _cell(self) -> int:
-        return PATCH * self.scale
+        self._refuse(problems)
 
 
 def _turns(axes: Any, width: int) -> bool:

@@ -1,7 +1,4 @@
-"""SD3: MMDiT networks with two CLIPs and a T5 (Esser et al. 2024, arXiv:2403.03206) on diffusers' network.
-
-Knows nothing of samplers: shift, spacing and defaults stand in the card; a turbo is a card of this family.
-"""
+"""SD3: MMDiT networks with two CLIPs and a T5 (Esser et al. 2024, arXiv:2403.03206) on diffusers' network."""
 
 from __future__ import annotations
 
@@ -13,16 +10,13 @@ import torch
 from torch.nn.functional import pad
 
 from app.cards.card import Card
-from app.errors import CheckpointError
-from app.families.base import Conditions
+from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Family
 from app.families.compiling import as_written
-from app.families.text import Read, clip_states, prompt_text, read_texts, t5_states, text_encoder, unseen_text
-from app.families.vae import decode, linear_preview, pixels_per_latent
-from app.report import Phase
-from app.request import Condition, Prompt
+from app.families.text import Encoder, Read, clip_states, prompt_text, read_texts, t5_states, text_encoder
+from app.request import Condition
 
 
-class SD3:
+class SD3(Family):
     """An MMDiT with its VAE and whichever of its three text encoders the checkpoint holds.
 
     Conditions: `text` [P, card.text.clip + text_length, joint width], `pooled` [P, pooled width].
@@ -31,57 +25,29 @@ class SD3:
     it is in both of SD3's CLIPs. (diffusers cannot leave out a CLIP; ComfyUI fills in the same zeros.)
     """
 
-    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+    parts: ClassVar = {
         "transformer": ("SD3Transformer2DModel",),
         "vae": ("AutoencoderKL",),
         "text_encoder": ("CLIPTextModelWithProjection",),
         "text_encoder_2": ("CLIPTextModelWithProjection",),
         "text_encoder_3": ("T5EncoderModel",),
-        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-        "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-        "tokenizer_3": ("T5Tokenizer", "T5TokenizerFast"),
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": CLIP_TOKENIZER,
+        "tokenizer_3": T5_TOKENIZER,
     }
-    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
-    phases: ClassVar[Mapping[Phase, tuple[str, ...]]] = {
-        "encode": ("text_encoder", "text_encoder_2", "text_encoder_3"),
-        "denoise": ("transformer",),
-        "decode": ("vae",),
-    }
-    learned_variance = False
 
-    def __init__(self, card: Card, parts: dict[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
-        self.card, self.device, self.dtype = card, torch.device(device), dtype
-        self.network, self.vae = parts["transformer"], parts["vae"]
-        self.config = self.network.config
-        self.scale = pixels_per_latent(self.vae)
+    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+        """As the base class."""
+        super().__init__(card, parts, device, dtype)
+        self.patch: int = self.config.patch_size
         self.clips = text_encoder(card, parts, "", clip_states), text_encoder(card, parts, "_2", clip_states)
         self.t5 = text_encoder(card, parts, "_3", t5_states)
         self.shares = self._clip_shares()
         self._check()
 
-    @staticmethod
-    def traits(card: Card, part: str) -> tuple[float | None, ...]:
-        """Nothing of the card changes a part itself."""
-        return ()
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, height, width) of the latent of an image of width x height pixels."""
-        return self.config.in_channels, height // self.scale, width // self.scale
-
-    def image_tokens(self, width: int, height: int) -> int:
-        """Number of image tokens."""
-        cell = self.scale * self.config.patch_size
-        return int((height // cell) * (width // cell))
-
-    def opposite(self, condition: Condition) -> Condition:
-        """The negative prompt, as a prompt."""
-        return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
-
-    def truncated(self, condition: Condition, text_length: int) -> str | None:
-        """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
-        encoders = [*((clip, self.card.text.clip) for clip in self.clips), (self.t5, text_length)]
-        return unseen_text(encoders, prompt_text(condition))
+    def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
+        """Both CLIPs and the T5."""
+        return [*((clip, self.card.text.clip) for clip in self.clips), (self.t5, text_length)]
 
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
@@ -111,7 +77,7 @@ class SD3:
     def denoise(
         self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x [P, C, h, w] float32, t [P] float32 (0..1000) -> (out float32 [P, C, h, w], None)."""
+        """As the base class; passes in the engine's `skip` [P] leave out the card's skip layers."""
         with self._skipping(conditions.get("skip")):
             out = self.network(
                 hidden_states=x.to(self.dtype),
@@ -121,18 +87,6 @@ class SD3:
                 return_dict=False,
             )[0]
         return out.float(), None
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]."""
-        return decode(self.vae, latents)
-
-    def prepare(self) -> None:
-        """Fit the VAE's linear map, once for all models that share it."""
-        linear_preview(self.vae)
-
-    def preview(self, latents: torch.Tensor) -> torch.Tensor:
-        """predicted clean latents [B, C, h, w] float32 -> uint8 [B, H, W, 3], by the decoder's nearest linear map."""
-        return linear_preview(self.vae)(latents)
 
     @contextmanager
     def _skipping(self, skips: torch.Tensor | None) -> Iterator[None]:
@@ -157,9 +111,6 @@ class SD3:
             for hook in hooks:
                 hook.remove()
 
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
-
     def _clip_shares(self) -> list[tuple[int, int]]:
         """(hidden width, pooled width) of each CLIP; an absent one gets what the present one leaves of the pooled."""
         held = [(c[0].config.hidden_size, c[0].config.projection_dim) if c else None for c in self.clips]
@@ -171,11 +122,11 @@ class SD3:
         return shares
 
     def _check(self) -> None:
-        file, config, sizes = self.card.folder / "card.toml", self.config, self.card.limits.sizes
+        config, skipped = self.config, self.card.skip_layer_guidance
         problems = {
-            "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % self._cell(),
-            "limits.sizes.min: not a multiple of the network's patches": sizes.min % self._cell(),
-            "limits.sizes.max: over the network's position table": sizes.max > self._cell() * config.pos_embed_max_size,
+            **self._size_problems(),
+            "limits.sizes.max: over the network's position table": self.card.limits.sizes.max
+            > self.scale * self.patch * config.pos_embed_max_size,
             "the CLIPs' pooled widths are not the network's": sum(s[1] for s in self.shares)
             != config.pooled_projection_dim,
             "the CLIPs are wider than the network": sum(s[0] for s in self.shares) > config.joint_attention_dim,
@@ -183,16 +134,8 @@ class SD3:
             "text.clip: longer than the CLIPs' position tables": any(
                 self.card.text.clip > clip[0].config.max_position_embeddings for clip in self.clips if clip
             ),
-            "the VAE has another number of latent channels": self.vae.config.latent_channels != config.in_channels,
-            "skip_layer_guidance.layers: the network has not these blocks, or one is its last": self._last_skipped()
-            >= config.num_layers - 1,
+            "the VAE has another number of latent channels": self.channels != config.in_channels,
+            "skip_layer_guidance.layers: the network has not these blocks, or one is its last": skipped
+            and max(skipped.layers) >= config.num_layers - 1,
         }
-        for problem, found in problems.items():
-            if found:
-                raise CheckpointError(f"{file}: {problem}")
-
-    def _last_skipped(self) -> int:
-        return max(self.card.skip_layer_guidance.layers) if self.card.skip_layer_guidance else -1
-
-    def _cell(self) -> int:
-        return int(self.scale * self.config.patch_size)
+        self._refuse(problems)

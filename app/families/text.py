@@ -1,6 +1,6 @@
 """Text: prompts to embeddings, padded as diffusers pads them, each different text once.
 
-Knows nothing of how a network joins the encoders' outputs (sd3.py, flux.py), or of what is kept (engine/encodings.py).
+How a network joins the encoders' outputs is in sd3.py and flux.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from app.request import Condition, Prompt
 
 State = dict[str, torch.Tensor]
 States = tuple[torch.Tensor, ...]
-"""What an encoder gives for B texts: tensors [B, ...]."""
+"""The outputs of an encoder for B texts: tensors [B, ...]."""
 
 
 class Encoder(NamedTuple):
-    """A text encoder, its tokenizer, and which of its outputs a network takes. Two are equal if all three are the same
-    objects: then they give the same for the same text, whichever model they are part of."""
+    """A text encoder, its tokenizer, and the function that picks its outputs for a network.
+
+    Two are equal if all three are the same objects: then their outputs for a text are equal, in whichever model.
+    """
 
     network: Any
     tokenizer: Any
@@ -29,7 +31,7 @@ class Encoder(NamedTuple):
 
 
 Read = Callable[[Encoder, Sequence[str], int, int | None], States]
-"""How a family gets what an encoder gives: `read_texts`, or one that keeps what it gave (engine/encodings.py)."""
+"""How a family gets an encoder's outputs: `read_texts`, or a cache in front of it."""
 
 
 def clip_keys(state: State, expected: Mapping[str, object]) -> State:
@@ -58,21 +60,19 @@ def t5_keys(state: State, expected: Mapping[str, object]) -> State:
 
 
 def read_texts(encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
-    """What the encoder gives for each of `texts`, padded to `length` tokens; each different text is encoded once.
+    """The encoder's outputs for each of `texts`, padded to `length` tokens; each different text is encoded once.
 
     batch: run forwards of exactly this many texts (the last filled up by repeating), or None for one forward of all.
     """
     unique = list(dict.fromkeys(texts))
     size = batch or len(unique)
     chunks = [unique[start : start + size] for start in range(0, len(unique), size)]
-    outputs = [_forward(encoder, chunk + chunk[-1:] * (size - len(chunk)), length) for chunk in chunks]
+    outputs = []
+    for chunk in chunks:
+        ids = token_ids(encoder.tokenizer, chunk + chunk[-1:] * (size - len(chunk)), length)
+        outputs.append(encoder.states(encoder.network, ids.to(encoder.network.device)))
     rows = torch.tensor([unique.index(text) for text in texts])
     return tuple(torch.cat(part)[rows.to(part[0].device)] for part in zip(*outputs, strict=True))
-
-
-def _forward(encoder: Encoder, texts: list[str], length: int) -> States:
-    ids = token_ids(encoder.tokenizer, texts, length)
-    return encoder.states(encoder.network, ids.to(encoder.network.device))
 
 
 def clip_states(network: Any, ids: torch.Tensor) -> States:
@@ -113,7 +113,7 @@ def unseen_text(encoders: Iterable[tuple[Encoder | None, int]], text: str) -> st
 
 
 def text_encoder(
-    card: Card, parts: dict[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
+    card: Card, parts: Mapping[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
 ) -> Encoder | None:
     """`text_encoder` + suffix with its tokenizer, None if it is absent. Raises CheckpointError: no tokenizer."""
     network, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")

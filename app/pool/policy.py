@@ -1,4 +1,4 @@
-"""Policy: which weights should be on the device, and what the loader does next; plain Python, without tensors."""
+"""Policy: which weights should be on the device, and what the loader does next; plain Python, no tensors."""
 
 from __future__ import annotations
 
@@ -98,10 +98,11 @@ class Model:
 
 
 class Policy:
-    """The models, what is wanted of them, and the changes not reported yet.
+    """The models, what is wanted of them, and the changes not reported yet. A method with an id raises ModelNotFound.
 
-    Callers hold the store's lock, which is notified when there may be work. blocked: the first need that is not met
-    waits for something leased or kept. broken: the error that ended the loader, if one did.
+    `want`, `unload`, `need` and `poll` are thread-safe; callers of the others hold `lock`, which is notified when there
+    may be work. blocked: the first need that is not met waits for something leased or kept. broken: the error that
+    ended the loader, if one did.
     """
 
     def __init__(self, models: Iterable[str], device: str, store: Store, clock: Callable[[], float]) -> None:
@@ -118,45 +119,61 @@ class Policy:
         self._fresh = True
 
     def model(self, model_id: str) -> Model:
-        """Raises ModelNotFound."""
         try:
             return self.models[model_id]
         except KeyError:
             raise ModelNotFound(f'no model "{model_id}"', param="model") from None
 
     def want(self, model_id: str) -> None:
-        """Begin a load if absent or failed long enough ago; a model that has lost parts of it gets them back."""
-        model = self.model(model_id)
-        self._dropped.discard(model_id)
-        retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
-        robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
-        if model.state == "absent" or retry:
-            model.error, model.spent = None, 0.0
-            self.change(model_id, "loading")
-        elif not robbed or model_id in self._loads:
-            return
-        self._loads.append(model_id)
-        self.lock.notify()
+        """Start loading in the background if absent, or if the last load failed over 30 s ago.
+
+        A model that has lost parts of it gets them back.
+        """
+        with self.lock:
+            model = self.model(model_id)
+            self._dropped.discard(model_id)
+            retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
+            robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
+            if model.state == "absent" or retry:
+                model.error, model.spent = None, 0.0
+                self.change(model_id, "loading")
+            elif not robbed or model_id in self._loads:
+                return
+            self._loads.append(model_id)
+            self.lock.notify()
 
     def unload(self, model_id: str) -> None:
-        """Drop the model as soon as nobody leases it."""
-        if self.model(model_id).state == "loading":
-            self.end_load(model_id)
-            self.change(model_id, "absent")
-        self._dropped.add(model_id)
-        self._needs = ()  # rows that wait for it ask again
-        self.lock.notify()
+        """Take the model off the device and out of host memory, once nobody leases it."""
+        with self.lock:
+            if self.model(model_id).state == "loading":
+                self.end_load(model_id)
+                self.change(model_id, "absent")
+            self._dropped.add(model_id)
+            self._needs = ()  # rows that wait for it ask again
+            self.lock.notify()
 
-    def need(self, needs: Sequence[Need], kept: Collection[str]) -> None:
-        """Replace what rows waited for until now."""
-        if self._fresh and list(needs) == list(self._needs) and set(kept) == set(self._kept):
-            return
-        self._needs, self._kept, self._fresh = needs, kept, True
-        for need in needs:
-            self._dropped.discard(need.model)
-            if self.model(need.model).state == "absent":
-                self.want(need.model)
-        self.lock.notify()
+    def need(self, needs: Sequence[Need], kept: Collection[str] = ()) -> None:
+        """Replace what rows wait for, most urgent first. kept: models whose parts stay, except for urgent needs.
+
+        Rows that waited must lease what came before the next call: until then nothing else moves.
+        """
+        with self.lock:
+            if self._fresh and list(needs) == list(self._needs) and set(kept) == set(self._kept):
+                return
+            self._needs, self._kept, self._fresh = needs, kept, True
+            for need in needs:
+                self._dropped.discard(need.model)
+                if self.model(need.model).state == "absent":
+                    self.want(need.model)
+            self.lock.notify()
+
+    def poll(self) -> list[Change]:
+        """The changes since the last call, in order. Raises the error that ended the loader: a device that is lost."""
+        with self.lock:
+            if self.broken:
+                raise self.broken
+            changes, self.changes = self.changes, []
+        return changes
 
     def next(self) -> Job | None:
         """The loader's next job; None when there is nothing to do, or what must stay stands in the way."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 from app.errors import InstepError, NoWorker
 from app.report import Memory, ModelState, Report, Result, Tick
+from app.request import Request
 from app.worker import wire
 from app.worker.admission import Backlog
 from app.worker.heartbeat import Pulse
@@ -81,16 +82,16 @@ class Child:
         """The process's id; 0 while there is none."""
         return self._process.pid if self._process else 0
 
-    def send(self, order: wire.Order) -> None:
-        """Queue an order for the live process; without one it goes nowhere."""
+    def call(self, method: wire.Method, argument: Request | str) -> None:
+        """Call a method of the engine in the live process; without one it goes nowhere."""
         if self.live:
-            self._write(order)
+            self._write(wire.Call(method, argument))
 
     def take(self, job: Job) -> None:
         """This request goes here."""
         self.jobs[job.request.id] = job
         self.backlog.add(job.kind, job.images_left, job.request.delivery.weight)
-        self.send(wire.Submit(job.request))
+        self.call("submit", job.request)
 
     def answer(self, job: Job, result: Result) -> None:
         """One image of this request is done."""
@@ -115,7 +116,7 @@ class Child:
         if not self._task or not self._greeted:
             return
         if process := self._process:
-            self._write(wire.Stop(drain=False))
+            self._write(wire.Call("stop", False))
             if not await _gone(process, _EXIT):
                 log.warning("engine process %d did not stop when asked: killed", process.pid)
                 self._kill(process)

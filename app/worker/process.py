@@ -104,21 +104,11 @@ class Ends:
         os._exit(0)
 
     def _obey(self, order: wire.Order) -> None:
-        if not self._attached.is_set() and isinstance(order, wire.Stop):
+        assert isinstance(order, wire.Call), "Start comes once"
+        if order.method == "stop" and not self._attached.is_set():
             os._exit(0)
         self._attached.wait()
-        assert self._engine is not None
-        match order:
-            case wire.Submit(request):
-                self._engine.submit(request)
-            case wire.Cancel(request_id):
-                self._engine.cancel(request_id)
-            case wire.Load(model_id):
-                self._engine.load(model_id)
-            case wire.Unload(model_id):
-                self._engine.unload(model_id)
-            case wire.Stop(drain):
-                self._engine.stop(drain)
+        getattr(self._engine, order.method)(order.argument)
 
     def _send(self) -> None:
         try:

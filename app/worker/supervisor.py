@@ -170,15 +170,16 @@ class Supervisor:
 
     def load(self, model_id: str) -> None:
         """Begin to load this model on every live worker. Raises ModelNotFound."""
-        self._order(wire.Load(self._card(model_id).id))
+        self._call("load", model_id)
 
     def unload(self, model_id: str) -> None:
         """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
-        self._order(wire.Unload(self._card(model_id).id))
+        self._call("unload", model_id)
 
-    def _order(self, order: wire.Order) -> None:
+    def _call(self, method: wire.Method, model_id: str) -> None:
+        model = self._card(model_id).id
         for child in self._children:
-            child.send(order)
+            child.call(method, model)
 
     def _card(self, model_id: str) -> Card:
         if model_id not in self._cards:
@@ -229,7 +230,7 @@ class Supervisor:
         self._jobs.pop(job.request.id, None)
         child.drop(job)
         if job.future.cancelled():
-            child.send(wire.Cancel(job.request.id))
+            child.call("cancel", job.request.id)
         else:
             job.future.exception()
 

@@ -10,7 +10,7 @@ import pickle
 import socket
 import struct
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from app.cards.card import Card
 from app.errors import InstepError
@@ -30,63 +30,39 @@ class WireError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """First order to a worker: everything it needs to build its pool and engine."""
+    """First order to a worker: everything that it needs to build its pool and engine."""
 
     settings: Settings
     cards: dict[str, Card]
     device: str
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Begin this request; a Result for each image or one Failure answers it."""
-
-    request: Request
+Method = Literal["submit", "cancel", "load", "unload", "stop"]
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
-    """Drop this request at the next step boundary; unknown or finished ids are ignored."""
+class Call:
+    """An order: a method of the engine, and its one argument. Its answers are Reports."""
 
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Begin to load this model; ModelState tells how it goes."""
-
-    model_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    """Take this model off the device once no request holds it; ModelState tells when it is gone."""
-
-    model_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End the process; `drain` finishes what was submitted first."""
-
-    drain: bool
+    method: Method
+    argument: Request | str | bool
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First word of a worker that is able to work: device, pool and engine stand. No model need be loaded."""
+    """First word of a worker whose device, pool and engine are there; models may not be."""
 
     pid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Only word of a worker that cannot work with what Start said; it ends after this."""
+    """Only word of a worker that cannot work with its Start; it ends after this."""
 
     error: InstepError
 
 
-Order = Start | Submit | Cancel | Load | Unload | Stop
+Order = Start | Call
 Word = Hello | Refusal | Report
 
 

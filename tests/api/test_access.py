@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.conftest import ALICE, BOB, Server, bearer, generate
+from tests.parts.servers import ALICE, BOB, Server, bearer, generate
+from tests.parts.waiting import eventually
 
 
 def lines(caplog: pytest.LogCaptureFixture, count: int = 0) -> list[dict[str, Any]]:
@@ -30,10 +31,7 @@ def log(caplog: pytest.LogCaptureFixture, url: str) -> pytest.LogCaptureFixture:
     """Without what the tests before this one have yet to say: their lines may come after their answers."""
     caplog.set_level(logging.INFO, logger="instep.access")
     httpx.get(f"{url}/v1/models", headers={"X-Request-ID": "last"})
-    until = time.monotonic() + 5
-    while all(line["request_id"] != "last" for line in lines(caplog)):
-        assert time.monotonic() < until, "the line of the last request does not come"
-        time.sleep(0.005)
+    eventually(lambda: any(line["request_id"] == "last" for line in lines(caplog)), 5)
     caplog.clear()
     return caplog
 

@@ -13,8 +13,9 @@ import openai
 import pytest
 
 from app.settings import Settings
-from tests.api.conftest import Server, bearer, eventually, generate
-from tests.fake_worker import RATE
+from tests.parts.fake_worker import RATE
+from tests.parts.servers import Server, bearer, generate
+from tests.parts.waiting import eventually
 
 FLOOD, SMALL = ("sk-flood-0123456789", "sk-small-0123456789")
 TIMEOUT = "x-stainless-read-timeout"
@@ -27,11 +28,8 @@ def narrow(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iter
     file = tmp_path_factory.mktemp("keys") / "keys.toml"
     file.write_text(f'[keys.small]\nkey = "{SMALL}"\nqueue = {100 * RATE}\npriority = 2\n', encoding="utf-8")
     changes = {"api_keys": f"flood={FLOOD}", "api_keys_file": str(file), "max_wait": 500 * RATE}
-    server = Server(settings.model_copy(update=changes))
-    base = server.start()
-    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
-    yield server
-    server.stop()
+    with Server(settings.model_copy(update=changes)) as server:
+        yield server.ready()
 
 
 def ask(server: Server, key: str, **body: object) -> httpx.Response:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from app.api.reading import BODY_LIMIT
-from tests.api.conftest import generate
+from tests.parts.servers import generate
 
 PATH = "/v1/images/generations"
 DEEP = b"[" * 4000 + b"]" * 4000

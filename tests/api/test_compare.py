@@ -21,12 +21,14 @@ from app.jobs.presets import PRESETS
 from app.jobs.shapes import CompareReply
 from app.request import ClassLabel, Prompt
 from app.settings import Settings
-from tests.api.conftest import ALICE, BOB, LABEL, LABELS, TEXT, Server, bearer, eventually
 from tests.api.test_access import lines
-from tests.fake_worker import colour
-from tests.pictures import TYPE, properties
-from tests.tiny import write_json
-from tests.tiny_parts import write_vae
+from tests.parts.cards import LABEL, LABELS, TEXT
+from tests.parts.fake_worker import colour
+from tests.parts.pictures import TYPE, properties
+from tests.parts.servers import ALICE, BOB, Server, bearer
+from tests.parts.tiny import write_json
+from tests.parts.tiny_parts import write_vae
+from tests.parts.waiting import eventually
 
 CARDS = {
     "tiny-text": TEXT,
@@ -51,11 +53,8 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     file = folder.parent / "keys.toml"
     file.write_text(f'[keys.bob]\nkey = "{BOB}"\nmodels = ["tiny-label"]\n', encoding="utf-8")
     keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(file)}
-    server = Server(Settings(models=folder, devices="cpu", preload="all", port=0, drain=5, max_wait=20, **keys))
-    base = server.start()
-    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
-    yield server
-    server.stop()
+    with Server(Settings(models=folder, devices="cpu", preload="all", port=0, drain=5, max_wait=20, **keys)) as server:
+        yield server.ready()
 
 
 @pytest.fixture(scope="module")

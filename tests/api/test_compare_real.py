@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,8 +14,7 @@ import pytest
 from PIL import Image
 
 from app.jobs.presets import PRESETS
-from tests.api.conftest import generate, real_server
-from tests.tiny import write_models
+from tests.parts.servers import generate, real_server
 
 pytestmark = pytest.mark.slow
 
@@ -22,12 +22,9 @@ HAIRLINE = (0xE4, 0xE4, 0xE4)
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def real(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a server with the real worker and the tiny models."""
-    folder = tmp_path_factory.mktemp("compare-real")
-    write_models(folder / "models")
-    places = {"models": folder / "models", "cache": folder / "cache"}
-    with real_server(**places) as http:
+    with real_server(models=tiny, cache=tmp_path_factory.mktemp("compare-real")) as http:
         yield http
 
 

@@ -18,8 +18,9 @@ from app.errors import SettingsError
 from app.main import create_app
 from app.settings import Settings
 from tests.api.browser import look
-from tests.api.conftest import ADMIN, ALICE, Server, bearer, eventually
-from tests.wires import connect, heard
+from tests.parts.servers import ADMIN, ALICE, Server, bearer
+from tests.parts.waiting import eventually
+from tests.parts.wires import connect, heard
 
 ORIGIN, FOREIGN = "https://app.example", "https://evil.example"
 IMAGES = "/v1/images/generations"
@@ -32,11 +33,8 @@ def serving(settings: Settings, folder: Path, **more: object) -> Iterator[Server
     """A server with keys and these settings, ready."""
     (folder / "keys.toml").write_text(f'[keys.small]\nkey = "{SMALL}"\nqueue = 0.000001\n', encoding="utf-8")
     keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(folder / "keys.toml"), "admin_key": ADMIN}
-    server = Server(settings.model_copy(update={**keys, **more}))
-    base = server.start()
-    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
-    yield server
-    server.stop()
+    with Server(settings.model_copy(update={**keys, **more})) as server:
+        yield server.ready()
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from app.request import Prompt
-from tests.api.conftest import Server, eventually
 from tests.api.test_images import corner, opened
-from tests.fake_worker import colour
+from tests.parts.fake_worker import colour
+from tests.parts.servers import Server
+from tests.parts.waiting import eventually
 
 CLIENTS, ROUNDS = 64, 3
 

@@ -11,7 +11,7 @@ import pytest
 
 from app.api import docs
 from tests.api.browser import look
-from tests.api.conftest import ALICE, Server, bearer
+from tests.parts.servers import ALICE, Server, bearer
 
 FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "start.js": "text/javascript"}
 

@@ -11,9 +11,9 @@ import httpx
 import openai
 import pytest
 
-from tests.api.conftest import generate, real_server
-from tests.tiny import write_dit, write_flux, write_sd3
-from tests.tiny_parts import spoil
+from tests.parts.servers import generate, real_server
+from tests.parts.tiny import write_dit, write_flux, write_sd3
+from tests.parts.tiny_parts import spoil
 
 pytestmark = pytest.mark.slow
 

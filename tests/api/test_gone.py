@@ -12,9 +12,10 @@ import time
 import httpx
 import pytest
 
-from tests.api.conftest import Server, eventually, generate
 from tests.api.test_access import lines
-from tests.wires import connect
+from tests.parts.servers import Server, generate
+from tests.parts.waiting import eventually
+from tests.parts.wires import connect
 
 
 def cancelled(http: httpx.Client, model: str = "tiny-text") -> float:

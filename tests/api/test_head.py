@@ -7,9 +7,9 @@ import json
 import httpx
 import pytest
 
-from tests.api.conftest import ALICE, BOB, Server, bearer
 from tests.api.test_access import lines, log  # noqa: F401
-from tests.wires import answer, connect
+from tests.parts.servers import ALICE, BOB, Server, bearer
+from tests.parts.wires import answer, connect
 
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 PATHS = (

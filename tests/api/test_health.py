@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from app.metrics import CONTENT_TYPE
-from tests.api.conftest import generate
+from tests.parts.servers import generate
 
 BASIC = (
     "num_requests_running",

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli.commands import app
-from tests.api.conftest import generate, real_server
-from tests.tiny import write_dit, write_sd3
+from tests.parts.servers import generate, real_server
+from tests.parts.tiny import write_dit, write_sd3
 
 OTTER = {"prompt": "A cute baby sea otter"}
 

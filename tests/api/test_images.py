@@ -16,8 +16,9 @@ from PIL import Image
 
 from app.imaging import LONGEST
 from app.request import ClassLabel, Prompt
-from tests.api.conftest import Server, eventually, generate
-from tests.fake_worker import colour
+from tests.parts.fake_worker import colour
+from tests.parts.servers import Server, generate
+from tests.parts.waiting import eventually
 
 
 @pytest.fixture(scope="module")

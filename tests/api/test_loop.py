@@ -28,8 +28,9 @@ from app.cards.catalog import COMPARED, did_you_mean
 from app.jobs.fields import LONGEST, MOST
 from app.main import SWITCH
 from app.settings import Settings
-from tests.api.conftest import FAKE, Server, generate
-from tests.wires import connect
+from tests.parts.servers import Server, generate
+from tests.parts.wires import connect
+from tests.parts.workers import FAKE
 
 SURROGATE = "\ud800"
 CROWD = 20
@@ -260,17 +261,16 @@ def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pyte
 @pytest.mark.slow
 def test_health_is_answered_while_a_crowd_pipelines() -> None:
     """The document of all shipped cards; ten times what `python -m tests.bench.loop` finds."""
-    server = Server(Settings(models=MODELS, devices="cpu", port=0, drain=0, connections_per_address=0))
-    url = server.start()
-    stop, ask = threading.Event(), b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 10
+    with Server(Settings(models=MODELS, devices="cpu", port=0, drain=0, connections_per_address=0)) as server:
+        url = server.url
+        stop, ask = threading.Event(), b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 10
 
-    def client(_: int) -> None:
-        with connect(url) as wire, suppress(OSError):
-            while not stop.is_set():
-                wire.sendall(ask)
-                wire.recv(1_000_000)
+        def client(_: int) -> None:
+            with connect(url) as wire, suppress(OSError):
+                while not stop.is_set():
+                    wire.sendall(ask)
+                    wire.recv(1_000_000)
 
-    try:
         with ThreadPoolExecutor(100) as pool, httpx.Client(base_url=url, timeout=30) as http:
             for number in range(100):
                 pool.submit(client, number)
@@ -282,5 +282,3 @@ def test_health_is_answered_while_a_crowd_pipelines() -> None:
                 waits.append(time.perf_counter() - begun)
             stop.set()
         assert sorted(waits)[4] < 0.5, waits
-    finally:
-        server.stop()

@@ -17,7 +17,9 @@ from app.cards.card import read_card, read_cards
 from app.cards.catalog import Registry
 from app.errors import CardError, SettingsError
 from app.settings import Settings
-from tests.api.conftest import ADMIN, ALICE, BOB, TEXT, Server, bearer, eventually, generate
+from tests.parts.cards import TEXT
+from tests.parts.servers import ADMIN, ALICE, BOB, Server, bearer, generate
+from tests.parts.waiting import eventually
 
 SLASHED = "Lab/Tiny-1.0"
 ALIASES = f"{SLASHED}=tiny-text, dall-e-3=gpt-image-1,lab/labels/v2=tiny-label"
@@ -31,11 +33,8 @@ def named(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Itera
     file = tmp_path_factory.mktemp("named") / "keys.toml"
     file.write_text(f'[keys.bob]\nkey = "{BOB}"\nmodels = ["lab/labels/v2"]\n', encoding="utf-8")
     keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(file), "admin_key": ADMIN}
-    server = Server(settings.model_copy(update={"alias": ALIASES, **keys}))
-    base = server.start()
-    eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
-    yield server
-    server.stop()
+    with Server(settings.model_copy(update={"alias": ALIASES, **keys})) as server:
+        yield server.ready()
 
 
 @pytest.fixture(scope="module")
@@ -170,17 +169,12 @@ def test_the_settings_for_open_webui_work(settings: Settings) -> None:
     alias, _, model = flag.partition("=")
     assert alias == values["IMAGE_GENERATION_MODEL"] and alias in read_cards(root / "models", flag)[model].aliases
     assert urlsplit(values["IMAGES_OPENAI_API_BASE_URL"]).port == Settings.model_fields["port"].default
-    server = Server(settings.model_copy(update={"alias": "gpt-image-1.5=tiny-text"}))
-    base = server.start()
-    try:
-        eventually(lambda: httpx.get(f"{base}/readyz").status_code == 200)
-        url = f"{base}{urlsplit(values['IMAGES_OPENAI_API_BASE_URL']).path}/images/generations"
+    with Server(settings.model_copy(update={"alias": "gpt-image-1.5=tiny-text"})) as server:
+        url = f"{server.ready().url}{urlsplit(values['IMAGES_OPENAI_API_BASE_URL']).path}/images/generations"
         for name in (alias, "gpt-image-1.5"):
             body = {"model": name, "prompt": "a", "n": 1, "size": values["IMAGE_SIZE"]}
             (image,) = httpx.post(url, json=body, headers=bearer("any")).json()["data"]
             assert image["b64_json"] and not image.get("url")
-    finally:
-        server.stop()
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from app.api.openapi import body_schema
 from app.cards.card import Card, Sizes, read_cards
 from app.cards.catalog import Registry
 from app.settings import Settings
-from tests.api.conftest import ADMIN, ALICE, BOB, Server, bearer, generate
-from tests.api.test_schemas import TEXT_ERRORS
+from tests.jobs.test_body import TEXT_ERRORS
+from tests.parts.servers import ADMIN, ALICE, BOB, Server, bearer, generate
 
 
 @pytest.fixture

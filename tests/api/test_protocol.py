@@ -13,8 +13,10 @@ import pytest
 from app.api import guard
 from app.api.guard import HEADERS
 from app.settings import Settings
-from tests.api.conftest import Server, eventually, write_cards
-from tests.wires import GET, PAUSE, answer, asked, connect, dripped, heard, refusal
+from tests.parts.cards import write_cards
+from tests.parts.servers import Server
+from tests.parts.waiting import eventually
+from tests.parts.wires import GET, PAUSE, answer, asked, connect, dripped, heard, refusal
 
 SECONDS = 0.5
 POST = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
@@ -29,10 +31,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def server(settings: Settings) -> Iterator[Server]:
     """One with a small deadline."""
-    server = Server(settings.model_copy(update={"request_timeout": SECONDS}))
-    server.start()
-    yield server
-    server.stop()
+    with Server(settings.model_copy(update={"request_timeout": SECONDS})) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from app.api.guard import Door, Guarded
 from app.settings import Settings
-from tests.api.conftest import eventually
-from tests.wires import GET, connect, heard
+from tests.parts.waiting import eventually
+from tests.parts.wires import GET, connect, heard
 
 SECONDS = 0.5
 PLENTY = 64 * 1024 * 1024

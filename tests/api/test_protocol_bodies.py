@@ -12,8 +12,10 @@ import pytest
 
 from app.api import guard
 from app.settings import Settings
-from tests.api.conftest import ALICE, Server, eventually, write_cards
-from tests.wires import asked, connect, heard, refusal
+from tests.parts.cards import write_cards
+from tests.parts.servers import ALICE, Server
+from tests.parts.waiting import eventually
+from tests.parts.wires import asked, connect, heard, refusal
 
 IMAGES = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"
 SMUGGLED = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -25,12 +27,11 @@ CHUNKED = b"0\r\n\r\n"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With a key, so that all but probes are refused before their body is read."""
     folder = write_cards(tmp_path_factory.mktemp("bodies") / "models")
-    server = Server(
-        Settings(models=folder, devices="cpu", default_model="tiny-text", port=0, drain=5, api_keys=f"alice={ALICE}")
-    )
-    server.start()
-    yield server
-    server.stop()
+    key = f"alice={ALICE}"
+    with Server(
+        Settings(models=folder, devices="cpu", default_model="tiny-text", port=0, drain=5, api_keys=key)
+    ) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

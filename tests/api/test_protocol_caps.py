@@ -18,8 +18,10 @@ from app.api import guard
 from app.api.guard import PROBES
 from app.main import ACCEPTED, WAITING
 from app.settings import Settings
-from tests.api.conftest import ALICE, Server, bearer, eventually, write_cards
-from tests.wires import GET, PAUSE, answer, asked, connect, gone, heard, refusal
+from tests.parts.cards import write_cards
+from tests.parts.servers import ALICE, Server, bearer
+from tests.parts.waiting import eventually
+from tests.parts.wires import GET, PAUSE, answer, asked, connect, gone, heard, refusal
 
 CAP = 12
 """More than the connections that a burst may have unread at once: asyncio accepts four in a turn."""
@@ -37,11 +39,10 @@ def server(settings: Settings) -> Iterator[Server]:
     """As `serve` has it, a few connections are accepted in a turn and many wait."""
     server = Server(settings.model_copy(update={"max_connections": CAP}))
     server.uvicorn.config.backlog = ACCEPTED
-    server.start()
-    with socket(fileno=os.dup(server.uvicorn.servers[0].sockets[0].fileno())) as listener:
-        listener.listen(WAITING)
-    yield server
-    server.stop()
+    with server:
+        with socket(fileno=os.dup(server.uvicorn.servers[0].sockets[0].fileno())) as listener:
+            listener.listen(WAITING)
+        yield server
 
 
 @pytest.fixture
@@ -216,11 +217,10 @@ def test_a_crowd_from_one_address_leaves_room_for_probes_from_another(
 
 def test_one_address_has_its_own_cap(settings: Settings) -> None:
     """Its own silent connection makes room, and no other's; without one it gets 503."""
-    server = Server(settings.model_copy(update={"connections_per_address": 2, "api_keys": ALICE}))
-    url = server.start()
-    key = b"".join(f"{name}: {value}\r\n".encode() for name, value in bearer(ALICE).items())
-    half = POST + key + b"Content-Length: 9\r\n\r\n{"
-    try:
+    with Server(settings.model_copy(update={"connections_per_address": 2, "api_keys": ALICE})) as server:
+        url = server.url
+        key = b"".join(f"{name}: {value}\r\n".encode() for name, value in bearer(ALICE).items())
+        half = POST + key + b"Content-Length: 9\r\n\r\n{"
         with connect(url, "127.0.0.2") as other, connect(url) as one, connect(url) as two, connect(url) as three:
             assert [asked(wire, GET + key)[0] for wire in (other, two, three)] == [200] * 3
             assert heard(one) == b""
@@ -232,8 +232,6 @@ def test_one_address_has_its_own_cap(settings: Settings) -> None:
                     four.sendall(GET + key + b"\r\n")
                     assert refusal(heard(four)) == (503, "overloaded")
             assert asked(other, GET + key)[0] == 200
-    finally:
-        server.stop()
 
 
 def test_room_is_not_lost(server: Server) -> None:

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from app.settings import Settings
-from tests.api.conftest import Server, eventually
+from tests.parts.servers import Server
+from tests.parts.waiting import eventually
 
 
 @pytest.mark.slow
@@ -17,13 +18,12 @@ def test_a_server_whose_engine_died_is_not_ready_before_its_models_are_back(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INSTEP_FAKE_LOAD", "2")
-    server = Server(settings.model_copy(update={"preload": "tiny-text"}))
-    url, supervisor = server.start(), server.supervisor
+    with Server(settings.model_copy(update={"preload": "tiny-text"})) as server:
+        url, supervisor = server.url, server.supervisor
 
-    def ready() -> int:
-        return httpx.get(f"{url}/readyz").status_code
+        def ready() -> int:
+            return httpx.get(f"{url}/readyz").status_code
 
-    try:
         assert ready() == 503, "its model has not been loaded yet"
         eventually(lambda: ready() == 200)
         (first,) = supervisor.pids
@@ -36,19 +36,14 @@ def test_a_server_whose_engine_died_is_not_ready_before_its_models_are_back(
         assert httpx.get(f"{url}/healthz").status_code == 200
         eventually(lambda: ready() == 200)
         assert supervisor.states["tiny-text"].state == "ready"
-    finally:
-        server.stop()
 
 
 @pytest.mark.slow
 def test_a_server_without_preload_is_not_ready_while_it_has_no_engine(settings: Settings) -> None:
-    server = Server(settings.model_copy(update={"preload": ""}))
-    url, supervisor = server.start(), server.supervisor
-    try:
+    with Server(settings.model_copy(update={"preload": ""})) as server:
+        url, supervisor = server.url, server.supervisor
         assert httpx.get(f"{url}/readyz").status_code == 200
         os.kill(supervisor.pids[0], signal.SIGKILL)
         eventually(lambda: not supervisor.live)
         assert httpx.get(f"{url}/readyz").status_code == 503
         eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-    finally:
-        server.stop()

@@ -25,8 +25,9 @@ from app.errors import SettingsError
 from app.keys import ApiKey, Keyring
 from app.main import create_app
 from app.settings import Settings
-from tests.api.conftest import ADMIN, ALICE, BOB, Server, bearer, eventually, generate
 from tests.api.test_access import lines, log  # noqa: F401
+from tests.parts.servers import ADMIN, ALICE, BOB, Server, bearer, generate
+from tests.parts.waiting import eventually
 
 
 def routes(parts: list[BaseRoute], prefix: str = "") -> Iterator[tuple[str, str]]:

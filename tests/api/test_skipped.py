@@ -20,7 +20,8 @@ from app.errors import SettingsError, plain
 from app.keys import read_keys
 from app.settings import Settings
 from app.worker import plan
-from tests.api.conftest import ALICE, BOB, LABEL, TEXT, Server, bearer, eventually, write_cards
+from tests.parts.cards import LABEL, TEXT, write_cards
+from tests.parts.servers import ALICE, BOB, Server, bearer
 
 
 def text(name: str, **other: str) -> str:
@@ -80,10 +81,8 @@ def logged(folder: Path) -> Iterator[tuple[Server, list[Any]]]:
     keys = {"api_keys": f"alice={ALICE}", "api_keys_file": str(file)}
     server = Server(Settings(models=folder, devices="cpu", preload="tiny-label", port=0, drain=5, **keys))
     logging.getLogger("instep").removeHandler(handler)
-    url = server.start()
-    eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
-    yield server, lines
-    server.stop()
+    with server:
+        yield server.ready(), lines
 
 
 def test_the_others_are_served(logged: tuple[Server, list[Any]]) -> None:

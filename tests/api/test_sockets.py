@@ -20,9 +20,9 @@ import pytest
 from app import main
 from app.errors import SettingsError
 from app.settings import Settings
-from tests.api.conftest import write_cards
-from tests.served import Served
-from tests.wires import connect
+from tests.parts.cards import write_cards
+from tests.parts.servers import Served
+from tests.parts.wires import connect
 
 FEW = 64
 FULL = """
@@ -57,8 +57,7 @@ asyncio.run(scene())
 @pytest.mark.slow
 def test_few_files_hold_fewer_connections_and_the_log_stays_short(tmp_path: Path) -> None:
     """Many times more clients than files, who come all at once and wait in the system, and each probe is answered."""
-    served = Served(Settings(models=write_cards(tmp_path / "models"), devices="cpu", port=0, drain=5))
-    try:
+    with Served(Settings(models=write_cards(tmp_path / "models"), devices="cpu", port=0, drain=5)) as served:
         resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (FEW, FEW))
         url = str(served.logged("listening")["url"])
         assert served.logged("fewer connections")["room"] == FEW // 2
@@ -71,9 +70,6 @@ def test_few_files_hold_fewer_connections_and_the_log_stays_short(tmp_path: Path
             assert [httpx.get(f"{url}/healthz").status_code for _ in range(20)] == [200] * 20
             assert len(os.listdir(f"/proc/{served.process.pid}/fd")) < FEW
         assert len(served.lines) == lines
-    finally:
-        served.process.kill()
-        served.process.wait()
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from app.request import Prompt
-from tests.api.conftest import Server, eventually, generate
-from tests.fake_worker import colour
+from tests.parts.fake_worker import colour
+from tests.parts.servers import Server, generate
+from tests.parts.waiting import eventually
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
-"""Every bound of tests/close.py beside the worst that is seen, on this machine made to compute as others do.
+"""Every bound of tests/parts/close.py beside the worst that is seen, on this machine made to compute as others do.
 
 `python -m tests.bench.bounds [TEST ...]` runs the tests that compare floats once for each of the settings below, in
 turn, and prints a line for each bound of each file. It fails when a test fails, when a bound has less than ten times
 headroom, or when a file has a bound that none of its controls is ten times above. Without TEST it takes every file
-that uses tests/close.py, which is long: the first setting runs whole files, the others only what compared there.
+that uses tests/parts/close.py, which is long: the first setting runs whole files, the others only what compared there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from tests.close import HEADROOM
+from tests.parts.close import HEADROOM
 
 ROOT = Path(__file__).parent.parent.parent
 PROCESSORS: dict[str, dict[str, str]] = {
@@ -56,9 +56,9 @@ class Seen:
 
 
 def files() -> list[str]:
-    """The test files that use tests/close.py, less those that need a GPU."""
+    """The test files that use tests/parts/close.py, less those that need a GPU."""
     paths = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
-    return [str(path) for path in paths if "gpu" not in path.parts and "tests.close" in (ROOT / path).read_text()]
+    return [str(path) for path in paths if "gpu" not in path.parts and "tests.parts.close" in (ROOT / path).read_text()]
 
 
 def run(tests: list[str], setting: str, environment: dict[str, str]) -> tuple[list[Seen], bool]:

@@ -31,7 +31,7 @@ from app.cards.card import Size, parse_size
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import resolve_dtype
-from tests.tiny import write_models
+from tests.parts.tiny import write_models
 
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 CALLS = 20

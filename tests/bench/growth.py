@@ -25,10 +25,9 @@ from app.request import Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.bench.host import FreeFamily
-from tests.engine.fakes import FakePool, FakeProfiles, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakePool, FakeProfiles, card, request
 from tests.parts.requests import changed
-from tests.tiny import write_models
+from tests.parts.tiny import write_models
 
 SIZES = (10, 100, 1000, 10_000)
 WARM_UP, MEASURED = 64, 400

@@ -21,7 +21,7 @@ from app.engine.row import default_key
 from app.pool.budget import use_threads
 from app.pool.pool import Pool
 from app.request import ImageSpec, Prompt
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench
 from tests.parts.requests import flat
 
 ROOT = Path(__file__).parent.parent.parent

@@ -20,8 +20,7 @@ from app.bench.machine import processor
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions
-from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
 
 ROWS, STEPS = 16, 250
 SAMPLERS = ("flow_euler", "flow_heun", "flow_dpmpp_2m")

@@ -12,12 +12,12 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from tests.pool.measured import WAYS, write_network
+from tests.parts.measured import WAYS, write_network
 
 
 def run(network: Path, way: str) -> dict[str, int]:
     """In a process of its own: what another load has left would hide some of it."""
-    command = [sys.executable, "-m", "tests.pool.measured", str(network), way]
+    command = [sys.executable, "-m", "tests.parts.measured", str(network), way]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loads: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return loads[way]

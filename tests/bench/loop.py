@@ -37,7 +37,7 @@ import sys
 from functools import partial
 from app import main
 from app.settings import Settings
-main.Supervisor = partial(main.Supervisor, command=(sys.executable, "tests/fake_worker.py"))
+main.Supervisor = partial(main.Supervisor, command=(sys.executable, "tests/parts/fake_worker.py"))
 main.serve(Settings(models=sys.argv[1], devices="cpu", port=0, drain=0, max_wait=1e9, connections_per_address=0))
 """
 MEGABYTE = 1024 * 1024

@@ -22,8 +22,7 @@ from app.engine.caps import caps_of
 from app.engine.profile import Curve
 from app.families.base import Conditions
 from app.report import Result
-from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
 
 SHORT, LONG = ("flow_euler", 4, True), ("flow_euler", 50, True)
 PAIR = (SHORT, LONG)

@@ -1,4 +1,4 @@
-"""The bounds of tests/close.py: what is asserted and what is written down, and the table that is made of it."""
+"""The bounds of tests/parts/close.py: what is asserted and what is written down, and the table that is made of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.bench.bounds import Seen, compared, files, run, table
-from tests.close import apart, beyond_rounding, close, each, furthest, relative
+from tests.parts.close import apart, beyond_rounding, close, each, furthest, relative
 
 ONES = np.ones(4)
 

@@ -14,12 +14,11 @@ from app.cards.card import read_cards
 from app.engine.row import Row
 from app.pool.pool import Pool
 from app.request import Prompt, Request
-from tests.close import SAME, apart, close
-from tests.engine.conftest import load_all
-from tests.engine.harness import Bench
-from tests.engine.simulation import Simulation, fixed, row
 from tests.families.plain import ask
-from tests.tiny import write_sd3
+from tests.parts.close import SAME, apart, close
+from tests.parts.engine import Bench, load_all
+from tests.parts.simulation import Simulation, fixed, row
+from tests.parts.tiny import write_sd3
 
 
 def ran(policy: type[Static], *rows: Row, passes: int = 4) -> list[list[Row]]:

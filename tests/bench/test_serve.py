@@ -14,7 +14,7 @@ from app.bench.serve import Plan, latencies, ratios
 from app.bench.trace import Arrival, work_of
 from app.cli.bench_serve import serve
 from app.errors import InvalidValue
-from tests.tiny import write_sd3
+from tests.parts.tiny import write_sd3
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from app.bench import trace as traces
 from app.bench.trace import record
 from app.errors import InvalidValue
 from app.families.upstream import DRAWN
-from tests.engine.fakes import card
+from tests.parts.engine import card
 
 CARD = card(limits={"num_inference_steps": 250, "sizes": {"min": 16, "max": 64, "multiple": 16}})
 

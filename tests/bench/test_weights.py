@@ -15,10 +15,10 @@ from app.cards.card import read_cards
 from app.errors import CheckpointError
 from app.pool.pool import Pool
 from app.request import Prompt
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, serve
-from tests.tiny import write_flux
-from tests.tiny_parts import read_state
+from tests.parts.engine import load_all
+from tests.parts.tiny import write_flux
+from tests.parts.tiny_parts import read_state
 
 
 def test_they_load_through_the_pool_and_draw(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 from app.bench.work import forward_work
 from app.families.components import empty_network
 from tests.families.plain import load
-from tests.tiny import write_flux
+from tests.parts.tiny import write_flux
 
 
 @pytest.mark.parametrize("passes", [1, 6])

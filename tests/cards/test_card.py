@@ -11,8 +11,8 @@ from huggingface_hub import constants
 from app.cards.card import read_card
 from app.cards.catalog import find_label
 from app.errors import CardError
-from tests.endless import make_endless
-from tests.tiny import DIT_CARD, SD3_CARD
+from tests.parts.endless import make_endless
+from tests.parts.tiny import DIT_CARD, SD3_CARD
 
 REPO = 'source = { repo = "some/dit", revision = "main" }'
 

@@ -12,14 +12,6 @@ import pytest
 from app.cards.card import Card, Source, read_cards
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded
-from tests.tiny import write_models
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("downloads") / "models"
-    write_models(folder)
-    return folder
 
 
 @pytest.fixture
@@ -30,8 +22,8 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def here(models: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(models, tmp_path / "models")
+def here(tiny: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny, tmp_path / "models")
 
 
 def states(folder: Path) -> dict[str, bool]:

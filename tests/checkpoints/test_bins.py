@@ -15,8 +15,8 @@ from app.checkpoints.convert import BIN, Conversion, convert_dit
 from app.errors import CheckpointError
 from app.families import DiT
 from tests.families.plain import load
-from tests.tiny import write_dit
-from tests.tiny_parts import read_state
+from tests.parts.tiny import write_dit
+from tests.parts.tiny_parts import read_state
 
 STEM = "diffusion_pytorch_model.safetensors"
 

@@ -20,10 +20,10 @@ from app.errors import CheckpointError
 from app.pool import memory
 from app.pool.pool import Pool
 from tests.checkpoints.test_parts import name_files
-from tests.cli import originals
-from tests.pool.measured import peak
+from tests.parts import originals
+from tests.parts.measured import peak
+from tests.parts.tiny import write_sd3
 from tests.pool.test_pool import states_until
-from tests.tiny import write_sd3
 
 UNET = "model.diffusion_model."
 FUSED = f"{UNET}joint_blocks.0.x_block.attn.qkv.weight"

@@ -18,10 +18,10 @@ from app.checkpoints.parts import build_parts, part_identity, part_outline, part
 from app.errors import CheckpointError
 from app.pool import memory
 from app.pool.pool import Pool
-from tests.cli import originals
 from tests.families.plain_shapes import drawn, flux_shapes
+from tests.parts import originals
+from tests.parts.tiny import write_flux, write_sd3
 from tests.pool.test_pool import load
-from tests.tiny import write_flux, write_sd3
 
 CPU = torch.device("cpu")
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")

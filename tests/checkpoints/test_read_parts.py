@@ -16,14 +16,12 @@ from app.cards.folder import ModelFolder
 from app.cards.noise import CLIPS_BY_DEFAULT, check_schedule
 from app.checkpoints.parts import read_parts
 from app.errors import CheckpointError, NotDownloaded
-from tests.tiny import write_dit, write_models
+from tests.parts.tiny import write_dit
 
 
 @pytest.fixture(scope="module")
-def cards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Card]:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
-    return read_cards(folder)
+def cards(tiny: Path) -> dict[str, Card]:
+    return read_cards(tiny)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -15,22 +14,15 @@ import torch
 from app.cards.card import read_cards
 from app.pool.pool import Pool
 from app.report import ModelState
-from tests.endless import make_endless
-from tests.tiny import write_models
+from tests.parts.endless import make_endless
+from tests.parts.waiting import eventually
 
 MODELS = ("tiny-dit", "tiny-sd3")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Iterator[Path]:
-    yield shutil.copytree(whole, tmp_path / "models")
+def folder(tiny: Path, tmp_path: Path) -> Iterator[Path]:
+    yield shutil.copytree(tiny, tmp_path / "models")
     # Whoever waits for a pipe still is let go, so that a failure here does not hold the end of the tests.
     for file in tmp_path.rglob("*"):
         if file.is_fifo():
@@ -40,13 +32,15 @@ def folder(whole: Path, tmp_path: Path) -> Iterator[Path]:
 def outcome(pool: Pool, model: str) -> ModelState:
     """How the load of a model ends."""
     pool.want(model)
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        for change in pool.poll():
-            if isinstance(change, ModelState) and change.model == model and change.state in ("ready", "failed"):
-                return change
-        time.sleep(0.01)
-    raise AssertionError(f"the loader is held by {model}")
+    ends: list[ModelState] = []
+
+    def ended() -> bool:
+        states = (change for change in pool.poll() if isinstance(change, ModelState) and change.model == model)
+        ends.extend(state for state in states if state.state in ("ready", "failed"))
+        return bool(ends)
+
+    eventually(ended, why=lambda: f"the loader is held by {model}")
+    return ends[0]
 
 
 FILES = (

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from app.checkpoints import tensors as weights
 from app.checkpoints.tensors import read_outline
 from app.errors import CheckpointError
-from tests.tiny_parts import read_state
+from tests.parts.tiny_parts import read_state
 
 Read = Callable[[Path], dict[str, torch.Tensor]]
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.ones(4, dtype=torch.bfloat16), "d": torch.tensor(3.5)}

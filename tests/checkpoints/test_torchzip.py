@@ -19,7 +19,7 @@ import torch
 
 from app.checkpoints.tensors import PICKLE_LIMIT, read_torch_zip
 from app.errors import CheckpointError
-from tests.pool.measured import peak
+from tests.parts.measured import peak
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.ones(3, dtype=torch.bfloat16)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.cli.hub import COMMIT
+from tests.parts.hub import COMMIT
 
 TOKEN = "hf_secretsecretsecret"
 SPARE = (

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.makings import to_toml
-from tests.cli import originals
-from tests.cli.conftest import Run, one_line
-from tests.tiny import write_flux
+from app.cards.files import to_toml
+from tests.parts import originals
+from tests.parts.commands import Run, one_line
+from tests.parts.tiny import write_flux
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 

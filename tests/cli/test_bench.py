@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.bench import machine
-from tests.cli.conftest import Run, one_line
+from tests.parts.commands import Run, one_line
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.bench import trace as traces
-from tests.cli.conftest import Run, one_line
+from tests.parts.commands import Run, one_line
 
 
 def test_a_recorded_trace_can_be_read(run: Run, tmp_path: Path) -> None:

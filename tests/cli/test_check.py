@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cli import originals
-from tests.cli.conftest import Run, one_line
+from tests.parts import originals
+from tests.parts.commands import Run, one_line
 from tests.seeds.plain_dit import original_state
 
 SHIPPED = Path(__file__).parent.parent.parent / "models"
@@ -109,7 +109,7 @@ def test_a_part_that_is_stored_in_eighths_is_named(run: Run, tiny: Path, tmp_pat
 
 def test_the_two_dits_are_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By the places in a file of their authors: the networks have the same shapes."""
-    from app.families.differences import outline_of
+    from app.families.components import outline_of
 
     monkeypatch.setenv("INSTEP_MODELS", str(SHIPPED))
     own = outline_of("DiTTransformer2DModel", SHIPPED / "dit-xl-2-256" / "transformer")
@@ -121,7 +121,7 @@ def test_the_two_dits_are_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch, 
 
 def test_true_sizes_by_their_headers(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A file of SD3.5-large's true size, of which only the header is read."""
-    from app.families.differences import outline_of
+    from app.families.components import outline_of
 
     monkeypatch.setenv("INSTEP_MODELS", str(SHIPPED))
     own = outline_of("SD3Transformer2DModel", SHIPPED / "sd3.5-large" / "transformer")

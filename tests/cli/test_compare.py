@@ -21,7 +21,7 @@ from app.report import Failure, ModelState, Progress, Timings
 from app.report import Result as Drawn
 from app.request import Request
 from app.settings import Settings
-from tests.cli.conftest import Run, one_line
+from tests.parts.commands import Run, one_line
 
 
 def boxes(file: str) -> tuple[np.ndarray, int, int, int]:

@@ -15,11 +15,11 @@ from app.cards.card import read_card, read_cards
 from app.checkpoints import convert as converting
 from app.checkpoints.parts import build_family, build_parts
 from app.request import ClassLabel
-from tests.cli import originals
-from tests.cli.conftest import Run, one_line
-from tests.close import FORWARD, apart, close
 from tests.families import plain_originals
 from tests.families.plain_shapes import dit_state, drawn, vae_shapes
+from tests.parts import originals
+from tests.parts.close import FORWARD, apart, close
+from tests.parts.commands import Run, one_line
 from tests.seeds import plain_dit
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from app.errors import NotDownloaded
 from app.report import Progress, Result, Tick, Timings
 from app.samplers.table import compile_table
 from app.settings import Settings
-from tests.cli.conftest import Run
+from tests.parts.commands import Run
 
 SHIPPED = Path(__file__).parent.parent.parent / "models"
 LAST = re.compile(r"12 images, (\d+) forwards instead of (\d+); the shortest waited (\d+) steps")

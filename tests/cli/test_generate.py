@@ -21,9 +21,9 @@ from app.jobs.local import Local
 from app.report import Failure, Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
-from tests.cli.conftest import Run, one_line
-from tests.close import SAME, apart, close, furthest
-from tests.tiny_parts import spoil
+from tests.parts.close import SAME, apart, close, furthest
+from tests.parts.commands import Run, one_line
+from tests.parts.tiny_parts import spoil
 
 
 def direct(body: dict[str, object]) -> list[Drawn]:

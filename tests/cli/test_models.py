@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, one_line
+from tests.parts.commands import Run, one_line
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.cli import originals
-from tests.cli.conftest import Run, one_line
-from tests.tiny import write_sd3
+from tests.parts import originals
+from tests.parts.commands import Run, one_line
+from tests.parts.tiny import write_sd3
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 16294\n"
 FOREIGN = {

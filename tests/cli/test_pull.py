@@ -14,10 +14,10 @@ import torch
 from app.cards.card import read_card
 from app.checkpoints.needs import wanted
 from app.errors import CheckpointError
-from tests.cli import originals
-from tests.cli.conftest import Run, one_line
-from tests.cli.hub import COMMIT, Hub
 from tests.cli.pulls import NETWORK, SPARE, TOKEN, VAE, cached, partials
+from tests.parts import originals
+from tests.parts.commands import Run, one_line
+from tests.parts.hub import COMMIT, Hub
 
 
 def test_what_was_pulled_is_whole_without_the_hub(models: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Run, one_line
-from tests.cli.hub import Handler, Hub
+from tests.parts.commands import Run, one_line
+from tests.parts.hub import Handler, Hub
 
 Change = Callable[[list[dict[str, Any]]], Any]
 

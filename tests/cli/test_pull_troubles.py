@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run, one_line
-from tests.cli.hub import Hub
 from tests.cli.pulls import NETWORK, TOKEN, VAE, cached, partials
+from tests.parts.commands import Run, one_line
+from tests.parts.hub import Hub
 
 
 @pytest.mark.parametrize("path", [NETWORK, "vae/config.json"], ids=["sha256", "git"])

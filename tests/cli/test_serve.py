@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import selectors
-import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -20,7 +17,8 @@ from app import main
 from app.cli.serve import read_settings
 from app.errors import SettingsError
 from app.settings import Settings
-from tests.cli.conftest import Run, one_line
+from tests.parts.commands import Run, one_line
+from tests.parts.servers import INSTEP, Process
 
 OTHER = {
     "host": "0.0.0.0", "port": "0", "models": "elsewhere", "devices": "cpu,cpu", "dtype": "bfloat16", "preload": "all",
@@ -196,33 +194,9 @@ def test_a_device_that_is_not_there_is_one_line(run: Run) -> None:
 
 
 def test_a_server_starts_answers_and_ends_on_sigterm(tiny: Path, cache: Path) -> None:
-    words = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0", "--devices", "cpu"]
-    words += ["--models", str(tiny), "--cache", str(cache), "--drain", "5"]
-    server = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "CI": "1"})
-    try:
-        url = wait_for_url(server)
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+    flags = ("--port", "0", "--devices", "cpu", "--models", str(tiny), "--cache", str(cache), "--drain", "5")
+    with Process((*INSTEP, "serve", *flags), CI="1") as server:
+        with urllib.request.urlopen(f"{server.url}/v1/models", timeout=30) as answer:
             assert b"tiny-sd3" in answer.read()
-        server.send_signal(signal.SIGTERM)
-        rest, _ = server.communicate(timeout=30)
-        assert server.returncode == 0
-        assert b"Traceback" not in rest
-    finally:
-        server.kill()
-        server.wait()
-
-
-def wait_for_url(server: subprocess.Popen[bytes]) -> str:
-    """The address in the first line that names one."""
-    assert server.stdout is not None
-    selector, seen, until = selectors.DefaultSelector(), b"", time.monotonic() + 60
-    selector.register(server.stdout, selectors.EVENT_READ)
-    while time.monotonic() < until and selector.select(timeout=60):
-        chunk = os.read(server.stdout.fileno(), 65536)
-        seen += chunk
-        found = re.search(rb"http://127\.0\.0\.1:\d+", seen)
-        if found:
-            return found[0].decode()
-        if not chunk:
-            break
-    raise AssertionError(f"no address in: {seen.decode(errors='replace')}")
+        server.stop()
+        assert "Traceback" not in server.words

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pty
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.api.conftest import FAKE, write_cards
+from tests.parts.cards import write_cards
+from tests.parts.servers import Process
+from tests.parts.waiting import eventually
+from tests.parts.workers import FAKE
 
 KEY = "sk-0123456789abcdef"
 
@@ -37,53 +36,23 @@ FAKED = (sys.executable, "-c", QUICK, " ".join(FAKE))
 """`instep serve` with the fake worker, which starts at once."""
 
 
-class Start:
-    """A server as a process of its own. words: all that it wrote, on a terminal or into a pipe."""
-
-    def __init__(self, command: tuple[str, ...], terminal: bool, *flags: str, **environment: str) -> None:
-        ours, theirs = pty.openpty() if terminal else os.pipe()
-        words = [*command, "--port", "0", "--devices", "cpu", *flags]
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("INSTEP_")}
-        environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=inherited | environment
-        )
-        os.close(theirs)
-        self.words = ""
-        self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
-        self._reader.start()
-
-    def _read(self, ours: int) -> None:
-        with io.FileIO(ours) as file:
-            try:
-                while chunk := file.read(65536):
-                    self.words += chunk.decode().replace("\r\n", "\n")
-            except OSError:  # the end of a terminal
-                return
-
-    def lines(self) -> list[str]:
-        """The lines of a start, once it has said where it listens and has been silent for a second."""
-        until = time.monotonic() + 100
-        while not re.search(r"picture\.png", self.words):
-            assert self.process.poll() is None and time.monotonic() < until, self.words
-            time.sleep(0.05)
-        length = -1
-        while length != len(self.words):
-            length = len(self.words)
-            time.sleep(1)
-        return self.words.splitlines()
-
-
 @contextmanager
-def started(command: tuple[str, ...], terminal: bool, *flags: str, **environment: str) -> Iterator[Start]:
-    start = Start(command, terminal, *flags, **environment)
-    try:
+def started(command: tuple[str, ...], terminal: bool, *flags: str, **environment: str) -> Iterator[Process]:
+    words = (*command, "--port", "0", "--devices", "cpu", *flags)
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with Process(words, terminal=terminal, **environment) as start:
         yield start
-        start.process.send_signal(signal.SIGTERM)
-        assert start.process.wait(60) == 0
-    finally:
-        start.process.kill()
-        start.process.wait()
+        start.stop()
+
+
+def lines(start: Process) -> list[str]:
+    """The lines of a start, once it has said where it listens and has been silent for a second."""
+    eventually(lambda: "picture.png" in start.words or start.process.poll() is not None, 100, lambda: start.words)
+    length = -1
+    while length != len(start.words):
+        length = len(start.words)
+        time.sleep(1)
+    return start.words.splitlines()
 
 
 def pasted(curl: str, folder: Path, **environment: str) -> tuple[int, int]:
@@ -103,7 +72,7 @@ def test_a_terminal_ends_with_the_address_and_a_curl_that_works(tiny: Path, cach
     """The real console script and a real model; and however little is logged."""
     flags = ("--models", str(tiny), "--cache", str(cache), "--default-model", "tiny-sd3", "--log-level", "error")
     with started(CONSOLE, True, *flags) as start:
-        where, curl = start.lines()[-2:]
+        where, curl = lines(start)[-2:]
         (url,) = re.findall(r"^Instep listens on (http://127\.0\.0\.1:\d+) \(", where)
         assert where == f"Instep listens on {url} (docs: {url}/docs). A first picture:"
         assert curl.startswith(f"curl {url}/v1/images/generations ")
@@ -115,8 +84,7 @@ def test_a_collector_gets_one_json_line_of_the_same(tmp_path: Path) -> None:
     models = write_cards(tmp_path / "models")
     flags = ("--models", str(models), "--default-model", "tiny-label", "--host", "0.0.0.0")
     with started(FAKED, False, *flags, INSTEP_API_KEYS=KEY) as start:
-        lines = [json.loads(line) for line in start.lines()]
-        last = lines[-1]
+        last = [json.loads(line) for line in lines(start)][-1]
         assert (last["event"], last["level"]) == ("listening", "info")
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", last["url"]) and last["address"].startswith("0.0.0.0:")
         assert KEY not in start.words and "$INSTEP_KEY" in last["curl"]
@@ -128,7 +96,7 @@ def test_a_terminal_is_told_that_keys_are_wanted(tmp_path: Path) -> None:
     models = write_cards(tmp_path / "models")
     flags = ("--models", str(models), "--default-model", "tiny-text", "--host", "::1")
     with started(FAKED, True, *flags, INSTEP_API_KEYS=f"alice={KEY}") as start:
-        where, curl = start.lines()[-2:]
+        where, curl = lines(start)[-2:]
         assert re.search(r"^Instep listens on http://\[::1\]:\d+, with one of your keys in INSTEP_KEY\.", where)
         assert KEY not in start.words
         assert pasted(curl, tmp_path, INSTEP_KEY=KEY) == (32, 32)

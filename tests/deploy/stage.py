@@ -10,12 +10,11 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,12 +27,12 @@ import yaml
 from app.gpu import READINGS, Figures, Gpus
 from app.metrics import Metrics
 from app.settings import Settings
-from tests.tiny import write_models
+from tests.parts.servers import INSTEP, ROOT, free_port, wait_ready
+from tests.parts.tiny import write_models
+from tests.parts.waiting import eventually
 
-ROOT = Path(__file__).parent.parent.parent
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 TOOLS = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-SERVE = (sys.executable, "-c", "from app.cli import main; main()", "serve")
 SERVICE_LOG = "service.log"
 BROKEN = "broken-dit"
 MEMORY = "1050kB"
@@ -45,21 +44,6 @@ WAIT = 3.0
 def tool(name: str) -> str | None:
     """prometheus or promtool: beside this Python, where `make setup` puts them, or on PATH."""
     return shutil.which(name, path=TOOLS)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
-
-
-def eventually(what: Callable[[], bool], patience: float, why: Callable[[], str]) -> None:
-    until = time.monotonic() + patience
-    while True:
-        with suppress(httpx.HTTPError):
-            if what():
-                return
-        assert time.monotonic() < until, why()
-        time.sleep(0.1)
 
 
 @dataclass
@@ -97,9 +81,9 @@ def staged(folder: Path, interval: str = "1s") -> Iterator[Stage]:
         service, pid = stack.enter_context(_service(folder))
         gpus = stack.enter_context(_played_gpus())
         prometheus = stack.enter_context(_prometheus(folder, service, gpus, interval))
-        eventually(lambda: httpx.get(f"{service}/readyz").status_code == 200, 100, (folder / SERVICE_LOG).read_text)
+        wait_ready(service)
         stage = Stage(service, prometheus, gpus, pid, time.time())
-        eventually(lambda: len(stage.series("up == 1")) >= 2, 30, lambda: json.dumps(stage.get("targets")))
+        eventually(lambda: len(stage.series("up == 1")) >= 2, 30, lambda: json.dumps(stage.get("targets")), pause=0.1)
         yield stage
 
 
@@ -140,7 +124,7 @@ def _service(folder: Path) -> Iterator[tuple[str, int]]:
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     unset = {name: value for name, value in os.environ.items() if not name.startswith("INSTEP_")}
     assert set(settings) <= set(Settings.model_fields)
-    with _running([*SERVE, *flags], folder / SERVICE_LOG, unset) as process:
+    with _running([*INSTEP, "serve", *flags], folder / SERVICE_LOG, unset) as process:
         yield url, process.pid
 
 
@@ -160,7 +144,7 @@ def _prometheus(folder: Path, service: str, gpus: str, interval: str) -> Iterato
     url = f"http://127.0.0.1:{free_port()}"
     words = [str(tool("prometheus")), f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
     with _running([*words, f"--web.listen-address={url.removeprefix('http://')}"], log):
-        eventually(lambda: httpx.get(f"{url}/-/ready").status_code == 200, 60, log.read_text)
+        eventually(lambda: httpx.get(f"{url}/-/ready").status_code == 200, 60, log.read_text, despite=httpx.HTTPError)
         yield url
 
 
@@ -191,7 +175,8 @@ def _played_gpus() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            lines = metrics.render(_NoWorkers()).decode().splitlines()
+            metrics.refresh(_NoWorkers())
+            lines = metrics.text().decode().splitlines()
             text = "".join(f"{line}\n" for line in lines if "instep_gpu_" in line)
             with suppress(ConnectionError):
                 self.send_response(200)

@@ -15,8 +15,8 @@ import yaml
 from app.gpu import READINGS
 from app.metrics import Metrics
 from deploy.grafana import make
-from tests.deploy.stage import ROOT
 from tests.deploy.test_rules import rules
+from tests.parts.servers import ROOT
 
 PANELS = [panel for panel in json.loads(make.FILE.read_text(encoding="utf-8"))["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]

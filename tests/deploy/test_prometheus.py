@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from tests.deploy.promql import operands
-from tests.deploy.stage import BROKEN, Stage, eventually, staged
+from tests.deploy.stage import BROKEN, Stage, staged
 from tests.deploy.test_dashboard import PANELS, QUERIES
 from tests.deploy.test_rules import needs_prometheus, rules
 from tests.deploy.traffic import MISTAKES, MODELS, Traffic
+from tests.parts.waiting import eventually
 
 SECONDS = 45.0
 

@@ -9,7 +9,7 @@ import pytest
 from app.engine.queue import AGE_LIMIT
 from app.engine.row import Caps, Row
 from app.request import Key
-from tests.engine.simulation import KEY, OTHER, Simulation, fixed, row
+from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
 
 
 def test_seven_requests_share_their_forwards() -> None:

@@ -15,8 +15,7 @@ import torch
 from app.engine.profile import PATIENCE, WIDEST, Curve, Profiles
 from app.engine.row import default_key
 from app.families.base import Conditions
-from tests.engine.fakes import FakeFamily, FakePool, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
 
 Cost = Callable[[int], float]
 

@@ -14,9 +14,9 @@ from app.engine.row import Caps, Work
 from app.pool.pool import Pool
 from app.report import Tick
 from app.request import ImageSpec, Prompt
-from tests.engine.harness import Bench
-from tests.engine.simulation import KEY, OTHER, Simulation, row
 from tests.families.plain import ask
+from tests.parts.engine import Bench
+from tests.parts.simulation import KEY, OTHER, Simulation, row
 
 
 @pytest.mark.parametrize("decode", [1, 3, 8])

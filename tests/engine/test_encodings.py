@@ -13,9 +13,9 @@ from app.engine.text_cache import TextCache
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
-from tests.close import FORWARD, apart, close
 from tests.engine.texts import Plain, anew, encoders, equal, forwards, row
-from tests.tiny_parts import WORDS
+from tests.parts.close import FORWARD, apart, close
+from tests.parts.tiny_parts import WORDS
 
 AMPLE = 10**9
 

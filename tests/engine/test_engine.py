@@ -27,9 +27,8 @@ from app.errors import (
 from app.families.base import Conditions
 from app.report import Announce, ModelState, Phase, Preview, Progress, Tick
 from app.request import ImageSpec, Key, Prompt
-from tests.close import FORWARD, apart, close, furthest
-from tests.engine.fakes import NOT_A_NUMBER, POISON, FakeFamily, FakePool, FakeProfiles, Still, card, request
-from tests.engine.harness import Bench
+from tests.parts.close import FORWARD, apart, close, furthest
+from tests.parts.engine import NOT_A_NUMBER, POISON, Bench, FakeFamily, FakePool, FakeProfiles, Still, card, request
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import torch
 from app.engine.shares import QUANTUM
 from app.errors import DeadlineExceeded
 from app.families.base import Conditions
-from tests.engine.fakes import FakeFamily, FakePool, FakeProfiles, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
 
 RATE = 0.01
 """Seconds a pass; the widest forward has four."""

@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,19 +20,18 @@ from app.pool.policy import PHASES, RETRY_AFTER
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
-from tests.engine.conftest import load_all
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, load_all
 from tests.parts.requests import changed, flat
 
 MODELS = ("tiny-dit", "tiny-sd3", "copy")
 
 
 @pytest.fixture(scope="module")
-def cards(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Card]:
+def cards(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Card]:
     """Three models that share nothing: the third has files of its own."""
-    cards = read_cards(tiny_models)
+    cards = read_cards(tiny)
     folder = tmp_path_factory.mktemp("other") / "copy"
-    shutil.copytree(tiny_models / "tiny-sd3", folder)
+    shutil.copytree(tiny / "tiny-sd3", folder)
     cards["copy"] = read_card(folder / "card.toml").model_copy(update={"id": "copy", "aliases": ()})
     return {model: cards[model] for model in MODELS}
 
@@ -42,7 +40,7 @@ def cards(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def largest(cards: dict[str, Card]) -> tuple[int, int]:
     """Bytes of the largest model, and of its largest phase."""
     pool = load_all(Pool(cards, "cpu", torch.float32))
-    models = pool._policy.models
+    models = pool.models
     whole = max(model.bytes for model in models.values())
     phase = max(sum(one.bytes for one in model.components((p,))) for model in models.values() for p in PHASES)
     pool.close()
@@ -72,12 +70,8 @@ class Bounded(Bench):
         return self
 
     def wait(self, count: int, seconds: float = 100.0) -> None:
-        deadline, before = time.monotonic() + seconds, len(self.results)
-        while len(self.results) - before < count:
-            assert not self.failures, self.failures
-            assert time.monotonic() < deadline, f"{len(self.results) - before} of {count} answered"
-            if not self.engine.tick():
-                time.sleep(0.002)
+        before = len(self.results)
+        self.until(lambda: len(self.results) - before >= count, seconds)
 
 
 @pytest.fixture
@@ -175,7 +169,7 @@ def test_more_rows_than_slots_for_a_model_whose_parts_take_turns(
 ) -> None:
     """Finished rows wait for the VAE and keep their slots meanwhile: no row is given one that is not there."""
     pool = load_all(Pool(cards, "cpu", torch.float32))
-    parts = max(sum(one.bytes for one in pool._policy.models["tiny-dit"].components((phase,))) for phase in PHASES)
+    parts = max(sum(one.bytes for one in pool.models["tiny-dit"].components((phase,))) for phase in PHASES)
     pool.close()
     bound.append(Pool(cards, "cpu", torch.float32, budget=parts))
     asked = [ask("tiny-dit", number, number % 2 == 0) for number in range(150)]
@@ -211,11 +205,7 @@ def test_an_unload_waits_for_the_requests_there(
     bench.engine.unload("tiny-sd3")
     bench.wait(6)
     assert not [report for report in bench.reports if isinstance(report, Evicted)]
-    deadline = time.monotonic() + 30
-    while not [report for report in bench.reports if isinstance(report, ModelState) and report.state == "absent"]:
-        assert time.monotonic() < deadline
-        bench.turn()
-        time.sleep(0.005)
+    bench.until(lambda: any(report.state == "absent" for report in bench.of(ModelState)))
     assert bench.reports[-1] == Memory("cpu", {"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0, "text": 0})
 
 
@@ -228,10 +218,7 @@ def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(
     profiles = Profiles(tmp_path)
     bench = Bounded(bound[0], profiles=profiles)
     bench.engine.submit(ask("tiny-dit", 1, True))
-    deadline = time.monotonic() + 60
-    while not profiles._open:
-        assert time.monotonic() < deadline
-        bench.turn()
+    bench.until(lambda: profiles._open)
     bound[0]._loader._fail("tiny-dit", CheckpointError("the disk is gone"))
     bench.turn(2)
     assert isinstance(bench.failures["tiny-dit-1"].error, CheckpointError) and not profiles._open

@@ -14,10 +14,8 @@ from app.errors import Cancelled
 from app.pool.pool import Pool
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from app.samplers.table import valid_pairs, valid_samplers
-from tests.close import BFLOAT16, SAME, apart, close
-from tests.engine.conftest import load_all
-from tests.engine.fakes import FakeProfiles
-from tests.engine.harness import Bench
+from tests.parts.close import BFLOAT16, SAME, apart, close
+from tests.parts.engine import Bench, FakeProfiles, load_all
 from tests.parts.requests import changed, flat
 
 WORDS = ("a red apple", "two dogs", "", "the sun over a house at night", "cat")
@@ -57,7 +55,7 @@ def run_mixed(pool: Pool, requests: list[Request], seed: int, cancel_every: int 
             mixed.turn(rng.randrange(4) if request is not group[-1] or not cancel_every else 0)
         if cancel_every:
             # An image takes an encode, its lines and a decode: after that many turns less one it cannot have ended.
-            mixed.turn(rng.randrange(min(group[-1].recipe.steps + 2, 10)))
+            mixed.turn(rng.randrange(min(group[-1].steps + 2, 10)))
             mixed.engine.cancel(group[-1].id)
     return mixed.run()
 
@@ -94,8 +92,8 @@ def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
         apart(other, latents[0], SAME)
 
 
-def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny_models: Path) -> None:
-    pool = load_all(Pool(read_cards(tiny_models), "cpu", torch.bfloat16))
+def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny: Path) -> None:
+    pool = load_all(Pool(read_cards(tiny), "cpu", torch.bfloat16))
     requests = [request for request in traffic(pool.cards, 42, seed=8) if request.recipe.steps <= 10]
     assert len(requests) >= 30
     mixed = run_mixed(pool, requests, seed=9, cancel_every=3)
@@ -110,8 +108,8 @@ def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny_models: Path) ->
     pool.close()
 
 
-def test_deterministic_mode_is_bit_equal_alone_in_traffic_and_after_a_restart(tiny_models: Path) -> None:
-    cards = {name: card for name, card in read_cards(tiny_models).items() if name in ("tiny-dit", "tiny-sd3")}
+def test_deterministic_mode_is_bit_equal_alone_in_traffic_and_after_a_restart(tiny: Path) -> None:
+    cards = {name: card for name, card in read_cards(tiny).items() if name in ("tiny-dit", "tiny-sd3")}
     rng = random.Random(2)
     chosen = [
         ask(card, number, rng, steps=6, width=32, height=32, guided=number % 2 == 0)

@@ -15,8 +15,8 @@ from app.errors import NonFiniteOutput
 from app.pool.pool import Pool
 from app.report import Preview
 from app.request import ImageSpec, Prompt, Request
-from tests.engine.harness import Bench
 from tests.families.plain import ask
+from tests.parts.engine import Bench
 from tests.parts.requests import changed
 
 NAN = float("nan")

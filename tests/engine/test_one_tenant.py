@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from app.engine.queue import AGE_LIMIT
 from app.engine.row import Caps, Row, Work
 from app.request import Key
-from tests.engine.simulation import KEY, OTHER, Simulation, row
+from tests.parts.simulation import KEY, OTHER, Simulation, row
 
 
 class PlainBatcher:

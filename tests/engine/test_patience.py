@@ -14,9 +14,8 @@ from app.engine.row import Outcome, Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report
 from app.request import Key
-from tests.engine.fakes import FakeFamily, FakePool, card, request
-from tests.engine.harness import Bench
-from tests.engine.simulation import row
+from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
+from tests.parts.simulation import row
 
 SMALL, LARGE = Key("small", 64, 64, 16), Key("large", 1024, 1024, 16)
 

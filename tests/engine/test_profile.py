@@ -12,7 +12,7 @@ import torch
 from app.engine.caps import caps_of
 from app.engine.profile import Curve, Profiles, measuring
 from app.request import Key
-from tests.engine.fakes import FakeFamily, card
+from tests.parts.engine import FakeFamily, card
 
 KEY = Key("fake", 32, 32, 24)
 

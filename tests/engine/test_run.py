@@ -9,7 +9,7 @@ import threading
 from app.engine.engine import Engine
 from app.report import Announce, Report
 from app.settings import Settings
-from tests.engine.fakes import NOWHERE, FakeFamily, FakePool, FakeProfiles, card
+from tests.parts.engine import NOWHERE, FakeFamily, FakePool, FakeProfiles, card
 
 
 def test_an_idle_engine_says_so_again_well_within_what_it_announced() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from app.engine.row import Caps, Row
 from app.engine.shares import DEBT, FairShares
 from app.request import Key
-from tests.engine.simulation import KEY, OTHER, Simulation, fixed, row
+from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
 
 
 def service(simulation: Simulation, since: int = 0) -> Counter[str]:

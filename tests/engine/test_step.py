@@ -14,8 +14,8 @@ from app.families.base import Conditions, Family
 from app.request import Guidance, SkipGuidance
 from app.samplers.schedule import Schedule
 from app.samplers.table import Table, compile_table
-from tests.close import FORWARD, apart, close, furthest
-from tests.engine.fakes import FakeFamily, card
+from tests.parts.close import FORWARD, apart, close, furthest
+from tests.parts.engine import FakeFamily, card
 
 SHAPE = (4, 4, 6)
 FLOW = Schedule(kind="flow", shift=3.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,12 @@ from app.errors import SettingsError
 from app.pool.pool import Pool
 from app.report import Memory, ModelState, Result, Tick
 from app.request import ImageSpec, Prompt, Request
-from tests.close import apart
-from tests.engine.conftest import load_all
-from tests.engine.harness import Bench
 from tests.engine.texts import forwards
 from tests.families.plain import ask
-from tests.tiny import write_flux, write_sd3
-from tests.tiny_parts import write_first_clip, write_t5
+from tests.parts.close import apart
+from tests.parts.engine import Bench, load_all
+from tests.parts.tiny import write_flux, write_sd3
+from tests.parts.tiny_parts import write_first_clip, write_t5
 
 SHARED = {"text_encoder_2": "sd3/text_encoder_3", "tokenizer_2": "sd3/tokenizer_3"}
 numbers = iter(range(1000))
@@ -59,19 +57,11 @@ def prompt(model: str, text: str, *, guided: bool = False, negative: str = "", i
     return replace(asked, images=tuple(ImageSpec(Prompt(text, negative), seed) for seed in range(images)))
 
 
-def turn_until(bench: Bench, done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline and not bench.failures, bench.failures
-        if not bench.engine.tick():
-            time.sleep(0.002)
-
-
 def answer(bench: Bench, request: Request) -> tuple[Result, tuple[int, int]]:
     """Its first image, and the (hits, misses) that were told meanwhile."""
     bench.reports.clear()
     bench.engine.submit(request)
-    turn_until(bench, lambda: len(bench.results) == len(request.images))
+    bench.until(lambda: len(bench.results) == len(request.images))
     ticks = [report for report in bench.reports if isinstance(report, Tick)]
     assert not any(tick.text_hits or tick.text_misses for tick in ticks if tick.phase != "encode")
     return bench.results[request.id, 0], (sum(t.text_hits for t in ticks), sum(t.text_misses for t in ticks))
@@ -87,13 +77,13 @@ def unload(bench: Bench, *models: str) -> None:
     bench.reports.clear()
     for model in models:
         bench.engine.unload(model)
-    turn_until(bench, absent)
+    bench.until(absent)
     bench.turn()
 
 
 def take_away(pool: Pool, *parts: str) -> None:
     """These parts of the SD3 off the device, as for others that need the room; the model stays."""
-    policy = pool._policy
+    policy = pool
     leaving = [policy.models["sd3"].parts[part] for part in parts]
     with policy.lock:
         policy.store.claim((), leaving)

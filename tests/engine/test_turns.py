@@ -10,7 +10,7 @@ from app.engine.turns import ALL, Turns
 from app.pool.policy import Need
 from app.report import Phase
 from app.request import Key
-from tests.engine.fakes import request
+from tests.parts.engine import request
 
 
 class Shelf:

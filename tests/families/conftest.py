@@ -13,10 +13,10 @@ from app.cards.card import Card, read_card
 from app.families import SD3, DiT
 from app.pool.pool import Pool
 from app.samplers.schedule import Schedule
-from tests.engine.conftest import load_all
 from tests.families.plain import build, load
-from tests.tiny import SD3_PARTS, write_dit, write_flux, write_sd3
-from tests.tiny_parts import write_json
+from tests.parts.engine import load_all
+from tests.parts.tiny import SD3_PARTS, write_dit, write_flux, write_sd3
+from tests.parts.tiny_parts import write_json
 
 
 @pytest.fixture(scope="module", autouse=True)

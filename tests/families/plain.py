@@ -17,7 +17,7 @@ from app.families.components import ALLOWED, State, blank_network, build_tokeniz
 from app.pool.pool import Pool
 from app.report import Result
 from app.request import Condition, Delivery, Guidance, ImageSpec, Recipe, Request, SkipGuidance
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench
 
 CPU = torch.device("cpu")
 

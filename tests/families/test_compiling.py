@@ -23,9 +23,9 @@ from app.pool.pool import Pool
 from app.request import ClassLabel
 from app.samplers.schedule import Schedule
 from app.settings import Settings
-from tests.close import FORWARD, SAME, apart, close, furthest
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, load, serve
+from tests.parts.close import FORWARD, SAME, apart, close, furthest
+from tests.parts.engine import load_all
 
 pytestmark = pytest.mark.slow
 

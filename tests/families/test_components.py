@@ -17,7 +17,7 @@ from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from app.errors import CheckpointError
 from app.families.text import Encoder, cut_text, read_texts, token_ids
 from tests.families.plain import build_component
-from tests.tiny_parts import read_state
+from tests.parts.tiny_parts import read_state
 
 UPSTREAM: dict[str, tuple[str, Any]] = {
     "DiTTransformer2DModel": ("dit/transformer", DiTTransformer2DModel),

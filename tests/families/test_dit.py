@@ -16,8 +16,8 @@ from app.families import DiT
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
 from app.samplers.schedule import Schedule
-from tests.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close, furthest
 from tests.families.plain import ask, build, final, load, serve
+from tests.parts.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close, furthest
 
 BASE = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "num_train_timesteps": 1000}
 SCHEDULERS: dict[str, Any] = {

@@ -19,9 +19,9 @@ from app.families import DiT
 from app.families.components import blank_network, fill_network
 from app.families.dit import SharedEmbedder, predict
 from app.pool.memory import Component
-from tests.close import EXACT, FORWARD, apart, close
 from tests.families.plain import CPU, build_component, load
-from tests.tiny import write_dit
+from tests.parts.close import EXACT, FORWARD, apart, close
+from tests.parts.tiny import write_dit
 
 LABELS = torch.tensor([0, 999, 1000, 17])
 TIMES = torch.tensor([999.0, 0.0, 441.5, 857.14])

@@ -17,13 +17,13 @@ from app.cards.card import read_card
 from app.errors import InvalidValue
 from app.families import Flux
 from app.families.flux import pack, unpack
-from app.families.preview import shapes
+from app.families.vae import shapes
 from app.request import ClassLabel, Prompt
 from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule
-from tests.close import EXACT, FORWARD, LEVELS, apart, beyond_rounding, close
 from tests.families.plain import build, build_component
-from tests.tiny_parts import read_state, write_first_clip
+from tests.parts.close import EXACT, FORWARD, LEVELS, apart, beyond_rounding, close
+from tests.parts.tiny_parts import read_state, write_first_clip
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
 TEXTS = ("red apple", "", "a cat and a dog", "red apple", "moon")

@@ -15,7 +15,7 @@ from app.cards.card import Card, Sizes, Text, read_card
 from app.errors import CheckpointError
 from app.families import Flux
 from tests.families.plain import build, build_component
-from tests.tiny_parts import read_state
+from tests.parts.tiny_parts import read_state
 
 
 @cache

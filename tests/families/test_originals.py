@@ -9,8 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.loaders import single_file_utils as theirs
 
-from app.families.originals import from_original
-from tests.close import EXACT, FORWARD, apart, close
+from app.families.authors import from_original
 from tests.families import plain_originals
 from tests.families.plain_shapes import (
     State,
@@ -23,6 +22,7 @@ from tests.families.plain_shapes import (
     sd3_shapes,
     vae_shapes,
 )
+from tests.parts.close import EXACT, FORWARD, apart, close
 from tests.seeds import plain_dit
 from tests.seeds.plain_dit import doubled
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from app.families import originals_tables
-from app.families.originals import find_part, from_original, parts_in
-from app.families.originals_rules import apply, drop, rename
+from app.families import authors
+from app.families.authors import apply, find_part, from_original, parts_in, rule
 from tests.families.plain_shapes import (
     CLIP,
     T5,
@@ -53,7 +52,7 @@ def test_one_file_holds_parts_and_each_is_read_alone() -> None:
         "text_encoder_2": "text_encoders.clip_g.transformer.",
         "text_encoder_3": "text_encoders.t5xxl.transformer.",
     }
-    assert held["transformer"].layout.family == "sd3"
+    assert held["transformer"].family == "sd3"
     clip = "CLIPTextModelWithProjection"
     first, second = from_original(clip, state, "text_encoder"), from_original(clip, state, "text_encoder_2")
     assert torch.equal(first["text_projection.weight"], torch.eye(8)), "SD3's authors take its state unprojected"
@@ -74,7 +73,7 @@ def test_files_of_one_part_alone() -> None:
     flux = {*flux_shapes(32, 1, 1, guided=False), *T5}
     assert list(parts_in(flux)) == ["text_encoder_2", "transformer"]
     for part in ("text_encoder", "text_encoder_2"):
-        assert find_part(part, "CLIPTextModel", CLIP.keys()).layout.name == "CLIP"
+        assert find_part(part, "CLIPTextModel", CLIP.keys()).name == "CLIP"
     assert parts_in(["transformer_blocks.0.attn.to_q.weight"]) == {}
 
 
@@ -144,13 +143,13 @@ def test_refused(part: str, class_name: str, state: Callable[[], State], told: s
 
 def test_two_tensors_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"b\.weight: c\.weight stands in the file twice"):
-        apply((rename("a.*", "c.*"), rename("b.*", "c.*")), {"a.weight": random(1), "b.weight": random(1)})
+        apply((rule("a.*", "c.*"), rule("b.*", "c.*")), {"a.weight": random(1), "b.weight": random(1)})
 
 
 def test_what_training_leaves_in_an_autoencoder_is_dropped() -> None:
     state = drawn(vae_shapes((8, 16), 4, quant=True))
     left = {"loss.logvar": random(1), "model_ema.num_updates": torch.ones((), dtype=torch.int64)}
     same(from_original(VAE, {**state, **left}, "vae"), from_original(VAE, state, "vae"))
-    rules = [rule for rule in originals_tables.VAE if rule != drop("loss.**")]
+    rules = [one for one in authors.VAE if one != rule("loss.**")]
     with pytest.raises(ValueError, match=r"unexpected weights: loss\.logvar"):
         apply(rules, {**state, **left})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from app.families.preview import LinearPreview, neighbourhoods, shapes
+from app.families.vae import neighbourhoods, preview, shapes
 
 
 class LinearVAE:
@@ -37,14 +37,14 @@ def test_a_linear_decoder_is_found_exactly() -> None:
     latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(1)) * 0.5
     image = vae.decode(latents / 1.7 + 0.2, return_dict=False)[0]
     expected = ((image / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-    seen = LinearPreview(vae)(latents)
+    seen = preview(vae, latents)
     assert seen.shape == (2, 40, 56, 3) and seen.dtype == torch.uint8
     assert (seen.float() - expected).abs().max() <= 1
 
 
 def test_the_same_vae_gives_the_same_preview() -> None:
     latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(LinearPreview(LinearVAE())(latents), LinearPreview(LinearVAE())(latents))
+    assert torch.equal(preview(LinearVAE(), latents), preview(LinearVAE(), latents))
 
 
 def test_a_neighbourhood_is_the_pixel_and_those_around_it() -> None:

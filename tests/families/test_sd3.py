@@ -14,8 +14,8 @@ from app.errors import CheckpointError, InvalidValue
 from app.families import SD3
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
-from tests.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close
 from tests.families.plain import ask, final, load, serve
+from tests.parts.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
 

@@ -16,11 +16,11 @@ from app.checkpoints.parts import build_family
 from app.errors import CheckpointError
 from app.pool.pool import Pool
 from app.request import Prompt, Request, SkipGuidance
-from tests.close import SAME, apart, close
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, build, final, serve
-from tests.tiny import SD3_PARTS, write_sd3
-from tests.tiny_parts import write_json
+from tests.parts.close import SAME, apart, close
+from tests.parts.engine import load_all
+from tests.parts.tiny import SD3_PARTS, write_sd3
+from tests.parts.tiny_parts import write_json
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
 LAYERS = (1, 2)

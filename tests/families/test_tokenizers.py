@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_models
-
 PROMPTS = """
 import resource, sys
 from pathlib import Path
@@ -30,10 +28,9 @@ print("read", len(tokenizer(texts)["input_ids"]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-def test_a_limit_at_the_first_prompt_is_over_when_the_limit_is(tmp_path: Path) -> None:
-    write_models(tmp_path)
+def test_a_limit_at_the_first_prompt_is_over_when_the_limit_is(tiny: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    words = [sys.executable, "-c", PROMPTS, str(tmp_path / "tiny-sd3" / "tokenizer_3")]
+    words = [sys.executable, "-c", PROMPTS, str(tiny / "tiny-sd3" / "tokenizer_3")]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout.splitlines()[-1:] == ["read 64"], done.stderr[-500:]
 

@@ -16,10 +16,10 @@ from app.families.compiling import compile_blocks
 from app.families.upstream import Upstream
 from app.pool.pool import Pool
 from app.request import ClassLabel, Condition, Prompt, Request, SkipGuidance
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, load, serve
+from tests.parts.engine import load_all
 from tests.parts.requests import changed
-from tests.tiny import write_dit, write_sd3
+from tests.parts.tiny import write_dit, write_sd3
 
 APPLE = Prompt("a red apple", "green")
 CASES = [

@@ -10,8 +10,7 @@ import torch
 
 from app.cards.card import read_cards
 from app.pool.pool import Pool
-from tests.engine.conftest import load_all
-from tests.tiny import write_models
+from tests.parts.engine import load_all
 
 Opened = Callable[..., Pool]
 
@@ -25,20 +24,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu")
-    write_models(folder)
-    return folder
-
-
 @pytest.fixture
-def opened(models: Path) -> Iterator[Opened]:
+def opened(tiny: Path) -> Iterator[Opened]:
     """Opens pools that have loaded what they are asked for, and closes them."""
     pools: list[Pool] = []
 
     def open_pool(device: str, dtype: torch.dtype = torch.float32, only: tuple[str, ...] = (), **more: object) -> Pool:
-        cards = {name: card for name, card in read_cards(models).items() if name in only or not only}
+        cards = {name: card for name, card in read_cards(tiny).items() if name in only or not only}
         pools.append(Pool(cards, device, dtype, **more))
         return pools[-1] if "budget" in more else load_all(pools[-1])
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from app.report import Evicted
-from tests.close import SAME, close
-from tests.engine.harness import Bench
 from tests.engine.test_memory import Bounded, ask
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import held
+from tests.parts.close import SAME, close
+from tests.parts.engine import Bench
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def test_a_thousand_requests_leave_nothing(device: str, opened: Opened) -> None:
 def test_weights_that_left_the_device_come_back_as_they_were(device: str, opened: Opened) -> None:
     """Two models in memory for one: parked in host memory in turns, a dozen times, and drawn with in between."""
     whole = opened(device, torch.float32, PAIR)
-    largest = max(model.bytes for model in whole._books.models.values())
+    largest = max(model.bytes for model in whole.models.values())
     requests = [ask(PAIR[number % 2], number, number % 4 < 2) for number in range(24)]
     wanted = Bench(whole).run(requests).results
     bench = Bounded(opened(device, torch.float32, PAIR, budget=largest, host=sys.maxsize))

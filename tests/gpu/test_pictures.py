@@ -11,11 +11,11 @@ import torch
 from app.pool.pool import Pool
 from app.report import Result
 from app.request import Request
-from tests.close import relative
-from tests.engine.harness import Bench
 from tests.engine.test_mixed import run_mixed, traffic
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import narrow
+from tests.parts.close import relative
+from tests.parts.engine import Bench
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +10,11 @@ import httpx
 import pytest
 
 from app.settings import Settings
-from tests.api.conftest import Server
+from tests.parts.servers import Server
+from tests.parts.workers import faulty
 
 pytestmark = pytest.mark.slow
 
-POISONED = (sys.executable, str(Path(__file__).parent.parent / "poisoned_worker.py"))
 MODEL = "tiny-sd3-turbo"
 
 
@@ -24,22 +23,14 @@ def draw(url: str, prompt: str, **more: object) -> httpx.Response:
     return httpx.post(f"{url}/v1/images/generations", json=body, headers={"Accept": "image/png"}, timeout=100)
 
 
-def ready(url: str) -> None:
-    until = time.monotonic() + 100
-    while httpx.get(f"{url}/readyz").status_code != 200:
-        assert time.monotonic() < until, "the server does not get ready"
-        time.sleep(0.05)
-
-
 @pytest.mark.timeout(300)
-def test_a_poisoned_device_costs_one_process(device: str, models: Path, tmp_path: Path) -> None:
+def test_a_poisoned_device_costs_one_process(device: str, tiny: Path, tmp_path: Path) -> None:
     settings = Settings(
-        models=models, devices=device, dtype="float32", deterministic=True, preload=MODEL, port=0, cache=tmp_path
+        models=tiny, devices=device, dtype="float32", deterministic=True, preload=MODEL, port=0, cache=tmp_path
     )
-    server = Server(settings, POISONED)
-    url = server.start()
-    try:
-        ready(url)
+    with Server(settings, faulty("poison")) as server:
+        url = server.url
+        server.ready()
         before, (first,) = draw(url, "a red square"), server.supervisor.pids
         with ThreadPoolExecutor(2) as clients:
             beside = clients.submit(draw, url, "a blue dog", num_inference_steps=100, sampler="flow_heun")
@@ -49,9 +40,7 @@ def test_a_poisoned_device_costs_one_process(device: str, models: Path, tmp_path
             poison = clients.submit(draw, url, "poison")
             assert poison.result().status_code == 503 and beside.result().status_code == 503
         assert httpx.get(f"{url}/healthz").status_code == 200
-        ready(url)
+        server.ready()
         after, (second,) = draw(url, "a red square"), server.supervisor.pids
         assert first != second and server.supervisor.restarts == 1
         assert before.status_code == after.status_code == 200 and before.content == after.content
-    finally:
-        server.stop()

@@ -11,8 +11,7 @@ import torch
 
 from app.pool.budget import LOOK, Cores, use_threads
 from app.report import Tick
-from tests.engine.fakes import FakeFamily, FakePool, card, request
-from tests.engine.harness import Bench
+from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
 
 CORES = 8
 HERTZ = os.sysconf("SC_CLK_TCK")

@@ -18,7 +18,8 @@ from app.pool.policy import PHASES, Need
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import Prompt
-from tests.tiny import write_models
+from tests.parts.tiny import write_models
+from tests.parts.waiting import eventually
 
 ALL = ("tiny-dit", "tiny-sd3")
 
@@ -36,7 +37,7 @@ def sizes(cards: dict[str, Card]) -> dict[str, dict[str, int]]:
     pool = Pool(cards, "cpu", torch.float32)
     for model_id in ALL:
         ready(pool, model_id)
-    models = pool._policy.models
+    models = pool.models
     found = {m: {p: sum(one.bytes for one in models[m].components((p,))) for p in PHASES} for m in ALL}
     pool.close()
     return found
@@ -81,21 +82,14 @@ class Counting:
         return self._real(part)
 
 
-def until(done: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def ready(pool: Pool, model_id: str) -> None:
     """Load the model; all of it where it fits."""
     pool.want(model_id)
-    until(lambda: pool._policy.models[model_id].state == "ready" and not pool._policy._loads)
+    eventually(lambda: pool.models[model_id].state == "ready" and not pool._loads)
 
 
 def held_now(pool: Pool) -> int:
-    return sum(one.bytes for one in pool._policy.store.components.values() if one.place == "device")
+    return sum(one.bytes for one in pool.store.components.values() if one.place == "device")
 
 
 def test_the_one_that_was_leased_longest_ago_leaves(
@@ -121,12 +115,12 @@ def test_what_is_leased_is_never_evicted(made: Callable[..., Pool], sizes: dict[
     assert lease is not None
     weight = lease.model.network.pos_embed.proj.weight  # type: ignore[attr-defined]
     pool.want("tiny-sd3")
-    until(lambda: pool.family("tiny-sd3"))
+    eventually(lambda: pool.family("tiny-sd3"))
     time.sleep(0.1)
     assert not pool.resident("tiny-sd3", "denoise") and not weight.is_meta
     assert pool.resident("tiny-dit", "denoise")
     lease.release()
-    until(lambda: pool.resident("tiny-sd3", "denoise"))
+    eventually(lambda: pool.resident("tiny-sd3", "denoise"))
     assert not pool.resident("tiny-dit", "denoise")
     network = pool.family("tiny-dit").network  # type: ignore[union-attr]
     assert all(weight.is_meta for weight in network.parameters()), "its memory is given back"
@@ -156,7 +150,7 @@ def test_parts_that_fit_one_at_a_time(made: Callable[..., Pool], sizes: dict[str
     assert not pool.fits("tiny-sd3")
     for phase in ("encode", "denoise", "decode", "encode"):
         pool.need([Need("tiny-sd3", (phase,), urgent=True)])  # type: ignore[arg-type]
-        until(lambda phase=phase: pool.resident("tiny-sd3", phase))
+        eventually(lambda phase=phase: pool.resident("tiny-sd3", phase))
         pool.need([])
     assert not pool.resident("tiny-sd3", "denoise")
     assert not [change for change in pool.poll() if isinstance(change, ModelState) and change.state == "absent"]
@@ -168,7 +162,7 @@ def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
     monkeypatch.setattr("app.pool.memory.part_states", lambda part: pytest.fail("not a byte moves"))
     pool = made(max(sizes["tiny-sd3"].values()) - 1)
     pool.want("tiny-sd3")
-    until(lambda: pool.failure("tiny-sd3"))
+    eventually(lambda: pool.failure("tiny-sd3"))
     error = pool.failure("tiny-sd3")
     assert isinstance(error, DoesNotFit) and "INSTEP_DEVICE_MEMORY" in error.message
     assert error.message.count("MB") + error.message.count("kB") == 2
@@ -179,15 +173,15 @@ def test_needs_are_met_in_order_and_one_at_a_time(made: Callable[..., Pool], siz
     ready(pool, "tiny-sd3")
     needs = [Need("tiny-sd3", ("encode",), urgent=True), Need("tiny-sd3", ("decode",), urgent=True)]
     pool.need(needs)
-    until(lambda: pool.resident("tiny-sd3", "encode"))
+    eventually(lambda: pool.resident("tiny-sd3", "encode"))
     time.sleep(0.1)
     assert not pool.resident("tiny-sd3", "decode"), "who waited first must be able to lease what came"
     lease = pool.lease("tiny-sd3", "encode")
     assert lease is not None
     pool.need(needs[1:])
-    until(lambda: pool.blocked)
+    eventually(lambda: pool.blocked)
     lease.release()
-    until(lambda: pool.resident("tiny-sd3", "decode"))
+    eventually(lambda: pool.resident("tiny-sd3", "decode"))
     assert not pool.blocked
 
 
@@ -197,10 +191,10 @@ def test_kept_models_are_spared_by_all_but_the_urgent(
     pool = made(max(sum(size.values()) for size in sizes.values()))
     ready(pool, "tiny-dit")
     pool.need([Need("tiny-sd3", ("encode", "denoise", "decode"))], ["tiny-dit"])
-    until(lambda: pool.blocked)
+    eventually(lambda: pool.blocked)
     assert pool.resident("tiny-dit", "denoise")
     pool.need([Need("tiny-sd3", ("encode", "denoise", "decode"))], [])
-    until(lambda: pool.resident("tiny-sd3", "denoise"))
+    eventually(lambda: pool.resident("tiny-sd3", "denoise"))
 
 
 def test_unload_waits_for_leases_and_spares_what_others_use(made: Callable[..., Pool]) -> None:
@@ -209,12 +203,12 @@ def test_unload_waits_for_leases_and_spares_what_others_use(made: Callable[..., 
         ready(pool, model_id)
     lease = pool.lease("tiny-dit", "denoise")
     pool.unload("tiny-dit")
-    until(lambda: not pool.resident("tiny-dit", "decode"))
+    eventually(lambda: not pool.resident("tiny-dit", "decode"))
     assert pool.resident("tiny-dit", "denoise") and lease is not None
     lease.release()
-    until(lambda: pool._policy.models["tiny-dit"].state == "absent")
+    eventually(lambda: pool.models["tiny-dit"].state == "absent")
     pool.unload("tiny-sd3-turbo")
-    until(lambda: pool._policy.models["tiny-sd3-turbo"].state == "absent")
+    eventually(lambda: pool.models["tiny-sd3-turbo"].state == "absent")
     assert pool.resident("tiny-sd3", "encode") and pool.resident("tiny-sd3", "denoise")
     ready(pool, "tiny-dit")
     ready(pool, "tiny-sd3-turbo")
@@ -226,13 +220,13 @@ def test_files_that_change_while_a_model_is_away_fail_its_return(
     pool = made(10**9)
     ready(pool, "tiny-sd3")
     pool.unload("tiny-sd3")
-    until(lambda: not held_now(pool))
+    eventually(lambda: not held_now(pool))
     (file,) = (cards["tiny-sd3"].folder / "transformer").glob("*.safetensors")
     whole = file.read_bytes()
     try:
         file.write_bytes(whole[:-1])
         pool.want("tiny-sd3")
-        until(lambda: pool.failure("tiny-sd3"))
+        eventually(lambda: pool.failure("tiny-sd3"))
         assert isinstance(pool.failure("tiny-sd3"), CheckpointError) and not held_now(pool)
     finally:
         file.write_bytes(whole)
@@ -247,8 +241,8 @@ def test_models_that_share_parts_leave_nothing_behind_when_they_go_one_after_the
         ready(pool, model_id)
     for model_id in ("tiny-sd3-turbo", "tiny-sd3"):
         pool.unload(model_id)
-        until(lambda model_id=model_id: pool._policy.models[model_id].state == "absent")
-    until(lambda: not held_now(pool))
+        eventually(lambda model_id=model_id: pool.models[model_id].state == "absent")
+    eventually(lambda: not held_now(pool))
 
 
 def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
@@ -257,12 +251,12 @@ def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
     """The next need brings it all the same."""
     pool = made(10**9)
     needs = [Need("tiny-dit", ("encode", "denoise", "decode"))]
-    with pool._lock:
-        pool._policy.want("tiny-dit")
-        pool._policy.need(needs, ())
-        pool._policy.unload("tiny-dit")
+    with pool.lock:
+        pool.want("tiny-dit")
+        pool.need(needs, ())
+        pool.unload("tiny-dit")
     pool.need(needs)
-    until(lambda: pool.resident("tiny-dit", "denoise"))
+    eventually(lambda: pool.resident("tiny-dit", "denoise"))
 
 
 def test_the_loader_outlives_a_drop_that_raises(made: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +265,7 @@ def test_the_loader_outlives_a_drop_that_raises(made: Callable[..., Pool], monke
     with monkeypatch.context() as patch:
         patch.setattr("app.pool.memory.empty_network", fail_once := Once())
         pool.unload("tiny-dit")
-        until(lambda: fail_once.called)
+        eventually(lambda: fail_once.called)
     ready(pool, "tiny-sd3")
     ready(pool, "tiny-dit")
 
@@ -282,7 +276,7 @@ def test_weights_put_aside_come_back_the_same(
     """Host memory, played on the CPU: the moves are real, and the two tiers are the same memory."""
     budget = max(sum(size.values()) for size in sizes.values())
     pool = made(budget)
-    pool._policy.store.host = 10**9
+    pool.store.host = 10**9
     ready(pool, "tiny-sd3")
     family: Any = pool.family("tiny-sd3")
     assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
@@ -290,7 +284,7 @@ def test_weights_put_aside_come_back_the_same(
         before = family.encode([Prompt("red")], 24)
     monkeypatch.setattr("app.pool.memory.part_states", Counting(part_states))
     ready(pool, "tiny-dit")
-    assert pool._policy.store.parked and not pool.resident("tiny-sd3", "encode")
+    assert pool.store.parked and not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")
     with torch.inference_mode():
         after = family.encode([Prompt("red")], 24)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pool.measured import write_network
+from tests.parts.measured import write_network
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.slow
 def test_a_load_holds_one_shard_at_a_time(tmp_path: Path) -> None:
     write_network(tmp_path / "network", blocks=2, shards=4)
-    command = [sys.executable, "-m", "tests.pool.measured", str(tmp_path / "network"), "bfloat16", "held"]
+    command = [sys.executable, "-m", "tests.parts.measured", str(tmp_path / "network"), "bfloat16", "held"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=True)
     loads = json.loads(done.stdout.splitlines()[-1])
     streamed, held = loads["bfloat16"], loads["held"]

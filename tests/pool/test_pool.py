@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from app.pool.policy import RETRY_AFTER
 from app.pool.pool import Pool
 from app.report import ModelState
 from app.request import ClassLabel
-from tests.tiny import write_models
+from tests.parts.tiny import write_models
+from tests.parts.waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,6 @@ def pool(cards: dict[str, Card], clock: Clock) -> Iterator[Pool]:
     pool.close()
 
 
-def until(done: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def states_until(pool: Pool, model_id: str, state: str) -> list[ModelState]:
     """All changes of state up to and including the one awaited."""
     seen: list[ModelState] = []
@@ -71,7 +64,7 @@ def states_until(pool: Pool, model_id: str, state: str) -> list[ModelState]:
         seen.extend(change for change in pool.poll() if isinstance(change, ModelState))
         return any(one.model == model_id and one.state == state for one in seen)
 
-    until(there)
+    eventually(there)
     return seen
 
 
@@ -159,7 +152,7 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {key[0][0].name: one for key, one in pool._policy.store.components.items()}
+    held = {key[0][0].name: one for key, one in pool.store.components.items()}
     leases = [
         pool.lease(model_id, phase) for model_id in ("tiny-sd3", "tiny-sd3-no-t5") for phase in ("encode", "denoise")
     ]
@@ -182,9 +175,7 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     file.write_text(whole)
     error = pool.failure("tiny-dit")
     assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
-    assert error.__traceback__ is None and not pool._policy.store.components, (
-        "what was loaded before it failed is let go"
-    )
+    assert error.__traceback__ is None and not pool.store.components, "what was loaded before it failed is let go"
     clock.now = RETRY_AFTER - 0.1
     pool.want("tiny-dit")
     assert pool.poll() == [] and pool.failure("tiny-dit") is error and pool.lease("tiny-dit", "denoise") is None
@@ -221,10 +212,10 @@ def test_who_polls_hears_that_the_loader_ended(pool: Pool, monkeypatch: pytest.M
 
     monkeypatch.setattr(memory, "part_states", broken)
     if not lost:
-        monkeypatch.setattr(pool._policy.store, "drop", broken)
+        monkeypatch.setattr(pool.store, "drop", broken)
     pool.want("tiny-dit")
     with pytest.raises(type(error), match=str(error)):
-        until(lambda: pool.poll() and False)
+        eventually(lambda: pool.poll() and False)
 
 
 def test_a_vae_on_the_cpu_is_float32(cards: dict[str, Card]) -> None:

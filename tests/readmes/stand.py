@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,10 @@ from typing import Any
 from PIL import Image
 
 from app.cards.card import read_cards
-from tests.cli.hub import Hub
-from tests.published import MODELS, write_clone, write_single_files
+from tests.parts.hub import Hub
+from tests.parts.published import MODELS, write_clone, write_single_files
+from tests.parts.servers import free_port
+from tests.parts.waiting import eventually
 from tests.readmes.blocks import Block
 
 BIN = Path(sys.executable).parent
@@ -39,8 +39,7 @@ class Stand:
         write_single_files(folder, folder / "hub")
         self.hub = Hub(folder / "hub", gated=tuple(gated), token=TOKEN)
         self.hub.revisions = {str(card.source.revision) for card in read_cards(MODELS).values() if card.source.repo}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         own = {"HOME": str(folder / "home"), "HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "COLUMNS": "100"}
         own |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "INSTEP_PORT": str(self.port)}
         own |= {"INSTEP_THREADS": "1"}  # two threads wait for each other for ever on a busy machine
@@ -90,10 +89,8 @@ class Stand:
                 ["bash", "-euo", "pipefail", "-c", re.sub(r"^((\w+=\S* )*)(instep serve)", r"\1exec \3", text)],
                 cwd=self.folder, env=self.environment, stdout=stream, stderr=subprocess.STDOUT,
             )  # fmt: skip
-        until = time.monotonic() + PATIENCE
-        while not self.ready():
-            assert self.server.poll() is None and time.monotonic() < until, log.read_text(encoding="utf-8")
-            time.sleep(0.2)
+        eventually(lambda: self.ready() or self.server.poll() is not None, PATIENCE, log.read_text, pause=0.2)
+        assert self.server.poll() is None, log.read_text(encoding="utf-8")
         return log.read_text(encoding="utf-8")
 
     def ready(self) -> bool:

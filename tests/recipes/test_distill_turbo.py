@@ -12,13 +12,13 @@ from distill_turbo import Point, draw_times, follow, read_pairs, straight, walk
 
 from app.cards.card import read_cards
 from app.checkpoints.parts import build_family, build_parts
-from app.cli.models import check_folder
+from app.cli.files import check_folder
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import Prompt
-from tests.close import FORWARD, SAME, apart, close, furthest
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, serve
+from tests.parts.close import FORWARD, SAME, apart, close, furthest
+from tests.parts.engine import load_all
 from tests.recipes.conftest import run
 
 pytestmark = pytest.mark.slow

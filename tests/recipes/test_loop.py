@@ -13,7 +13,7 @@ from common import Clock, Workers
 from loop import Training
 from torch import Tensor, nn
 
-from tests.close import FORWARD, apart, close, furthest
+from tests.parts.close import FORWARD, apart, close, furthest
 
 
 class Turned(nn.Module):

@@ -13,7 +13,7 @@ from nearest import Nearest, energy, features, sprite, twins
 from PIL import Image
 from torch.nn import functional as F
 
-from tests.close import FORWARD, apart, close, each
+from tests.parts.close import FORWARD, apart, close, each
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from app.families.upstream import scheduler_of
 from app.samplers.grids import Array, Path, at_size
 from app.samplers.schedule import DynamicShift, Schedule
 from app.samplers.table import SAMPLERS
-from tests.close import EXACT, apart, close, each
+from tests.parts.close import EXACT, apart, close, each
 from tests.samplers.oracle import UPSTREAM, diffusion_scheduler, flow_scheduler, wide
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers

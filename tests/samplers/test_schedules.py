@@ -15,7 +15,7 @@ from app.errors import CardError, InvalidValue
 from app.samplers import grids as schedules
 from app.samplers.grids import alpha_bar, at_size
 from app.samplers.schedule import DynamicShift, Schedule
-from tests.close import FORWARD, apart, close, each
+from tests.parts.close import FORWARD, apart, close, each
 
 
 def diffusion(**fields) -> Schedule:

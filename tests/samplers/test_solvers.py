@@ -12,7 +12,7 @@ from app.samplers import solvers
 from app.samplers.grids import Path, Points
 from app.samplers.schedule import Schedule
 from app.samplers.table import SAMPLERS, compile_table, compose
-from tests.close import EXACT, SAME, apart, close, furthest, relative
+from tests.parts.close import EXACT, SAME, apart, close, furthest, relative
 from tests.samplers.oracle import PLACE, Array, channel, draw, network, run_table
 from tests.seeds.plain_dit import respaced
 

@@ -12,7 +12,7 @@ from app.errors import InvalidValue
 from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule
 from app.samplers.table import COLUMNS, SAMPLERS, compile_table, valid_pairs, valid_samplers
-from tests.close import EXACT, SAME, apart, close
+from tests.parts.close import EXACT, SAME, apart, close
 from tests.samplers.oracle import (
     UPSTREAM,
     Array,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import write_dit, write_flux, write_sd3
+from tests.parts.tiny import write_dit, write_flux, write_sd3
 
 SMALL = {"min = 16, max = 64, multiple = 16": "min = 16, max = 64, multiple = 8"}
 SKIPPING = {**SMALL, "text = {": "skip_layer_guidance = { layers = [1, 2] }\ntext = {"}

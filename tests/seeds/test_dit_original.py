@@ -14,16 +14,16 @@ from app.checkpoints.convert import Conversion, convert_dit
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
+from app.families.authors import from_original
 from app.families.dit import predict
-from app.families.originals import from_original
 from app.request import ClassLabel, Guidance
 from app.samplers.table import compile_table
-from tests.close import EXACT, FORWARD, SAME, apart, close, relative
 from tests.families.plain import load
+from tests.parts.close import EXACT, FORWARD, SAME, apart, close, relative
+from tests.parts.tiny import write_dit
+from tests.parts.tiny_parts import read_state
 from tests.seeds import plain_dit
 from tests.seeds.plain_dit import State, doubled, original_state
-from tests.tiny import write_dit
-from tests.tiny_parts import read_state
 
 ROOT = Path(__file__).parent.parent.parent
 CARD = read_card(ROOT / "models" / "dit-xl-2-256" / "card.toml")

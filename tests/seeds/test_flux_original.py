@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from app.cards.card import read_cards
 from app.pool.pool import Pool
 from app.request import Prompt
-from tests.close import SAME, apart, close
-from tests.engine.conftest import load_all
 from tests.families.plain import ask, final, serve
 from tests.families.plain_originals import flux
 from tests.families.plain_shapes import State, drawn, flux_shapes
-from tests.tiny import write_flux
+from tests.parts.close import SAME, apart, close
+from tests.parts.engine import load_all
+from tests.parts.tiny import write_flux
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,10 +18,9 @@ from app.jobs.body import ImageBody
 from app.pool.pool import Pool
 from app.request import Request
 from app.samplers.schedule import DynamicShift
-from tests.close import LEVELS, SAME, apart, beyond_rounding, close
-from tests.engine.conftest import load_all
-from tests.engine.harness import Bench
 from tests.families.plain import final, serve
+from tests.parts.close import LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.engine import Bench, load_all
 from tests.parts.requests import changed
 from tests.seeds.upstream import Body, final_latent, opened, picture, run
 

@@ -25,9 +25,9 @@ from app.report import Result
 from app.settings import Settings
 from app.worker.jobs import Ticket
 from app.worker.supervisor import WORKER, Supervisor
-from tests.api.conftest import Server
-from tests.close import LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.parts.requests import changed
+from tests.parts.servers import Server
 from tests.seeds.upstream import Body, final_latent, picture
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -150,11 +150,8 @@ def answers(seed_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     facts = {"devices": "cpu", "dtype": "float32", "threads": 1, "port": 0, "drain": 5, "max_wait": 1e6}
     server = Server(Settings(models=seed_models, cache=cache, **facts), WORKER)
     kept = keep_latents(server.supervisor)
-    url = server.start()
-    try:
-        replies = ask_all(url, bodies)
-    finally:
-        server.stop()
+    with server:
+        replies = ask_all(server.url, bodies)
     results = {name.rpartition("-")[0]: result for name, result in kept.items()}
     assert results.keys() == bodies.keys()
     yield {name: Answer(replies[name], results[name]) for name in bodies}

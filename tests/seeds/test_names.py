@@ -14,9 +14,8 @@ from torch import nn
 from app.cards.card import read_cards
 from app.cards.files import INDEX
 from app.errors import CheckpointError
-from app.families.components import blank_network, has_weights
-from app.families.differences import outline_of
-from app.families.originals import from_original
+from app.families.authors import from_original
+from app.families.components import blank_network, has_weights, outline_of
 from tests.seeds.make_lists import Shapes, folded, read_lists, unfolded
 
 pytestmark = pytest.mark.slow

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from app.cli.commands import app
 from app.jobs.presets import PRESETS
-from tests.published import write_published
+from tests.parts.published import write_published
 from tests.readmes.blocks import BLOCKS
 
 pytestmark = pytest.mark.slow

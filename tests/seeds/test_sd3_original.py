@@ -18,15 +18,15 @@ from app.pool.pool import Pool
 from app.request import Prompt
 from app.samplers.schedule import Schedule
 from app.samplers.table import compile_table
-from tests.close import EXACT, SAME, apart, close, each
-from tests.engine.conftest import load_all
 from tests.families import plain_originals
 from tests.families.plain import ask, final, serve
 from tests.families.plain_shapes import State, drawn, sd3_shapes
+from tests.parts.close import EXACT, SAME, apart, close, each
+from tests.parts.engine import load_all
+from tests.parts.tiny import write_sd3
 from tests.samplers.oracle import draw, network, run_table
 from tests.seeds import plain_sd3
 from tests.seeds.plain_dit import doubled
-from tests.tiny import write_sd3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

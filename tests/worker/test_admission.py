@@ -8,8 +8,9 @@ import pytest
 
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.worker.admission import Backlog, Estimate, admit, after
-from tests.fake_worker import RATE
-from tests.worker.parts import request, run, serving, until
+from tests.parts.fake_worker import RATE
+from tests.parts.supervising import request, serving
+from tests.parts.waiting import run, until
 from tests.worker.test_backlog import backlog, kind
 
 BOUND = 10.0

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from app.report import ModelState
 from app.worker.admission import Backlog, Kind, kind_of
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:

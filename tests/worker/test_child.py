@@ -11,8 +11,9 @@ from app.errors import NoWorker, SettingsError
 from app.settings import Settings
 from app.worker import heartbeat
 from app.worker.supervisor import Supervisor
-from tests.worker.parts import CARDS, request, run, serving, until
-from tests.worker.scripts import HELLO, REFUSAL, script
+from tests.parts.supervising import CARDS, request, serving
+from tests.parts.waiting import run, until
+from tests.parts.workers import HELLO, REFUSAL, script
 
 pytestmark = pytest.mark.usefixtures("quick_restarts")
 

@@ -1,8 +1,6 @@
 """The real engine with a forward that never returns, while it draws or measures: ended by what it had announced."""
 
 import asyncio
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,11 +10,11 @@ from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.parts.requests import flat
-from tests.tiny import write_models
+from tests.parts.waiting import until
+from tests.parts.workers import faulty
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
 
-WORKER = (sys.executable, str(Path(__file__).parent.parent / "hanging_worker.py"))
 MODEL = "tiny-sd3-turbo"
 
 
@@ -24,26 +22,25 @@ def picture(text: str) -> Request:
     return flat(text, MODEL, (ImageSpec(Prompt(text), 1),), 32, 32, "flow_euler", 4, 0.0, 24)
 
 
-@pytest.mark.parametrize(("fault", "phase"), [("forward", "denoise"), ("profile", "profile")])
-def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(tmp_path, caplog, monkeypatch, fault, phase):
+@pytest.mark.parametrize(("fault", "phase"), [("hang", "denoise"), ("unmeasured", "profile")])
+def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(
+    tiny, tmp_path, caplog, monkeypatch, fault, phase
+):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    write_models(tmp_path / "models")
 
     async def scenario():
-        settings = Settings(devices="cpu", models=tmp_path / "models", cache=tmp_path)
-        supervisor = Supervisor(settings, read_cards(settings.models), command=(*WORKER, fault))
+        settings = Settings(devices="cpu", models=tiny, cache=tmp_path)
+        supervisor = Supervisor(settings, read_cards(settings.models), command=faulty(fault))
         await supervisor.start()
         try:
             (first,) = supervisor.pids
-            if fault == "forward":
+            if fault == "hang":
                 assert len(await supervisor.submit(picture("a cat"))) == 1
             with pytest.raises(NoWorker, match="died while it worked"):
                 await supervisor.submit(picture("hang"))
-            async with asyncio.timeout(100):
-                while not supervisor.live:
-                    await asyncio.sleep(0.05)
+            await until(lambda: supervisor.live, 100)
             assert supervisor.restarts == 1 and supervisor.pids != [first]
-            if fault == "forward":
+            if fault == "hang":
                 assert len(await supervisor.submit(picture("a dog"))) == 1
         finally:
             await supervisor.stop(0)

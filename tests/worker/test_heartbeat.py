@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import pytest
 
 from app.worker import heartbeat
-from tests.worker.parts import request, run, serving, until
+from tests.parts.supervising import request, serving
+from tests.parts.waiting import run, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
 

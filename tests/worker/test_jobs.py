@@ -7,7 +7,7 @@ from app.request import ClassLabel, ImageSpec, Prompt
 from app.worker.admission import Backlog, best, merge
 from app.worker.jobs import Deaths
 from tests.parts.requests import changed
-from tests.worker.parts import request
+from tests.parts.supervising import request
 
 
 def test_two_deaths_condemn_and_a_success_clears():

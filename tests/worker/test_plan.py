@@ -12,8 +12,8 @@ from app.cards.card import Source, read_cards
 from app.errors import SettingsError
 from app.settings import Settings
 from app.worker import plan
-from tests.tiny import write_models
-from tests.worker.parts import CARDS, card
+from tests.parts.engine import card
+from tests.parts.supervising import CARDS
 
 
 @pytest.fixture
@@ -65,12 +65,11 @@ def test_preloads_are_ids_each_once(tmp_path):
         plan.preloads(Settings(preload="a,c"), cards)
 
 
-def test_preload_of_all_leaves_out_what_is_not_here(tmp_path, monkeypatch):
+def test_preload_of_all_leaves_out_what_is_not_here(tiny, tmp_path, monkeypatch):
     """Neither what is on the Hub, nor what takes a part from there: it would keep /readyz at 503 for ever."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    write_models(tmp_path / "models")
     source = Source(repo="some/sd3", revision="main")
-    cards = read_cards(tmp_path / "models")
+    cards = read_cards(tiny)
     assert plan.preloads(Settings(preload="all"), cards) == list(cards)
     cards["tiny-sd3"] = cards["tiny-sd3"].model_copy(update={"source": source, "folder": tmp_path})
     dits = [name for name in cards if "dit" in name]
@@ -80,7 +79,7 @@ def test_preload_of_all_leaves_out_what_is_not_here(tmp_path, monkeypatch):
     repo = tmp_path / "hub" / "models--some--sd3"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text("c0ffee")
-    whole = shutil.copytree(tmp_path / "models" / "tiny-sd3", repo / "snapshots" / "c0ffee")
+    whole = shutil.copytree(tiny / "tiny-sd3", repo / "snapshots" / "c0ffee")
     assert plan.preloads(Settings(preload="all"), cards) == list(cards)
     for file in (whole / "vae").glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))

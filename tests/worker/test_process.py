@@ -17,7 +17,7 @@ from app.pool.budget import use_threads
 from app.report import Announce, Failure, Progress, Tick
 from app.settings import Settings
 from app.worker import process, wire
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 STAND_IN = """
 import ctypes, queue, sys, time
@@ -83,8 +83,9 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
         assert wire.receive(sock) == wire.Hello(running.pid)
         assert wire.receive(sock) == Announce("want other", 1.0)
         asked = request()
-        for order in (wire.Submit(asked), wire.Cancel("r9"), wire.Load("fake"), wire.Unload("other"), wire.Stop(True)):
-            wire.send(sock, order)
+        calls = ("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop", True)
+        for call in calls:
+            wire.send(sock, wire.Call(*call))
         heard = []
         while (news := wire.receive(sock)) is not None:
             heard.append(news)
@@ -120,7 +121,7 @@ def test_signals_to_the_whole_group_are_left_to_the_front(number):
     with child(SLEEPING) as (running, sock):
         assert isinstance(wire.receive(sock), wire.Hello)
         running.send_signal(number)
-        wire.send(sock, wire.Load("fake"))
+        wire.send(sock, wire.Call("load", "fake"))
         assert wire.receive(sock) == Announce("load fake", 1.0)
         assert running.poll() is None
         sock.close()

@@ -15,7 +15,7 @@ from app.settings import Settings
 from app.worker import child
 from app.worker.supervisor import Supervisor
 from tests.parts.requests import flat
-from tests.tiny import write_models
+from tests.parts.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -34,9 +34,10 @@ def same(one: Result, other: Result) -> bool:
 
 
 async def ready(supervisor: Supervisor, live: int) -> None:
-    async with asyncio.timeout(100):
-        while [worker.backlog.state(MODEL).state for worker in supervisor._children if worker.live] != ["ready"] * live:
-            await asyncio.sleep(0.05)
+    def states() -> list[str]:
+        return [worker.backlog.state(MODEL).state for worker in supervisor._children if worker.live]
+
+    await until(lambda: states() == ["ready"] * live, 100)
     assert supervisor.ready
 
 
@@ -88,10 +89,9 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.timeout(300)
-def test_two_real_processes_draw_freeze_die_and_draw_again(tmp_path, monkeypatch):
-    write_models(tmp_path / "models")
+def test_two_real_processes_draw_freeze_die_and_draw_again(tiny, tmp_path, monkeypatch):
     settings = Settings(devices="cpu,cpu", dtype="float32", deterministic=True, preload=MODEL, cache=tmp_path / "cache")
-    supervisor = Supervisor(settings, read_cards(tmp_path / "models"))
+    supervisor = Supervisor(settings, read_cards(tiny))
 
     async def serve():
         await supervisor.start()

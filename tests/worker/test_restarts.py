@@ -11,8 +11,9 @@ from app.errors import EngineError, NoWorker
 from app.report import ModelState
 from app.worker import child
 from app.worker.heartbeat import Pulse
-from tests.worker.parts import request, run, serving, until
-from tests.worker.scripts import HELLO, script
+from tests.parts.supervising import request, serving
+from tests.parts.waiting import run, until
+from tests.parts.workers import HELLO, script
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
 

@@ -14,8 +14,9 @@ from app.errors import (
 )
 from app.report import Failure, Preview, Progress, Result, Tick
 from app.request import ClassLabel, ImageSpec, Prompt
-from tests.fake_worker import RATE, colour
-from tests.worker.parts import PATIENCE, request, serving, until
+from tests.parts.fake_worker import RATE, colour
+from tests.parts.supervising import request, serving
+from tests.parts.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from app.errors import (
 from app.report import Memory, ModelState, Report
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
-from tests.fake_worker import RATE
-from tests.worker.parts import CARDS, PATIENCE, request, run, serving, until
+from tests.parts.fake_worker import RATE
+from tests.parts.supervising import CARDS, request, serving
+from tests.parts.waiting import PATIENCE, run, until
 
 pytestmark = pytest.mark.slow
 

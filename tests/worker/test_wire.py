@@ -13,15 +13,13 @@ from app.errors import InstepError, NoWorker, SettingsError
 from app.report import Announce, Failure, ModelState, Preview, Progress, Result, Tick, Timings
 from app.settings import Settings
 from app.worker import wire
-from tests.worker.parts import CARDS, request
+from tests.parts.supervising import CARDS, request
 
 ORDERS = [
     wire.Start(Settings(devices="cpu", max_wait=7.0), CARDS, "cpu"),
-    wire.Submit(request("ünï 🍎", seeds=(1, 2**63))),
-    wire.Cancel("r1"),
-    wire.Load("fake"),
-    wire.Unload("fake"),
-    wire.Stop(drain=True),
+    wire.Call("submit", request("ünï 🍎", seeds=(1, 2**63))),
+    wire.Call("cancel", "r1"),
+    wire.Call("stop", True),
 ]
 NEWS = [
     wire.Hello(1),
@@ -88,7 +86,7 @@ def test_frames_in_any_pieces(piece):
     """Small frames, frames just around the size of the reader's buffer, and large ones, cut at every kind of place."""
     sizes = (0, 10, 65_000, 65_400, 65_500, 65_536, 66_000, 200_000, 3)
     sizes = sizes if piece > 10 else (0, 10, 3)
-    sent = [wire.Load("x" * size) for size in sizes] + NEWS
+    sent = [wire.Call("load", "x" * size) for size in sizes] + NEWS
     stream = b"".join(wire.pack(message) for message in sent)
 
     def write(sock):
@@ -138,4 +136,4 @@ def test_nothing_over_the_cap_is_sent(monkeypatch):
     monkeypatch.setattr(wire, "FRAME_CAP", 100)
     assert pickle.loads(wire.pack(wire.Hello(1))[8:]) == wire.Hello(1)
     with pytest.raises(wire.WireError, match="over the cap of 100"):
-        wire.pack(wire.Cancel("x" * 200))
+        wire.pack(wire.Call("cancel", "x" * 200))

@@ -15,7 +15,7 @@ from app.jobs.replies import Ask
 from app.jobs.warnings import warnings
 from app.keys import NOBODY, ApiKey
 from app.settings import Settings
-from tests.api.conftest import generate
+from tests.parts.servers import generate
 
 IN_VAIN: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt": "blue", "guidance_scale": 1}, "negative_prompt is ignored: it takes a guidance_scale over 1"),

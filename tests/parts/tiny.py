@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the diffusers layout, with cards: `python -m tests.tiny FOLDER`.
+"""Tiny random checkpoints in the diffusers layout, with cards: `python -m tests.parts.tiny FOLDER`.
 
 Knows nothing of the app: it writes files with diffusers, transformers and safetensors alone.
 
@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_parts import (
+from tests.parts.tiny_parts import (
     write_first_clip,
     write_json,
     write_network,

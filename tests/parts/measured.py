@@ -1,4 +1,4 @@
-"""What a load takes of memory, measured in a process of its own: `python -m tests.pool.measured FOLDER WAY...`.
+"""What a load takes of memory, measured in a process of its own: `python -m tests.parts.measured FOLDER WAY...`.
 
 Knows nothing of pools: one network's folder of bfloat16 is loaded onto the CPU. The measure is the kernel's VmHWM,
 which counts anonymous memory and resident pages of files alike. The load "held" holds all shards until the network has
@@ -19,7 +19,7 @@ import torch
 from app.cards.folder import Part
 from app.checkpoints.parts import part_outline, part_states
 from app.families.components import blank_network, fill_network
-from tests.cli.originals import write_sparse
+from tests.parts.originals import write_sparse
 
 CLASS = "SD3Transformer2DModel"
 WIDTH = 1536

@@ -1,8 +1,9 @@
-"""A family and a pool of arithmetic alone, for tests of the engine that need no network and no files."""
+"""An engine in this process, and a family and a pool of arithmetic alone, which need no network and no files."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 import torch
 
 from app.cards.card import Card
+from app.engine.engine import Engine
 from app.engine.profile import Curve
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts
 from app.pool.policy import Need
-from app.report import ModelState, Phase
+from app.pool.pool import Pool
+from app.report import Failure, ModelState, Phase, Report, Result, Tick
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
+from app.settings import Settings
 from tests.parts.requests import flat
+from tests.parts.waiting import eventually
 
 POISON = Prompt("poison")
 NOT_A_NUMBER = Prompt("nan")
+NOWHERE = Path("/nonexistent")
 
 
 def card(name: str = "fake", **changes: Any) -> Card:
@@ -230,4 +236,64 @@ def request(name: str, **changes: Any) -> Request:
     return flat(**{**facts, **changes})
 
 
-NOWHERE = Path("/nonexistent")
+def load_all(pool: Pool) -> Pool:
+    """Load every model of a real pool."""
+
+    def loaded() -> bool:
+        for name in pool.cards:
+            assert pool.failure(name) is None, pool.failure(name)
+        return all(pool.resident(name, "denoise") for name in pool.cards)
+
+    for name in pool.cards:
+        pool.want(name)
+    eventually(loaded, 60)
+    return pool
+
+
+class Bench:
+    """Collects reports; `ticks` are the forwards, `results` and `failures` are by (request id, index) and id."""
+
+    def __init__(
+        self, pool: Any, *, deterministic: bool = False, threads: int = 0, profiles: Any = None, **engine: Any
+    ) -> None:
+        settings = Settings(deterministic=deterministic, threads=threads, cache=NOWHERE)
+        self.reports: list[Report] = []
+        profiles = profiles or FakeProfiles()
+        self.engine = Engine(pool, settings, self.reports.append, profiles=profiles, **engine)
+
+    def run(self, requests: Iterable[Request] = (), most: int = 100_000) -> Bench:
+        """Submit, then turn until nothing is left to do."""
+        for request in requests:
+            self.engine.submit(request)
+        for _ in range(most):
+            if not self.engine.tick():
+                return self
+        raise AssertionError("the engine does not come to rest")
+
+    def until(self, done: Callable[[], object], seconds: float = 60.0) -> None:
+        """Turn until this is true, also while models load. Asserts that nothing fails meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert not self.failures, self.failures
+            assert time.monotonic() < deadline, f"{len(self.results)} images are answered"
+            if not self.engine.tick():
+                time.sleep(0.002)
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.engine.tick()
+
+    @property
+    def forwards(self) -> list[Tick]:
+        return [report for report in self.reports if isinstance(report, Tick) and report.phase == "denoise"]
+
+    @property
+    def results(self) -> dict[tuple[str, int], Result]:
+        return {(each.request_id, each.index): each for each in self.reports if isinstance(each, Result)}
+
+    @property
+    def failures(self) -> dict[str, Failure]:
+        return {each.request_id: each for each in self.reports if isinstance(each, Failure)}
+
+    def of(self, kind: type[Report]) -> list[Any]:
+        return [each for each in self.reports if isinstance(each, kind)]

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from app.cards.card import read_card
-from tests.cli import originals
 from tests.families.plain_shapes import dit_state
-from tests.tiny import write_dit, write_flux, write_sd3
+from tests.parts import originals
+from tests.parts.tiny import write_dit, write_flux, write_sd3
 
-MODELS = Path(__file__).parent.parent / "models"
+MODELS = Path(__file__).parents[2] / "models"
 QK_NORM = {"qk_norm": "rms_norm"}
 WRITERS: dict[str, Callable[[Path], None]] = {
     "dit-xl-2-256": partial(write_dit, classes=1000),

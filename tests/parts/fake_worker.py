@@ -10,7 +10,7 @@ Rows advance together, one step a tick of STEP seconds, as the engine's do. Prom
     !held 8     announces 4 seconds, then holds the interpreter for 8 in a native call, and goes on
     !die        the process kills itself with SIGKILL at the second step
     !slow 2.5   the request takes about 2.5 seconds, spread over its steps; others go on meanwhile
-Run as `python tests/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
+Run as `python tests/parts/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class FakeWorker:
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self.rows: list[Row] = []
         self.ready: set[str] = set()
-        self.stopping: wire.Stop | None = None
+        self.stopping = self.draining = False
         wanted = start.settings.preload
         self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
@@ -106,7 +106,7 @@ class FakeWorker:
             self.load(model)
         while True:
             self.take_orders()
-            if self.stopping and not (self.stopping.drain and self.rows):
+            if self.stopping and not (self.draining and self.rows):
                 return
             self.tick()
 
@@ -127,18 +127,18 @@ class FakeWorker:
 
     def obey(self, order: wire.Order) -> None:
         match order:
-            case wire.Submit(request):
+            case wire.Call("submit", request):
                 self.admit(request)
-            case wire.Cancel(request_id):
+            case wire.Call("cancel", request_id):
                 if any(row.request.id == request_id for row in self.rows):
                     self.fail(request_id, Cancelled("The request was cancelled."))
-            case wire.Load(model_id):
+            case wire.Call("load", model_id):
                 self.load(model_id)
-            case wire.Unload(model_id):
+            case wire.Call("unload", model_id):
                 self.ready.discard(model_id)
                 self.emit(ModelState(model_id, "absent"))
-            case wire.Stop():
-                self.stopping = order
+            case wire.Call("stop", drain):
+                self.stopping, self.draining = True, drain
 
     def load(self, model: str) -> None:
         if model in self.ready:

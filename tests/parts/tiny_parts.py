@@ -1,6 +1,6 @@
 """The parts of the tiny checkpoints: VAE, CLIPs, T5, tokenizers; drawn weights and the files they are written to.
 
-Knows nothing of cards or of whole models (tests/tiny.py).
+Knows nothing of cards or of whole models (tests/parts/tiny.py).
 """
 
 from __future__ import annotations

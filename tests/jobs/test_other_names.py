@@ -9,7 +9,7 @@ import pytest
 
 from app.jobs.body import ImageBody
 from app.jobs.other_names import OTHERWISE, RENAMED, hint
-from tests.api.conftest import generate
+from tests.parts.servers import generate
 
 FIELDS = list(ImageBody.model_fields)
 

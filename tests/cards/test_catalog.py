@@ -12,8 +12,8 @@ from app.cards.card import read_cards
 from app.cards.catalog import BUILT_IN, SHIPPED, Registry
 from app.errors import ModelNotFound, SettingsError
 from app.settings import Settings
-from tests.api.conftest import TEXT, write_cards
-from tests.tiny import write_dit, write_sd3
+from tests.parts.cards import TEXT, write_cards
+from tests.parts.tiny import write_dit, write_sd3
 
 
 def test_by_id_alias_and_default(settings: Settings) -> None:

@@ -13,7 +13,7 @@ from app.jobs.body import ImageBody, describe_sizes, read_body
 from app.jobs.fields import SEEDS
 from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Delivery, Guidance, Prompt, Recipe, Request
-from tests.api.conftest import write_cards
+from tests.parts.cards import write_cards
 
 
 @pytest.fixture(scope="module")

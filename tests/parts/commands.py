@@ -1,0 +1,30 @@
+"""The command line as a user calls it, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from typer.testing import CliRunner, Result
+
+from app.cli.commands import app
+
+Run = Callable[..., Result]
+
+
+def call(*words: object) -> Result:
+    """Run a command. The number of torch's threads is afterwards what it was before."""
+    threads = torch.get_num_threads()
+    try:
+        return CliRunner().invoke(app, [str(word) for word in words])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def one_line(result: Result) -> str:
+    """The single line of a failed command; asserts that it is one, on stderr, with exit code 1."""
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("instep: "), result.stderr
+    return lines[0].removeprefix("instep: ")

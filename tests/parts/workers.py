@@ -1,0 +1,28 @@
+"""Commands of workers for tests: the fake one, the real one with a fault, and scripts of one or two lines.
+
+Scripts import nothing of ours, so they start at once; what they say was pickled here.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from app.errors import SettingsError
+from app.worker import wire
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+_FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_worker.py")))
+_HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[1])).sendall\n"
+HELLO = wire.pack(wire.Hello(1))
+REFUSAL = wire.pack(wire.Refusal(SettingsError("no such GPU")))
+
+
+def faulty(fault: str) -> tuple[str, ...]:
+    """The real worker with one of the faults of `tests/parts/faulty_worker.py`."""
+    return (*_FAULTY, fault)
+
+
+def script(body: str) -> tuple[str, ...]:
+    """A worker that runs these lines, in which `say(bytes)` sends."""
+    return (sys.executable, "-S", "-c", _HEAD + body)
