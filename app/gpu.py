@@ -23,12 +23,9 @@ READINGS: Mapping[str, Callable[[Any], float]] = {
     "gpu_power_watts": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
 }
 
-EVERY = 5.0
-"""Seconds between two readings."""
-PATIENCE = 0.01
-"""Seconds that a caller waits for a reading; one that takes longer is shown by the next call."""
-STALE = 60.0
-"""Seconds after which figures are dropped: a driver that hangs must not look like one that is idle."""
+EVERY = 5.0  # seconds between two readings
+PATIENCE = 0.01  # seconds that a caller waits for a reading; one that takes longer is shown by the next call
+STALE = 60.0  # seconds after which figures are dropped: a driver that hangs must not look like one that is idle
 
 
 class Gpus:

@@ -22,14 +22,9 @@ from app.cards.files import read_toml
 from app.errors import SettingsError
 from app.settings import Settings
 
-ADMIN = "admin"
-"""The name of the admin key in requests, metrics and logs."""
-
-KEY_LENGTH = 16
-"""Least characters of a key."""
-
-FILE_LIMIT = 16 * 1024 * 1024
-"""Bytes of a file of keys that are read; a key takes about 100."""
+ADMIN = "admin"  # the name of the admin key in requests, metrics and logs
+KEY_LENGTH = 16  # least characters of a key
+FILE_LIMIT = 16 * 1024 * 1024  # bytes of a file of keys that are read; a key takes about 100
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(rf"[!-~]{{{KEY_LENGTH},512}}")
@@ -52,8 +47,7 @@ class ApiKey:
     queue: float | None = None
 
 
-NOBODY = ApiKey("")
-"""Every client of a server without keys."""
+NOBODY = ApiKey("")  # every client of a server without keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +76,10 @@ def read_keys(settings: Settings) -> Keyring:
     found = [("api_keys", where, key) for where, key in _from_text(settings.api_keys)]
     if settings.api_keys_file:
         found += [("api_keys_file", where, key) for where, key in _from_file(Path(settings.api_keys_file).expanduser())]
-    admin = _admin(settings.admin_key)
+    try:
+        admin = ApiKey(ADMIN, _digest(settings.admin_key)) if settings.admin_key else None
+    except ValueError as error:
+        raise SettingsError(f"admin_key: {error}", param="admin_key") from None
     seen: list[ApiKey] = [admin] if admin else []
     for setting, where, key in found:
         for other in seen:
@@ -185,13 +182,6 @@ def _refuse_open(file: Path, opened: int) -> None:
 
 def _refused(message: str) -> SettingsError:
     return SettingsError(message, param="api_keys_file")
-
-
-def _admin(key: str) -> ApiKey | None:
-    try:
-        return ApiKey(ADMIN, _digest(key)) if key else None
-    except ValueError as error:
-        raise SettingsError(f"admin_key: {error}", param="admin_key") from None
 
 
 def _digest(key: str) -> bytes:

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from importlib import metadata
@@ -36,34 +36,18 @@ from app.metrics import Metrics
 from app.settings import SECRETS, Settings
 from app.worker.supervisor import Supervisor
 
-ASGI = Callable[[Any, Any, Any], Awaitable[None]]
+LAST_ANSWERS = 5  # seconds, after the drain, in which the 503s to what did not finish may still go out
+KEEP_ALIVE = 75  # seconds an idle connection is kept: over the 60 of common balancers, so that they close it, not we
+SWITCH = 0.001  # seconds that a thread may compute while the event loop waits for the interpreter's lock, not 5 ms
 
-LAST_ANSWERS = 5
-"""Seconds, after the drain, in which the 503s to what did not finish may still go out."""
-
-KEEP_ALIVE = 75
-"""Seconds an idle connection is kept: longer than the 60 of common balancers, so that they close it, not we."""
-
-SWITCH = 0.001
-"""Seconds that a thread may compute while the event loop waits for the interpreter's lock; 5 ms is Python's own."""
-
-WAITING = 2048
-"""Connections that the system keeps for us until we accept them."""
-
-ACCEPTED = 4
-"""Connections accepted in one turn of the event loop: each has a file before the door has counted it."""
-
-OTHER_FILES = 256
-"""Open files besides the connections within the caps; half of all where there are fewer than twice as many."""
-
-MOST_FILES = 1 << 20
-"""Open files that are enough where connections have no cap, and the system has none either."""
+WAITING = 2048  # connections that the system keeps for us until we accept them
+ACCEPTED = 4  # connections accepted in one turn of the event loop: each has a file before the door has counted it
+OTHER_FILES = 256  # besides the connections within the caps; half of all where there are fewer than twice as many
+MOST_FILES = 1 << 20  # open files that are enough where connections have no cap, and the system has none either
 
 NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Why a connection cannot be accepted though it is there. asyncio tries again after a second."""
-
-QUIET = 60.0
-"""Seconds between two lines of the log about that."""
+QUIET = 60.0  # seconds between two lines of the log about that
 
 
 def create_app(
@@ -125,7 +109,7 @@ def serve(settings: Settings, app: Application | None = None) -> None:
 def configured(app: Application, settings: Settings) -> uvicorn.Config:
     """The configuration with which uvicorn serves this application, through our own guard."""
     return uvicorn.Config(
-        _quiet(app),
+        app,
         port=settings.port,
         http=cast(Any, partial(Guarded, Door(settings, refuser(app.state.front)))),
         ws="none",
@@ -276,15 +260,3 @@ class _Server(uvicorn.Server):
 def _taken(host: str, port: int, error: OSError) -> SettingsError:
     """The error for an address that the system does not give us."""
     return SettingsError(f"cannot listen on {host}, port {port}: {error.strerror or error}", param="port")
-
-
-def _quiet(app: Application) -> ASGI:
-    """The application, with a lifespan that fails without a traceback in the log: `serve` raises what failed."""
-
-    async def quiet(scope: Any, receive: Any, send: Any) -> None:
-        async def curt(message: Any) -> None:
-            await send({"type": message["type"]})
-
-        await app(scope, receive, curt if scope["type"] == "lifespan" else send)
-
-    return quiet

@@ -17,16 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 SMALLEST, LARGEST = 256, 16_000
 """Pixels: what the longer side of a cell is brought up to; what no side of the sheet is over (WebP ends at 16,383)."""
 
-MOST = 40_000_000
-"""Pixels of a whole sheet, above which its cells are made smaller."""
+MOST = 40_000_000  # pixels of a whole sheet, above which its cells are made smaller
 
-_ROOM = (160, 72)
-"""Width and height of a cell at least, so that there is room for words: narrower pictures stand in white."""
+_ROOM = (160, 72)  # width and height of a cell at least, so that words have room: narrower pictures stand in white
 _DARK, _GREY, _QUIET, _LINE = "#2b2b2b", "#6b6b6b", "#8f8f8f", "#e4e4e4"
 _SIGNS = {"\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00d7": "x"}
 _SIGNS |= dict(zip("ßøØłŁđĐıæÆœŒ", ("ss", *"oOlLdDi", "ae", "AE", "oe", "OE"), strict=True))
-_MISSING = "\uffff"
-"""No character: what the font draws for it, it draws for every letter that it lacks."""
+_MISSING = "\uffff"  # no character: what the font draws for it, it draws for every letter that it lacks
 _Font = ImageFont.FreeTypeFont
 
 

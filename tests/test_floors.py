@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,9 @@ FLOORS = {
     "checkpoints": 5,
     "pool": 6,
     "engine": 7,
-    "worker": 8,
-    "metrics": 9,
-    "jobs": 10,
+    "jobs": 8,
+    "worker": 9,
+    "metrics": 10,
     "api": 11,
     "main": 12,
     "bench": 13,
@@ -122,6 +123,19 @@ def upward(modules: dict[str, Module]) -> list[str]:
     return found
 
 
+def circle(modules: dict[str, Module]) -> list[str]:
+    """Modules that import each other in a circle, in order; imports in functions and under TYPE_CHECKING count too."""
+    graph = {}
+    for module in modules.values():
+        reached = (target if target in modules else target.rpartition(".")[0] for target, _ in module.imports)
+        graph[module.name] = {name for name in reached if name in modules} - {module.name}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
 def side_doors(modules: dict[str, Module]) -> list[str]:
     doors = {library: (door,) if isinstance(door, str) else door for library, door in DOORS.items()}
     return [
@@ -174,6 +188,10 @@ def test_imports_point_down(app: dict[str, Module]) -> None:
     assert upward(app) == []
 
 
+def test_no_modules_import_each_other_in_a_circle(app: dict[str, Module]) -> None:
+    assert circle(app) == []
+
+
 def test_one_library_has_one_door(app: dict[str, Module]) -> None:
     assert side_doors(app) == []
 
@@ -206,6 +224,8 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
         "metrics": '"""Metrics."""\nimport h11\nimport uvicorn\n',
         "worker/__init__": "",
         "worker/supervisor": '"""Supervisor."""\n\ndef late():\n    from app.engine import engine\n',
+        "worker/child": '"""Child."""\n\ndef late():\n    from app.worker import wire\n',
+        "worker/wire": '"""Wire."""\nif TYPE_CHECKING:\n    from app.worker.child import Child\n',
         "engine/__init__": "",
         "engine/engine": "import torch\n\ndef long():\n" + "    print()\n" * 40 + "\n" * 400,
     }
@@ -215,6 +235,7 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
         path.write_text(text, encoding="utf-8")
     app = read(tmp_path)
     assert [line.rpartition(": ")[2] for line in upward(app)] == ["app.settings imports app.engine.engine"]
+    assert {*circle(app)} == {"app.worker.child", "app.worker.wire"}
     assert [line.rpartition(": ")[2] for line in side_doors(app)] == [
         "fastapi belongs to app.api",
         "h11 belongs to app.api.guard",

@@ -1,4 +1,4 @@
-"""What is around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
+"""The layers around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
 
 FastAPI's own middleware would hide a client's disconnect.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from functools import partial
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -22,12 +23,8 @@ from app.logs import logger
 PROBES = ("/health", "/healthz", "/readyz")
 """Routes that are answered at once, so that a crowd does not look like a server that is stuck."""
 
-SLICE = 256 * 1024
-"""Bytes of an answer that are sent in one turn of the event loop: to copy a hundred megabytes takes 100 ms."""
-
-DRAIN_LIMIT = 32 * 1024 * 1024
-"""Bytes of a request that are read and dropped after its answer. REQUEST_TIMEOUT bounds the time."""
-
+SLICE = 256 * 1024  # bytes of an answer in one turn of the event loop: to copy a hundred megabytes takes 100 ms
+DRAIN_LIMIT = 32 * 1024 * 1024  # bytes of a request that are read and dropped; REQUEST_TIMEOUT bounds the time
 CLIENT_GONE = 499
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -44,7 +41,7 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, partial(_without_traceback, send))
             return
         record, method = Record(_id(scope)), scope["method"]
         if method == "HEAD":  # answered as GET is; uvicorn, which has the method as it was, leaves the body out
@@ -108,6 +105,11 @@ class Drain:
         await self._app(scope, hearing, sending)
 
 
+async def _without_traceback(send: Send, message: Message) -> None:
+    """Send a message of the lifespan: what ends the start is raised by `serve`, so uvicorn need not log it."""
+    await send({"type": message["type"]})
+
+
 async def _sliced(message: Message, send: Send, turns: Turns) -> None:
     """Send a message, a long body in slices with a turn before each next one."""
     body, rest = message.get("body", b""), message.get("more_body", False)
@@ -143,12 +145,13 @@ def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
     private, and a client may put its key in any of them."""
     path = getattr(scope.get("route"), "path_format", None)
     write = log.debug if path in _QUIET else log.info
+    gone = record.gone or record.facts.get("error") == Cancelled.code
     write(
         "request",
         request_id=record.id,
         method=method,
         path=path,
-        status=CLIENT_GONE if record.gone else record.status,
+        status=CLIENT_GONE if gone else record.status,
         total_ms=round(1000 * seconds, 1),
         **({"key": record.key.name} if record.key.name else {}),
         **record.facts,

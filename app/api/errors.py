@@ -57,8 +57,7 @@ TABLE: dict[type[e.InstepError], Answer] = {
 }
 """A class that is absent is answered as its parent. Load errors name files, which only the log and /v1/models show."""
 
-RETRY_AFTER = (1, 120)
-"""Least and most seconds in Retry-After: above 120 OpenAI's client gives up at once."""
+RETRY_AFTER = (1, 120)  # least and most seconds: above 120 OpenAI's client gives up at once
 
 
 class ErrorDetail(BaseModel):

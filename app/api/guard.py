@@ -20,23 +20,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.errors import HeadersTooLarge, InstepError, Overloaded, RequestError, RequestTimeout, ShuttingDown
 from app.settings import Settings
 
-HEADERS = 100
-"""Header lines that a request may have."""
-
-HEADER_BYTES = 32 * 1024
-"""Bytes of a request's target and headers together."""
-
-EVENTS = 16
-"""Heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us."""
-
-AHEAD = 64 * 1024
-"""Bytes behind a whole request beyond which a connection is not read before it is answered."""
-
-SLOWEST = 8 * 1024
-"""Bytes a second that a client must take of its answer while it has not taken all."""
-
-HEAD_SECONDS = 10.0
-"""Seconds in which a client must send the whole head of a request, if REQUEST_TIMEOUT is not shorter still."""
+HEADERS = 100  # header lines of a request
+HEADER_BYTES = 32 * 1024  # of a request's target and headers together
+EVENTS = 16  # heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us
+AHEAD = 64 * 1024  # bytes behind a whole request beyond which a connection is not read before it is answered
+SLOWEST = 8 * 1024  # bytes a second that a client must take of its answer while it has not taken all
+HEAD_SECONDS = 10.0  # in which a client must send the whole head of a request, if REQUEST_TIMEOUT is not shorter still
 
 LINGER = 2.0
 """Seconds of silence after which a refused client is cut off, and REQUEST_TIMEOUT where it goes on sending. NOTE: to
@@ -48,17 +37,16 @@ SPARE_EACH = 8
 word. A server with a small cap has fewer spare ones, an eighth of the cap."""
 
 PROBES = (b"/healthz", b"/readyz")
-"""What a connection over the caps may still ask. A crowd must not make an orchestrator restart the server, and its
-probes come from an address like any other's."""
+"""Paths that a connection over the caps may still ask for. A crowd must not make an orchestrator restart the server,
+and its probes come from an address like any other's."""
 
-GRACE = 2.0
-"""Seconds in which a connection over the caps is heard, and in which it must leave once it is refused."""
+GRACE = 2.0  # seconds in which a connection over the caps is heard, and in which it must leave once it is refused
 
 _TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of them."
 
 _QUIET = logging.getLogger("instep.protocol")
 _QUIET.setLevel(logging.ERROR)
-"""For uvicorn, which warns of every request that is refused: the metrics count them, and a crowd could fill a disk."""
+"""Silences uvicorn, which warns of each refused request: the metrics count them, and a crowd could fill a disk."""
 
 
 class Door:
@@ -195,7 +183,7 @@ def _framing_fault(request: h11.Request) -> RequestError | None:
 
 
 class _Flow(FlowControl):
-    """uvicorn reads on whenever a route asks for its body, and so would take in pipelined requests without end."""
+    """Flow control that stops at AHEAD: uvicorn reads on whenever a route asks for its body, pipelined requests too."""
 
     def __init__(self, transport: asyncio.Transport, parser: Parser) -> None:
         super().__init__(transport)
@@ -208,7 +196,7 @@ class _Flow(FlowControl):
 
 
 class Guarded(H11Protocol):
-    """One connection. Two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
+    """One connection. It has two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
 
     def __init__(self, door: Door, **made: Any) -> None:
         super().__init__(**made)
@@ -258,21 +246,21 @@ class Guarded(H11Protocol):
             self.loop.call_soon(self._go_on)
 
     def on_response_complete(self) -> None:
-        """Called by uvicorn when an answer is whole; the next request may be here already, or a part of it."""
+        """Called by uvicorn when an answer is sent; the next request may be here already, or a part of it."""
         super().on_response_complete()
         if self.cycle and not self.cycle.response_complete:
             self.cycle.scope["state"]["pipelined"] = True
         self._settle()
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what it takes for no HTTP."""
+        """Called by uvicorn when the parser raised."""
         self._refuse(self.conn.fault)
 
     def shutdown(self) -> None:
         """Called by the server when it stops; a request that is still coming would hold that up.
 
-        NOTE: h11 does not know that we refused a request, and would raise. Whatever is raised here, and for one
-        connection only, would end the drain of all.
+        NOTE: h11 does not know that we refused a request, and would raise. An error here, on one connection, would end
+        the drain of all.
         """
         try:
             if self.conn.coming and not self._refused:

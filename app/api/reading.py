@@ -12,15 +12,11 @@ from app.api.front import front_of
 from app.errors import BodyTooLarge, InvalidJSON, NotAcceptable, UnsupportedEncoding
 from app.imaging import FORMATS, Format
 
-BODY_LIMIT = 1024 * 1024
-"""Bytes of a body; the longest prompt that any card allows is 32,000 characters."""
-
+BODY_LIMIT = 1024 * 1024  # bytes; the longest prompt that any card allows is 32,000 characters
+RANGES = 32  # media ranges of an Accept header, and parameters of one, that are read; browsers send ten
 VALUES_LIMIT = 4096
 """Values, names and brackets in its JSON. Half a million small lists take 60 ms to parse, and a thread does not help:
 the parser holds the interpreter's lock."""
-
-RANGES = 32
-"""Media ranges of an Accept header, and parameters of one, that are read; browsers send ten."""
 
 _GZIP = b"\x1f\x8b"
 
@@ -76,15 +72,16 @@ def accepted_format(request: Request, preferred: str | None = None) -> Format | 
 
 
 async def _read(request: Request) -> bytes:
-    too_large = BodyTooLarge(f"The body is over {BODY_LIMIT} bytes")
-    declared = request.headers.get("content-length", "")
-    if "expect" in request.headers and declared.isdigit() and int(declared) > BODY_LIMIT:
-        raise too_large
-    kept = bytearray()
-    async for chunk in request.stream():
-        kept += chunk
-        if len(kept) > BODY_LIMIT:
-            raise too_large
+    """The whole body. A client that waits for "100 Continue" is refused before it sends what is too large."""
+    kept, declared = bytearray(), request.headers.get("content-length", "")
+    size = int(declared) if "expect" in request.headers and declared.isdigit() else 0
+    if size <= BODY_LIMIT:
+        async for chunk in request.stream():
+            kept += chunk
+            if (size := len(kept)) > BODY_LIMIT:
+                break
+    if size > BODY_LIMIT:
+        raise BodyTooLarge(f"The body is over {BODY_LIMIT} bytes")
     return bytes(kept)
 
 

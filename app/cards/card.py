@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.cards.files import INDEX, cached_index, read_labels, read_toml
 from app.errors import CardError, SettingsError
-from app.samplers.schedule import Part, Schedule
+from app.samplers.schedule import Schedule, Section
 from app.samplers.table import valid_samplers
 
 Size = tuple[int, int]
@@ -31,18 +31,29 @@ class FamilyFacts:
 
     draws: the condition of a picture. embedded_guidance: the network may take the guidance scale as an input.
     skip_layers: skip-layer guidance is possible. torch_files: the authors publish pickled .pt files, to be converted.
+    without: the parts that a model can do without, with what it loses.
     """
 
     draws: Literal["class", "prompt"]
     embedded_guidance: bool = False
     skip_layers: bool = False
     torch_files: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)
 
 
+_SD3_WITHOUT = {
+    "text_encoder": "it is zeros without: prompts are followed less well",
+    "text_encoder_2": "it is zeros without: prompts are followed less well",
+    "text_encoder_3": "it is zeros without: long prompts and written words are followed less well",
+}
+_FLUX_WITHOUT = {
+    "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
+    "text_encoder_2": "it is zeros without: prompts are hardly followed",
+}
 FACTS = {
     "dit": FamilyFacts("class", torch_files=True),
-    "sd3": FamilyFacts("prompt", skip_layers=True),
-    "flux": FamilyFacts("prompt", embedded_guidance=True),
+    "sd3": FamilyFacts("prompt", skip_layers=True, without=_SD3_WITHOUT),
+    "flux": FamilyFacts("prompt", embedded_guidance=True, without=_FLUX_WITHOUT),
 }
 
 
@@ -66,7 +77,7 @@ def valid_alias(text: str) -> str:
     return text
 
 
-class Source(Part):
+class Source(Section):
     """Where the files are: a folder (relative to the card's own) or a Hub repository at a revision."""
 
     path: str | None = None
@@ -80,7 +91,7 @@ class Source(Part):
         return self
 
 
-class Defaults(Part):
+class Defaults(Section):
     """What a request gets for a field that it leaves out."""
 
     sampler: str
@@ -89,7 +100,7 @@ class Defaults(Part):
     size: str
 
 
-class Sizes(Part):
+class Sizes(Section):
     """Allowed width and height in pixels; min == max means that size only; square means width == height."""
 
     min: Annotated[int, Field(ge=8)]
@@ -98,7 +109,7 @@ class Sizes(Part):
     square: bool = False
 
 
-class Limits(Part):
+class Limits(Section):
     """The bounds of a request; an error names the field and this range."""
 
     sizes: Sizes
@@ -108,14 +119,14 @@ class Limits(Part):
     prompt: Annotated[int, Field(ge=1, le=32_000)] = 10_000
 
 
-class Text(Part):
+class Text(Section):
     """Padded text lengths in tokens, as the upstream pipeline pads: SD3 has 77 CLIP and 256 T5 tokens."""
 
     clip: Annotated[int, Field(ge=2, le=77)] = 77
     t5: Annotated[int, Field(ge=1, le=512)] = 256
 
 
-class SkipLayers(Part):
+class SkipLayers(Section):
     """Skip-layer guidance: a third pass without these blocks, which guidance moves away from too (SD3.5-medium).
 
     scale: 0 is off unless a request sets one. It acts on the steps i (from 0) with start * steps < i < stop * steps, as
@@ -134,7 +145,7 @@ class SkipLayers(Part):
         return self
 
 
-class Bucket(Part):
+class Bucket(Section):
     """The fixed batch sizes of deterministic mode: every forward is padded to these."""
 
     passes: Annotated[int, Field(ge=8)] = 8
@@ -142,7 +153,7 @@ class Bucket(Part):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-class Card(Part):
+class Card(Section):
     """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML.
 
     like: the card that `instep models add` copied settings from. classes: their number where model_index.json names

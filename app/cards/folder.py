@@ -107,22 +107,19 @@ class ModelFolder:
     def check(self) -> list[Part]:
         """Return the parts if all files are here. Raises CheckpointError naming what is missing, NotDownloaded."""
         try:
-            return self._checked()
+            parts = self.parts()
+            for part in parts:
+                try:
+                    part.check()
+                except CheckpointError as error:
+                    raise self._lacking(part, error) from error
+            return parts
         except (
             OSError,
             ValueError,
             RuntimeError,
         ) as error:  # no access, an impossible name, a loop of links
             raise CheckpointError(f"{self.card.id}: its files cannot be read: {error}") from error
-
-    def _checked(self) -> list[Part]:
-        parts = self.parts()
-        for part in parts:
-            try:
-                part.check()
-            except CheckpointError as error:
-                raise self._lacking(part, error) from error
-        return parts
 
     def parts(self) -> list[Part]:
         """The parts that model_index.json and `components` name. Raises CheckpointError, NotDownloaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,18 +19,10 @@ from app.checkpoints.parts import prove
 from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
 
-LOST = {
-    ("sd3", "text_encoder"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_2"): "it is zeros without: prompts are followed less well",
-    ("sd3", "text_encoder_3"): "it is zeros without: long prompts and written words are followed less well",
-    ("flux", "text_encoder"): "it is zeros without: pictures keep less to the prompt's style",
-    ("flux", "text_encoder_2"): "it is zeros without: prompts are hardly followed",
-}
-"""What a model loses with a part that it can do without."""
-
 OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
 
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Kind = Literal["whole", "original", "plain", "folder", "card"]
 
 
@@ -105,10 +98,10 @@ class Draft:
 
     def left_out(self, found: Inventory) -> list[str]:
         """A line for each encoder that the model will be without, with the reason where the files have one."""
-        family = self.like.card.family
+        without = self.like.card.facts.without
         odd = {part: f": {short(reason)}" for part, reason in found.odd.items()}
-        absent = [part for part in self.missing if (family, part) in LOST]
-        return [f"without {part}{odd.get(part, '')} ({LOST[family, part]})" for part in absent]
+        absent = [part for part in self.missing if part in without]
+        return [f"without {part}{odd.get(part, '')} ({without[part]})" for part in absent]
 
     def own_schedule(self) -> list[str]:
         """A line for what the folder's own scheduler_config.json says otherwise than the card that it is like."""
@@ -186,3 +179,23 @@ def draft(found: Inventory, registry: Registry, like: str | None) -> Draft:
 def flag(part: str) -> str:
     """The option of `instep models add` for a part."""
     return f"--{part.replace('_', '-')}"
+
+
+def free_id(path: Path, registry: Registry, models: Path) -> str:
+    """An id made of the name of the files, with a number behind it where that one is taken."""
+    named = re.sub(r"[^a-z0-9._]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-._")[:58]
+    ids = (f"{named or 'model'}{number}" for number in ("", *(f"-{count}" for count in range(2, 10_000))))
+    return next(model for model in ids if not _is_taken(model, registry, models))
+
+
+def free_folder(model: str, registry: Registry, models: Path) -> Path:
+    """The folder of a new model. Raises LoadError: its name is none, or is taken."""
+    if not ID.fullmatch(model):
+        raise LoadError(f'"{model}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    if _is_taken(model, registry, models):
+        raise LoadError(f"{models / model}: there is a model of this name already; give another with --id")
+    return models / model
+
+
+def _is_taken(model: str, registry: Registry, models: Path) -> bool:
+    return (models / model).exists() or any(model in card.names for card in registry.cards.values())

@@ -17,7 +17,7 @@ from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
 from app.jobs.body import read_body
 from app.jobs.curl import curl as post
-from app.jobs.replies import Ask
+from app.jobs.job import Job
 from app.request import Prompt
 from app.settings import Settings
 
@@ -39,21 +39,21 @@ def find(registry: Registry, name: str | None) -> Card:
         raise ModelNotFound(f"{error.message}{registry.all.reason(name or '')}", param=error.param) from None
 
 
-def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool = False) -> Ask:
+def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool = False) -> Job:
     """What a server would make of this body. Raises InstepError as a server would answer it."""
     card = find(registry, body.get("model"))
     read = read_body(body)
     request = read.to_request(card, request_id)
     request = replace(request, delivery=replace(request.delivery, progress=True, keep_latents=keep_latents))
-    return Ask(read, card, request, cast(Format, read.output_format or "png"), raw=True)
+    return Job(request, card, read, cast(Format, read.output_format or "png"), raw=True)
 
 
-def curl(ask: Ask, settings: Settings, out: Path) -> str:
+def curl(job: Job, settings: Settings, out: Path) -> str:
     """The shell command that asks a server with these settings for the same; several images come as one sheet."""
-    body = {"model": ask.card.id, **ask.body.model_dump(exclude_none=True), "seed": ask.request.images[0].seed}
-    if len(ask.request.images) > 1:
-        body.setdefault("grid", {"columns": len(ask.request.images)})
-    return curl_of("images/generations", body, ask.format, settings, out)
+    body = {"model": job.card.id, **job.body.model_dump(exclude_none=True), "seed": job.request.images[0].seed}
+    if len(job.request.images) > 1:
+        body.setdefault("grid", {"columns": len(job.request.images)})
+    return curl_of("images/generations", body, job.format, settings, out)
 
 
 def curl_of(route: str, body: Body, format: Format, settings: Settings, out: Path) -> str:
@@ -71,16 +71,16 @@ def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None
     return [int(index) for index in given[0].split(",")] if _IDS.fullmatch(given[0]) else given[0]
 
 
-def what(ask: Ask) -> str:
+def what(job: Job) -> str:
     """What the first image shows: the prompt, or the name of the class."""
-    condition = ask.request.images[0].condition
-    return condition.text if isinstance(condition, Prompt) else ask.card.labels[condition.index]
+    condition = job.request.images[0].condition
+    return condition.text if isinstance(condition, Prompt) else job.card.labels[condition.index]
 
 
-def file_name(ask: Ask) -> Path:
+def file_name(job: Job) -> Path:
     """A file name made of what was asked and the seed: red-apple-7.png."""
-    slug = re.sub(r"[^a-z0-9]+", "-", what(ask).lower()).strip("-")[:48].strip("-")
-    return Path(f"{slug or ask.card.id}-{ask.request.images[0].seed}.png")
+    slug = re.sub(r"[^a-z0-9]+", "-", what(job).lower()).strip("-")[:48].strip("-")
+    return Path(f"{slug or job.card.id}-{job.request.images[0].seed}.png")
 
 
 def kind_of(out: Path) -> Format | None:

@@ -8,29 +8,24 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cli.bodies import Body, curl_of, kind_of, labels_of, open_registry
-from app.cli.generate import say
+from app.cli.paint import Watch, bars_of, draw, say
 from app.cli.serve import Folder, read_settings
 from app.errors import InstepError
 from app.jobs.body import ImageBody
 from app.jobs.compare import Comparison, lay_out, read_comparison
-from app.jobs.local import Local, loading
+from app.jobs.job import Job
 from app.jobs.panels import panel_warnings, raw_panel
-from app.report import Failure, Report, Result
-from app.report import Progress as Step
-from app.request import Request
-from app.settings import Settings
 
 
 def compare(
@@ -62,7 +57,11 @@ def compare(
     comparison = plan(body, registry)
     out = out or Path(f"compare-{comparison.seed}.png")
     start = time.monotonic()
-    results = draw(comparison, settings, registry.cards)
+    watch = bars(comparison, Console(stderr=True))
+    try:
+        results = [result for (result,) in draw(comparison.jobs, watch, settings, registry.cards)]
+    except InstepError as error:
+        raise _with_model(comparison.jobs, error) from None
     out.write_bytes(raw_panel(comparison, results)[0])
     for warning in panel_warnings(comparison, results):
         print(f"instep: {warning}", file=sys.stderr)
@@ -75,60 +74,30 @@ def plan(body: Body, registry: Registry) -> Comparison:
     """What a server would make of this body. Raises InstepError as a server would answer it."""
     numbers = itertools.count()
 
-    def complete(image: ImageBody, card: Card) -> Request:
+    def complete(image: ImageBody, card: Card) -> Job:
         request = image.to_request(card, f"compare-{next(numbers)}")
-        return replace(request, delivery=replace(request.delivery, progress=True))
+        return Job(replace(request, delivery=replace(request.delivery, progress=True)), card, image)
 
     return lay_out(read_comparison(body), registry, complete)
 
 
-def draw(comparison: Comparison, settings: Settings, cards: dict[str, Card]) -> list[Result]:
-    """The result of every cell, row by row. Raises the error of the first that fails, with its model before it."""
-    failed: dict[str, Failure] = {}
+def bars(comparison: Comparison, console: Console) -> Watch:
+    """A bar for each model, and a line when all of its pictures are there."""
+    watch = Watch(comparison.jobs, lambda job, index: job.card.id, bars_of(console))
 
-    def listen(report: Report) -> None:
-        if isinstance(report, Failure):
-            failed[report.request_id] = report
+    def tell(model: str, _: object) -> None:
+        drawn = [job for job in comparison.jobs if job.card.id == model and job.results]
+        if len(drawn) == len(comparison.rows):
+            say(console, f"{model}: {'1 picture' if len(drawn) == 1 else f'{len(drawn)} pictures'}")
 
-    with Local(settings, cards, listen=listen) as local:
-        for ask in comparison.asks:
-            local.submit(ask.request)
-        try:
-            return watch(local.reports(), comparison, Console(stderr=True))
-        except InstepError as error:
-            models = [ask.card.id for ask in comparison.asks if ask.request.id in failed]
-            if not models or models[0] in error.message:
-                raise
-            raise type(error)(f"{models[0]}: {error.message}") from None
+    for job in comparison.jobs:
+        job.future.add_done_callback(partial(tell, job.card.id))
+    return watch
 
 
-def watch(reports: Iterator[Report], comparison: Comparison, console: Console) -> list[Result]:
-    """The result of every cell, row by row; a bar for each model, and a line when all of its pictures are there."""
-    asks, rows = {ask.request.id: ask for ask in comparison.asks}, len(comparison.rows)
-    results: dict[str, Result] = {}
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        steps = [asks[f"compare-{place}"].request.recipe.steps for place in range(len(comparison.cards))]
-        totals = {card.id: rows * each for card, each in zip(comparison.cards, steps, strict=True)}
-        tasks = {name: bars.add_task(name, total=total) for name, total in totals.items()}
-        for report in reports:
-            if line := loading(report):
-                say(console, line)
-            elif isinstance(report, Step):
-                task = tasks[asks[report.request_id].card.id]
-                bars.update(task, advance=1, total=rows * report.steps)
-            elif isinstance(report, Result):
-                results[report.request_id] = report
-                if line := finished(asks[report.request_id].card.id, comparison, results):
-                    say(console, line)
-                if len(results) == len(asks):
-                    break
-    return [results[name] for name in asks]
-
-
-def finished(model: str, comparison: Comparison, results: dict[str, Any]) -> str | None:
-    """A line when this model's last picture is there."""
-    wanted = [ask.request.id for ask in comparison.asks if ask.card.id == model]
-    done = sum(name in results for name in wanted)
-    pictures = "1 picture" if done == 1 else f"{done} pictures"
-    return f"{model}: {pictures}" if done == len(wanted) else None
+def _with_model(jobs: list[Job], error: InstepError) -> InstepError:
+    """The error of a job with its model before it."""
+    for job in jobs:
+        if job.error is error and job.card.id not in error.message:
+            return type(error)(f"{job.card.id}: {error.message}")
+    return error

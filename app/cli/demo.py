@@ -5,27 +5,27 @@ Knows nothing of how they are batched: it counts the Ticks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.cli.bodies import build, open_registry, what
-from app.cli.paint import half_blocks, shrink
+from app.cli.paint import Watch, half_blocks, shrink
 from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
 from app.imaging import grid
-from app.jobs.local import Local, loading
+from app.jobs.job import Job
 from app.report import Progress as Step
 from app.report import Report, Result, Tick
-from app.request import Request
 from app.samplers.table import valid_samplers
+from app.worker.local import Local
 
 WORDS = (
     "red apple", "blue heart", "yellow star", "green tree", "orange cat", "purple umbrella",
@@ -51,12 +51,12 @@ SCRIPT = (
 
 @dataclass
 class Tally:
-    """Counts forwards and lets each request in when its turn has come. Runs on the engine's thread.
+    """Counts forwards and lets each job in when its turn has come. Runs on the engine's thread.
 
-    waited: by request, the denoising forwards that ran between its arrival and the first that it took part in.
+    waited: by request id, the denoising forwards that ran between its arrival and the first that it took part in.
     """
 
-    arrivals: list[tuple[int, Request]]
+    arrivals: list[tuple[int, Job]]
     local: Local | None = None
     forwards: int = 0
     arrived: dict[str, int] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class Tally:
     def let_in(self, idle: bool = False) -> None:
         """Submit those whose turn has come; when the engine has nothing left to do, the next one in any case."""
         while self.local and self.arrivals and (idle or self.arrivals[0][0] <= self.forwards):
-            request = self.arrivals.pop(0)[1]
-            self.arrived[request.id] = self.forwards
-            self.local.submit(request)
+            job = self.arrivals.pop(0)[1]
+            self.arrived[job.request.id] = self.forwards
+            self.local.submit(job)
             idle = False
 
     def __call__(self, report: Report) -> None:
@@ -85,19 +85,27 @@ def demo(
     settings = read_settings(models=models)
     registry = open_registry(settings)
     script = write_script(registry)
-    console = Console()
-    tally = Tally([(arrival, request) for arrival, request, _ in script])
-    with Local(settings, registry.cards, listen=tally) as local:
+    console, lines = Console(), {job: line for _, job, line in script}
+    bars = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), console=console
+    )
+    watch, tally = Watch([*lines], lambda job, index: lines[job], bars), Tally([(at, job) for at, job, _ in script])
+
+    def observe(report: Report, worker: str) -> None:
+        watch.observe(report)
+        tally(report)
+
+    with Local(settings, registry.cards, observe=observe) as local, bars:
         tally.local = local
         tally.let_in()
-        results = watch(local.reports(), script, console)
+        results = [result for (result,) in watch.results()]
     if console.is_terminal:
-        console.print(half_blocks(sheet([results[request.id].pixels for _, request, _ in script]), console.width))
+        console.print(half_blocks(sheet([result.pixels for result in results]), console.width))
     console.print(summary(tally, results), highlight=False)
 
 
-def write_script(registry: Registry) -> list[tuple[int, Request, str]]:
-    """(arrival, request, its line on the screen) of the twelve, for whatever cards there are."""
+def write_script(registry: Registry) -> list[tuple[int, Job, str]]:
+    """(arrival, job, its line on the screen) of the twelve, for whatever cards there are."""
     cards = cast_cards(registry)
     script = []
     for index, (kind, steps, guided, which, arrival) in enumerate(SCRIPT):
@@ -112,13 +120,10 @@ def write_script(registry: Registry) -> list[tuple[int, Request, str]]:
             "seed": index,
         }
         body |= {"class_label": index * 7 % len(card.labels)} if card.draws_classes else {"prompt": WORDS[index]}
-        ask = build(body, registry, f"demo-{index}")
-        request = ask.request
-        guidance = request.recipe.guidance
+        job = build(body, registry, f"demo-{index}")
+        recipe, guidance = job.request.recipe, job.request.recipe.guidance
         with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
-        script.append(
-            (arrival, request, f"{what(ask)[:18]:18} {card.id:18} {request.recipe.sampler:15} {with_guidance:11}")
-        )
+        script.append((arrival, job, f"{what(job)[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
     return script
 
 
@@ -139,35 +144,15 @@ def cast_cards(registry: Registry) -> dict[str, Card]:
     return {"text": main, "turbo": next(iter(turbos), main), "labels": next(iter(labels), main)}
 
 
-def watch(reports: Iterator[Report], script: list[tuple[int, Request, str]], console: Console) -> dict[str, Result]:
-    """The result of every request, by id; a bar for each while they are drawn."""
-    results: dict[str, Result] = {}
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {
-            request.id: bars.add_task(line, total=request.recipe.steps) for _, request, line in script
-        }
-        for report in reports:
-            if line := loading(report):
-                console.print(line, highlight=False, markup=False)
-            elif isinstance(report, Step):
-                bars.update(tasks[report.request_id], completed=report.step, total=report.steps)
-            elif isinstance(report, Result):
-                results[report.request_id] = report
-                if len(results) == len(script):
-                    break
-    return results
-
-
 def sheet(pictures: list[np.ndarray]) -> np.ndarray:
     """All pictures at the size of the smallest, six in a row."""
     height, width = (min(picture.shape[axis] for picture in pictures) for axis in (0, 1))
     return grid([shrink(picture, width, height) for picture in pictures], 6)
 
 
-def summary(tally: Tally, results: dict[str, Result]) -> str:
+def summary(tally: Tally, results: Sequence[Result]) -> str:
     """The last line: forwards run, forwards that as many separate loops would have run, and the shortest's wait."""
-    alone = sum(result.timings.steps for result in results.values())
-    shortest = min(results, key=lambda name: results[name].timings.steps)
-    waited = tally.waited[shortest]
+    alone = sum(result.timings.steps for result in results)
+    shortest = min(results, key=lambda result: result.timings.steps)
+    waited = tally.waited[shortest.request_id]
     return f"{len(results)} images, {tally.forwards} forwards instead of {alone}; the shortest waited {waited} steps"

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from safetensors.numpy import save_file
 
 from app.cli.bodies import build, curl, file_name, in_folder, kind_of, labels_of, open_registry
-from app.cli.paint import half_blocks
+from app.cli.paint import Watch, bars_of, draw, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
-from app.jobs.local import Local, loading
-from app.jobs.replies import Ask, raw_image
+from app.jobs.job import Job
+from app.jobs.replies import raw_image
 from app.jobs.warnings import warnings
-from app.report import Progress as Step
-from app.report import Report, Result
-from app.request import Request
+from app.report import Result
 
 
 def generate(
@@ -55,22 +51,20 @@ def generate(
         "guidance_scale": guidance, "seed": seed, "sampler": sampler, "size": size, "negative_prompt": negative, "n": n,
         "grid": None if columns is None else {"columns": columns}, "output_format": kind_of(out) if out else None,
     }  # fmt: skip
-    ask = build(body, registry, "generate", keep_latents=bool(save_latents and in_folder(save_latents)))
-    console = Console()
+    job = build(body, registry, "generate", keep_latents=bool(save_latents and in_folder(save_latents)))
     start = time.monotonic()
-    with Local(settings, registry.cards) as local:
-        local.submit(ask.request)
-        results = watch(local.reports(), ask.request, Console(stderr=True))
-    deliver(console, ask, results, out or file_name(ask), time.monotonic() - start)
+    (results,) = draw([job], bars(job, Console(stderr=True)), settings, registry.cards)
+    console, out = Console(), out or file_name(job)
+    deliver(console, job, results, out, time.monotonic() - start)
     if save_latents:
         write_latents(save_latents, results)
         say(console, f"latents {save_latents}")
-    say(console, curl(ask, settings, out or file_name(ask)))
+    say(console, curl(job, settings, out))
 
 
-def say(console: Console, line: str) -> None:
-    """A line as it is: not wrapped, not coloured, no markup read into it."""
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+def bars(job: Job, console: Console) -> Watch:
+    """A bar for each image."""
+    return Watch([job], lambda _, index: f"image {index + 1}", bars_of(console), ahead=False, loads=console.is_terminal)
 
 
 def paths(out: Path, count: int) -> list[Path]:
@@ -78,37 +72,17 @@ def paths(out: Path, count: int) -> list[Path]:
     return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index + 1}") for index in range(count)]
 
 
-def watch(reports: Iterator[Report], request: Request, console: Console) -> list[Result]:
-    """The images in order; a bar for each while they are drawn."""
-    results: dict[int, Result] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[int, TaskID] = {}
-        for report in reports:
-            if (line := loading(report)) and console.is_terminal:
-                say(console, line)
-            elif isinstance(report, Step):
-                if report.index not in tasks:
-                    tasks[report.index] = bars.add_task(f"image {report.index + 1}", total=report.steps)
-                bars.update(tasks[report.index], completed=report.step)
-            elif isinstance(report, Result):
-                results[report.index] = report
-                if len(results) == len(request.images):
-                    break
-    return [results[index] for index in range(len(request.images))]
-
-
-def deliver(console: Console, ask: Ask, results: list[Result], out: Path, seconds: float) -> None:
+def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:
     """Write the files; for each the picture in half-block cells where the terminal can, then path, seed, seconds."""
-    files = [results] if ask.columns else [[result] for result in results]
+    files = [results] if job.columns else [[result] for result in results]
     for group, path in zip(files, paths(out, len(files)), strict=True):
-        path.write_bytes(raw_image(ask, group)[0])
+        path.write_bytes(raw_image(job, group)[0])
         if console.is_terminal:
-            pixels = grid([result.pixels for result in group], ask.columns or 1)
+            pixels = grid([result.pixels for result in group], job.columns or 1)
             console.print(half_blocks(pixels, min(console.width, 64)))
         drawn = max(one.timings.encode + one.timings.denoise + one.timings.decode for one in group)
-        say(console, f"{path}  {ask.card.id}  seed {group[0].seed}  {drawn:.2f} s ({seconds:.1f} s with loading)")
-    for warning in warnings(ask, results):
+        say(console, f"{path}  {job.card.id}  seed {group[0].seed}  {drawn:.2f} s ({seconds:.1f} s with loading)")
+    for warning in warnings(job, results):
         print(f"instep: {warning}", file=sys.stderr)
 
 

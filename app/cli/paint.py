@@ -1,14 +1,99 @@
-"""Pictures as text: half-block cells, two pixels a character.
-
-Knows nothing of files or requests.
-"""
+"""What a terminal shows while pictures are drawn, and of them: lines, bars, half-block cells."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from functools import partial
+
 import numpy as np
 from rich.color import Color
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.style import Style
 from rich.text import Text
+
+from app.cards.card import Card
+from app.jobs.job import Job
+from app.report import ModelState, Preview, Report, Result
+from app.report import Progress as Step
+from app.settings import Settings
+from app.worker.local import Local
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: not wrapped, not coloured, no markup read into it."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def bars_of(console: Console) -> Progress:
+    """Bars that vanish when all is drawn, and that only a terminal sees."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+class Watch:
+    """Shows how far jobs are, and waits for them.
+
+    name: of the bar of one image, which those of the same name share; with `ahead` the bars are there before the first
+    step. loads: whether a line says that a model loads.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        name: Callable[[Job, int], str],
+        bars: Progress,
+        *,
+        ahead: bool = True,
+        loads: bool = True,
+    ) -> None:
+        self.bars = bars
+        self._jobs = jobs
+        self._name = name
+        self._loads = loads
+        self._tasks: dict[str, TaskID] = {}
+        images = [(job, index) for job in jobs for index in range(len(job.request.images))]
+        self._images = Counter(name(job, index) for job, index in images)
+        for job, index in images:
+            job.on_report = partial(self._hear, job)
+            if ahead:
+                self._task(name(job, index), job.request.recipe.steps)
+
+    def observe(self, report: Report, worker: str = "") -> None:
+        """Print a line when a model begins to load and when it is ready."""
+        if self._loads and isinstance(report, ModelState) and not report.rates:
+            if report.state == "loading":
+                say(self.bars.console, f"loading {report.model} ...")
+            elif report.state == "ready":
+                say(self.bars.console, f"{report.model} ready in {report.seconds:.1f} s")
+
+    def results(self) -> list[list[Result]]:
+        """The results of each job, once all are there. Raises the error of one as soon as it fails."""
+        wait([job.future for job in self._jobs], return_when=FIRST_EXCEPTION)
+        for job in self._jobs:
+            if job.error:
+                raise job.error
+        return [job.result() for job in self._jobs]
+
+    def _hear(self, job: Job, report: Preview | Step | Result) -> None:
+        if isinstance(report, Step):
+            task = self._task(name := self._name(job, report.index), report.steps)
+            self.bars.update(task, advance=1, total=self._images[name] * report.steps)
+
+    def _task(self, name: str, steps: int) -> TaskID:
+        if name not in self._tasks:
+            self._tasks[name] = self.bars.add_task(name, total=self._images[name] * steps)
+        return self._tasks[name]
+
+
+def draw(jobs: Sequence[Job], watch: Watch, settings: Settings, cards: dict[str, Card]) -> list[list[Result]]:
+    """The results of each job, by an engine in this process. Raises the error of the first that fails."""
+    with Local(settings, cards, observe=watch.observe) as engine, watch.bars:
+        for job in jobs:
+            engine.submit(job)
+        return watch.results()
 
 
 def half_blocks(pixels: np.ndarray, columns: int) -> Text:

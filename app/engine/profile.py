@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -247,7 +248,11 @@ class Profiles:
         """Keep the curve of a key, on disk too. Where the folder cannot be written, the next start measures again."""
         self._known.setdefault(key.model, {})[key.width * key.height] = curve.widths
         if file := self._file(family, key):
-            _store(file, curve.widths)
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                fresh = file.with_suffix(f".{os.getpid()}")
+                fresh.write_text(json.dumps(curve.widths), encoding="utf-8")
+                fresh.replace(file)
 
     def forget(self, model: str) -> None:
         """Drop what is known of a model in memory, and a measurement of it that has not ended."""
@@ -281,16 +286,6 @@ def _stored(file: Path) -> dict[int, float] | None:
         return _WIDTHS.validate_json(read_file(file, MOST_BYTES)) or None
     except (OSError, ValueError):
         return None
-
-
-def _store(file: Path, seconds: dict[int, float]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(seconds), encoding="utf-8")
-        fresh.replace(file)
-    except OSError:
-        return
 
 
 def _forward(family: Family, key: Key) -> Callable[[int], None]:

@@ -89,7 +89,10 @@ class Slots:
         self.line[slot] = 0
         self.guided[slot] = guidance.guided
         self._write_plan(slot, table, guidance, skipping)
-        self._write_conditions(slot, conditions)
+        for name, value in conditions.items():
+            if name not in self.conditions:
+                self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
+            self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value
         return self._free.pop()
 
     def release(self, slot: int) -> None:
@@ -122,12 +125,6 @@ class Slots:
         self.plan[slot, : table.lines, width:] = weight, 0.0, guidance.embedded or 0.0
         if guidance.skip:
             self.plan[slot, skipping.start : skipping.stop, _SKIP] = guidance.skip.scale
-
-    def _write_conditions(self, slot: int, conditions: Conditions) -> None:
-        for name, value in conditions.items():
-            if name not in self.conditions:
-                self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
-            self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value
 
 
 class SlotPool:

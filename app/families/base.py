@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,12 +11,15 @@ import torch
 from app.cards.card import Card
 from app.errors import CheckpointError
 from app.families import vae
-from app.families.text import Encoder, Read, prompt_text, read_texts, unseen_text
+from app.families.text import Encoder, Read, States, prompt_text, read_texts, unseen_text
 from app.report import Phase
 from app.request import Condition, Prompt
 
 Conditions = dict[str, torch.Tensor]
 """Tensors by name, first axis = passes; what one pass needs besides its latent and timestep."""
+
+Denoised = tuple[torch.Tensor, torch.Tensor | None]
+"""(out, frac) of a forward: see `Family.denoise`."""
 
 CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5_TOKENIZER = ("T5Tokenizer", "T5TokenizerFast")
@@ -88,9 +91,10 @@ class Family(ABC):
         from a cache or by running them. Raises InvalidValue for a condition of the wrong kind.
         """
 
-    @abstractmethod
     def blank(self, text_length: int) -> Conditions:
         """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
+        text = self._zeros(1, text_length, self.config.joint_attention_dim)
+        return {"text": text, "pooled": self._zeros(1, self.config.pooled_projection_dim)}
 
     def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
         """The text encoders, None for an absent one, each with its padded length in tokens."""
@@ -101,9 +105,7 @@ class Family(ABC):
         return unseen_text(self.encoders(text_length), prompt_text(condition))
 
     @abstractmethod
-    def denoise(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """One forward of P passes.
 
         x: [P, C, h, w] float32, already scaled by c_in. t: [P] float32, as the network was trained (0..1000).
@@ -139,6 +141,14 @@ class Family(ABC):
             "limits.sizes.min: not a multiple of the network's patches": sizes.min % cell,
         }
 
+    def _encoder(
+        self, parts: Mapping[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
+    ) -> Encoder | None:
+        """`text_encoder` + suffix with its tokenizer, None if it is absent. Raises CheckpointError: no tokenizer."""
+        network, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
+        if network is not None and tokenizer is None:
+            raise CheckpointError(f"{self.card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
+        return None if network is None else Encoder(network, tokenizer, states)
+
     def _zeros(self, *shape: int) -> torch.Tensor:
-        """Zeros on the model's device, which stand for what an absent encoder would give."""
         return torch.zeros(shape, device=self.device, dtype=self.dtype)

@@ -12,7 +12,7 @@ from torch import nn
 
 from app.cards.card import Card
 from app.errors import InvalidValue
-from app.families.base import Conditions, Family
+from app.families.base import Conditions, Denoised, Family
 from app.families.text import Read, read_texts
 from app.request import ClassLabel, Condition
 
@@ -77,9 +77,7 @@ class DiT(Family):
         """The first class."""
         return self.encode([ClassLabel(0)], text_length)
 
-    def denoise(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """As the base class.
 
         frac = (v + 1) / 2 of the variance channels v (Nichol and Dhariwal 2021, eq. 15): 0 is the lower bound of the

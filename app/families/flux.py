@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import pad
 
 from app.cards.card import Card
-from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Family
-from app.families.text import Encoder, Read, clip_pooled, prompt_text, read_texts, t5_states, text_encoder
+from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family
+from app.families.text import Encoder, Read, clip_pooled, prompt_text, read_texts, t5_states
 from app.request import Condition
 
 PATCH = 2
@@ -40,8 +40,8 @@ class Flux(Family):
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
         """As the base class."""
         super().__init__(card, parts, device, dtype)
-        self.clip = text_encoder(card, parts, "", clip_pooled)
-        self.t5 = text_encoder(card, parts, "_2", t5_states)
+        self.clip = self._encoder(parts, "", clip_pooled)
+        self.t5 = self._encoder(parts, "_2", t5_states)
         self.embedded = card.guidance == "embedded"
         self._check()
 
@@ -54,7 +54,8 @@ class Flux(Family):
     ) -> Conditions:
         """As FluxPipeline.encode_prompt. Raises InvalidValue for a class label."""
         texts = [prompt_text(condition) for condition in conditions]
-        text, pooled = self._blanks(len(texts), text_length)
+        text = self._zeros(len(texts), text_length, self.config.joint_attention_dim)
+        pooled = self._zeros(len(texts), self.config.pooled_projection_dim)
         if self.t5:
             text = read(self.t5, texts, text_length, batch)[0].to(self.dtype)
         if self.clip:
@@ -63,13 +64,10 @@ class Flux(Family):
 
     def blank(self, text_length: int) -> Conditions:
         """Zeros of the shapes that `encode` gives, and the guidance that the engine adds to them."""
-        text, pooled = self._blanks(1, text_length)
         scale = {"guidance": torch.ones(1, device=self.device)} if self.embedded else {}
-        return {"text": text, "pooled": pooled, **scale}
+        return {**super().blank(text_length), **scale}
 
-    def denoise(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """As the base class.
 
         NOTE: the network multiplies t / 1000 by 1000 again, in its own number format: in bfloat16 857.14 becomes 856,
@@ -89,11 +87,6 @@ class Flux(Family):
             return_dict=False,
         )[0]
         return unpack(out.float(), height, width), None
-
-    def _blanks(self, count: int, text_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Zeros for (text, pooled), which stand for an absent encoder's."""
-        joint, pooled = self.config.joint_attention_dim, self.config.pooled_projection_dim
-        return self._zeros(count, text_length, joint), self._zeros(count, pooled)
 
     def _check(self) -> None:
         config = self.config

@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import pad
 
 from app.cards.card import Card
-from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Family
+from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family
 from app.families.compiling import as_written
-from app.families.text import Encoder, Read, clip_states, prompt_text, read_texts, t5_states, text_encoder
+from app.families.text import Encoder, Read, clip_states, prompt_text, read_texts, t5_states
 from app.request import Condition
 
 
@@ -40,8 +40,8 @@ class SD3(Family):
         """As the base class."""
         super().__init__(card, parts, device, dtype)
         self.patch: int = self.config.patch_size
-        self.clips = text_encoder(card, parts, "", clip_states), text_encoder(card, parts, "_2", clip_states)
-        self.t5 = text_encoder(card, parts, "_3", t5_states)
+        self.clips = self._encoder(parts, "", clip_states), self._encoder(parts, "_2", clip_states)
+        self.t5 = self._encoder(parts, "_3", t5_states)
         self.shares = self._clip_shares()
         self._check()
 
@@ -70,13 +70,9 @@ class SD3(Family):
 
     def blank(self, text_length: int) -> Conditions:
         """Zeros of the shapes that `encode` gives."""
-        length = self.card.text.clip + text_length
-        text = self._zeros(1, length, self.config.joint_attention_dim)
-        return {"text": text, "pooled": self._zeros(1, self.config.pooled_projection_dim)}
+        return super().blank(self.card.text.clip + text_length)
 
-    def denoise(
-        self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """As the base class; passes in the engine's `skip` [P] leave out the card's skip layers."""
         with self._skipping(conditions.get("skip")):
             out = self.network(

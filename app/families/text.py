@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.cards.card import Card
-from app.errors import CheckpointError, InvalidValue
+from app.errors import InvalidValue
 from app.request import Condition, Prompt
 
 State = dict[str, torch.Tensor]
@@ -110,16 +109,6 @@ def unseen_text(encoders: Iterable[tuple[Encoder | None, int]], text: str) -> st
     """The end of `text` that none of these (encoder or None, its length in tokens) sees; None when one sees all."""
     cuts = [cut_text(encoder.tokenizer, text, length) for encoder, length in encoders if encoder]
     return min(cuts, key=len, default="") or None
-
-
-def text_encoder(
-    card: Card, parts: Mapping[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
-) -> Encoder | None:
-    """`text_encoder` + suffix with its tokenizer, None if it is absent. Raises CheckpointError: no tokenizer."""
-    network, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
-    if network is not None and tokenizer is None:
-        raise CheckpointError(f"{card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
-    return None if network is None else Encoder(network, tokenizer, states)
 
 
 def prompt_text(condition: Condition) -> str:

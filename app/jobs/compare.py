@@ -18,10 +18,10 @@ from app.errors import InvalidJSON, InvalidValue, RequestError, UnknownField, Un
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
 from app.jobs.fields import entries, first_seed, text
+from app.jobs.job import Job
 from app.jobs.other_names import hint
 from app.jobs.presets import PRESETS, takes_preset
-from app.jobs.replies import Ask
-from app.request import Prompt, Request
+from app.request import Prompt
 
 MODELS, ROWS = 8, 16
 """Columns and rows that a comparison has at most."""
@@ -29,7 +29,7 @@ MODELS, ROWS = 8, 16
 PIXELS = 64 * 1024 * 1024
 """Pixels of all its pictures together, which are held until the last one is there."""
 
-Complete = Callable[[ImageBody, Card], Request]
+Complete = Callable[[ImageBody, Card], Job]
 
 OWN = ("models", "preset")
 SHARED = tuple(name for name in ImageBody.model_fields if name not in ("model", "n", "grid", "partial_images"))
@@ -79,18 +79,18 @@ class Comparison:
     body: ImageBody
     cards: tuple[Card, ...]
     rows: tuple[str, ...]
-    cells: tuple[tuple[Ask, ...], ...]
+    cells: tuple[tuple[Job, ...], ...]
     format: Format
     raw: bool
 
     @property
-    def asks(self) -> list[Ask]:
+    def jobs(self) -> list[Job]:
         """All cells, row by row."""
-        return [ask for row in self.cells for ask in row]
+        return [job for row in self.cells for job in row]
 
     @property
     def seed(self) -> int:
-        return self.asks[0].request.images[0].seed
+        return self.jobs[0].request.images[0].seed
 
     def facts(self) -> dict[str, Any]:
         """The body that makes the same panel again."""
@@ -129,8 +129,8 @@ def read_comparison(raw: object) -> CompareBody:
 def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: Format | None = None) -> Comparison:
     """One complete request for each row and column, all with one seed.
 
-    complete: `ImageBody.to_request` with all but the card. wanted: the format that the answer is alone in. It reads
-    folders where the preset chooses the models. Raises ModelNotFound, and what `complete` raises, with the
+    complete: makes the job of a cell by `ImageBody.to_request`. wanted: the format that the answer is alone in. It
+    reads folders where the preset chooses the models. Raises ModelNotFound, and what `complete` raises, with the
     model before the field.
     """
     cards = _columns(body, registry)
@@ -141,11 +141,10 @@ def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: F
     shared = body.shared.model_copy(update={"seed": seed})
     format = wanted or cast(Format, shared.output_format or "png")
 
-    def ask(card: Card, one: int | str) -> Ask:
-        cell = shared.model_copy(update={"model": card.id, field: one})
-        return Ask(cell, card, _completed(cell, card, complete), format, raw=False)
+    def job(card: Card, one: int | str) -> Job:
+        return _completed(shared.model_copy(update={"model": card.id, field: one}), card, complete)
 
-    cells = tuple(tuple(ask(card, one) for card in cards) for one in given)
+    cells = tuple(tuple(job(card, one) for card in cards) for one in given)
     _check_pixels(cells)
     return Comparison(shared, cards, tuple(shows(row[0]) for row in cells), cells, format, wanted is not None)
 
@@ -159,10 +158,10 @@ def rows_of(body: ImageBody) -> tuple[str, list[int | str]]:
     return field, given if isinstance(given, list) else [given]
 
 
-def shows(ask: Ask) -> str:
+def shows(job: Job) -> str:
     """What a cell shows: its prompt, or the name of its class."""
-    condition = ask.request.images[0].condition
-    return condition.text if isinstance(condition, Prompt) else ask.card.labels[condition.index]
+    condition = job.request.images[0].condition
+    return condition.text if isinstance(condition, Prompt) else job.card.labels[condition.index]
 
 
 def _filled(body: CompareBody) -> CompareBody:
@@ -199,8 +198,8 @@ def _columns(body: CompareBody, registry: Registry) -> tuple[Card, ...]:
     return tuple(sorted(unique.values(), key=lambda card: (card.parameters is None, card.parameters or 0)))
 
 
-def _completed(body: ImageBody, card: Card, complete: Complete) -> Request:
-    """One cell's request. An error says the model before the field, where the bounds are the model's."""
+def _completed(body: ImageBody, card: Card, complete: Complete) -> Job:
+    """One cell's job. An error says the model before the field, where the bounds are the model's."""
     try:
         if body.prompt is not None and card.draws_classes:
             raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
@@ -211,8 +210,8 @@ def _completed(body: ImageBody, card: Card, complete: Complete) -> Request:
         raise type(error)(f"{card.id}: {error.message}", param=error.param) from None
 
 
-def _check_pixels(cells: tuple[tuple[Ask, ...], ...]) -> None:
-    requests = [ask.request for row in cells for ask in row]
+def _check_pixels(cells: tuple[tuple[Job, ...], ...]) -> None:
+    requests = [job.request for row in cells for job in row]
     pixels = sum(request.recipe.width * request.recipe.height for request in requests)
     if pixels > PIXELS:
         told = f"{len(requests)} pictures have {pixels / 1e6:.0f} megapixels together"

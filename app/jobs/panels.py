@@ -14,7 +14,8 @@ from app.cards.card import Card
 from app.imaging import encode_image
 from app.jobs.compare import Comparison
 from app.jobs.guidance import guidance_facts
-from app.jobs.replies import Ask, stages, usage
+from app.jobs.job import Job
+from app.jobs.replies import stages, usage
 from app.jobs.shapes import Cell, CompareReply, Panel, Usage
 from app.jobs.splice import mark, spliced
 from app.jobs.warnings import of_body, of_model
@@ -30,8 +31,8 @@ def raw_panel(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes,
     return data, time.perf_counter() - started
 
 
-def json_panel(comparison: Comparison, asks: Sequence[Ask], results: Sequence[Result]) -> tuple[bytes, float]:
-    """The whole JSON reply, and the seconds of imaging. asks: of each cell as it was accepted, row by row."""
+def json_panel(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes, float]:
+    """The whole JSON reply, and the seconds of imaging. results: of each cell, row by row."""
     started = time.perf_counter()
     pixels = draw_panel(comparison, results)
     file = _file(comparison, pixels)
@@ -40,10 +41,10 @@ def json_panel(comparison: Comparison, asks: Sequence[Ask], results: Sequence[Re
         created=int(time.time()),
         data=[Panel(b64_json=mark(0))],
         models=[card.id for card in comparison.cards],
-        cells=[_cell(comparison, place, ask, results[place]) for place, ask in enumerate(asks)],
+        cells=[_cell(comparison, place, job, results[place]) for place, job in enumerate(comparison.jobs)],
         size=f"{pixels.shape[1]}x{pixels.shape[0]}",
         output_format=comparison.format,
-        usage=_usage(asks),
+        usage=_usage(comparison.jobs),
         timings=stages(results, seconds),
         warnings=panel_warnings(comparison, results) or None,
     )
@@ -55,15 +56,15 @@ def draw_panel(comparison: Comparison, results: Sequence[Result]) -> np.ndarray:
     columns = len(comparison.cards)
     pixels = [result.pixels for result in results]
     cells = [pixels[start : start + columns] for start in range(0, len(pixels), columns)]
-    headings = [_heading(ask) for ask in comparison.cells[0]]
+    headings = [_heading(job) for job in comparison.cells[0]]
     return panel(cells, comparison.rows, headings, f"seed {comparison.seed}")
 
 
 def panel_warnings(comparison: Comparison, results: Sequence[Result]) -> list[str]:
     """The body's warnings, those of all cells, the model before each, and letters of the labels that show as boxes."""
     told = [*of_body(comparison.body, comparison.format, comparison.raw)]
-    for ask, result in zip(comparison.asks, results, strict=True):
-        told += [f"{ask.card.id}: {text}" for text in (*of_model(ask), *result.warnings)]
+    for job, result in zip(comparison.jobs, results, strict=True):
+        told += [f"{job.card.id}: {text}" for text in (*of_model(job), *result.warnings)]
     if missing := unreadable(comparison.rows):
         told.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
     return list(dict.fromkeys(told))
@@ -80,24 +81,24 @@ def parameters_of(card: Card) -> str | None:
     return f"{count / 10**9:.2f} B"
 
 
-def _heading(ask: Ask) -> Heading:
-    count, recipe = parameters_of(ask.card), ask.request.recipe
+def _heading(job: Job) -> Heading:
+    count, recipe = parameters_of(job.card), job.request.recipe
     settings = f"steps {recipe.steps}, guidance {guidance_facts(recipe.guidance)['guidance_scale']:g}"
-    return Heading(ask.card.id, (*([f"{count} parameters"] if count else []), settings))
+    return Heading(job.card.id, (*([f"{count} parameters"] if count else []), settings))
 
 
 def _file(comparison: Comparison, pixels: np.ndarray) -> bytes:
     return encode_image(pixels, comparison.format, comparison.body.output_compression, comparison.facts())
 
 
-def _cell(comparison: Comparison, place: int, ask: Ask, result: Result) -> Cell:
-    recipe, condition = ask.request.recipe, ask.request.images[0].condition
+def _cell(comparison: Comparison, place: int, job: Job, result: Result) -> Cell:
+    recipe, condition = job.request.recipe, job.request.images[0].condition
     row, column = divmod(place, len(comparison.cards))
     return Cell(
         row=row,
         column=column,
         model=recipe.model,
-        parameters=ask.card.parameters,
+        parameters=job.card.parameters,
         prompt=condition.text if isinstance(condition, Prompt) else None,
         class_label=condition.index if isinstance(condition, ClassLabel) else None,
         seed=result.seed,
@@ -105,13 +106,13 @@ def _cell(comparison: Comparison, place: int, ask: Ask, result: Result) -> Cell:
         sampler=recipe.sampler,
         num_inference_steps=recipe.steps,
         guidance_scale=guidance_facts(recipe.guidance)["guidance_scale"],
-        timings=stages([result], 0.0, ask.estimate),
+        timings=stages([result], 0.0, job.estimate),
     )
 
 
-def _usage(asks: Sequence[Ask]) -> Usage:
+def _usage(jobs: Sequence[Job]) -> Usage:
     """Tokens of all cells together."""
-    each = [usage(ask, 1) for ask in asks]
+    each = [usage(job, 1) for job in jobs]
     text, pixels = (sum(getattr(one, name) for one in each) for name in ("input_tokens", "output_tokens"))
     details = each[0].input_tokens_details.model_copy(update={"text_tokens": text})
     return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)

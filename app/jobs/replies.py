@@ -7,108 +7,75 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from app.cards.card import Card
-from app.errors import InvalidValue
-from app.imaging import LONGEST, Format, encode_image, grid, sheet_size
-from app.jobs.body import ImageBody
+from app.imaging import encode_image, grid
 from app.jobs.guidance import guidance_facts
+from app.jobs.job import Estimate, Job
 from app.jobs.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
 from app.jobs.splice import mark, spliced
 from app.jobs.warnings import warnings
 from app.report import Preview, Result
-from app.request import ClassLabel, Prompt, Request
-from app.worker.admission import Estimate
+from app.request import ClassLabel, Prompt
 
 TOKEN = 16
 """Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
 
 
-@dataclass(frozen=True)
-class Ask:
-    """A valid body with all that the server made of it. estimate: once it was accepted.
-
-    Raises InvalidValue: a sheet longer than its format can be.
-    """
-
-    body: ImageBody
-    card: Card
-    request: Request
-    format: Format
-    raw: bool
-    estimate: Estimate | None = None
-
-    def __post_init__(self) -> None:
-        if self.columns:
-            recipe = self.request.recipe
-            width, height = sheet_size(len(self.request.images), self.columns, recipe.width, recipe.height)
-            limit = LONGEST[self.format]
-            if max(width, height) > limit:
-                told = f"grid: the sheet has {width} x {height} pixels; a side of {self.format} has at most {limit}"
-                raise InvalidValue(told, param="grid")
-
-    @property
-    def columns(self) -> int | None:
-        """Columns of the sheet that was asked for; None for separate images."""
-        return self.body.grid.columns if self.body.grid else None
-
-
-def raw_image(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+def raw_image(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """The one file that these results make, and the seconds it took."""
     started = time.perf_counter()
-    data = _file(ask, results)
+    data = _file(job, results)
     return data, time.perf_counter() - started
 
 
-def json_reply(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+def json_reply(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """The whole JSON reply, and the seconds the encoding took."""
     started = time.perf_counter()
-    groups = [results] if ask.columns else [[result] for result in results]
-    files = [_file(ask, group) for group in groups]
-    data = [Item(b64_json=mark(place), **_item(ask, group[0])) for place, group in enumerate(groups)]
+    groups = [results] if job.columns else [[result] for result in results]
+    files = [_file(job, group) for group in groups]
+    data = [Item(b64_json=mark(place), **_item(job, group[0])) for place, group in enumerate(groups)]
     seconds = time.perf_counter() - started
     reply = ImagesReply(
         created=int(time.time()),
         data=data,
-        usage=usage(ask, len(results)),
-        timings=stages(results, seconds, ask.estimate),
-        warnings=warnings(ask, results) or None,
-        **effective(ask, len(groups[0])),
+        usage=usage(job, len(results)),
+        timings=stages(results, seconds, job.estimate),
+        warnings=warnings(job, results) or None,
+        **effective(job, len(groups[0])),
     )
     return spliced(reply, files), seconds
 
 
-def partial_event(ask: Ask, preview: Preview) -> bytes:
+def partial_event(job: Job, preview: Preview) -> bytes:
     """A preview as a server-sent event. It carries no facts: it is not the image that they make."""
-    file = encode_image(preview.pixels, ask.format, ask.body.output_compression, {})
+    file = encode_image(preview.pixels, job.format, job.body.output_compression, {})
     event = PartialEvent(
         b64_json=mark(0),
         created_at=int(time.time()),
         partial_image_index=preview.partial,
-        image_index=preview.index if len(ask.request.images) > 1 else None,
-        **effective(ask, 1),
+        image_index=preview.index if len(job.request.images) > 1 else None,
+        **effective(job, 1),
     )
     return sse(event, file)
 
 
-def completed_event(ask: Ask, results: Sequence[Result]) -> tuple[bytes, float]:
+def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
     started = time.perf_counter()
-    file = _file(ask, results)
+    file = _file(job, results)
     seconds = time.perf_counter() - started
     event = CompletedEvent(
         b64_json=mark(0),
         created_at=int(time.time()),
-        usage=usage(ask, len(results)),
-        timings=stages(results, seconds, ask.estimate),
-        image_index=results[0].index if len(ask.request.images) > 1 and not ask.columns else None,
-        warnings=warnings(ask, results) or None,
-        **_item(ask, results[0]),
-        **effective(ask, len(results)),
+        usage=usage(job, len(results)),
+        timings=stages(results, seconds, job.estimate),
+        image_index=results[0].index if len(job.request.images) > 1 and not job.columns else None,
+        warnings=warnings(job, results) or None,
+        **_item(job, results[0]),
+        **effective(job, len(results)),
     )
     return sse(event, file), seconds
 
@@ -118,9 +85,9 @@ def sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
     return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
 
 
-def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
+def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
     """The body that makes these images again, as the file's text chunk tells it: complete, and valid to POST."""
-    recipe, specs = ask.request.recipe, [ask.request.images[index] for index in indices]
+    recipe, specs = job.request.recipe, [job.request.images[index] for index in indices]
     told: dict[str, Any] = {"model": recipe.model}
     conditions = [spec.condition for spec in specs]
     first = conditions[0]
@@ -131,8 +98,8 @@ def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
         told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
     if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
         told["n"] = len(specs)
-    if ask.columns:
-        told["grid"] = {"columns": ask.columns}
+    if job.columns:
+        told["grid"] = {"columns": job.columns}
     return told | {
         "seed": specs[0].seed,
         "size": f"{recipe.width}x{recipe.height}",
@@ -142,22 +109,22 @@ def facts(ask: Ask, indices: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def effective(ask: Ask, images: int) -> dict[str, Any]:
+def effective(job: Job, images: int) -> dict[str, Any]:
     """The fields of Effective for a file that shows this many images."""
-    recipe, columns = ask.request.recipe, min(ask.columns or 1, images)
+    recipe, columns = job.request.recipe, min(job.columns or 1, images)
     return {
         "model": recipe.model,
         "sampler": recipe.sampler,
         "num_inference_steps": recipe.steps,
         "guidance_scale": guidance_facts(recipe.guidance)["guidance_scale"],
         "size": f"{recipe.width * columns}x{recipe.height * -(-images // columns)}",
-        "output_format": ask.format,
+        "output_format": job.format,
     }
 
 
-def usage(ask: Ask, images: int) -> Usage:
+def usage(job: Job, images: int) -> Usage:
     """Tokens of this many images of the request; a class label counts as one."""
-    recipe = ask.request.recipe
+    recipe = job.request.recipe
     text = max(1, recipe.text_length) * images
     pixels = -(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) * images
     details = TokenDetails(text_tokens=text)
@@ -181,18 +148,18 @@ def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | 
     )
 
 
-def _file(ask: Ask, results: Sequence[Result]) -> bytes:
+def _file(job: Job, results: Sequence[Result]) -> bytes:
     pixels = results[0].pixels
-    if ask.columns:
-        pixels = grid([result.pixels for result in results], ask.columns)
-    told = facts(ask, [result.index for result in results])
-    return encode_image(np.asarray(pixels), ask.format, ask.body.output_compression, told)
+    if job.columns:
+        pixels = grid([result.pixels for result in results], job.columns)
+    told = facts(job, [result.index for result in results])
+    return encode_image(np.asarray(pixels), job.format, job.body.output_compression, told)
 
 
-def _item(ask: Ask, result: Result) -> dict[str, Any]:
-    condition = ask.request.images[result.index].condition
+def _item(job: Job, result: Result) -> dict[str, Any]:
+    condition = job.request.images[result.index].condition
     if isinstance(condition, ClassLabel):
-        name = ask.card.labels[condition.index]
+        name = job.card.labels[condition.index]
         return {"seed": result.seed, "class_label": condition.index, "revised_prompt": name}
     return {"seed": result.seed}
 

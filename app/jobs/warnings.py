@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.cards.card import Card
 from app.imaging import Format
+from app.jobs.body import ImageBody
+from app.jobs.job import Job
 from app.report import Result
 from app.request import Guidance
 from app.samplers.table import compile_table
-
-if TYPE_CHECKING:
-    from app.jobs.body import ImageBody
-    from app.jobs.replies import Ask
 
 _OPENAI: dict[str, tuple[tuple[Any, ...], str]] = {
     "background": (("auto", "opaque"), "pictures are opaque"),
@@ -37,10 +35,10 @@ _SYNTAX = re.compile(
 )
 
 
-def warnings(ask: Ask, results: Sequence[Result]) -> list[str]:
+def warnings(job: Job, results: Sequence[Result]) -> list[str]:
     """All warnings for these results of one request, each once: the body's, and those of the engine."""
     engine = (text for result in results for text in result.warnings)
-    return list(dict.fromkeys([*of_body(ask.body, ask.format, ask.raw), *of_model(ask), *engine]))
+    return list(dict.fromkeys([*of_body(job.body, job.format, job.raw), *of_model(job), *engine]))
 
 
 def of_body(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
@@ -64,9 +62,9 @@ def of_body(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
                 yield f'{field}: "{found[0][:40]}" is read as plain text: a prompt has no weights and no tags here'
 
 
-def of_model(ask: Ask) -> Iterator[str]:
+def of_model(job: Job) -> Iterator[str]:
     """What is without effect with this model, or for this key."""
-    body, card, recipe, delivery = ask.body, ask.card, ask.request.recipe, ask.request.delivery
+    body, card, recipe, delivery = job.body, job.card, job.request.recipe, job.request.delivery
     if card.draws_classes and body.class_label is not None and body.prompt:
         yield f"prompt is ignored: {card.id} draws class_label"
     yield from _of_guidance(body, card, recipe.guidance)

@@ -56,17 +56,13 @@ def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[in
     """
     total = host = host_bytes() // len(devices)
     if device.startswith("cuda"):
-        sharers = sum(_index(one) == _index(device) for one in devices if one.startswith("cuda"))
+        own, *others = (torch.device(one).index or 0 for one in (device, *devices) if one.startswith("cuda"))
+        sharers = others.count(own)
         total = torch.cuda.get_device_properties(device).total_memory // sharers
     return (
         parse_bytes(settings.device_memory, total, "device_memory"),
         parse_bytes(settings.host_memory, host, "host_memory"),
     )
-
-
-def _index(device: str) -> int:
-    """Which GPU: "cuda" is the first."""
-    return torch.device(device).index or 0
 
 
 def text_bytes(settings: Settings) -> int:

@@ -1,6 +1,4 @@
-"""Schedules: the walk of a sampler, for each line the point it leaves and the point it reaches.
-
-Knows nothing of solvers, predictions or networks: a card's Schedule and a number of steps in, float64 arrays out.
+"""Grids: from a card's Schedule and a number of steps to the walk of a sampler, in float64.
 
 The grids are those of diffusers' schedulers, file by file: a checkpoint is tuned, and a turbo distilled, on its grid.
 """

@@ -1,7 +1,4 @@
-"""Schedule: the noise process that a network was trained on, and the grid that its samplers walk, as a card says it.
-
-Knows nothing of numpy: app/samplers turns it into points and tables.
-"""
+"""Schedule: the noise process that a network was trained on, and the grid that its samplers walk, as a card says it."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Part(BaseModel):
-    """A table of a card: frozen, and no field that is not known."""
+class Section(BaseModel):
+    """A table of a card: frozen, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DynamicShift(Part):
+class DynamicShift(Section):
     """FLUX's resolution-dependent shift: exp of a line through (base_tokens, base) and (max_tokens, max)."""
 
     base_tokens: int = 256
@@ -31,13 +28,12 @@ class DynamicShift(Part):
         return self
 
 
-class Schedule(Part):
+class Schedule(Section):
     """The noise process the network was trained on, and the grid its samplers walk.
 
     kind "diffusion": alpha-bar from betas; "flow": x_t = (1 - s) x0 + s noise. `spacing` names the grid:
     leading, linspace, trailing or respaced (the original DiT's) for diffusion, sd3 or flux for flow. `variance` is
-    what ddpm adds back.
-    `clip_sample` and `thresholding` are there to be refused: they are not affine.
+    what ddpm adds back. `clip_sample` and `thresholding` are there to be refused: they are not affine.
     """
 
     kind: Literal["diffusion", "flow"]

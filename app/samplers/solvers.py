@@ -1,6 +1,4 @@
-"""Solvers: rules that turn the points of a walk into the coefficients of its lines.
-
-Knows nothing of cards, of what a network predicts, or of tensors: a Path in, Lines out, all float64.
+"""Solvers: rules that turn the points of a walk into the coefficients of its lines, all float64.
 
 With x0 the clean latent predicted at a line and m the one of the line before, a line of every solver is
 

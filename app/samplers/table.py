@@ -1,7 +1,5 @@
 """Table: the compiled plan of a row, one line for each evaluation of the network.
 
-Knows nothing of tensors, batches or guidance: the engine gathers its lines, and that is all the sampling there is.
-
     x' = xx*x + xo*out + xm*mem + xz*exp(0.5*zf*frac)*noise        mem' = mx*x + mo*out
 
 out is what the network gives for c_in*x at t, mem always the predicted clean latent. A table is schedule x prediction x

@@ -8,13 +8,14 @@ import time
 from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
-from app.cards.card import Card, parse_size
+from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.jobs.job import Estimate, Job
 from app.report import ModelState, Phase, State, Tick
-from app.request import Delivery, Request
+from app.request import Delivery
 from app.samplers.table import compile_table
 
 BUSY = 0.5
@@ -35,18 +36,6 @@ OUTLIER = 4.0
 _USEFUL: tuple[State, ...] = ("ready", "loading", "failed", "absent")
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What was known when a request was accepted.
-
-    wait: seconds until its turn; position: unanswered requests on its device; cost: its own device seconds.
-    """
-
-    wait: float
-    position: int
-    cost: float
-
-
 class Kind(NamedTuple):
     """What images of equal cost have in common. passes: through the network, of one image."""
 
@@ -57,12 +46,12 @@ class Kind(NamedTuple):
     passes: int
 
 
-def kind_of(request: Request, card: Card) -> Kind:
-    """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+def kind_of(job: Job) -> Kind:
+    """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     # The engine compiles the same table, for the image's own number of tokens.
-    recipe = request.recipe
-    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
-    return Kind(request.delivery.tenant, recipe.model, recipe.width, recipe.height, recipe.passes(lines))
+    recipe = job.request.recipe
+    lines = compile_table(job.card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    return Kind(job.request.delivery.tenant, recipe.model, recipe.width, recipe.height, recipe.passes(lines))
 
 
 class Costs:
@@ -142,14 +131,15 @@ class Backlog:
         self._running = 0
         self._rows: dict[str, int] = {}
 
-    def add(self, kind: Kind, images: int, weight: float) -> None:
-        """A request of so many images; its weight is from now on that of its tenant."""
+    def add(self, job: Job) -> None:
+        """Count a new job; its weight is from now on that of its tenant."""
         self.requests += 1
-        self._images[kind] += images
-        self.weights[kind.tenant] = weight
+        self._images[kind_of(job)] += job.images_left
+        self.weights[job.request.delivery.tenant] = job.request.delivery.weight
 
-    def drop(self, kind: Kind, images: int) -> None:
+    def drop(self, job: Job, images: int = 1) -> None:
         """So many images fewer: answered, failed or cancelled. Counts of the last Ticks end with the last image."""
+        kind = kind_of(job)
         self._images[kind] -= images
         if not self._images[kind]:
             del self._images[kind]
@@ -160,11 +150,11 @@ class Backlog:
         if not self._images:
             self._running = 0
 
-    def end(self, kind: Kind, images: int) -> None:
-        """A request is over; so many of its images were not answered."""
+    def end(self, job: Job) -> None:
+        """The job has ended, and what it has no result of is not drawn any more."""
         self.requests -= 1
-        if images:
-            self.drop(kind, images)
+        if job.images_left:
+            self.drop(job, job.images_left)
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
@@ -274,28 +264,27 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
 
 
 def admit(
-    request: Request, kind: Kind, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None
-) -> Estimate:
-    """What the request may expect behind `chosen`, one of the live workers' backlogs.
+    job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None = None
+) -> None:
+    """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs.
 
-    All is judged by what is ahead, not by that and the request's own cost: else large requests would never enter.
+    All is judged by what is ahead, not by that and the job's own cost: else large requests would never enter.
     Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy
     queue; Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even
     an idle device would not meet that.
     """
-    _check_share(request.delivery, chosen, backlogs, max_wait, limit)
-    tenant, weight, deadline = request.delivery.tenant, request.delivery.weight, request.delivery.deadline
-    own = chosen.tenants().get(tenant, 0.0)
-    wait = chosen.wait(tenant, weight, own)
+    kind, delivery = kind_of(job), job.request.delivery
+    _check_share(delivery, chosen, backlogs, max_wait, limit)
+    own = chosen.tenants().get(delivery.tenant, 0.0)
+    wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
         raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait))
-    cost = len(request.images) * chosen.image(kind)
+    cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
-    finish = chosen.wait(tenant, weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, chosen.requests, cost)
-    if deadline is not None and chosen.costs.measured(request.recipe.model):
-        _check_deadline(estimate, deadline - time.monotonic())
-    return estimate
+    finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
+    job.estimate = Estimate(finish - cost, chosen.requests, cost)
+    if delivery.deadline is not None and chosen.costs.measured(kind.model):
+        _check_deadline(job.estimate, delivery.deadline - time.monotonic())
 
 
 def _check_share(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, NoWorker
-from app.report import Memory, ModelState, Report, Result, Tick
+from app.jobs.job import Job
+from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result, Tick
 from app.request import Request
 from app.worker import wire
 from app.worker.admission import Backlog
 from app.worker.heartbeat import Pulse
-from app.worker.jobs import Job
 
 FIRST_DELAY = 0.5
 """Seconds before the first restart; doubles to LAST_DELAY, and starts over after HEALTHY seconds of life."""
@@ -88,21 +88,17 @@ class Child:
             self._write(wire.Call(method, argument))
 
     def take(self, job: Job) -> None:
-        """This request goes here."""
+        """Hand the job to the engine. It leaves the books when it ends, whoever ended it."""
         self.jobs[job.request.id] = job
-        self.backlog.add(job.kind, job.images_left, job.request.delivery.weight)
+        self.backlog.add(job)
+        job.future.add_done_callback(lambda _: self._drop(job))
         self.call("submit", job.request)
 
-    def answer(self, job: Job, result: Result) -> None:
-        """One image of this request is done."""
-        if result.index not in job.results:
-            self.backlog.drop(job.kind, 1)
-        job.results[result.index] = result
-
-    def drop(self, job: Job) -> None:
-        """This request is over."""
-        if self.jobs.pop(job.request.id, None):
-            self.backlog.end(job.kind, job.images_left)
+    def _drop(self, job: Job) -> None:
+        del self.jobs[job.request.id]
+        self.backlog.end(job)
+        if job.future.cancelled():
+            self.call("cancel", job.request.id)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
@@ -211,6 +207,12 @@ class Child:
             case wire.Refusal(error):
                 self._refusal = error
                 log.error("engine process on %s refuses: %s", self.name, error.message)
+            case Result() | Progress() | Preview() | Failure():
+                if job := self.jobs.get(message.request_id):
+                    if isinstance(message, Result) and message.index not in job.results:
+                        self.backlog.drop(job)
+                    job.hear(message)
+                self._hear(self, message)
             case _:
                 if isinstance(message, ModelState | Tick):
                     self.backlog.hear(message)

@@ -8,23 +8,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 from app.cards.card import Card
-from app.errors import EngineError, InstepError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
-from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result
-from app.request import Request
+from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
+from app.jobs.job import Job
+from app.report import Memory, ModelState, Report
+from app.request import Condition, Recipe, Request
 from app.settings import Settings
 from app.worker import plan, wire
-from app.worker.admission import admit, best, choose, kind_of
+from app.worker.admission import admit, best, choose
 from app.worker.child import Child
-from app.worker.jobs import Deaths, Job, OnReport, Ticket
 
 WORKER = (sys.executable, "-m", "app.worker.process")
 _POISON = "The engine process died twice while it worked on this request; it is not tried again."
 
 log = logging.getLogger("instep.worker")
+
+Fingerprint = tuple[Recipe, tuple[Condition, ...]]
 
 
 class Supervisor:
@@ -46,8 +49,7 @@ class Supervisor:
         self._cards = cards
         self._observe = observe
         self._preloads = plan.preloads(settings, cards)
-        self._deaths = Deaths()
-        self._jobs: dict[str, Job] = {}
+        self._crashes = CrashHistory()
         self._closing = False
         self._children = [
             Child(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
@@ -129,44 +131,43 @@ class Supervisor:
             raise
 
     async def stop(self, grace: float) -> None:
-        """Take no new requests, give those in flight `grace` seconds, then end the processes.
+        """Take no new jobs, give those in flight `grace` seconds, then end the processes.
 
         What is unanswered by then fails with ShuttingDown.
         """
         self._closing = True
-        if self._jobs and grace > 0:
-            log.info("draining %d requests", len(self._jobs))
-            await asyncio.wait([job.future for job in self._jobs.values()], timeout=grace)
-        for job in list(self._jobs.values()):
-            self._fail(job, ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
+        if (jobs := self._jobs) and grace > 0:
+            log.info("draining %d requests", len(jobs))
+            await asyncio.wait([asyncio.gather(*jobs, return_exceptions=True)], timeout=grace)
+        for job in self._jobs:
+            job.fail(ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
         await asyncio.gather(*(child.stop() for child in self._children))
 
-    def submit(self, request: Request, on_report: OnReport | None = None, *, limit: float | None = None) -> Ticket:
-        """Give the request to the live worker that will get to it first; its results come in image order.
+    def submit(self, job: Job, *, limit: float | None = None) -> Job:
+        """Give the job to the live worker that will get to it first, note what it may expect, and return it.
 
-        limit: device seconds that its tenant may have queued, None for its share alone. Cancelling the future cancels
-        the request at the next step boundary. Raises ShuttingDown, NoWorker, Overloaded, RateLimited (all with
-        retry_after, seconds), DeadlineExceeded, EngineError for a request that two deaths have in common,
-        ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's schedule does not have.
+        limit: device seconds that its tenant may have queued, None for its share alone. Raises ShuttingDown, NoWorker,
+        Overloaded, RateLimited (all with retry_after, seconds), DeadlineExceeded, EngineError for a request that two
+        crashes have in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's
+        schedule does not have.
         """
         if self._closing:
             raise ShuttingDown("The server is shutting down.", retry_after=5.0)
-        if request.id in self._jobs:
-            raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
-        if self._deaths.condemned(request):
+        if any(job.request.id in child.jobs for child in self._children):
+            raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
+        if self._crashes.condemned(job.request):
             raise EngineError(_POISON)
-        kind, max_wait = kind_of(request, self._card(request.recipe.model)), self._settings.max_wait
+        model, max_wait = self._card(job.request.recipe.model).id, self._settings.max_wait
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
         backlogs = [child.backlog for child in live]
-        child = live[choose(backlogs, request.recipe.model, max_wait)]
-        estimate = admit(request, kind, child.backlog, backlogs, max_wait=max_wait, limit=limit)
-        job = self._jobs[request.id] = Job(request, Ticket(estimate), kind, on_report)
-        job.future.add_done_callback(lambda _: self._close(child, job))
+        child = live[choose(backlogs, model, max_wait)]
+        admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         child.take(job)
-        return job.future
+        job.future.add_done_callback(lambda _: self._forgive(job))
+        return job
 
     def load(self, model_id: str) -> None:
         """Begin to load this model on every live worker. Raises ModelNotFound."""
@@ -175,6 +176,14 @@ class Supervisor:
     def unload(self, model_id: str) -> None:
         """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
         self._call("unload", model_id)
+
+    def _forgive(self, job: Job) -> None:
+        if not job.images_left:
+            self._crashes.clear(job.request)
+
+    @property
+    def _jobs(self) -> list[Job]:
+        return [job for child in self._children for job in child.jobs.values()]
 
     def _call(self, method: wire.Method, model_id: str) -> None:
         model = self._card(model_id).id
@@ -187,67 +196,66 @@ class Supervisor:
         return self._cards[model_id]
 
     def _hear(self, child: Child, report: Report) -> None:
-        """One report from a live worker. What is about a request that is no longer in flight is only observed."""
-        match report:
-            case Result() | Progress() | Preview():
-                job = child.jobs.get(report.request_id)
-                if job and not job.future.done():
-                    self._deliver(child, job, report)
-            case Failure():
-                if job := child.jobs.get(report.request_id):
-                    self._fail(job, report.error)
-            case Memory(bytes=held):
-                report = child.memory = Memory(child.name, held)
-        self._tell(child, report)
-
-    def _tell(self, child: Child, report: Report) -> None:
+        if isinstance(report, Memory):
+            report = child.memory = Memory(child.name, report.bytes)
         try:
             self._observe(report, child.name)
         except Exception:
             log.exception("the observer failed on %s", type(report).__name__)
 
-    def _deliver(self, child: Child, job: Job, report: Result | Progress | Preview) -> None:
-        if isinstance(report, Result):
-            child.answer(job, report)
-        try:
-            if job.on_report:
-                job.on_report(report)
-        except Exception:
-            log.exception("the listener of request %s failed", job.request.id)
-        if not job.images_left and not job.future.done():
-            self._deaths.clear(job.request)
-            job.future.set_result(job.in_order())
-
-    def _fail(self, job: Job, error: InstepError) -> None:
-        if not job.future.done():
-            job.future.set_exception(error)
-
-    def _close(self, child: Child, job: Job) -> None:
-        """The future is done, whoever did it: the one place where a job leaves the books.
-
-        Its exception is looked at here: where the client has left, nobody else does, and asyncio would log a traceback.
-        """
-        self._jobs.pop(job.request.id, None)
-        child.drop(job)
-        if job.future.cancelled():
-            child.call("cancel", job.request.id)
-        else:
-            job.future.exception()
-
     def _bury(self, child: Child, reason: str) -> None:
-        """A worker is gone: answer its requests at once, forget what it had loaded."""
+        """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
         lost = list(child.jobs.values())
         if not self._closing:
-            self._deaths.record(job.request for job in lost)
+            self._crashes.record(job.request for job in lost)
         retry_after = 1.0 if self.live else max(1.0, child.back_in)
         for job in lost:
-            if self._deaths.condemned(job.request):
-                self._fail(job, EngineError(_POISON))
+            if self._crashes.condemned(job.request):
+                job.fail(EngineError(_POISON))
             else:
                 message = "The engine process died while it worked on this request. Try again."
-                self._fail(job, NoWorker(message, retry_after=retry_after))
-        self._tell(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
+                job.fail(NoWorker(message, retry_after=retry_after))
+        self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
         for model in child.backlog.forget():
-            self._tell(child, ModelState(model, "absent"))
+            self._hear(child, ModelState(model, "absent"))
+
+
+class CrashHistory:
+    """A short memory of what was in a process when it died, so that a poison request cannot kill for ever.
+
+    Two requests are the same here when they ask for the same pictures: delivery and seeds do not count, because a
+    client who tries again brings a new id, and a new seed where it named none; nor does whose key it is. One success
+    clears the name, so a popular prompt that was only a bystander is not condemned.
+    """
+
+    def __init__(self, *, limit: int = 2, memory: int = 256, seconds: float = 600.0) -> None:
+        self.limit = limit
+        self.memory = memory
+        self.seconds = seconds
+        self._seen: OrderedDict[Fingerprint, tuple[int, float]] = OrderedDict()
+
+    def condemned(self, request: Request) -> bool:
+        """Whether this request was present at `limit` deaths, the last of them less than `seconds` ago."""
+        count, when = self._seen.get(fingerprint(request), (0, 0.0))
+        return count >= self.limit and time.monotonic() - when < self.seconds
+
+    def record(self, requests: Iterable[Request]) -> None:
+        """A process died with these in it. Twins in one death count once."""
+        now = time.monotonic()
+        for mark in {fingerprint(request) for request in requests}:
+            count, when = self._seen.pop(mark, (0, now))
+            self._seen[mark] = (count + 1 if now - when < self.seconds else 1, now)
+        while len(self._seen) > self.memory:
+            self._seen.popitem(last=False)
+
+    def clear(self, request: Request) -> None:
+        """This request was answered: it kills nobody."""
+        if self._seen:
+            self._seen.pop(fingerprint(request), None)
+
+
+def fingerprint(request: Request) -> Fingerprint:
+    """What two tries of the same pictures have in common."""
+    return request.recipe, tuple(spec.condition for spec in request.images)

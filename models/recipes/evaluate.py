@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from app.cards.card import Card, Source, read_cards
 from app.jobs.body import read_body
-from app.jobs.local import Local
-from app.report import Result
+from app.jobs.job import Job
 from app.settings import Settings
+from app.worker.local import Local
 
 
 @dataclass(frozen=True)
@@ -92,27 +92,25 @@ def draw(
     settings: Settings, cards: dict[str, Card], wanted: list[tuple[Run, Card, list[Asked]]]
 ) -> list[tuple[np.ndarray, float]]:
     """For each run its pictures, uint8 [n, 128, 128, 3], and the seconds that one alone takes (median of 5)."""
-    requests = []
+    jobs = []
     for number, (run, card, asked) in enumerate(wanted):
         for at, each in enumerate(asked):
             body = {"model": card.id, "seed": each.seed, "num_inference_steps": run.steps}
             body |= {"guidance_scale": run.guidance, "class_label" if card.labels else "prompt": each.text}
-            requests.append(read_body(body).to_request(card, f"{number}/{at}"))
+            read = read_body(body)
+            jobs.append(Job(read.to_request(card, f"{number}/{at}"), card, read))
     found: dict[str, np.ndarray] = {}
     with Local(settings, cards) as local:
-        results = (report for report in local.reports() if isinstance(report, Result))
-        for request in requests:
-            local.submit(request)
-        for _ in tqdm(requests, desc="pictures", mininterval=5):
-            result = next(results)
-            found[result.request_id] = result.pixels
+        for job in jobs:
+            local.submit(job)
+        for job in tqdm(jobs, desc="pictures", mininterval=5):
+            found[job.request.id] = job.future.result()[0].pixels
         drawn = []
         for number, (_, _, asked) in enumerate(wanted):
             seconds = []
-            for request in [r for r in requests if r.id.startswith(f"{number}/")][:5]:
+            for job in [job for job in jobs if job.request.id.startswith(f"{number}/")][:5]:
                 start = time.perf_counter()
-                local.submit(request)
-                next(results)
+                local.submit(Job(job.request, job.card, job.body)).future.result()
                 seconds.append(time.perf_counter() - start)
             pictures = np.stack([found[f"{number}/{at}"] for at in range(len(asked))])
             drawn.append((pictures, statistics.median(seconds)))

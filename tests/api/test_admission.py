@@ -64,7 +64,7 @@ def test_a_request_carries_its_keys_name_weight_and_priority(narrow: Server, mon
     monkeypatch.setattr(
         narrow.supervisor,
         "submit",
-        lambda request, *rest, **more: seen.append(request) or submit(request, *rest, **more),
+        lambda job, **more: seen.append(job.request) or submit(job, **more),
     )
     for priority in (9, 1):
         assert ask(narrow, SMALL, priority=priority).status_code == 200

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app.jobs.job import Job
 from app.jobs.presets import PRESETS
 from app.jobs.shapes import CompareReply
 from app.request import ClassLabel, Prompt
@@ -296,12 +297,12 @@ def test_a_cell_that_is_refused_takes_the_others_with_it(
     before = {name: outcomes(alice, name) for name in ("tiny-text", "large-text")}
     inner, calls = several.supervisor.submit, []
 
-    def submit(request: Any, *rest: Any, **more: Any) -> Any:
-        calls.append(request)
+    def submit(job: Job, **more: Any) -> Job:
+        calls.append(job.request)
         if len(calls) == 4:
             several.supervisor._closing = True
         try:
-            return inner(request, *rest, **more)
+            return inner(job, **more)
         finally:
             several.supervisor._closing = False
 

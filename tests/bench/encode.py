@@ -26,7 +26,8 @@ from PIL import Image
 from app.cards.card import read_card
 from app.imaging import FORMATS, Format, encode_image
 from app.jobs.body import read_body
-from app.jobs.replies import Ask, completed_event, json_reply
+from app.jobs.job import Job
+from app.jobs.replies import completed_event, json_reply
 from app.report import Result, Timings
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -92,14 +93,14 @@ async def lateness(calls: list[Callable[[], Any]]) -> tuple[float, float]:
     return float(np.percentile(late, 99)), max(late)
 
 
-def asked(format: Format, results: int) -> tuple[Ask, list[Result]]:
+def asked(format: Format, results: int) -> tuple[Job, list[Result]]:
     """A request that is done: `results` images of the clouds."""
     card = read_card(MODELS / "emoji-mmdit" / "card.toml")
     body = read_body({"prompt": "a red apple", "seed": 1, "n": results, "output_format": format})
     timings = Timings(queue=0.0, encode=0.0, denoise=1.0, decode=0.1, steps=4, shared=1.0)
     clouds = pictures()["clouds"]
     done = [Result("id", index, 1 + index, clouds, timings) for index in range(results)]
-    return Ask(body, card, body.to_request(card, "id"), format, raw=False), done
+    return Job(body.to_request(card, "id"), card, body, format), done
 
 
 def lags() -> dict[str, float]:

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import read_cards
-from app.request import Request
+from app.cards.card import Card, read_cards
+from app.jobs.body import read_body
+from app.jobs.job import Job
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.bench.host import FreeFamily
@@ -75,31 +76,33 @@ def _replace(bench: Bench, ask: Callable[[], None], images: int) -> None:
             ask()
 
 
-def tiny_request(number: int) -> Request:
-    return changed(
+def tiny_job(number: int, card: Card) -> Job:
+    asked = changed(
         request(f"t{number}", keep_latents=False), model=MODEL, steps=1 + number % 3, guided=False, guidance=1.0
     )
+    return Job(asked, card, read_body({}))
 
 
 async def served(folder: Path, counts: tuple[int, ...]) -> dict[int, dict[str, float]]:
     """The supervisor and an engine process: milliseconds an image; MB of both while all are queued, and after."""
     settings = Settings(models=folder, preload=MODEL, devices="cpu", max_wait=1e9, cache=folder / "cache")
-    supervisor = Supervisor(settings, read_cards(folder))
+    cards = read_cards(folder)
+    supervisor = Supervisor(settings, cards)
     await supervisor.start()
     found = {}
     try:
-        await asyncio.gather(*(supervisor.submit(tiny_request(-1 - n)) for n in range(WARM_UP)))
+        await asyncio.gather(*(supervisor.submit(tiny_job(-1 - n, cards[MODEL])) for n in range(WARM_UP)))
         for count in counts:
             pid = supervisor.pids[0]
             front, engine = resident(), resident(pid)
             start = time.perf_counter()
-            tickets = [supervisor.submit(tiny_request(number)) for number in range(count)]
+            jobs = [supervisor.submit(tiny_job(number, cards[MODEL])) for number in range(count)]
             submitted = time.perf_counter() - start
-            await tickets[0]
+            await jobs[0]
             peak = resident() - front, resident(pid) - engine
-            await asyncio.gather(*tickets)
+            await asyncio.gather(*jobs)
             seconds = time.perf_counter() - start
-            del tickets
+            del jobs
             gc.collect()
             facts = {
                 "ms_per_image": 1e3 * seconds / count, "submit_us": 1e6 * submitted / count,

@@ -85,6 +85,7 @@ async def watch(case: str, folder: Path, limit: float) -> str:
     """Seconds from the fault to the death of the engine that has it."""
     from app.cards.card import read_cards
     from app.jobs.body import read_body
+    from app.jobs.job import Job
     from app.settings import Settings
     from app.worker.supervisor import Supervisor
 
@@ -95,9 +96,9 @@ async def watch(case: str, folder: Path, limit: float) -> str:
     await supervisor.start()
     first = supervisor.pids[0]
 
-    def ask(name: str) -> asyncio.Future[Any]:
+    def ask(name: str) -> Job:
         body = read_body({"model": MODEL, "prompt": "red apple", "num_inference_steps": 50})
-        return supervisor.submit(body.to_request(cards[MODEL], name))
+        return supervisor.submit(Job(body.to_request(cards[MODEL], name), cards[MODEL], body))
 
     if case in ("idle", "forward", "drawing"):
         await until(lambda: supervisor.ready, 100)
@@ -106,7 +107,7 @@ async def watch(case: str, folder: Path, limit: float) -> str:
         await asyncio.sleep(5)
         mark.touch()
     elif case in ("forward", "drawing"):
-        ask("fault").add_done_callback(lambda future: future.exception())
+        ask("fault")
     elif case == "load":
         supervisor.load(MODEL)
     await until(mark.exists, 100)

@@ -32,19 +32,17 @@ def draw(model: str, steps: int, images: int, dtype: str) -> None:
     """Print the seconds of each image, one after the other, after one that is not counted."""
     from app.cards.card import read_cards
     from app.jobs.body import read_body
-    from app.jobs.local import Local
-    from app.report import Result
+    from app.jobs.job import Job
     from app.settings import Settings
+    from app.worker.local import Local
 
     cards = read_cards(ROOT / "models")
     with tempfile.TemporaryDirectory() as cache, Local(Settings(cache=Path(cache), dtype=dtype), cards) as local:
         body = read_body({"model": model, "prompt": "red apple", "seed": 7, "num_inference_steps": steps})
-        reports = local.reports()
         for number in range(images + 1):
             begin = time.perf_counter()
-            local.submit(body.to_request(cards[model], str(number)))
-            while not isinstance(next(reports), Result):
-                continue
+            job = local.submit(Job(body.to_request(cards[model], str(number)), cards[model], body))
+            job.future.result()
             if number:
                 print(json.dumps(time.perf_counter() - begin), flush=True)
     os._exit(0)

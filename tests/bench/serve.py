@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import re
 import signal
 import statistics
@@ -27,9 +26,9 @@ import httpx
 
 from app.cards.card import Card, read_cards
 from app.jobs.body import read_body
-from app.jobs.local import Local
-from app.report import Report, Result
+from app.jobs.job import Job
 from app.settings import Settings
+from app.worker.local import Local
 
 BODY = {"prompt": "a red apple on a blue background", "seed": 7}
 
@@ -57,11 +56,12 @@ def served(client: httpx.Client, body: dict[str, object]) -> tuple[float, float]
     return time.perf_counter() - begin, reply["timings"]["image_encode"]
 
 
-def inside(local: Local, done: queue.SimpleQueue[float], card: Card, body: dict[str, object], number: int) -> float:
+def inside(local: Local, card: Card, body: dict[str, object], number: int) -> float:
     """Seconds from request to pixels."""
     begin = time.perf_counter()
-    local.submit(read_body(body).to_request(card, f"inside-{number}"))
-    return done.get(timeout=60) - begin
+    read = read_body(body)
+    local.submit(Job(read.to_request(card, f"inside-{number}"), card, read)).future.result(60)
+    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -71,18 +71,12 @@ def main() -> None:
     args = parser.parse_args()
     models = Path("models")
     cards, body = read_cards(models), {**BODY, "model": args.model}
-    done: queue.SimpleQueue[float] = queue.SimpleQueue()
-
-    def hear(report: Report) -> None:
-        if isinstance(report, Result):
-            done.put(time.perf_counter())
-
     log = tempfile.TemporaryFile()  # noqa: SIM115 - the server's, until it ends
     process, url = start(models, log)
     times: dict[str, list[float]] = {"served": [], "encode": [], "inside": []}
     try:
         with (
-            Local(Settings(models=models), cards, listen=hear) as local,
+            Local(Settings(models=models), cards) as local,
             httpx.Client(base_url=url, timeout=60) as http,
         ):
             for number in range(4 * args.rounds):
@@ -91,7 +85,7 @@ def main() -> None:
                     times["served"].append(total)
                     times["encode"].append(encode)
                 else:
-                    times["inside"].append(inside(local, done, cards[args.model], body, number))
+                    times["inside"].append(inside(local, cards[args.model], body, number))
     finally:
         os.kill(process.pid, signal.SIGTERM)
         process.wait(60)

@@ -15,12 +15,12 @@ from rich.console import Console
 from app.cli import compare
 from app.cli.bodies import open_registry
 from app.errors import NonFiniteOutput
-from app.jobs.local import Local
+from app.jobs.job import Job
 from app.jobs.panels import parameters_of
-from app.report import Failure, ModelState, Progress, Timings
+from app.report import ModelState, Progress, Timings
 from app.report import Result as Drawn
-from app.request import Request
 from app.settings import Settings
+from app.worker.local import Local
 from tests.parts.commands import Run, one_line
 
 
@@ -100,9 +100,9 @@ def test_parameters_as_a_person_says_them(run: Run, count: int | None, said: str
 def test_the_preset_takes_every_model_of_prompts_that_is_here(run: Run) -> None:
     comparison = compare.plan({"preset": "two_prompts"}, open_registry(Settings()))
     assert [card.id for card in comparison.cards] == ["tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
-    assert {(ask.request.recipe.steps, ask.request.recipe.guidance.scale) for ask in comparison.asks} == {(28, 7.0)}
-    assert len({ask.request.id for ask in comparison.asks}) == 6 and all(
-        ask.request.delivery.progress for ask in comparison.asks
+    assert {(job.request.recipe.steps, job.request.recipe.guidance.scale) for job in comparison.jobs} == {(28, 7.0)}
+    assert len({job.request.id for job in comparison.jobs}) == 6 and all(
+        job.request.delivery.progress for job in comparison.jobs
     )
 
 
@@ -125,9 +125,9 @@ def test_a_bad_comparison_is_one_line(run: Run, words: tuple[object, ...], said:
 
 
 def test_an_error_of_the_engine_names_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(local: Local, request: Request) -> None:
-        if request.recipe.model == "tiny-sd3-turbo":
-            local._hear(Failure(request.id, NonFiniteOutput("the network gave NaN")))
+    def fail(local: Local, job: Job) -> None:
+        if job.request.recipe.model == "tiny-sd3-turbo":
+            job.fail(NonFiniteOutput("the network gave NaN"))
 
     monkeypatch.setattr(Local, "submit", fail)
     said = one_line(run("compare", "tiny-sd3", "tiny-sd3-turbo", "--prompt", "red"))
@@ -137,10 +137,14 @@ def test_an_error_of_the_engine_names_the_model(run: Run, monkeypatch: pytest.Mo
 def test_a_terminal_sees_a_bar_for_each_model(run: Run) -> None:
     comparison = compare.plan({"models": ["tiny-sd3", "tiny-sd3-turbo"], "prompt": "a"}, open_registry(Settings()))
     pixels, timings = np.zeros((16, 32, 3), np.uint8), Timings(0.0, 0.1, 0.2, 0.3, 4, 1.0)
-    told = [ModelState("tiny-sd3", "loading"), Progress("compare-1", 0, 3, 4)]
-    told += [Drawn(name, 0, 1, pixels, timings) for name in ("compare-1", "compare-0")]
+    first, second = comparison.jobs
     screen = io.StringIO()
-    results = compare.watch(iter(told), comparison, Console(file=screen, force_terminal=True, width=80))
-    assert [result.request_id for result in results] == ["compare-0", "compare-1"]
+    watch = compare.bars(comparison, Console(file=screen, force_terminal=True, width=80))
+    with watch.bars:
+        watch.observe(ModelState("tiny-sd3", "loading"))
+        second.hear(Progress("compare-1", 0, 3, 4))
+        for job in (second, first):
+            job.hear(Drawn(job.request.id, 0, 1, pixels, timings))
+    assert [result.request_id for (result,) in watch.results()] == ["compare-0", "compare-1"]
     assert "loading tiny-sd3 ..." in screen.getvalue() and "1/4" in screen.getvalue()
     assert "tiny-sd3-turbo: 1 picture" in screen.getvalue()

@@ -13,6 +13,7 @@ import pytest
 from app.cli import demo
 from app.cli.bodies import open_registry
 from app.errors import NotDownloaded
+from app.jobs.job import Job
 from app.report import Progress, Result, Tick, Timings
 from app.samplers.table import compile_table
 from app.settings import Settings
@@ -33,27 +34,29 @@ def test_twelve_requests_share_their_forwards(run: Run) -> None:
     assert found, result.stdout
     shared, alone, _ = map(int, found.groups())
     registry = open_registry(Settings())
-    recipes = [request.recipe for _, request, _ in demo.write_script(registry)]
-    tables = [compile_table(registry.cards[one.model].schedule, one.sampler, one.steps) for one in recipes]
+    script = [job.request.recipe for _, job, _ in demo.write_script(registry)]
+    tables = [compile_table(registry.cards[one.model].schedule, one.sampler, one.steps) for one in script]
     assert alone == sum(table.lines for table in tables)
     assert max(table.lines for table in tables) <= shared < alone
 
 
 def test_the_script_is_mixed(tiny: Path) -> None:
     script = demo.write_script(open_registry(Settings(models=tiny, default_model="tiny-sd3")))
-    requests = [request for _, request, _ in script]
+    requests = [job.request for _, job, _ in script]
     assert len(requests) == 12
     assert {request.recipe.model for request in requests} == {"tiny-sd3", "tiny-sd3-turbo", "tiny-dit"}
     assert {request.recipe.guidance.guided for request in requests} == {True, False}
-    steps = [request.recipe.steps for request in requests]
-    assert (min(steps), max(steps)) == (1, 50)
+    assert (min(request.recipe.steps for request in requests), max(request.recipe.steps for request in requests)) == (
+        1,
+        50,
+    )
     assert len({request.recipe.sampler for request in requests}) >= 3
 
 
 def test_the_script_does_with_what_there_is(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny-dit").symlink_to(tiny / "tiny-dit")
     script = demo.write_script(open_registry(Settings(models=tmp_path)))
-    assert {request.recipe.model for _, request, _ in script} == {"tiny-dit"} and len(script) == 12
+    assert {job.request.recipe.model for _, job, _ in script} == {"tiny-dit"} and len(script) == 12
 
 
 def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> Non
         shutil.copytree(tiny / name, models / name)
     shutil.rmtree(models / "tiny-sd3" / "vae")
     registry = open_registry(Settings(models=models))
-    assert {request.recipe.model for _, request, _ in demo.write_script(registry)} == {"tiny-dit"}
+    assert {job.request.recipe.model for _, job, _ in demo.write_script(registry)} == {"tiny-dit"}
     shutil.rmtree(models / "tiny-dit" / "transformer")
     with pytest.raises(NotDownloaded, match="models that are here, and none is"):
         demo.write_script(open_registry(Settings(models=models)))
@@ -72,19 +75,19 @@ def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> Non
 def test_the_demo_of_the_shipped_folder_draws_with_what_comes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
     registry = open_registry(Settings(models=SHIPPED))
-    played = {request.recipe.model for _, request, _ in demo.write_script(registry)}
+    played = {job.request.recipe.model for _, job, _ in demo.write_script(registry)}
     assert played == {"emoji-mmdit", "emoji-mmdit-turbo", "emoji-dit"}
 
 
 def test_waiting_is_counted_in_forwards_since_arrival(tiny: Path) -> None:
-    requests = [request for _, request, _ in demo.write_script(open_registry(Settings(models=tiny)))[:3]]
+    jobs = [job for _, job, _ in demo.write_script(open_registry(Settings(models=tiny)))[:3]]
     submitted: list[str] = []
 
     class Sink:
-        def submit(self, request: Any) -> None:
-            submitted.append(request.id)
+        def submit(self, job: Job) -> None:
+            submitted.append(job.request.id)
 
-    tally = demo.Tally([(0, requests[0]), (2, requests[1]), (90, requests[2])], local=Sink())  # type: ignore[arg-type]
+    tally = demo.Tally([(0, jobs[0]), (2, jobs[1]), (90, jobs[2])], local=Sink())  # type: ignore[arg-type]
     tally.let_in()
     assert submitted == ["demo-0"]
     for _ in range(2):
@@ -103,9 +106,7 @@ def test_waiting_is_counted_in_forwards_since_arrival(tiny: Path) -> None:
 def test_the_last_line(tiny: Path) -> None:
     tally = demo.Tally([], forwards=7, waited={"a": 1, "b": 4})
     pixels = np.zeros((2, 2, 3), np.uint8)
-    results = {
-        name: Result(name, 0, 0, pixels, Timings(0, 0, 0, 0, steps, 1.0)) for name, steps in (("a", 9), ("b", 2))
-    }
+    results = [Result(name, 0, 0, pixels, Timings(0, 0, 0, 0, steps, 1.0)) for name, steps in (("a", 9), ("b", 2))]
     assert demo.summary(tally, results) == "2 images, 7 forwards instead of 11; the shortest waited 4 steps"
 
 

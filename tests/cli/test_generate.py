@@ -17,10 +17,11 @@ from typer.testing import Result
 from app.cli import generate
 from app.cli.bodies import build, open_registry
 from app.errors import NonFiniteOutput
-from app.jobs.local import Local
-from app.report import Failure, Progress, Timings
+from app.jobs.job import Job
+from app.report import Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
+from app.worker.local import Local
 from tests.parts.close import SAME, apart, close, furthest
 from tests.parts.commands import Run, one_line
 from tests.parts.tiny_parts import spoil
@@ -30,16 +31,9 @@ def direct(body: dict[str, object]) -> list[Drawn]:
     """The same body through an engine, with nothing of the command between."""
     settings = Settings()
     registry = open_registry(settings)
-    ask = build(body, registry, "direct", keep_latents=True)
-    results: dict[int, Drawn] = {}
+    job = build(body, registry, "direct", keep_latents=True)
     with Local(settings, registry.cards) as local:
-        local.submit(ask.request)
-        for report in local.reports():
-            if isinstance(report, Drawn):
-                results[report.index] = report
-            if len(results) == len(ask.request.images):
-                return [results[index] for index in range(len(results))]
-    raise AssertionError("the engine ended")
+        return local.submit(job).future.result()
 
 
 def drawn(result: Result) -> list[str]:
@@ -135,8 +129,7 @@ def test_a_broken_checkpoint_is_one_line(run: Run, tiny: Path) -> None:
 
 
 def test_an_error_of_the_engine_ends_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = Failure("generate", NonFiniteOutput("the network gave NaN"))
-    monkeypatch.setattr(Local, "submit", lambda local, request: local._hear(failure))
+    monkeypatch.setattr(Local, "submit", lambda local, job: job.fail(NonFiniteOutput("the network gave NaN")))
     assert one_line(run("generate", "red", "--model", "tiny-sd3")).endswith("the network gave NaN")
 
 
@@ -151,22 +144,34 @@ def test_a_picture_that_is_not_finite_is_no_file(run: Run, tiny: Path, tmp_path:
 
 
 def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Local, "submit", lambda local, request: local._engine._inbox.put(lambda: [][1]))
+    submit = Local.submit
+
+    def crash(local: Local, job: Job) -> Job:
+        submit(local, job)
+        local._engine._inbox.put(lambda: [][1])
+        return job
+
+    monkeypatch.setattr(Local, "submit", crash)
     assert "the engine stopped: IndexError" in one_line(run("generate", "red", "--model", "tiny-sd3"))
 
 
 def test_a_terminal_sees_bars_and_the_picture(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     registry = open_registry(Settings())
-    ask = build({"prompt": "red", "model": "tiny-sd3", "n": 2, "seed": 1}, registry, "generate")
+    job = build({"prompt": "red", "model": "tiny-sd3", "n": 2, "seed": 1}, registry, "generate")
     pixels = np.full((16, 32, 3), 200, np.uint8)
     timings = Timings(0.0, 0.1, 0.2, 0.3, 4, 1.0)
-    told = [Progress("generate", 1, 3, 4), *(Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0))]
+    told = [Progress("generate", 1, step, 4) for step in (1, 2, 3)]
+    told += [Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0)]
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system="truecolor")
-    results = generate.watch(iter(told), ask.request, console)
+    watch = generate.bars(job, console)
+    with watch.bars:
+        for report in told:
+            job.hear(report)
+    (results,) = watch.results()
     assert "image 2" in screen.getvalue() and "3/4" in screen.getvalue()
     assert [result.index for result in results] == [0, 1]
-    generate.deliver(console, ask, results, tmp_path / "a.png", 9.0)
+    generate.deliver(console, job, results, tmp_path / "a.png", 9.0)
     assert screen.getvalue().count("▀") == 2 * 8 * 32
     assert f"{tmp_path / 'a-2.png'}  tiny-sd3  seed 2  0.60 s (9.0 s with loading)" in screen.getvalue()
 

@@ -9,11 +9,12 @@ import torch
 
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
-from app.jobs.local import Local
+from app.jobs.job import Job
 from app.pool.loader import Loader
-from app.pool.policy import Job
-from app.report import Report, Result
+from app.pool.policy import Task
+from app.report import Report
 from app.settings import Settings
+from app.worker.local import Local
 
 
 def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_one(
@@ -23,25 +24,25 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
     loading: list[int] = []
     load = Loader._do
 
-    def seen_loading(loader: Loader, job: Job) -> None:
+    def seen_loading(loader: Loader, task: Task) -> None:
         loading.append(torch.get_num_threads())
-        load(loader, job)
+        load(loader, task)
 
     monkeypatch.setattr(Loader, "_do", seen_loading)
     settings = Settings(models=tiny, threads=3)
     registry = open_registry(settings)
     seen: list[int] = []
 
-    def listen(report: Report) -> None:
+    def observe(report: Report, worker: str) -> None:
         seen.append(torch.get_num_threads())
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with Local(settings, registry.cards, listen=listen) as local:
+        with Local(settings, registry.cards, observe=observe) as local:
             torch.set_num_threads(4)  # of whoever computes next for the first time
-            local.submit(read_body({"prompt": "a"}).to_request(registry.cards["tiny-sd3"], "id"))
-            next(report for report in local.reports() if isinstance(report, Result))
+            body, card = read_body({"prompt": "a"}), registry.cards["tiny-sd3"]
+            local.submit(Job(body.to_request(card, "id"), card, body)).future.result()
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {3} and set(loading) == {1}

@@ -10,11 +10,11 @@ import pytest
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
 from app.jobs.body import read_body
-from app.jobs.replies import Ask, effective, facts, stages, usage
+from app.jobs.job import Estimate, Job
+from app.jobs.replies import effective, facts, stages, usage
 from app.jobs.warnings import warnings
 from app.report import Result, Timings
 from app.settings import Settings
-from app.worker.admission import Estimate
 
 TIMINGS = Timings(queue=1.0, encode=0.2, denoise=3.0, decode=0.1, steps=4, shared=2.0)
 
@@ -24,10 +24,10 @@ def registry(settings: Settings) -> Registry:
     return Registry(read_cards(settings.models), settings)
 
 
-def asked(registry: Registry, **fields: object) -> Ask:
+def asked(registry: Registry, **fields: object) -> Job:
     body = read_body({"prompt": "a", "seed": 1, **fields})
     card = registry.find(body.model)
-    return Ask(body, card, body.to_request(card, "id"), "png", raw=False)
+    return Job(body.to_request(card, "id"), card, body)
 
 
 def result(**fields: object) -> Result:
@@ -71,6 +71,6 @@ def test_the_size_is_that_of_the_file(registry: Registry) -> None:
 
 
 def test_facts_of_one_image_among_several_have_its_own_seed(registry: Registry) -> None:
-    ask = asked(registry, prompt=["a", "b"])
-    assert {**facts(ask, [1])}.items() >= {"prompt": "b", "seed": 2}.items()
-    assert "n" not in facts(ask, [1]) and "grid" not in facts(ask, [1])
+    job = asked(registry, prompt=["a", "b"])
+    assert {**facts(job, [1])}.items() >= {"prompt": "b", "seed": 2}.items()
+    assert "n" not in facts(job, [1]) and "grid" not in facts(job, [1])

@@ -11,7 +11,7 @@ import pytest
 from app.cards.card import Card, SkipLayers, read_cards
 from app.cards.catalog import Registry
 from app.jobs.body import read_body
-from app.jobs.replies import Ask
+from app.jobs.job import Job
 from app.jobs.warnings import warnings
 from app.keys import NOBODY, ApiKey
 from app.settings import Settings
@@ -125,7 +125,7 @@ def plain(settings: Settings) -> Card:
 
 def of(card: Card, key: ApiKey = NOBODY, **fields: Any) -> list[str]:
     body = read_body({"prompt": "a", **fields})
-    return warnings(Ask(body, card, body.to_request(card, "id", key), "png", raw=False), [])
+    return warnings(Job(body.to_request(card, "id", key), card, body), [])
 
 
 def test_a_priority_that_the_key_does_not_have(plain: Card) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+from app.jobs.body import read_body
+from app.jobs.job import Job, OnReport
 from app.report import Report
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
@@ -25,6 +27,12 @@ def request(text: str = "a cat", *, seeds: Sequence[int] = (1,), **changes: Any)
     images = tuple(ImageSpec(Prompt(text), seed) for seed in seeds)
     facts = {"images": images, "steps": 4, "guided": False, "guidance": 4.0, "keep_latents": False}
     return engine.request(f"r{next(_ids)}", **(facts | changes))
+
+
+def job(asked: Request | str = "a cat", *, on_report: OnReport | None = None, **changes: Any) -> Job:
+    """A job of this request, or of one for this text."""
+    asked = request(asked, **changes) if isinstance(asked, str) else asked
+    return Job(asked, CARDS.get(asked.recipe.model, CARDS["fake"]), read_body({}), on_report=on_report)
 
 
 @dataclass

@@ -21,9 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
+from app.jobs.job import Job
 from app.report import Result
 from app.settings import Settings
-from app.worker.jobs import Ticket
 from app.worker.supervisor import WORKER, Supervisor
 from tests.parts.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.parts.requests import changed
@@ -116,10 +116,10 @@ def keep_latents(supervisor: Supervisor) -> dict[str, Result]:
     kept: dict[str, Result] = {}
     submit = supervisor.submit
 
-    def keeping(request: Any, *arguments: Any, **options: Any) -> Ticket:
-        ticket = submit(changed(request, keep_latents=True), *arguments, **options)
-        ticket.add_done_callback(lambda done: kept.update({request.id: done.result()[0]}))
-        return ticket
+    def keeping(job: Job, **options: Any) -> Job:
+        job.request = changed(job.request, keep_latents=True)
+        job.future.add_done_callback(lambda done: kept.update({job.request.id: done.result()[0]}))
+        return submit(job, **options)
 
     supervisor.submit = keeping  # type: ignore[method-assign]
     return kept

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.jobs.job import Job
 from app.report import ModelState
 from app.worker.admission import Backlog, Kind, kind_of
-from tests.parts.supervising import CARDS, request
+from tests.parts.supervising import job
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:
@@ -14,26 +15,27 @@ def backlog(**tenants: tuple[float, int]) -> Backlog:
     made = Backlog()
     made.hear(ModelState("fake", "ready", rates={"32x32": 0.1}))
     for name, (weight, images) in tenants.items():
-        made.add(kind(name), images, weight)
+        made.add(of(name, images=images, weight=weight))
     return made
 
 
-def kind(tenant: str = "", passes: int = 8) -> Kind:
-    return Kind(tenant, "fake", 32, 32, passes)
+def of(tenant: str = "", passes: int = 8, images: int = 1, **changes: object) -> Job:
+    """A job of a tenant whose images take so many passes each."""
+    return job(tenant=tenant, steps=passes, seeds=range(images), **changes)
 
 
 def test_a_kind_counts_lines_and_both_passes_of_a_guided_image():
-    assert kind_of(request(tenant="a"), CARDS["fake"]) == Kind("a", "fake", 32, 32, 4)
-    assert kind_of(request(guided=True), CARDS["fake"]).passes == 8
-    assert kind_of(request(sampler="flow_heun", steps=10), CARDS["fake"]).passes == 19
+    assert kind_of(job(tenant="a")) == Kind("a", "fake", 32, 32, 4)
+    assert kind_of(job(guided=True)).passes == 8
+    assert kind_of(job(sampler="flow_heun", steps=10)).passes == 19
 
 
 def test_seconds_are_of_images_by_tenant():
     books = backlog(a=(1.0, 3), b=(1.0, 2))
     assert books.tenants() == pytest.approx({"a": 3.0, "b": 2.0})
     assert (books.seconds, books.images) == (pytest.approx(5.0), 5)
-    books.drop(kind("a"), 2)
-    books.drop(kind("b"), 2)
+    books.drop(of("a"), 2)
+    books.drop(of("b"), 2)
     assert books.tenants() == pytest.approx({"a": 1.0}) and books.weights == {"a": 1.0}
 
 
@@ -52,19 +54,21 @@ def test_a_flood_of_another_tenant_makes_nobody_wait_for_all_of_it():
 
 def test_shorter_and_equal_images_of_the_same_tenant_go_first():
     books = backlog(a=(1.0, 2), b=(1.0, 5))
-    books.add(kind("a", passes=98), 3, 1.0)
-    assert books.before(kind("a", passes=4)) == 0.0
-    assert books.before(kind("a")) == pytest.approx(2.0)
-    assert books.before(kind("a", passes=200)) == pytest.approx(2.0 + 3 * 10.0)
+    books.add(of("a", 98, 3))
+    assert books.before(kind_of(of("a", 4))) == 0.0
+    assert books.before(kind_of(of("a"))) == pytest.approx(2.0)
+    assert books.before(kind_of(of("a", 200))) == pytest.approx(2.0 + 3 * 10.0)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(1, 5)), max_size=30))
 def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]]):
     books = backlog()
     for name, passes, images in moves:
-        books.add(kind(name, passes), images, 2.0)
+        books.add(of(name, passes, images, weight=2.0))
     assert books.images == sum(images for _, _, images in moves)
-    assert books.seconds == pytest.approx(sum(books.image(kind("", passes)) * images for _, passes, images in moves))
+    assert books.seconds == pytest.approx(
+        sum(books.image(kind_of(of("", passes))) * images for _, passes, images in moves)
+    )
     for name, passes, images in sorted(moves):
-        books.drop(kind(name, passes), images)
+        books.drop(of(name, passes), images)
     assert (books.images, books.seconds, books.weights) == (0, 0, {})

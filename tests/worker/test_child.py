@@ -11,7 +11,7 @@ from app.errors import NoWorker, SettingsError
 from app.settings import Settings
 from app.worker import heartbeat
 from app.worker.supervisor import Supervisor
-from tests.parts.supervising import CARDS, request, serving
+from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import run, until
 from tests.parts.workers import HELLO, REFUSAL, script
 
@@ -23,13 +23,13 @@ def test_a_hang_is_killed_and_restarted(caplog):
         async with serving() as here:
             supervisor = here.supervisor
             first = supervisor.pids[0]
-            lost = [supervisor.submit(request(text, steps=50)) for text in ("!hang", "!slow 600")]
+            lost = [supervisor.submit(job(text, steps=50)) for text in ("!hang", "!slow 600")]
             for answer in await asyncio.gather(*lost, return_exceptions=True):
                 assert type(answer) is NoWorker
             with pytest.raises(ProcessLookupError):
                 os.kill(first, 0)
             await until(lambda: supervisor.live)
-            assert len(await supervisor.submit(request())) == 1
+            assert len(await supervisor.submit(job())) == 1
 
     with caplog.at_level(logging.INFO, logger="instep.worker"):
         run(scenario)

@@ -10,6 +10,7 @@ from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.parts.requests import flat
+from tests.parts.supervising import job
 from tests.parts.waiting import until
 from tests.parts.workers import faulty
 
@@ -35,13 +36,13 @@ def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(
         try:
             (first,) = supervisor.pids
             if fault == "hang":
-                assert len(await supervisor.submit(picture("a cat"))) == 1
+                assert len(await supervisor.submit(job(picture("a cat")))) == 1
             with pytest.raises(NoWorker, match="died while it worked"):
-                await supervisor.submit(picture("hang"))
+                await supervisor.submit(job(picture("hang")))
             await until(lambda: supervisor.live, 100)
             assert supervisor.restarts == 1 and supervisor.pids != [first]
             if fault == "hang":
-                assert len(await supervisor.submit(picture("a dog"))) == 1
+                assert len(await supervisor.submit(job(picture("a dog")))) == 1
         finally:
             await supervisor.stop(0)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from app.worker import heartbeat
-from tests.parts.supervising import request, serving
+from tests.parts.supervising import job, serving
 from tests.parts.waiting import run, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
@@ -82,12 +82,12 @@ def test_a_stopped_engine_is_killed_and_restarted(busy, caplog):
         async with serving() as here:
             await until(lambda: here.supervisor.ready)
             first = here.supervisor.pids[0]
-            lost = here.supervisor.submit(request("!slow 600" if busy else "a cat"))
+            lost = here.supervisor.submit(job("!slow 600" if busy else "a cat"))
             await until(lambda: here.supervisor.running) if busy else await lost
             os.kill(first, signal.SIGSTOP)
             await until(lambda: here.supervisor.restarts and here.supervisor.ready)
-            assert here.supervisor.pids[0] != first and lost.done()
-            assert len(await here.supervisor.submit(request())) == 1
+            assert here.supervisor.pids[0] != first and lost.future.done()
+            assert len(await here.supervisor.submit(job())) == 1
 
     run(scenario)
     assert any("stopped in phase" in record.getMessage() for record in caplog.records)
@@ -100,7 +100,7 @@ def test_an_engine_whose_interpreter_is_held_lives_though_it_misses_what_it_anno
     async def scenario():
         async with serving() as here:
             first = here.supervisor.pids[0]
-            assert len(await here.supervisor.submit(request("!held 8"))) == 1
+            assert len(await here.supervisor.submit(job("!held 8"))) == 1
             assert (here.supervisor.pids[0], here.supervisor.restarts) == (first, 0)
 
     run(scenario)
@@ -109,11 +109,11 @@ def test_an_engine_whose_interpreter_is_held_lives_though_it_misses_what_it_anno
 def test_an_interpreter_that_is_held_for_too_long_is_a_hang(monkeypatch, caplog):
     async def scenario():
         async with serving() as here:
-            lost = here.supervisor.submit(request("!held 600"))
+            lost = here.supervisor.submit(job("!held 600"))
             await until(lambda: here.supervisor.running)
             monkeypatch.setattr(heartbeat, "START_LIMIT", 3.0)
             await until(lambda: here.supervisor.restarts)
-            assert lost.exception()
+            assert lost.error
 
     run(scenario)
     assert any('hung in phase "step"' in record.getMessage() for record in caplog.records)

@@ -5,13 +5,13 @@ from dataclasses import replace
 from app.report import ModelState
 from app.request import ClassLabel, ImageSpec, Prompt
 from app.worker.admission import Backlog, best, merge
-from app.worker.jobs import Deaths
+from app.worker.supervisor import CrashHistory
 from tests.parts.requests import changed
 from tests.parts.supervising import request
 
 
 def test_two_deaths_condemn_and_a_success_clears():
-    deaths, poison, bystander = Deaths(), request("boom"), request("calm")
+    deaths, poison, bystander = CrashHistory(), request("boom"), request("calm")
     deaths.record([poison, bystander])
     assert not deaths.condemned(poison)
     deaths.clear(bystander)
@@ -21,7 +21,7 @@ def test_two_deaths_condemn_and_a_success_clears():
 
 
 def test_another_try_is_the_same_request():
-    deaths, first = Deaths(), request("boom", seeds=(1, 2))
+    deaths, first = CrashHistory(), request("boom", seeds=(1, 2))
     for _ in range(2):
         deaths.record([first])
     images = tuple(replace(spec, seed=5) for spec in first.images)
@@ -38,20 +38,20 @@ def test_another_try_is_the_same_request():
 
 
 def test_twins_in_one_death_count_once():
-    deaths = Deaths()
+    deaths = CrashHistory()
     deaths.record([request("boom"), request("boom")])
     assert not deaths.condemned(request("boom"))
 
 
 def test_memory_of_deaths_is_bounded_and_fades():
-    deaths = Deaths(memory=3)
+    deaths = CrashHistory(memory=3)
     for _ in range(2):
         deaths.record([request("old")])
     assert deaths.condemned(request("old"))
     for index in range(3):
         deaths.record([request(f"new {index}")])
     assert not deaths.condemned(request("old"))
-    fading = Deaths(seconds=0.0)
+    fading = CrashHistory(seconds=0.0)
     for _ in range(3):
         fading.record([request("boom")])
     assert not fading.condemned(request("boom"))

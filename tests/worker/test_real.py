@@ -9,12 +9,14 @@ import pytest
 
 from app.cards.card import read_cards
 from app.errors import NoWorker
+from app.jobs.job import Job
 from app.report import Progress, Result
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker import child
 from app.worker.supervisor import Supervisor
 from tests.parts.requests import flat
+from tests.parts.supervising import job
 from tests.parts.waiting import until
 
 pytestmark = pytest.mark.slow
@@ -25,7 +27,7 @@ MODEL = "tiny-sd3-turbo"
 def picture(identity: str, *, images: int = 1, steps: int = 4, progress: bool = False) -> Request:
     specs = tuple(ImageSpec(Prompt("a red square" if images == 1 else identity), seed) for seed in range(images))
     facts = {"keep_latents": True, "progress": progress}
-    return flat(identity, MODEL, specs, 32, 48, "flow_euler", steps, 0.0, 24, **facts)
+    return job(flat(identity, MODEL, specs, 32, 48, "flow_euler", steps, 0.0, 24, **facts))
 
 
 def same(one: Result, other: Result) -> bool:
@@ -41,14 +43,15 @@ async def ready(supervisor: Supervisor, live: int) -> None:
     assert supervisor.ready
 
 
-async def working(supervisor: Supervisor, identity: str) -> asyncio.Future:
+async def working(supervisor: Supervisor, identity: str) -> Job:
     """A request that outlasts the test, and its first sign of work."""
     begun = asyncio.Event()
-    request = picture(identity, images=10, steps=900, progress=True)
-    future = supervisor.submit(request, lambda report: begun.set() if isinstance(report, Progress) else None)
+    long = picture(identity, images=10, steps=900, progress=True)
+    long.on_report = lambda report: begun.set() if isinstance(report, Progress) else None
+    supervisor.submit(long)
     async with asyncio.timeout(100):
         await begun.wait()
-    return future
+    return long
 
 
 async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:

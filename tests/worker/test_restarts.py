@@ -11,7 +11,7 @@ from app.errors import EngineError, NoWorker
 from app.report import ModelState
 from app.worker import child
 from app.worker.heartbeat import Pulse
-from tests.parts.supervising import request, serving
+from tests.parts.supervising import job, serving
 from tests.parts.waiting import run, until
 from tests.parts.workers import HELLO, script
 
@@ -23,7 +23,7 @@ def test_killed_while_working():
         async with serving() as here:
             supervisor = here.supervisor
             first = supervisor.pids[0]
-            lost = [supervisor.submit(request("!slow 600", seeds=(1, 2))) for _ in range(3)]
+            lost = [supervisor.submit(job("!slow 600", seeds=(1, 2))) for _ in range(3)]
             await until(lambda: supervisor.running)
             os.kill(first, signal.SIGKILL)
             for answer in await asyncio.gather(*lost, return_exceptions=True):
@@ -31,12 +31,12 @@ def test_killed_while_working():
             assert (supervisor.queued_seconds, supervisor.running, supervisor.waiting) == (0.0, 0, 0)
             assert not supervisor.ready
             with pytest.raises(NoWorker) as refused:
-                supervisor.submit(request())
+                supervisor.submit(job())
             assert refused.value.retry_after >= 1.0
             await until(lambda: supervisor.ready)
             assert supervisor.pids[0] not in (0, first)
             assert supervisor.restarts == 1
-            assert len(await supervisor.submit(request())) == 1
+            assert len(await supervisor.submit(job())) == 1
 
     run(scenario)
 
@@ -46,7 +46,7 @@ def test_a_request_lost_when_nobody_waits_for_it_is_no_bug_to_log():
         logged = []
         asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
         async with serving() as here:
-            here.supervisor.submit(request("!slow 600"))
+            here.supervisor.submit(job("!slow 600"))
             await until(lambda: here.supervisor.running)
             os.kill(here.supervisor.pids[0], signal.SIGKILL)
             await until(lambda: not here.supervisor.waiting + here.supervisor.running)
@@ -66,7 +66,7 @@ def test_a_watch_that_breaks_is_a_death(monkeypatch, caplog):
                 await until(lambda: not here.supervisor.live)
             await until(lambda: here.supervisor.live)
             assert here.supervisor.restarts == 1 and here.supervisor.pids[0] != first
-            assert len(await here.supervisor.submit(request())) == 1
+            assert len(await here.supervisor.submit(job())) == 1
 
     run(scenario)
     assert any("ZeroDivisionError" in str(record.exc_info) for record in caplog.records)
@@ -89,9 +89,9 @@ def test_the_other_worker_goes_on():
     async def scenario():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
-            lost = supervisor.submit(request("!slow 600", steps=20))
+            lost = supervisor.submit(job("!slow 600", steps=20))
             victim = supervisor.queues.index(max(supervisor.queues))
-            kept = supervisor.submit(request("!slow 0.5", steps=20))
+            kept = supervisor.submit(job("!slow 0.5", steps=20))
             await until(lambda: supervisor.running == 2)
             os.kill(supervisor.pids[victim], signal.SIGKILL)
             with pytest.raises(NoWorker):
@@ -108,15 +108,15 @@ def test_a_request_at_two_deaths_is_not_tried_again():
         async with serving() as here:
             supervisor = here.supervisor
             with pytest.raises(NoWorker):
-                await supervisor.submit(request("!die", seeds=(1,)))
+                await supervisor.submit(job("!die", seeds=(1,)))
             await until(lambda: supervisor.live)
             with pytest.raises(EngineError):
-                await supervisor.submit(request("!die", seeds=(2,)))
+                await supervisor.submit(job("!die", seeds=(2,)))
             await until(lambda: supervisor.live)
             with pytest.raises(EngineError):
-                supervisor.submit(request("!die", seeds=(3,)))
+                supervisor.submit(job("!die", seeds=(3,)))
             assert (supervisor.live, supervisor.restarts) == (1, 2)
-            assert len(await supervisor.submit(request())) == 1
+            assert len(await supervisor.submit(job())) == 1
 
     run(scenario)
 
@@ -126,13 +126,13 @@ def test_a_bystander_is_tried_again():
         async with serving() as here:
             supervisor = here.supervisor
             for _ in range(2):
-                bystander = supervisor.submit(request("!slow 0.2"))
+                bystander = supervisor.submit(job("!slow 0.2"))
                 with pytest.raises((NoWorker, EngineError)):
-                    await supervisor.submit(request("!die"))
+                    await supervisor.submit(job("!die"))
                 with pytest.raises(NoWorker):
                     await bystander
                 await until(lambda: supervisor.live)
-                assert len(await supervisor.submit(request("!slow 0.2"))) == 1
+                assert len(await supervisor.submit(job("!slow 0.2"))) == 1
 
     run(scenario)
 

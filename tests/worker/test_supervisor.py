@@ -15,7 +15,7 @@ from app.errors import (
 from app.report import Failure, Preview, Progress, Result, Tick
 from app.request import ClassLabel, ImageSpec, Prompt
 from tests.parts.fake_worker import RATE, colour
-from tests.parts.supervising import request, serving
+from tests.parts.supervising import job, request, serving
 from tests.parts.waiting import PATIENCE, until
 
 
@@ -46,13 +46,13 @@ def play(shared):
 def test_images_come_in_order_with_their_own_seeds(play):
     async def scenario(here):
         asked = request(seeds=(5, 6, 7))
-        results = await here.supervisor.submit(asked)
+        results = await here.supervisor.submit(job(asked))
         assert [(result.index, result.seed) for result in results] == [(0, 5), (1, 6), (2, 7)]
         for result in results:
             assert result.pixels.shape == (32, 32, 3)
             assert tuple(result.pixels[0, 0]) == colour(Prompt("a cat"), result.seed)
         label = request(images=(ImageSpec(ClassLabel(3), 1),), keep_latents=True)
-        (result,) = await here.supervisor.submit(label)
+        (result,) = await here.supervisor.submit(job(label))
         assert tuple(result.pixels[-1, -1]) == colour(ClassLabel(3), 1)
         assert result.latents.dtype == np.float32
 
@@ -63,9 +63,9 @@ def test_progress_and_previews_reach_only_their_request(play):
     async def scenario(here):
         heard = []
         loud = request(steps=6, previews=2, progress=True)
-        quiet = here.supervisor.submit(request(steps=6), heard.append)
+        quiet = here.supervisor.submit(job(steps=6, on_report=heard.append))
         other = []
-        await here.supervisor.submit(loud, other.append)
+        await here.supervisor.submit(job(loud, on_report=other.append))
         await quiet
         assert [type(report) for report in heard] == [Result]
         assert {report.request_id for report in other} == {loud.id}
@@ -79,21 +79,21 @@ def test_progress_and_previews_reach_only_their_request(play):
 
 def test_a_listener_that_fails_harms_nobody(play):
     async def scenario(here):
-        results = await here.supervisor.submit(request(), lambda _: 1 / 0)
+        results = await here.supervisor.submit(job(on_report=lambda _: 1 / 0))
         assert len(results) == 1
-        assert len(await here.supervisor.submit(request())) == 1
+        assert len(await here.supervisor.submit(job())) == 1
 
     play(scenario)
 
 
 def test_failures_come_as_what_they_are_and_alone(play):
     async def scenario(here):
-        good = [here.supervisor.submit(request(seeds=(1, 2), steps=20)) for _ in range(3)]
+        good = [here.supervisor.submit(job(seeds=(1, 2), steps=20)) for _ in range(3)]
         for text, kind in (("!nan", NonFiniteOutput), ("!load", CheckpointError)):
             with pytest.raises(kind):
-                await here.supervisor.submit(request(text, seeds=(1, 2), model="other"))
+                await here.supervisor.submit(job(text, seeds=(1, 2), model="other"))
         with pytest.raises(ModelNotFound):
-            await here.supervisor.submit(request(model="nobody"))
+            await here.supervisor.submit(job(model="nobody"))
         assert [len(results) for results in await asyncio.gather(*good)] == [2, 2, 2]
         assert here.supervisor.restarts == 0
 
@@ -104,7 +104,7 @@ def test_cancelling_the_future_cancels_the_request(play):
     async def scenario(here):
         heard = []
         asked = request("!slow 60", steps=500, progress=True)
-        future = here.supervisor.submit(asked, heard.append)
+        future = here.supervisor.submit(job(asked, on_report=heard.append))
         await until(lambda: heard and here.supervisor.running)
         assert here.supervisor.queued_seconds > 0
         future.cancel()
@@ -113,7 +113,7 @@ def test_cancelling_the_future_cancels_the_request(play):
         count = len(heard)
         await until(lambda: here.told(Failure))
         assert isinstance(here.told(Failure)[0].error, Cancelled)
-        await here.supervisor.submit(request())
+        await here.supervisor.submit(job())
         assert len(heard) == count
         assert here.told(Tick)[-1].rows == 1
 
@@ -124,7 +124,7 @@ def test_a_task_that_is_cancelled_cancels_its_request(play):
     async def scenario(here):
 
         async def client():
-            await here.supervisor.submit(request("!slow 60", steps=100))
+            await here.supervisor.submit(job("!slow 60", steps=100))
 
         task = asyncio.create_task(client())
         await until(lambda: here.supervisor.running)
@@ -140,7 +140,7 @@ def test_books_follow_the_images(play):
     async def scenario(here):
         supervisor = here.supervisor
         await until(lambda: supervisor.ready)
-        future = supervisor.submit(request("!slow 0.5", seeds=(1, 2, 3), steps=10, guided=True))
+        future = supervisor.submit(job("!slow 0.5", seeds=(1, 2, 3), steps=10, guided=True))
         assert supervisor.queued_seconds == pytest.approx(3 * (10 * 2 + 2) * RATE)
         assert (supervisor.running, supervisor.waiting) == (0, 3)
         await until(lambda: supervisor.running == 3)
@@ -154,7 +154,7 @@ def test_books_follow_the_images(play):
 def test_books_count_both_halves_of_a_heun_step(play):
     async def scenario(here):
         await until(lambda: here.supervisor.ready)
-        future = here.supervisor.submit(request("!slow 0.3", steps=10, sampler="flow_heun"))
+        future = here.supervisor.submit(job("!slow 0.3", steps=10, sampler="flow_heun"))
         assert here.supervisor.queued_seconds == pytest.approx((2 * 10 - 1 + 2) * RATE)
         await future
 
@@ -165,7 +165,7 @@ def test_what_the_schedule_does_not_have_is_refused_at_once(play):
     async def scenario(here):
         for wrong, param in (({"sampler": "ddim"}, "sampler"), ({"steps": 0}, "num_inference_steps")):
             with pytest.raises(InvalidValue) as refused:
-                here.supervisor.submit(request(**wrong))
+                here.supervisor.submit(job(**wrong))
             assert refused.value.param == param
 
     play(scenario)
@@ -174,10 +174,10 @@ def test_what_the_schedule_does_not_have_is_refused_at_once(play):
 def test_an_id_is_in_flight_once(play):
     async def scenario(here):
         asked = request()
-        future = here.supervisor.submit(asked)
+        future = here.supervisor.submit(job(asked))
         with pytest.raises(InvalidValue):
-            here.supervisor.submit(asked)
+            here.supervisor.submit(job(asked))
         await future
-        await here.supervisor.submit(asked)
+        await here.supervisor.submit(job(asked))
 
     play(scenario)

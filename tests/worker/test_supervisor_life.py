@@ -17,7 +17,7 @@ from app.report import Memory, ModelState, Report
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.parts.fake_worker import RATE
-from tests.parts.supervising import CARDS, request, serving
+from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import PATIENCE, run, until
 
 pytestmark = pytest.mark.slow
@@ -27,13 +27,13 @@ def test_overload_is_refused_by_the_wait_ahead():
     async def scenario():
         async with serving(max_wait=50 * RATE) as here:
             await until(lambda: here.supervisor.ready)
-            large = here.supervisor.submit(request("!slow 60", steps=60))
+            large = here.supervisor.submit(job("!slow 60", steps=60))
             with pytest.raises(Overloaded) as refused:
-                here.supervisor.submit(request())
+                here.supervisor.submit(job())
             assert 1.0 <= refused.value.retry_after <= 120.0
             large.cancel()
             await asyncio.sleep(0)
-            assert len(await here.supervisor.submit(request())) == 1
+            assert len(await here.supervisor.submit(job())) == 1
 
     run(scenario)
 
@@ -43,13 +43,13 @@ def test_two_workers_the_least_queued_gets_the_next():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
             assert len(set(supervisor.pids)) == 2
-            warm = [supervisor.submit(request("!slow 0.3")) for _ in range(2)]
+            warm = [supervisor.submit(job("!slow 0.3")) for _ in range(2)]
             assert all(supervisor.queues)
             await asyncio.gather(*warm)
-            slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 10, 10, 10, 10)]
+            slow = [supervisor.submit(job("!slow 60", steps=steps)) for steps in (50, 10, 10, 10, 10)]
             queues = sorted(supervisor.queues)
             assert queues == pytest.approx([48 * RATE, 52 * RATE])
-            slow.append(supervisor.submit(request("!slow 60", steps=10)))
+            slow.append(supervisor.submit(job("!slow 60", steps=10)))
             assert sorted(supervisor.queues) == pytest.approx([52 * RATE, 60 * RATE])
             for future in slow:
                 future.cancel()
@@ -62,7 +62,7 @@ def test_between_idle_workers_the_one_that_has_the_model():
     async def scenario():
         async with serving(devices="cpu,cpu", preload="") as here:
             for _ in range(3):
-                await here.supervisor.submit(request())
+                await here.supervisor.submit(job())
             assert [state.state for state in here.told(ModelState)] == ["loading", "ready"]
 
     run(scenario)
@@ -73,8 +73,8 @@ def test_a_worker_where_the_model_failed_draws_no_requests():
         async with serving(devices="cpu,cpu", preload="") as here:
             supervisor = here.supervisor
             with pytest.raises(CheckpointError):
-                await supervisor.submit(request("!load"))
-            slow = [supervisor.submit(request("!slow 60", steps=10)) for _ in range(3)]
+                await supervisor.submit(job("!load"))
+            slow = [supervisor.submit(job("!slow 60", steps=10)) for _ in range(3)]
             assert supervisor.queues[0] == 0.0 < supervisor.queues[1]
             for future in slow:
                 future.cancel()
@@ -87,8 +87,8 @@ def test_each_workers_loads_are_told_as_its_own():
     async def scenario():
         async with serving(devices="cpu,cpu", preload="") as here:
             with pytest.raises(CheckpointError):
-                await here.supervisor.submit(request("!load"))
-            await here.supervisor.submit(request())
+                await here.supervisor.submit(job("!load"))
+            await here.supervisor.submit(job())
             states = [(report.state, worker) for report, worker in here.reports if isinstance(report, ModelState)]
             assert states == [("failed", "cpu"), ("loading", "cpu#1"), ("ready", "cpu#1")]
 
@@ -100,8 +100,8 @@ def test_each_workers_batch_counts_until_its_images_are_answered():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
             await until(lambda: all(child.backlog.proved("fake") for child in supervisor._children))
-            first = supervisor.submit(request("!slow 60", seeds=(1, 2, 3), steps=100))
-            other = supervisor.submit(request("!slow 60", steps=100))
+            first = supervisor.submit(job("!slow 60", seeds=(1, 2, 3), steps=100))
+            other = supervisor.submit(job("!slow 60", steps=100))
             await until(lambda: supervisor.batched == {"fake": 4})
             first.cancel()
             await until(lambda: supervisor.batched == {"fake": 1})
@@ -115,8 +115,8 @@ def test_where_every_worker_failed_one_is_tried_again():
     async def scenario():
         async with serving(preload="") as here:
             with pytest.raises(CheckpointError):
-                await here.supervisor.submit(request("!load"))
-            assert len(await here.supervisor.submit(request())) == 1
+                await here.supervisor.submit(job("!load"))
+            assert len(await here.supervisor.submit(job())) == 1
 
     run(scenario)
 
@@ -127,10 +127,10 @@ def test_a_queue_shorter_than_a_load_is_joined(monkeypatch):
     async def scenario():
         async with serving(devices="cpu,cpu", preload="") as here:
             supervisor = here.supervisor
-            await supervisor.submit(request())
-            slow = [supervisor.submit(request("!slow 60", steps=steps)) for steps in (50, 5_000)]
+            await supervisor.submit(job())
+            slow = [supervisor.submit(job("!slow 60", steps=steps)) for steps in (50, 5_000)]
             assert supervisor.queues == pytest.approx([5_054 * RATE, 0.0])
-            slow.append(supervisor.submit(request("!slow 60", steps=10)))
+            slow.append(supervisor.submit(job("!slow 60", steps=10)))
             assert supervisor.queues[1] > 0.0
             for future in slow:
                 future.cancel()
@@ -145,8 +145,8 @@ def test_a_full_queue_is_left_for_a_load(monkeypatch):
     async def scenario():
         async with serving(devices="cpu,cpu", preload="", max_wait=50 * RATE) as here:
             supervisor = here.supervisor
-            await supervisor.submit(request())
-            slow = [supervisor.submit(request("!slow 60", steps=100)) for _ in range(2)]
+            await supervisor.submit(job())
+            slow = [supervisor.submit(job("!slow 60", steps=100)) for _ in range(2)]
             assert supervisor.queues[0] == pytest.approx(102 * RATE) and supervisor.queues[1] > 0.0
             for future in slow:
                 future.cancel()
@@ -181,7 +181,7 @@ def test_a_preload_that_was_unloaded_leaves_the_server_ready_and_one_that_failed
             with pytest.raises(ModelNotFound):
                 supervisor.unload("nobody")
             with pytest.raises(CheckpointError):
-                await supervisor.submit(request("!load", model="other"))
+                await supervisor.submit(job("!load", model="other"))
             assert not supervisor.ready
             supervisor.load("other")
             await until(lambda: supervisor.ready)
@@ -205,12 +205,12 @@ def test_stop_drains_and_refuses():
     async def scenario():
         async with serving() as here:
             supervisor = here.supervisor
-            future = supervisor.submit(request("!slow 0.5", seeds=(1, 2)))
+            future = supervisor.submit(job("!slow 0.5", seeds=(1, 2)))
             pid = supervisor.pids[0]
             stopping = asyncio.create_task(supervisor.stop(PATIENCE))
             await asyncio.sleep(0)
             with pytest.raises(ShuttingDown):
-                supervisor.submit(request())
+                supervisor.submit(job())
             assert not supervisor.ready
             assert len(await future) == 2
             await stopping
@@ -223,7 +223,7 @@ def test_stop_drains_and_refuses():
 def test_stop_gives_up_after_its_grace():
     async def scenario():
         async with serving() as here:
-            future = here.supervisor.submit(request("!slow 600"))
+            future = here.supervisor.submit(job("!slow 600"))
             await here.supervisor.stop(0.05)
             with pytest.raises(ShuttingDown):
                 await future
@@ -236,7 +236,7 @@ def test_nothing_is_served_before_the_start():
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS)
         with pytest.raises(NoWorker) as refused:
-            supervisor.submit(request())
+            supervisor.submit(job())
         assert refused.value.retry_after >= 1.0
         await supervisor.stop(0)
 

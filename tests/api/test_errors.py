@@ -1,4 +1,4 @@
-"""The table of errors is complete, tells nothing it should not, and Accept is understood."""
+"""The table of errors is complete and tells nothing it should not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from fastapi import Request
 
 from app import errors
 from app.api.errors import error_response
-from app.api.reading import accepted_format
 
 
 def tree(kind: type[errors.InstepError]) -> Iterator[type[errors.InstepError]]:
@@ -114,40 +112,3 @@ def test_who_lacks_a_key_is_told_how_to_send_one(kind: type[errors.InstepError])
 
 def test_a_lone_surrogate_in_an_error_is_escaped() -> None:
     assert answer(errors.UnknownField("\ud800", param="\ud800"))[2]["param"] == "\\ud800"
-
-
-@pytest.mark.parametrize(
-    ("accept", "format"),
-    [
-        ("", None), ("*/*", None), ("application/json", None), ("text/html", None), ("application/*", None),
-        ("image/png", "png"), ("IMAGE/PNG", "png"), ("image/webp", "webp"), ("image/jpeg;q=0.5", "jpeg"),
-        ("image/webp, image/png", "webp"), ("image/webp;q=0.1, image/png;q=0.9", "png"),
-        ("application/json;q=0.5, image/png", "png"), ("image/png;q=0.5, application/json", None),
-        ("image/png, */*;q=0.1", "png"), ("image/png;q=0", None), ("image/png;q=x", None), (";;,=,q=", None),
-        ("image/*", "png"), ("image/*;q=0.2", "png"), ("image/*, */*;q=0.1", "png"), ("*/*, image/*", None),
-        ("image/webp;q=0.8, image/*", "png"), ("image/webp, image/*;q=0.8", "webp"), ("image/png;q=0, image/*", "jpeg"),
-        ("image/*;q=0.5, application/json;q=0.6", None), ("image/gif, image/*;q=0.5", "png"), ("image/gif, */*", None),
-        ("image/gif;q=0", None), ("image/png; profile=x", "png"), ("image/*;q=0, */*", None),
-        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", "webp"),  # an <img> of a browser
-    ],
-)  # fmt: skip
-def test_accept(accept: str, format: str | None) -> None:
-    assert accepted_format(asking(accept)) == format
-
-
-def asking(accept: str) -> Request:
-    return Request({"type": "http", "headers": [(b"accept", accept.encode())]})
-
-
-@pytest.mark.parametrize("preferred", ["png", "jpeg", "webp"])
-def test_any_image_is_the_one_that_the_body_asks_for(preferred: str) -> None:
-    assert accepted_format(asking("image/*"), preferred) == preferred
-    assert accepted_format(asking("image/png, image/*;q=0.5"), preferred) == "png"
-
-
-@pytest.mark.parametrize(
-    "accept", ["image/gif", "image/avif, image/svg+xml;q=0.5", "image/jpg", "image/gif, text/html"]
-)
-def test_an_image_type_that_is_not_written_is_an_error_that_names_those_that_are(accept: str) -> None:
-    with pytest.raises(errors.NotAcceptable, match="image/png, image/jpeg, image/webp and application/json"):
-        accepted_format(asking(accept))
