@@ -123,10 +123,9 @@ def engine(policy: str, descriptor: int, pulse: int) -> int:
 
     def make(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
         from app.bench.policies import POLICIES
-        from app.engine.engine import Engine
 
-        pool, chosen = process.open_pool(start), POLICIES[policy]
-        return pool, Engine(pool, start.settings, emit, batcher=chosen.batcher, runner=chosen.runner)
+        chosen = POLICIES[policy]
+        return process.build(start, emit, batcher=chosen.batcher, runner=chosen.runner)
 
     return process.main(descriptor, pulse, make)
 

@@ -130,11 +130,10 @@ class Draft:
             lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
             prove(read_card(file), cards)
-        except LoadError as error:
+        except BaseException as error:
             shutil.rmtree(folder)
-            raise type(error)(error.message.replace(str(file), str(self.path))) from error
-        except BaseException:
-            shutil.rmtree(folder)
+            if isinstance(error, LoadError):
+                raise type(error)(error.message.replace(str(file), str(self.path))) from error
             raise
 
     def _write_layout(self, folder: Path) -> None:

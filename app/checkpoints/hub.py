@@ -44,8 +44,8 @@ INDEX_LIMIT = 2**20
 NAME_LIMIT = 255
 """Bytes of a name in a folder that file systems take."""
 
-_UNREADABLE = (KeyError, TypeError, AttributeError, RecursionError)
-"""What JSON of other things than were asked for raises."""
+_ERRORS = (HTTPError, EntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""Of the Hub, the way to it and the disk; the last four of JSON that is something else."""
 
 _AGAIN = (408, 416, 429, 500, 502, 503, 504)
 _BIN = "diffusion_pytorch_model.bin"
@@ -60,21 +60,13 @@ Needs = dict[str, tuple["Repo", set[str]]]
 
 
 @dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file as the Hub lists it. digest: sha256 of a large file, git's sha1 of a small one."""
-
-    size: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
 class Repo:
     """A repository at a revision. commit: what the revision is. folder: its own in the cache."""
 
     name: str
     revision: str | None
     commit: str
-    files: dict[str, HubFile]
+    files: dict[str, RepoFile]
     folder: Path
 
     @property
@@ -84,7 +76,12 @@ class Repo:
 
     def blob(self, path: str) -> Path:
         """Where the cache keeps the content of a file."""
-        return self.folder / "blobs" / self.files[path].digest
+        return self.folder / "blobs" / digest_of(self.files[path])
+
+
+def digest_of(file: RepoFile) -> str:
+    """The sha256 of a large file, git's sha1 of a small one, as the Hub lists it."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def bytes_left(files: Iterable[tuple[Repo, Iterable[str]]]) -> int:
@@ -116,21 +113,21 @@ def open_repo(name: str, revision: str | None) -> Repo:
     with _explained(name, revision):
         api = HfApi()
         commit = str(api.model_info(name, revision=revision).sha)
-        listed = [one for one in api.list_repo_tree(name, revision=commit, recursive=True) if isinstance(one, RepoFile)]
-        files = {one.path: HubFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in listed}
-        if not _DIGEST.fullmatch(commit) or not all(_is_sound(path, file) for path, file in files.items()):
+        listed = api.list_repo_tree(name, revision=commit, recursive=True)
+        files = {file.path: file for file in listed if isinstance(file, RepoFile)}
+        if not _DIGEST.fullmatch(commit) or not all(map(_is_sound, files.values())):
             raise TypeError
     return Repo(name, revision, commit, files, cache() / repo_folder_name(repo_id=name, repo_type="model"))
 
 
-def _is_sound(path: str, file: HubFile) -> bool:
+def _is_sound(file: RepoFile) -> bool:
     """Whether these may be facts of a file. NOTE: digests and paths become names in the cache, and are shown."""
     return (
-        path.isprintable()
-        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in path.split("/"))
+        file.path.isprintable()
+        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in file.path.split("/"))
         and isinstance(file.size, int)
         and file.size >= 0
-        and _DIGEST.fullmatch(file.digest) is not None
+        and _DIGEST.fullmatch(digest_of(file)) is not None
     )
 
 
@@ -232,7 +229,7 @@ def fetch(repo: Repo, path: str, tell: Callable[[int], None] = lambda count: Non
             partial.unlink()
             raise CheckpointError(
                 f"{repo.name}: {path}: what came is not what the Hub lists (its digest is not"
-                f" {file.digest[:12]}...): thrown away, try again"
+                f" {digest_of(file)[:12]}...): thrown away, try again"
             )
         os.replace(partial, blob)
     return blob
@@ -257,21 +254,22 @@ def link(repo: Repo, paths: Iterable[str]) -> None:
 class _Arrival:
     """The bytes of a file that are here, and the digest of them."""
 
-    def __init__(self, stream: BinaryIO, file: HubFile, tell: Callable[[int], None]) -> None:
-        self._stream, self._file, self._tell = stream, file, tell
+    def __init__(self, stream: BinaryIO, file: RepoFile, tell: Callable[[int], None]) -> None:
+        self._stream, self._tell = stream, tell
+        self._whole, self._wanted = file.size, digest_of(file)
         self._reset()
         while chunk := stream.read(2**20):
             self._count(chunk)
-        if self.size > file.size:
+        if self.size > self._whole:
             self.restart()
 
     @property
     def right(self) -> bool:
-        return self.size == self._file.size and self._digest.hexdigest() == self._file.digest
+        return self.size == self._whole and self._digest.hexdigest() == self._wanted
 
     def add(self, chunk: bytes) -> bool:
         """False where it would be more than is listed."""
-        if self.size + len(chunk) > self._file.size:
+        if self.size + len(chunk) > self._whole:
             return False
         self._stream.write(chunk)
         self._count(chunk)
@@ -289,8 +287,8 @@ class _Arrival:
         self.size += len(chunk)
 
     def _reset(self) -> None:
-        large = len(self._file.digest) == 64
-        self._digest, self.size = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % self._file.size), 0
+        large = len(self._wanted) == 64
+        self._digest, self.size = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % self._whole), 0
 
 
 def _receive(repo: Repo, path: str, arrival: _Arrival) -> None:
@@ -344,16 +342,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError("HF_TOKEN is not a token: it has characters that no token has")
     try:
         yield
-    except (
-        HTTPError,
-        EntryNotFoundError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        ValueError,
-    ) as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, repo, revision, token)) from error
 
 

@@ -38,13 +38,13 @@ def list_models(models: Folder = None) -> None:
     rows = _table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
     cards = open_registry(read_settings(models=models)).all
     for card in cards.values():
-        given = card.defaults
+        defaults = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
         here = _files(card, cards)
         files = "gated" if card.gated and here != "here" else here
-        steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
+        steps, guidance = str(defaults.num_inference_steps), f"{defaults.guidance_scale:g}"
         amounts = _count(card.parameters), decimal(card.bytes) if card.bytes else "-"
-        rows.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
+        rows.add_row(escape(names), card.family, *amounts, files, _draws(card), defaults.size, steps, guidance)
     _print(rows)
     for error in cards.skipped.values():
         typer.echo(f"skipped: {error.message}", err=True)
@@ -72,7 +72,7 @@ def _files(card: Card, cards: Mapping[str, Card]) -> Literal["here", "pull", "no
 
 def _facts_of(card: Card, files: str) -> dict[str, str]:
     """A card in words, by the name of the fact. files: where they are."""
-    given, limits, schedule, source = card.defaults, card.limits, card.schedule, card.source
+    usual, limits, schedule, source = card.defaults, card.limits, card.schedule, card.source
     gated = {}
     if card.gated:
         from app.checkpoints.hub import page  # late: the Hub library takes a third of a second
@@ -95,8 +95,8 @@ def _facts_of(card: Card, files: str) -> dict[str, str]:
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",
         "samplers": ", ".join(valid_samplers(schedule)),
-        "default sampler": f"{given.sampler}, {given.num_inference_steps} steps, guidance {given.guidance_scale:g}",
-        "default size": given.size,
+        "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
+        "default size": usual.size,
         "sizes": describe_sizes(limits.sizes),
         "limits": f"{limits.num_inference_steps} steps, guidance {limits.guidance_scale:g}, {limits.n} images",
     }

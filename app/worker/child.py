@@ -16,7 +16,7 @@ from typing import Literal
 
 from app.errors import InstepError, NoWorker
 from app.jobs.job import Job
-from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result, Tick
+from app.report import Memory, Report
 from app.request import Request
 from app.worker import wire
 from app.worker.admission import Backlog
@@ -37,7 +37,7 @@ log = logging.getLogger("instep.worker")
 
 
 class Child:
-    """One entry of DEVICES: its process, the requests that it has, and what it takes to answer them.
+    """One entry of DEVICES: its process, and the backlog of jobs that it has.
 
     `hear(child, report)` gets the reports, `bury(child, reason)` each death. back_in: seconds from a death until the
     next process is expected to be ready.
@@ -52,7 +52,6 @@ class Child:
         bury: Callable[[Child, str], None],
     ) -> None:
         self.name = name
-        self.jobs: dict[str, Job] = {}
         self.backlog = Backlog()
         self.memory = Memory(name, {})
         self.restarts = 0
@@ -88,14 +87,12 @@ class Child:
             self._write(wire.Call(method, argument))
 
     def take(self, job: Job) -> None:
-        """Hand the job to the engine. It leaves the books when it ends, whoever ended it."""
-        self.jobs[job.request.id] = job
+        """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
         self.backlog.add(job)
         job.future.add_done_callback(lambda _: self._drop(job))
         self.call("submit", job.request)
 
     def _drop(self, job: Job) -> None:
-        del self.jobs[job.request.id]
         self.backlog.end(job)
         if job.future.cancelled():
             self.call("cancel", job.request.id)
@@ -191,11 +188,11 @@ class Child:
         while (message := await wire.read(reader)) is not None:
             pulse.hear(message)
             try:
-                self._take(message)
+                self._receive(message)
             except Exception:
                 log.exception("a listener failed on %s", type(message).__name__)
 
-    def _take(self, message: wire.Word) -> None:
+    def _receive(self, message: wire.Word) -> None:
         match message:
             case wire.Hello(pid):
                 self._startup = time.monotonic() - self._born
@@ -207,15 +204,8 @@ class Child:
             case wire.Refusal(error):
                 self._refusal = error
                 log.error("engine process on %s refuses: %s", self.name, error.message)
-            case Result() | Progress() | Preview() | Failure():
-                if job := self.jobs.get(message.request_id):
-                    if isinstance(message, Result) and message.index not in job.results:
-                        self.backlog.drop(job)
-                    job.hear(message)
-                self._hear(self, message)
             case _:
-                if isinstance(message, ModelState | Tick):
-                    self.backlog.hear(message)
+                self.backlog.hear(message)
                 self._hear(self, message)
 
     async def _watch(self, process: subprocess.Popen[bytes], listening: asyncio.Task[None], pulse: Pulse) -> str:

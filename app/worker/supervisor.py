@@ -153,7 +153,7 @@ class Supervisor:
         """
         if self._closing:
             raise ShuttingDown("The server is shutting down.", retry_after=5.0)
-        if any(job.request.id in child.jobs for child in self._children):
+        if any(job.request.id in child.backlog.jobs for child in self._children):
             raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
         if self._crashes.condemned(job.request):
             raise EngineError(_POISON)
@@ -164,7 +164,7 @@ class Supervisor:
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
         backlogs = [child.backlog for child in live]
         child = live[choose(backlogs, model, max_wait)]
-        admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
+        job.estimate = admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         child.take(job)
         job.future.add_done_callback(lambda _: self._forgive(job))
         return job
@@ -183,7 +183,7 @@ class Supervisor:
 
     @property
     def _jobs(self) -> list[Job]:
-        return [job for child in self._children for job in child.jobs.values()]
+        return [job for child in self._children for job in child.backlog.jobs.values()]
 
     def _call(self, method: wire.Method, model_id: str) -> None:
         model = self._card(model_id).id
@@ -205,7 +205,7 @@ class Supervisor:
 
     def _bury(self, child: Child, reason: str) -> None:
         """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
-        lost = list(child.jobs.values())
+        lost = list(child.backlog.jobs.values())
         if not self._closing:
             self._crashes.record(job.request for job in lost)
         retry_after = 1.0 if self.live else max(1.0, child.back_in)

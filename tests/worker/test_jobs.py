@@ -65,4 +65,4 @@ def test_best_state_and_merged_rates():
     assert best([Backlog().state("m")]) == ModelState("m", "absent")
     later = merge(ready, ModelState("m", "ready", rates={"64x64": 4.0}))
     assert later == replace(ready, rates={"32x32": 1.0, "64x64": 4.0})
-    assert merge(ready, failed) == replace(failed, rates={"32x32": 1.0}) and merge(None, ready) is ready
+    assert merge(ready, failed) == replace(failed, rates={"32x32": 1.0}) and merge(Backlog().state("m"), ready) == ready
