@@ -13,9 +13,9 @@ from app.cards.card import Card, read_card
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import compile_blocks
-from app.families.upstream import Upstream
 from app.pool.pool import Pool
 from app.request import ClassLabel, Condition, Prompt, Request, SkipGuidance
+from tests.bench.upstream import Upstream
 from tests.families.plain import ask, load, serve
 from tests.parts.engine import load_all
 from tests.parts.requests import changed
