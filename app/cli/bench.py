@@ -183,10 +183,11 @@ def image_facts(subject: Subject, request: Request, rounds: int, random_weights:
     """What a figure of one image needs beside it."""
     from app.bench.machine import ceilings
 
+    recipe = request.recipe
     return _facts(
         subject, ceilings(subject.family.device, subject.family.dtype), rounds,
-        size=f"{request.recipe.width}x{request.recipe.height}", sampler=request.recipe.sampler, steps=request.recipe.steps,
-        guidance=request.recipe.guidance.scale if request.recipe.guidance.guided else 0.0, random_weights=random_weights,
+        size=f"{recipe.width}x{recipe.height}", sampler=recipe.sampler, steps=recipe.steps,
+        guidance=recipe.guidance.scale if recipe.guidance.guided else 0.0, random_weights=random_weights,
     )  # fmt: skip
 
 
