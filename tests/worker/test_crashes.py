@@ -1,4 +1,4 @@
-"""Which requests are remembered after a death, and what is remembered of a model's states."""
+"""Which requests are remembered after a crash, and what is remembered of a model's states."""
 
 from dataclasses import replace
 
