@@ -8,13 +8,12 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.jobs.job import Job
 from app.report import Memory, ModelState, Report
-from app.request import ImageSpec, Request
+from app.request import Condition, Recipe, Request
 from app.settings import Settings
 from app.worker import plan, wire
 from app.worker.admission import admit, best, choose
@@ -24,6 +23,8 @@ WORKER = (sys.executable, "-m", "app.worker.process")
 _POISON = "The engine process died twice while it worked on this request; it is not tried again."
 
 log = logging.getLogger("instep.worker")
+
+Fingerprint = tuple[Recipe, tuple[Condition, ...]]
 
 
 class Supervisor:
@@ -150,7 +151,7 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
         if self._crashes.condemned(job.request):
             raise EngineError(_POISON)
-        model, max_wait = self._card(job.request.model).id, self._settings.max_wait
+        model, max_wait = self._card(job.request.recipe.model).id, self._settings.max_wait
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
@@ -225,7 +226,7 @@ class CrashHistory:
 
     def __init__(self, *, limit: int = 2, memory: int = 256, seconds: float = 600.0) -> None:
         self.limit, self.memory, self.seconds = limit, memory, seconds
-        self._seen: OrderedDict[Request, tuple[int, float]] = OrderedDict()
+        self._seen: OrderedDict[Fingerprint, tuple[int, float]] = OrderedDict()
 
     def condemned(self, request: Request) -> bool:
         """Whether this request was present at `limit` deaths, the last of them less than `seconds` ago."""
@@ -247,7 +248,6 @@ class CrashHistory:
             self._seen.pop(fingerprint(request), None)
 
 
-def fingerprint(request: Request) -> Request:
-    """The request without what changes between two tries of it."""
-    images = tuple(ImageSpec(spec.condition, 0) for spec in request.images)
-    return replace(request, id="", deadline=None, images=images, tenant="", weight=1.0)
+def fingerprint(request: Request) -> Fingerprint:
+    """What two tries of the same pictures have in common."""
+    return request.recipe, tuple(spec.condition for spec in request.images)
