@@ -119,12 +119,12 @@ class Parser(h11.Connection):
     """h11 that checks the head of each request and counts what it parses and sends.
 
     check: why a request is refused. sending: takes the number of bytes that go out. method, origin: of the present
-    request, once its head has come. fault: what is wrong with it. left: events to parse in this turn of the event loop.
+    request, once its head has come. fault: the error for it. left: events to parse in this turn of the event loop.
     """
 
     def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
-        self.fault: InstepError = RequestError("This is not a valid HTTP request.")
+        self.fault: InstepError | None = None
         self.method = self.origin = b""
         self.left = EVENTS
         self._check = check
@@ -254,7 +254,7 @@ class Guarded(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn when the parser raised."""
-        self._refuse(self.conn.fault)
+        self._refuse(self.conn.fault or RequestError("This is not a valid HTTP request."))
 
     def shutdown(self) -> None:
         """Called by the server when it stops; a request that is still coming would hold that up.
