@@ -12,10 +12,11 @@ import torch
 
 from app.cards.card import Card
 from app.engine.profile import WIDEST, Curve, Profiles
-from app.engine.row import Caps, Key
+from app.engine.row import Caps
 from app.engine.slots import PASSES
 from app.families.base import Family
 from app.pool.pool import Pool
+from app.request import Key
 
 SLOT_BYTES = 256 << 20
 """Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""

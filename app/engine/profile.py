@@ -22,8 +22,8 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from app.cards.files import read_file
-from app.engine.row import Key
 from app.families.base import Family
+from app.request import Key
 
 NEAR = 1.10
 """A width is wide enough when its cost per pass is within this factor of the best known one."""

@@ -131,4 +131,4 @@ def _truncated(family: Family, condition: Condition, text_length: int) -> str | 
 
 def _conditions(family: Family, row: Row) -> list[Condition]:
     own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
-    return [own, family.opposite(row.condition)] if row.request.guided else [own]
+    return [own, family.opposite(row.condition)] if row.request.recipe.guidance.guided else [own]

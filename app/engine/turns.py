@@ -12,9 +12,10 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from app.engine.row import Key, Row
+from app.engine.row import Row
 from app.pool.policy import Need
 from app.report import Phase
+from app.request import Key
 
 if TYPE_CHECKING:
     from app.pool.pool import Pool
