@@ -262,8 +262,8 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
     return min(range(len(backlogs)), key=rank)
 
 
-def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> Estimate:
-    """What the job may expect behind `chosen`, one of the live workers' backlogs.
+def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> None:
+    """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
     The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
     tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
@@ -278,10 +278,9 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, len(chosen.jobs), cost)
+    job.estimate = Estimate(finish - cost, len(chosen.jobs), cost)
     if delivery.deadline is not None and chosen.costs.measured(kind.model):
-        _check_deadline(estimate, delivery.deadline - time.monotonic())
-    return estimate
+        _check_deadline(job.estimate, delivery.deadline - time.monotonic())
 
 
 def _check_share(
