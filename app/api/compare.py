@@ -84,5 +84,5 @@ def _with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
     guilty = next((job for job in jobs if job.error is error), None)
     if guilty is None or error.param is not None:
         return error
-    guilty.facts["model"] = guilty.request.model
-    return type(error)(error.message, param=f"models.{guilty.request.model}", retry_after=error.retry_after)
+    guilty.facts["model"] = guilty.request.recipe.model
+    return type(error)(error.message, param=f"models.{guilty.request.recipe.model}", retry_after=error.retry_after)

@@ -64,7 +64,7 @@ async def create_image(request: Request) -> Response:
         format = wanted or cast(Format, body.output_format or "png")
         job = job_of(request, started, card, body, format, wanted is not None)
         images = job.request.images
-        facts |= {"seed": images[0].seed, "steps": job.request.steps, "images": len(images)}
+        facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
         if job.raw and not body.stream and len(images) > 1 and not job.columns:
             message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
             raise InvalidValue(message, param="grid")
@@ -122,13 +122,13 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
         except InstepError:
             for earlier in jobs[:place]:
                 earlier.cancel()
-                front.metrics.failed(earlier.request.model, Cancelled.code)
-            job.facts["model"] = job.request.model
+                front.metrics.failed(earlier.request.recipe.model, Cancelled.code)
+            job.facts["model"] = job.request.recipe.model
             raise
 
 
 def _submit(front: Front, job: Job, limit: float | None) -> None:
-    model, images = job.request.model, len(job.request.images)
+    model, images = job.request.recipe.model, len(job.request.images)
     front.supervisor.submit(job, limit=limit)
     front.metrics.started(model, images)
     job.future.add_done_callback(lambda _: front.metrics.ended(model, images))
@@ -164,7 +164,7 @@ def answered(front: Front, jobs: Sequence[Job], imaging: float) -> None:
     """Count and log jobs that were answered in full. imaging: seconds, of which each job has an equal share."""
     total = time.perf_counter() - jobs[0].started
     for job in jobs:
-        front.metrics.answered(job.request.model, job.results.values(), total, imaging / len(jobs))
+        front.metrics.answered(job.request.recipe.model, job.results.values(), total, imaging / len(jobs))
     timings = [result.timings for job in jobs for result in job.results.values()]
     slowest = max(timings, key=lambda one: one.queue + one.denoise)
     stages = {name: getattr(slowest, name) for name in ("queue", "encode", "denoise", "decode")}
@@ -183,7 +183,7 @@ def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
         log.exception("unhandled", request_id=guilty.id)
         error = InstepError(repr(error))
     for job in jobs:
-        front.metrics.failed(job.request.model, error.code if job is guilty else Cancelled.code)
+        front.metrics.failed(job.request.recipe.model, error.code if job is guilty else Cancelled.code)
     guilty.facts |= {"error": error.code, "detail": error.message}
     return error
 

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from app.bench.machine import Ceilings, Spread, alternate, seconds
 from app.cards.card import Size
-from app.engine.slots import Guidance, Slots
+from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Family
+from app.request import Guidance
 from app.samplers.table import compile_table
 
 META = torch.device("meta")
@@ -63,7 +64,7 @@ def _way(family: Family, size: Size, passes: int) -> Callable[[], float]:
     scale = card.defaults.guidance_scale if card.guidance == "embedded" else 0.0
     conditions = {name: value for name, value in family.blank(card.text_length).items() if name != "guidance"}
     first = torch.randn(passes, *shape, generator=torch.Generator().manual_seed(0)) * table.init
-    rows = np.array([slots.take(table, noise, conditions, Guidance(scale=scale)) for noise in first], np.int64)
+    rows = np.array([slots.take(table, noise, conditions, Guidance(embedded=scale)) for noise in first], np.int64)
     start = slots.x.clone()
 
     def step() -> float:

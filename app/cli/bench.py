@@ -183,10 +183,11 @@ def image_facts(subject: Subject, request: Request, rounds: int, random_weights:
     """What a figure of one image needs beside it."""
     from app.bench.machine import ceilings
 
+    recipe = request.recipe
     return _facts(
         subject, ceilings(subject.family.device, subject.family.dtype), rounds,
-        size=f"{request.width}x{request.height}", sampler=request.sampler, steps=request.steps,
-        guidance=request.guidance if request.guided else 0.0, random_weights=random_weights,
+        size=f"{recipe.width}x{recipe.height}", sampler=recipe.sampler, steps=recipe.steps,
+        guidance=recipe.guidance.scale if recipe.guidance.guided else 0.0, random_weights=random_weights,
     )  # fmt: skip
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from app.engine.row import Key, Outcome, Work
+from app.engine.row import Outcome, Work
 from app.pool.pool import Pool
 from app.report import Announce, Report
+from app.request import Key
 
 FACTOR = 10.0
 """Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""

@@ -77,26 +77,25 @@ def _drawn(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes, st
 
 
 def _heading(job: Job) -> Heading:
-    count, request = parameters_of(job.card), job.request
-    settings = f"steps {request.steps}, guidance {guidance_facts(request)['guidance_scale']:g}"
+    count, recipe = parameters_of(job.card), job.request.recipe
+    settings = f"steps {recipe.steps}, guidance {guidance_facts(recipe.guidance)['guidance_scale']:g}"
     return Heading(job.card.id, (*([f"{count} parameters"] if count else []), settings))
 
 
 def _cell(place: tuple[int, int], job: Job, result: Result) -> Cell:
-    request = job.request
-    condition = request.images[0].condition
+    recipe, condition = job.request.recipe, job.request.images[0].condition
     return Cell(
         row=place[0],
         column=place[1],
-        model=request.model,
+        model=recipe.model,
         parameters=job.card.parameters,
         prompt=condition.text if isinstance(condition, Prompt) else None,
         class_label=condition.index if isinstance(condition, ClassLabel) else None,
         seed=result.seed,
-        size=f"{request.width}x{request.height}",
-        sampler=request.sampler,
-        num_inference_steps=request.steps,
-        guidance_scale=guidance_facts(request)["guidance_scale"],
+        size=f"{recipe.width}x{recipe.height}",
+        sampler=recipe.sampler,
+        num_inference_steps=recipe.steps,
+        guidance_scale=guidance_facts(recipe.guidance)["guidance_scale"],
         timings=stages([result], 0.0, job.estimate),
     )
 

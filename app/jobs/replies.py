@@ -79,13 +79,13 @@ def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
 
 def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
     """The body that makes these images again, for the text chunk of their file: complete, and valid to POST."""
-    request, specs = job.request, [job.request.images[index] for index in indices]
-    told: dict[str, Any] = {"model": request.model}
+    recipe, specs = job.request.recipe, [job.request.images[index] for index in indices]
+    told: dict[str, Any] = {"model": recipe.model}
     conditions = [spec.condition for spec in specs]
     first = conditions[0]
     if isinstance(first, Prompt):
         told["prompt"] = _one_or_list([one.text for one in conditions if isinstance(one, Prompt)])
-        told |= {"negative_prompt": first.negative, "max_sequence_length": request.text_length}
+        told |= {"negative_prompt": first.negative or "", "max_sequence_length": recipe.text_length}
     else:
         told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
     if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
@@ -94,30 +94,31 @@ def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
         told["grid"] = {"columns": job.columns}
     return told | {
         "seed": specs[0].seed,
-        "size": f"{request.width}x{request.height}",
-        "sampler": request.sampler,
-        "num_inference_steps": request.steps,
-        **guidance_facts(request),
+        "size": f"{recipe.width}x{recipe.height}",
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        **guidance_facts(recipe.guidance),
     }
 
 
 def effective(job: Job, images: int) -> dict[str, Any]:
     """The fields of Effective for a file that shows this many images."""
-    request, columns = job.request, min(job.columns or 1, images)
+    recipe, columns = job.request.recipe, min(job.columns or 1, images)
     return {
-        "model": request.model,
-        "sampler": request.sampler,
-        "num_inference_steps": request.steps,
-        "guidance_scale": guidance_facts(request)["guidance_scale"],
-        "size": f"{request.width * columns}x{request.height * -(-images // columns)}",
+        "model": recipe.model,
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        "guidance_scale": guidance_facts(recipe.guidance)["guidance_scale"],
+        "size": f"{recipe.width * columns}x{recipe.height * -(-images // columns)}",
         "output_format": job.format,
     }
 
 
 def usage(job: Job, images: int) -> Usage:
     """Tokens of this many images of the request; a class label counts as one."""
-    text = max(1, job.request.text_length) * images
-    pixels = -(-job.request.width // TOKEN) * -(-job.request.height // TOKEN) * images
+    recipe = job.request.recipe
+    text = max(1, recipe.text_length) * images
+    pixels = -(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) * images
     details = TokenDetails(text_tokens=text)
     return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
 

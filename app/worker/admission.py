@@ -15,7 +15,7 @@ from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.jobs.job import Estimate, Job
 from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
-from app.request import Request
+from app.request import Delivery, Key
 from app.samplers.table import compile_table
 
 BUSY = 0.5
@@ -40,18 +40,16 @@ class Kind(NamedTuple):
     """What images of equal cost have in common. passes: through the network, of one image."""
 
     tenant: str
-    model: str
-    width: int
-    height: int
+    key: Key
     passes: int
 
 
 def kind_of(job: Job) -> Kind:
     """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
-    request = job.request
+    recipe = job.request.recipe
     # The engine compiles the same table, for the image's own number of tokens.
-    lines = compile_table(job.card.schedule, request.sampler, request.steps, tokens=1).lines
-    return Kind(request.tenant, request.model, request.width, request.height, request.passes(lines))
+    lines = compile_table(job.card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    return Kind(job.request.delivery.tenant, recipe.key, recipe.passes(lines))
 
 
 class Costs:
@@ -88,10 +86,10 @@ class Costs:
         """Whether the estimates for this model are more than a guess."""
         return bool(self._rates.get(model))
 
-    def image(self, model: str, width: int, height: int, passes: int) -> float:
+    def image(self, key: Key, passes: int) -> float:
         """Seconds of one image that goes through the network `passes` times."""
-        rate = self.rate(model, width, height)
-        around = (self._seen.get((model, phase, width, height), rate) for phase in ("encode", "decode"))
+        rate = self.rate(key.model, key.width, key.height)
+        around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in ("encode", "decode"))
         return passes * rate + sum(around)
 
     def rate(self, model: str, width: int, height: int) -> float:
@@ -131,7 +129,7 @@ class Backlog:
         """A job more; its weight is from now on that of its tenant."""
         self.jobs[job.request.id] = job
         self._images[kind_of(job)] += job.images_left
-        self.weights[job.request.tenant] = job.request.weight
+        self.weights[job.request.delivery.tenant] = job.request.delivery.weight
 
     def end(self, job: Job) -> None:
         """The job is answered, failed or cancelled."""
@@ -146,8 +144,8 @@ class Backlog:
             del self._images[kind]
             if not any(other.tenant == kind.tenant for other in self._images):
                 del self.weights[kind.tenant]
-            if not self.images_of(kind.model):
-                self._rows.pop(kind.model, None)
+            if not self.images_of(kind.key.model):
+                self._rows.pop(kind.key.model, None)
         if not self._images:
             self._running = 0
 
@@ -189,7 +187,7 @@ class Backlog:
         return self._images.total()
 
     def images_of(self, model: str) -> int:
-        return sum(images for kind, images in self._images.items() if kind.model == model)
+        return sum(images for kind, images in self._images.items() if kind.key.model == model)
 
     @property
     def running(self) -> int:
@@ -215,7 +213,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.costs.image(*kind[1:])
+        return self.costs.image(kind.key, kind.passes)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -262,36 +260,35 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
     return min(range(len(backlogs)), key=rank)
 
 
-def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> Estimate:
-    """What the job may expect behind `chosen`, one of the live workers' backlogs.
+def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> None:
+    """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
     The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
     tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
     is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle device misses that.
     """
-    request, kind = job.request, kind_of(job)
-    _check_share(request, chosen, backlogs, max_wait, limit)
-    own = chosen.tenants().get(request.tenant, 0.0)
-    wait = chosen.wait(request.tenant, request.weight, own)
+    kind, delivery = kind_of(job), job.request.delivery
+    _check_share(delivery, chosen, backlogs, max_wait, limit)
+    own = chosen.tenants().get(delivery.tenant, 0.0)
+    wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
         raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait))
-    cost = len(request.images) * chosen.image(kind)
+    cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
-    finish = chosen.wait(request.tenant, request.weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, len(chosen.jobs), cost)
-    if request.deadline is not None and chosen.costs.measured(kind.model):
-        _check_deadline(estimate, request.deadline - time.monotonic())
-    return estimate
+    finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
+    job.estimate = Estimate(finish - cost, len(chosen.jobs), cost)
+    if delivery.deadline is not None and chosen.costs.measured(kind.key.model):
+        _check_deadline(job.estimate, delivery.deadline - time.monotonic())
 
 
 def _check_share(
-    request: Request, chosen: Backlog, backlogs: Sequence[Backlog], max_wait: float, limit: float | None
+    delivery: Delivery, chosen: Backlog, backlogs: Sequence[Backlog], max_wait: float, limit: float | None
 ) -> None:
-    own = sum(backlog.tenants().get(request.tenant, 0.0) for backlog in backlogs)
-    weights = Counter({request.tenant: request.weight})
+    own = sum(backlog.tenants().get(delivery.tenant, 0.0) for backlog in backlogs)
+    weights = Counter({delivery.tenant: delivery.weight})
     for backlog in backlogs:
-        weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != request.tenant})
-    share = len(backlogs) * request.weight / sum(weights.values())
+        weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != delivery.tenant})
+    share = len(backlogs) * delivery.weight / sum(weights.values())
     if limit is not None and own > limit:
         words = f"This key has about {own:.0f} seconds of work queued, and may have {limit:.0f}."
         raise RateLimited(words, retry_after=after((own - limit) / share))

@@ -1,7 +1,4 @@
-"""Supervisor: one engine process per device, kept alive; each request goes to the one that has least to do.
-
-Knows nothing of HTTP and nothing of torch: it runs in the front process, on its event loop, and never blocks it.
-"""
+"""Supervisor: one engine process per device, kept alive; each job goes to the one that gets to it first."""
 
 from __future__ import annotations
 
@@ -11,13 +8,12 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.jobs.job import Job
 from app.report import Memory, ModelState, Report
-from app.request import ImageSpec, Request
+from app.request import Condition, Recipe, Request
 from app.settings import Settings
 from app.worker import plan, wire
 from app.worker.admission import admit, best, choose
@@ -28,12 +24,14 @@ _POISON = "The engine process died twice while it worked on this request; it is 
 
 log = logging.getLogger("instep.worker")
 
+Fingerprint = tuple[Recipe, tuple[Condition, ...]]
+
 
 class Supervisor:
-    """The front's one door to the engines.
+    """Gives jobs to the engine processes, on the event loop that ran `start`.
 
-    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker, with its name;
-    what a dead one had is told as absent. Raises SettingsError on DEVICES or PRELOAD that make no sense.
+    `observe` gets every report of every worker, with its name; models of a dead one are reported as absent. Raises
+    SettingsError on DEVICES or PRELOAD that make no sense.
     """
 
     def __init__(
@@ -81,24 +79,21 @@ class Supervisor:
 
     @property
     def queues(self) -> list[float]:
-        """Estimated device seconds of what each worker has not yet answered, in the order of DEVICES."""
+        """Estimated device seconds of the unanswered images of each worker, in the order of DEVICES."""
         return [child.backlog.seconds for child in self._children]
 
     @property
     def queued_seconds(self) -> float:
-        """The same over all workers."""
+        """The sum of `queues`."""
         return sum(self.queues)
 
     def tenants(self) -> dict[str, float]:
-        """The same by tenant, of those who have any."""
-        seconds: Counter[str] = Counter()
-        for child in self._children:
-            seconds.update(child.backlog.tenants())
-        return dict(seconds)
+        """The same by tenant."""
+        return dict(sum((Counter(child.backlog.tenants()) for child in self._children), Counter[str]()))
 
     @property
     def running(self) -> int:
-        """Images in a batch now, as the workers last told; with `waiting`, every image not yet answered."""
+        """Images in a batch, as of the workers' last reports; `waiting` has the other unanswered ones."""
         return sum(child.backlog.running for child in self._children)
 
     @property
@@ -108,7 +103,7 @@ class Supervisor:
 
     @property
     def waiting(self) -> int:
-        """Images not yet answered that are not in a batch."""
+        """Unanswered images that are not in a batch."""
         return sum(child.backlog.images for child in self._children) - self.running
 
     @property
@@ -156,14 +151,14 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
         if self._crashes.condemned(job.request):
             raise EngineError(_POISON)
-        model, max_wait = self._card(job.request.model).id, self._settings.max_wait
+        model, max_wait = self._card(job.request.recipe.model).id, self._settings.max_wait
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
         backlogs = [child.backlog for child in live]
         child = live[choose(backlogs, model, max_wait)]
-        job.estimate = admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
+        admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         child.take(job)
         job.future.add_done_callback(lambda _: self._forgive(job))
         return job
@@ -222,18 +217,16 @@ class Supervisor:
 
 
 class CrashHistory:
-    """A short memory of what was in a process when it died, so that a poison request cannot kill for ever.
+    """Remembers which requests were in a process that died, so that a poison request cannot kill for ever.
 
-    Two requests are the same here when they ask for the same pictures: id, deadline and seeds do not count, because
-    a client who tries again brings a new id, and a new seed where it named none; nor does whose key it is. One success
-    clears the name, so a popular prompt that was only a bystander is not condemned.
+    Two requests are the same here when they ask for the same pictures: id, deadline, key and seeds do not count,
+    because a client who tries again brings a new id, and a new seed where it named none. One success clears a request,
+    so that a popular prompt that was only a bystander is tried again.
     """
 
     def __init__(self, *, limit: int = 2, memory: int = 256, seconds: float = 600.0) -> None:
-        self.limit = limit
-        self.memory = memory
-        self.seconds = seconds
-        self._seen: OrderedDict[Request, tuple[int, float]] = OrderedDict()
+        self.limit, self.memory, self.seconds = limit, memory, seconds
+        self._seen: OrderedDict[Fingerprint, tuple[int, float]] = OrderedDict()
 
     def condemned(self, request: Request) -> bool:
         """Whether this request was present at `limit` deaths, the last of them less than `seconds` ago."""
@@ -241,7 +234,7 @@ class CrashHistory:
         return count >= self.limit and time.monotonic() - when < self.seconds
 
     def record(self, requests: Iterable[Request]) -> None:
-        """A process died with these in it. Twins in one death count once."""
+        """Remember that a process died with these in it. Twins in one death count once."""
         now = time.monotonic()
         for mark in {fingerprint(request) for request in requests}:
             count, when = self._seen.pop(mark, (0, now))
@@ -250,12 +243,11 @@ class CrashHistory:
             self._seen.popitem(last=False)
 
     def clear(self, request: Request) -> None:
-        """This request was answered: it kills nobody."""
+        """Forget a request that was answered."""
         if self._seen:
             self._seen.pop(fingerprint(request), None)
 
 
-def fingerprint(request: Request) -> Request:
-    """The request without what changes between two tries of it."""
-    images = tuple(ImageSpec(spec.condition, 0) for spec in request.images)
-    return replace(request, id="", deadline=None, images=images, tenant="", weight=1.0)
+def fingerprint(request: Request) -> Fingerprint:
+    """What two tries of the same pictures have in common."""
+    return request.recipe, tuple(spec.condition for spec in request.images)

@@ -9,27 +9,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from app.engine.batcher import Batcher
-from app.engine.row import Caps, Image, Key, Outcome, Row, Work
+from app.engine.row import Caps, Image, Outcome, Row, Work
 from app.engine.runner import Runner, isolate
 from app.errors import EngineError
 from app.report import Phase
+from app.request import Key, Recipe
 from app.worker import process
 from tests.bench.upstream import Upstream
 
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
 
 
-def likeness(row: Row) -> tuple[object, ...]:
+def likeness(row: Row) -> Recipe:
     """What rows of a static batch have in common: all that decides their steps, and not what they show."""
-    request = row.request
-    scale = request.guidance if request.guided else 0.0
-    return (row.key, request.sampler, request.steps, request.guided, scale, request.embedded, request.skip)
+    recipe, guidance = row.request.recipe, row.request.recipe.guidance
+    return replace(recipe, guidance=replace(guidance, scale=guidance.scale if guidance.guided else 0.0))
 
 
 class Static(Batcher):
