@@ -76,7 +76,10 @@ def read_keys(settings: Settings) -> Keyring:
     found = [("api_keys", where, key) for where, key in _from_text(settings.api_keys)]
     if settings.api_keys_file:
         found += [("api_keys_file", where, key) for where, key in _from_file(Path(settings.api_keys_file).expanduser())]
-    admin = _admin(settings.admin_key)
+    try:
+        admin = ApiKey(ADMIN, _digest(settings.admin_key)) if settings.admin_key else None
+    except ValueError as error:
+        raise SettingsError(f"admin_key: {error}", param="admin_key") from None
     seen: list[ApiKey] = [admin] if admin else []
     for setting, where, key in found:
         for other in seen:
@@ -179,13 +182,6 @@ def _refuse_open(file: Path, opened: int) -> None:
 
 def _refused(message: str) -> SettingsError:
     return SettingsError(message, param="api_keys_file")
-
-
-def _admin(key: str) -> ApiKey | None:
-    try:
-        return ApiKey(ADMIN, _digest(key)) if key else None
-    except ValueError as error:
-        raise SettingsError(f"admin_key: {error}", param="admin_key") from None
 
 
 def _digest(key: str) -> bytes:

@@ -1,20 +1,21 @@
-"""What a user asked for: validated, complete, frozen, picklable.
+"""A request = what to draw (Recipe) + whose noise and words (images) + how to deliver it (Delivery).
 
-Knows nothing of HTTP bodies (`app/jobs/body.py`) and nothing of tensors (`app/families`).
+All of it is validated, complete, frozen, hashable and picklable; the HTTP body is `app/jobs/body.py`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text condition. `negative` is the text that guidance moves away from; the empty string by default."""
+    """A text condition. Guidance moves away from `negative`; None where the body has none, which is not always ""."""
 
     text: str
-    negative: str = ""
+    negative: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,18 @@ class ImageSpec:
     seed: int
 
 
+class Key(NamedTuple):
+    """What rows must have in common to share a forward, and nothing else: each further field is a reason not to."""
+
+    model: str
+    width: int
+    height: int
+    text_length: int
+
+
 @dataclass(frozen=True, slots=True)
 class SkipGuidance:
-    """Skip-layer guidance of a request: its scale, and the share of the steps between which it acts."""
+    """Skip-layer guidance: its scale, and the share of the steps between which it acts."""
 
     scale: float
     start: float
@@ -49,42 +59,79 @@ class SkipGuidance:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A complete request: no field is left to a default further down.
+class Guidance:
+    """What moves a picture towards its condition.
 
-    width, height: pixels. guidance: the scale w in out = uncond + w (cond - uncond), used only when `guided`.
-    deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.
-    embedded: the scale that a network with embedded guidance (FLUX.1-dev) is given, None for other networks.
-    tenant, weight: the API key's name, and its share of the device beside other keys'.
+    scale: w in out = uncond + w (cond - uncond), which takes a second pass and has no effect at 1 or less.
+    embedded: the scale that a network with embedded guidance (FLUX.1-dev) takes as an input, None for other networks.
     """
 
-    id: str
+    scale: float = 1.0
+    embedded: float | None = None
+    skip: SkipGuidance | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether each line takes a second pass."""
+        return self.scale > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides a picture beside its condition and seed; hence also its batch key and its cost.
+
+    width, height: pixels. text_length: tokens that the longest text encoder is padded to, 0 for a class model.
+    """
+
     model: str
-    images: tuple[ImageSpec, ...]
     width: int
     height: int
     sampler: str
     steps: int
-    guided: bool
-    guidance: float
+    guidance: Guidance
     text_length: int
-    embedded: float | None = None
-    skip: SkipGuidance | None = None
+
+    @property
+    def key(self) -> Key:
+        """The key of the rows that are drawn by this recipe."""
+        return Key(self.model, self.width, self.height, self.text_length)
+
+    def skipping(self, lines: int) -> range:
+        """Lines of its table, of so many, that take a pass more, for skip-layer guidance. Heun has two lines a step."""
+        skip = self.guidance.skip
+        if skip is None or not skip.scale or not self.guidance.guided:
+            return range(0)
+        acts, each = skip.steps(self.steps), -(-lines // self.steps)
+        return range(acts.start * each, min(acts.stop * each, lines))
+
+    def passes(self, lines: int) -> int:
+        """Passes through the network that one image takes, whose table has so many lines."""
+        return lines * (2 if self.guidance.guided else 1) + len(self.skipping(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Whose request it is and how it is answered; none of it changes a picture.
+
+    tenant, weight: the API key's name, and its share of the device beside other keys'. priority: breaks ties.
+    deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.
+    progress: whether every step is reported. keep_latents: whether the results carry their final latents.
+    """
+
+    tenant: str = ""
+    weight: float = 1.0
     priority: int = 0
     deadline: float | None = None
     previews: int = 0
     progress: bool = False
     keep_latents: bool = False
-    tenant: str = ""
-    weight: float = 1.0
 
-    def skipping(self, lines: int) -> range:
-        """Lines of its table, of so many, that take a pass more, for skip-layer guidance. Heun has two lines a step."""
-        if self.skip is None or not self.skip.scale or not self.guided:
-            return range(0)
-        acts, each = self.skip.steps(self.steps), -(-lines // self.steps)
-        return range(acts.start * each, min(acts.stop * each, lines))
 
-    def passes(self, lines: int) -> int:
-        """Passes through the network that one image takes, whose table has so many lines."""
-        return lines * (2 if self.guided else 1) + len(self.skipping(lines))
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A complete request: no field is left to a default further down. Its id is unique among those in flight."""
+
+    id: str
+    recipe: Recipe
+    images: tuple[ImageSpec, ...]
+    delivery: Delivery = Delivery()

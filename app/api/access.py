@@ -1,4 +1,4 @@
-"""What is around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
+"""The layers around every request, as plain ASGI: its id, its log line, its turns, and how its answer ends.
 
 FastAPI's own middleware would hide a client's disconnect.
 """
@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
-from app.api.front import Front, Record, Turns
+from app.api.front import Front, Turns
 from app.errors import Cancelled, InstepError
-from app.keys import KEY_LENGTH
+from app.keys import KEY_LENGTH, NOBODY
 from app.logs import logger
 
 PROBES = ("/health", "/healthz", "/readyz")
@@ -43,17 +43,18 @@ class Access:
         if scope["type"] != "http":
             await self._app(scope, receive, partial(_without_traceback, send))
             return
-        record, method = Record(_id(scope)), scope["method"]
+        identity, method, status = _id(scope), scope["method"], 0
         if method == "HEAD":  # answered as GET is; uvicorn, which has the method as it was, leaves the body out
             scope = {**scope, "method": "GET"}
-        scope.setdefault("state", {})["record"] = record
+        scope.setdefault("state", {}).update(id=identity, key=NOBODY, facts={})
         front: Front = scope["app"].state.front
         started = time.perf_counter()
 
         async def noting(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = record.id
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = identity
             await _sliced(message, send, front.turns)
 
         try:
@@ -61,15 +62,15 @@ class Access:
                 await front.turns.take()
             await self._app(scope, receive, noting)
         except ClientDisconnect:  # before its body was read
-            record.gone = True
+            status = CLIENT_GONE
             front.metrics.failed("", Cancelled.code)
         except Exception:
-            log.exception("unhandled", request_id=record.id)
-            if record.status:
+            log.exception("unhandled", request_id=identity)
+            if status:
                 raise
             await error_response(InstepError("unhandled"))(scope, receive, noting)
         finally:
-            _write(scope, method, record, time.perf_counter() - started)
+            _write(scope, method, status, time.perf_counter() - started)
 
 
 class Drain:
@@ -140,19 +141,20 @@ def _with_body(scope: Scope) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
-def _write(scope: Scope, method: str, record: Record, seconds: float) -> None:
+def _write(scope: Scope, method: str, status: int, seconds: float) -> None:
     """Log one line for a request. NOTE: neither body nor query string, and of the path only the route's: prompts are
     private, and a client may put its key in any of them."""
     path = getattr(scope.get("route"), "path_format", None)
     write = log.debug if path in _QUIET else log.info
-    gone = record.gone or record.facts.get("error") == Cancelled.code
+    state = scope["state"]
+    gone = state["facts"].get("error") == Cancelled.code
     write(
         "request",
-        request_id=record.id,
+        request_id=state["id"],
         method=method,
         path=path,
-        status=CLIENT_GONE if gone else record.status,
+        status=CLIENT_GONE if gone else status,
         total_ms=round(1000 * seconds, 1),
-        **({"key": record.key.name} if record.key.name else {}),
-        **record.facts,
+        **({"key": state["key"].name} if state["key"].name else {}),
+        **state["facts"],
     )

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from app.api.errors import error_response
-from app.api.front import Front, record_of
+from app.api.front import Front
 from app.cards.catalog import Registry
 from app.errors import Forbidden, InstepError, ModelNotFound, SettingsError, Unauthorized
 from app.keys import NOBODY, ApiKey, Keyring
@@ -40,7 +40,7 @@ _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
 
 async def authorize(request: Request) -> None:
-    """Put the request's key into its record: the dependency of the whole application. Raises Unauthorized, Forbidden.
+    """Put the request's key into its state: the dependency of the whole application. Raises Unauthorized, Forbidden.
 
     NOTE: it goes by the template of the route that was chosen, never by request.url, which is made from the Host
     header. A route without a template is none of the open ones.
@@ -48,7 +48,7 @@ async def authorize(request: Request) -> None:
     front: Front = request.app.state.front
     path = getattr(request.scope.get("route"), "path_format", "")
     try:
-        record_of(request).key = _key_for(path, front.keys, request)
+        request.state.key = _key_for(path, front.keys, request)
     except InstepError as error:
         front.metrics.rejected("", error.code)
         raise

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from app.api.front import Front, front_of, record_of
-from app.api.jobs import file_response, job_of, refusals, reply, submit
+from app.api.front import Front, facts_of, front_of, key_of
+from app.api.images import file_response, job_of, refusals, reply, submit
 from app.api.openapi import COMPARE_ROUTE
 from app.api.reading import accepted_format, read_json
 from app.cards.card import Card
@@ -35,21 +35,22 @@ async def compare_images(request: Request) -> Response:
     `Accept: image/png` (image/jpeg, image/webp, image/*) for the bytes of the panel instead of JSON. At most 8 models,
     16 rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
     """
-    front, record, started = front_of(request), record_of(request), time.perf_counter()
+    front, facts, started = front_of(request), facts_of(request), time.perf_counter()
+    queue = key_of(request).queue
 
     def complete(image: ImageBody, card: Card) -> Job:
         return job_of(request, started, card, image)
 
-    with refusals(front, record.facts):
+    with refusals(front, facts):
         body = read_comparison(await read_json(request))
         wanted = accepted_format(request, body.shared.output_format)
         comparison = await front.in_thread(lay_out, body, front.registry, complete, wanted)  # it may look at the disk
         jobs = comparison.jobs
-        record.facts |= {"models": [card.id for card in comparison.cards], "seed": comparison.seed, "images": len(jobs)}
+        facts |= {"models": [card.id for card in comparison.cards], "seed": comparison.seed, "images": len(jobs)}
         try:
-            submit(front, jobs, record.key.queue)
+            submit(front, jobs, queue)
         except (Overloaded, RateLimited) as error:
-            raise _for_good(front, jobs, record.key.queue) or error from None
+            raise _for_good(front, jobs, queue) or error from None
     try:
         return await reply(request, front, jobs, lambda results: _encode(comparison, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
@@ -83,5 +84,5 @@ def _with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
     guilty = next((job for job in jobs if job.error is error), None)
     if guilty is None or error.param is not None:
         return error
-    guilty.facts["model"] = guilty.request.model
-    return type(error)(error.message, param=f"models.{guilty.request.model}", retry_after=error.retry_after)
+    guilty.facts["model"] = guilty.request.recipe.model
+    return type(error)(error.message, param=f"models.{guilty.request.recipe.model}", retry_after=error.retry_after)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from app import errors as e
-from app.api.front import record_of
+from app.api.front import facts_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def error_response(error: e.InstepError) -> Response:
 async def on_error(request: Request, error: Exception) -> Response:
     """FastAPI's handler of errors that a route raised."""
     assert isinstance(error, e.InstepError)
-    record_of(request).facts.setdefault("error", error.code)
+    facts_of(request).setdefault("error", error.code)
     return error_response(error)
 
 

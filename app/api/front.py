@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from fastapi import Request
 
 from app.cards.catalog import Registry
-from app.keys import NOBODY, ApiKey, Keyring
+from app.keys import ApiKey, Keyring
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
@@ -89,23 +89,17 @@ class Front:
         return made
 
 
-@dataclass
-class Record:
-    """One request as its log line will tell it. `facts` never holds a prompt. key: who asks."""
-
-    id: str
-    key: ApiKey = NOBODY
-    status: int = 0
-    gone: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 def front_of(request: Request) -> Front:
     """The bundle of the app that this request reached, with the models that its key may use."""
-    front, key = cast(Front, request.app.state.front), record_of(request).key
+    front, key = cast(Front, request.app.state.front), key_of(request)
     return replace(front, registry=front.registry.only(key.models)) if key.models else front
 
 
-def record_of(request: Request) -> Record:
-    """The record that `app/api/access.py` opened for this request."""
-    return cast(Record, request.state.record)
+def key_of(request: Request) -> ApiKey:
+    """Who asks; NOBODY until `app/api/auth.py` has looked at the key."""
+    return cast(ApiKey, request.state.key)
+
+
+def facts_of(request: Request) -> dict[str, Any]:
+    """What this request's line of the log says beside id, route and status. NOTE: never a prompt."""
+    return cast(dict[str, Any], request.state.facts)

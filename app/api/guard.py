@@ -37,8 +37,8 @@ SPARE_EACH = 8
 word. A server with a small cap has fewer spare ones, an eighth of the cap."""
 
 PROBES = (b"/healthz", b"/readyz")
-"""What a connection over the caps may still ask. A crowd must not make an orchestrator restart the server, and its
-probes come from an address like any other's."""
+"""Paths that a connection over the caps may still ask for. A crowd must not make an orchestrator restart the server,
+and its probes come from an address like any other's."""
 
 GRACE = 2.0  # seconds in which a connection over the caps is heard, and in which it must leave once it is refused
 
@@ -46,7 +46,7 @@ _TOO_LARGE = f"A request may have {HEADERS} headers and {HEADER_BYTES} bytes of 
 
 _QUIET = logging.getLogger("instep.protocol")
 _QUIET.setLevel(logging.ERROR)
-"""For uvicorn, which warns of every request that is refused: the metrics count them, and a crowd could fill a disk."""
+"""Silences uvicorn, which warns of each refused request: the metrics count them, and a crowd could fill a disk."""
 
 
 class Door:
@@ -119,12 +119,12 @@ class Parser(h11.Connection):
     """h11 that checks the head of each request and counts what it parses and sends.
 
     check: why a request is refused. sending: takes the number of bytes that go out. method, origin: of the present
-    request, once its head has come. fault: what is wrong with it. left: events to parse in this turn of the event loop.
+    request, once its head has come. fault: the error for it. left: events to parse in this turn of the event loop.
     """
 
     def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
-        self.fault: InstepError = RequestError("This is not a valid HTTP request.")
+        self.fault: InstepError | None = None
         self.method = self.origin = b""
         self.left = EVENTS
         self._check = check
@@ -183,7 +183,7 @@ def _framing_fault(request: h11.Request) -> RequestError | None:
 
 
 class _Flow(FlowControl):
-    """uvicorn reads on whenever a route asks for its body, and so would take in pipelined requests without end."""
+    """Flow control that stops at AHEAD: uvicorn reads on whenever a route asks for its body, pipelined requests too."""
 
     def __init__(self, transport: asyncio.Transport, parser: Parser) -> None:
         super().__init__(transport)
@@ -196,7 +196,7 @@ class _Flow(FlowControl):
 
 
 class Guarded(H11Protocol):
-    """One connection. Two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
+    """One connection. It has two timers: `_clock` while a request is on its way, `_watch` while an answer is."""
 
     def __init__(self, door: Door, **made: Any) -> None:
         super().__init__(**made)
@@ -246,21 +246,21 @@ class Guarded(H11Protocol):
             self.loop.call_soon(self._go_on)
 
     def on_response_complete(self) -> None:
-        """Called by uvicorn when an answer is whole; the next request may be here already, or a part of it."""
+        """Called by uvicorn when an answer is sent; the next request may be here already, or a part of it."""
         super().on_response_complete()
         if self.cycle and not self.cycle.response_complete:
             self.cycle.scope["state"]["pipelined"] = True
         self._settle()
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what it takes for no HTTP."""
-        self._refuse(self.conn.fault)
+        """Called by uvicorn when the parser raised."""
+        self._refuse(self.conn.fault or RequestError("This is not a valid HTTP request."))
 
     def shutdown(self) -> None:
         """Called by the server when it stops; a request that is still coming would hold that up.
 
-        NOTE: h11 does not know that we refused a request, and would raise. Whatever is raised here, and for one
-        connection only, would end the drain of all.
+        NOTE: h11 does not know that we refused a request, and would raise. An error here, on one connection, would end
+        the drain of all.
         """
         try:
             if self.conn.coming and not self._refused:

@@ -1,26 +1,49 @@
-"""POST /v1/images/generations: one body in; JSON, the bytes of a picture or a stream of events out."""
+"""POST /v1/images/generations, and what its like share: jobs are made of a body, submitted, awaited unless the client
+leaves, counted, logged and answered."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
 import time
-from typing import cast
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from app.api.front import front_of, record_of
-from app.api.jobs import EventStream, file_response, job_of, refusals, reply, submit
+from app.api.errors import envelope
+from app.api.front import Front, facts_of, front_of, key_of
 from app.api.openapi import IMAGE_ROUTE
 from app.api.reading import accepted_format, read_json
-from app.errors import InvalidValue
+from app.cards.card import Card
+from app.errors import Cancelled, InstepError, InvalidValue
 from app.imaging import Format
-from app.jobs.body import read_body
+from app.jobs.body import ImageBody, read_body
 from app.jobs.job import Job
-from app.jobs.replies import json_reply, raw_image
+from app.jobs.replies import completed_event, json_reply, partial_event, raw_image
 from app.jobs.warnings import warnings
-from app.report import Result
+from app.logs import logger
+from app.report import Preview, Progress, Result
+
+PING = 15.0
+"""Seconds of silence after which a comment is sent, so that proxies keep the connection."""
+
+HOLD = 5.0
+"""Seconds that the status of a stream may wait for the engine's first report. A model that is not downloaded, is broken
+or does not fit is known by then. What waits longer needs the pings that only a begun answer can have."""
+
+_SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
+
+News = Preview | Progress | Result | bytes | None
+Encode = Callable[[list[list[Result]]], tuple[Response, float]]
 
 router = APIRouter()
+log = logger("instep.access")
 
 
 @router.post("/v1/images/generations", **IMAGE_ROUTE)
@@ -32,21 +55,21 @@ async def create_image(request: Request) -> Response:
     tokens and 16 x 16 pixels for an image token. `model`, or the header X-Model beside bytes, says who drew;
     `warnings`, or X-Warning, has what was asked for without effect.
     """
-    front, record, started = front_of(request), record_of(request), time.perf_counter()
-    with refusals(front, record.facts):
+    front, facts, started = front_of(request), facts_of(request), time.perf_counter()
+    with refusals(front, facts):
         body = read_body(await read_json(request))
         card = front.registry.find(body.model)
-        record.facts["model"] = card.id
+        facts["model"] = card.id
         wanted = accepted_format(request, body.output_format)
         format = wanted or cast(Format, body.output_format or "png")
         job = job_of(request, started, card, body, format, wanted is not None)
         images = job.request.images
-        record.facts |= {"seed": images[0].seed, "steps": job.request.steps, "images": len(images)}
+        facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
         if job.raw and not body.stream and len(images) > 1 and not job.columns:
             message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
             raise InvalidValue(message, param="grid")
         events = EventStream(front, job) if body.stream else None
-        submit(front, [job], record.key.queue)
+        submit(front, [job], key_of(request).queue)
     if events:
         return await events.begin(request)
     return await reply(request, front, [job], lambda results: _encode(job, results[0]))
@@ -58,3 +81,203 @@ def _encode(job: Job, results: list[Result]) -> tuple[Response, float]:
         return file_response(data, job.format, [job.card.id], results[0].seed, warnings(job, results)), seconds
     data, seconds = json_reply(job, results)
     return Response(data, media_type="application/json"), seconds
+
+
+def job_of(
+    request: Request, started: float, card: Card, body: ImageBody, format: Format = "png", raw: bool = False
+) -> Job:
+    """The job that a body asks for, which came by this request. Raises InvalidValue, Unsupported."""
+    identity = request.state.id
+    unique = f"{identity}-{uuid.uuid4().hex[:12]}"  # a client may send the same X-Request-ID twice at once
+    asked = body.to_request(card, unique, key_of(request), patience(request))
+    return Job(asked, card, body, format, raw, identity, started, facts_of(request))
+
+
+def patience(request: Request) -> float | None:
+    """Seconds that OpenAI's client waits for the reply, by the header it sends; None where that makes no sense."""
+    values = request.headers.getlist("x-stainless-read-timeout")
+    seconds = float(values[0]) if len(values) == 1 and _SECONDS.fullmatch(values[0]) else 0.0
+    return seconds if seconds > 0 else None
+
+
+@contextmanager
+def refusals(front: Front, facts: dict[str, Any]) -> Iterator[None]:
+    """Count and log the error by which a request is refused."""
+    try:
+        yield
+    except InstepError as error:
+        front.metrics.rejected(facts.get("model", ""), error.code)
+        facts["error"] = error.code
+        raise
+
+
+def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
+    """Submit all of these jobs; when one is refused, none is in flight. limit: as in `Supervisor.submit`.
+
+    Raises Unavailable, RateLimited, DeadlineExceeded.
+    """
+    for place, job in enumerate(jobs):
+        try:
+            _submit(front, job, limit)
+        except InstepError:
+            for earlier in jobs[:place]:
+                earlier.cancel()
+                front.metrics.failed(earlier.request.recipe.model, Cancelled.code)
+            job.facts["model"] = job.request.recipe.model
+            raise
+
+
+def _submit(front: Front, job: Job, limit: float | None) -> None:
+    model, images = job.request.recipe.model, len(job.request.images)
+    front.supervisor.submit(job, limit=limit)
+    front.metrics.started(model, images)
+    job.future.add_done_callback(lambda _: front.metrics.ended(model, images))
+
+
+async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:
+    """The answer that `encode` makes of the results of each job; it runs in a thread and says how long it took.
+
+    When one job fails, all are cancelled and its error is raised; Cancelled when the client leaves.
+    """
+    try:
+        async with _watched(request, jobs):
+            results = await asyncio.gather(*jobs)
+        response, seconds = await front.in_thread(encode, results)
+    except Exception as error:
+        raise failed(front, jobs, error) from None
+    answered(front, jobs, seconds)
+    return response
+
+
+def file_response(file: bytes, format: Format, models: Iterable[str], seed: int, warnings: list[str]) -> Response:
+    """A file alone; headers say who drew it, the first seed and the warnings.
+
+    NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header.
+    """
+    headers = {"X-Model": ", ".join(models), "X-Seed": str(seed)}
+    if warnings:
+        headers["X-Warning"] = json.dumps("; ".join(warnings)[:400])
+    return Response(file, media_type=f"image/{format}", headers=headers)
+
+
+def answered(front: Front, jobs: Sequence[Job], imaging: float) -> None:
+    """Count and log jobs that were answered in full. imaging: seconds, of which each job has an equal share."""
+    total = time.perf_counter() - jobs[0].started
+    for job in jobs:
+        front.metrics.answered(job.request.recipe.model, job.results.values(), total, imaging / len(jobs))
+    timings = [result.timings for job in jobs for result in job.results.values()]
+    slowest = max(timings, key=lambda one: one.queue + one.denoise)
+    stages = {name: getattr(slowest, name) for name in ("queue", "encode", "denoise", "decode")}
+    stages["image_encode"] = imaging
+    jobs[0].facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
+
+
+def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
+    """Count and log jobs that end without an answer: the one with this error as failed, the others as cancelled.
+
+    The full message is for the log, not for the client. Returns the error to answer with: what is not one of ours is a
+    bug, and logged with its traceback.
+    """
+    guilty = next((job for job in jobs if job.error is error), jobs[0])
+    if not isinstance(error, InstepError):
+        log.exception("unhandled", request_id=guilty.id)
+        error = InstepError(repr(error))
+    for job in jobs:
+        front.metrics.failed(job.request.recipe.model, error.code if job is guilty else Cancelled.code)
+    guilty.facts |= {"error": error.code, "detail": error.message}
+    return error
+
+
+@asynccontextmanager
+async def _watched(request: Request, jobs: Sequence[Job]) -> AsyncIterator[None]:
+    """Cancels the jobs when the client leaves, or the block fails. NOTE: before the body is read this would eat it."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+        cancel()
+
+    def cancel() -> None:
+        for job in jobs:
+            job.cancel()
+
+    watcher = asyncio.ensure_future(watch())
+    try:
+        yield
+    except BaseException:
+        cancel()
+        raise
+    finally:
+        watcher.cancel()
+
+
+class EventStream(StreamingResponse):
+    """The answer to a job as server-sent events: previews, then each finished image, or an error after the 200."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, front: Front, job: Job) -> None:
+        self._front = front
+        self._job = job
+        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._first: News = None
+        self._counted = False
+        job.on_report = self._news.put_nowait
+        job.future.add_done_callback(lambda _: self._news.put_nowait(None))
+        super().__init__(self._events(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+    async def begin(self, request: Request) -> EventStream:
+        """Wait for the engine's first report, at most HOLD seconds, and return itself.
+
+        Raises the error of a job that failed before there was anything to show, so that it is an HTTP status, and
+        Cancelled when the client leaves.
+        """
+        try:
+            async with _watched(request, [self._job]):
+                self._first = await self._next(HOLD)
+                if self._first is None:
+                    self._job.result()
+        except Exception as error:
+            raise failed(self._front, [self._job], error) from None
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """NOTE: the cancelling is here, not in the generator: a client may go before the generator has begun, and
+        then its `finally` never runs."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.cancel()
+            if not self._counted:
+                failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        job, seconds, news = self._job, 0.0, self._first
+        try:
+            while news is not None:
+                if isinstance(news, bytes):
+                    yield news
+                elif isinstance(news, Preview):
+                    yield await self._front.in_thread(partial_event, job, news)
+                elif isinstance(news, Result) and not job.columns:
+                    event, taken = await self._front.in_thread(completed_event, job, [news])
+                    seconds += taken
+                    yield event
+                news = await self._next(PING)
+            results = job.result()
+            if job.columns:
+                event, seconds = await self._front.in_thread(completed_event, job, results)
+                yield event
+            self._counted = True
+            answered(self._front, [job], seconds)
+        except Exception as error:
+            self._counted = True
+            told = failed(self._front, [job], error)
+            yield f"data: {envelope(told).model_dump_json()}\n\n".encode()
+
+    async def _next(self, seconds: float) -> News:
+        """What happened next, a ping after so many seconds of silence, None at the end."""
+        try:
+            return await asyncio.wait_for(self._news.get(), seconds)
+        except TimeoutError:
+            return b": ping\n\n"

@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from app.api.errors import ErrorReply
-from app.api.front import Front, front_of, record_of
+from app.api.front import Front, facts_of, front_of, key_of
 from app.cards.card import Card
 from app.cards.catalog import search
 from app.cards.folder import ModelFolder
@@ -91,7 +91,7 @@ async def list_models(request: Request) -> Response:
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
     found = await _entries(front)
-    skipped = () if record_of(request).key.models else _skipped(front)
+    skipped = () if key_of(request).models else _skipped(front)
     listed = b",".join(found[card.id] for card in cards)
     return _json(b'{"object":"list","data":[', listed, b'],"skipped":[', b",".join(skipped), b"]}")
 
@@ -143,7 +143,7 @@ def _found(request: Request, name: str) -> tuple[Front, Card]:
     if not name:
         raise HTTPException(404)
     card = front.registry.find(name)
-    record_of(request).facts["model"] = card.id
+    facts_of(request)["model"] = card.id
     return front, card
 
 

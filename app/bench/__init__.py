@@ -1,4 +1,1 @@
-"""The one way to measure: what `instep bench` runs. Nothing but app/cli imports it.
-
-Knows nothing of how a measurement is shown.
-"""
+"""What `instep bench` measures on a user's machine; tests/bench measures other systems with the same modules."""

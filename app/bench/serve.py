@@ -1,105 +1,159 @@
-"""Serve: policies side by side under load over loopback HTTP: capacity, then latency at a share of the baseline's.
-
-Knows nothing of how the numbers are shown.
-"""
+"""A server under load over loopback HTTP: each request alone, all at once for its capacity, and a trace for latency."""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import json
+import os
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from app.bench.policies import POLICIES
-from app.bench.process import forwards, serving
-from app.bench.replay import Address, Answer, ask, closed_loop, open_loop
-from app.bench.timing import spread, turns
-from app.bench.trace import Arrival, Trace, work_of
-from app.errors import EngineError, InvalidValue
+from app.bench.machine import spread
+from app.bench.trace import Arrival, Trace
+from app.errors import EngineError
 from app.settings import Settings
+
+Address = tuple[str, int]
+PNG = b"\x89PNG\r\n\x1a\n"
+LOST = 0
+"""The status of a request whose connection broke, or whose answer was cut or was no picture."""
 
 SAMPLES = 3
 """Requests of each kind of work that are timed alone, after one that warms up."""
 
-PATIENCE = 3.0
+DEADLINE = 3.0
 """Deadlines in multiples of a request's own service time alone, as in vLLM-Omni's diffusion_benchmark_serving.py."""
+
+START = 1800.0
+"""Seconds that a model may take to load and to be measured."""
+
+ENDLESS = 1e12
+"""Seconds of queue: nothing is refused, because what is measured is the time that all of it takes."""
 
 ALL = "all"
 """The name of all classes together."""
 
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compared. load: the share of the baseline's capacity at which the trace is replayed, for `seconds`.
-
-    queued: requests of the closed loop. rounds: of both loops for each policy, in the order A B B A.
-    """
-
-    policies: tuple[str, ...] = ("continuous", "static")
-    baseline: str = "static"
-    load: float = 0.9
-    queued: int = 200
-    seconds: float = 60.0
-    rounds: int = 2
-
-    def check(self) -> None:
-        """Raises InvalidValue on a policy that is not known, or a baseline that is not among those that run."""
-        for name in self.policies:
-            if name not in POLICIES:
-                raise InvalidValue(f"policies: {name}: there are {', '.join(POLICIES)}", param="policies")
-        if self.baseline not in self.policies:
-            raise InvalidValue(
-                f"baseline: {self.baseline} is not among the policies: {', '.join(self.policies) or 'none'}",
-                param="baseline",
-            )
-        if not (math.isfinite(self.load) and math.isfinite(self.seconds)):
-            raise InvalidValue("at-capacity, seconds: not a number that ends", param="seconds")
+_SERVE = """
+import sys
+from app import main
+from app.settings import Settings
+main.serve(Settings.model_validate_json(sys.argv[1]))
+"""
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""To a server of our own, whatever proxy the environment names."""
 
 
-def compare(
-    settings: Settings, model: str, trace: Trace, plan: Plan, say: Callable[[str], None] = lambda line: None
+def measure(
+    settings: Settings, model: str, trace: Trace, plan: tuple[float, int, float, int], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Every policy's capacity and latencies, and their ratios to the baseline's, as plain data. say: what is going on.
+    """Start a server with these settings, load it, and return capacity and latencies as plain data.
 
-    All servers are up the whole time; only one of them works. Raises InvalidValue, and EngineError when a server does
-    not get ready or does not answer a request that it gets alone.
+    plan: the share of its capacity at which the trace is replayed, requests of the closed loop, seconds of a replay,
+    rounds of both. say: hears what is going on. Raises InvalidValue, and EngineError: the server does not get ready or
+    does not answer a request that it gets alone.
     """
-    plan.check()
-    with ExitStack() as stack:
-        servers = {}
-        for name in plan.policies:
-            say(f"{name}: starting")
-            servers[name] = stack.enter_context(serving(name, settings, model))
-        alone = _alone(servers, trace)
-        before = {name: forwards(address) for name, address in servers.items()}
-        capacity = _capacities(servers, trace, plan, say)
-        rate = plan.load * statistics.median(capacity[plan.baseline][0])
-        arrivals = trace.at_rate(rate, plan.seconds)
-        if not arrivals:
-            raise InvalidValue(f"seconds: nobody comes in {plan.seconds:g} s", param="seconds")
-        answers = _replays(servers, arrivals, plan, say)
-        shared = {name: _rows(before[name], forwards(address)) for name, address in servers.items()}
-    limits = alone[plan.baseline]
-    found = {
-        name: {
-            "capacity": spread(capacity[name][0])._asdict(),
-            "alone": _by_class(trace, alone[name]),
-            "rows": shared[name],
-            "statuses": _statuses([*capacity[name][1], *answers[name]]),
-            "latency": latencies(answers[name], limits),
-            "client_late": max(one.late for one in answers[name]),
+    share, queued, seconds, rounds = plan
+    say("starting")
+    with serving(settings, model) as address:
+        load = Load("instep", address, trace)
+        for _ in range(SAMPLES):
+            load.time_alone()
+        for _ in range(rounds):
+            say(f"{queued} queued, {load.fill(queued):.2f} images/s")
+        rate = share * statistics.median(load.rates)
+        arrivals = trace.at_rate(rate, seconds)
+        for _ in range(rounds):
+            say(f"{len(arrivals)} requests in {seconds:g} s")
+            load.replay(arrivals)
+        facts = {"trace": trace.facts, "load": share, "rate": rate, "queued": queued, "seconds": seconds}
+        return {**facts, "rounds": rounds, "requests": len(arrivals), **load.facts(load.alone)}
+
+
+class Answer(NamedTuple):
+    """What became of one request. late: seconds that the client sent it late; seconds: from its own time to its last
+    byte, with these; status: 200 for a whole picture."""
+
+    arrival: Arrival
+    late: float
+    seconds: float
+    status: int
+
+
+class Load:
+    """One server under load, and what came of it: `alone`, then `fill`, then `replay`, each as often as wanted."""
+
+    def __init__(self, name: str, address: Address, trace: Trace) -> None:
+        """Warm up with every kind of work of the trace. Raises EngineError when the server does not answer one."""
+        self.name, self.address, self.trace = name, address, trace
+        self.times: dict[str, list[float]] = {work: [] for work in trace.kinds()}
+        self.rates: list[float] = []
+        self.filled: list[Answer] = []
+        self.replayed: list[Answer] = []
+        for arrival in trace.kinds().values():
+            status, body = asyncio.run(ask(address, arrival))
+            if status != 200:
+                said = body[:300].decode(errors="replace")
+                raise EngineError(f"{name}: the server answers {status} to {arrival.work}: {said}")
+        self._before = self._forwards()
+
+    def time_alone(self) -> None:
+        """Time one request of each kind of work on the idle server."""
+        for work, arrival in self.trace.kinds().items():
+            (answer,) = asyncio.run(open_loop(self.address, [arrival._replace(at=0.0)]))
+            self.times[work].append(answer.seconds)
+        self._before = self._forwards()
+
+    def fill(self, queued: int) -> float:
+        """Ask for this many at once, and return pictures a second until the last. Raises EngineError: none came."""
+        rate, answers = asyncio.run(closed_loop(self.address, self.trace.first(queued)))
+        if not rate:
+            raise EngineError(f"{self.name}: none of {queued} requests was answered: {_statuses(answers)}")
+        self.rates.append(rate)
+        self.filled += answers
+        return rate
+
+    def replay(self, arrivals: Sequence[Arrival]) -> None:
+        """Send each request at its time."""
+        self.replayed += asyncio.run(open_loop(self.address, arrivals))
+
+    @property
+    def alone(self) -> dict[str, float]:
+        """Median seconds alone of each kind of work."""
+        return {work: statistics.median(times) for work, times in self.times.items()}
+
+    def facts(self, limits: Mapping[str, float]) -> dict[str, Any]:
+        """All of it as plain data. limits: seconds alone of each kind of work, by which deadlines are set."""
+        by_class: dict[str, list[float]] = {}
+        for work, arrival in self.trace.kinds().items():
+            by_class.setdefault(arrival.kind, []).append(self.alone[work])
+        forwards, rows = (after - before for before, after in zip(self._before, self._forwards(), strict=True))
+        return {
+            "capacity": spread(self.rates)._asdict(),
+            "alone": {kind: statistics.fmean(values) for kind, values in by_class.items()},
+            "rows": rows / forwards if forwards else None,
+            "statuses": _statuses([*self.filled, *self.replayed]),
+            "latency": latencies(self.replayed, limits),
+            "client_late": max(one.late for one in self.replayed),
         }
-        for name in servers
-    }
-    told = {"trace": trace.facts, "baseline": plan.baseline, "load": plan.load, "rate": rate, "queued": plan.queued}
-    times = {"seconds": plan.seconds, "rounds": plan.rounds, "requests": len(arrivals)}
-    return {**told, **times, "policies": found, "ratios": ratios(found, plan.baseline)}
+
+    def _forwards(self) -> tuple[float, float]:
+        """How many denoising forwards there were so far and the rows in them, by the server's own metrics."""
+        text = _get(f"http://{self.address[0]}:{self.address[1]}/metrics")[1].decode()
+        found = re.findall(r"^instep_batch_rows_(count|sum){.*} (\S+)$", text, re.MULTILINE)
+        count, rows = (sum(float(value) for name, value in found if name == what) for what in ("count", "sum"))
+        return count, rows
 
 
 def latencies(answers: Sequence[Answer], limits: Mapping[str, float]) -> dict[str, dict[str, float]]:
@@ -118,89 +172,105 @@ def latencies(answers: Sequence[Answer], limits: Mapping[str, float]) -> dict[st
     return found
 
 
-def ratios(found: Mapping[str, Any], baseline: str) -> dict[str, Any]:
-    """How much better than the baseline, above 1 is better: capacity over its, and its latencies over theirs.
-
-    Only of policies that answered everything, as the baseline did: who loses its slow requests is not quicker.
-    """
-    base = found[baseline]
-    whole = {name: one for name, one in found.items() if set(one["statuses"]) == {"200"}}
-    return {
-        name: {
-            "capacity": one["capacity"]["median"] / base["capacity"]["median"],
-            **{
-                kind: {what: base["latency"][kind][what] / value[what] for what in ("p50", "p95", "p99", "mean")}
-                for kind, value in one["latency"].items()
-            },
-        }
-        for name, one in whole.items()
-        if name != baseline and baseline in whole
-    }
-
-
-def _alone(servers: Mapping[str, Address], trace: Trace) -> dict[str, dict[str, float]]:
-    """Median seconds of one request of each kind of work on each idle server, in turns, after one that warms up."""
-    kinds = trace.kinds()
-    found: dict[str, dict[str, list[float]]] = {name: {work: [] for work in kinds} for name in servers}
-    for name, address in servers.items():
-        for arrival in kinds.values():
-            asyncio.run(_warm(name, address, arrival))
-    for name in turns(tuple(servers), SAMPLES):
-        for work, arrival in kinds.items():
-            (answer,) = asyncio.run(open_loop(servers[name], [arrival._replace(at=0.0)]))
-            found[name][work].append(answer.seconds)
-    return {name: {work: statistics.median(times) for work, times in works.items()} for name, works in found.items()}
-
-
-async def _warm(name: str, address: Address, arrival: Arrival) -> None:
-    status, body = await ask(address, arrival)
-    if status != 200:
-        said = body[:300].decode(errors="replace")
-        raise EngineError(f"{name}: the server answers {status} to {work_of(arrival.body)}: {said}")
-
-
-def _capacities(
-    servers: Mapping[str, Address], trace: Trace, plan: Plan, say: Callable[[str], None]
-) -> dict[str, tuple[list[float], list[Answer]]]:
-    """Pictures a second of each round, and every answer."""
-    found: dict[str, tuple[list[float], list[Answer]]] = {name: ([], []) for name in servers}
-    for name in turns(tuple(servers), plan.rounds):
-        rate, answers = asyncio.run(closed_loop(servers[name], trace.first(plan.queued)))
-        if not rate:
-            raise EngineError(f"{name}: none of {plan.queued} requests was answered: {_statuses(answers)}")
-        say(f"{name}: {plan.queued} queued, {rate:.2f} images/s")
-        found[name][0].append(rate)
-        found[name][1].extend(answers)
-    return found
-
-
-def _replays(
-    servers: Mapping[str, Address], arrivals: Sequence[Arrival], plan: Plan, say: Callable[[str], None]
-) -> dict[str, list[Answer]]:
-    found: dict[str, list[Answer]] = {name: [] for name in servers}
-    for name in turns(tuple(servers), plan.rounds):
-        say(f"{name}: {len(arrivals)} requests in {plan.seconds:g} s")
-        found[name] += asyncio.run(open_loop(servers[name], arrivals))
-    return found
-
-
-def _by_class(trace: Trace, alone: Mapping[str, float]) -> dict[str, float]:
-    """Mean seconds alone of the kinds of work of each class."""
-    seconds: dict[str, list[float]] = {}
-    for work, arrival in trace.kinds().items():
-        seconds.setdefault(arrival.kind, []).append(alone[work])
-    return {kind: statistics.fmean(values) for kind, values in seconds.items()}
-
-
 def _deadline(arrival: Arrival, limits: Mapping[str, float]) -> float:
-    return PATIENCE * limits[work_of(arrival.body)] if arrival.deadline is None else arrival.deadline
-
-
-def _rows(before: tuple[float, float], after: tuple[float, float]) -> float | None:
-    """Rows a forward in between; None when there was none, as where diffusers draws."""
-    forwards = after[0] - before[0]
-    return (after[1] - before[1]) / forwards if forwards else None
+    return DEADLINE * limits[arrival.work] if arrival.deadline is None else arrival.deadline
 
 
 def _statuses(answers: Sequence[Answer]) -> dict[str, int]:
     return {str(status): count for status, count in sorted(Counter(one.status for one in answers).items())}
+
+
+async def open_loop(address: Address, arrivals: Sequence[Arrival]) -> list[Answer]:
+    """Send each request at its time, whatever became of the others; the answers are in order of the arrivals."""
+    start = time.perf_counter()
+
+    async def one(arrival: Arrival) -> Answer:
+        late = time.perf_counter() - start - arrival.at
+        status, _ = await ask(address, arrival)
+        return Answer(arrival, late, time.perf_counter() - start - arrival.at, status)
+
+    tasks = []
+    for arrival in arrivals:
+        await asyncio.sleep(max(0.0, start + arrival.at - time.perf_counter()))
+        tasks.append(asyncio.create_task(one(arrival)))
+    return await asyncio.gather(*tasks)
+
+
+async def closed_loop(address: Address, arrivals: Sequence[Arrival]) -> tuple[float, list[Answer]]:
+    """All at once, whatever their times: pictures a second until the last of them, and the answers."""
+    start = time.perf_counter()
+    answers = await open_loop(address, [arrival._replace(at=0.0) for arrival in arrivals])
+    done = sum(answer.status == 200 for answer in answers)
+    return done / (time.perf_counter() - start), answers
+
+
+async def ask(address: Address, arrival: Arrival) -> tuple[int, bytes]:
+    """Send one request over its own connection, HTTP/1.1 by hand, and return status and body."""
+    try:
+        reader, writer = await asyncio.open_connection(*address)
+        try:
+            body = json.dumps(arrival.body).encode()
+            head = (
+                f"POST /v1/images/generations HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\nAccept: image/png\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            writer.write(head.encode() + body)
+            await writer.drain()
+            said = await reader.read()
+        finally:
+            writer.close()
+    except OSError:
+        return LOST, b""
+    first, _, rest = said.partition(b"\r\n\r\n")
+    words = first.split(b" ", 2)
+    status = int(words[1]) if len(words) > 1 and words[1].isdigit() else LOST
+    cut = f"content-length: {len(rest)}".encode() not in first.lower().split(b"\r\n")
+    return (LOST if status == 200 and (cut or not rest.startswith(PNG)) else status), rest
+
+
+def for_load(settings: Settings, model: str) -> Settings:
+    """The settings of a server that refuses nothing and encodes every prompt, as a trace repeats and users do not."""
+    changes: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "preload": model, "max_wait": ENDLESS, "drain": 0.0}
+    changes |= {"max_connections": 0, "connections_per_address": 0, "log_level": "info", "text_cache": "0"}
+    return settings.without_secrets().model_copy(update={**changes, "api_keys_file": ""})
+
+
+@contextmanager
+def serving(settings: Settings, model: str) -> Iterator[Address]:
+    """Start a server of these settings and wait until the model is loaded. Raises EngineError with its last words."""
+    command = (sys.executable, "-c", _SERVE, for_load(settings, model).model_dump_json())
+    with tempfile.TemporaryFile() as log:  # not a pipe: nobody reads it while the server writes
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            yield _ready(server, log, model)
+        finally:
+            server.terminate()
+            try:
+                server.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _ready(server: subprocess.Popen[bytes], log: IO[bytes], model: str) -> Address:
+    until, said = time.monotonic() + START, ""
+    while time.monotonic() < until and server.poll() is None:
+        said = os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")  # `seek` would move the server's place too
+        found = re.search(r"http://(127\.0\.0\.1):(\d+)", said)
+        if found and _get(f"{found[0]}/readyz")[0] == 200:
+            return found[1], int(found[2])
+        if found and b'"failed"' in _get(f"{found[0]}/v1/models/{model}")[1]:
+            break
+        time.sleep(0.1)
+    raise EngineError(f"the server did not get ready: {said[-1000:]}")
+
+
+def _get(url: str) -> tuple[int, bytes]:
+    """Status and body; (0, b"") while nobody listens."""
+    try:
+        with _DIRECT.open(url, timeout=10) as reply:
+            return int(reply.status), bytes(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+    except OSError:
+        return 0, b""

@@ -1,29 +1,38 @@
-"""Step: milliseconds of one denoising step against its passes, beside the floor of this machine.
-
-Knows nothing of requests or of order: rows are put into slots by hand, and run by the step that the engine runs.
-"""
+"""Milliseconds of one denoising step by its passes, beside the least that its counted work takes on this machine."""
 
 from __future__ import annotations
 
-import time
+import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from app.bench.machine import Ceilings, wait
-from app.bench.timing import Spread, alternate
-from app.bench.work import Work, forward_work
+from app.bench.machine import Ceilings, Spread, alternate, seconds
 from app.cards.card import Size
-from app.engine.slots import Guidance, Slots
+from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Family
+from app.request import Guidance
 from app.samplers.table import compile_table
+
+META = torch.device("meta")
+
+
+class Work(NamedTuple):
+    """The work of one forward. flops: of the matrix products, two a multiply-add, as torch counts them.
+
+    bytes: every weight once, latents and conditions in, the output out; what lies between layers may stay in a cache.
+    """
+
+    flops: int
+    bytes: int
 
 
 class Measured(NamedTuple):
-    """A step of so many passes: its time, its work, and the seconds that the machine needs for that at the least."""
+    """A step of this many passes: its time, its work, and the least seconds that the machine needs for the work."""
 
     passes: int
     time: Spread
@@ -37,7 +46,7 @@ class Measured(NamedTuple):
 
 
 def measure_steps(family: Family, size: Size, passes: Sequence[int], rounds: int, most: Ceilings) -> list[Measured]:
-    """The steps of unguided rows, one pass each, in turns. Raises InvalidValue: a size that the network has not."""
+    """Time the engine's step for unguided rows of one pass, in turns. Raises InvalidValue: no size of the network."""
     length = family.card.text_length
     with torch.inference_mode():
         ways = {str(count): _way(family, size, count) for count in passes}
@@ -47,7 +56,7 @@ def measure_steps(family: Family, size: Size, passes: Sequence[int], rounds: int
 
 
 def _way(family: Family, size: Size, passes: int) -> Callable[[], float]:
-    """A function that runs one step of this many rows of the card's default sampler and gives its seconds."""
+    """A function that runs one step of this many rows of the card's default sampler and returns its seconds."""
     card, shape = family.card, family.latent_shape(*size)
     tokens = family.image_tokens(*size)
     table = compile_table(card.schedule, card.defaults.sampler, card.defaults.num_inference_steps, tokens=tokens)
@@ -55,15 +64,39 @@ def _way(family: Family, size: Size, passes: int) -> Callable[[], float]:
     scale = card.defaults.guidance_scale if card.guidance == "embedded" else 0.0
     conditions = {name: value for name, value in family.blank(card.text_length).items() if name != "guidance"}
     first = torch.randn(passes, *shape, generator=torch.Generator().manual_seed(0)) * table.init
-    rows = np.array([slots.take(table, noise, conditions, Guidance(scale=scale)) for noise in first], np.int64)
+    rows = np.array([slots.take(table, noise, conditions, Guidance(embedded=scale)) for noise in first], np.int64)
     start = slots.x.clone()
 
     def step() -> float:
-        slots.x.copy_(start)  # a network of random weights would leave what a float can hold
-        wait(family.device)
-        begin = time.perf_counter()
-        denoise_step(family, slots, gather(slots, rows))
-        wait(family.device)
-        return time.perf_counter() - begin
+        slots.x.copy_(start)  # a network of random weights would leave the range of floats
+        return seconds(lambda: denoise_step(family, slots, gather(slots, rows)), family.device)
 
     return step
+
+
+def forward_work(family: Family, width: int, height: int, text_length: int, passes: int) -> Work:
+    """Count the work of `family.denoise`; nothing is computed, and the weights may be anywhere, or nowhere."""
+    shadow: Any = copy.copy(family)
+    shadow.network, shadow.device = _shadow(family.network), META
+    x = torch.empty(passes, *family.latent_shape(width, height), device=META)
+    conditions = {
+        name: torch.empty(passes, *value.shape[1:], dtype=value.dtype, device=META)
+        for name, value in family.blank(text_length).items()
+    }
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        out, frac = shadow.denoise(x, torch.empty(passes, device=META), conditions)
+    moved = [*family.network.parameters(), x, *conditions.values(), out, *(() if frac is None else (frac,))]
+    return Work(counter.get_total_flops(), sum(tensor.nbytes for tensor in moved))
+
+
+def _shadow(network: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the module, as its class is written, with every tensor on the meta device."""
+    tensors: dict[int, torch.Tensor] = {id(buffer): _empty(buffer) for buffer in network.buffers()}
+    for weight in network.parameters():
+        tensors[id(weight)] = torch.nn.Parameter(_empty(weight), requires_grad=False)
+    return copy.deepcopy(network, tensors)
+
+
+def _empty(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=META)

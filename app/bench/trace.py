@@ -1,16 +1,13 @@
-"""Trace: recorded arrivals: who asks for what and when, as a file that any server can be measured with.
-
-Knows nothing of sockets, of a server or of what an answer takes.
-"""
+"""Traces: who asks for what and when, drawn or read from a file, so that any server can be measured with the same."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +24,14 @@ KINDS: Mapping[Mix, Sequence[tuple[int, bool, int]]] = {
     ),
     "homogeneous": ((20, True, 0),),
 }  # fmt: skip
-"""(steps, guided, which of the samplers that the model and diffusers' pipeline have), all equally likely."""
+"""(steps, guided, index of one of the model's samplers), all equally likely."""
+
+SAMPLERS = {
+    "dit": ("ddim", "ddpm", "dpmpp_2m"),  # DiTPipeline does not scale its first noise, as the others need
+    "sd3": ("flow_euler", "flow_heun", "flow_dpmpp_2m"),
+    "flux": ("flow_euler", "flow_dpmpp_2m"),  # FluxPipeline gives sigmas, which the Heun does not take
+}
+"""What is drawn of each family: the samplers that diffusers' pipelines have too, so that they can be compared."""
 
 CLASSES = {"short": 8, "medium": 40, "long": 10_000}
 """Most passes of each class; a guided line is two."""
@@ -39,12 +43,18 @@ PROMPTS = (
 
 
 class Arrival(NamedTuple):
-    """at: seconds from the start. body: of POST /v1/images/generations. deadline: seconds that it may take, if told."""
+    """at: seconds from the start. body: of POST /v1/images/generations. deadline: seconds that it may take, or None."""
 
     at: float
     kind: str
     body: dict[str, Any]
     deadline: float | None = None
+
+    @property
+    def work(self) -> str:
+        """A name for what the body asks of the device: requests that differ in what they show have one name."""
+        shown = ("prompt", "negative_prompt", "class_label", "seed")
+        return json.dumps({name: value for name, value in sorted(self.body.items()) if name not in shown})
 
 
 @dataclass(frozen=True)
@@ -59,38 +69,39 @@ class Trace:
         """Mean requests a second."""
         return len(self.arrivals) / float(self.facts["seconds"])
 
+    def of(self, model: str) -> Trace:
+        """The same requests for another model."""
+        return Trace(self.facts, tuple(one._replace(body={**one.body, "model": model}) for one in self.arrivals))
+
     def at_rate(self, rate: float, seconds: float) -> list[Arrival]:
-        """The arrivals of the first `seconds` with all times scaled to this mean rate; the trace repeats if it ends."""
-        scale = self.rate / rate
-        found: list[Arrival] = []
-        for round_ in count():
-            for one in self.arrivals:
-                at = scale * (round_ * float(self.facts["seconds"]) + one.at)
-                if at >= seconds:
-                    return found
-                found.append(one._replace(at=at))
+        """Arrivals of the first `seconds`, all times scaled to this mean rate; the trace repeats when it ends.
+
+        Raises InvalidValue when nobody comes in that time.
+        """
+        found = list(takewhile(lambda one: one.at < seconds, self._repeated(self.rate / rate)))
+        if not found:
+            raise InvalidValue(f"seconds: nobody comes in {seconds:g} s", param="seconds")
         return found
 
+    def _repeated(self, scale: float) -> Iterator[Arrival]:
+        for round_ in count():
+            for one in self.arrivals:
+                yield one._replace(at=scale * (round_ * float(self.facts["seconds"]) + one.at))
+
     def first(self, number: int) -> list[Arrival]:
-        """So many arrivals in order, from the start again when the trace ends."""
+        """This many arrivals in order, from the start again when the trace ends."""
         return [self.arrivals[index % len(self.arrivals)] for index in range(number)]
 
     def kinds(self) -> dict[str, Arrival]:
-        """One arrival of every kind of work, by its name: requests that differ in what they show alone are one."""
+        """One arrival of every kind of work, by its name."""
         found: dict[str, Arrival] = {}
         for one in self.arrivals:
-            found.setdefault(work_of(one.body), one)
+            found.setdefault(one.work, one)
         return found
 
 
-def work_of(body: Mapping[str, Any]) -> str:
-    """A name for what the body asks of the device, whatever it shows."""
-    shown = ("prompt", "negative_prompt", "class_label", "seed")
-    return json.dumps({name: value for name, value in sorted(body.items()) if name not in shown})
-
-
 def record(card: Card, name: Mix, rate: float, seconds: float, seed: int) -> Trace:
-    """Arrivals of a Poisson process for one model, the same for the same seed. rate: requests a second.
+    """Draw arrivals of a Poisson process for one model, the same for the same seed. rate: requests a second.
 
     Raises InvalidValue when nobody comes in that time.
     """
@@ -98,7 +109,7 @@ def record(card: Card, name: Mix, rate: float, seconds: float, seed: int) -> Tra
     arrivals = []
     at = dice.expovariate(rate)
     while at < seconds:
-        kind, body = draw(card, name, dice)
+        kind, body = _draw(card, name, dice)
         arrivals.append(Arrival(round(at, 6), kind, body))
         at += dice.expovariate(rate)
     if not arrivals:
@@ -107,11 +118,9 @@ def record(card: Card, name: Mix, rate: float, seconds: float, seed: int) -> Tra
     return Trace(facts, tuple(arrivals))
 
 
-def draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, Any]]:
+def _draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, Any]]:
     """The class and the body of one request."""
-    from app.families.upstream import DRAWN  # takes seconds, and who reads a trace does not need it
-
-    samplers = [name for name in valid_samplers(card.schedule) if name in DRAWN[card.family]]
+    samplers = [name for name in valid_samplers(card.schedule) if name in SAMPLERS[card.family]]
     steps, guided, which = dice.choice(KINDS[name])
     steps = min(steps, card.limits.num_inference_steps)
     first = samplers.index(card.defaults.sampler) if card.defaults.sampler in samplers else 0
@@ -129,13 +138,13 @@ def draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, Any
 
 
 def write(trace: Trace, file: Path) -> None:
-    """One line of facts, then a line a request. Raises OSError."""
+    """Write a line of facts, then a line a request. Raises OSError."""
     lines = [trace.facts, *({"at": a, "class": k, "body": b, "deadline": d} for a, k, b, d in trace.arrivals)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read(file: Path) -> Trace:
-    """The trace of a file. Raises InvalidValue naming the first line that is none of it, OSError."""
+    """Read the trace of a file. Raises InvalidValue naming the first line that is not one of a trace, OSError."""
     found: list[Arrival] = []
     number = 1
     try:
@@ -155,8 +164,8 @@ def read(file: Path) -> Trace:
 
 def _arrival(line: Any) -> Arrival:
     """Raises ValueError, KeyError, TypeError or AttributeError: not a line of a trace."""
-    told = line.get("deadline")
-    times = (float(line["at"]), 0.0 if told is None else float(told))
+    deadline = line.get("deadline")
+    times = (float(line["at"]), 0.0 if deadline is None else float(deadline))
     if not all(0 <= seconds < math.inf for seconds in times):
         raise ValueError("at or deadline")
-    return Arrival(times[0], str(line["class"]), dict(line["body"]), None if told is None else times[1])
+    return Arrival(times[0], str(line["class"]), dict(line["body"]), None if deadline is None else times[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from app.families import FAMILIES
 OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
 
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Kind = Literal["whole", "original", "plain", "folder", "card"]
 
 
@@ -128,11 +130,10 @@ class Draft:
             lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
             prove(read_card(file), cards)
-        except LoadError as error:
+        except BaseException as error:
             shutil.rmtree(folder)
-            raise type(error)(error.message.replace(str(file), str(self.path))) from error
-        except BaseException:
-            shutil.rmtree(folder)
+            if isinstance(error, LoadError):
+                raise type(error)(error.message.replace(str(file), str(self.path))) from error
             raise
 
     def _write_layout(self, folder: Path) -> None:
@@ -177,3 +178,23 @@ def draft(found: Inventory, registry: Registry, like: str | None) -> Draft:
 def flag(part: str) -> str:
     """The option of `instep models add` for a part."""
     return f"--{part.replace('_', '-')}"
+
+
+def free_id(path: Path, registry: Registry, models: Path) -> str:
+    """An id made of the name of the files, with a number behind it where that one is taken."""
+    named = re.sub(r"[^a-z0-9._]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-._")[:58]
+    ids = (f"{named or 'model'}{number}" for number in ("", *(f"-{count}" for count in range(2, 10_000))))
+    return next(model for model in ids if not _is_taken(model, registry, models))
+
+
+def free_folder(model: str, registry: Registry, models: Path) -> Path:
+    """The folder of a new model. Raises LoadError: its name is none, or is taken."""
+    if not ID.fullmatch(model):
+        raise LoadError(f'"{model}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    if _is_taken(model, registry, models):
+        raise LoadError(f"{models / model}: there is a model of this name already; give another with --id")
+    return models / model
+
+
+def _is_taken(model: str, registry: Registry, models: Path) -> bool:
+    return (models / model).exists() or any(model in card.names for card in registry.cards.values())

@@ -28,6 +28,7 @@ from app.cards.card import Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
 from app.cards.folder import Part
 from app.cards.noise import FILE, schedule_of
+from app.checkpoints.compose import ID
 from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
@@ -54,7 +55,6 @@ _COUNTS = ("num_embeds_ada_norm", "in_channels", "out_channels", "num_layers", "
 
 CLASS, VAE = "DiTTransformer2DModel", "AutoencoderKL"
 BIN = "diffusion_pytorch_model.bin"
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _CARD = """\
 id = "{id}"
@@ -84,6 +84,9 @@ _SCHEDULER = {
 }
 
 
+Tell = Callable[[str], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """What to convert to what.
@@ -103,17 +106,19 @@ class Conversion:
     replace: bool = False
 
 
-def convert_dit(wanted: Conversion, tell: Callable[[str], None]) -> None:
+def convert_dit(wanted: Conversion, tell: Tell) -> None:
     """Write the folder whole or not at all, and tell what is done, a line each.
 
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
     folder = wanted.folder.absolute()
-    card = _card_without_weights(folder) if wanted.replace else None
+    # A folder that holds the facts alone, as the shipped cards' do.
+    bare = wanted.replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
+    card = read_card(folder / "card.toml") if bare else None
     if folder.exists() and card is None:
         hint = " and holds no card without weights" if wanted.replace else ": name a folder that does not"
         raise CheckpointError(f"{folder} exists{hint}")
-    if not _ID.fullmatch(folder.name):
+    if not ID.fullmatch(folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
     with _whole(folder) as unfinished:
         _write(wanted, unfinished, folder.name, tell)
@@ -146,12 +151,6 @@ def _whole(folder: Path) -> Iterator[Path]:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _card_without_weights(folder: Path) -> Card | None:
-    """The card of a folder that holds its facts alone, as the shipped ones do."""
-    bare = (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
-    return read_card(folder / "card.toml") if bare else None
-
-
 def _keep_facts(before: Card, file: Path) -> None:
     """The facts of the card that is replaced, but for where its files are. Raises CheckpointError: other networks'."""
     fresh = read_card(file)
@@ -166,7 +165,7 @@ def _keep_facts(before: Card, file: Path) -> None:
     read_card(file)
 
 
-def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str], None]) -> None:
+def _write(wanted: Conversion, folder: Path, model_id: str, tell: Tell) -> None:
     """Every file of the folder; the weights last, once configs and tensors are known to fit each other."""
     bins = wanted.file.is_dir()
     network, config, parameters = (_network_of_bins if bins else _network_of_pt)(wanted, folder, tell)
@@ -195,7 +194,7 @@ def _write(wanted: Conversion, folder: Path, model_id: str, tell: Callable[[str]
     _write_weights(folder / "vae", pixels, None)
 
 
-def _network_of_pt(wanted: Conversion, folder: Path, tell: Callable[[str], None]) -> tuple[State, dict[str, Any], int]:
+def _network_of_pt(wanted: Conversion, folder: Path, tell: Tell) -> tuple[State, dict[str, Any], int]:
     """The tensors by diffusers' names, their config and the number of parameters."""
     tell(f"reading {wanted.file}")
     theirs = read_torch_zip(wanted.file)
@@ -208,9 +207,7 @@ def _network_of_pt(wanted: Conversion, folder: Path, tell: Callable[[str], None]
     return state, config, sum(value.numel() for value in theirs.values())
 
 
-def _network_of_bins(
-    wanted: Conversion, folder: Path, tell: Callable[[str], None]
-) -> tuple[State, dict[str, Any], int]:
+def _network_of_bins(wanted: Conversion, folder: Path, tell: Tell) -> tuple[State, dict[str, Any], int]:
     """As `_network_of_pt`, of a folder. Raises CheckpointError too where blocks have embedders that differ."""
     place = wanted.file / "transformer"
     config = read_json(place / "config.json")
@@ -227,7 +224,7 @@ def _network_of_bins(
     return state, config, positions + sum(value.numel() for key, value in state.items() if key not in copies)
 
 
-def _read_bins(part: Part, tell: Callable[[str], None]) -> tuple[State, Path]:
+def _read_bins(part: Part, tell: Tell) -> tuple[State, Path]:
     """The tensors of a part of such a folder, and what to name in an error; one in safetensors will do."""
     torch_zip = part.file is None and (part.folder / BIN).is_file()
     file = part.folder / BIN if torch_zip else part.weights

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: what a repository holds, and downloads of its files into the local cache.
+"""The Hugging Face Hub: what a repository holds, what a card needs of it, and downloads into the local cache.
 
 A file that was cut goes on where it stopped, and each is checked by its digest. The Hub library lists repositories, but
 its own downloads begin again after a cut and compare sizes alone. The token (HF_TOKEN) goes to the Hub alone, and no
@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,27 +32,31 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
+from app.cards.card import Card
+from app.cards.files import INDEX, STEMS, read_classes
 from app.errors import CheckpointError
 
 PAUSES = (0.2, 1.0, 3.0)
 """Seconds before a file is asked for again, when the last try brought nothing new."""
 
+INDEX_LIMIT = 2**20
+
 NAME_LIMIT = 255
 """Bytes of a name in a folder that file systems take."""
 
-_UNREADABLE = (KeyError, TypeError, AttributeError, RecursionError)
-"""What JSON of other things than were asked for raises."""
+_ERRORS = (HTTPError, EntryNotFoundError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""Of the Hub, the way to it and the disk; the last four of JSON that is something else."""
 
 _AGAIN = (408, 416, 429, 500, 502, 503, 504)
+_BIN = "diffusion_pytorch_model.bin"
+_SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
+_OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
+_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
-    """A file as the Hub lists it. digest: sha256 of a large file, git's sha1 of a small one."""
-
-    size: int
-    digest: str
+Needs = dict[str, tuple["Repo", set[str]]]
+"""Files that a card needs: of each repository, by name and commit, the paths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Repo:
     name: str
     revision: str | None
     commit: str
-    files: dict[str, HubFile]
+    files: dict[str, RepoFile]
     folder: Path
 
     @property
@@ -72,19 +76,22 @@ class Repo:
 
     def blob(self, path: str) -> Path:
         """Where the cache keeps the content of a file."""
-        return self.folder / "blobs" / self.files[path].digest
+        return self.folder / "blobs" / digest_of(self.files[path])
+
+
+def digest_of(file: RepoFile) -> str:
+    """The sha256 of a large file, git's sha1 of a small one, as the Hub lists it."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def bytes_left(files: Iterable[tuple[Repo, Iterable[str]]]) -> int:
     """Bytes of these files that are still to come, each blob once."""
     blobs = {repo.blob(path): repo.files[path].size for repo, paths in files for path in paths}
-    return sum(max(0, size - _length(blob)) for blob, size in blobs.items())
-
-
-def _length(blob: Path) -> int:
-    """Bytes of a blob that are here."""
-    found = blob if blob.is_file() else _partial(blob)
-    return found.stat().st_size if found.is_file() else 0
+    left = 0
+    for blob, size in blobs.items():
+        here = blob if blob.is_file() else _partial(blob)
+        left += max(0, size - here.stat().st_size) if here.is_file() else size
+    return left
 
 
 def _partial(blob: Path) -> Path:
@@ -106,22 +113,99 @@ def open_repo(name: str, revision: str | None) -> Repo:
     with _explained(name, revision):
         api = HfApi()
         commit = str(api.model_info(name, revision=revision).sha)
-        listed = [one for one in api.list_repo_tree(name, revision=commit, recursive=True) if isinstance(one, RepoFile)]
-        files = {one.path: HubFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id) for one in listed}
-        if not _DIGEST.fullmatch(commit) or not all(_is_sound(path, file) for path, file in files.items()):
+        listed = api.list_repo_tree(name, revision=commit, recursive=True)
+        files = {file.path: file for file in listed if isinstance(file, RepoFile)}
+        if not _DIGEST.fullmatch(commit) or not all(map(_is_sound, files.values())):
             raise TypeError
     return Repo(name, revision, commit, files, cache() / repo_folder_name(repo_id=name, repo_type="model"))
 
 
-def _is_sound(path: str, file: HubFile) -> bool:
+def _is_sound(file: RepoFile) -> bool:
     """Whether these may be facts of a file. NOTE: digests and paths become names in the cache, and are shown."""
     return (
-        path.isprintable()
-        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in path.split("/"))
+        file.path.isprintable()
+        and not any(name in ("", ".", "..") or len(name.encode()) > NAME_LIMIT for name in file.path.split("/"))
         and isinstance(file.size, int)
         and file.size >= 0
-        and _DIGEST.fullmatch(file.digest) is not None
+        and _DIGEST.fullmatch(digest_of(file)) is not None
     )
+
+
+def needs(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Needs:
+    """The files of a card's own parts, and of those that it takes from other cards. Raises CheckpointError.
+
+    opened: repositories that were asked for already; grows.
+    """
+    found: Needs = {}
+    if card.source.repo:
+        repo, own = _open(card, opened)
+        _add(found, repo, own - set(card.components) | {"scheduler"}, set(card.files), card.facts.torch_files)
+    for target in card.components.values():
+        owner, _, folder = target.partition("/")
+        if cards[owner].source.repo:
+            repo, _ = _open(cards[owner], opened)
+            _add(found, repo, {folder}, {folder} & set(cards[owner].files))
+    return found
+
+
+def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
+    """The repository of a card, and the parts that its model_index.json names."""
+    name, revision = str(card.source.repo), card.source.revision
+    key = f"{name}@{revision}"
+    if key not in opened:
+        opened[key] = open_repo(name, revision)
+    repo = opened[key]
+    if INDEX not in repo.files or repo.files[INDEX].size > INDEX_LIMIT:
+        raise CheckpointError(f"{name} has no {INDEX}, or too large a one: it is not in the diffusers layout")
+    file = fetch(repo, INDEX)
+    try:
+        return repo, set(read_classes(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error.message.replace(str(file), INDEX)}") from error
+
+
+def _add(found: Needs, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:
+    for part in parts:
+        if not _PART.fullmatch(part):
+            raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
+    try:
+        paths = wanted(repo.files, parts, bare, torch)
+    except CheckpointError as error:
+        raise CheckpointError(f"{repo.name}: {error.message}") from error
+    found.setdefault(f"{repo.name}@{repo.commit}", (repo, {INDEX}))[1].update(paths)
+
+
+def wanted(files: Collection[str], parts: Iterable[str], bare: Collection[str] = (), torch: bool = False) -> list[str]:
+    """Of a repository's files, those that a server reads for these parts (folders): settings, tokenizers, weights.
+
+    bare: parts whose weights are elsewhere. torch: whether diffusers' torch files will do, which `instep models
+    convert` reads, for parts without safetensors; else raises CheckpointError for those.
+    """
+    found: list[str] = []
+    for part in parts:
+        names = {path.removeprefix(f"{part}/") for path in files if path.startswith(f"{part}/")}
+        mine = [name for name in names if _SETTINGS.fullmatch(name)]
+        if part not in bare:
+            mine += _weights(part, names, torch)
+        found += [f"{part}/{name}" for name in mine]
+    return sorted(found)
+
+
+def _weights(part: str, names: set[str], torch: bool) -> list[str]:
+    """One format of a part's weights, without variants; the order is that in which app/cards/files.py looks."""
+    for stem in STEMS:
+        index = f"{stem}.safetensors.index.json"
+        if index in names:
+            shard = re.compile(rf"{stem}-\d+-of-\d+\.safetensors")
+            return [index, *(name for name in names if shard.fullmatch(name))]
+        if f"{stem}.safetensors" in names:
+            return [f"{stem}.safetensors"]
+    if torch and _BIN in names:
+        return [_BIN]
+    others = sorted(name for name in names if _OTHERS.fullmatch(name))
+    if others:
+        raise CheckpointError(f"{part} has no safetensors there, only {others[0]}, which this server does not load")
+    return []
 
 
 def fetch(repo: Repo, path: str, tell: Callable[[int], None] = lambda count: None) -> Path:
@@ -145,7 +229,7 @@ def fetch(repo: Repo, path: str, tell: Callable[[int], None] = lambda count: Non
             partial.unlink()
             raise CheckpointError(
                 f"{repo.name}: {path}: what came is not what the Hub lists (its digest is not"
-                f" {file.digest[:12]}...): thrown away, try again"
+                f" {digest_of(file)[:12]}...): thrown away, try again"
             )
         os.replace(partial, blob)
     return blob
@@ -170,31 +254,25 @@ def link(repo: Repo, paths: Iterable[str]) -> None:
 class _Arrival:
     """The bytes of a file that are here, and the digest of them."""
 
-    def __init__(self, stream: BinaryIO, file: HubFile, tell: Callable[[int], None]) -> None:
-        self._stream, self._file, self._tell = stream, file, tell
-        self._begin()
+    def __init__(self, stream: BinaryIO, file: RepoFile, tell: Callable[[int], None]) -> None:
+        self._stream, self._tell = stream, tell
+        self._whole, self._wanted = file.size, digest_of(file)
+        self._reset()
         while chunk := stream.read(2**20):
-            self._digest.update(chunk)
-            self.size += len(chunk)
-        if self.size > file.size:
+            self._count(chunk)
+        if self.size > self._whole:
             self.restart()
-
-    def _begin(self) -> None:
-        self.size = 0
-        large = len(self._file.digest) == 64
-        self._digest = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % self._file.size)
 
     @property
     def right(self) -> bool:
-        return self.size == self._file.size and self._digest.hexdigest() == self._file.digest
+        return self.size == self._whole and self._digest.hexdigest() == self._wanted
 
     def add(self, chunk: bytes) -> bool:
         """False where it would be more than is listed."""
-        if self.size + len(chunk) > self._file.size:
+        if self.size + len(chunk) > self._whole:
             return False
         self._stream.write(chunk)
-        self._digest.update(chunk)
-        self.size += len(chunk)
+        self._count(chunk)
         self._tell(len(chunk))
         return True
 
@@ -202,7 +280,15 @@ class _Arrival:
         self._tell(-self.size)
         self._stream.seek(0)
         self._stream.truncate()
-        self._begin()
+        self._reset()
+
+    def _count(self, chunk: bytes) -> None:
+        self._digest.update(chunk)
+        self.size += len(chunk)
+
+    def _reset(self) -> None:
+        large = len(self._wanted) == 64
+        self._digest, self.size = hashlib.sha256() if large else hashlib.sha1(b"blob %d\0" % self._whole), 0
 
 
 def _receive(repo: Repo, path: str, arrival: _Arrival) -> None:
@@ -256,16 +342,7 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError("HF_TOKEN is not a token: it has characters that no token has")
     try:
         yield
-    except (
-        HTTPError,
-        EntryNotFoundError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        ValueError,
-    ) as error:
+    except _ERRORS as error:
         raise CheckpointError(_explain(error, repo, revision, token)) from error
 
 

@@ -1,12 +1,11 @@
-"""`instep bench step | image | serve`: measurements as tables, and as one line of JSON at the end.
-
-Knows nothing of how anything is measured (app/bench).
-"""
+"""`instep bench step | image | serve`: measurements as tables, and as one line of JSON at the end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,18 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cards.card import Card, Size, parse_size
-from app.cli import bench_serve
+from app.cli.bodies import open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
 from app.jobs.body import describe_sizes
 
 if TYPE_CHECKING:
-    from app.bench.machine import Ceilings
+    from app.bench.machine import Ceilings, Spread
     from app.bench.subject import Subject
-    from app.bench.timing import Spread
+    from app.bench.trace import Trace
+    from app.request import Request
+    from app.settings import Settings
 
 app = typer.Typer(help="Measure this machine: a step, an image, a server under load.", no_args_is_help=True)
-app.command()(bench_serve.serve)
 
 Model = Annotated[str | None, typer.Option(help="A model id or alias")]
 SizeText = Annotated[str | None, typer.Option(help="WxH in pixels")]
@@ -62,7 +62,7 @@ def step(
     rows = [
         {
             "passes": one.passes,
-            "ms": _ms(one.time),
+            "ms": ms(one.time),
             "ms_a_pass": round(one.time.median * 1e3 / one.passes, 4),
             "gflop": round(one.work.flops / 1e9, 4),
             "mbytes": round(one.work.bytes / 1e6, 3),
@@ -71,12 +71,11 @@ def step(
         }
         for one in found
     ]
-    table = _table("passes", "ms a step", "least", "most", "ms a pass", "GFLOP", "floor ms", "share of floor")
-    for row in rows:
-        times = (f"{value:.2f}" for value in row["ms"].values())  # type: ignore[attr-defined]
+    table = make_table("passes", "ms a step", "least", "most", "ms a pass", "GFLOP", "floor ms", "share of floor")
+    for one, row in zip(found, rows, strict=True):
         rest = f"{row['ms_a_pass']:.2f}", f"{row['gflop']:.3f}", f"{row['floor_ms']:.2f}"
-        table.add_row(str(row["passes"]), *times, *rest, f"{row['share_of_floor']:.0%}")
-    _tell({"bench": "step", **facts, "steps": rows}, facts, [table], only_json)
+        table.add_row(str(one.passes), *_cells(one.time), *rest, f"{row['share_of_floor']:.0%}")
+    show({"bench": "step", **facts, "steps": rows}, facts, [table], only_json)
 
 
 @app.command()
@@ -85,44 +84,114 @@ def image(
     steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
     size: SizeText = None,
-    baselines: Annotated[
-        str, typer.Option(help="diffusers' pipelines to draw with: eager-, compiled-float32 or -bfloat16; or none")
-    ] = "eager-float32,eager-bfloat16",
     rounds: Rounds = 10,
     random_weights: Random = False,
     only_json: Json = False,
     models: Folder = None,
 ) -> None:
-    """One image, stage by stage, and against diffusers' pipelines in the same run, with how far the pictures differ."""
+    """One image, stage by stage, and whole with its prompt encoded anew or not."""
     settings = read_settings(models=models)
     from app.bench.image import asked, measure_image
-    from app.bench.machine import ceilings
     from app.bench.subject import loaded
 
     with loaded(settings, model, random_weights=random_weights) as subject:
         request = asked(subject, steps=steps, guidance=guidance, size=size)
-        names = [name.strip() for name in baselines.split(",") if name.strip() not in ("", "none")]
-        drawn = measure_image(subject, request, names, rounds)
-        most = ceilings(subject.family.device, subject.family.dtype)
-        facts = _facts(
-            subject, most, rounds, size=f"{request.width}x{request.height}", sampler=request.sampler,
-            steps=request.steps, guidance=request.guidance if request.guided else 0.0, random_weights=random_weights,
-        )  # fmt: skip
-    ways, stages = _table("one image", "ms", "least", "most", "against instep", "mean off", "most off"), _times("stage")
-    told = {}
-    for name, time in drawn.times.items():
-        away, ratio = drawn.distances.get(name), time.median / drawn.times["instep"].median
-        off = (f"{away.mean:.3f}", str(away.largest)) if away else ("-", "-")
-        ways.add_row(name, *_cells(time), f"{ratio:.2f}x", *off)
-        told[name] = {"ms": _ms(time), "against_instep": round(ratio, 4), "off": away._asdict() if away else None}
-    for name, time in drawn.stages.items():
-        stages.add_row(name, *_cells(time))
-    line = {"ways": told, "stages": {name: _ms(time) for name, time in drawn.stages.items()}}
-    _tell({"bench": "image", **facts, **line}, facts, [stages, ways], only_json)
+        drawn = measure_image(subject, request, rounds)
+        facts = image_facts(subject, request, rounds, random_weights)
+    ways = {name: {"ms": ms(time)} for name, time in drawn.times.items()}
+    line = {"ways": ways, "stages": {name: ms(time) for name, time in drawn.stages.items()}}
+    tables = [times_table("stage", drawn.stages), times_table("one image", drawn.times)]
+    show({"bench": "image", **facts, **line}, facts, tables, only_json)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    models: Folder = None,
+    trace: Annotated[Path | None, typer.Option(help="A recorded trace; without one, --mix is drawn anew")] = None,
+    at_capacity: Annotated[float, typer.Option(min=0.01, help="Mean rate, in multiples of the capacity")] = 0.9,
+    queued: Annotated[int, typer.Option(min=1, help="Requests of the closed loop that measures capacity")] = 200,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals: of each round, or of what is recorded")] = 60.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Of both loops")] = 2,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32 (INSTEP_DTYPE)")] = None,
+    random_weights: Random = False,
+    record: Annotated[Path | None, typer.Option(help="Only write a trace to this file")] = None,
+    mix: Annotated[str, typer.Option(help="What is drawn: mixed (13 kinds of work) or homogeneous (one)")] = "mixed",
+    rate: Annotated[float, typer.Option(min=1e-3, help="Requests a second of what is drawn")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn")] = 0,
+) -> None:
+    """Measure a server under load: a closed loop for capacity, then one open-loop trace for latency."""
+    settings = read_settings(models=models, dtype=dtype)
+    if not (math.isfinite(at_capacity) and math.isfinite(seconds)):
+        raise InvalidValue("at-capacity, seconds: not a number that ends", param="seconds")
+    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed), record)
+    if record:
+        Console().print(f"{record}: {len(drawn.arrivals)} requests in {seconds:g} s", highlight=False, markup=False)
+        return
+    from app.bench.serve import measure
+    from app.bench.subject import chosen
+
+    plan = (at_capacity, queued, seconds, rounds)
+    with chosen(settings, model, random_weights=random_weights) as (settings, card):
+        found = measure(settings, card.id, drawn.of(card.id), plan, say)
+        line = {"bench": "serve", "random_weights": random_weights, **server_facts(settings), "model": card.id, **found}
+    print_load(Console(), "instep", found)
+    load = f"{found['rate']:.2f} requests/s, {at_capacity:g} of its capacity"
+    Console().print(f"{card.id}, {load}, {rounds} rounds of {seconds:g} s", highlight=False)
+    print(json.dumps(line))
+
+
+def open_trace(
+    settings: Settings, model: str | None, file: Path | None, drawn: tuple[str, float, float, int], record: Path | None
+) -> Trace:
+    """Read the trace of a file, or draw one of (mix, rate, seconds, seed), and write it to `record` if that is given.
+
+    Raises InvalidValue, ModelNotFound, OSError.
+    """
+    from app.bench import trace as traces
+
+    if drawn[0] not in traces.KINDS:
+        raise InvalidValue(f"mix: {drawn[0]}: there are {', '.join(traces.KINDS)}", param="mix")
+    card = open_registry(settings).find(model)
+    if record and file:
+        raise InvalidValue("record: a trace that is read is recorded already", param="record")
+    found = traces.read(file) if file else traces.record(card, *drawn)  # type: ignore[arg-type]
+    if record:
+        traces.write(found, record)
+    return found
+
+
+def say(line: str) -> None:
+    """Tell a person who waits what is going on."""
+    Console(stderr=True).print(line, highlight=False)
+
+
+def server_facts(settings: Settings) -> dict[str, Any]:
+    """What a figure of a server with these settings needs beside it: machine, number format, threads, versions."""
+    import torch
+
+    from app.bench.machine import facts
+    from app.worker import plan
+    from app.worker.process import resolve_dtype
+
+    device = plan.devices(settings.devices)[0]
+    own = facts(torch.device(device), resolve_dtype(settings, device))
+    return own | {"threads": plan.threads(settings), "compiled": settings.compile}
+
+
+def image_facts(subject: Subject, request: Request, rounds: int, random_weights: bool) -> dict[str, Any]:
+    """What a figure of one image needs beside it."""
+    from app.bench.machine import ceilings
+
+    recipe = request.recipe
+    return _facts(
+        subject, ceilings(subject.family.device, subject.family.dtype), rounds,
+        size=f"{recipe.width}x{recipe.height}", sampler=recipe.sampler, steps=recipe.steps,
+        guidance=recipe.guidance.scale if recipe.guidance.guided else 0.0, random_weights=random_weights,
+    )  # fmt: skip
 
 
 def _facts(subject: Subject, most: Ceilings, rounds: int, **more: Any) -> dict[str, Any]:
-    """What a number says nothing without."""
     from app.bench.machine import facts
 
     own = facts(subject.family.device, subject.family.dtype)
@@ -131,8 +200,8 @@ def _facts(subject: Subject, most: Ceilings, rounds: int, **more: Any) -> dict[s
     return {"model": subject.card.id, **more, **own, **compiled, "rounds": rounds, "ceilings": rates}
 
 
-def _tell(line: dict[str, Any], facts: dict[str, Any], tables: Sequence[Table], only_json: bool) -> None:
-    """The card, and one line of JSON last."""
+def show(line: dict[str, Any], facts: dict[str, Any], tables: Sequence[Table], only_json: bool = False) -> None:
+    """Print the facts, the tables, and one line of JSON last."""
     if not only_json:
         console = Console() if Console().is_terminal else Console(width=160)
         head = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -144,22 +213,42 @@ def _tell(line: dict[str, Any], facts: dict[str, Any], tables: Sequence[Table], 
     print(json.dumps(line))
 
 
-def _table(*columns: str) -> Table:
+def print_load(console: Console, name: str, found: Mapping[str, Any]) -> None:
+    """Print what came of one server under load."""
+    capacity = found["capacity"]
+    title = f"{name}: {capacity['median']:.2f} images/s ({capacity['least']:.2f} to {capacity['most']:.2f})"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("seconds", "n", "alone", "p50", "p95", "p99", "mean", "in time"):
+        table.add_column(column, justify="left" if column == "seconds" else "right")
+    for kind, row in found["latency"].items():
+        seconds = [f"{row[what]:.2f}" for what in ("p50", "p95", "p99", "mean")]
+        alone = f"{found['alone'][kind]:.2f}" if kind in found["alone"] else ""
+        table.add_row(kind, str(row["count"]), alone, *seconds, f"{row['attainment']:.0%}")
+    console.print(table)
+    shared = f"{found['rows']:.2f} rows a forward; " if found["rows"] else ""
+    late = f"the client at most {1e3 * found['client_late']:.0f} ms late"
+    console.print(f"{shared}answers by status: {found['statuses']}; {late}", highlight=False)
+
+
+def make_table(*columns: str) -> Table:
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place or column == "passes" else "left")
     return made
 
 
-def _times(what: str) -> Table:
-    return _table(what, "ms", "least", "most")
+def times_table(what: str, times: Mapping[str, Spread]) -> Table:
+    table = make_table(what, "ms", "least", "most")
+    for name, time in times.items():
+        table.add_row(name, *_cells(time))
+    return table
 
 
 def _cells(time: Spread) -> list[str]:
-    return [f"{value:.2f}" for value in _ms(time).values()]
+    return [f"{value:.2f}" for value in ms(time).values()]
 
 
-def _ms(time: Spread) -> dict[str, float]:
+def ms(time: Spread) -> dict[str, float]:
     return {name: round(getattr(time, name) * 1e3, 4) for name in ("median", "least", "most")}
 
 

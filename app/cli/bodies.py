@@ -43,7 +43,8 @@ def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool
     """What a server would make of this body. Raises InstepError as a server would answer it."""
     card = find(registry, body.get("model"))
     read = read_body(body)
-    request = replace(read.to_request(card, request_id), progress=True, keep_latents=keep_latents)
+    request = read.to_request(card, request_id)
+    request = replace(request, delivery=replace(request.delivery, progress=True, keep_latents=keep_latents))
     return Job(request, card, read, cast(Format, read.output_format or "png"), raw=True)
 
 

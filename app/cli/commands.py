@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from app.cli import bench, compare, demo, files, generate, models, pull, serve
+from app.cli import bench, compare, demo, files, generate, models, serve
 from app.errors import InstepError
 
 
@@ -56,9 +56,9 @@ app = typer.Typer(
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(compare.compare)
-models.app.command()(pull.pull)
+models.app.command()(files.pull)
 models.app.command()(files.convert)
-models.app.command()(files.check)
+models.app.command()(models.check)
 models.app.command()(files.add)
 app.add_typer(models.app, name="models")
 app.add_typer(bench.app, name="bench")

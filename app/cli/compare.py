@@ -75,7 +75,8 @@ def plan(body: Body, registry: Registry) -> Comparison:
     numbers = itertools.count()
 
     def complete(image: ImageBody, card: Card) -> Job:
-        return Job(replace(image.to_request(card, f"compare-{next(numbers)}"), progress=True), card, image)
+        request = image.to_request(card, f"compare-{next(numbers)}")
+        return Job(replace(request, delivery=replace(request.delivery, progress=True)), card, image)
 
     return lay_out(read_comparison(body), registry, complete)
 

@@ -121,9 +121,9 @@ def write_script(registry: Registry) -> list[tuple[int, Job, str]]:
         }
         body |= {"class_label": index * 7 % len(card.labels)} if card.draws_classes else {"prompt": WORDS[index]}
         job = build(body, registry, f"demo-{index}")
-        request = job.request
-        with_guidance = f"guidance {request.guidance:g}" if request.guided else "no guidance"
-        script.append((arrival, job, f"{what(job)[:18]:18} {card.id:18} {request.sampler:15} {with_guidance:11}"))
+        recipe, guidance = job.request.recipe, job.request.recipe.guidance
+        with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
+        script.append((arrival, job, f"{what(job)[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
     return script
 
 

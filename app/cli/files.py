@@ -1,32 +1,32 @@
-"""`instep models check | add | convert`: whether cards and files are sound, and models made of a user's own files."""
+"""`instep models add | convert | pull`: models made of a user's own files, and files from the Hub."""
 
 from __future__ import annotations
 
-import re
 import shlex
-import tempfile
-from collections.abc import Iterable
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from app.cards.card import read_cards
+from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_labels
 from app.cards.folder import ModelFolder
 from app.cli.bodies import open_registry
-from app.cli.models import count, print_table, table
 from app.cli.serve import Folder, read_settings
-from app.errors import LoadError, plain
+from app.errors import CheckpointError, LoadError
 from app.settings import Settings
-from app.worker import plan
 
-# NOTE: app.checkpoints is imported late: torch and the model libraries take seconds.
+# NOTE: app.checkpoints is imported late: torch and the model libraries take seconds, the Hub library a third of one.
 if TYPE_CHECKING:
-    from app.checkpoints.identify import CardConfigs, FoundPart, Inventory
+    from app.checkpoints.hub import Needs, Repo
 
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
@@ -34,161 +34,6 @@ LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 Place = Annotated[
     Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
 ]
-
-
-def check(
-    path: Annotated[Path | None, typer.Argument(help="Files of yours: which card fits them? None: the cards")] = None,
-    models: Folder = None,
-) -> None:
-    """Whether the cards and their files are sound; with PATH, which card fits these files and what is missing.
-
-    PATH is a folder of cards, a diffusers folder, a safetensors file (in the authors' own layout too) or a .pt. Exit
-    code 1 when a model is broken or nothing fits.
-    """
-    settings = read_settings(models=models)
-    if path is None or any(path.glob("*/card.toml")):
-        return _check_cards(path or settings.models, plan.threads(settings))
-    if not path.exists():
-        raise LoadError(f"{path}: there is no such file or folder")
-    from app.checkpoints.identify import identify
-
-    registry = open_registry(settings)
-    found = identify(path.absolute(), registry.cards)
-    found.check()
-    _print_found(found, settings)
-    if "transformer" in found.bases[0][1]:
-        _print_next(found, registry, settings)
-
-
-def _check_cards(folder: Path, threads: int) -> None:
-    """A line for each card of the folder. Raises LoadError when a model is broken."""
-    states = check_folder(folder, threads)
-    rows = table("model", "state", "detail")
-    for name, (state, detail) in states.items():
-        rows.add_row(escape(name), state, escape(detail))
-    print_table(rows)
-    broken = [name for name, (state, _) in states.items() if state == "broken"]
-    if broken:
-        raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
-
-
-def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
-    """(state, detail) of every card by its folder's name: "ok", "absent" (not downloaded), "broken"."""
-    files = sorted(folder.glob("*/card.toml"))
-    if not files:
-        raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
-    import torch
-
-    from app.checkpoints.parts import check_card
-
-    torch.set_num_threads(threads)
-    cards = read_cards(folder)
-    skipped = {plain(file.parent.name): ("broken", error.message) for file, error in cards.skipped.items()}
-    return skipped | {plain(card.folder.name): check_card(card, cards) for card in cards.values()}
-
-
-def _print_found(found: Inventory, settings: Settings) -> None:
-    """Which cards fit, the state of each part, and the memory that they take."""
-    one, parts = found.bases[0]
-    names = [base.card.id for base, _ in found.bases]
-    if found.pickled:
-        typer.echo(f"{found.path.name} is a torch file, which a server does not load")
-    unsure = ": the same shapes, so the files cannot tell which" if len(names) > 1 else ""
-    typer.echo(f"fits {', '.join(names)}{unsure}")
-    whole = "transformer" in parts
-    missing = one.missing([*parts, *found.tokenizers]) if whole else []
-    memory = _memory_of(one, settings)
-    rows = table("part", "state", "parameters", "bytes", "in memory")
-    for part in [*parts, *missing]:
-        there = parts.get(part)
-        parameters = one.counts(part)[0] if part in memory else 0
-        stored = decimal(sum(value.nbytes for value in there.state.values())) if there else "-"
-        needs = decimal(memory[part]) if part in memory else "-"
-        rows.add_row(part, escape(_state(one, part, there, found)), count(parameters), stored, needs)
-    print_table(rows)
-    if whole:
-        typer.echo(_budget(one, parts, memory, settings))
-        return
-    if found.others:
-        from app.checkpoints.identify import short
-
-        typer.echo(f"besides, {len(found.others)} tensors that no layout has, the first {short(found.others[0])}")
-    flags = ", ".join(f"--{part.replace('_', '-')}" for part in parts)
-    typer.echo(f"no network is in it: give it to `instep models add` beside one ({flags})")
-
-
-def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventory) -> str:
-    """How a part is stored, or why it is not usable, or what its absence means."""
-    from app.checkpoints.identify import short
-    from app.families import FAMILIES
-
-    if part in found.odd:
-        return f"not usable: {short(found.odd[part])}"
-    if there:
-        formats = sorted({str(value.dtype).removeprefix("torch.") for value in there.state.values()})
-        return f"stored as {', '.join(formats)}"
-    if part in FAMILIES[one.card.family].required:
-        return "missing, and needed"
-    if part.startswith("tokenizer"):
-        return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
-    return f"missing; {one.card.facts.without.get(part, 'it can do without')}"
-
-
-def _memory_of(one: CardConfigs, settings: Settings) -> dict[str, int]:
-    """Bytes of each network of a card as this machine would load it."""
-    import torch
-
-    from app.checkpoints.parts import part_dtype
-    from app.families.components import has_weights
-    from app.worker.process import resolve_dtype
-
-    device = plan.devices(settings.devices)[0]
-    dtype = resolve_dtype(settings, device)
-    networks = (part for part, kind in one.classes.items() if has_weights(kind))
-    return {part: one.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
-
-
-def _budget(one: CardConfigs, parts: Iterable[str], memory: dict[str, int], settings: Settings) -> str:
-    """Bytes by phase, with a VAE in any case, against what weights may take here."""
-    from app.families import FAMILIES
-    from app.pool.budget import budgets
-
-    family, devices = FAMILIES[one.card.family], plan.devices(settings.devices)
-    budget, _ = budgets(settings, devices[0], devices)
-    there = {*parts, *family.required}
-    taken = {
-        phase: sum(memory.get(part, 0) for part in names if part in there) for phase, names in family.phases.items()
-    }
-    each = ", ".join(f"{phase} {decimal(size)}" for phase, size in taken.items() if size)
-    fits = "fits" if sum(taken.values()) <= budget else "fits in turns, one phase at a time"
-    if max(taken.values()) > budget:
-        fits = "does not fit"
-    return f"memory on {devices[0]}: {each}; weights may take {decimal(budget)} here: {fits}"
-
-
-def _print_next(found: Inventory, registry: Registry, settings: Settings) -> None:
-    """Make the card that the next command would make, throw it away, and say that command.
-
-    Raises LoadError, as `instep models add` does: no model can be made of it. A .pt is for `instep models convert`.
-    """
-    from app.checkpoints.compose import draft
-
-    (one, parts), path = found.bases[0], found.path
-    if found.pickled:
-        words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{one.card.id}"), "--vae"]
-        dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
-        return typer.echo(f"next: {dit if one.card.facts.torch_files else 'save its tensors as safetensors'}")
-    made = draft(found, registry, one.card.id)
-    words = ["instep", "models", "add", str(path), "--like", one.card.id]
-    if path.is_file() and one.missing(parts):
-        made.take_rest(one.card)
-        words += ["--rest", one.card.id]
-    made.refuse_gaps()
-    with tempfile.TemporaryDirectory(prefix="instep-check-") as folder:
-        made.write(Path(folder) / _free_id(path, registry, settings.models), registry.cards)
-    for line in made.own_schedule():
-        typer.echo(line)
-    typer.echo(f"next: {shlex.join(words)}")
 
 
 def add(
@@ -204,7 +49,7 @@ def add(
     models: Folder = None,
 ) -> None:
     """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
-    from app.checkpoints.compose import draft
+    from app.checkpoints.compose import draft, free_folder, free_id
     from app.checkpoints.identify import identify
 
     settings = read_settings(models=models)
@@ -221,8 +66,8 @@ def add(
     if rest is not None:
         made.take_rest(registry.find(rest))
     made.refuse_gaps()
-    model = name or _free_id(path, registry, settings.models)
-    folder = _free_folder(model, registry, settings.models)
+    model = name or free_id(path, registry, settings.models)
+    folder = free_folder(model, registry, settings.models)
     made.write(folder, registry.cards)
     typer.echo(f"{model}: {folder / 'card.toml'}, like {made.like.card.id}; the weights stay where they are")
     for line in (*made.left_out(found), *made.own_schedule()):
@@ -230,26 +75,6 @@ def add(
     cards = read_cards(settings.models)
     draw = "instep serve" if cards[model].draws_classes else f'instep generate "a red apple" --model {model}'
     typer.echo(f"next: {draw if ModelFolder(cards[model], cards).here() else f'instep models pull {model}'}")
-
-
-def _free_folder(model: str, registry: Registry, models: Path) -> Path:
-    """The folder of a new model. Raises LoadError: its name is none, or is taken."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", model):
-        raise LoadError(f'"{model}" cannot be the id of a model: letters, digits, ".", "_", "-"')
-    if _taken(model, registry, models):
-        raise LoadError(f"{models / model}: there is a model of this name already; give another with --id")
-    return models / model
-
-
-def _free_id(path: Path, registry: Registry, models: Path) -> str:
-    """An id made of the name of the files, with a number behind it where that one is taken."""
-    named = re.sub(r"[^a-z0-9._]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-._")[:58]
-    ids = (f"{named or 'model'}{number}" for number in ("", *(f"-{count}" for count in range(2, 10_000))))
-    return next(model for model in ids if not _taken(model, registry, models))
-
-
-def _taken(model: str, registry: Registry, models: Path) -> bool:
-    return (models / model).exists() or any(model in card.names for card in registry.cards.values())
 
 
 def convert(
@@ -290,3 +115,99 @@ def convert(
     wanted = Conversion(file, folder, vae, dtype and getattr(torch, dtype), heads, labels, replace)
     convert_dit(wanted, typer.echo)
     typer.echo(f"next: instep serve --models {folder.parent}")
+
+
+def pull(
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Model ids or aliases; none: those the server preloads")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
+    models: Folder = None,
+) -> None:
+    """Download what models need from the Hub: only that, resumed where it broke off, checked. Needs HF_TOKEN if gated.
+
+    Without ids: the models that INSTEP_PRELOAD and INSTEP_DEFAULT_MODEL name.
+    """
+    settings = read_settings(models=models)
+    registry = open_registry(settings)
+    chosen = _choose(ids or (), everything, registry, settings)
+    from app.checkpoints.hub import bytes_left, cache, needs
+
+    found: list[tuple[Card, Needs]] = []
+    failed = []
+    opened: dict[str, Repo] = {}
+    for card in chosen:
+        try:
+            found.append((card, needs(card, registry.cards, opened)))
+        except CheckpointError as error:
+            failed.append(f"{card.id}: {error.message}")
+    left = bytes_left(chain.from_iterable(files.values() for _, files in found))
+    if left > (free := _free_bytes(cache())):
+        where = f"{cache()} (HF_HOME may name a larger disk)"
+        raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
+    for card, files in found:
+        try:
+            _download(card, files, settings.models)
+        except CheckpointError as error:
+            failed.append(f"{card.id}: {error.message}")
+    if failed:
+        many = f"{len(failed)} of {len(chosen)} models were not pulled: " if len(chosen) > 1 else ""
+        raise LoadError(many + "; ".join(failed))
+
+
+def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
+    """The cards to pull, each once. Raises ModelNotFound; LoadError when nothing says which."""
+    on_hub = [card for card in registry.cards.values() if card.source.repo]
+    if everything:
+        return on_hub
+    named = list(ids)
+    if not named:
+        words = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
+        named = [word for word in words if word not in ("", "all")]  # to the server, all are those that are here
+    if not named:
+        known = ", ".join(card.id for card in on_hub) or "none"
+        raise LoadError(f"which models? Name them, or set INSTEP_PRELOAD, or --all. On the Hub: {known}")
+    return list({card.id: card for card in map(registry.find, named)}.values())
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that a folder is on, or will be."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return shutil.disk_usage(there).free
+
+
+def _download(card: Card, files: Needs, models: Path) -> None:
+    """Download what is still to come, with one bar in a terminal, elsewhere a line for each file that has to come.
+
+    models: the folder of cards. Raises CheckpointError.
+    """
+    from app.checkpoints.hub import bytes_left, cache, fetch, link
+
+    if not files:
+        typer.echo(f"{card.id}: beside its card, nothing to pull")
+        return
+    sizes = [repo.files[path].size for repo, paths in files.values() for path in paths]
+    left, free = bytes_left(files.values()), decimal(_free_bytes(cache()))
+    summary = f"{decimal(sum(sizes))} in {len(sizes)} files, {decimal(left)} to come"
+    typer.echo(f"{card.id}: {summary}; {free} free in {cache()}")
+    console = Console()
+    columns = BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    text = TextColumn("{task.description}")
+    with Progress(*columns, text, console=console, disable=not console.is_terminal, transient=True) as bars:
+        task = bars.add_task("", total=left)
+        for repo, paths in files.values():
+            for size, path in sorted((repo.files[path].size, path) for path in paths):
+                bars.update(task, description=path)
+                if not console.is_terminal and bytes_left([(repo, [path])]):
+                    typer.echo(f"  {path}: {decimal(size)}")
+                fetch(repo, path, partial(bars.advance, task))
+            link(repo, paths)
+    for repo, _ in files.values():
+        typer.echo(f"{card.id}: here, {repo.name} at {repo.commit}")
+        if repo.name == card.source.repo and repo.revision != repo.commit:
+            pin = f'source.revision = "{repo.commit}" in its card'
+            typer.echo(f"{card.id}: not pinned; to stay with these files: {pin}")
+    for repo, paths in files.values():
+        if any(path.endswith(".bin") for path in paths):
+            words = shlex.join(["instep", "models", "convert", str(repo.snapshot), str(models / card.id), "--replace"])
+            typer.echo(f"{card.id}: its weights are torch files, which a server does not load; next: {words}")

@@ -1,9 +1,12 @@
-"""`instep models list | show`: the cards as tables."""
+"""`instep models list | show | check`: the cards as tables, and whether cards and files are sound."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+import shlex
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -11,12 +14,20 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from app.cards.card import Card
+from app.cards.card import Card, read_cards
+from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.cli.bodies import find, open_registry
 from app.cli.serve import Folder, read_settings
+from app.errors import LoadError, plain
 from app.jobs.body import describe_sizes
 from app.samplers.table import valid_samplers
+from app.settings import Settings
+from app.worker import plan
+
+# NOTE: app.checkpoints is imported late: torch and the model libraries take seconds, the Hub library a third of one.
+if TYPE_CHECKING:
+    from app.checkpoints.identify import CardConfigs, FoundPart, Inventory
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
 
@@ -24,17 +35,17 @@ app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=Tru
 @app.command("list")
 def list_models(models: Folder = None) -> None:
     """One line for each card. files: here; or to pull, `gated` where a licence must be accepted first."""
-    rows = table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
+    rows = _table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
     cards = open_registry(read_settings(models=models)).all
     for card in cards.values():
-        given = card.defaults
+        defaults = card.defaults
         names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
         here = _files(card, cards)
         files = "gated" if card.gated and here != "here" else here
-        steps, guidance = str(given.num_inference_steps), f"{given.guidance_scale:g}"
-        amounts = count(card.parameters), decimal(card.bytes) if card.bytes else "-"
-        rows.add_row(escape(names), card.family, *amounts, files, _draws(card), given.size, steps, guidance)
-    print_table(rows)
+        steps, guidance = str(defaults.num_inference_steps), f"{defaults.guidance_scale:g}"
+        amounts = _count(card.parameters), decimal(card.bytes) if card.bytes else "-"
+        rows.add_row(escape(names), card.family, *amounts, files, _draws(card), defaults.size, steps, guidance)
+    _print(rows)
     for error in cards.skipped.values():
         typer.echo(f"skipped: {error.message}", err=True)
 
@@ -48,7 +59,7 @@ def show(model: Annotated[str, typer.Argument(help="A model id or alias")], mode
     words = {"here": "here", "pull": f"not here: instep models pull {card.id}", "none": "missing"}
     for name, value in _facts_of(card, words[_files(card, registry.cards)]).items():
         rows.add_row(name, escape(value))
-    print_table(rows)
+    _print(rows)
 
 
 def _files(card: Card, cards: Mapping[str, Card]) -> Literal["here", "pull", "none"]:
@@ -61,7 +72,7 @@ def _files(card: Card, cards: Mapping[str, Card]) -> Literal["here", "pull", "no
 
 def _facts_of(card: Card, files: str) -> dict[str, str]:
     """A card in words, by the name of the fact. files: where they are."""
-    given, limits, schedule, source = card.defaults, card.limits, card.schedule, card.source
+    usual, limits, schedule, source = card.defaults, card.limits, card.schedule, card.source
     gated = {}
     if card.gated:
         from app.checkpoints.hub import page  # late: the Hub library takes a third of a second
@@ -84,8 +95,8 @@ def _facts_of(card: Card, files: str) -> dict[str, str]:
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",
         "samplers": ", ".join(valid_samplers(schedule)),
-        "default sampler": f"{given.sampler}, {given.num_inference_steps} steps, guidance {given.guidance_scale:g}",
-        "default size": given.size,
+        "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
+        "default size": usual.size,
         "sizes": describe_sizes(limits.sizes),
         "limits": f"{limits.num_inference_steps} steps, guidance {limits.guidance_scale:g}, {limits.n} images",
     }
@@ -95,14 +106,169 @@ def _draws(card: Card) -> str:
     return f"{len(card.labels)} classes" if card.draws_classes else "prompts"
 
 
-def count(parameters: int | None) -> str:
+def check(
+    path: Annotated[Path | None, typer.Argument(help="Files of yours: which card fits them? None: the cards")] = None,
+    models: Folder = None,
+) -> None:
+    """Whether the cards and their files are sound; with PATH, which card fits these files and what is missing.
+
+    PATH is a folder of cards, a diffusers folder, a safetensors file (in the authors' own layout too) or a .pt. Exit
+    code 1 when a model is broken or nothing fits.
+    """
+    settings = read_settings(models=models)
+    if path is None or any(path.glob("*/card.toml")):
+        return _check_cards(path or settings.models, plan.threads(settings))
+    if not path.exists():
+        raise LoadError(f"{path}: there is no such file or folder")
+    from app.checkpoints.identify import identify
+
+    registry = open_registry(settings)
+    found = identify(path.absolute(), registry.cards)
+    found.check()
+    _print_found(found, settings)
+    if "transformer" in found.bases[0][1]:
+        _print_next(found, registry, settings)
+
+
+def _check_cards(folder: Path, threads: int) -> None:
+    """A line for each card of the folder. Raises LoadError when a model is broken."""
+    states = check_folder(folder, threads)
+    rows = _table("model", "state", "detail")
+    for name, (state, detail) in states.items():
+        rows.add_row(escape(name), state, escape(detail))
+    _print(rows)
+    broken = [name for name, (state, _) in states.items() if state == "broken"]
+    if broken:
+        raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
+
+
+def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
+    """(state, detail) of every card by its folder's name: "ok", "absent" (not downloaded), "broken"."""
+    files = sorted(folder.glob("*/card.toml"))
+    if not files:
+        raise LoadError(f"no cards in {folder}: expected {folder}/<id>/card.toml")
+    import torch
+
+    from app.checkpoints.parts import check_card
+
+    torch.set_num_threads(threads)
+    cards = read_cards(folder)
+    skipped = {plain(file.parent.name): ("broken", error.message) for file, error in cards.skipped.items()}
+    return skipped | {plain(card.folder.name): check_card(card, cards) for card in cards.values()}
+
+
+def _print_found(found: Inventory, settings: Settings) -> None:
+    """Which cards fit, the state of each part, and the memory that they take."""
+    from app.checkpoints.compose import flag
+    from app.checkpoints.identify import short
+
+    one, parts = found.bases[0]
+    names = [base.card.id for base, _ in found.bases]
+    if found.pickled:
+        typer.echo(f"{found.path.name} is a torch file, which a server does not load")
+    unsure = ": the same shapes, so the files cannot tell which" if len(names) > 1 else ""
+    typer.echo(f"fits {', '.join(names)}{unsure}")
+    whole = "transformer" in parts
+    missing = one.missing([*parts, *found.tokenizers]) if whole else []
+    memory = _memory_of(one, [*parts, *missing], settings)
+    rows = _table("part", "state", "parameters", "bytes", "in memory")
+    for part in [*parts, *missing]:
+        there = parts.get(part)
+        parameters = one.counts(part)[0] if part in memory else 0
+        stored = decimal(sum(value.nbytes for value in there.state.values())) if there else "-"
+        needs = decimal(memory[part]) if part in memory else "-"
+        rows.add_row(part, escape(_state(one, part, there, found)), _count(parameters), stored, needs)
+    _print(rows)
+    if whole:
+        typer.echo(_budget(one, parts, memory, settings))
+        return
+    if found.others:
+        typer.echo(f"besides, {len(found.others)} tensors that no layout has, the first {short(found.others[0])}")
+    typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, parts))})")
+
+
+def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventory) -> str:
+    """How a part is stored, or why it is not usable, or what its absence means."""
+    from app.checkpoints.identify import short
+    from app.families import FAMILIES
+
+    if part in found.odd:
+        return f"not usable: {short(found.odd[part])}"
+    if there:
+        formats = sorted({str(value.dtype).removeprefix("torch.") for value in there.state.values()})
+        return f"stored as {', '.join(formats)}"
+    if part in FAMILIES[one.card.family].required:
+        return "missing, and needed"
+    if part.startswith("tokenizer"):
+        return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
+    return f"missing; {one.card.facts.without.get(part, 'it can do without')}"
+
+
+def _memory_of(one: CardConfigs, parts: Iterable[str], settings: Settings) -> dict[str, int]:
+    """Bytes of each of these parts that is a network of the card, as this machine would load it."""
+    import torch
+
+    from app.checkpoints.parts import part_dtype
+    from app.families.components import has_weights
+    from app.worker.process import resolve_dtype
+
+    device = plan.devices(settings.devices)[0]
+    dtype = resolve_dtype(settings, device)
+    networks = (part for part in parts if has_weights(one.classes.get(part, "")))
+    return {part: one.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
+
+
+def _budget(one: CardConfigs, parts: Iterable[str], memory: dict[str, int], settings: Settings) -> str:
+    """Bytes by phase, with a VAE in any case, against what weights may take here."""
+    from app.families import FAMILIES
+    from app.pool.budget import budgets
+
+    family, devices = FAMILIES[one.card.family], plan.devices(settings.devices)
+    budget, _ = budgets(settings, devices[0], devices)
+    there = {*parts, *family.required}
+    taken = {
+        phase: sum(memory.get(part, 0) for part in names if part in there) for phase, names in family.phases.items()
+    }
+    each = ", ".join(f"{phase} {decimal(size)}" for phase, size in taken.items() if size)
+    fits = "fits" if sum(taken.values()) <= budget else "fits in turns, one phase at a time"
+    if max(taken.values()) > budget:
+        fits = "does not fit"
+    return f"memory on {devices[0]}: {each}; weights may take {decimal(budget)} here: {fits}"
+
+
+def _print_next(found: Inventory, registry: Registry, settings: Settings) -> None:
+    """Make the card that the next command would make, throw it away, and say that command.
+
+    Raises LoadError, as `instep models add` does: no model can be made of it. A .pt is for `instep models convert`.
+    """
+    from app.checkpoints.compose import draft, free_id
+
+    (one, parts), path = found.bases[0], found.path
+    if found.pickled:
+        words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{one.card.id}"), "--vae"]
+        dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
+        return typer.echo(f"next: {dit if one.card.facts.torch_files else 'save its tensors as safetensors'}")
+    made = draft(found, registry, one.card.id)
+    words = ["instep", "models", "add", str(path), "--like", one.card.id]
+    if path.is_file() and one.missing(parts):
+        made.take_rest(one.card)
+        words += ["--rest", one.card.id]
+    made.refuse_gaps()
+    with tempfile.TemporaryDirectory(prefix="instep-check-") as folder:
+        made.write(Path(folder) / free_id(path, registry, settings.models), registry.cards)
+    for line in made.own_schedule():
+        typer.echo(line)
+    typer.echo(f"next: {shlex.join(words)}")
+
+
+def _count(parameters: int | None) -> str:
     """Parameters in words: 8.06 B, 675 M."""
     if not parameters:
         return "-"
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
 
 
-def table(*columns: str) -> Table:
+def _table(*columns: str) -> Table:
     """A table without lines; amounts stand at the right."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
@@ -111,7 +277,7 @@ def table(*columns: str) -> Table:
     return made
 
 
-def print_table(rows: Table) -> None:
+def _print(rows: Table) -> None:
     """As wide as it needs when the output is not a terminal, so that it can be searched."""
     console = Console()
     console.print(rows) if console.is_terminal else Console(width=1000).print(rows)

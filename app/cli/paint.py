@@ -59,7 +59,7 @@ class Watch:
         for job, index in images:
             job.on_report = partial(self._hear, job)
             if ahead:
-                self._task(name(job, index), job.request.steps)
+                self._task(name(job, index), job.request.recipe.steps)
 
     def observe(self, report: Report, worker: str = "") -> None:
         """Print a line when a model begins to load and when it is ready."""

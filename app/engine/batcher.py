@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from app.engine.queue import Order, Queue
-from app.engine.row import Caps, Key, Row, Work
+from app.engine.row import Caps, Row, Work
 from app.engine.shares import FairShares
 from app.report import Phase
+from app.request import Key
 
 TRIAL_FULL = 0.75
 """The part of a wider forward that ready rows must fill before it is tried."""
@@ -46,8 +47,7 @@ class Offer(NamedTuple):
     def fill(self) -> list[Row]:
         """The rows of the next forward: a greedy choice in order that stays within the cap; the best row always goes.
 
-        Where all fit and none ends there is nothing to choose and so nothing to sort, which is most steps of a crowd.
-        Those who end together are decoded in order.
+        Most steps need no sorting: all fit and none ends. Rows that end together are decoded in order.
         """
         left = self.most()
         if sum([row.passes for row in self.rows]) <= left and all([row.line + 1 < row.lines for row in self.rows]):
@@ -91,7 +91,7 @@ class Batcher:
         return sum(len(queue.started) for queue in self._queues.values()) + len(self.finished)
 
     def add(self, row: Row) -> None:
-        self._shares.join(row.request.tenant, row.request.weight)
+        self._shares.join(row.request.delivery.tenant, row.request.delivery.weight)
         self._queues.setdefault(row.key, Queue(row.key, self._shares)).add(row)
         self.waiting += 1
 
@@ -113,7 +113,7 @@ class Batcher:
         """Remove a row, whatever its stage; nothing happens to one that is gone already."""
         stage, row.stage = row.stage, "gone"
         if stage != "gone":
-            self._shares.leave(row.request.tenant)
+            self._shares.leave(row.request.delivery.tenant)
         if stage == "waiting":
             self.waiting -= 1
             self._queues[row.key].leave(row)
@@ -127,7 +127,7 @@ class Batcher:
         """Charge the rows' tenants for the seconds of a work, each by its passes."""
         passes: Counter[str] = Counter()
         for row in work.rows:
-            passes[row.request.tenant] += row.passes
+            passes[row.request.delivery.tenant] += row.passes
         each = seconds / passes.total()
         for tenant, count in passes.items():
             self._shares.charge(tenant, count * each)
@@ -162,7 +162,7 @@ class Batcher:
         """The best row of all keys decides which key runs; waiting rows it takes along are encoded first."""
         offers = self._offers(now)
         if offers and not self._any_credit(offers):
-            self._shares.begin_round({row.request.tenant for offer in offers for row in offer.rows})
+            self._shares.begin_round({row.request.delivery.tenant for offer in offers for row in offer.rows})
             offers = self._offers(now)
         if self._encoded_last and any(row.stage == "started" for offer in offers for row in offer.rows):
             # Never two encodes in a row while rows wait to be denoised: those who run must not stand behind arrivals.
@@ -172,7 +172,7 @@ class Batcher:
         return _encode_or_denoise(min(offers, key=Offer.best) if len(offers) > 1 else offers[0])
 
     def _any_credit(self, offers: list[Offer]) -> bool:
-        return any(self._shares.has(row.request.tenant) for offer in offers for row in offer.rows)
+        return any(self._shares.has(row.request.delivery.tenant) for offer in offers for row in offer.rows)
 
     def _offers(self, now: float) -> list[Offer]:
         """What each key could run. Where an aged row finds no slots, the other keys take no row younger than it."""

@@ -12,10 +12,11 @@ import torch
 
 from app.cards.card import Card
 from app.engine.profile import WIDEST, Curve, Profiles
-from app.engine.row import Caps, Key
+from app.engine.row import Caps
 from app.engine.slots import PASSES
 from app.families.base import Family
 from app.pool.pool import Pool
+from app.request import Key
 
 SLOT_BYTES = 256 << 20
 """Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""
@@ -38,10 +39,7 @@ def caps_of(curve: Curve, card: Card, latent: tuple[int, ...], slot_bytes: int, 
 
 
 class Limits:
-    """The caps of every measured key, and the cost curves that they come from.
-
-    In deterministic mode the card's bucket decides, and nothing is learned.
-    """
+    """The caps of every measured key, and the cost curves that they come from. Deterministic mode learns nothing."""
 
     def __init__(self, pool: Pool, profiles: Profiles, deterministic: bool) -> None:
         self.known: dict[Key, Caps] = {}

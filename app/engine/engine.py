@@ -13,14 +13,14 @@ from dataclasses import replace
 from app.engine.batcher import Batcher
 from app.engine.patience import Patience
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Image, Key, Outcome, Row, Work, default_key, rows_of
+from app.engine.row import Caps, Image, Outcome, Row, Work, default_key, rows_of
 from app.engine.runner import Runner
 from app.engine.turns import Turns
 from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, ShuttingDown
 from app.pool.budget import text_bytes
 from app.pool.pool import Pool
 from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Result, Tick
-from app.request import Request
+from app.request import Key, Request
 from app.settings import Settings
 
 
@@ -166,13 +166,13 @@ class Engine:
             self._emit(Failure(request.id, error))
             return
         self._open[request.id] = rows
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.id))
+        if request.delivery.deadline is not None:
+            heapq.heappush(self._deadlines, (request.delivery.deadline, request.id))
         for row in rows:
             self._batcher.add(row)
             self._turns.add(row)
-        self._pool.want(request.model)
-        failure = self._pool.failure(request.model)
+        self._pool.want(request.recipe.model)
+        failure = self._pool.failure(request.recipe.model)
         if failure is not None:
             self._fail(request.id, failure)
 
@@ -279,7 +279,7 @@ class Engine:
             row.line += 1
             row.served += now - start
             row.neighbours += len(rows)
-            if row.request.progress:
+            if row.request.delivery.progress:
                 self._emit(Progress(row.request.id, row.index, row.line, row.lines))
             if row.line == row.lines:
                 self._batcher.finish(row)

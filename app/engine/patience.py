@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from app.engine.row import Key, Outcome, Work
+from app.engine.row import Outcome, Work
 from app.pool.pool import Pool
 from app.report import Announce, Report
+from app.request import Key
 
 FACTOR = 10.0
 """Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""
@@ -65,21 +66,15 @@ class Patience:
 
     def _limit(self, key: Key, phase: str, size: int) -> float:
         longest = self._longest.get((key, phase))
+        if longest is None and not self._plain:
+            return COMPILING if self._compiled else FIRST_ON_GPU
+        # Gigabytes of weights where the system may have dropped them from memory.
+        large = max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
         if longest is None:
-            return self._first(key, size)
-        estimate, large = longest[0] * max(1.0, size / longest[1]), self._large(key)
+            return math.ceil(MOST * large * max(1.0, size * key.width * key.height / FIRST_AREA))
+        estimate = longest[0] * max(1.0, size / longest[1])
         least = LEAST * large if self._plain else MOST
         return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
-
-    def _first(self, key: Key, size: int) -> float:
-        if not self._plain:
-            return COMPILING if self._compiled else FIRST_ON_GPU
-        area = size * key.width * key.height / FIRST_AREA
-        return math.ceil(MOST * self._large(key) * max(1.0, area))
-
-    def _large(self, key: Key) -> float:
-        """Gigabytes of weights where the system may have dropped them from memory, at least 1."""
-        return max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
 
     def _learn(self, key: Key, phase: str, size: int, seconds: float) -> None:
         longest, widest = self._longest.get((key, phase), (0.0, size))

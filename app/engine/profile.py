@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,8 +22,8 @@ import torch
 from pydantic import Field, TypeAdapter
 
 from app.cards.files import read_file
-from app.engine.row import Key
 from app.families.base import Family
+from app.request import Key
 
 NEAR = 1.10
 """A width is wide enough when its cost per pass is within this factor of the best known one."""
@@ -105,8 +106,8 @@ class Curve:
         """Passes of a wider forward that is worth a try now, when rows nearly fill it; 0 when none is.
 
         It is twice as wide as the last forward, to be compared with it: as the cap, or as a single row that is wider
-        than the cap where nothing was learned of that doubling yet. A width known from a profile only is tried at once;
-        one that did not pay after PATIENCE forwards, then after twice as many, and so on.
+        than the cap where nothing is known of that doubling. A width known from a profile only is tried at once; one
+        that did not pay after PATIENCE forwards, then after twice as many, and so on.
         """
         place, cap = self._last, self._place(self.cap)
         if not cap <= place < len(self._growth) or (place > cap and self._tried[place - 1]):
@@ -231,10 +232,8 @@ class Profiles:
         return Curve(stored)
 
     def advance(self, family: Family, key: Key) -> Curve | None:
-        """Measure one more width, with the network on the device; the curve when that was the last.
-
-        Raises what the first forward raises.
-        """
+        """Measure one more width, with the network on the device; the curve when that was the last. Raises what the
+        first forward raises."""
         opened = self._open.pop(key, None)
         steps, seconds = opened or (measuring(_forward(family, key), self._budget), {})
         if more := next(steps, None):
@@ -247,7 +246,11 @@ class Profiles:
         """Keep the curve of a key, on disk too. Where the folder cannot be written, the next start measures again."""
         self._known.setdefault(key.model, {})[key.width * key.height] = curve.widths
         if file := self._file(family, key):
-            _store(file, curve.widths)
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                fresh = file.with_suffix(f".{os.getpid()}")
+                fresh.write_text(json.dumps(curve.widths), encoding="utf-8")
+                fresh.replace(file)
 
     def forget(self, model: str) -> None:
         """Drop what is known of a model in memory, and a measurement of it that has not ended."""
@@ -281,16 +284,6 @@ def _stored(file: Path) -> dict[int, float] | None:
         return _WIDTHS.validate_json(read_file(file, MOST_BYTES)) or None
     except (OSError, ValueError):
         return None
-
-
-def _store(file: Path, seconds: dict[int, float]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(seconds), encoding="utf-8")
-        fresh.replace(file)
-    except OSError:
-        return
 
 
 def _forward(family: Family, key: Key) -> Callable[[int], None]:

@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from app.engine.row import Caps, Key, Row
+from app.engine.row import Caps, Row
 from app.engine.shares import FairShares
+from app.request import Key
 
 AGE_LIMIT = 8.0
 """A row that has waited this many times its own service time goes first."""
@@ -39,7 +40,7 @@ class Lane:
 
     def push(self, row: Row, aged_at: float) -> None:
         """Add a row that counts as aged after `aged_at`, on the engine's clock."""
-        entry = (row.remaining, -row.request.priority, row.deadline, row.sequence, row)
+        entry = (row.remaining, -row.request.delivery.priority, row.deadline, row.sequence, row)
         heapq.heappush(self._shortest, entry)
         heapq.heappush(self._oldest, (aged_at, row.sequence, row))
 
@@ -106,14 +107,14 @@ class Queue:
 
     def add(self, row: Row) -> None:
         self.arrivals.append(row)
-        self._lanes.setdefault(row.request.tenant, Lane()).left += 1
+        self._lanes.setdefault(row.request.delivery.tenant, Lane()).left += 1
 
     def leave(self, row: Row) -> None:
         """Remove a row that was started, or is gone."""
-        lane = self._lanes[row.request.tenant]
+        lane = self._lanes[row.request.delivery.tenant]
         lane.leave()
         if not lane.left:
-            del self._lanes[row.request.tenant]
+            del self._lanes[row.request.delivery.tenant]
         left = sum(lane.left for lane in self._lanes.values())
         if len(self._latest) > 2 * left + SLACK:
             self._latest = [entry for entry in self._latest if _unbegun(entry[-1])]
@@ -127,18 +128,18 @@ class Queue:
 
     def order(self, row: Row, now: float, rate: float) -> Order:
         """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline."""
-        owing = not self._shares.has(row.request.tenant)
+        owing = not self._shares.has(row.request.delivery.tenant)
         waited = now - row.arrived - row.served
         if waited > AGE_LIMIT * row.total * rate:
             return (owing, 0, row.arrived, 0, 0.0, row.sequence)
-        return (owing, 1, row.remaining * rate, -row.request.priority, row.deadline, row.sequence)
+        return (owing, 1, row.remaining * rate, -row.request.delivery.priority, row.deadline, row.sequence)
 
     def admit(self, rate: float) -> None:
         """Move arrivals into the lanes, now that a pass is known to take `rate` seconds."""
         for row in self.arrivals:
             if row.stage == "waiting":
                 service = row.remaining * rate
-                self._lanes[row.request.tenant].push(row, row.arrived + AGE_LIMIT * service)
+                self._lanes[row.request.delivery.tenant].push(row, row.arrived + AGE_LIMIT * service)
                 if row.deadline < math.inf:
                     heapq.heappush(self._latest, (row.deadline - service, row.sequence, row))
         self.arrivals.clear()
@@ -183,11 +184,11 @@ class Queue:
         """The rows that may take the last slots: those shorter than any that holds one, because they leave soon, and
         those of tenants that hold less than their share of the other slots. Alone, a tenant holds all of those."""
         shortest = min((row.remaining for row in self.started), default=math.inf)
-        held = Counter(row.request.tenant for row in self.started)
+        held = Counter(row.request.delivery.tenant for row in self.started)
         each = open_slots / sum(self._shares.weight(tenant) for tenant in held.keys() | self._lanes.keys())
         chosen = []
         for row in waiting:
-            tenant = row.request.tenant
+            tenant = row.request.delivery.tenant
             if row.remaining < shortest or held[tenant] < each * self._shares.weight(tenant):
                 chosen.append(row)
                 held[tenant] += 1

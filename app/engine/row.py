@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
 from app.report import Phase, Timings
-from app.request import Condition, Request
+from app.request import Condition, Key, Request
 from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from app.pool.pool import Lease
-
-
-class Key(NamedTuple):
-    """What rows must have in common to share a forward, and nothing else: each further field is a reason not to."""
-
-    model: str
-    width: int
-    height: int
-    text_length: int
 
 
 def default_key(card: Card) -> Key:
@@ -72,7 +63,7 @@ class Row:
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.each = 2 if self.request.guided else 1
+        self.each = 2 if self.request.recipe.guidance.guided else 1
         self.total = self.lines * self.each + len(self.skipping)
 
     @property
@@ -98,7 +89,8 @@ class Row:
 
     @property
     def deadline(self) -> float:
-        return math.inf if self.request.deadline is None else self.request.deadline
+        deadline = self.request.delivery.deadline
+        return math.inf if deadline is None else deadline
 
     @property
     def begun(self) -> bool:
@@ -107,7 +99,7 @@ class Row:
 
     def preview_due(self) -> bool:
         """Whether a partial image is due after the line just run; they are evenly spread."""
-        wanted = self.request.previews
+        wanted = self.request.delivery.previews
         return (
             self.previews < wanted
             and self.line < self.lines
@@ -184,12 +176,12 @@ class Outcome:
 
 def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:
     """One waiting row for each image, numbered in order of arrival. Raises ModelNotFound, InvalidValue."""
-    card = cards.get(request.model)
+    recipe = request.recipe
+    card = cards.get(recipe.model)
     if card is None:
-        raise ModelNotFound(f"there is no model {request.model}", param="model")
-    key = Key(request.model, request.width, request.height, request.text_length)
-    lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
-    skipping = request.skipping(lines)
+        raise ModelNotFound(f"there is no model {recipe.model}", param="model")
+    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    key, skipping = recipe.key, recipe.skipping(lines)
     return [
         Row(request, index, key, lines, now, next(numbers), skipping=skipping) for index in range(len(request.images))
     ]

@@ -11,14 +11,15 @@ import torch
 
 from app.engine.caps import Limits
 from app.engine.profile import Profiles
-from app.engine.row import Caps, Image, Key, Outcome, Row, Work
-from app.engine.slots import SlotPool, Slots, guidance_of
+from app.engine.row import Caps, Image, Outcome, Row, Work
+from app.engine.slots import SlotPool, Slots
 from app.engine.step import denoise_step, gather
 from app.engine.text_cache import TextCache
 from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
 from app.families.base import Conditions, Family
 from app.pool.budget import Cores
 from app.pool.pool import Pool
+from app.request import Key
 from app.samplers.table import compile_table
 
 ALONE = "this image alone does not fit in the device's memory"
@@ -28,10 +29,8 @@ Compute = Callable[[list[Row], Outcome], None]
 
 
 def isolate(phase: Compute, rows: list[Row], outcome: Outcome) -> None:
-    """Run a phase; when it raises, halve the rows and run each half again, until one row fails alone.
-
-    This is also the split and retry of a step that is out of memory. Phases change nothing before they succeed.
-    """
+    """Run a phase; when it raises (out of memory too), halve the rows and run each half again, until one row fails
+    alone. Phases change nothing before they succeed."""
     if not rows:
         return
     error = attempt(lambda: phase(rows, outcome), phase.__name__.strip("_"))
@@ -66,8 +65,7 @@ def attempt(call: Callable[[], None], where: str) -> InstepError | None:
 class Runner:
     """The device's side of the engine: slots by key, cached conditions, and the phases.
 
-    deterministic: every forward, encode and decode is padded to the card's bucket, so that a row's bits do not
-    depend on its neighbours.
+    deterministic: every phase is padded to the card's bucket, so that a row's bits do not depend on its neighbours.
     """
 
     def __init__(
@@ -164,10 +162,10 @@ class Runner:
 
     def _place(self, family: Family, row: Row, conditions: Conditions) -> None:
         """Give the row its table, first noise and slot. Noise is from a CPU generator: one seed, any device."""
-        request = row.request
-        shape = family.latent_shape(request.width, request.height)
-        tokens = family.image_tokens(request.width, request.height)
-        table = compile_table(family.card.schedule, request.sampler, request.steps, tokens=tokens)
+        recipe = row.request.recipe
+        shape = family.latent_shape(recipe.width, recipe.height)
+        tokens = family.image_tokens(recipe.width, recipe.height)
+        table = compile_table(family.card.schedule, recipe.sampler, recipe.steps, tokens=tokens)
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
         row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
@@ -175,7 +173,7 @@ class Runner:
         slots = self._slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cuts = zip(("prompt", "negative prompt"), self._texts.cuts(family, row), strict=False)
         row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
-        row.slot = slots.take(table, first, conditions, guidance_of(request, table.lines))
+        row.slot = slots.take(table, first, conditions, recipe.guidance, row.skipping)
 
     def _denoise(self, rows: list[Row], outcome: Outcome) -> None:
         family, slots = self._of(rows[0])
@@ -216,7 +214,7 @@ class Runner:
         finally:
             lease.release()
         for place, row in enumerate(rows):
-            kept = latents[place].cpu().numpy() if row.request.keep_latents else None
+            kept = latents[place].cpu().numpy() if row.request.delivery.keep_latents else None
             outcome.images.append(Image(row, pixels[place], kept))
 
     def _preview(self, rows: list[Row], outcome: Outcome) -> None:

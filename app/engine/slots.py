@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from app.engine.row import Key
 from app.families.base import Conditions
-from app.request import Request
+from app.request import Guidance, Key
 from app.samplers.table import COLUMNS, Table
 
 IDLE_KEYS = 4
@@ -27,23 +26,6 @@ LINE = (*COLUMNS, "weight", "skip", "scale")
 that line; the scale for a network with embedded guidance."""
 
 _XX, _SKIP = LINE.index("xx"), LINE.index("skip")
-
-
-class Guidance(NamedTuple):
-    """The guidance of a row. weight: scale - 1, 0 for an unguided row. skip: weight on the lines of `skipping`."""
-
-    guided: bool = False
-    weight: float = 0.0
-    skip: float = 0.0
-    skipping: range = range(0)
-    scale: float = 0.0
-
-
-def guidance_of(request: Request, lines: int) -> Guidance:
-    """The guidance of a request's rows, with tables of so many lines."""
-    weight = request.guidance - 1 if request.guided else 0.0
-    skip = request.skip.scale if request.skip else 0.0
-    return Guidance(request.guided, weight, skip, request.skipping(lines), request.embedded or 0.0)
 
 
 class Gather(NamedTuple):
@@ -91,10 +73,13 @@ class Slots:
         """Whether no row is here."""
         return len(self._free) == self.capacity
 
-    def take(self, table: Table, x: torch.Tensor, conditions: Conditions, guidance: Guidance) -> int:
+    def take(
+        self, table: Table, x: torch.Tensor, conditions: Conditions, guidance: Guidance, skipping: range = range(0)
+    ) -> int:
         """Add a row and return its slot. x: [C, h, w], the first noise.
 
-        conditions: by name, [1 or 2, ...]: the row's own first. mem and noise start at zero (0 * NaN is NaN).
+        conditions: by name, [1 or 2, ...]: the row's own first. skipping: lines with skip-layer guidance. mem and noise
+        start at zero (0 * NaN is NaN).
         """
         slot = self._free[-1]
         self.gathered = None
@@ -103,8 +88,11 @@ class Slots:
         self.noise[slot] = 0
         self.line[slot] = 0
         self.guided[slot] = guidance.guided
-        self._write_plan(slot, table, guidance)
-        self._write_conditions(slot, conditions)
+        self._write_plan(slot, table, guidance, skipping)
+        for name, value in conditions.items():
+            if name not in self.conditions:
+                self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
+            self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value
         return self._free.pop()
 
     def release(self, slot: int) -> None:
@@ -126,21 +114,17 @@ class Slots:
         extra: np.ndarray = (self.plan[rows, self.line[rows], _SKIP] != 0).astype(np.int64)
         return extra
 
-    def _write_plan(self, slot: int, table: Table, guidance: Guidance) -> None:
+    def _write_plan(self, slot: int, table: Table, guidance: Guidance, skipping: range) -> None:
         if table.lines > self.plan.shape[1]:
             longer = self._empty_plan(table.lines)
             longer[:, : self.plan.shape[1]] = self.plan
             self.plan = longer
         width = len(COLUMNS)
         self.plan[slot, : table.lines, :width] = table.coefficients()
-        self.plan[slot, : table.lines, width:] = guidance.weight, 0.0, guidance.scale
-        self.plan[slot, guidance.skipping.start : guidance.skipping.stop, _SKIP] = guidance.skip
-
-    def _write_conditions(self, slot: int, conditions: Conditions) -> None:
-        for name, value in conditions.items():
-            if name not in self.conditions:
-                self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
-            self.conditions[name][PASSES * slot : PASSES * slot + value.shape[0]] = value
+        weight = guidance.scale - 1 if guidance.guided else 0.0
+        self.plan[slot, : table.lines, width:] = weight, 0.0, guidance.embedded or 0.0
+        if guidance.skip:
+            self.plan[slot, skipping.start : skipping.stop, _SKIP] = guidance.skip.scale
 
 
 class SlotPool:

@@ -259,7 +259,7 @@ VAE = (
 )
 
 # The text encoders have transformers' names already. Of SD3's CLIP-L the authors' code (sd3_infer.py) takes the pooled
-# state before any projection; diffusers, which always projects, is given the identity.
+# state before any projection; diffusers, which always projects, gets the identity.
 TEXT = (rule("**", "**"),)
 CLIP_L = (rule("text_projection.weight"), rule("logit_scale"), *TEXT)
 

@@ -78,7 +78,7 @@ class Family(ABC):
 
     def opposite(self, condition: Condition) -> Condition:
         """The condition that guidance moves away from: the negative prompt as a prompt, or the null class."""
-        return Prompt(condition.negative if isinstance(condition, Prompt) else "")
+        return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
 
     @abstractmethod
     def encode(

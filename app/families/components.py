@@ -72,7 +72,7 @@ ALLOWED = frozenset(_NETWORKS) | frozenset(_TOKENIZERS)
 
 
 def has_weights(class_name: str) -> bool:
-    """Whether the component is a network, whose `state` must be read, and not a tokenizer."""
+    """Whether the component is a network and not a tokenizer."""
     return class_name in _NETWORKS
 
 
@@ -125,8 +125,8 @@ def fill_network(
 def _fill(network: nn.Module, where: Path, named: State, device: torch.device, dtype: torch.dtype) -> None:
     # A copy even where the dtype agrees: what was read may be a map of the file, which can change under the model.
     own = {
-        key: value.to(device, dtype, copy=True, memory_format=_layout(value, device))
-        for key, value in {id(v): v for v in named.values()}.items()
+        id(value): value.to(device, dtype, copy=True, memory_format=_layout(value, device))
+        for value in {id(value): value for value in named.values()}.values()
     }
     filled = {key: value for key, value in network.state_dict().items() if key in named and not value.is_meta}
     for key, value in filled.items():  # a weight of two names, one of which stood in an earlier shard

@@ -26,7 +26,7 @@ class DiT(Family):
     parts: ClassVar = {"transformer": ("DiTTransformer2DModel", "Transformer2DModel"), "vae": ("AutoencoderKL",)}
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """As the base class."""
+        """Raises CheckpointError: the parts do not fit."""
         super().__init__(card, parts, device, dtype)
         config, sizes, labels = self.config, card.limits.sizes, len(card.labels)
         self.patch, self.null_class, self.side = config.patch_size, config.num_embeds_ada_norm, config.sample_size
@@ -89,7 +89,7 @@ class DiT(Family):
 
 
 class SharedEmbedder(CombinedTimestepLabelEmbeddings):
-    """The timestep and label embedders of all blocks. What it made, given to it as `timestep`, is passed through."""
+    """The timestep and label embedders of all blocks; an embedding as `timestep` passes through."""
 
     def __init__(self, own: CombinedTimestepLabelEmbeddings) -> None:
         nn.Module.__init__(self)
@@ -140,7 +140,7 @@ def dit_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> 
         for key in held[1:]:
             if not _same(state[key], state[held[0]]):
                 raise ValueError(f"{key} is not equal to {held[0]}, and this network has one for all blocks")
-        # In a shard without the first block's, nothing is said of those that are not in it.
+        # A shard without the first block's leaves out those that are not in it.
         named.update(dict.fromkeys(keys if keys[0] in state else held, state[held[0]]) if held else {})
     return named
 

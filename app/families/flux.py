@@ -38,7 +38,7 @@ class Flux(Family):
     patch = PATCH
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """As the base class."""
+        """Raises CheckpointError: the parts do not fit."""
         super().__init__(card, parts, device, dtype)
         self.clip = self._encoder(parts, "", clip_pooled)
         self.t5 = self._encoder(parts, "_2", t5_states)

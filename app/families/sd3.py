@@ -20,9 +20,9 @@ class SD3(Family):
     """An MMDiT with its VAE and whichever of its three text encoders the checkpoint holds.
 
     Conditions: `text` [P, card.text.clip + text_length, joint width], `pooled` [P, pooled width].
-    An absent T5 is zeros of the same length, as in diffusers. An absent CLIP is zeros in its share of the widths,
-    so that the other one keeps the channels it was trained on; its hidden width is taken to be its pooled width, as
-    it is in both of SD3's CLIPs. (diffusers cannot leave out a CLIP; ComfyUI fills in the same zeros.)
+    An absent T5 is zeros of the same length, as in diffusers. An absent CLIP is zeros in its share of the widths, as in
+    ComfyUI (diffusers cannot leave one out), so that the other one keeps the channels it was trained on; its hidden
+    width is taken to be its pooled width, as it is in both of SD3's CLIPs.
     """
 
     parts: ClassVar = {
@@ -37,7 +37,7 @@ class SD3(Family):
     }
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """As the base class."""
+        """Raises CheckpointError: the parts do not fit."""
         super().__init__(card, parts, device, dtype)
         self.patch: int = self.config.patch_size
         self.clips = self._encoder(parts, "", clip_states), self._encoder(parts, "_2", clip_states)

@@ -24,15 +24,13 @@ _MAPS: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 
 def vae_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Rename the attention of files written before diffusers 0.17 (`query` for `to_q` and so on)."""
-    return {_new_name(key): value for key, value in state.items()}
-
-
-def _new_name(key: str) -> str:
-    head, _, parameter = key.rpartition(".")
-    owner, _, layer = head.rpartition(".")
-    if ".attentions." in key and layer in _OLD_ATTENTION:
-        return f"{owner}.{_OLD_ATTENTION[layer]}.{parameter}"
-    return key
+    named = {}
+    for key, value in state.items():
+        head, _, parameter = key.rpartition(".")
+        owner, _, layer = head.rpartition(".")
+        old = ".attentions." in key and layer in _OLD_ATTENTION
+        named[f"{owner}.{_OLD_ATTENTION[layer]}.{parameter}" if old else key] = value
+    return named
 
 
 def pixels_per_latent(vae: Any) -> int:

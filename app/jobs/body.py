@@ -18,7 +18,7 @@ from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first
 from app.jobs.guidance import guidance_of
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
-from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
+from app.request import ClassLabel, Condition, Delivery, ImageSpec, Prompt, Recipe, Request
 from app.samplers.table import valid_samplers
 
 DEADLINE_LIMIT = 86_400
@@ -92,22 +92,24 @@ class ImageBody(BaseModel):
         previews = within("partial_images", self.partial_images, 0, 3)
         priority = int(within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0)
         width, height = self._size(card)
-        return Request(
-            id=request_id,
+        recipe = Recipe(
             model=card.id,
-            images=tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions)),
             width=width,
             height=height,
             sampler=self._sampler(card),
             steps=int(steps or card.defaults.num_inference_steps),
-            **guidance_of(self, card)._asdict(),
+            guidance=guidance_of(self, card),
             text_length=self._text_length(card),
+        )
+        delivery = Delivery(
+            tenant=key.name,
+            weight=key.weight,
             priority=min(priority, key.priority),
             deadline=self._deadline(patience),
             previews=int(previews or 0) if self.stream else 0,
-            tenant=key.name,
-            weight=key.weight,
         )
+        images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
+        return Request(request_id, recipe, images, delivery)
 
     def _deadline(self, patience: float | None) -> float | None:
         """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.
@@ -160,13 +162,12 @@ class ImageBody(BaseModel):
             if self.negative_prompt:
                 raise InvalidValue(f"negative_prompt: {card.id} draws classes and takes none", param="negative_prompt")
             return ClassLabel(find_label(card, given, "prompt" if self.class_label is None else "class_label"))
-        negative = self.negative_prompt or ""
-        for field, words in (("prompt", str(given)), ("negative_prompt", negative)):
+        for field, words in (("prompt", str(given)), ("negative_prompt", self.negative_prompt or "")):
             if len(words) > card.limits.prompt:
                 raise InvalidValue(
                     f"{field}: {len(words)} characters, {card.id} takes 0 to {card.limits.prompt}", param=field
                 )
-        return Prompt(str(given), negative)
+        return Prompt(str(given), self.negative_prompt)
 
     def _size(self, card: Card) -> Size:
         if self.size in (None, "auto"):

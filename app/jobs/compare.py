@@ -212,7 +212,7 @@ def _completed(body: ImageBody, card: Card, complete: Complete) -> Job:
 
 def _check_pixels(cells: tuple[tuple[Job, ...], ...]) -> None:
     requests = [job.request for row in cells for job in row]
-    pixels = sum(request.width * request.height for request in requests)
+    pixels = sum(request.recipe.width * request.recipe.height for request in requests)
     if pixels > PIXELS:
         told = f"{len(requests)} pictures have {pixels / 1e6:.0f} megapixels together"
         raise InvalidValue(f"size: {told}; a comparison has at most {PIXELS / 1e6:.0f}", param="size")

@@ -5,12 +5,12 @@ Knows nothing of passes or of networks.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from app.cards.card import Card
 from app.errors import InvalidValue
 from app.jobs.fields import within
-from app.request import Request, SkipGuidance
+from app.request import Guidance, SkipGuidance
 
 
 class Asked(Protocol):
@@ -23,16 +23,7 @@ class Asked(Protocol):
     skip_layer_guidance_stop: float | None
 
 
-class Guided(NamedTuple):
-    """The fields of a Request that guide it."""
-
-    guided: bool
-    guidance: float
-    embedded: float | None
-    skip: SkipGuidance | None
-
-
-def guidance_of(body: Asked, card: Card) -> Guided:
+def guidance_of(body: Asked, card: Card) -> Guidance:
     """Raises InvalidValue for a scale out of range, or of a kind of guidance that the card does not have."""
     asked = within("guidance_scale", body.guidance_scale, 0, card.limits.guidance_scale)
     scale = float(card.defaults.guidance_scale if asked is None else asked)
@@ -45,18 +36,18 @@ def guidance_of(body: Asked, card: Card) -> Guided:
         raise InvalidValue(message, param="true_cfg_scale")
     else:
         embedded = None
-    return Guided(scale > 1, scale, embedded, _skip_of(body, card, scale > 1))
+    return Guidance(scale, embedded, _skip_of(body, card, scale > 1))
 
 
-def guidance_facts(request: Request) -> dict[str, Any]:
+def guidance_facts(guidance: Guidance) -> dict[str, Any]:
     """The fields of a body that ask for this guidance."""
-    told: dict[str, Any] = {"guidance_scale": request.guidance if request.embedded is None else request.embedded}
-    if request.embedded is not None and request.guided:
-        told["true_cfg_scale"] = request.guidance
-    if request.skip is not None:
-        told["skip_layer_guidance_scale"] = request.skip.scale
-        told["skip_layer_guidance_start"] = request.skip.start
-        told["skip_layer_guidance_stop"] = request.skip.stop
+    told: dict[str, Any] = {"guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded}
+    if guidance.embedded is not None and guidance.guided:
+        told["true_cfg_scale"] = guidance.scale
+    if guidance.skip is not None:
+        told["skip_layer_guidance_scale"] = guidance.skip.scale
+        told["skip_layer_guidance_start"] = guidance.skip.start
+        told["skip_layer_guidance_stop"] = guidance.skip.stop
     return told
 
 

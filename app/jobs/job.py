@@ -61,7 +61,8 @@ class Job:
 
     def __post_init__(self) -> None:
         if self.columns:
-            width, height = sheet_size(len(self.request.images), self.columns, self.request.width, self.request.height)
+            recipe = self.request.recipe
+            width, height = sheet_size(len(self.request.images), self.columns, recipe.width, recipe.height)
             limit = LONGEST[self.format]
             if max(width, height) > limit:
                 message = f"grid: the sheet has {width} x {height} pixels; a side of {self.format} has at most {limit}"

@@ -1,7 +1,4 @@
-"""Panels: from the finished pictures of a comparison to the body that a client gets: the file alone, or JSON.
-
-Knows nothing of requests in flight. Everything here is plain computing: it runs in the imaging threads.
-"""
+"""Panels: the finished pictures of a comparison as the body that a client gets: the file alone, or JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +12,8 @@ from app.imaging import encode_image
 from app.jobs.compare import Comparison
 from app.jobs.guidance import guidance_facts
 from app.jobs.job import Job
-from app.jobs.replies import stages, usage
+from app.jobs.replies import mark, spliced, stages, usage
 from app.jobs.shapes import Cell, CompareReply, Panel, Usage
-from app.jobs.splice import mark, spliced
 from app.jobs.warnings import of_body, of_model
 from app.panel import Heading, panel, unreadable
 from app.report import Result
@@ -26,23 +22,20 @@ from app.request import ClassLabel, Prompt
 
 def raw_panel(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes, float]:
     """The panel as a file, and the seconds it took. results: of each cell, row by row."""
-    started = time.perf_counter()
-    data = _file(comparison, draw_panel(comparison, results))
-    return data, time.perf_counter() - started
+    file, _, seconds = _drawn(comparison, results)
+    return file, seconds
 
 
 def json_panel(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes, float]:
     """The whole JSON reply, and the seconds of imaging. results: of each cell, row by row."""
-    started = time.perf_counter()
-    pixels = draw_panel(comparison, results)
-    file = _file(comparison, pixels)
-    seconds = time.perf_counter() - started
+    file, size, seconds = _drawn(comparison, results)
+    cells = enumerate(zip(comparison.jobs, results, strict=True))
     reply = CompareReply(
         created=int(time.time()),
         data=[Panel(b64_json=mark(0))],
         models=[card.id for card in comparison.cards],
-        cells=[_cell(comparison, place, job, results[place]) for place, job in enumerate(comparison.jobs)],
-        size=f"{pixels.shape[1]}x{pixels.shape[0]}",
+        cells=[_cell(divmod(place, len(comparison.cards)), job, result) for place, (job, result) in cells],
+        size=size,
         output_format=comparison.format,
         usage=_usage(comparison.jobs),
         timings=stages(results, seconds),
@@ -51,23 +44,14 @@ def json_panel(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes
     return spliced(reply, [file]), seconds
 
 
-def draw_panel(comparison: Comparison, results: Sequence[Result]) -> np.ndarray:
-    """The panel's pixels, uint8 [height, width, 3]."""
-    columns = len(comparison.cards)
-    pixels = [result.pixels for result in results]
-    cells = [pixels[start : start + columns] for start in range(0, len(pixels), columns)]
-    headings = [_heading(job) for job in comparison.cells[0]]
-    return panel(cells, comparison.rows, headings, f"seed {comparison.seed}")
-
-
 def panel_warnings(comparison: Comparison, results: Sequence[Result]) -> list[str]:
     """The body's warnings, those of all cells, the model before each, and letters of the labels that show as boxes."""
-    told = [*of_body(comparison.body, comparison.format, comparison.raw)]
+    found = [*of_body(comparison.body, comparison.format, comparison.raw)]
     for job, result in zip(comparison.jobs, results, strict=True):
-        told += [f"{job.card.id}: {text}" for text in (*of_model(job), *result.warnings)]
+        found += [f"{job.card.id}: {text}" for text in (*of_model(job), *result.warnings)]
     if missing := unreadable(comparison.rows):
-        told.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
-    return list(dict.fromkeys(told))
+        found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
+    return list(dict.fromkeys(found))
 
 
 def parameters_of(card: Card) -> str | None:
@@ -81,32 +65,37 @@ def parameters_of(card: Card) -> str | None:
     return f"{count / 10**9:.2f} B"
 
 
+def _drawn(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes, str, float]:
+    """The panel as a file, its size as "WxH", and the seconds it took."""
+    started, columns = time.perf_counter(), len(comparison.cards)
+    pictures: list[np.ndarray] = [result.pixels for result in results]
+    cells = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    headings = [_heading(job) for job in comparison.cells[0]]
+    pixels = panel(cells, comparison.rows, headings, f"seed {comparison.seed}")
+    file = encode_image(pixels, comparison.format, comparison.body.output_compression, comparison.facts())
+    return file, f"{pixels.shape[1]}x{pixels.shape[0]}", time.perf_counter() - started
+
+
 def _heading(job: Job) -> Heading:
-    count, request = parameters_of(job.card), job.request
-    settings = f"steps {request.steps}, guidance {guidance_facts(request)['guidance_scale']:g}"
+    count, recipe = parameters_of(job.card), job.request.recipe
+    settings = f"steps {recipe.steps}, guidance {guidance_facts(recipe.guidance)['guidance_scale']:g}"
     return Heading(job.card.id, (*([f"{count} parameters"] if count else []), settings))
 
 
-def _file(comparison: Comparison, pixels: np.ndarray) -> bytes:
-    return encode_image(pixels, comparison.format, comparison.body.output_compression, comparison.facts())
-
-
-def _cell(comparison: Comparison, place: int, job: Job, result: Result) -> Cell:
-    request = job.request
-    condition = request.images[0].condition
-    row, column = divmod(place, len(comparison.cards))
+def _cell(place: tuple[int, int], job: Job, result: Result) -> Cell:
+    recipe, condition = job.request.recipe, job.request.images[0].condition
     return Cell(
-        row=row,
-        column=column,
-        model=request.model,
+        row=place[0],
+        column=place[1],
+        model=recipe.model,
         parameters=job.card.parameters,
         prompt=condition.text if isinstance(condition, Prompt) else None,
         class_label=condition.index if isinstance(condition, ClassLabel) else None,
         seed=result.seed,
-        size=f"{request.width}x{request.height}",
-        sampler=request.sampler,
-        num_inference_steps=request.steps,
-        guidance_scale=guidance_facts(request)["guidance_scale"],
+        size=f"{recipe.width}x{recipe.height}",
+        sampler=recipe.sampler,
+        num_inference_steps=recipe.steps,
+        guidance_scale=guidance_facts(recipe.guidance)["guidance_scale"],
         timings=stages([result], 0.0, job.estimate),
     )
 

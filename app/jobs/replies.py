@@ -1,21 +1,23 @@
-"""Replies: from finished pixels to the bodies that a client gets: OpenAI's JSON, raw bytes, events of a stream.
+"""Replies: finished pixels as the bodies that a client gets: a file, OpenAI's JSON, events of a stream.
 
-Knows nothing of requests in flight. Everything here is plain computing: it runs in the imaging threads.
+It is all plain computing, for the imaging threads.
 """
 
 from __future__ import annotations
 
+import binascii
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from app.imaging import encode_image, grid
 from app.jobs.guidance import guidance_facts
 from app.jobs.job import Estimate, Job
 from app.jobs.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
-from app.jobs.splice import mark, spliced
 from app.jobs.warnings import warnings
 from app.report import Preview, Result
 from app.request import ClassLabel, Prompt
@@ -23,34 +25,33 @@ from app.request import ClassLabel, Prompt
 TOKEN = 16
 """Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
 
+SLICE = 3 * 2**16
+"""Bytes of a file that become base64 in one call; a multiple of three, so that only the last is padded."""
+
+_MARK = secrets.token_hex(16)
+
 
 def raw_image(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """The one file that these results make, and the seconds it took."""
-    started = time.perf_counter()
-    data = _file(job, results)
-    return data, time.perf_counter() - started
+    (file,), seconds = _files(job, [results])
+    return file, seconds
 
 
 def json_reply(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
-    """The whole JSON reply, and the seconds the encoding took."""
-    started = time.perf_counter()
+    """The whole JSON reply, and the seconds of encoding the files."""
     groups = [results] if job.columns else [[result] for result in results]
-    files = [_file(job, group) for group in groups]
-    data = [Item(b64_json=mark(place), **_item(job, group[0])) for place, group in enumerate(groups)]
-    seconds = time.perf_counter() - started
+    files, seconds = _files(job, groups)
     reply = ImagesReply(
         created=int(time.time()),
-        data=data,
-        usage=usage(job, len(results)),
-        timings=stages(results, seconds, job.estimate),
-        warnings=warnings(job, results) or None,
+        data=[Item(b64_json=mark(place), **_item(job, group[0])) for place, group in enumerate(groups)],
+        **_cost(job, results, seconds),
         **effective(job, len(groups[0])),
     )
     return spliced(reply, files), seconds
 
 
 def partial_event(job: Job, preview: Preview) -> bytes:
-    """A preview as a server-sent event. It carries no facts: it is not the image that they make."""
+    """A preview as a server-sent event. The file carries no facts: it is not the image that they make."""
     file = encode_image(preview.pixels, job.format, job.body.output_compression, {})
     event = PartialEvent(
         b64_json=mark(0),
@@ -59,41 +60,32 @@ def partial_event(job: Job, preview: Preview) -> bytes:
         image_index=preview.index if len(job.request.images) > 1 else None,
         **effective(job, 1),
     )
-    return sse(event, file)
+    return _sse(event, file)
 
 
 def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
-    started = time.perf_counter()
-    file = _file(job, results)
-    seconds = time.perf_counter() - started
+    (file,), seconds = _files(job, [results])
     event = CompletedEvent(
         b64_json=mark(0),
         created_at=int(time.time()),
-        usage=usage(job, len(results)),
-        timings=stages(results, seconds, job.estimate),
         image_index=results[0].index if len(job.request.images) > 1 and not job.columns else None,
-        warnings=warnings(job, results) or None,
+        **_cost(job, results, seconds),
         **_item(job, results[0]),
         **effective(job, len(results)),
     )
-    return sse(event, file), seconds
-
-
-def sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
-    """One server-sent event with its file; JSON has no newlines, so one data line holds it."""
-    return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
+    return _sse(event, file), seconds
 
 
 def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
-    """The body that makes these images again, as the file's text chunk tells it: complete, and valid to POST."""
-    request, specs = job.request, [job.request.images[index] for index in indices]
-    told: dict[str, Any] = {"model": request.model}
+    """The body that makes these images again, for the text chunk of their file: complete, and valid to POST."""
+    recipe, specs = job.request.recipe, [job.request.images[index] for index in indices]
+    told: dict[str, Any] = {"model": recipe.model}
     conditions = [spec.condition for spec in specs]
     first = conditions[0]
     if isinstance(first, Prompt):
         told["prompt"] = _one_or_list([one.text for one in conditions if isinstance(one, Prompt)])
-        told |= {"negative_prompt": first.negative, "max_sequence_length": request.text_length}
+        told |= {"negative_prompt": first.negative or "", "max_sequence_length": recipe.text_length}
     else:
         told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
     if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
@@ -102,30 +94,31 @@ def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
         told["grid"] = {"columns": job.columns}
     return told | {
         "seed": specs[0].seed,
-        "size": f"{request.width}x{request.height}",
-        "sampler": request.sampler,
-        "num_inference_steps": request.steps,
-        **guidance_facts(request),
+        "size": f"{recipe.width}x{recipe.height}",
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        **guidance_facts(recipe.guidance),
     }
 
 
 def effective(job: Job, images: int) -> dict[str, Any]:
     """The fields of Effective for a file that shows this many images."""
-    request, columns = job.request, min(job.columns or 1, images)
+    recipe, columns = job.request.recipe, min(job.columns or 1, images)
     return {
-        "model": request.model,
-        "sampler": request.sampler,
-        "num_inference_steps": request.steps,
-        "guidance_scale": guidance_facts(request)["guidance_scale"],
-        "size": f"{request.width * columns}x{request.height * -(-images // columns)}",
+        "model": recipe.model,
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        "guidance_scale": guidance_facts(recipe.guidance)["guidance_scale"],
+        "size": f"{recipe.width * columns}x{recipe.height * -(-images // columns)}",
         "output_format": job.format,
     }
 
 
 def usage(job: Job, images: int) -> Usage:
     """Tokens of this many images of the request; a class label counts as one."""
-    text = max(1, job.request.text_length) * images
-    pixels = -(-job.request.width // TOKEN) * -(-job.request.height // TOKEN) * images
+    recipe = job.request.recipe
+    text = max(1, recipe.text_length) * images
+    pixels = -(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) * images
     details = TokenDetails(text_tokens=text)
     return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
 
@@ -133,11 +126,10 @@ def usage(job: Job, images: int) -> Usage:
 def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | None = None) -> Stages:
     """Where the time went, rounded to 10 microseconds, and what was expected."""
     timings = [result.timings for result in results]
+    phases = ("queue", "encode", "denoise", "decode")
+    slowest: dict[str, Any] = {name: round(max(getattr(one, name) for one in timings), 5) for name in phases}
     return Stages(
-        queue=round(max(one.queue for one in timings), 5),
-        encode=round(max(one.encode for one in timings), 5),
-        denoise=round(max(one.denoise for one in timings), 5),
-        decode=round(max(one.decode for one in timings), 5),
+        **slowest,
         image_encode=round(image_encode, 5),
         steps=max(one.steps for one in timings),
         shared=round(sum(one.shared for one in timings) / len(timings), 2),
@@ -147,12 +139,47 @@ def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | 
     )
 
 
-def _file(job: Job, results: Sequence[Result]) -> bytes:
-    pixels = results[0].pixels
-    if job.columns:
-        pixels = grid([result.pixels for result in results], job.columns)
-    told = facts(job, [result.index for result in results])
-    return encode_image(np.asarray(pixels), job.format, job.body.output_compression, told)
+def mark(place: int) -> str:
+    """A text in a reply that stands for the file of this place. Nobody outside this process can write one."""
+    return f"{_MARK}-{place}."
+
+
+def spliced(reply: BaseModel, files: Sequence[bytes]) -> bytes:
+    """The JSON of a reply, without absent fields, each mark replaced by its file in base64; marks stand in order.
+
+    NOTE: it goes a slice at a time. A string of a whole file, and then of a whole reply, holds the interpreter's lock,
+    and the event loop with it, for over 10 ms with eight large PNGs (tests/bench/encode.py).
+    """
+    rest, parts = reply.model_dump_json(exclude_none=True).encode(), []
+    for place, file in enumerate(files):
+        before, _, rest = rest.partition(mark(place).encode())
+        parts.append(before)
+        slices = (file[start : start + SLICE] for start in range(0, len(file), SLICE))
+        parts += [binascii.b2a_base64(part, newline=False) for part in slices]
+    return b"".join([*parts, rest])
+
+
+def _files(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:
+    """A file of each group of results, as one sheet if the job asks for sheets, and the seconds they took."""
+    started, files = time.perf_counter(), []
+    for results in groups:
+        pixels = grid([result.pixels for result in results], job.columns) if job.columns else results[0].pixels
+        text = facts(job, [result.index for result in results])
+        files.append(encode_image(np.asarray(pixels), job.format, job.body.output_compression, text))
+    return files, time.perf_counter() - started
+
+
+def _sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
+    """One server-sent event with its file; JSON has no newlines, so one data line holds it."""
+    return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
+
+
+def _cost(job: Job, results: Sequence[Result], imaging: float) -> dict[str, Any]:
+    return {
+        "usage": usage(job, len(results)),
+        "timings": stages(results, imaging, job.estimate),
+        "warnings": warnings(job, results) or None,
+    }
 
 
 def _item(job: Job, result: Result) -> dict[str, Any]:

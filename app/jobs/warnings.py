@@ -11,7 +11,7 @@ from app.imaging import Format
 from app.jobs.body import ImageBody
 from app.jobs.job import Job
 from app.report import Result
-from app.request import Request
+from app.request import Guidance
 from app.samplers.table import compile_table
 
 _OPENAI: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -64,27 +64,27 @@ def of_body(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
 
 def of_model(job: Job) -> Iterator[str]:
     """What is without effect with this model, or for this key."""
-    body, card, request = job.body, job.card, job.request
+    body, card, recipe, delivery = job.body, job.card, job.request.recipe, job.request.delivery
     if card.draws_classes and body.class_label is not None and body.prompt:
         yield f"prompt is ignored: {card.id} draws class_label"
-    yield from _of_guidance(body, card, request)
-    if request.previews >= request.steps:  # else a sampler with two lines a step has more than are asked for
-        most = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines - 1
-        if request.previews > most:
-            yield f"partial_images: at most {most} come before an image of {request.steps} steps"
-    if body.priority is not None and body.priority > request.priority:
-        yield f"priority is {request.priority}: more is not for this key"
+    yield from _of_guidance(body, card, recipe.guidance)
+    if delivery.previews >= recipe.steps:  # else a sampler with two lines a step has more than are asked for
+        most = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines - 1
+        if delivery.previews > most:
+            yield f"partial_images: at most {most} come before an image of {recipe.steps} steps"
+    if body.priority is not None and body.priority > delivery.priority:
+        yield f"priority is {delivery.priority}: more is not for this key"
 
 
-def _of_guidance(body: ImageBody, card: Card, request: Request) -> Iterator[str]:
+def _of_guidance(body: ImageBody, card: Card, guidance: Guidance) -> Iterator[str]:
     """Fields of guidance that guide nothing."""
     field = "true_cfg_scale" if card.guidance == "embedded" else "guidance_scale"
     scale = getattr(body, field)
     if scale is not None and 0 < scale < 1:
         yield f"{field} is ignored: 1 or less draws without guidance"
-    if body.negative_prompt and not request.guided:
+    if body.negative_prompt and not guidance.guided:
         default = "" if scale is not None else f", and {card.id} draws without by default"
         yield f"negative_prompt is ignored: it takes a {field} over 1{default}"
     span = [name for name in ("start", "stop") if getattr(body, f"skip_layer_guidance_{name}") is not None]
-    if span and not (request.skip and request.skip.scale):
+    if span and not (guidance.skip and guidance.skip.scale):
         yield f"skip_layer_guidance_{span[0]} is ignored: there is no skip-layer guidance without a scale"

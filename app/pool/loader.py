@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,13 +18,13 @@ from app.families.compiling import compile_blocks
 from app.families.components import has_weights
 from app.pool.budget import readable, use_threads
 from app.pool.memory import Component
-from app.pool.policy import PHASES, Bring, Build, Drop, Job, Policy
+from app.pool.policy import PHASES, Policy, Task
 
 _log = logging.getLogger(__name__)
 
 
 class Loader:
-    """Does the policy's jobs until it is closed."""
+    """Does the policy's tasks until it is closed."""
 
     def __init__(
         self, policy: Policy, cards: Mapping[str, Card], device: torch.device, dtype: torch.dtype, compiled: bool
@@ -35,48 +35,50 @@ class Loader:
         self._thread.start()
 
     def join(self, seconds: float) -> None:
-        """Wait for the running job, at most so long."""
+        """Wait for the running task, at most so long."""
         self._thread.join(timeout=seconds)
 
     def _work(self) -> None:
         use_threads(1)  # for copies of weights; the cores are for those who run
         try:
-            while job := self._next():
-                self._do(job)
+            while task := self._next():
+                self._do(task)
         except BaseException as error:
             with self._lock:
                 self._policy.broken = error
 
-    def _next(self) -> Job | None:
-        """Wait for the next job; None when the policy is closed."""
+    def _next(self) -> Task | None:
+        """Wait for the next task; None when the policy is closed."""
         with self._lock:
             while not self._policy.closed:
-                if job := self._policy.next():
-                    return job
+                if task := self._policy.next():
+                    return task
                 self._lock.wait()
         return None
 
-    def _do(self, job: Job) -> None:
-        """Do a job; an error is its model's failure, and ends the thread only where the device is lost."""
+    def _do(self, task: Task) -> None:
+        """Do a task; an error is its model's failure, and ends the thread only where the device is lost."""
         try:
-            match job:
-                case Drop(leaving):
-                    for one in leaving:
-                        self._store.drop(one)
-                    with self._lock:
-                        self._policy.moved((one, "away") for one in leaving)
-                case Build(model_id):
-                    self._build(model_id)
-                case Bring():
-                    self._bring(job)
+            if task.kind == "build":
+                self._build(task.model)
+            elif task.kind == "bring":
+                self._bring(task)
+            else:
+                self._drop(task.leaving)
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            if isinstance(job, Drop):  # an error while weights are freed is no model's failure
+            if task.kind == "drop":  # an error while weights are freed is no model's failure
                 _log.exception("dropping weights")
-                self._store.settle(job.leaving)
+                self._store.settle(task.leaving)
             else:
-                self._fail(job.model, error)
+                self._fail(task.model, error)
+
+    def _drop(self, leaving: Sequence[Component]) -> None:
+        for one in leaving:
+            self._store.drop(one)
+        with self._lock:
+            self._policy.moved((one, "away") for one in leaving)
 
     def _build(self, model_id: str) -> None:
         """Build all but the weights: find the parts, check headers and configs, compare the sizes with the budget."""
@@ -116,19 +118,19 @@ class Loader:
                 self._store.components[key] = known
         return known
 
-    def _bring(self, job: Bring) -> None:
-        policy, model, start = self._policy, self._policy.models[job.model], time.monotonic()
-        left = self._store.bring(job.wanted, job.leaving)
-        if "decode" in job.phases and "decode" not in model.brought and model.family is not None:
+    def _bring(self, task: Task) -> None:
+        policy, model, start = self._policy, self._policy.models[task.model], time.monotonic()
+        left = self._store.bring(task.wanted, task.leaving)
+        if "decode" in task.phases and "decode" not in model.brought and model.family is not None:
             with torch.inference_mode():
                 model.family.prepare()
         with self._lock:
-            model.brought.update(job.phases)
+            model.brought.update(task.phases)
             model.spent += time.monotonic() - start
             if model.brought.issuperset(PHASES):
-                policy.end_load(job.model)
+                policy.end_load(task.model)
                 if model.state != "ready":
-                    policy.change(job.model, "ready", seconds=model.spent)
+                    policy.change(task.model, "ready", seconds=model.spent)
             policy.moved(left)
 
     def _fail(self, model_id: str, error: Exception) -> None:

@@ -23,8 +23,7 @@ class Component:
 
     bytes: of its weights in `dtype`, from the headers of its files. leases: how many forbid it to move.
     used: when it was last leased. owners: ids of the models that have this part. origin: where a moving one was.
-    arrived: it has come to the device, and `settle` has not run yet. version: how often its weights were read from
-    files that had changed since the last time.
+    version: how often its weights were read from files that had changed since the last time.
     """
 
     def __init__(self, part: Part, device: torch.device, dtype: torch.dtype) -> None:
@@ -35,7 +34,6 @@ class Component:
         self.owners: set[str] = set()
         self.place: Place = "device"  # a tokenizer is always there
         self.origin: Place = "away"
-        self.arrived = False
         self._stamp: tuple[Hashable, ...] = ()
         if not has_weights(part.class_name):
             self.value: Any = build_tokenizer(part.class_name, part.folder)
@@ -54,15 +52,7 @@ class Component:
             fill_network(self.value, self.part.class_name, self.part.weights, states, self.device, self.dtype)
             after = part_stamp(self.part)  # files that changed while they were read count as others
             self.version, self._stamp = self.version + (not stamp == after == self._stamp), after
-        self.arrived, self.used = True, time.monotonic()
-
-    def settle(self) -> None:
-        """Set its place after a move; a move that was not completed leaves nothing behind."""
-        if self.place == "moving" and not self.arrived:
-            self.leave()
-        if self.place == "moving":
-            self.place = "device" if self.arrived else "away"
-        self.origin, self.arrived = self.place, False
+        self.used = time.monotonic()
 
     def park(self) -> bool:
         """Move the weights to host memory, pinned where there is a GPU; False where there is no room."""
@@ -112,10 +102,8 @@ class Store:
         return sum(one.bytes for one in self.components.values() if "host" in (one.place, one.origin))
 
     def room_for(self, wanted: Sequence[Component], kept: Callable[[Component], bool]) -> list[Component] | None:
-        """Components that must leave the device so that all of `wanted` fit, longest unused first.
-
-        None when components that are leased or `kept` stand in the way.
-        """
+        """Components that must leave the device so that all of `wanted` fit, longest unused first; None when what is
+        leased or `kept` stands in the way."""
         missing = sum(one.bytes for one in wanted if one.place != "device")
         idle = (one for one in self.components.values() if one.place == "device" and not one.leases and one.bytes)
         able = (one for one in idle if one not in wanted and not kept(one))
@@ -132,19 +120,24 @@ class Store:
         Raises what loading raises; what did not arrive is then away.
         """
         coming = [one for one in wanted if one.place == "moving"]
+        arrived: list[Component] = []
         try:
             left = [(one, self.put_aside(one)) for one in leaving]
             for one in coming:
                 one.arrive()
+                arrived.append(one)
         finally:
+            with self.lock:
+                for one in arrived:
+                    one.place = one.origin = "device"
             self.settle((*leaving, *coming))
         return left
 
-    def settle(self, moved: Iterable[Component]) -> None:
-        """End the moves of claimed components, whether they were completed or not."""
-        with self.lock:
-            for one in moved:
-                one.settle()
+    def settle(self, claimed: Iterable[Component]) -> None:
+        """Free what is still on its way, after an error."""
+        for one in claimed:
+            if one.place == "moving":
+                self.drop(one)
 
     def put_aside(self, one: Component) -> Place:
         """Move a claimed component off the device: to host memory when it fits there, else away."""

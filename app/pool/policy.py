@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from app.errors import LoadError, ModelNotFound
 from app.report import Evicted, Memory, ModelState, Phase, State
@@ -31,31 +31,17 @@ class Need:
     urgent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Build:
-    """A job for the loader: find the parts of a model and check their headers."""
+class Task(NamedTuple):
+    """What the loader does next; components are claimed. build: find the parts of a model and check their headers.
 
-    model: str
+    bring: move `leaving` off the device, and what is missing of `wanted` in. drop: free `leaving`.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Bring:
-    """A job for the loader: move `leaving` off the device, and what is missing of `wanted` in. Both are claimed."""
-
-    model: str
-    phases: tuple[Phase, ...]
-    wanted: list[Component]
-    leaving: list[Component]
-
-
-@dataclass(frozen=True, slots=True)
-class Drop:
-    """A job for the loader: empty these components, which are claimed."""
-
-    leaving: list[Component]
-
-
-Job = Build | Bring | Drop
+    kind: Literal["build", "bring", "drop"]
+    model: str = ""
+    phases: tuple[Phase, ...] = ()
+    wanted: Sequence[Component] = ()
+    leaving: Sequence[Component] = ()
 
 
 @dataclass
@@ -125,10 +111,7 @@ class Policy:
             raise ModelNotFound(f'no model "{model_id}"', param="model") from None
 
     def want(self, model_id: str) -> None:
-        """Start loading in the background if absent, or if the last load failed over 30 s ago.
-
-        A model that has lost parts of it gets them back.
-        """
+        """Start loading in the background if absent, in part or whole, or if the last load failed over 30 s ago."""
         with self.lock:
             model = self.model(model_id)
             self._dropped.discard(model_id)
@@ -175,9 +158,10 @@ class Policy:
             changes, self.changes = self.changes, []
         return changes
 
-    def next(self) -> Job | None:
-        """The loader's next job; None when there is nothing to do, or what must stay stands in the way."""
-        return self._drop() or self._build() or self._bring()
+    def next(self) -> Task | None:
+        """The loader's next task; None when there is nothing to do, or what must stay stands in the way."""
+        builds = (Task("build", model_id) for model_id in self._loads if self.models[model_id].family is None)
+        return self._drop() or next(builds, None) or self._bring()
 
     def end_load(self, model_id: str) -> None:
         """The load of this model has ended, well or badly."""
@@ -201,24 +185,21 @@ class Policy:
         held = {"weights": store.used, "parked": store.parked, "budget": store.budget}
         self.changes.append(Memory(self._device, held))
 
-    def _drop(self) -> Drop | None:
+    def _drop(self) -> Task | None:
         gone = self._dropped | {model_id for model_id, model in self.models.items() if model.state == "absent"}
         for model_id in list(self._dropped):
             mine = [one for one in self.models[model_id].parts.values() if one.bytes and one.owners <= gone]
             idle = [one for one in mine if one.place in ("device", "host") and not one.leases]
             if idle:
                 self.store.claim((), idle)
-                return Drop(idle)
+                return Task("drop", leaving=idle)
             if all(one.place == "away" for one in mine):
                 self._dropped.discard(model_id)
                 if self.models[model_id].state == "ready":  # what it shares with others stays
                     self.change(model_id, "absent", detail="unloaded")
         return None
 
-    def _build(self) -> Build | None:
-        return next((Build(model_id) for model_id in self._loads if self.models[model_id].family is None), None)
-
-    def _bring(self) -> Bring | None:
+    def _bring(self) -> Task | None:
         """The first need that is not met, strictly in order: a later one would take the room that it waits for.
 
         Loads that no row waits for come last. Once a need is met nothing moves until the next `need`, and later needs
@@ -235,16 +216,16 @@ class Policy:
             if model.has(phases):
                 met.update(id(one) for one in model.components(phases))
                 continue
-            job = self._plan(need.model, phases, () if need.urgent else self._kept, met)
-            self._fresh = self.blocked = job is None
-            return job
+            task = self._plan(need.model, phases, () if need.urgent else self._kept, met)
+            self._fresh = self.blocked = task is None
+            return task
         self.blocked = False
         loads = (self._plan(id_, self.models[id_].first(self.store.budget), self._kept, met) for id_ in self._loads)
         return next(loads, None)
 
     def _plan(
         self, model_id: str, phases: tuple[Phase, ...], kept: Collection[str], met: Collection[int]
-    ) -> Bring | None:
+    ) -> Task | None:
         model, spared = self.models[model_id], set(kept) - {model_id}
         wanted = model.components(phases)
         leaving = self.store.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.owners))
@@ -254,4 +235,4 @@ class Policy:
             model.spent = 0.0
             self.change(model_id, "loading")
         self.store.claim(wanted, leaving)
-        return Bring(model_id, phases, wanted, leaving)
+        return Task("bring", model_id, phases, wanted, leaving)

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from app.cards.card import Card, parse_size
+from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
-from app.jobs.job import Estimate
-from app.report import ModelState, Phase, State, Tick
-from app.request import Request
+from app.jobs.job import Estimate, Job
+from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
+from app.request import Delivery, Key
 from app.samplers.table import compile_table
 
 BUSY = 0.5
@@ -40,25 +40,23 @@ class Kind(NamedTuple):
     """What images of equal cost have in common. passes: through the network, of one image."""
 
     tenant: str
-    model: str
-    width: int
-    height: int
+    key: Key
     passes: int
 
 
-def kind_of(request: Request, card: Card) -> Kind:
-    """The kind of a request's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+def kind_of(job: Job) -> Kind:
+    """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
+    recipe = job.request.recipe
     # The engine compiles the same table, for the image's own number of tokens.
-    lines = compile_table(card.schedule, request.sampler, request.steps, tokens=1).lines
-    return Kind(request.tenant, request.model, request.width, request.height, request.passes(lines))
+    lines = compile_table(job.card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    return Kind(job.request.delivery.tenant, recipe.key, recipe.passes(lines))
 
 
 class Costs:
-    """Estimated device seconds of an image, from measured rates and past work.
+    """Estimated device seconds of an image, from the measured rates of an idle device and from past work.
 
-    An encode and a decode count as one pass each until they have been seen. The engine reports the rate of an idle
-    device; what a shared or a hot one takes is learned from full forwards, of which a queue is made. Sizes of the same
-    area have the same number of tokens, and one rate.
+    An encode and a decode count as one pass each until they have been seen; what a pass takes on a shared or a hot
+    device is learned from full forwards. Sizes of the same area have the same number of tokens, and one rate.
     """
 
     def __init__(self) -> None:
@@ -88,10 +86,10 @@ class Costs:
         """Whether the estimates for this model are more than a guess."""
         return bool(self._rates.get(model))
 
-    def image(self, model: str, width: int, height: int, passes: int) -> float:
+    def image(self, key: Key, passes: int) -> float:
         """Seconds of one image that goes through the network `passes` times."""
-        rate = self.rate(model, width, height)
-        around = (self._seen.get((model, phase, width, height), rate) for phase in ("encode", "decode"))
+        rate = self.rate(key.model, key.width, key.height)
+        around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in ("encode", "decode"))
         return passes * rate + sum(around)
 
     def rate(self, model: str, width: int, height: int) -> float:
@@ -110,19 +108,16 @@ def _nearer(known: float, taken: float) -> float:
 
 
 class Backlog:
-    """The unanswered images of one worker by kind, and what its engine last reported of its models and its batch.
+    """The jobs of one worker, what their unanswered images take, and what the engine last reported of its models.
 
-    A sum over kinds is exact and cheap, however many requests there are. Costs outlive the process: the next one has
-    the same device and the same files.
-
-    NOTE: an image counts whole until it is answered. What of it is done is known to the engine alone; leaving it out
-    overstates the queue by at most what is in the slots, which is little beside a queue that is worth a refusal.
+    Images are counted by kind: a sum over kinds is exact and cheap, however many jobs there are. An image counts whole
+    until it is answered, which overstates the queue by at most what is in the slots. Costs outlive the process: the
+    next one has the same device and the same files.
     """
 
     def __init__(self) -> None:
-        self.requests = 0
-        self.weights: dict[str, float] = {}
-        """Of the tenants that have images here."""
+        self.jobs: dict[str, Job] = {}
+        self.weights: dict[str, float] = {}  # of the tenants that have images here
         self.costs = Costs()
         self._images: Counter[Kind] = Counter()
         self._states: dict[str, ModelState] = {}
@@ -130,41 +125,48 @@ class Backlog:
         self._running = 0
         self._rows: dict[str, int] = {}
 
-    def add(self, kind: Kind, images: int, weight: float) -> None:
-        """A request of so many images; its weight is from now on that of its tenant."""
-        self.requests += 1
-        self._images[kind] += images
-        self.weights[kind.tenant] = weight
+    def add(self, job: Job) -> None:
+        """A job more; its weight is from now on that of its tenant."""
+        self.jobs[job.request.id] = job
+        self._images[kind_of(job)] += job.images_left
+        self.weights[job.request.delivery.tenant] = job.request.delivery.weight
 
-    def drop(self, kind: Kind, images: int) -> None:
-        """So many images fewer: answered, failed or cancelled. Counts of the last Ticks end with the last image."""
+    def end(self, job: Job) -> None:
+        """The job is answered, failed or cancelled."""
+        del self.jobs[job.request.id]
+        if job.images_left:
+            self._drop(kind_of(job), job.images_left)
+
+    def _drop(self, kind: Kind, images: int) -> None:
+        """So many images fewer. What the last Ticks counted ends with the last image."""
         self._images[kind] -= images
         if not self._images[kind]:
             del self._images[kind]
             if not any(other.tenant == kind.tenant for other in self._images):
                 del self.weights[kind.tenant]
-            if not self.images_of(kind.model):
-                self._rows.pop(kind.model, None)
+            if not self.images_of(kind.key.model):
+                self._rows.pop(kind.key.model, None)
         if not self._images:
             self._running = 0
 
-    def end(self, kind: Kind, images: int) -> None:
-        """A request is over; so many of its images were not answered."""
-        self.requests -= 1
-        if images:
-            self.drop(kind, images)
-
-    def hear(self, report: ModelState | Tick) -> None:
-        """Learn from a report of the engine."""
-        self.costs.hear(report)
-        if isinstance(report, ModelState):
-            self._states[report.model] = merge(self._states.get(report.model), report)
-            if report.state == "ready":
-                self._were_ready.add(report.model)
-        else:
-            self._running = report.running
-            if report.phase == "denoise" and report.rows:
-                self._rows[report.model] = report.rows
+    def hear(self, report: Report) -> None:
+        """Learn from a report of the engine, and hand it to the job in flight that it is about."""
+        match report:
+            case Result() | Progress() | Preview() | Failure():
+                if job := self.jobs.get(report.request_id):
+                    if isinstance(report, Result) and report.index not in job.results:
+                        self._drop(kind_of(job), 1)
+                    job.hear(report)
+            case ModelState(model=model):
+                self.costs.hear(report)
+                self._states[model] = merge(self.state(model), report)
+                if report.state == "ready":
+                    self._were_ready.add(model)
+            case Tick():
+                self.costs.hear(report)
+                self._running = report.running
+                if report.phase == "denoise" and report.rows:
+                    self._rows[report.model] = report.rows
 
     def forget(self) -> list[str]:
         """The process is dead, and what it had loaded is gone. Returns the models that it knew."""
@@ -185,7 +187,7 @@ class Backlog:
         return self._images.total()
 
     def images_of(self, model: str) -> int:
-        return sum(images for kind, images in self._images.items() if kind.model == model)
+        return sum(images for kind, images in self._images.items() if kind.key.model == model)
 
     @property
     def running(self) -> int:
@@ -211,7 +213,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.costs.image(*kind[1:])
+        return self.costs.image(kind.key, kind.passes)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -229,19 +231,16 @@ class Backlog:
         return own + sum(min(seconds, own * self.weights[name] / weight) for name, seconds in others)
 
 
-def merge(old: ModelState | None, new: ModelState) -> ModelState:
+def merge(old: ModelState, new: ModelState) -> ModelState:
     """What is known of a model in one process after `new`: the rate of a size stays until it is measured again."""
-    if old is None:
-        return new
-    new = replace(new, rates={**old.rates, **new.rates})
-    if old.state != new.state:
-        return new
-    return replace(new, seconds=new.seconds or old.seconds, device_bytes=new.device_bytes or old.device_bytes)
+    if old.state == new.state:
+        new = replace(new, seconds=new.seconds or old.seconds, device_bytes=new.device_bytes or old.device_bytes)
+    return replace(new, rates={**old.rates, **new.rates})
 
 
 def best(states: Iterable[ModelState]) -> ModelState:
     """The most useful of a model's states on several workers."""
-    return min(states, key=lambda state: _USEFUL.index(state.state))
+    return min(states, key=lambda known: _USEFUL.index(known.state))
 
 
 def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
@@ -261,38 +260,35 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
     return min(range(len(backlogs)), key=rank)
 
 
-def admit(
-    request: Request, kind: Kind, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None
-) -> Estimate:
-    """What the request may expect behind `chosen`, one of the live workers' backlogs.
+def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> None:
+    """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
-    All is judged by what is ahead, not by that and the request's own cost: else large requests would never enter.
-    Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share of a busy
-    queue; Overloaded when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even
-    an idle device would not meet that.
+    The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
+    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
+    is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle device misses that.
     """
-    _check_share(request, chosen, backlogs, max_wait, limit)
-    own = chosen.tenants().get(request.tenant, 0.0)
-    wait = chosen.wait(request.tenant, request.weight, own)
+    kind, delivery = kind_of(job), job.request.delivery
+    _check_share(delivery, chosen, backlogs, max_wait, limit)
+    own = chosen.tenants().get(delivery.tenant, 0.0)
+    wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
         raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait))
-    cost = len(request.images) * chosen.image(kind)
+    cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
-    finish = chosen.wait(request.tenant, request.weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, chosen.requests, cost)
-    if request.deadline is not None and chosen.costs.measured(request.model):
-        _check_deadline(estimate, request.deadline - time.monotonic())
-    return estimate
+    finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
+    job.estimate = Estimate(finish - cost, len(chosen.jobs), cost)
+    if delivery.deadline is not None and chosen.costs.measured(kind.key.model):
+        _check_deadline(job.estimate, delivery.deadline - time.monotonic())
 
 
 def _check_share(
-    request: Request, chosen: Backlog, backlogs: Sequence[Backlog], max_wait: float, limit: float | None
+    delivery: Delivery, chosen: Backlog, backlogs: Sequence[Backlog], max_wait: float, limit: float | None
 ) -> None:
-    own = sum(backlog.tenants().get(request.tenant, 0.0) for backlog in backlogs)
-    weights = Counter({request.tenant: request.weight})
+    own = sum(backlog.tenants().get(delivery.tenant, 0.0) for backlog in backlogs)
+    weights = Counter({delivery.tenant: delivery.weight})
     for backlog in backlogs:
-        weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != request.tenant})
-    share = len(backlogs) * request.weight / sum(weights.values())
+        weights |= Counter({name: weight for name, weight in backlog.weights.items() if name != delivery.tenant})
+    share = len(backlogs) * delivery.weight / sum(weights.values())
     if limit is not None and own > limit:
         words = f"This key has about {own:.0f} seconds of work queued, and may have {limit:.0f}."
         raise RateLimited(words, retry_after=after((own - limit) / share))

@@ -16,10 +16,10 @@ from typing import Literal
 
 from app.errors import InstepError, NoWorker
 from app.jobs.job import Job
-from app.report import Memory, ModelState, Report, Result, Tick
+from app.report import Memory, Report
 from app.request import Request
 from app.worker import wire
-from app.worker.admission import Backlog, kind_of
+from app.worker.admission import Backlog
 from app.worker.heartbeat import Pulse
 
 FIRST_DELAY = 0.5
@@ -37,7 +37,7 @@ log = logging.getLogger("instep.worker")
 
 
 class Child:
-    """One entry of DEVICES: its process, the requests that it has, and what it takes to answer them.
+    """One entry of DEVICES: its process, and the backlog of jobs that it has.
 
     `hear(child, report)` gets the reports, `bury(child, reason)` each death. back_in: seconds from a death until the
     next process is expected to be ready.
@@ -52,7 +52,6 @@ class Child:
         bury: Callable[[Child, str], None],
     ) -> None:
         self.name = name
-        self.jobs: dict[str, Job] = {}
         self.backlog = Backlog()
         self.memory = Memory(name, {})
         self.restarts = 0
@@ -85,23 +84,18 @@ class Child:
     def call(self, method: wire.Method, argument: Request | str) -> None:
         """Call a method of the engine in the live process; without one it goes nowhere."""
         if self.live:
-            self._write(wire.Call(method, argument))
+            self._write((method, argument))
 
     def take(self, job: Job) -> None:
-        """This request goes here."""
-        self.jobs[job.request.id] = job
-        self.backlog.add(kind_of(job.request, job.card), job.images_left, job.request.weight)
+        """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
+        self.backlog.add(job)
+        job.future.add_done_callback(lambda _: self._drop(job))
         self.call("submit", job.request)
 
-    def answer(self, job: Job, result: Result) -> None:
-        """One image of this request is done."""
-        if result.index not in job.results:
-            self.backlog.drop(kind_of(job.request, job.card), 1)
-
-    def drop(self, job: Job) -> None:
-        """This request is over."""
-        if self.jobs.pop(job.request.id, None):
-            self.backlog.end(kind_of(job.request, job.card), job.images_left)
+    def _drop(self, job: Job) -> None:
+        self.backlog.end(job)
+        if job.future.cancelled():
+            self.call("cancel", job.request.id)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
@@ -115,7 +109,7 @@ class Child:
         if not self._task or not self._greeted:
             return
         if process := self._process:
-            self._write(wire.Call("stop", False))
+            self._write(("stop", False))
             if not await _gone(process, _EXIT):
                 log.warning("engine process %d did not stop when asked: killed", process.pid)
                 self._kill(process)
@@ -194,11 +188,11 @@ class Child:
         while (message := await wire.read(reader)) is not None:
             pulse.hear(message)
             try:
-                self._take(message)
+                self._receive(message)
             except Exception:
                 log.exception("a listener failed on %s", type(message).__name__)
 
-    def _take(self, message: wire.Word) -> None:
+    def _receive(self, message: wire.Word) -> None:
         match message:
             case wire.Hello(pid):
                 self._startup = time.monotonic() - self._born
@@ -211,8 +205,7 @@ class Child:
                 self._refusal = error
                 log.error("engine process on %s refuses: %s", self.name, error.message)
             case _:
-                if isinstance(message, ModelState | Tick):
-                    self.backlog.hear(message)
+                self.backlog.hear(message)
                 self._hear(self, message)
 
     async def _watch(self, process: subprocess.Popen[bytes], listening: asyncio.Task[None], pulse: Pulse) -> str:

@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from app import logs
 from app.errors import InstepError, SettingsError
@@ -65,14 +66,13 @@ class Bundle:
 
 
 class Ends:
-    """The reader and the sender of this process. `attach` gives the reader the engine to hand orders to."""
+    """The reader and the sender of this process. engine: whose methods the orders call, once it is there."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._outbox: SimpleQueue[list[wire.Word] | None] = SimpleQueue()
         self._bundle = Bundle()
-        self._attached = threading.Event()
-        self._engine: Engine | None = None
+        self.engine: Future[Engine] = Future()
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         self._sender.start()
@@ -81,11 +81,6 @@ class Ends:
         """Queue one message for the front; never blocks. For the main thread alone."""
         if words := self._bundle.add(word, time.monotonic()):
             self._outbox.put(words)
-
-    def attach(self, engine: Engine) -> None:
-        """Orders go to this engine from now on."""
-        self._engine = engine
-        self._attached.set()
 
     def finish(self) -> None:
         """Wait until everything queued is sent."""
@@ -104,11 +99,11 @@ class Ends:
         os._exit(0)
 
     def _obey(self, order: wire.Order) -> None:
-        assert isinstance(order, wire.Call), "Start comes once"
-        if order.method == "stop" and not self._attached.is_set():
+        assert isinstance(order, tuple), "Start comes once"
+        method, argument = order
+        if method == "stop" and not self.engine.done():
             os._exit(0)
-        self._attached.wait()
-        getattr(self._engine, order.method)(order.argument)
+        getattr(self.engine.result(), method)(argument)
 
     def _send(self) -> None:
         try:
@@ -145,7 +140,7 @@ def main(descriptor: int, pulse: int, make: Make | None = None) -> int:
         ends.finish()
         return 1
     ends.emit(wire.Hello(os.getpid()))
-    ends.attach(engine)
+    ends.engine.set_result(engine)
     for model in plan.preloads(start.settings, start.cards):
         pool.want(model)
     engine.run()
@@ -154,18 +149,14 @@ def main(descriptor: int, pulse: int, make: Make | None = None) -> int:
     return 0
 
 
-def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
-    """Pool and engine on the device, in this process. Raises SettingsError when there is no such device."""
-    from app.engine.engine import Engine
+def build(start: wire.Start, emit: Callable[[Report], None], **parts: Any) -> tuple[Pool, Engine]:
+    """Pool and engine on the device, for the calling thread. Raises SettingsError when there is no such device.
 
-    pool = open_pool(start)
-    return pool, Engine(pool, start.settings, emit)
-
-
-def open_pool(start: wire.Start) -> Pool:
-    """The pool on the device, for the calling thread's engine. Raises SettingsError when there is no such device."""
+    parts: of the engine, where they are not its own.
+    """
     import torch
 
+    from app.engine.engine import Engine
     from app.families.compiling import allow_compiling
     from app.pool.budget import budgets, use_threads
     from app.pool.pool import Pool
@@ -178,7 +169,8 @@ def open_pool(start: wire.Start) -> Pool:
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     if start.settings.compile:
         allow_compiling(start.settings.cache)
-    return Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
+    pool = Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
+    return pool, Engine(pool, start.settings, emit, **parts)
 
 
 def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:

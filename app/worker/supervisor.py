@@ -1,7 +1,4 @@
-"""Supervisor: one engine process per device, kept alive; each request goes to the one that has least to do.
-
-Knows nothing of HTTP and nothing of torch: it runs in the front process, on its event loop, and never blocks it.
-"""
+"""Supervisor: one engine process per device, kept alive; each job goes to the one that gets to it first."""
 
 from __future__ import annotations
 
@@ -11,16 +8,15 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.jobs.job import Job
-from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result
-from app.request import ImageSpec, Request
+from app.report import Memory, ModelState, Report
+from app.request import Condition, Recipe, Request
 from app.settings import Settings
 from app.worker import plan, wire
-from app.worker.admission import admit, best, choose, kind_of
+from app.worker.admission import admit, best, choose
 from app.worker.child import Child
 
 WORKER = (sys.executable, "-m", "app.worker.process")
@@ -28,12 +24,14 @@ _POISON = "The engine process died twice while it worked on this request; it is 
 
 log = logging.getLogger("instep.worker")
 
+Fingerprint = tuple[Recipe, tuple[Condition, ...]]
+
 
 class Supervisor:
-    """The front's one door to the engines.
+    """Gives jobs to the engine processes, on the event loop that ran `start`.
 
-    All methods belong to the event loop that ran `start`. `observe` gets every report of every worker, with its name;
-    what a dead one had is told as absent. Raises SettingsError on DEVICES or PRELOAD that make no sense.
+    `observe` gets every report of every worker, with its name; models of a dead one are reported as absent. Raises
+    SettingsError on DEVICES or PRELOAD that make no sense.
     """
 
     def __init__(
@@ -49,7 +47,6 @@ class Supervisor:
         self._observe = observe
         self._preloads = plan.preloads(settings, cards)
         self._crashes = CrashHistory()
-        self._jobs: dict[str, Job] = {}
         self._closing = False
         self._children = [
             Child(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
@@ -82,24 +79,21 @@ class Supervisor:
 
     @property
     def queues(self) -> list[float]:
-        """Estimated device seconds of what each worker has not yet answered, in the order of DEVICES."""
+        """Estimated device seconds of the unanswered images of each worker, in the order of DEVICES."""
         return [child.backlog.seconds for child in self._children]
 
     @property
     def queued_seconds(self) -> float:
-        """The same over all workers."""
+        """The sum of `queues`."""
         return sum(self.queues)
 
     def tenants(self) -> dict[str, float]:
-        """The same by tenant, of those who have any."""
-        seconds: Counter[str] = Counter()
-        for child in self._children:
-            seconds.update(child.backlog.tenants())
-        return dict(seconds)
+        """The same by tenant."""
+        return dict(sum((Counter(child.backlog.tenants()) for child in self._children), Counter[str]()))
 
     @property
     def running(self) -> int:
-        """Images in a batch now, as the workers last told; with `waiting`, every image not yet answered."""
+        """Images in a batch, as of the workers' last reports; `waiting` has the other unanswered ones."""
         return sum(child.backlog.running for child in self._children)
 
     @property
@@ -109,7 +103,7 @@ class Supervisor:
 
     @property
     def waiting(self) -> int:
-        """Images not yet answered that are not in a batch."""
+        """Unanswered images that are not in a batch."""
         return sum(child.backlog.images for child in self._children) - self.running
 
     @property
@@ -131,15 +125,15 @@ class Supervisor:
             raise
 
     async def stop(self, grace: float) -> None:
-        """Take no new requests, give those in flight `grace` seconds, then end the processes.
+        """Take no new jobs, give those in flight `grace` seconds, then end the processes.
 
         What is unanswered by then fails with ShuttingDown.
         """
         self._closing = True
-        if self._jobs and grace > 0:
-            log.info("draining %d requests", len(self._jobs))
-            await asyncio.wait([asyncio.gather(*self._jobs.values(), return_exceptions=True)], timeout=grace)
-        for job in list(self._jobs.values()):
+        if (jobs := self._jobs) and grace > 0:
+            log.info("draining %d requests", len(jobs))
+            await asyncio.wait([asyncio.gather(*jobs, return_exceptions=True)], timeout=grace)
+        for job in self._jobs:
             job.fail(ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
         await asyncio.gather(*(child.stop() for child in self._children))
 
@@ -148,27 +142,25 @@ class Supervisor:
 
         limit: device seconds that its tenant may have queued, None for its share alone. Raises ShuttingDown, NoWorker,
         Overloaded, RateLimited (all with retry_after, seconds), DeadlineExceeded, EngineError for a request that two
-        deaths have in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's
+        crashes have in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's
         schedule does not have.
         """
-        request = job.request
         if self._closing:
             raise ShuttingDown("The server is shutting down.", retry_after=5.0)
-        if request.id in self._jobs:
-            raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
-        if self._crashes.condemned(request):
+        if any(job.request.id in child.backlog.jobs for child in self._children):
+            raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
+        if self._crashes.condemned(job.request):
             raise EngineError(_POISON)
-        kind, max_wait = kind_of(request, self._card(request.model)), self._settings.max_wait
+        model, max_wait = self._card(job.request.recipe.model).id, self._settings.max_wait
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
         backlogs = [child.backlog for child in live]
-        child = live[choose(backlogs, request.model, max_wait)]
-        job.estimate = admit(request, kind, child.backlog, backlogs, max_wait=max_wait, limit=limit)
-        self._jobs[request.id] = job
-        job.future.add_done_callback(lambda _: self._close(child, job))
+        child = live[choose(backlogs, model, max_wait)]
+        admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         child.take(job)
+        job.future.add_done_callback(lambda _: self._forgive(job))
         return job
 
     def load(self, model_id: str) -> None:
@@ -178,6 +170,14 @@ class Supervisor:
     def unload(self, model_id: str) -> None:
         """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
         self._call("unload", model_id)
+
+    def _forgive(self, job: Job) -> None:
+        if not job.images_left:
+            self._crashes.clear(job.request)
+
+    @property
+    def _jobs(self) -> list[Job]:
+        return [job for child in self._children for job in child.backlog.jobs.values()]
 
     def _call(self, method: wire.Method, model_id: str) -> None:
         model = self._card(model_id).id
@@ -190,35 +190,16 @@ class Supervisor:
         return self._cards[model_id]
 
     def _hear(self, child: Child, report: Report) -> None:
-        """One report from a live worker. What is about a job that is no longer in flight is only observed."""
-        match report:
-            case Result() | Progress() | Preview() | Failure():
-                if job := child.jobs.get(report.request_id):
-                    if isinstance(report, Result):
-                        child.answer(job, report)
-                    job.hear(report)
-            case Memory(bytes=held):
-                report = child.memory = Memory(child.name, held)
-        self._tell(child, report)
-
-    def _tell(self, child: Child, report: Report) -> None:
+        if isinstance(report, Memory):
+            report = child.memory = Memory(child.name, report.bytes)
         try:
             self._observe(report, child.name)
         except Exception:
             log.exception("the observer failed on %s", type(report).__name__)
 
-    def _close(self, child: Child, job: Job) -> None:
-        """The job has ended, whoever ended it: the one place where it leaves the books."""
-        self._jobs.pop(job.request.id, None)
-        child.drop(job)
-        if job.future.cancelled():
-            child.call("cancel", job.request.id)
-        elif not job.future.exception():
-            self._crashes.clear(job.request)
-
     def _bury(self, child: Child, reason: str) -> None:
-        """A worker is gone: answer its requests at once, forget what it had loaded."""
-        lost = list(child.jobs.values())
+        """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
+        lost = list(child.backlog.jobs.values())
         if not self._closing:
             self._crashes.record(job.request for job in lost)
         retry_after = 1.0 if self.live else max(1.0, child.back_in)
@@ -228,26 +209,24 @@ class Supervisor:
             else:
                 message = "The engine process died while it worked on this request. Try again."
                 job.fail(NoWorker(message, retry_after=retry_after))
-        self._tell(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
+        self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
         for model in child.backlog.forget():
-            self._tell(child, ModelState(model, "absent"))
+            self._hear(child, ModelState(model, "absent"))
 
 
 class CrashHistory:
-    """A short memory of what was in a process when it died, so that a poison request cannot kill for ever.
+    """Remembers which requests were in a process that died, so that a poison request cannot kill for ever.
 
-    Two requests are the same here when they ask for the same pictures: id, deadline and seeds do not count, because
-    a client who tries again brings a new id, and a new seed where it named none; nor does whose key it is. One success
-    clears the name, so a popular prompt that was only a bystander is not condemned.
+    Two requests are the same here when they ask for the same pictures: id, deadline, key and seeds do not count,
+    because a client who tries again brings a new id, and a new seed where it named none. One success clears a request,
+    so that a popular prompt that was only a bystander is tried again.
     """
 
     def __init__(self, *, limit: int = 2, memory: int = 256, seconds: float = 600.0) -> None:
-        self.limit = limit
-        self.memory = memory
-        self.seconds = seconds
-        self._seen: OrderedDict[Request, tuple[int, float]] = OrderedDict()
+        self.limit, self.memory, self.seconds = limit, memory, seconds
+        self._seen: OrderedDict[Fingerprint, tuple[int, float]] = OrderedDict()
 
     def condemned(self, request: Request) -> bool:
         """Whether this request was present at `limit` deaths, the last of them less than `seconds` ago."""
@@ -255,7 +234,7 @@ class CrashHistory:
         return count >= self.limit and time.monotonic() - when < self.seconds
 
     def record(self, requests: Iterable[Request]) -> None:
-        """A process died with these in it. Twins in one death count once."""
+        """Remember that a process died with these in it. Twins in one death count once."""
         now = time.monotonic()
         for mark in {fingerprint(request) for request in requests}:
             count, when = self._seen.pop(mark, (0, now))
@@ -264,12 +243,11 @@ class CrashHistory:
             self._seen.popitem(last=False)
 
     def clear(self, request: Request) -> None:
-        """This request was answered: it kills nobody."""
+        """Forget a request that was answered."""
         if self._seen:
             self._seen.pop(fingerprint(request), None)
 
 
-def fingerprint(request: Request) -> Request:
-    """The request without what changes between two tries of it."""
-    images = tuple(ImageSpec(spec.condition, 0) for spec in request.images)
-    return replace(request, id="", deadline=None, images=images, tenant="", weight=1.0)
+def fingerprint(request: Request) -> Fingerprint:
+    """What two tries of the same pictures have in common."""
+    return request.recipe, tuple(spec.condition for spec in request.images)

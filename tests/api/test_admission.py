@@ -68,7 +68,7 @@ def test_a_request_carries_its_keys_name_weight_and_priority(narrow: Server, mon
     )
     for priority in (9, 1):
         assert ask(narrow, SMALL, priority=priority).status_code == 200
-    assert [(request.tenant, request.weight, request.priority) for request in seen] == [
+    assert [(request.delivery.tenant, request.delivery.weight, request.delivery.priority) for request in seen] == [
         ("small", 1.0, 2),
         ("small", 1.0, 1),
     ]

@@ -121,8 +121,8 @@ def test_a_client_that_leaves_before_the_status_cancels(http: httpx.Client, serv
 
 
 def test_a_long_silence_is_filled_with_comments(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.api.jobs.HOLD", 0.05)
-    monkeypatch.setattr("app.api.jobs.PING", 0.05)
+    monkeypatch.setattr("app.api.images.HOLD", 0.05)
+    monkeypatch.setattr("app.api.images.PING", 0.05)
     text = http.post("/v1/images/generations", json={"prompt": "!slow 0.5", "stream": True}).text
     assert text.startswith(": ping\n\n")
     assert text.count("event: image_generation.completed\n") == 1

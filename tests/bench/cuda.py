@@ -23,14 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from app.bench.image import asked, measure_image
-from app.bench.machine import Ceilings, ceilings, facts, wait
+from app.bench.machine import Ceilings, Spread, alternate, ceilings, facts, wait
 from app.bench.step import measure_steps
 from app.bench.subject import Subject, loaded
-from app.bench.timing import Spread, alternate
 from app.cards.card import Size, parse_size
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import resolve_dtype
+from tests.bench.compare import pipelines
 from tests.parts.tiny import write_models
 
 BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
@@ -120,7 +120,7 @@ def of_card(subject: Subject, chosen: Plan, most: Ceilings, rounds: int) -> Iter
         yield {"bench": "decode", "size": text, "ms": _ms(_decode(subject, parse_size(text), rounds))}
     for baseline, (steps, guidance, text) in itertools.product(chosen.baselines, chosen.images):
         request = asked(subject, steps=steps, guidance=guidance, size=text)
-        drawn = measure_image(subject, request, [baseline] if baseline else [], rounds)
+        drawn = measure_image(subject, request, rounds, pipelines(subject, request, [baseline] if baseline else []))
         times = {name: _ms(time) for name, time in {**drawn.times, **drawn.stages}.items()}
         yield {"bench": "image", "size": text, "steps": steps, "guidance": guidance, "ms": times}
 

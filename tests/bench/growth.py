@@ -15,7 +15,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.bench.host import FreeFamily
 from tests.parts.engine import Bench, FakePool, FakeProfiles, card, request
+from tests.parts.requests import changed
 from tests.parts.tiny import write_models
 
 SIZES = (10, 100, 1000, 10_000)
@@ -77,7 +77,7 @@ def _replace(bench: Bench, ask: Callable[[], None], images: int) -> None:
 
 
 def tiny_job(number: int, card: Card) -> Job:
-    asked = replace(
+    asked = changed(
         request(f"t{number}", keep_latents=False), model=MODEL, steps=1 + number % 3, guided=False, guidance=1.0
     )
     return Job(asked, card, read_body({}))

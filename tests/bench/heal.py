@@ -20,8 +20,9 @@ from app.engine.profile import Curve, Profiles
 from app.engine.row import default_key
 from app.pool.budget import use_threads
 from app.pool.pool import Pool
-from app.request import ImageSpec, Prompt, Request
+from app.request import ImageSpec, Prompt
 from tests.parts.engine import Bench
+from tests.parts.requests import flat
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = "emoji-mmdit"
@@ -54,7 +55,7 @@ def turn_of(bench: Bench, turn: int, length: int) -> tuple[int, str, list[int]]:
     for steps in STEPS:
         facts = {"steps": steps, "guided": steps % 8 != 0, "guidance": 4.0, "text_length": length}
         image, size = ImageSpec(Prompt("red apple"), 7), {"width": 64, "height": 64}
-        bench.engine.submit(Request(f"{turn}-{steps}", MODEL, (image,), sampler="flow_euler", **size, **facts))  # type: ignore[arg-type]
+        bench.engine.submit(flat(f"{turn}-{steps}", MODEL, (image,), sampler="flow_euler", **size, **facts))
     while len(bench.results) < len(STEPS) * (turn + 1):
         bench.engine.tick()
         assert not bench.failures, bench.failures

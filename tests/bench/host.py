@@ -16,7 +16,7 @@ from datetime import date
 import numpy as np
 import torch
 
-from app.bench.machine import processor
+from app.engine.profile import processor
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions

@@ -24,8 +24,9 @@ from app.cards.card import Card, read_card, read_cards
 from app.engine.engine import Engine
 from app.pool.pool import Pool
 from app.report import ModelState, Report, Result, Tick
-from app.request import ImageSpec, Prompt, Request
+from app.request import ImageSpec, Prompt
 from app.settings import Settings
+from tests.parts.requests import flat
 
 RUNNING = "emoji-mmdit"
 CLIENTS = 4
@@ -92,9 +93,9 @@ class Traffic:
     def _ask(self) -> None:
         self._count += 1
         image = ImageSpec(Prompt("red apple"), self._count)
-        self.engine.submit(Request(
+        self.engine.submit(flat(
             id=str(self._count), model=RUNNING, images=(image,), width=64, height=64, sampler="flow_euler", steps=28,
-            guided=True, guidance=4.0, text_length=24,
+            guidance=4.0, text_length=24,
         ))  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Latency by class from the JSON line of `instep bench serve`, as a picture: `python -m tests.bench.plot FILE OUT.svg`.
+"""Latency by class from a line of `tests.bench.compare serve`, as a picture: `python -m tests.bench.plot FILE OUT.svg`.
 
 FILE may be all that the command printed. One panel for the median and one for p95; grey that is read on light and dark.
 """

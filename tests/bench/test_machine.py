@@ -1,4 +1,4 @@
-"""The machine: its ceilings are rates of real work, and its facts say what a number was taken on."""
+"""The machine: its ceilings are rates of real work, its facts say what a number was taken on, its clock takes turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.bench import machine
-from app.bench.machine import Ceilings, ceilings, facts
+from app.bench.machine import Ceilings, Spread, alternate, ceilings, facts, spread, turns
 
 CPU = torch.device("cpu")
 
@@ -36,3 +36,24 @@ def test_facts_name_the_machine_the_versions_and_the_commit() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", str(found["date"]))
     assert re.fullmatch(r"[0-9a-f]{7,40}\+?|\S*-g[0-9a-f]{7,40}\+?|", str(found["commit"]))
     assert found["machine"]
+
+
+def test_turns_go_there_and_back() -> None:
+    assert "".join(turns("ab", 4)) == "abbaabba"
+    assert "".join(turns("abc", 3)) == "abccbaabc"
+
+
+def test_a_spread_is_the_median_and_both_ends() -> None:
+    assert spread([3.0, 1.0, 2.0, 10.0]) == Spread(2.5, 1.0, 10.0, 4)
+
+
+def test_warm_ups_run_and_are_not_counted() -> None:
+    calls: list[str] = []
+
+    def way(name: str, cold: float, warm: float) -> float:
+        calls.append(name)
+        return cold if calls.count(name) <= 2 else warm
+
+    found = alternate({"a": lambda: way("a", 9.0, 1.0), "b": lambda: way("b", 8.0, 2.0)}, rounds=3)
+    assert found == {"a": Spread(1.0, 1.0, 1.0, 3), "b": Spread(2.0, 2.0, 2.0, 3)}
+    assert "".join(calls) == "abba" + "abbaab"

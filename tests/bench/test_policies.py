@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from app.bench.policies import POLICIES, Single, Static, likeness
 from app.cards.card import read_cards
 from app.engine.row import Row
 from app.pool.pool import Pool
 from app.request import Prompt, Request
+from tests.bench.policies import POLICIES, Single, Static, likeness
 from tests.families.plain import ask
 from tests.parts.close import SAME, apart, close
 from tests.parts.engine import Bench, load_all

@@ -1,28 +1,79 @@
-"""The whole comparison, end to end: real servers, a tiny model, every request answered, one JSON line."""
+"""A server under load: an open loop that waits for nobody, latencies by class, and the command from end to end."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from app.bench.replay import Answer
-from app.bench.serve import Plan, latencies, ratios
-from app.bench.trace import Arrival, work_of
-from app.cli.bench_serve import serve
-from app.errors import InvalidValue
-from tests.parts.tiny import write_sd3
+from app.bench.serve import LOST, PNG, Address, Answer, closed_loop, latencies, open_loop
+from app.bench.trace import Arrival
+from tests.parts.commands import Run
 
-pytestmark = pytest.mark.slow
+
+class Slow:
+    """Answers nobody until all have asked; notes the order in which they came."""
+
+    def __init__(self, expected: int, reply: bytes) -> None:
+        self.expected, self.reply = expected, reply
+        self.seen: list[int] = []
+        self.all = asyncio.Event()
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+        self.seen.append(json.loads(await reader.readexactly(length))["seed"])
+        if len(self.seen) == self.expected:
+            self.all.set()
+        await self.all.wait()
+        writer.write(self.reply)
+        await writer.drain()
+        writer.close()
+
+
+def reply(body: bytes, status: int = 200, length: int | None = None) -> bytes:
+    head = f"HTTP/1.1 {status} x\r\ncontent-length: {len(body) if length is None else length}\r\n\r\n"
+    return head.encode() + body
+
+
+ARRIVALS = [Arrival(number / 50, "short", {"seed": number}) for number in range(6)]
+
+
+def run(answer: bytes, closed: bool = False) -> tuple[list[int], list[Answer]]:
+    async def both() -> tuple[list[int], list[Answer]]:
+        slow = Slow(len(ARRIVALS), answer)
+        server = await asyncio.start_server(slow, "127.0.0.1", 0)
+        address: Address = server.sockets[0].getsockname()[:2]
+        async with server:
+            loop = closed_loop(address, ARRIVALS) if closed else open_loop(address, ARRIVALS)
+            answers = await asyncio.wait_for(loop, 30)
+        return slow.seen, answers[1] if closed else answers
+
+    return asyncio.run(both())
+
+
+def test_later_requests_are_sent_while_the_first_is_unanswered() -> None:
+    seen, answers = run(reply(PNG + b"x"))
+    assert sorted(seen) == list(range(6))
+    assert [one.arrival for one in answers] == ARRIVALS
+    assert all(one.status == 200 and 0 <= one.late < one.seconds for one in answers)
+
+
+def test_a_closed_loop_has_all_queued_at_once() -> None:
+    seen, answers = run(reply(PNG), closed=True)
+    assert sorted(seen) == list(range(6)) and {one.arrival.at for one in answers} == {0.0}
+
+
+def test_only_a_whole_picture_counts() -> None:
+    for answer, status in ((reply(b"{}", 503), 503), (reply(b"{}"), LOST), (reply(PNG, length=99), LOST), (b"", LOST)):
+        assert {one.status for one in run(answer)[1]} == {status}
 
 
 def test_latencies_by_class_and_what_was_in_time() -> None:
     short, long = Arrival(0, "short", {"steps": 1}), Arrival(0, "long", {"steps": 9}, deadline=5.0)
     given = [Answer(short, 0, 1.0, 200), Answer(short, 0, 4.0, 200), Answer(long, 0, 4.0, 200), Answer(long, 0, 1, 503)]
-    found = latencies(given, {work_of(short.body): 1.0})
+    found = latencies(given, {short.work: 1.0})
     assert list(found) == ["all", "long", "short"]
     assert found["short"] == {
         "count": 2, "p50": 2.5, "p95": pytest.approx(3.85), "p99": pytest.approx(3.97), "mean": 2.5, "attainment": 0.5,
@@ -30,49 +81,13 @@ def test_latencies_by_class_and_what_was_in_time() -> None:
     assert found["long"]["p50"] == 4.0 and found["long"]["attainment"] == 0.5 == found["all"]["attainment"]
 
 
-def test_ratios_are_above_one_where_a_policy_is_better() -> None:
-    def one(capacity: float, seconds: float) -> dict[str, object]:
-        return {
-            "capacity": {"median": capacity},
-            "latency": {"all": dict.fromkeys(("p50", "p95", "p99", "mean"), seconds)},
-            "statuses": {"200": 9},
-        }
-
-    found = ratios({"a": one(4, 1), "b": one(2, 3)}, "b")
-    assert found == {"a": {"capacity": 2.0, "all": dict.fromkeys(("p50", "p95", "p99", "mean"), 3.0)}}
-
-
-def test_who_lost_a_request_has_no_ratios() -> None:
-    whole = {
-        "capacity": {"median": 1.0},
-        "latency": {"all": dict.fromkeys(("p50", "p95", "p99", "mean"), 1.0)},
-        "statuses": {"200": 9},
-    }
-    broken = whole | {"statuses": {"200": 8, "503": 1}}
-    assert set(ratios({"a": whole, "b": broken, "c": whole}, "a")) == {"c"}
-    assert ratios({"a": whole, "b": broken}, "b") == {}
-
-
-@pytest.mark.parametrize("plan", [Plan(policies=("none",), baseline="none"), Plan(baseline="single")])
-def test_a_plan_that_makes_no_sense_is_refused(plan: Plan) -> None:
-    with pytest.raises(InvalidValue):
-        plan.check()
-
-
-def test_the_command_answers_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_sd3(tmp_path / "models" / "tiny-sd3")
-    for name, value in {"CACHE": tmp_path / "cache", "DEVICES": "cpu", "DTYPE": "float32", "THREADS": 1}.items():
-        monkeypatch.setenv(f"INSTEP_{name}", str(value))
-    app = typer.Typer()
-    app.command()(serve)
-    words = ["--models", str(tmp_path / "models"), "--mix", "homogeneous", "--policies", "continuous,static"]
-    words += ["--queued", "4", "--rounds", "1", "--seconds", "0.5"]
-    result = CliRunner().invoke(app, words)
+@pytest.mark.slow
+def test_the_command_answers_every_request(run: Run) -> None:
+    words = ("--model", "tiny-sd3", "--mix", "homogeneous", "--queued", 4, "--rounds", 1, "--seconds", 0.5)
+    result = run("bench", "serve", *words)
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found["bench"] == "serve" and set(found["policies"]) == {"continuous", "static"}
-    for one in found["policies"].values():
-        assert one["statuses"] == {"200": 4 + found["requests"]}
-        assert one["latency"]["all"]["count"] == found["requests"] and one["capacity"]["median"] > 0
-        assert 1 <= one["rows"] <= 4
-    assert set(found["ratios"]) == {"continuous"} and found["commit"] is not None
+    assert found["bench"] == "serve" and found["statuses"] == {"200": 4 + found["requests"]}
+    assert found["latency"]["all"]["count"] == found["requests"] and found["capacity"]["median"] > 0
+    assert 1 <= found["rows"] <= 4 and found["rate"] == pytest.approx(0.9 * found["capacity"]["median"])
+    assert found["commit"] is not None and "of its capacity, 1 rounds of 0.5 s" in result.stdout

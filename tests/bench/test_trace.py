@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from app.bench import trace as traces
-from app.bench.trace import record
+from app.bench.trace import SAMPLERS, record
 from app.errors import InvalidValue
-from app.families.upstream import DRAWN
 from tests.parts.engine import card
 
 CARD = card(limits={"num_inference_steps": 250, "sizes": {"min": 16, "max": 64, "multiple": 16}})
@@ -73,4 +72,4 @@ def test_a_file_that_is_no_text_is_no_trace(tmp_path: Path) -> None:
 
 def test_what_is_drawn_can_be_drawn_by_diffusers_too() -> None:
     samplers = {one.body["sampler"] for one in record(CARD, "mixed", 20.0, 60.0, 0).arrivals}
-    assert len(samplers) == 3 and samplers <= set(DRAWN[CARD.family])
+    assert len(samplers) == 3 and samplers <= set(SAMPLERS[CARD.family])

@@ -22,7 +22,8 @@ from app.checkpoints.parts import build_family, build_parts
 from app.engine.row import Row, default_key
 from app.engine.text_cache import TextCache
 from app.families.base import Family
-from app.request import ImageSpec, Prompt, Request
+from app.request import ImageSpec, Prompt
+from tests.parts.requests import flat
 
 MODELS = Path(__file__).parents[2] / "models"
 TIMES, WARM_UPS = 60, 3
@@ -35,9 +36,8 @@ def fresh() -> TextCache:
 def row(family: Family, text: str) -> Row:
     """A guided row of this prompt, as the card would have it."""
     card, key = family.card, default_key(family.card)
-    asked = Request(
-        "r", card.id, (ImageSpec(Prompt(text), 0),), key.width, key.height, "flow_euler", 4, True, 4.0, key.text_length
-    )
+    image = ImageSpec(Prompt(text), 0)
+    asked = flat("r", card.id, (image,), key.width, key.height, "flow_euler", 4, 4.0, key.text_length)
     return Row(asked, 0, key, 4, 0.0, 0)
 
 

@@ -1,13 +1,15 @@
-"""`instep bench step` and `image` on tiny models: what they print, and what of it does not depend on time."""
+"""`instep bench` on tiny models: what it prints that does not depend on time, what it refuses, and recorded traces."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.bench import machine
+from app.bench import trace as traces
 from tests.parts.commands import Run, one_line
 
 
@@ -40,25 +42,20 @@ def test_step_with_random_weights_needs_no_files(run: Run) -> None:
     assert last(result)["random_weights"] is True and len(result.stdout.splitlines()) == 1
 
 
-def test_image_is_the_baselines_picture(run: Run) -> None:
-    """Instep's picture, encoded anew or not, is diffusers' float32 one within rounding; stages are all there."""
-    words = ("--steps", 3, "--rounds", 1, "--baselines", "eager-float32,eager-bfloat16")
-    line = last(run("bench", "image", "--model", "tiny-sd3", *words))
-    assert list(line["ways"]) == ["instep", "instep-cached", "eager-float32", "eager-bfloat16"]
-    assert line["ways"]["eager-float32"]["off"] == {"mean": 0.0, "largest": 0}
-    for name in ("instep", "instep-cached"):
-        assert line["ways"][name]["off"]["largest"] <= 1
-    assert line["ways"]["eager-bfloat16"]["off"]["mean"] > 0
-    assert line["ways"]["instep"]["against_instep"] == 1.0
+def test_image_tells_every_stage(run: Run) -> None:
+    result = run("bench", "image", "--model", "tiny-sd3", "--steps", 3, "--rounds", 1)
+    line = last(result)
+    assert list(line["ways"]) == ["instep", "instep-cached"] and line["ways"]["instep"]["ms"]["median"] > 0
     assert set(line["stages"]) == {
         *("encode text, fresh", "encode text, cached", "denoise", "denoise, a step", "decode"),
         *("a step: network", "a step: outside the network", "encode PNG"),
     }
+    assert (line["sampler"], line["steps"]) == ("flow_euler", 3) and "instep-cached" in result.stdout
 
 
 def test_image_of_classes_alone(run: Run) -> None:
-    line = last(run("bench", "image", "--model", "tiny-dit", "--steps", 2, "--rounds", 1, "--baselines", "none"))
-    assert list(line["ways"]) == ["instep", "instep-cached"] and line["ways"]["instep"]["off"] is None
+    line = last(run("bench", "image", "--model", "tiny-dit", "--steps", 2, "--rounds", 1))
+    assert list(line["ways"]) == ["instep", "instep-cached"]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +67,34 @@ def test_image_of_classes_alone(run: Run) -> None:
         (("step", "--model", "nobody"), 'There is no model "nobody"'),
         (("step", "--rounds", "0"), "--rounds"),
         (("image", "--steps", "0"), "num_inference_steps"),
-        (("image", "--baselines", "fastest"), 'baselines: there is no "fastest"; there are eager-float32'),
-        (("image", "--model", "tiny-dit"), "diffusers' DiTPipeline draws 1000 classes, not 10"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(run: Run, words: tuple[str, ...], told: str) -> None:
     given = words if "--model" in words else (*words, "--model", "tiny-sd3")
     assert told in one_line(run("bench", *given))
+
+
+def test_a_recorded_trace_can_be_read(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    result = run("bench", "serve", "--model", "tiny-sd3", "--record", str(file), "--rate", "9", "--seconds", "20")
+    assert result.exit_code == 0, result.output
+    drawn = traces.read(file)
+    assert f"{len(drawn.arrivals)} requests in 20 s" in " ".join(result.output.split())
+    assert drawn.facts["rate"] == 9.0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--mix", "odd"), "mix: odd"),
+        (("--trace", "{trace}", "--record", "{trace}"), "recorded already"),
+        (("--trace", "{trace}"), "line 1: not a line of a trace"),
+        (("--trace", "{absent}"), "absent"),
+        (("--at-capacity", "inf"), "not a number that ends"),
+        (("--model", "nobody"), "nobody"),
+    ],
+)
+def test_a_load_that_makes_no_sense_is_one_line(run: Run, tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    (tmp_path / "bad").write_text("{}")
+    given = [word.format(trace=tmp_path / "bad", absent=tmp_path / "absent") for word in words]
+    assert told in one_line(run("bench", "serve", *given))

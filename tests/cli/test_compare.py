@@ -100,9 +100,9 @@ def test_parameters_as_a_person_says_them(run: Run, count: int | None, said: str
 def test_the_preset_takes_every_model_of_prompts_that_is_here(run: Run) -> None:
     comparison = compare.plan({"preset": "two_prompts"}, open_registry(Settings()))
     assert [card.id for card in comparison.cards] == ["tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
-    assert {(job.request.steps, job.request.guidance) for job in comparison.jobs} == {(28, 7.0)}
+    assert {(job.request.recipe.steps, job.request.recipe.guidance.scale) for job in comparison.jobs} == {(28, 7.0)}
     assert len({job.request.id for job in comparison.jobs}) == 6 and all(
-        job.request.progress for job in comparison.jobs
+        job.request.delivery.progress for job in comparison.jobs
     )
 
 
@@ -126,7 +126,7 @@ def test_a_bad_comparison_is_one_line(run: Run, words: tuple[object, ...], said:
 
 def test_an_error_of_the_engine_names_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(local: Local, job: Job) -> None:
-        if job.request.model == "tiny-sd3-turbo":
+        if job.request.recipe.model == "tiny-sd3-turbo":
             job.fail(NonFiniteOutput("the network gave NaN"))
 
     monkeypatch.setattr(Local, "submit", fail)

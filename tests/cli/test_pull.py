@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from app.cards.card import read_card
-from app.checkpoints.needs import wanted
+from app.checkpoints.hub import wanted
 from app.errors import CheckpointError
 from tests.cli.pulls import NETWORK, SPARE, TOKEN, VAE, cached, partials
 from tests.parts import originals

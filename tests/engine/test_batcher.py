@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from app.engine.queue import AGE_LIMIT
-from app.engine.row import Caps, Key, Row
+from app.engine.row import Caps, Row
+from app.request import Key
 from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
 
 

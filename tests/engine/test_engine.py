@@ -11,7 +11,6 @@ import torch
 
 from app.engine import step
 from app.engine.queue import AGE_LIMIT
-from app.engine.row import Key
 from app.engine.slots import IDLE_KEYS, SlotPool
 from app.engine.step import totals
 from app.errors import (
@@ -27,7 +26,7 @@ from app.errors import (
 )
 from app.families.base import Conditions
 from app.report import Announce, ModelState, Phase, Preview, Progress, Tick
-from app.request import ImageSpec, Prompt
+from app.request import ImageSpec, Key, Prompt
 from tests.parts.close import FORWARD, apart, close, furthest
 from tests.parts.engine import NOT_A_NUMBER, POISON, Bench, FakeFamily, FakePool, FakeProfiles, Still, card, request
 

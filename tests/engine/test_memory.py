@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from tests.parts.engine import Bench, load_all
+from tests.parts.requests import changed, flat
 
 MODELS = ("tiny-dit", "tiny-sd3", "copy")
 
@@ -50,7 +50,7 @@ def largest(cards: dict[str, Card]) -> tuple[int, int]:
 def ask(model: str, number: int, guided: bool) -> Request:
     condition = ClassLabel(number % 10) if model == "tiny-dit" else Prompt(f"red {number}")
     sampler = "ddim" if model == "tiny-dit" else "flow_euler"
-    return Request(
+    return flat(
         id=f"{model}-{number}", model=model, images=(ImageSpec(condition, number),), width=32, height=32,
         sampler=sampler, steps=3 + number % 5, guided=guided, guidance=4.0, text_length=24, keep_latents=True,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def test_a_model_whose_parts_fit_one_at_a_time(
 ) -> None:
     """Encoders, network and VAE come in turn, and the pictures are the same."""
     bound.append(Pool(cards, "cpu", torch.float32, budget=largest[1]))
-    asked = [replace(ask("tiny-sd3", number, number % 2 == 0), previews=1) for number in range(12)]
+    asked = [changed(ask("tiny-sd3", number, number % 2 == 0), previews=1) for number in range(12)]
     bench = Bounded(bound[0]).answer(asked)
     assert not bound[0].fits("tiny-sd3")
     expected = plain(cards, asked)

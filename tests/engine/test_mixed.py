@@ -16,6 +16,7 @@ from app.request import ClassLabel, ImageSpec, Prompt, Request
 from app.samplers.table import valid_pairs, valid_samplers
 from tests.parts.close import BFLOAT16, SAME, apart, close
 from tests.parts.engine import Bench, FakeProfiles, load_all
+from tests.parts.requests import changed, flat
 
 WORDS = ("a red apple", "two dogs", "", "the sun over a house at night", "cat")
 
@@ -33,7 +34,7 @@ def ask(card: Card, number: int, rng: random.Random, **changes: Any) -> Request:
         "steps": rng.choice((1, 2, 4, 7, 10, 20, 50)), "guided": guided, "guidance": rng.uniform(1.5, 7.5),
         "text_length": 24, "keep_latents": True,
     }  # fmt: skip
-    return Request(**{**facts, **changes})
+    return flat(**{**facts, **changes})
 
 
 def traffic(cards: dict[str, Card], count: int, seed: int) -> list[Request]:
@@ -54,7 +55,7 @@ def run_mixed(pool: Pool, requests: list[Request], seed: int, cancel_every: int 
             mixed.turn(rng.randrange(4) if request is not group[-1] or not cancel_every else 0)
         if cancel_every:
             # An image takes an encode, its lines and a decode: after that many turns less one it cannot have ended.
-            mixed.turn(rng.randrange(min(group[-1].steps + 2, 10)))
+            mixed.turn(rng.randrange(min(group[-1].recipe.steps + 2, 10)))
             mixed.engine.cancel(group[-1].id)
     return mixed.run()
 
@@ -71,7 +72,7 @@ def test_mixed_traffic_equals_each_request_alone(tiny_pool: Pool) -> None:
     assert gone == set(mixed.failures) and len(gone) >= len(requests) // 3
     ended = [request for request in requests if request.id not in gone]
     assert {(name, 0) for name in gone}.isdisjoint(mixed.results) and len(mixed.results) == len(ended)
-    pairs = {(request.sampler, tiny_pool.cards[request.model].schedule.prediction) for request in ended}
+    pairs = {(request.recipe.sampler, tiny_pool.cards[request.recipe.model].schedule.prediction) for request in ended}
     assert pairs == set(valid_pairs())
     for request in ended:
         alone = Bench(tiny_pool).run([request]).results[request.id, 0]
@@ -85,7 +86,7 @@ def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
     base = ask(card, 0, rng, steps=10, guided=True, guidance=4.0)
     latents = []
     for changes in ({}, {"guidance": 4.1}, {"steps": 11}, {"images": (ImageSpec(Prompt("two cats"), 1000),)}):
-        request = Request(**{**{name: getattr(base, name) for name in Request.__slots__}, **changes})
+        request = changed(base, **changes)
         latents.append(Bench(tiny_pool).run([request]).results[base.id, 0].latents)
     for other in latents[1:]:
         apart(other, latents[0], SAME)
@@ -93,7 +94,7 @@ def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
 
 def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny: Path) -> None:
     pool = load_all(Pool(read_cards(tiny), "cpu", torch.bfloat16))
-    requests = [request for request in traffic(pool.cards, 42, seed=8) if request.steps <= 10]
+    requests = [request for request in traffic(pool.cards, 42, seed=8) if request.recipe.steps <= 10]
     assert len(requests) >= 30
     mixed = run_mixed(pool, requests, seed=9, cancel_every=3)
     gone = cancelled(mixed)
@@ -102,7 +103,7 @@ def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny: Path) -> None:
     pixels = {request.id: mixed.results[request.id, 0].pixels for request in ended}
     for request in ended:
         close(pixels[request.id], Bench(pool).run([request]).results[request.id, 0].pixels, BFLOAT16, of=request)
-    first, *others = (request for request in ended if request.width == request.height == 32)
+    first, *others = (request for request in ended if request.recipe.width == request.recipe.height == 32)
     apart(pixels[others[0].id], pixels[first.id], BFLOAT16, of="another request:")
     pool.close()
 

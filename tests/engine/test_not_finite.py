@@ -17,6 +17,7 @@ from app.report import Preview
 from app.request import ImageSpec, Prompt, Request
 from tests.families.plain import ask
 from tests.parts.engine import Bench
+from tests.parts.requests import changed
 
 NAN = float("nan")
 
@@ -148,7 +149,7 @@ def test_a_preview_that_is_not_finite_is_left_out(
     tiny_pool: Pool, family: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The image goes on where it can: a map fitted to a broken encoder says nothing of the decoder."""
-    request = replace(draw("seen", steps=4), previews=3)
+    request = changed(draw("seen", steps=4), previews=3)
     assert len(Bench(tiny_pool).run([request]).of(Preview)) == 3
     preview = type(family).preview
     monkeypatch.setattr(type(family), "preview", lambda self, latents: preview(self, latents * NAN))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine.queue import AGE_LIMIT
-from app.engine.row import Caps, Key, Row, Work
+from app.engine.row import Caps, Row, Work
+from app.request import Key
 from tests.parts.simulation import KEY, OTHER, Simulation, row
 
 
@@ -83,7 +84,7 @@ class PlainBatcher:
     def order(self, each: Row, now: float) -> tuple[float, ...]:
         if now - each.arrived - each.served > AGE_LIMIT * each.lines * each.passes * self.caps.rate:
             return (0, each.arrived, each.sequence)
-        return (1, each.remaining, -each.request.priority, each.deadline, each.sequence)
+        return (1, each.remaining, -each.request.delivery.priority, each.deadline, each.sequence)
 
 
 ROWS = st.tuples(

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from app.engine.patience import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
-from app.engine.row import Key, Outcome, Work
+from app.engine.row import Outcome, Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report
+from app.request import Key
 from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
 from tests.parts.simulation import row
 

@@ -11,7 +11,7 @@ import torch
 
 from app.engine.caps import caps_of
 from app.engine.profile import Curve, Profiles, measuring
-from app.engine.row import Key
+from app.request import Key
 from tests.parts.engine import FakeFamily, card
 
 KEY = Key("fake", 32, 32, 24)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.engine.row import Caps, Key, Row
+from app.engine.row import Caps, Row
 from app.engine.shares import DEBT, FairShares
+from app.request import Key
 from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
 
 
@@ -20,7 +21,7 @@ def service(simulation: Simulation, since: int = 0) -> Counter[str]:
     seconds: Counter[str] = Counter()
     for rows in simulation.forwards[since:]:
         for each in rows:
-            seconds[each.request.tenant] += each.passes / sum(other.passes for other in rows)  # type: ignore[assignment]
+            seconds[each.request.delivery.tenant] += each.passes / sum(other.passes for other in rows)  # type: ignore[assignment]
     return seconds
 
 
@@ -130,7 +131,7 @@ def test_the_last_quarter_of_the_slots_is_open_to_who_holds_less_than_its_share(
     for _ in range(12):
         simulation.turn()
     (queue,) = simulation.batcher._queues.values()
-    assert Counter(each.request.tenant for each in queue.started) == {"first": 12, "second": 4}
+    assert Counter(each.request.delivery.tenant for each in queue.started) == {"first": 12, "second": 4}
 
 
 def test_an_aged_row_without_room_for_its_slots_stops_the_younger_ones_of_other_keys() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.slots import COLUMNS, PASSES, Guidance, Slots
+from app.engine.slots import COLUMNS, PASSES, Slots
 from app.engine.step import denoise_step, gather, indices, totals
 from app.families.base import Conditions, Family
+from app.request import Guidance, SkipGuidance
 from app.samplers.schedule import Schedule
 from app.samplers.table import Table, compile_table
 from tests.parts.close import FORWARD, apart, close, furthest
@@ -22,7 +23,7 @@ EPSILON = Schedule(kind="diffusion", variance="learned_range", spacing="linspace
 
 
 def guided(scale: float | None) -> Guidance:
-    return Guidance() if scale is None else Guidance(True, scale - 1)
+    return Guidance() if scale is None else Guidance(scale)
 
 
 def plain_step(
@@ -78,10 +79,12 @@ def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | 
         apart(slots.x[slot], x.roll(1, 0), FORWARD, furthest, of="another channel:")
 
 
-KINDS = [  # guidance, the line the row stands at, passes it makes there
-    (Guidance(True, 3.0, 2.5, range(2, 4)), 2, 3), (Guidance(True, 3.0, 2.5, range(2, 4)), 4, 2),
-    (Guidance(True, 3.0), 2, 2), (Guidance(), 3, 1), (Guidance(True, 1.0, 4.0, range(3)), 0, 3),
-    (Guidance(scale=3.5), 1, 1), (Guidance(True, 2.0, scale=1.0), 1, 2),
+SKIP = SkipGuidance(2.5, 0.0, 1.0)
+KINDS = [  # guidance, the lines that it skips layers on, the line the row stands at, passes it makes there
+    (Guidance(4.0, skip=SKIP), range(2, 4), 2, 3), (Guidance(4.0, skip=SKIP), range(2, 4), 4, 2),
+    (Guidance(4.0), range(0), 2, 2), (Guidance(), range(0), 3, 1),
+    (Guidance(2.0, skip=SkipGuidance(4.0, 0.0, 1.0)), range(3), 0, 3),
+    (Guidance(embedded=3.5), range(0), 1, 1), (Guidance(3.0, embedded=1.0), range(0), 1, 2),
 ]  # fmt: skip
 
 
@@ -93,14 +96,15 @@ def test_each_kind_of_guidance_equals_its_row_alone(bucket: int | None, embedded
     table = compile_table(FLOW, "flow_euler", 8)
     slots = Slots(7, SHAPE, torch.device("cpu"))
     taken, expected = [], []
-    for guidance, line, _ in KINDS:
+    for guidance, skipping, line, _ in KINDS:
         codes, x, t = torch.rand(2, 1)[: 1 + guidance.guided], torch.randn(SHAPE), torch.tensor([float(table.t[line])])
-        given = {"guidance": torch.tensor([guidance.scale])} if embedded else {}
+        given = {"guidance": torch.tensor([guidance.embedded or 0.0])} if embedded else {}
         own, other = (family.denoise(x[None], t, {"code": codes[[i]], **given})[0][0] for i in (0, -1))
         skip = {"code": codes[:1], "skip": torch.tensor([True]), **given}
-        pull = guidance.skip * (own - family.denoise(x[None], t, skip)[0][0]) if line in guidance.skipping else 0
-        expected.append(x + float(table.xo[line]) * (own + guidance.weight * (own - other) + pull))
-        taken.append(slots.take(table, x, {"code": codes}, guidance))
+        scale = guidance.skip.scale if guidance.skip and line in skipping else 0
+        pull = scale * (own - family.denoise(x[None], t, skip)[0][0])
+        expected.append(x + float(table.xo[line]) * (own + (guidance.scale - 1) * (own - other) + pull))
+        taken.append(slots.take(table, x, {"code": codes}, guidance, skipping))
         slots.line[taken[-1]] = line
     order = np.array([4, 1, 6, 0, 3, 2, 5])
     plan = gather(slots, np.array(taken)[order], bucket)
@@ -203,9 +207,8 @@ def test_what_rows_gather_by_is_kept_until_a_row_comes_or_goes() -> None:
 
 def test_a_row_that_skips_layers_on_some_lines_gathers_anew_on_them() -> None:
     slots = Slots(2, SHAPE, torch.device("cpu"))
-    guidance = Guidance(True, 3.0, 2.5, range(1, 3))
-    table = compile_table(FLOW, "flow_euler", 4)
-    row = np.array([slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guidance)])
+    table, codes = compile_table(FLOW, "flow_euler", 4), {"code": torch.rand(2, 1)}
+    row = np.array([slots.take(table, torch.randn(SHAPE), codes, Guidance(4.0, skip=SKIP), range(1, 3))])
     passes = []
     for line in range(4):
         slots.line[row] = line

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from app.engine.row import Key, Row
+from app.engine.row import Row
 from app.engine.turns import ALL, Turns
 from app.pool.policy import Need
 from app.report import Phase
+from app.request import Key
 from tests.parts.engine import request
 
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from app.engine.row import Key, Row
+from app.engine.row import Row
 from app.families.base import Conditions, Family
 from app.families.text import Encoder
-from app.request import Condition, ImageSpec, Prompt, Request
+from app.request import Condition, ImageSpec, Key, Prompt
+from tests.parts.requests import flat
 
 numbers = itertools.count()
 
 
 def row(condition: Condition | str, model: str = "tiny-sd3", *, guided: bool = False, length: int = 24) -> Row:
     spec = ImageSpec(Prompt(condition) if isinstance(condition, str) else condition, 0)
-    asked = Request("r", model, (spec,), 32, 32, "flow_euler", 4, guided, 4.0, length)
+    asked = flat("r", model, (spec,), 32, 32, "flow_euler", 4, 4.0, length, guided=guided)
     return Row(asked, 0, Key(model, 32, 32, length), 4, 0.0, next(numbers))
 
 

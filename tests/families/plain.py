@@ -16,7 +16,7 @@ from app.families.base import Family
 from app.families.components import ALLOWED, State, blank_network, build_tokenizer, fill_network, has_weights
 from app.pool.pool import Pool
 from app.report import Result
-from app.request import Condition, ImageSpec, Request, SkipGuidance
+from app.request import Condition, Delivery, Guidance, ImageSpec, Recipe, Request, SkipGuidance
 from tests.parts.engine import Bench
 
 CPU = torch.device("cpu")
@@ -57,12 +57,8 @@ def ask(
     skip: SkipGuidance | None = None,
 ) -> Request:
     """One image, of which the latent is kept."""
-    width, height = size
-    images, guided = (ImageSpec(condition, seed),), guidance > 1
-    return Request(
-        name, model, images, width, height, sampler, steps, guided, guidance, text_length, embedded, skip,
-        keep_latents=True,
-    )  # fmt: skip
+    recipe = Recipe(model, *size, sampler, steps, Guidance(guidance, embedded, skip), text_length)
+    return Request(name, recipe, (ImageSpec(condition, seed),), Delivery(keep_latents=True))
 
 
 def serve(pool: Pool, *requests: Request) -> list[Result]:

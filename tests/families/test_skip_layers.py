@@ -126,8 +126,8 @@ def test_another_card_may_share_the_network(card: Card, tmp_path_factory: pytest
 def test_the_lines_that_take_a_third_pass(sampler: str, steps: int, lines: set[int]) -> None:
     request = asked("lines", steps, (32, 32), SkipGuidance(2.8, 0.01, 0.2), sampler=sampler)
     count = steps if sampler == "flow_euler" else 2 * steps - 1
-    assert set(request.skipping(count)) == lines
-    assert request.passes(count) == 2 * count + len(lines)
+    assert set(request.recipe.skipping(count)) == lines
+    assert request.recipe.passes(count) == 2 * count + len(lines)
 
 
 @pytest.mark.parametrize("layer", [4, 5])

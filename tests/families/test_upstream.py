@@ -13,11 +13,12 @@ from app.cards.card import Card, read_card
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import compile_blocks
-from app.families.upstream import Upstream
 from app.pool.pool import Pool
 from app.request import ClassLabel, Condition, Prompt, Request, SkipGuidance
+from tests.bench.upstream import Upstream
 from tests.families.plain import ask, load, serve
 from tests.parts.engine import load_all
+from tests.parts.requests import changed
 from tests.parts.tiny import write_dit, write_sd3
 
 APPLE = Prompt("a red apple", "green")
@@ -73,7 +74,7 @@ def test_it_draws_the_engines_picture(drawing: tuple[Pool, dict[str, Card]], cas
     request = asked(cards, case)
     theirs = Upstream(of(pool, case[0])).draw(request)
     (ours,) = serve(pool, request)
-    assert theirs.dtype == np.uint8 and theirs.shape == (request.height, request.width, 3)
+    assert theirs.dtype == np.uint8 and theirs.shape == (request.recipe.height, request.recipe.width, 3)
     assert np.abs(theirs.astype(int) - ours.pixels).max() <= 1
     assert theirs.std() > 3, "a picture with something in it"
 
@@ -97,8 +98,8 @@ def test_skip_layer_guidance_is_the_engines(tmp_path: Path) -> None:
     file.write_text(text)
     card = read_card(file)
     pool = load_all(Pool({"sd3": card.model_copy(update={"id": "sd3"})}, "cpu", torch.float32))
-    request = replace(asked({"sd3": card}, CASES[0]), skip=SkipGuidance(2.5, 0.01, 0.8))
-    plain, skipping = (Upstream(of(pool, "sd3")).draw(one) for one in (replace(request, skip=None), request))
+    request = changed(asked({"sd3": card}, CASES[0]), skip=SkipGuidance(2.5, 0.01, 0.8))
+    plain, skipping = (Upstream(of(pool, "sd3")).draw(one) for one in (changed(request, skip=None), request))
     (ours,) = serve(pool, request)
     pool.close()
     assert np.abs(skipping.astype(int) - ours.pixels).max() <= 1

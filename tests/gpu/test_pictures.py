@@ -53,7 +53,7 @@ def test_float32_is_what_the_cpu_draws(device: str, opened: Opened) -> None:
 
 def test_bfloat16_is_near_float32(device: str, opened: Opened) -> None:
     exact, rounded = opened(device), opened(device, torch.bfloat16)
-    requests = [request for request in traffic(exact.cards, 36, seed=12) if request.steps <= 10]
+    requests = [request for request in traffic(exact.cards, 36, seed=12) if request.recipe.steps <= 10]
     wanted, got = alone(exact, requests), alone(rounded, requests)
     distances = [psnr(got[name].pixels, one.pixels) for name, one in wanted.items()]
     assert np.median(distances) >= 30 and min(distances) >= 20, distances
@@ -62,7 +62,7 @@ def test_bfloat16_is_near_float32(device: str, opened: Opened) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_mixed_traffic_equals_each_alone(device: str, dtype: torch.dtype, opened: Opened) -> None:
     pool = opened(device, dtype, PAIR)
-    requests = [request for request in traffic(pool.cards, 32, seed=13) if request.steps <= 20]
+    requests = [request for request in traffic(pool.cards, 32, seed=13) if request.recipe.steps <= 20]
     wanted, got = alone(pool, requests), together(pool, requests)
     distances = [psnr(got[name].pixels, one.pixels) for name, one in wanted.items()]
     assert np.median(distances) >= 40 and min(distances) >= 30, distances
@@ -71,7 +71,7 @@ def test_mixed_traffic_equals_each_alone(device: str, dtype: torch.dtype, opened
 
 def test_deterministic_mode_is_bit_equal(device: str, opened: Opened) -> None:
     pool = opened(device, torch.bfloat16, PAIR)
-    requests = [request for request in traffic(pool.cards, 32, seed=14) if request.steps <= 10]
+    requests = [request for request in traffic(pool.cards, 32, seed=14) if request.recipe.steps <= 10]
     wanted, got = alone(pool, requests, deterministic=True), together(pool, requests, deterministic=True)
     for name, one in wanted.items():
         np.testing.assert_array_equal(got[name].latents, one.latents)
@@ -82,7 +82,7 @@ def test_a_step_out_of_memory_is_split_and_all_rows_live(
     device: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = opened(device, torch.float32, ("tiny-sd3",))
-    requests = [request for request in traffic(pool.cards, 16, seed=15) if request.steps <= 10]
+    requests = [request for request in traffic(pool.cards, 16, seed=15) if request.recipe.steps <= 10]
     wanted = alone(pool, requests)
     family = pool.family("tiny-sd3")
     assert family is not None

@@ -11,8 +11,8 @@ from app.cards.card import Card, Sizes, read_cards
 from app.errors import InstepError, InvalidJSON, InvalidValue, UnknownField, Unsupported
 from app.jobs.body import ImageBody, describe_sizes, read_body
 from app.jobs.fields import SEEDS
-from app.keys import ApiKey
-from app.request import ClassLabel, Prompt, Request
+from app.keys import NOBODY, ApiKey
+from app.request import ClassLabel, Delivery, Guidance, Prompt, Recipe, Request
 from tests.parts.cards import write_cards
 
 
@@ -37,10 +37,9 @@ def ask(card: Card, **fields: Any) -> Request:
 
 def test_defaults_come_from_the_card(text: Card) -> None:
     request = ask(text, prompt="a cat")
-    assert request.images[0].condition == Prompt("a cat", "")
-    assert (request.model, request.width, request.height) == ("tiny-text", 32, 32)
-    assert (request.sampler, request.steps, request.guidance, request.guided) == ("flow_euler", 4, 3.0, True)
-    assert (request.text_length, request.priority, request.deadline, request.previews) == (24, 0, None, 0)
+    assert request.images[0].condition == Prompt("a cat", None)
+    assert request.recipe == Recipe("tiny-text", 32, 32, "flow_euler", 4, Guidance(3.0), 24)
+    assert request.delivery == Delivery(NOBODY.name, NOBODY.weight)
     assert 0 <= request.images[0].seed < 2**32
 
 
@@ -51,16 +50,16 @@ def test_what_is_asked_is_taken(text: Card) -> None:
         sampler="flow_heun", max_sequence_length=8, priority=3, deadline=60, stream=True, partial_images=2,
     )  # fmt: skip
     assert [(spec.condition, spec.seed) for spec in request.images] == [(Prompt("a", "b"), 5), (Prompt("a", "b"), 6)]
-    assert (request.width, request.height, request.steps, request.guidance) == (64, 16, 7, 1.5)
-    assert (request.sampler, request.text_length, request.priority, request.previews) == ("flow_heun", 8, 3, 2)
-    assert request.deadline is not None and before + 59 < request.deadline < before + 62
+    assert request.recipe == Recipe("tiny-text", 64, 16, "flow_heun", 7, Guidance(1.5), 8)
+    assert (request.delivery.priority, request.delivery.previews) == (3, 2)
+    assert request.delivery.deadline is not None and before + 59 < request.delivery.deadline < before + 62
 
 
 def test_whose_it_is_and_the_highest_priority_come_from_the_key(text: Card) -> None:
     key = ApiKey("alice", weight=2.5, priority=-1)
     request = read_body({"prompt": "a", "priority": 7}).to_request(text, "id", key)
-    assert (request.tenant, request.weight, request.priority) == ("alice", 2.5, -1)
-    assert read_body({"prompt": "a", "priority": -3}).to_request(text, "id", key).priority == -3
+    assert (request.delivery.tenant, request.delivery.weight, request.delivery.priority) == ("alice", 2.5, -1)
+    assert read_body({"prompt": "a", "priority": -3}).to_request(text, "id", key).delivery.priority == -3
 
 
 @pytest.mark.parametrize(
@@ -78,7 +77,7 @@ def test_the_earlier_of_deadline_and_patience_holds(
     text: Card, fields: dict[str, Any], patience: float | None, seconds: int | None
 ) -> None:
     before = time.monotonic()
-    deadline = read_body({"prompt": "a", **fields}).to_request(text, "id", patience=patience).deadline
+    deadline = read_body({"prompt": "a", **fields}).to_request(text, "id", patience=patience).delivery.deadline
     if seconds is None:
         assert deadline is None
     else:
@@ -88,7 +87,7 @@ def test_the_earlier_of_deadline_and_patience_holds(
 @pytest.mark.parametrize("scale", [0, 0.5, 1, 1.0])
 def test_guidance_of_one_or_less_is_none_at_all(text: Card, scale: float) -> None:
     request = ask(text, prompt="a", guidance_scale=scale)
-    assert (request.guided, request.guidance) == (False, scale)
+    assert (request.recipe.guidance.guided, request.recipe.guidance.scale) == (False, scale)
 
 
 def test_null_is_absent(text: Card) -> None:
@@ -121,11 +120,11 @@ def test_a_seed_of_minus_one_is_any_seed(text: Card, seed: float) -> None:
 
 @pytest.mark.parametrize("value", [4, 4.0])
 def test_a_whole_number_may_be_written_with_a_point(text: Card, value: float) -> None:
-    assert ask(text, prompt="a", num_inference_steps=value).steps == 4
+    assert ask(text, prompt="a", num_inference_steps=value).recipe.steps == 4
 
 
 def test_partial_images_need_a_stream(text: Card) -> None:
-    assert ask(text, prompt="a", partial_images=3).previews == 0
+    assert ask(text, prompt="a", partial_images=3).delivery.previews == 0
 
 
 @pytest.mark.parametrize("given", [1, "goldfish", "GOLDFISH ", "1", 1.0])
@@ -136,7 +135,7 @@ def test_a_class_by_id_or_name(label: Card, given: object) -> None:
 def test_classes_by_synonym_in_a_list(label: Card) -> None:
     request = ask(label, class_label=["Tinca tinca", 5], seed=3)
     assert [(spec.condition, spec.seed) for spec in request.images] == [(ClassLabel(0), 3), (ClassLabel(5), 4)]
-    assert request.text_length == 0
+    assert request.recipe.text_length == 0
 
 
 def test_a_prompt_names_the_class_when_nothing_else_does(label: Card) -> None:

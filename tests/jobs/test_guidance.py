@@ -10,7 +10,7 @@ from app.cards.card import Card, SkipLayers, read_cards
 from app.errors import InvalidValue
 from app.jobs.body import read_body
 from app.jobs.guidance import guidance_facts
-from app.request import Request, SkipGuidance
+from app.request import Guidance, Recipe, SkipGuidance
 from tests.parts.cards import write_cards
 
 
@@ -29,42 +29,47 @@ def skipping(plain: Card) -> Card:
     return plain.model_copy(update={"skip_layer_guidance": SkipLayers(layers=(1,), scale=0.0)})
 
 
-def ask(card: Card, **fields: Any) -> Request:
-    return read_body({"prompt": "a", **fields}).to_request(card, "id")
+def ask(card: Card, **fields: Any) -> Guidance:
+    return recipe(card, **fields).guidance
+
+
+def recipe(card: Card, **fields: Any) -> Recipe:
+    return read_body({"prompt": "a", **fields}).to_request(card, "id").recipe
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
 def test_an_embedded_scale_is_a_value_and_no_second_pass(embedded: Card, scale: float) -> None:
-    request = ask(embedded, guidance_scale=scale)
-    assert (request.embedded, request.guided) == (scale, False)
-    assert guidance_facts(request) == {"guidance_scale": scale}
+    guidance = ask(embedded, guidance_scale=scale)
+    assert (guidance.embedded, guidance.guided) == (scale, False)
+    assert guidance_facts(guidance) == {"guidance_scale": scale}
 
 
 def test_the_default_scale_of_an_embedded_card_is_embedded(embedded: Card) -> None:
-    request = ask(embedded)
-    assert (request.embedded, request.guided) == (embedded.defaults.guidance_scale, False)
+    guidance = ask(embedded)
+    assert (guidance.embedded, guidance.guided) == (embedded.defaults.guidance_scale, False)
 
 
 def test_true_cfg_scale_is_classifier_free_guidance_beside_it(embedded: Card) -> None:
-    request = ask(embedded, guidance_scale=3.5, true_cfg_scale=4, negative_prompt="b")
-    assert (request.embedded, request.guided, request.guidance) == (3.5, True, 4.0)
-    assert guidance_facts(request) == {"guidance_scale": 3.5, "true_cfg_scale": 4.0}
+    guidance = ask(embedded, guidance_scale=3.5, true_cfg_scale=4, negative_prompt="b")
+    assert (guidance.embedded, guidance.guided, guidance.scale) == (3.5, True, 4.0)
+    assert guidance_facts(guidance) == {"guidance_scale": 3.5, "true_cfg_scale": 4.0}
     assert not ask(embedded, true_cfg_scale=1).guided and not ask(embedded, true_cfg_scale=0).guided
 
 
 def test_skip_layer_guidance_is_off_until_it_is_asked_for(skipping: Card) -> None:
     assert ask(skipping, guidance_scale=4).skip is None
-    request = ask(skipping, guidance_scale=4, skip_layer_guidance_scale=2.8, skip_layer_guidance_stop=0.5)
-    assert request.skip == SkipGuidance(2.8, 0.01, 0.5)
-    again = ask(skipping, **guidance_facts(request))
-    assert (again.skip, again.guidance) == (request.skip, request.guidance)
+    guidance = ask(skipping, guidance_scale=4, skip_layer_guidance_scale=2.8, skip_layer_guidance_stop=0.5)
+    assert guidance.skip == SkipGuidance(2.8, 0.01, 0.5)
+    again = ask(skipping, **guidance_facts(guidance))
+    assert again == guidance
 
 
 def test_a_card_may_turn_it_on(plain: Card) -> None:
     card = plain.model_copy(update={"skip_layer_guidance": SkipLayers(layers=(1,), scale=2.5)})
     assert ask(card, guidance_scale=4).skip == SkipGuidance(2.5, 0.01, 0.2)
     off = ask(card, guidance_scale=4, skip_layer_guidance_scale=0)
-    assert off.passes(40) == 80 and not off.skipping(40)
+    none = recipe(card, guidance_scale=4, skip_layer_guidance_scale=0)
+    assert none.passes(40) == 80 and not none.skipping(40)
     again = ask(card, **guidance_facts(off))
     assert again.skip == off.skip == SkipGuidance(0.0, 0.01, 0.2)
     assert ask(card, guidance_scale=0).skip is None

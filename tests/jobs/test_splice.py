@@ -8,7 +8,7 @@ import json
 import pytest
 from pydantic import BaseModel
 
-from app.jobs.splice import SLICE, mark, spliced
+from app.jobs.replies import SLICE, mark, spliced
 
 
 class Reply(BaseModel):

@@ -21,6 +21,7 @@ from app.pool.pool import Pool
 from app.report import Failure, ModelState, Phase, Report, Result, Tick
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 from app.settings import Settings
+from tests.parts.requests import flat
 from tests.parts.waiting import eventually
 
 POISON = Prompt("poison")
@@ -60,7 +61,7 @@ class FakeFamily:
         return width * height // 256
 
     def opposite(self, condition: Condition) -> Condition:
-        return Prompt(condition.negative) if isinstance(condition, Prompt) else ClassLabel(10)
+        return Prompt(condition.negative or "") if isinstance(condition, Prompt) else ClassLabel(10)
 
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
@@ -232,7 +233,7 @@ def request(name: str, **changes: Any) -> Request:
         "text_length": 24,
         "keep_latents": True,
     }
-    return Request(**{**facts, **changes})
+    return flat(**{**facts, **changes})
 
 
 def load_all(pool: Pool) -> Pool:

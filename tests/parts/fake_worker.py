@@ -69,11 +69,11 @@ class Row:
         text = words(self.spec.condition)
         if not text.startswith("!slow"):
             return True
-        share = self.step / (self.request.steps - 1) if self.request.steps > 1 else 1.0
+        share = self.step / (self.request.recipe.steps - 1) if self.request.recipe.steps > 1 else 1.0
         return time.monotonic() >= self.started + float(text.split()[1]) * share
 
     def picture(self) -> np.ndarray:
-        pixels = np.empty((self.request.height, self.request.width, 3), np.uint8)
+        pixels = np.empty((self.request.recipe.height, self.request.recipe.width, 3), np.uint8)
         pixels[:] = colour(self.spec.condition, self.spec.seed)
         return pixels
 
@@ -127,17 +127,17 @@ class FakeWorker:
 
     def obey(self, order: wire.Order) -> None:
         match order:
-            case wire.Call("submit", request):
+            case ("submit", request):
                 self.admit(request)
-            case wire.Call("cancel", request_id):
+            case ("cancel", request_id):
                 if any(row.request.id == request_id for row in self.rows):
                     self.fail(request_id, Cancelled("The request was cancelled."))
-            case wire.Call("load", model_id):
+            case ("load", model_id):
                 self.load(model_id)
-            case wire.Call("unload", model_id):
+            case ("unload", model_id):
                 self.ready.discard(model_id)
                 self.emit(ModelState(model_id, "absent"))
-            case wire.Call("stop", drain):
+            case ("stop", drain):
                 self.stopping, self.draining = True, drain
 
     def load(self, model: str) -> None:
@@ -152,15 +152,15 @@ class FakeWorker:
         self.emit(ModelState(model, "ready", seconds=seconds, device_bytes=1_000_000, rates=rates))
 
     def admit(self, request: Request) -> None:
-        if request.model not in self.cards:
-            self.emit(Failure(request.id, ModelNotFound(f'There is no model "{request.model}".', param="model")))
+        if request.recipe.model not in self.cards:
+            self.emit(Failure(request.id, ModelNotFound(f'There is no model "{request.recipe.model}".', param="model")))
             return
         if any(words(spec.condition).startswith("!load") for spec in request.images):
-            self.ready.discard(request.model)
-            self.emit(ModelState(request.model, "failed", "broken as asked"))
+            self.ready.discard(request.recipe.model)
+            self.emit(ModelState(request.recipe.model, "failed", "broken as asked"))
             self.emit(Failure(request.id, CheckpointError("broken as asked")))
             return
-        self.load(request.model)
+        self.load(request.recipe.model)
         self.rows += [Row(request, index) for index in range(len(request.images))]
 
     def fail(self, request_id: str, error: InstepError) -> None:
@@ -171,15 +171,15 @@ class FakeWorker:
         time.sleep(STEP)
         for row in self.rows:
             row.started = row.started or time.monotonic()
-        for model in sorted({row.request.model for row in self.rows}):
-            batch = [row for row in self.rows if row.request.model == model and row.due][:CAP]
+        for model in sorted({row.request.recipe.model for row in self.rows}):
+            batch = [row for row in self.rows if row.request.recipe.model == model and row.due][:CAP]
             if batch:
                 self.forward(model, batch)
 
     def forward(self, model: str, batch: list[Row]) -> None:
         for row in batch:
             row.step += 1
-        passes = sum(2 if row.request.guided else 1 for row in batch)
+        passes = sum(2 if row.request.recipe.guidance.guided else 1 for row in batch)
         running = min(CAP, len(self.rows))
         waiting = len(self.rows) - running
         self.emit(Tick(model, "denoise", len(batch), passes, 0, 2 * CAP, STEP, running, waiting))
@@ -189,16 +189,18 @@ class FakeWorker:
 
     def settle(self, row: Row) -> None:
         request, text = row.request, words(row.spec.condition)
-        if row.step >= min(2, request.steps) and text.startswith("!"):
+        if row.step >= min(2, request.recipe.steps) and text.startswith("!"):
             self.misbehave(row, text)
         if row not in self.rows:
             return
-        if request.progress:
-            self.emit(Progress(request.id, row.index, row.step, request.steps))
-        for partial in range(request.previews):
-            if row.step < request.steps and row.step == (partial + 1) * request.steps // (request.previews + 1):
+        if request.delivery.progress:
+            self.emit(Progress(request.id, row.index, row.step, request.recipe.steps))
+        for partial in range(request.delivery.previews):
+            if row.step < request.recipe.steps and row.step == (partial + 1) * request.recipe.steps // (
+                request.delivery.previews + 1
+            ):
                 self.emit(Preview(request.id, row.index, partial, row.picture()))
-        if row.step == request.steps:
+        if row.step == request.recipe.steps:
             self.rows.remove(row)
             self.emit(self.result(row))
 
@@ -220,8 +222,12 @@ class FakeWorker:
 
     def result(self, row: Row) -> Result:
         request, now = row.request, time.monotonic()
-        latents = np.zeros((4, request.height // 8, request.width // 8), np.float32) if request.keep_latents else None
-        timings = Timings(row.started - row.born, 0.0, now - row.started, 0.0, request.steps, 1.0)
+        latents = (
+            np.zeros((4, request.recipe.height // 8, request.recipe.width // 8), np.float32)
+            if request.delivery.keep_latents
+            else None
+        )
+        timings = Timings(row.started - row.born, 0.0, now - row.started, 0.0, request.recipe.steps, 1.0)
         return Result(request.id, row.index, row.spec.seed, row.picture(), timings, latents)
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from app.engine import patience, profile, runner
-from app.engine.row import Key, Row
+from app.engine.row import Row
 from app.families.base import Family
-from app.request import Prompt
+from app.request import Key, Prompt
 from app.worker import process
 
 KEPT: list[np.ndarray] = []

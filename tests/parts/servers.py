@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_ready(url: str, patience: float = 100.0) -> None:
-    """Wait until a server says that it is ready; it need not listen yet."""
-    eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200, patience, despite=httpx.HTTPError)
+def wait_ready(url: str, patience: float = 100.0, alive: Callable[[], bool] = lambda: True) -> None:
+    """Wait until a server says that it is ready; it need not listen yet. Asserts that it stays alive."""
+
+    def ready() -> bool:
+        assert alive(), "the server ended before it was ready"
+        return httpx.get(f"{url}/readyz").status_code == 200
+
+    eventually(ready, patience, pause=0.1, despite=httpx.HTTPError)
 
 
 class Server:
@@ -156,10 +162,14 @@ class Process:
         eventually(look, 100, lambda: f"{event} not in {self.words}")
         return found[0]
 
-    @property
+    @cached_property
     def url(self) -> str:
         """Where it listens, once it does."""
         return str(self.logged("listening")["url"])
+
+    def wait_ready(self, patience: float = 100.0) -> None:
+        """Wait until the models of `preload` are loaded."""
+        wait_ready(self.url, patience, lambda: self.process.poll() is None)
 
     def ended(self) -> tuple[int, str]:
         """The exit code and what was printed, once it has ended."""

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from app.engine.batcher import Batcher
-from app.engine.row import Caps, Key, Row, Work
-from app.request import ImageSpec, Prompt, Request
+from app.engine.row import Caps, Row, Work
+from app.request import ImageSpec, Key, Prompt
+from tests.parts.requests import flat
 
 KEY = Key("model", 64, 64, 24)
 OTHER = Key("other", 64, 64, 24)
@@ -25,7 +26,7 @@ def row(steps: int, *, guided: bool = False, key: Key = KEY, **request: Any) -> 
     """A row of so many lines; `add` says when it arrived."""
     number = next(_sequence)
     image = ImageSpec(Prompt("a"), number)
-    asked = Request(f"r{number}", key.model, (image,), 64, 64, "euler", steps, guided, 4.0, 24, **request)
+    asked = flat(f"r{number}", key.model, (image,), 64, 64, "euler", steps, 4.0, 24, guided=guided, **request)
     return Row(asked, 0, key, steps, 0.0, number)
 
 

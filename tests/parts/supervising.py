@@ -25,14 +25,14 @@ _ids = count()
 def request(text: str = "a cat", *, seeds: Sequence[int] = (1,), **changes: Any) -> Request:
     """A request with an id of its own: an image of 4 steps without guidance for each seed."""
     images = tuple(ImageSpec(Prompt(text), seed) for seed in seeds)
-    facts = {"images": images, "steps": 4, "guided": False, "guidance": 0.0, "keep_latents": False}
+    facts = {"images": images, "steps": 4, "guided": False, "guidance": 4.0, "keep_latents": False}
     return engine.request(f"r{next(_ids)}", **(facts | changes))
 
 
 def job(asked: Request | str = "a cat", *, on_report: OnReport | None = None, **changes: Any) -> Job:
     """A job of this request, or of one for this text."""
     asked = request(asked, **changes) if isinstance(asked, str) else asked
-    return Job(asked, CARDS.get(asked.model, CARDS["fake"]), read_body({}), on_report=on_report)
+    return Job(asked, CARDS.get(asked.recipe.model, CARDS["fake"]), read_body({}), on_report=on_report)
 
 
 @dataclass

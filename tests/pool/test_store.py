@@ -18,7 +18,6 @@ class Counted:
         self.name, self.bytes, self.used, self.place, self.breaks = name, size, used, place, breaks
         self.origin: Place = "away"
         self.leases = 0
-        self.arrived = False
         self.owners = {name}
         self.moves: list[str] = []
 
@@ -26,10 +25,6 @@ class Counted:
         self.moves.append(f"from {self.origin}")
         if self.breaks:
             raise OSError("the disk is gone")
-        self.arrived = True
-
-    def settle(self) -> None:
-        Component.settle(cast(Component, self))
 
     def park(self) -> bool:
         self.moves.append("park")

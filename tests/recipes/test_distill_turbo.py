@@ -12,7 +12,7 @@ from distill_turbo import Point, draw_times, follow, read_pairs, straight, walk
 
 from app.cards.card import read_cards
 from app.checkpoints.parts import build_family, build_parts
-from app.cli.files import check_folder
+from app.cli.models import check_folder
 from app.families.base import Family
 from app.pool.pool import Pool
 from app.request import Prompt

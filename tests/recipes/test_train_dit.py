@@ -18,7 +18,7 @@ from train_dit import Latents, build, classes, loss_of
 
 from app.cards.card import read_cards
 from app.checkpoints.parts import build_family, build_parts
-from app.cli.files import check_folder
+from app.cli.models import check_folder
 from app.families.dit import predict
 from app.samplers.grids import alpha_bar
 from tests.parts.close import FORWARD, SAME, apart, close, each, furthest

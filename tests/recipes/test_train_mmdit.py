@@ -16,7 +16,7 @@ from train_mmdit import ABSENT, build, kept_encoders, loss_of
 from train_text import Readers, batch, facts, summaries
 
 from app.cards.card import read_cards
-from app.cli.files import check_folder
+from app.cli.models import check_folder
 from app.request import Prompt
 from tests.parts.close import FORWARD, apart, close, furthest
 from tests.recipes.conftest import run

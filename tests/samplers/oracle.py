@@ -19,11 +19,11 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 
-from app.families.upstream import PREDICTIONS as PREDICTION_TYPE
-from app.families.upstream import SCHEDULERS as UPSTREAM
 from app.samplers.grids import Array
 from app.samplers.schedule import Schedule
 from app.samplers.table import COLUMNS, Table
+from tests.bench.upstream import PREDICTIONS as PREDICTION_TYPE
+from tests.bench.upstream import SCHEDULERS as UPSTREAM
 
 Network = Callable[[Array, float], Array]
 

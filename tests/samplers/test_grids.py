@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidValue
-from app.families.upstream import scheduler_of
 from app.samplers.grids import Array, Path, at_size
 from app.samplers.schedule import DynamicShift, Schedule
 from app.samplers.table import SAMPLERS
+from tests.bench.upstream import scheduler_of
 from tests.parts.close import EXACT, apart, close, each
 from tests.samplers.oracle import UPSTREAM, diffusion_scheduler, flow_scheduler, wide
 

@@ -11,12 +11,12 @@ import torch
 
 from app.cards.card import read_card
 from app.checkpoints.convert import Conversion, convert_dit
-from app.engine.slots import Guidance, Slots
+from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
 from app.families.authors import from_original
 from app.families.dit import predict
-from app.request import ClassLabel
+from app.request import ClassLabel, Guidance
 from app.samplers.table import compile_table
 from tests.families.plain import load
 from tests.parts.close import EXACT, FORWARD, SAME, apart, close, relative
@@ -117,7 +117,7 @@ def run_together(dit: DiT, cases: tuple[tuple[int, int, float | None], ...]) -> 
     for case, (label, steps, scale) in enumerate(cases):
         table = compile_table(dit.card.schedule, "ddpm", steps)
         noise = injected(case, steps)
-        guidance = Guidance() if scale is None else Guidance(True, scale - 1)
+        guidance = Guidance() if scale is None else Guidance(scale)
         conditions = dit.encode([ClassLabel(label), dit.opposite(ClassLabel(label))][: 1 if scale is None else 2], 0)
         slot = slots.take(table, noise[0][0] * table.init, conditions, guidance)
         taken.append(slot)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from app.samplers.schedule import DynamicShift
 from tests.families.plain import final, serve
 from tests.parts.close import LEVELS, SAME, apart, beyond_rounding, close
 from tests.parts.engine import Bench, load_all
+from tests.parts.requests import changed
 from tests.seeds.upstream import Body, final_latent, opened, picture, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -80,7 +80,7 @@ def theirs(folder: Path, case: int) -> torch.Tensor:
 
 
 def asked(card: Card, body: Body, name: str = "alone") -> Request:
-    return replace(ImageBody.model_validate(whole(body)).to_request(card, name), keep_latents=True)
+    return changed(ImageBody.model_validate(whole(body)).to_request(card, name), keep_latents=True)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))

@@ -10,7 +10,7 @@ import io
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from app.report import Result
 from app.settings import Settings
 from app.worker.supervisor import WORKER, Supervisor
 from tests.parts.close import LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.requests import changed
 from tests.parts.servers import Server
 from tests.seeds.upstream import Body, final_latent, picture
 
@@ -116,7 +117,7 @@ def keep_latents(supervisor: Supervisor) -> dict[str, Result]:
     submit = supervisor.submit
 
     def keeping(job: Job, **options: Any) -> Job:
-        job.request = replace(job.request, keep_latents=True)
+        job.request = changed(job.request, keep_latents=True)
         job.future.add_done_callback(lambda done: kept.update({job.request.id: done.result()[0]}))
         return submit(job, **options)
 

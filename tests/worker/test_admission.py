@@ -7,25 +7,28 @@ import time
 import pytest
 
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
-from app.jobs.job import Estimate
+from app.jobs.job import Estimate, Job
 from app.worker.admission import Backlog, admit, after
 from tests.parts.fake_worker import RATE
-from tests.parts.supervising import job, request, serving
+from tests.parts.supervising import job, serving
 from tests.parts.waiting import run, until
-from tests.worker.test_backlog import backlog, kind
+from tests.worker.test_backlog import backlog, of
 
 BOUND = 10.0
 
 
 def ask(books: Backlog, tenant: str = "", *, weight: float = 1.0, limit: float | None = None, **changes) -> Estimate:
     """One image of a second at the door of one worker."""
-    asked = request(tenant=tenant, weight=weight, **changes)
-    return admit(asked, kind(tenant), books, [books], max_wait=BOUND, limit=limit)
+    return admitted(of(tenant, weight=weight, **changes), books, [books], limit)
+
+
+def admitted(asked: Job, chosen: Backlog, books: list[Backlog], limit: float | None = None) -> Estimate:
+    admit(asked, chosen, books, max_wait=BOUND, limit=limit)
+    return asked.estimate
 
 
 def test_what_is_ahead_counts_and_the_requests_own_cost_does_not():
-    asked = request(tenant="a", seeds=range(500))
-    estimate = admit(asked, kind("a"), backlog(), [backlog()], max_wait=BOUND, limit=None)
+    estimate = admitted(of("a", images=500), backlog(), [backlog()])
     assert estimate == Estimate(0.0, 0, pytest.approx(500.0))
     behind = backlog(a=(1.0, 4), b=(1.0, 3), c=(1.0, 3))
     assert ask(backlog(a=(1.0, 10)), "a") == Estimate(pytest.approx(10.0), 1, pytest.approx(1.0))
@@ -69,17 +72,17 @@ def test_a_keys_own_limit_holds_at_any_time():
 
 
 def test_a_share_is_of_all_workers():
-    asked, books = request(tenant="a"), backlog(a=(1.0, 7), b=(1.0, 1))
+    asked, books = of("a"), backlog(a=(1.0, 7), b=(1.0, 1))
     with pytest.raises(RateLimited):
-        admit(asked, kind("a"), books, [books], max_wait=BOUND, limit=None)
-    admit(asked, kind("a"), books, [books, backlog()], max_wait=BOUND, limit=None)
+        admitted(asked, books, [books])
+    admitted(asked, books, [books, backlog()])
 
 
 def test_a_deadline_that_even_an_idle_device_misses_is_not_tried_elsewhere():
     with pytest.raises(DeadlineExceeded):
         ask(backlog(), deadline=time.monotonic() + 0.5)
     with pytest.raises(DeadlineExceeded):
-        ask(backlog(), deadline=time.monotonic() + 4.0, seeds=range(5))
+        ask(backlog(), deadline=time.monotonic() + 4.0, images=5)
 
 
 def test_a_deadline_that_the_queue_misses_may_be_met_elsewhere():
@@ -94,15 +97,14 @@ def test_a_deadline_that_the_queue_misses_may_be_met_elsewhere():
 
 def test_a_short_request_is_not_refused_for_long_ones_that_let_it_pass():
     books = backlog()
-    books.add(kind("a", passes=78), 1, 1.0)
+    books.add(of("a", 78))
     ask(books, "a", deadline=time.monotonic() + 2.0)
 
 
 def test_a_deadline_is_not_judged_by_a_guess():
     books = backlog()
-    unmeasured = kind()._replace(model="other", passes=10_000)
-    asked = request(model="other", deadline=time.monotonic() + 1.0)
-    assert admit(asked, unmeasured, books, [books], max_wait=BOUND, limit=None).cost > 1.0
+    asked = of(passes=900, model="other", deadline=time.monotonic() + 1.0)
+    assert admitted(asked, books, [books]).cost > 1.0
 
 
 def test_retry_after_is_spread_and_bounded():

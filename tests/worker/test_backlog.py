@@ -1,12 +1,14 @@
 """The books of one worker in device seconds: whose, how long, what goes first; empty when all is answered."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.report import ModelState
+from app.jobs.job import Job
+from app.report import ModelState, Result, Timings
 from app.worker.admission import Backlog, Kind, kind_of
-from tests.parts.supervising import CARDS, request
+from tests.parts.supervising import job
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:
@@ -14,27 +16,37 @@ def backlog(**tenants: tuple[float, int]) -> Backlog:
     made = Backlog()
     made.hear(ModelState("fake", "ready", rates={"32x32": 0.1}))
     for name, (weight, images) in tenants.items():
-        made.add(kind(name), images, weight)
+        made.add(of(name, images=images, weight=weight))
     return made
 
 
-def kind(tenant: str = "", passes: int = 8) -> Kind:
-    return Kind(tenant, "fake", 32, 32, passes)
+def of(tenant: str = "", passes: int = 8, images: int = 1, **changes: object) -> Job:
+    """A job of a tenant whose images take so many passes each."""
+    return job(tenant=tenant, steps=passes, seeds=range(images), **changes)
+
+
+def answer(books: Backlog, some: Job, images: int) -> None:
+    for index in range(images):
+        books.hear(Result(some.request.id, index, index, np.zeros(0), Timings(0, 0, 0, 0, 0, 0)))
 
 
 def test_a_kind_counts_lines_and_both_passes_of_a_guided_image():
-    assert kind_of(request(tenant="a"), CARDS["fake"]) == Kind("a", "fake", 32, 32, 4)
-    assert kind_of(request(guided=True), CARDS["fake"]).passes == 8
-    assert kind_of(request(sampler="flow_heun", steps=10), CARDS["fake"]).passes == 19
+    asked = job(tenant="a")
+    assert kind_of(asked) == Kind("a", asked.request.recipe.key, 4)
+    assert kind_of(job(guided=True)).passes == 8
+    assert kind_of(job(sampler="flow_heun", steps=10)).passes == 19
 
 
 def test_seconds_are_of_images_by_tenant():
     books = backlog(a=(1.0, 3), b=(1.0, 2))
     assert books.tenants() == pytest.approx({"a": 3.0, "b": 2.0})
     assert (books.seconds, books.images) == (pytest.approx(5.0), 5)
-    books.drop(kind("a"), 2)
-    books.drop(kind("b"), 2)
+    first, second = books.jobs.values()
+    answer(books, first, 2)
+    answer(books, second, 2)
     assert books.tenants() == pytest.approx({"a": 1.0}) and books.weights == {"a": 1.0}
+    answer(books, first, 1)
+    assert books.images == 1, "an image that is answered twice counts once"
 
 
 def test_alone_the_wait_is_all_that_is_ahead():
@@ -52,19 +64,24 @@ def test_a_flood_of_another_tenant_makes_nobody_wait_for_all_of_it():
 
 def test_shorter_and_equal_images_of_the_same_tenant_go_first():
     books = backlog(a=(1.0, 2), b=(1.0, 5))
-    books.add(kind("a", passes=98), 3, 1.0)
-    assert books.before(kind("a", passes=4)) == 0.0
-    assert books.before(kind("a")) == pytest.approx(2.0)
-    assert books.before(kind("a", passes=200)) == pytest.approx(2.0 + 3 * 10.0)
+    books.add(of("a", 98, 3))
+    assert books.before(kind_of(of("a", 4))) == 0.0
+    assert books.before(kind_of(of("a"))) == pytest.approx(2.0)
+    assert books.before(kind_of(of("a", 200))) == pytest.approx(2.0 + 3 * 10.0)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(1, 5)), max_size=30))
-def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]]):
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.integers(1, 5)), max_size=30), st.integers(0, 5)
+)
+def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]], answered: int):
     books = backlog()
     for name, passes, images in moves:
-        books.add(kind(name, passes), images, 2.0)
+        books.add(of(name, passes, images, weight=2.0))
     assert books.images == sum(images for _, _, images in moves)
-    assert books.seconds == pytest.approx(sum(books.image(kind("", passes)) * images for _, passes, images in moves))
-    for name, passes, images in sorted(moves):
-        books.drop(kind(name, passes), images)
-    assert (books.images, books.seconds, books.weights) == (0, 0, {})
+    assert books.seconds == pytest.approx(
+        sum(books.image(kind_of(of("", passes))) * images for _, passes, images in moves)
+    )
+    for some in sorted(books.jobs.values(), key=kind_of):
+        answer(books, some, min(answered, some.images_left))
+        books.end(some)
+    assert (books.images, books.seconds, books.weights, books.jobs) == (0, 0, {}, {})

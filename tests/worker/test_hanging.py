@@ -9,6 +9,7 @@ from app.errors import NoWorker
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
+from tests.parts.requests import flat
 from tests.parts.supervising import job
 from tests.parts.waiting import until
 from tests.parts.workers import faulty
@@ -19,7 +20,7 @@ MODEL = "tiny-sd3-turbo"
 
 
 def picture(text: str) -> Request:
-    return Request(text, MODEL, (ImageSpec(Prompt(text), 1),), 32, 32, "flow_euler", 4, False, 0.0, 24)
+    return flat(text, MODEL, (ImageSpec(Prompt(text), 1),), 32, 32, "flow_euler", 4, 0.0, 24)
 
 
 @pytest.mark.parametrize(("fault", "phase"), [("hang", "denoise"), ("unmeasured", "profile")])

@@ -15,6 +15,7 @@ from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker import child
 from app.worker.supervisor import Supervisor
+from tests.parts.requests import flat
 from tests.parts.supervising import job
 from tests.parts.waiting import until
 
@@ -26,7 +27,7 @@ MODEL = "tiny-sd3-turbo"
 def picture(identity: str, *, images: int = 1, steps: int = 4, progress: bool = False) -> Request:
     specs = tuple(ImageSpec(Prompt("a red square" if images == 1 else identity), seed) for seed in range(images))
     facts = {"keep_latents": True, "progress": progress}
-    return job(Request(identity, MODEL, specs, 32, 48, "flow_euler", steps, False, 0.0, 24, **facts))
+    return job(flat(identity, MODEL, specs, 32, 48, "flow_euler", steps, 0.0, 24, **facts))
 
 
 def same(one: Result, other: Result) -> bool:

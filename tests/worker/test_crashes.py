@@ -1,4 +1,4 @@
-"""Which requests are remembered after a death, and what is remembered of a model's states."""
+"""Which requests are remembered after a crash, and what is remembered of a model's states."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ from app.report import ModelState
 from app.request import ClassLabel, ImageSpec, Prompt
 from app.worker.admission import Backlog, best, merge
 from app.worker.supervisor import CrashHistory
+from tests.parts.requests import changed
 from tests.parts.supervising import request
 
 
@@ -24,11 +25,11 @@ def test_another_try_is_the_same_request():
     for _ in range(2):
         deaths.record([first])
     images = tuple(replace(spec, seed=5) for spec in first.images)
-    again = replace(first, id="new", deadline=9.0, images=images, tenant="other key", weight=2.0)
+    again = changed(first, id="new", deadline=9.0, images=images, tenant="other key", weight=2.0)
     assert deaths.condemned(again)
     for other in (
-        replace(first, steps=5),
-        replace(first, width=64),
+        changed(first, steps=5),
+        changed(first, width=64),
         replace(first, images=first.images[:1]),
         replace(first, images=(ImageSpec(Prompt("boom", "dark"), 1), first.images[1])),
         replace(first, images=(ImageSpec(ClassLabel(3), 1), first.images[1])),
@@ -64,4 +65,4 @@ def test_best_state_and_merged_rates():
     assert best([Backlog().state("m")]) == ModelState("m", "absent")
     later = merge(ready, ModelState("m", "ready", rates={"64x64": 4.0}))
     assert later == replace(ready, rates={"32x32": 1.0, "64x64": 4.0})
-    assert merge(ready, failed) == replace(failed, rates={"32x32": 1.0}) and merge(None, ready) is ready
+    assert merge(ready, failed) == replace(failed, rates={"32x32": 1.0}) and merge(Backlog().state("m"), ready) == ready

@@ -1,7 +1,4 @@
-"""Upstream: diffusers' own pipeline around the parts of a loaded family: the baseline that a bench compares with.
-
-Knows nothing of the engine, of samplers' tables or of time; nothing of the server uses it.
-"""
+"""diffusers' own pipeline around the parts of a loaded family: the baseline that a bench compares with."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import diffusers
 import numpy as np
 import torch
 
+from app.bench.trace import SAMPLERS
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.flux import pack
@@ -37,13 +35,6 @@ SPACINGS = {"respaced": "linspace"}
 """diffusers' name where it is not the card's; its linspace is within one timestep of the original DiT's."""
 
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
-DRAWN = {
-    "dit": ("ddim", "ddpm", "dpmpp_2m"),  # DiTPipeline does not scale its first noise, as the others need
-    "sd3": ("flow_euler", "flow_heun", "flow_dpmpp_2m"),
-    "flux": ("flow_euler", "flow_dpmpp_2m"),  # FluxPipeline gives sigmas, which the Heun does not take
-}
-"""The samplers that each family's pipeline draws with."""
-
 NULL_CLASS = 1000
 """What DiTPipeline guides away from, whatever the network."""
 
@@ -81,36 +72,36 @@ class Upstream:
         that the pipeline does not draw with.
         """
         card, image = self.family.card, request.images[index]
-        if request.sampler not in DRAWN[card.family]:
-            known = ", ".join(DRAWN[card.family])
+        if request.recipe.sampler not in SAMPLERS[card.family]:
+            known = ", ".join(SAMPLERS[card.family])
             raise InvalidValue(f"sampler: diffusers draws {card.id} with {known}", param="sampler")
-        self._pipeline.scheduler = scheduler_of(card.schedule, request.sampler)
+        self._pipeline.scheduler = scheduler_of(card.schedule, request.recipe.sampler)
         call = _dit_call if card.draws_classes else self._text_call
         return np.asarray((self._pipeline(**call(request, image), output_type="np").images[0] * 255).round(), np.uint8)
 
     def _text_call(self, request: Request, image: ImageSpec) -> dict[str, Any]:
         """The arguments of SD3's and FLUX's pipelines."""
-        shape = self.family.latent_shape(request.width, request.height)
+        shape = self.family.latent_shape(request.recipe.width, request.recipe.height)
         noise = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(image.seed))
         noise = noise.to(self.family.device, self._dtype)
-        guidance = request.guidance if request.guided else 1.0
+        guidance = request.recipe.guidance.scale if request.recipe.guidance.guided else 1.0
         if self.family.card.family == "flux":
             noise = pack(noise)
-            scales = {"true_cfg_scale": guidance, "guidance_scale": request.embedded or 0.0}
+            scales = {"true_cfg_scale": guidance, "guidance_scale": request.recipe.guidance.embedded or 0.0}
         else:
             scales = {"guidance_scale": guidance, **self._skipping(request)}
         return {
             **self._text(request, image.condition),
             **scales,
             "latents": noise,
-            "width": request.width,
-            "height": request.height,
-            "num_inference_steps": request.steps,
-            "max_sequence_length": request.text_length,
+            "width": request.recipe.width,
+            "height": request.recipe.height,
+            "num_inference_steps": request.recipe.steps,
+            "max_sequence_length": request.recipe.text_length,
         }
 
     def _skipping(self, request: Request) -> dict[str, Any]:
-        facts, skip = self.family.card.skip_layer_guidance, request.skip
+        facts, skip = self.family.card.skip_layer_guidance, request.recipe.guidance.skip
         if facts is None or skip is None or not skip.scale:
             return {}
         words = {"scale": skip.scale, "start": skip.start, "stop": skip.stop}
@@ -125,7 +116,7 @@ class Upstream:
             return {"prompt": condition.text, "negative_prompt": condition.negative}
         given = {}
         for prefix, one in (("", Prompt(condition.text)), ("negative_", self.family.opposite(condition))):
-            encoded = self.family.encode([one], request.text_length)
+            encoded = self.family.encode([one], request.recipe.text_length)
             given[f"{prefix}prompt_embeds"] = encoded["text"].to(self._dtype)
             given[f"{prefix}pooled_prompt_embeds"] = encoded["pooled"].to(self._dtype)
         return given
@@ -171,9 +162,9 @@ def _dit_call(request: Request, image: ImageSpec) -> dict[str, Any]:
     assert isinstance(image.condition, ClassLabel)
     return {
         "class_labels": [image.condition.index],
-        "guidance_scale": request.guidance if request.guided else 1.0,
+        "guidance_scale": request.recipe.guidance.scale if request.recipe.guidance.guided else 1.0,
         "generator": torch.Generator("cpu").manual_seed(image.seed),
-        "num_inference_steps": request.steps,
+        "num_inference_steps": request.recipe.steps,
     }
 
 

@@ -10,8 +10,8 @@ import torch
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.pool import policy
 from app.pool.loader import Loader
+from app.pool.policy import Task
 from app.report import Report
 from app.settings import Settings
 from app.worker.local import Local
@@ -24,9 +24,9 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
     loading: list[int] = []
     load = Loader._do
 
-    def seen_loading(loader: Loader, job: policy.Job) -> None:
+    def seen_loading(loader: Loader, task: Task) -> None:
         loading.append(torch.get_num_threads())
-        load(loader, job)
+        load(loader, task)
 
     monkeypatch.setattr(Loader, "_do", seen_loading)
     settings = Settings(models=tiny, threads=3)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.bench import weights
-from app.bench.weights import write_random
+from app.bench import subject
+from app.bench.subject import write_random
 from app.cards.card import read_cards
 from app.errors import CheckpointError
 from app.pool.pool import Pool
@@ -23,7 +23,7 @@ from tests.parts.tiny_parts import read_state
 
 def test_they_load_through_the_pool_and_draw(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In shards, as large networks are; the configs are those of the card whose components it names."""
-    monkeypatch.setattr(weights, "SHARD", 10_000)
+    monkeypatch.setattr(subject, "SHARD", 10_000)
     cards = read_cards(tiny)
     card = write_random(cards["tiny-sd3-turbo"], cards, tmp_path, torch.float32)
     assert card.source.path == "." and not card.components

@@ -1,31 +1,36 @@
-"""Policies: other orders of work for the same engine, as baselines of the server's own.
+"""Other orders of work for the same engine, as baselines of the server's own.
 
-Knows nothing of how they are measured; each takes the place of `Batcher`, and of `Runner` where another code draws.
+Each takes the place of `Batcher`, and of `Runner` where another code draws. The engine process of a server under such a
+policy is `python -m tests.bench.policies NAME FD PULSE`.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from app.engine.batcher import Batcher
-from app.engine.row import Caps, Image, Key, Outcome, Row, Work
+from app.engine.row import Caps, Image, Outcome, Row, Work
 from app.engine.runner import Runner, isolate
 from app.errors import EngineError
-from app.families.upstream import Upstream
 from app.report import Phase
+from app.request import Key, Recipe
+from app.worker import process
+from tests.bench.upstream import Upstream
 
 PHASES: tuple[Phase, ...] = ("encode", "denoise", "decode")
 
 
-def likeness(row: Row) -> tuple[object, ...]:
+def likeness(row: Row) -> Recipe:
     """What rows of a static batch have in common: all that decides their steps, and not what they show."""
-    request = row.request
-    scale = request.guidance if request.guided else 0.0
-    return (row.key, request.sampler, request.steps, request.guided, scale, request.embedded, request.skip)
+    recipe, guidance = row.request.recipe, row.request.recipe.guidance
+    return replace(recipe, guidance=replace(guidance, scale=guidance.scale if guidance.guided else 0.0))
 
 
 class Static(Batcher):
@@ -159,4 +164,10 @@ POLICIES = {
     "diffusers": Policy(Whole, UpstreamRunner),
     "diffusers-bf16": Policy(Whole, Bfloat16),
 }
-"""By the name that `instep bench serve` knows them by; the first is the server as it is."""
+"""The first is the server as it is."""
+
+
+if __name__ == "__main__":
+    chosen = POLICIES[sys.argv.pop(1)]
+    process.build = partial(process.build, batcher=chosen.batcher, runner=chosen.runner)
+    process._run()

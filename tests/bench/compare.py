@@ -1,0 +1,254 @@
+"""Instep beside other systems, in the same run: `python -m tests.bench.compare serve | image ...`.
+
+    serve   policies side by side under load, each behind the same front: --policies continuous,static,single,
+            diffusers,diffusers-bf16 (`tests/bench/policies.py`). All servers are up, one works.
+    image   one image by Instep and by diffusers' pipelines, with how far the pictures differ: --baselines
+            eager-float32,eager-bfloat16,compiled,compiled-float32,compiled-bfloat16, or none
+
+The other options are those of `instep bench serve` and `instep bench image`: --model, --models, --trace, --at-capacity,
+--queued, --seconds, --rounds, --random-weights; --steps, --guidance, --size. Both end in one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+
+from app.bench import serve as load
+from app.bench.image import Draw, asked, measure_image
+from app.bench.machine import turns
+from app.bench.subject import Subject, chosen, loaded
+from app.bench.trace import Trace
+from app.cli.bench import (
+    Model,
+    Random,
+    Rounds,
+    SizeText,
+    image_facts,
+    make_table,
+    ms,
+    open_trace,
+    print_load,
+    say,
+    server_facts,
+    show,
+    times_table,
+)
+from app.cli.serve import Folder, read_settings
+from app.errors import InvalidValue
+from app.families.compiling import allow_compiling
+from app.request import Request
+from app.settings import Settings
+from tests.bench.policies import POLICIES
+from tests.bench.upstream import Upstream
+from tests.parts.servers import Served
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+REFERENCE = "eager-float32"
+BASELINES: dict[str, dict[str, Any]] = {
+    REFERENCE: {"dtype": torch.float32},
+    "eager-bfloat16": {"dtype": torch.bfloat16},
+    "compiled": {"compiled": True},
+    "compiled-float32": {"dtype": torch.float32, "compiled": True},
+    "compiled-bfloat16": {"dtype": torch.bfloat16, "compiled": True},
+}
+"""diffusers' pipelines by name; "compiled" is in the number format that Instep runs in."""
+
+
+class Plan(NamedTuple):
+    """What is compared. share: of the baseline's capacity, at which the trace is replayed for `seconds`.
+
+    queued: requests of the closed loop. rounds: of both loops for each policy, in the order A B B A.
+    """
+
+    policies: tuple[str, ...] = ("continuous", "static")
+    baseline: str = "static"
+    share: float = 0.9
+    queued: int = 200
+    seconds: float = 60.0
+    rounds: int = 2
+
+    def check(self) -> None:
+        """Raises InvalidValue on a policy that is not known, or a baseline that is not among those that run."""
+        for name in self.policies:
+            if name not in POLICIES:
+                raise InvalidValue(f"policies: {name}: there are {', '.join(POLICIES)}", param="policies")
+        if self.baseline not in self.policies:
+            known = ", ".join(self.policies) or "none"
+            raise InvalidValue(f"baseline: {self.baseline} is not among the policies: {known}", param="baseline")
+        if not (math.isfinite(self.share) and math.isfinite(self.seconds)):
+            raise InvalidValue("at-capacity, seconds: not a number that ends", param="seconds")
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    models: Folder = None,
+    trace: Annotated[Path | None, typer.Option(help="A recorded trace; without one, --mix is drawn anew")] = None,
+    policies: Annotated[str, typer.Option(help=", ".join(POLICIES))] = "continuous,static",
+    baseline: Annotated[str | None, typer.Option(help="What the others are compared with; the last policy")] = None,
+    at_capacity: Annotated[float, typer.Option(min=0.01, help="Mean rate, in multiples of the baseline's")] = 0.9,
+    queued: Annotated[int, typer.Option(min=1, help="Requests of the closed loop that measures capacity")] = 200,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals, of each round")] = 60.0,
+    rounds: Annotated[int, typer.Option(min=1, help="For each policy, in the order A B B A")] = 2,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32 (INSTEP_DTYPE)")] = None,
+    random_weights: Random = False,
+    mix: Annotated[str, typer.Option(help="What is drawn: mixed or homogeneous")] = "mixed",
+    rate: Annotated[float, typer.Option(min=1e-3, help="Requests a second of what is drawn")] = 4.0,
+    seed: Annotated[int, typer.Option(help="Of what is drawn")] = 0,
+) -> None:
+    """Policies side by side under load."""
+    settings = read_settings(models=models, dtype=dtype)
+    names = tuple(dict.fromkeys(name.strip() for name in policies.split(",") if name.strip()))
+    if not names:
+        raise InvalidValue("policies: none is given", param="policies")
+    plan = Plan(names, baseline or names[-1], at_capacity, queued, seconds, rounds)
+    plan.check()
+    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed), None)
+    with chosen(settings, model, random_weights=random_weights) as (settings, card):
+        found = compare(settings, card.id, drawn.of(card.id), plan)
+        line = {"bench": "serve", "random_weights": random_weights, **server_facts(settings), "model": card.id, **found}
+    _print(found, card.id)
+    print(json.dumps(line))
+
+
+def compare(settings: Settings, model: str, trace: Trace, plan: Plan) -> dict[str, Any]:
+    """Every policy's capacity and latencies, and their ratios to the baseline's, as plain data.
+
+    Raises InvalidValue, and EngineError when a server does not answer a request that it gets alone.
+    """
+    with ExitStack() as stack:
+        loads = {}
+        for name in plan.policies:
+            say(f"{name}: starting")
+            loads[name] = load.Load(name, stack.enter_context(serving(name, settings, model)), trace)
+        for name in turns(plan.policies, load.SAMPLES):
+            loads[name].time_alone()
+        for name in turns(plan.policies, plan.rounds):
+            say(f"{name}: {plan.queued} queued, {loads[name].fill(plan.queued):.2f} images/s")
+        rate = plan.share * statistics.median(loads[plan.baseline].rates)
+        arrivals = trace.at_rate(rate, plan.seconds)
+        for name in turns(plan.policies, plan.rounds):
+            say(f"{name}: {len(arrivals)} requests in {plan.seconds:g} s")
+            loads[name].replay(arrivals)
+        limits = loads[plan.baseline].alone
+        found = {name: one.facts(limits) for name, one in loads.items()}
+    facts = {"trace": trace.facts, "baseline": plan.baseline, "load": plan.share, "rate": rate, "queued": plan.queued}
+    times = {"seconds": plan.seconds, "rounds": plan.rounds, "requests": len(arrivals)}
+    return {**facts, **times, "policies": found, "ratios": ratios(found, plan.baseline)}
+
+
+@contextmanager
+def serving(policy: str, settings: Settings, model: str) -> Iterator[load.Address]:
+    """A server under this policy, once the model is loaded."""
+    command = (sys.executable, "-m", "tests.bench.policies", policy)
+    with Served(load.for_load(settings, model), command) as server:
+        server.wait_ready(load.START)
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        yield host, int(port)
+        server.stop()
+
+
+def ratios(found: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """How much better than the baseline, above 1 is better: capacity over its, and its latencies over theirs.
+
+    Only of policies that answered everything, as the baseline did: who loses its slow requests is not quicker.
+    """
+    base = found[baseline]
+    whole = {name: one for name, one in found.items() if set(one["statuses"]) == {"200"}}
+    return {
+        name: {
+            "capacity": one["capacity"]["median"] / base["capacity"]["median"],
+            **{
+                kind: {what: base["latency"][kind][what] / value[what] for what in ("p50", "p95", "p99", "mean")}
+                for kind, value in one["latency"].items()
+            },
+        }
+        for name, one in whole.items()
+        if name != baseline and baseline in whole
+    }
+
+
+def _print(found: Mapping[str, Any], model: str) -> None:
+    console = Console()
+    for name, one in found["policies"].items():
+        print_load(console, name, one)
+    table = make_table(f"times better than {found['baseline']}", "capacity", "class", "p50", "p95")
+    for name, own in found["ratios"].items():
+        for kind in found["policies"][name]["latency"]:
+            better = [f"{own[kind][what]:.2f}x" for what in ("p50", "p95")]
+            table.add_row(name, f"{own['capacity']:.2f}x", kind, *better)
+    console.print(table)
+    rate = f"{found['rate']:.2f} requests/s, {found['load']:g} of {found['baseline']}'s capacity"
+    console.print(f"{model}, {rate}, {found['rounds']} rounds of {found['seconds']:g} s", highlight=False)
+
+
+@app.command()
+def image(
+    model: Model = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
+    size: SizeText = None,
+    baselines: Annotated[str, typer.Option(help=f"{', '.join(BASELINES)}; or none")] = "eager-float32,eager-bfloat16",
+    rounds: Rounds = 10,
+    random_weights: Random = False,
+    models: Folder = None,
+) -> None:
+    """One image beside diffusers' pipelines."""
+    names = [name.strip() for name in baselines.split(",") if name.strip() not in ("", "none")]
+    with loaded(read_settings(models=models), model, random_weights=random_weights) as subject:
+        request = asked(subject, steps=steps, guidance=guidance, size=size)
+        drawn = measure_image(subject, request, rounds, pipelines(subject, request, names))
+        facts = image_facts(subject, request, rounds, random_weights)
+    ways, told = make_table("one image", "ms", "least", "most", "against instep", "mean off", "most off"), {}
+    reference = drawn.pictures.get(REFERENCE)
+    for name, time in drawn.times.items():
+        away = distance(drawn.pictures[name], reference) if reference is not None else None
+        ratio = time.median / drawn.times["instep"].median
+        off = (f"{away.mean:.3f}", str(away.largest)) if away else ("-", "-")
+        ways.add_row(name, *(f"{value:.2f}" for value in ms(time).values()), f"{ratio:.2f}x", *off)
+        told[name] = {"ms": ms(time), "against_instep": round(ratio, 4), "off": away._asdict() if away else None}
+    line = {"ways": told, "stages": {name: ms(time) for name, time in drawn.stages.items()}}
+    show({"bench": "image", **facts, **line}, facts, [times_table("stage", drawn.stages), ways])
+
+
+class Distance(NamedTuple):
+    """Between two pictures, in levels of 0..255: the mean and the largest absolute difference."""
+
+    mean: float
+    largest: int
+
+
+def distance(picture: np.ndarray, reference: np.ndarray) -> Distance:
+    """Of two uint8 pictures of one size."""
+    away = np.abs(picture.astype(np.int16) - reference)
+    return Distance(float(away.mean()), int(away.max()))
+
+
+def pipelines(subject: Subject, request: Request, names: Sequence[str]) -> dict[str, Draw]:
+    """diffusers' pipelines that draw this request. Raises InvalidValue: no such baseline, or none for this request."""
+    return {name: _pipeline(subject, request, name) for name in names}
+
+
+def _pipeline(subject: Subject, request: Request, name: str) -> Callable[[], np.ndarray]:
+    if name not in BASELINES:
+        raise InvalidValue(f'baselines: there is no "{name}"; there are {", ".join(BASELINES)}', param="baselines")
+    if BASELINES[name].get("compiled"):
+        allow_compiling(subject.settings.cache)
+    upstream = Upstream(subject.family, **BASELINES[name])
+    return lambda: upstream.draw(request)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,44 @@
+"""Requests for tests, from flat facts: `flat` makes one, `changed` makes another of it."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from app.request import Delivery, Guidance, ImageSpec, Recipe, Request, SkipGuidance
+
+PARTS = {name: {field.name for field in fields(kind)} for name, kind in (("recipe", Recipe), ("delivery", Delivery))}
+
+
+def flat(
+    id: str,
+    model: str,
+    images: tuple[ImageSpec, ...],
+    width: int,
+    height: int,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    text_length: int,
+    *,
+    guided: bool = True,
+    embedded: float | None = None,
+    skip: SkipGuidance | None = None,
+    **delivery: Any,
+) -> Request:
+    """guided: False takes the guidance away, whatever its scale."""
+    how = Guidance(guidance if guided else min(guidance, 1.0), embedded, skip)
+    recipe = Recipe(model, width, height, sampler, steps, how, text_length)
+    return Request(id, recipe, images, Delivery(**delivery))
+
+
+def changed(request: Request, **changes: Any) -> Request:
+    """The request with other facts: of itself, its recipe, its delivery; guidance is a scale."""
+    if "guidance" in changes:
+        changes["guidance"] = replace(request.recipe.guidance, scale=changes["guidance"])
+    if "skip" in changes:
+        changes["guidance"] = replace(request.recipe.guidance, skip=changes.pop("skip"))
+    for part, names in PARTS.items():
+        own = {name: changes.pop(name) for name in names & changes.keys()}
+        changes[part] = replace(getattr(request, part), **own)
+    return replace(request, **changes)
