@@ -115,7 +115,7 @@ class Evicted:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What an engine process holds now, in bytes by kind, told whenever it changes.
+    """Memory that an engine process holds now, in bytes by kind; sent whenever it changes.
 
     weights, slots and text (encoded prompts) are on the device, parked in the host's memory; budget is what weights may
     take of the device.

@@ -24,7 +24,7 @@ _SERVICE_LINK = re.compile(r"[a-z]+://", re.IGNORECASE)
 
 
 class _Environment(EnvSettingsSource):
-    """The environment, without what is empty and what is no setting but a platform's address of a service."""
+    """The environment, less empty values and a port that is a platform's address of a service."""
 
     def __call__(self) -> dict[str, Any]:
         found = super().__call__().items()
@@ -32,7 +32,7 @@ class _Environment(EnvSettingsSource):
 
 
 class Settings(BaseSettings):
-    """Everything a server can be told at start."""
+    """All settings of a server."""
 
     model_config = SettingsConfigDict(env_prefix="INSTEP_", frozen=True, extra="forbid", hide_input_in_errors=True)
 

@@ -47,8 +47,7 @@ class Offer(NamedTuple):
     def fill(self) -> list[Row]:
         """The rows of the next forward: a greedy choice in order that stays within the cap; the best row always goes.
 
-        Where all fit and none ends there is nothing to choose and so nothing to sort, which is most steps of a crowd.
-        Those who end together are decoded in order.
+        Most steps need no sorting: all fit and none ends. Rows that end together are decoded in order.
         """
         left = self.most()
         if sum([row.passes for row in self.rows]) <= left and all([row.line + 1 < row.lines for row in self.rows]):

@@ -39,10 +39,7 @@ def caps_of(curve: Curve, card: Card, latent: tuple[int, ...], slot_bytes: int, 
 
 
 class Limits:
-    """The caps of every measured key, and the cost curves that they come from.
-
-    In deterministic mode the card's bucket decides, and nothing is learned.
-    """
+    """The caps of every measured key, and the cost curves that they come from. Deterministic mode learns nothing."""
 
     def __init__(self, pool: Pool, profiles: Profiles, deterministic: bool) -> None:
         self.known: dict[Key, Caps] = {}

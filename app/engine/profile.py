@@ -106,8 +106,8 @@ class Curve:
         """Passes of a wider forward that is worth a try now, when rows nearly fill it; 0 when none is.
 
         It is twice as wide as the last forward, to be compared with it: as the cap, or as a single row that is wider
-        than the cap where nothing was learned of that doubling yet. A width known from a profile only is tried at once;
-        one that did not pay after PATIENCE forwards, then after twice as many, and so on.
+        than the cap where nothing is known of that doubling. A width known from a profile only is tried at once; one
+        that did not pay after PATIENCE forwards, then after twice as many, and so on.
         """
         place, cap = self._last, self._place(self.cap)
         if not cap <= place < len(self._growth) or (place > cap and self._tried[place - 1]):
@@ -232,10 +232,8 @@ class Profiles:
         return Curve(stored)
 
     def advance(self, family: Family, key: Key) -> Curve | None:
-        """Measure one more width, with the network on the device; the curve when that was the last.
-
-        Raises what the first forward raises.
-        """
+        """Measure one more width, with the network on the device; the curve when that was the last. Raises what the
+        first forward raises."""
         opened = self._open.pop(key, None)
         steps, seconds = opened or (measuring(_forward(family, key), self._budget), {})
         if more := next(steps, None):

@@ -29,10 +29,8 @@ Compute = Callable[[list[Row], Outcome], None]
 
 
 def isolate(phase: Compute, rows: list[Row], outcome: Outcome) -> None:
-    """Run a phase; when it raises, halve the rows and run each half again, until one row fails alone.
-
-    This is also the split and retry of a step that is out of memory. Phases change nothing before they succeed.
-    """
+    """Run a phase; when it raises (out of memory too), halve the rows and run each half again, until one row fails
+    alone. Phases change nothing before they succeed."""
     if not rows:
         return
     error = attempt(lambda: phase(rows, outcome), phase.__name__.strip("_"))
@@ -67,8 +65,7 @@ def attempt(call: Callable[[], None], where: str) -> InstepError | None:
 class Runner:
     """The device's side of the engine: slots by key, cached conditions, and the phases.
 
-    deterministic: every forward, encode and decode is padded to the card's bucket, so that a row's bits do not
-    depend on its neighbours.
+    deterministic: every phase is padded to the card's bucket, so that a row's bits do not depend on its neighbours.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ class _Account:
 class FairShares:
     """Accounts of the tenants that have rows, or had some in this round or owe for them.
 
-    Nobody has more than one quantum: a tenant that was idle, or could not run, has saved up nothing. An account stays
-    to the end of its round, so that leaving and coming back brings nothing either.
+    Nobody has more than one quantum: idle tenants save up nothing. An account stays to the end of its round, so that
+    leaving and coming back brings nothing either.
     (Shreedhar and Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995; our packets are forwards.)
     """
 

@@ -23,10 +23,7 @@ Name = tuple[Encoder, str, int]
 
 @dataclass(slots=True)
 class _Known:
-    """An encoder with outputs here. version: of its weights. models: those that asked for it.
-
-    empty: the length at which the empty prompt was asked for last.
-    """
+    """version: of an encoder's weights. models: those that asked for it. empty: the last length of the empty prompt."""
 
     version: int
     models: set[str] = field(default_factory=set)
@@ -37,8 +34,7 @@ class TextCache:
     """Outputs by (encoder, text, length) in at most `budget` bytes of the device; the least recently used leaves first.
 
     Models that share an encoder share its outputs. The empty prompt of each encoder, at the length it was last asked
-    for, stays while one of the encoder's models does, whatever the budget. version: of a network's weights, which may
-    have changed while they were away.
+    for, stays whatever the budget. version: of a network's weights, which may have changed while they were away.
     """
 
     def __init__(self, budget: int, version: Callable[[object], int]) -> None:

@@ -106,10 +106,8 @@ class Turns:
         return turn.here
 
     def _in_turn(self, absent: list[Row], now: float) -> list[Row]:
-        """The same heads, but that of the model which had the device last comes last once its turn is over.
-
-        Else, where it is the oldest, the model would be brought back before the one that it has just made room for.
-        """
+        """The same heads, but that of the model which had the device last comes last once its turn is over, or it would
+        be brought back before the one that it has just made room for."""
 
         def spent(head: Row) -> bool:
             others = (other for other in absent if other is not head)

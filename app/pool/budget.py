@@ -84,8 +84,8 @@ def use_threads(count: int) -> None:
     """Let the calling thread compute with so many threads, whatever other threads ask for before or after.
 
     NOTE: a thread takes the number that was set last anywhere in the process when it first computes or asks for it,
-    hence the question here. With more threads than cores in all, OpenMP lets each thread fall asleep after every
-    parallel region, and an engine whose loader had a second one drew at half its speed.
+    hence the question here. With more threads than cores in all, an engine drew at half its speed: OpenMP lets each
+    thread fall asleep after every parallel region.
     """
     torch.set_num_threads(count)
     torch.get_num_threads()
@@ -94,10 +94,10 @@ def use_threads(count: int) -> None:
 class Cores:
     """Keeps the calling thread's number of torch threads at what other processes leave free.
 
-    OpenMP's threads spin where they wait for each other. If one of them has to share its core with another process, all
-    of them spin until it has had its turn: on 2 cores an image took 4 times as long beside one busy process, and with
-    one thread less it takes 1.3 times as long (`python -m tests.bench.neighbours`). Processes with a niceness above 0
-    do not count while this one has none, because they give way by themselves.
+    OpenMP's threads spin where they wait for each other. If one shares its core with another process, all spin until it
+    has had its turn: on 2 cores an image took 4 times as long beside one busy process, and 1.3 times with one thread
+    less (`python -m tests.bench.neighbours`). Processes with a niceness above 0 give way by themselves, and do not
+    count while this one has none.
 
     most: the threads where nobody else computes. clock: seconds. used: processor seconds of this process.
     """

@@ -102,10 +102,8 @@ class Store:
         return sum(one.bytes for one in self.components.values() if "host" in (one.place, one.origin))
 
     def room_for(self, wanted: Sequence[Component], kept: Callable[[Component], bool]) -> list[Component] | None:
-        """Components that must leave the device so that all of `wanted` fit, longest unused first.
-
-        None when components that are leased or `kept` stand in the way.
-        """
+        """Components that must leave the device so that all of `wanted` fit, longest unused first; None when what is
+        leased or `kept` stands in the way."""
         missing = sum(one.bytes for one in wanted if one.place != "device")
         idle = (one for one in self.components.values() if one.place == "device" and not one.leases and one.bytes)
         able = (one for one in idle if one not in wanted and not kept(one))

@@ -111,10 +111,7 @@ class Policy:
             raise ModelNotFound(f'no model "{model_id}"', param="model") from None
 
     def want(self, model_id: str) -> None:
-        """Start loading in the background if absent, or if the last load failed over 30 s ago.
-
-        A model that has lost parts of it gets them back.
-        """
+        """Start loading in the background if absent, in part or whole, or if the last load failed over 30 s ago."""
         with self.lock:
             model = self.model(model_id)
             self._dropped.discard(model_id)

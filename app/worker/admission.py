@@ -15,7 +15,7 @@ from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.jobs.job import Estimate, Job
 from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
-from app.request import Delivery
+from app.request import Delivery, Key
 from app.samplers.table import compile_table
 
 BUSY = 0.5
@@ -40,9 +40,7 @@ class Kind(NamedTuple):
     """What images of equal cost have in common. passes: through the network, of one image."""
 
     tenant: str
-    model: str
-    width: int
-    height: int
+    key: Key
     passes: int
 
 
@@ -51,7 +49,7 @@ def kind_of(job: Job) -> Kind:
     recipe = job.request.recipe
     # The engine compiles the same table, for the image's own number of tokens.
     lines = compile_table(job.card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
-    return Kind(job.request.delivery.tenant, recipe.model, recipe.width, recipe.height, recipe.passes(lines))
+    return Kind(job.request.delivery.tenant, recipe.key, recipe.passes(lines))
 
 
 class Costs:
@@ -88,10 +86,10 @@ class Costs:
         """Whether the estimates for this model are more than a guess."""
         return bool(self._rates.get(model))
 
-    def image(self, model: str, width: int, height: int, passes: int) -> float:
+    def image(self, key: Key, passes: int) -> float:
         """Seconds of one image that goes through the network `passes` times."""
-        rate = self.rate(model, width, height)
-        around = (self._seen.get((model, phase, width, height), rate) for phase in ("encode", "decode"))
+        rate = self.rate(key.model, key.width, key.height)
+        around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in ("encode", "decode"))
         return passes * rate + sum(around)
 
     def rate(self, model: str, width: int, height: int) -> float:
@@ -146,8 +144,8 @@ class Backlog:
             del self._images[kind]
             if not any(other.tenant == kind.tenant for other in self._images):
                 del self.weights[kind.tenant]
-            if not self.images_of(kind.model):
-                self._rows.pop(kind.model, None)
+            if not self.images_of(kind.key.model):
+                self._rows.pop(kind.key.model, None)
         if not self._images:
             self._running = 0
 
@@ -189,7 +187,7 @@ class Backlog:
         return self._images.total()
 
     def images_of(self, model: str) -> int:
-        return sum(images for kind, images in self._images.items() if kind.model == model)
+        return sum(images for kind, images in self._images.items() if kind.key.model == model)
 
     @property
     def running(self) -> int:
@@ -215,7 +213,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.costs.image(*kind[1:])
+        return self.costs.image(kind.key, kind.passes)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -262,8 +260,8 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
     return min(range(len(backlogs)), key=rank)
 
 
-def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> Estimate:
-    """What the job may expect behind `chosen`, one of the live workers' backlogs.
+def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> None:
+    """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
     The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
     tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
@@ -278,10 +276,9 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
-    estimate = Estimate(finish - cost, len(chosen.jobs), cost)
-    if delivery.deadline is not None and chosen.costs.measured(kind.model):
-        _check_deadline(estimate, delivery.deadline - time.monotonic())
-    return estimate
+    job.estimate = Estimate(finish - cost, len(chosen.jobs), cost)
+    if delivery.deadline is not None and chosen.costs.measured(kind.key.model):
+        _check_deadline(job.estimate, delivery.deadline - time.monotonic())
 
 
 def _check_share(

@@ -84,7 +84,7 @@ class Child:
     def call(self, method: wire.Method, argument: Request | str) -> None:
         """Call a method of the engine in the live process; without one it goes nowhere."""
         if self.live:
-            self._write(wire.Call(method, argument))
+            self._write((method, argument))
 
     def take(self, job: Job) -> None:
         """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
@@ -109,7 +109,7 @@ class Child:
         if not self._task or not self._greeted:
             return
         if process := self._process:
-            self._write(wire.Call("stop", False))
+            self._write(("stop", False))
             if not await _gone(process, _EXIT):
                 log.warning("engine process %d did not stop when asked: killed", process.pid)
                 self._kill(process)

@@ -158,7 +158,7 @@ class Supervisor:
             raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
         backlogs = [child.backlog for child in live]
         child = live[choose(backlogs, model, max_wait)]
-        job.estimate = admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
+        admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         child.take(job)
         job.future.add_done_callback(lambda _: self._forgive(job))
         return job

@@ -37,17 +37,6 @@ class Start:
     device: str
 
 
-Method = Literal["submit", "cancel", "load", "unload", "stop"]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """An order: a method of the engine, and its one argument. Its answers are Reports."""
-
-    method: Method
-    argument: Request | str | bool
-
-
 @dataclass(frozen=True, slots=True)
 class Hello:
     """First word of a worker whose device, pool and engine are there; models may not be."""
@@ -61,6 +50,10 @@ class Refusal:
 
     error: InstepError
 
+
+Method = Literal["submit", "cancel", "load", "unload", "stop"]
+Call = tuple[Method, Request | str | bool]
+"""A method of the engine and its one argument; Reports answer it."""
 
 Order = Start | Call
 Word = Hello | Refusal | Report

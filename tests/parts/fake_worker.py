@@ -127,17 +127,17 @@ class FakeWorker:
 
     def obey(self, order: wire.Order) -> None:
         match order:
-            case wire.Call("submit", request):
+            case ("submit", request):
                 self.admit(request)
-            case wire.Call("cancel", request_id):
+            case ("cancel", request_id):
                 if any(row.request.id == request_id for row in self.rows):
                     self.fail(request_id, Cancelled("The request was cancelled."))
-            case wire.Call("load", model_id):
+            case ("load", model_id):
                 self.load(model_id)
-            case wire.Call("unload", model_id):
+            case ("unload", model_id):
                 self.ready.discard(model_id)
                 self.emit(ModelState(model_id, "absent"))
-            case wire.Call("stop", drain):
+            case ("stop", drain):
                 self.stopping, self.draining = True, drain
 
     def load(self, model: str) -> None:

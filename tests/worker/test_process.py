@@ -85,7 +85,7 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
         asked = request()
         calls = ("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop", True)
         for call in calls:
-            wire.send(sock, wire.Call(*call))
+            wire.send(sock, call)
         heard = []
         while (news := wire.receive(sock)) is not None:
             heard.append(news)
@@ -121,7 +121,7 @@ def test_signals_to_the_whole_group_are_left_to_the_front(number):
     with child(SLEEPING) as (running, sock):
         assert isinstance(wire.receive(sock), wire.Hello)
         running.send_signal(number)
-        wire.send(sock, wire.Call("load", "fake"))
+        wire.send(sock, ("load", "fake"))
         assert wire.receive(sock) == Announce("load fake", 1.0)
         assert running.poll() is None
         sock.close()
