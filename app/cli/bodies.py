@@ -13,7 +13,6 @@ from app.cards.catalog import Registry
 from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
 from app.jobs.body import read_body
-from app.jobs.compare import shows
 from app.jobs.job import Job
 from app.jobs.schema import curl as post
 from app.settings import Settings
@@ -70,7 +69,7 @@ def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None
 
 def file_name(job: Job) -> Path:
     """A file name made of what was asked and the seed: red-apple-7.png."""
-    slug = re.sub(r"[^a-z0-9]+", "-", shows(job).lower()).strip("-")[:48].strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", job.shows.lower()).strip("-")[:48].strip("-")
     return Path(f"{slug or job.card.id}-{job.request.images[0].seed}.png")
 
 

@@ -21,7 +21,6 @@ from app.cli.paint import Watch, half_blocks, shrink
 from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
 from app.imaging import grid
-from app.jobs.compare import shows
 from app.jobs.job import Job
 from app.report import Progress as Step
 from app.report import Report, Result, Tick
@@ -124,7 +123,7 @@ def write_script(registry: Registry) -> list[tuple[int, Job, str]]:
         job = build(body, registry, f"demo-{index}")
         recipe, guidance = job.request.recipe, job.request.recipe.guidance
         with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
-        script.append((arrival, job, f"{shows(job)[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
+        script.append((arrival, job, f"{job.shows[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
     return script
 
 
