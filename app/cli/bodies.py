@@ -16,8 +16,8 @@ from app.cards.catalog import Registry
 from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
 from app.jobs.body import read_body
-from app.jobs.curl import curl as post
 from app.jobs.job import Job
+from app.jobs.schema import curl as post
 from app.request import Prompt
 from app.settings import Settings
 

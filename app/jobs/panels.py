@@ -9,8 +9,8 @@ import numpy as np
 
 from app.cards.card import Card
 from app.imaging import encode_image
+from app.jobs.body import guidance_facts
 from app.jobs.compare import Comparison
-from app.jobs.guidance import guidance_facts
 from app.jobs.job import Job
 from app.jobs.replies import mark, spliced, stages, usage
 from app.jobs.shapes import Cell, CompareReply, Panel, Usage

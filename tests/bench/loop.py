@@ -14,10 +14,9 @@ import asyncio
 import http.client
 import json
 import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,8 @@ from datetime import date
 from multiprocessing.queues import Queue
 from pathlib import Path
 
+from tests.parts.servers import Process
+
 ROOT = Path(__file__).parents[2]
 SECONDS, PERIOD, LAST = 8.0, 0.04, 60.0
 """How long a case lasts, how often `/health` is asked, and how long its last answer is waited for."""
@@ -33,11 +34,12 @@ BATCH = 20
 """Requests that a connection sends at once."""
 
 CODE = """
-import sys
+import os, sys
 from functools import partial
 from app import main
 from app.settings import Settings
-main.Supervisor = partial(main.Supervisor, command=(sys.executable, "tests/parts/fake_worker.py"))
+worker = next(path for path in ("tests/parts/fake_worker.py", "tests/parts/fake_worker.py") if os.path.exists(path))
+main.Supervisor = partial(main.Supervisor, command=(sys.executable, worker))
 main.serve(Settings(models=sys.argv[1], devices="cpu", port=0, drain=0, max_wait=1e9, connections_per_address=0))
 """
 MEGABYTE = 1024 * 1024
@@ -115,21 +117,8 @@ CASES = {
 @contextmanager
 def serving(tree: Path) -> Iterator[str]:
     """The host and port of a server with the code of this tree."""
-    with tempfile.TemporaryFile("w+") as log:
-        words = [sys.executable, "-c", CODE, str(ROOT / "models")]
-        process = subprocess.Popen(words, cwd=tree, stderr=log, stdout=log)
-        try:
-            until, text = time.monotonic() + 60, ""
-            while '"address": "' not in text:
-                if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(f"the server did not start: {text[-2000:]}")
-                time.sleep(0.1)
-                log.seek(0)
-                text = log.read()
-            yield text.rpartition('"address": "')[2].partition('"')[0]
-        finally:
-            process.kill()
-            process.wait()
+    with Process((sys.executable, "-c", CODE, str(ROOT / "models")), cwd=tree, **os.environ) as server:
+        yield str(server.logged("listening")["address"])
 
 
 def probe(address: str, begun: float, told: Queue[list[float]]) -> None:

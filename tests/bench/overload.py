@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import random
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,9 +24,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
+
+from tests.parts.servers import INSTEP, Process
 
 MODELS = Path(__file__).parents[2] / "models"
 CLIENTS = ("flood", "small-1", "small-2", "small-3")
@@ -57,28 +57,12 @@ def body(dice: random.Random) -> dict[str, object]:
 @contextmanager
 def serving(max_wait: float, keys: Path | None) -> Iterator[str]:
     """A server process and its address, once its model is loaded and measured."""
-    program = [str(Path(sys.executable).with_name("instep")), "serve", "--models", str(MODELS), "--devices", "cpu"]
-    program += ["--port", "0", "--preload", "all", "--max-wait", str(max_wait), "--drain", "0"]
-    program += ["--api-keys-file", str(keys)] if keys else []
-    with tempfile.TemporaryFile("w+") as log:  # not a pipe: nobody reads it while the server writes
-        process = subprocess.Popen(program, stderr=log, stdout=subprocess.DEVNULL)
-        try:
-            yield _ready(process, log)
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def _ready(process: subprocess.Popen[bytes], log: IO[str]) -> str:
-    """The server's address, once it is ready. Raises RuntimeError with its last words when it is not."""
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
-        log.seek(0)
-        found = re.search(r"http://127\.0\.0\.1:\d+", text := log.read())
-        if found and httpx.get(f"{found[0]}/readyz").status_code == 200:
-            return found[0]
-        time.sleep(0.2)
-    raise RuntimeError(f"the server did not get ready: {text[-2000:]}")
+    flags = ["--models", str(MODELS), "--devices", "cpu", "--port", "0", "--preload", "all", "--drain", "0"]
+    flags += ["--max-wait", str(max_wait), *(["--api-keys-file", str(keys)] if keys else [])]
+    with Process((*INSTEP, "serve", *flags), **os.environ) as server:
+        server.wait_ready()
+        yield server.url
+        server.stop()
 
 
 class Crowd:

@@ -11,16 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
-from typing import IO
 
 import httpx
 
@@ -29,24 +24,9 @@ from app.jobs.body import read_body
 from app.jobs.job import Job
 from app.settings import Settings
 from app.worker.local import Local
+from tests.parts.servers import INSTEP, Process
 
 BODY = {"prompt": "a red apple on a blue background", "seed": 7}
-
-
-def start(models: Path, log: IO[bytes]) -> tuple[subprocess.Popen[bytes], str]:
-    """A real server on a free port, once it is ready. log: a file, for what it says."""
-    instep = Path(sys.executable).with_name("instep")
-    command = [str(instep), "serve", "--port", "0", "--preload", "all", "--models", str(models)]
-    process = subprocess.Popen(command, stderr=log)
-    url = ""
-    while not url:
-        assert process.poll() is None, "the server ended before it listened"
-        found = re.search(rb"http://[\d.:]+", os.pread(log.fileno(), 1 << 16, 0))
-        url = found[0].decode() if found else ""
-        time.sleep(0.1)
-    while httpx.get(f"{url}/readyz").status_code != 200:
-        time.sleep(0.2)
-    return process, url
 
 
 def served(client: httpx.Client, body: dict[str, object]) -> tuple[float, float]:
@@ -71,24 +51,21 @@ def main() -> None:
     args = parser.parse_args()
     models = Path("models")
     cards, body = read_cards(models), {**BODY, "model": args.model}
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - the server's, until it ends
-    process, url = start(models, log)
     times: dict[str, list[float]] = {"served": [], "encode": [], "inside": []}
-    try:
-        with (
-            Local(Settings(models=models), cards) as local,
-            httpx.Client(base_url=url, timeout=60) as http,
-        ):
-            for number in range(4 * args.rounds):
-                if number % 4 in (0, 3):
-                    total, encode = served(http, body)
-                    times["served"].append(total)
-                    times["encode"].append(encode)
-                else:
-                    times["inside"].append(inside(local, cards[args.model], body, number))
-    finally:
-        os.kill(process.pid, signal.SIGTERM)
-        process.wait(60)
+    flags = ("--port", "0", "--preload", "all", "--models", str(models))
+    with ExitStack() as stack:
+        server = stack.enter_context(Process((*INSTEP, "serve", *flags), **os.environ))
+        server.wait_ready()
+        local = stack.enter_context(Local(Settings(models=models), cards))
+        http = stack.enter_context(httpx.Client(base_url=server.url, timeout=60))
+        for number in range(4 * args.rounds):
+            if number % 4 in (0, 3):
+                total, encode = served(http, body)
+                times["served"].append(total)
+                times["encode"].append(encode)
+            else:
+                times["inside"].append(inside(local, cards[args.model], body, number))
+        server.stop()
     medians = {name: round(1e3 * statistics.median(values[2:]), 2) for name, values in times.items()}
     added = round(medians["served"] - medians["encode"] - medians["inside"], 2)
     share = round(added / medians["inside"], 4)

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
-import resource
 import select
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import date
 from pathlib import Path
-from typing import IO
+
+from tests.parts.servers import INSTEP, Process
 
 ROOT = Path(__file__).parents[2]
-SERVE = (sys.executable, "-c", "from app.cli import main; main()", "serve", "--devices", "cpu", "--port", "0")
+SERVE = (*INSTEP, "serve", "--devices", "cpu", "--port", "0")
 SILENT, SLOW, FEW, CROWD = 1050, 500, 64, 200
 """Silent sockets; slow senders; open files that a server may have, and the sockets that it meets then."""
 
@@ -44,56 +43,32 @@ MOMENTS = [moment / 1000 for moment in range(0, 1001, 50)]
 """Seconds from the start of a process to a signal."""
 
 
-class Server:
-    """One server process, and its log."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-        self.process, self.log = process, log
-        until, found = time.monotonic() + 120, None
-        while not found and time.monotonic() < until and process.poll() is None:
-            time.sleep(0.1)
-            found = re.search(r'"address": "127\.0\.0\.1:(\d+)"', self.said())
-        if not found:
-            raise RuntimeError(f"the server did not start: {self.said()[-2000:]}")
-        self.port = int(found[1])
-
-    def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read().decode()
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-
-
 @contextmanager
-def serving(checkout: Path, files: int = 0, drain: float = 2) -> Iterator[Server]:
+def serving(checkout: Path, files: int = 0, drain: float = 2) -> Iterator[Process]:
     """files: open files that the process may have at most; 0 for what this process may."""
-    with tempfile.TemporaryFile() as log:
-
-        def limit() -> None:
-            if files:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-
-        words = [*SERVE, "--drain", str(drain)]
-        process = subprocess.Popen(words, cwd=checkout, stdout=log, stderr=log, preexec_fn=limit)
-        try:
-            yield Server(process, log)
-        finally:
-            process.kill()
-            process.wait()
+    words = [*SERVE, "--drain", str(drain)]
+    if files:
+        words = ["sh", "-c", f'ulimit -n {files}; exec "$@"', "sh", *words]
+    with Process(words, cwd=checkout, **os.environ) as server:
+        assert server.url
+        yield server
 
 
-def health(server: Server) -> float | None:
+def connect(server: Process) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), PATIENCE)
+
+
+def health(server: Process) -> float | None:
     """Seconds to the answer of one probe; None where there is none."""
     begin = time.perf_counter()
-    with suppress(OSError), server.connect() as wire:
+    with suppress(OSError), connect(server) as wire:
         wire.sendall(HEALTH)
         if wire.recv(12) == b"HTTP/1.1 200":
             return time.perf_counter() - begin
     return None
 
 
-def probes(server: Server) -> dict[str, object]:
+def probes(server: Process) -> dict[str, object]:
     seconds = [health(server) for _ in range(TRIES)]
     known = [second for second in seconds if second is not None]
     return {"probes": TRIES, "answered": len(known), "worst_ms": round(1000 * max(known), 1) if known else None}
@@ -102,14 +77,14 @@ def probes(server: Server) -> dict[str, object]:
 def silent(checkout: Path) -> dict[str, object]:
     with serving(checkout) as server, ExitStack() as stack:
         for _ in range(SILENT):
-            stack.enter_context(server.connect())
+            stack.enter_context(connect(server))
         return {"sockets": SILENT, **probes(server)}
 
 
 def slow(checkout: Path) -> dict[str, object]:
     """Seconds until the last of them is closed; each sends one header a second."""
     with serving(checkout) as server, ExitStack() as stack:
-        wires = {stack.enter_context(server.connect()) for _ in range(SLOW)}
+        wires = {stack.enter_context(connect(server)) for _ in range(SLOW)}
         begin = time.perf_counter()
         for wire in wires:
             wire.sendall(b"GET /healthz HTTP/1.1\r\n")
@@ -131,7 +106,7 @@ def _sent(wire: socket.socket) -> bool:
 
 def stalled(checkout: Path) -> dict[str, object]:
     """SIGTERM during an upload that has stopped."""
-    with serving(checkout) as server, server.connect() as wire:
+    with serving(checkout) as server, connect(server) as wire:
         wire.settimeout(60)
         wire.sendall(UPLOAD)
         time.sleep(0.5)
@@ -147,7 +122,7 @@ def stalled(checkout: Path) -> dict[str, object]:
             "seconds": round(seconds, 2),
             "status": int(answer[9:12]),
             "type": found[1].decode() if found else "",
-            "tracebacks": server.said().count("Traceback"),
+            "tracebacks": server.words.count("Traceback"),
             "exit": code,
         }
 
@@ -157,16 +132,16 @@ def few(checkout: Path) -> dict[str, object]:
     with serving(checkout, FEW) as server, ExitStack() as stack:
         for _ in range(CROWD):
             with suppress(OSError):
-                stack.enter_context(server.connect())
-        before = len(server.said())
+                stack.enter_context(connect(server))
+        before = len(server.words)
         time.sleep(LOGGED)
-        logged = (len(server.said()) - before) / LOGGED
+        logged = (len(server.words) - before) / LOGGED
         return {"files": FEW, "sockets": CROWD, "log_bytes_per_second": round(logged), **probes(server)}
 
 
 def hurried(checkout: Path) -> dict[str, object]:
     """Two SIGINT, a second apart, while pictures are drawn."""
-    with serving(checkout, drain=30) as server, server.connect() as wire:
+    with serving(checkout, drain=30) as server, connect(server) as wire:
         wire.sendall(POST + b"Content-Length: %d\r\n\r\n%b" % (len(LONG), LONG))
         for _ in range(2):
             time.sleep(1)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ class Process:
         eventually(look, 100, lambda: f"{event} not in {self.words}")
         return found[0]
 
-    @property
+    @cached_property
     def url(self) -> str:
         """Where it listens, once it does."""
         return str(self.logged("listening")["url"])
