@@ -20,7 +20,6 @@ from app.jobs.body import IGNORED, ImageBody, read_body
 from app.jobs.fields import entries, first_seed, text
 from app.jobs.job import Job
 from app.jobs.other_names import hint
-from app.request import Prompt
 
 MODELS, ROWS = 8, 16
 """Columns and rows that a comparison has at most."""
@@ -175,7 +174,7 @@ def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: F
 
     cells = tuple(tuple(job(card, one) for card in cards) for one in given)
     _check_pixels(cells)
-    return Comparison(shared, cards, tuple(shows(row[0]) for row in cells), cells, format, wanted is not None)
+    return Comparison(shared, cards, tuple(row[0].shows for row in cells), cells, format, wanted is not None)
 
 
 def rows_of(body: ImageBody) -> tuple[str, list[int | str]]:
@@ -185,12 +184,6 @@ def rows_of(body: ImageBody) -> tuple[str, list[int | str]]:
     if given is None:
         raise InvalidValue("prompt: is required, or class_label, or a preset", param="prompt")
     return field, given if isinstance(given, list) else [given]
-
-
-def shows(job: Job) -> str:
-    """What a cell shows: its prompt, or the name of its class."""
-    condition = job.request.images[0].condition
-    return condition.text if isinstance(condition, Prompt) else job.card.labels[condition.index]
 
 
 def _filled(body: CompareBody) -> CompareBody:
