@@ -1,7 +1,5 @@
 """/v1/models: the cards as OpenAI's model objects, with what this server knows beside them; their classes; and for
 the admin, to load and unload them.
-
-Knows nothing of weights: states come from the supervisor.
 """
 
 from __future__ import annotations

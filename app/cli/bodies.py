@@ -1,7 +1,4 @@
-"""Bodies: from the words of a command line to what the server makes of them, and the curl that asks a server the same.
-
-Knows nothing of defaults and limits: a body goes through `app/jobs/body.py` like everyone's.
-"""
+"""Bodies: from the words of a command line to what a server makes of them, and the curl that asks for the same."""
 
 from __future__ import annotations
 

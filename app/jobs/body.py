@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -199,17 +199,23 @@ class ImageBody(BaseModel):
         return sampler
 
 
+def given_fields(raw: object, known: Collection[str]) -> dict[str, Any]:
+    """The fields of a parsed JSON body that are not null. Raises InvalidJSON, and UnknownField with what was meant."""
+    if not isinstance(raw, dict):
+        raise InvalidJSON("The body must be a JSON object")
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, known)}', param=key[:64])
+    return given
+
+
 def read_body(raw: object) -> ImageBody:
     """A parsed JSON body as an ImageBody; types are checked here, bounds in `to_request`.
 
     Raises InvalidValue naming the field, or UnknownField with the name that was probably meant.
     """
-    if not isinstance(raw, dict):
-        raise InvalidJSON("The body must be a JSON object")
-    given = {key: value for key, value in raw.items() if value is not None}
-    for key in given:
-        if key not in ImageBody.model_fields:
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, ImageBody.model_fields)}', param=key[:64])
+    given = given_fields(raw, ImageBody.model_fields)
     try:
         return ImageBody(**given)
     except ValidationError as error:

@@ -1,7 +1,4 @@
-"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel.
-
-Knows nothing of HTTP: no fastapi here, so the command line compares through the same door.
-"""
+"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel."""
 
 from __future__ import annotations
 
@@ -14,12 +11,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.errors import InvalidJSON, InvalidValue, RequestError, UnknownField, Unsupported, first_problem
+from app.errors import InvalidValue, RequestError, Unsupported, first_problem
 from app.imaging import Format
-from app.jobs.body import IGNORED, ImageBody, read_body
+from app.jobs.body import IGNORED, ImageBody, given_fields, read_body
 from app.jobs.fields import entries, first_seed, text
 from app.jobs.job import Job
-from app.jobs.other_names import hint
 
 MODELS, ROWS = 8, 16
 """Columns and rows that a comparison has at most."""
@@ -135,12 +131,7 @@ def read_comparison(raw: object) -> CompareBody:
 
     Raises InvalidValue naming the field, UnknownField with the name that was probably meant, Unsupported.
     """
-    if not isinstance(raw, dict):
-        raise InvalidJSON("The body must be a JSON object")
-    given = {key: value for key, value in raw.items() if value is not None}
-    for key in given:
-        if key not in OWN and key not in SHARED:
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, (*OWN, *SHARED))}', param=key[:64])
+    given = given_fields(raw, (*OWN, *SHARED))
     shared = read_body({key: value for key, value in given.items() if key not in OWN})
     try:
         body = CompareBody(**{key: given[key] for key in OWN if key in given}, shared=shared)
