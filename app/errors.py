@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 
 def plain(text: str) -> str:
     """Text that UTF-8 can hold: the name of a file or of an unknown field may have a lone surrogate."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def first_problem(
+    errors: Sequence[Mapping[str, Any]], words: Mapping[str, str] | None = None
+) -> tuple[tuple[str, ...], str]:
+    """Where the first of pydantic's errors is, name by name, and what is wrong there; words: of ours, by error type."""
+    first = errors[0]
+    reason = (words or {}).get(first["type"], first["msg"])
+    return tuple(map(str, first["loc"])), reason.removeprefix("Value error, ")
 
 
 class InstepError(Exception):

@@ -1,7 +1,5 @@
 """Imaging: finished pixels to PNG, JPEG or WebP bytes with the facts of the request inside, and sheets of several.
 
-Knows nothing of requests, HTTP or tensors. The only home of PIL.
-
 Every file says in XMP that a trained model made it, a preview too: EU AI Act Art. 50(2) asks for a mark that machines
 read on whatever synthetic image is given out, and a preview is given out. There is no switch.
 """

@@ -19,7 +19,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from app.cards.files import read_toml
-from app.errors import SettingsError
+from app.errors import SettingsError, first_problem
 from app.settings import Settings
 
 ADMIN = "admin"  # the name of the admin key in requests, metrics and logs
@@ -144,11 +144,11 @@ def _from_file(file: Path) -> Iterator[tuple[str, ApiKey]]:
     try:
         read = _File.model_validate(read_toml(file, partial(_refuse_open, file), FILE_LIMIT))
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
+        place, reason = first_problem(error.errors(include_input=False))
         # NOTE: a key may stand where a name belongs; what is shorter than any key is none.
-        parts = (str(part) for part in first["loc"] if part != "[key]")
+        parts = (part for part in place if part != "[key]")
         where = ".".join(part if len(part) < KEY_LENGTH else "..." for part in parts) or "file"
-        raise _refused(f"{file}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise _refused(f"{file}: {where}: {reason}") from None
     except UnicodeDecodeError:
         raise _refused(f"{file}: not UTF-8") from None
     except (OSError, ValueError, RecursionError) as error:

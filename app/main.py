@@ -30,7 +30,7 @@ from app.api.guard import Door, Guarded
 from app.cards.card import read_cards
 from app.cards.catalog import Registry, warn_of
 from app.errors import InstepError, SettingsError
-from app.jobs.curl import first_curl, url_of
+from app.jobs.schema import first_curl, url_of
 from app.keys import read_keys
 from app.metrics import Metrics
 from app.settings import SECRETS, Settings

@@ -97,7 +97,7 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Setti
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = tmp_path / "late.py"
-    script.write_text(LATE.format(path=str(Path(FAKE[1]))), encoding="utf-8")
+    script.write_text(LATE.format(path=str(Path(FAKE[-1]))), encoding="utf-8")
     settings = settings.model_copy(update={"host": "127.0.0.1", "port": port})
     with Served(settings, (sys.executable, str(script), str(tmp_path / "go"))) as late:
         eventually(lambda: (tmp_path / "go.waits").exists())
@@ -112,7 +112,7 @@ def test_of_two_servers_that_start_on_one_port_the_later_says_so(settings: Setti
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_engines_start_ends_the_start(settings: Settings, tmp_path: Path, number: int) -> None:
     script = tmp_path / "late.py"
-    script.write_text(LATE.format(path=str(Path(FAKE[1]))), encoding="utf-8")
+    script.write_text(LATE.format(path=str(Path(FAKE[-1]))), encoding="utf-8")
     with Served(settings, (sys.executable, str(script), str(tmp_path / "go"))) as served:
         eventually(lambda: (tmp_path / "go.waits").exists())
         served.process.send_signal(number)

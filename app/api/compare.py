@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from app.api.docs import COMPARE_ROUTE
 from app.api.front import Front, facts_of, front_of, key_of
 from app.api.images import file_response, job_of, refusals, reply, submit
-from app.api.openapi import COMPARE_ROUTE
 from app.api.reading import accepted_format, read_json
 from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited

@@ -119,9 +119,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_invalid(request: Request, error: Exception) -> Response:
     """FastAPI's handler of a path or query parameter that it refused."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = str(first["loc"][-1])
-    return error_response(e.InvalidValue(f"{field}: {first['msg']}", param=field))
+    place, reason = e.first_problem(error.errors())
+    return error_response(e.InvalidValue(f"{place[-1]}: {reason}", param=place[-1]))
 
 
 def _envelope(message: str, kind: str, param: str | None, code: str) -> ErrorReply:

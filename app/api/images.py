@@ -16,9 +16,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app.api.docs import IMAGE_ROUTE
 from app.api.errors import envelope
 from app.api.front import Front, facts_of, front_of, key_of
-from app.api.openapi import IMAGE_ROUTE
 from app.api.reading import accepted_format, read_json
 from app.cards.card import Card
 from app.errors import Cancelled, InstepError, InvalidValue

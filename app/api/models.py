@@ -1,7 +1,5 @@
 """/v1/models: the cards as OpenAI's model objects, with what this server knows beside them; their classes; and for
 the admin, to load and unload them.
-
-Knows nothing of weights: states come from the supervisor.
 """
 
 from __future__ import annotations
@@ -20,8 +18,8 @@ from app.cards.card import Card
 from app.cards.catalog import search
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, NoWorker, plain
+from app.jobs.fields import most_steps_of
 from app.report import ModelState
-from app.samplers.table import valid_samplers
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 NOT_FOUND: dict[int | str, dict[str, Any]] = {
@@ -49,6 +47,7 @@ class ModelEntry(BaseModel):
     defaults: dict[str, Any]
     limits: dict[str, Any]
     samplers: list[str]
+    most_steps: dict[str, int] = Field(description="The most num_inference_steps of each sampler")
     license: str
     gated: bool = Field(description="Whether its authors' repository gives its files to those alone who took its terms")
     parameters: int | None = Field(description="Of the denoising network; null where the card does not say")
@@ -199,7 +198,8 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> b
         device_bytes=state.device_bytes,
         defaults=card.defaults.model_dump(),
         limits=card.limits.model_dump(),
-        samplers=list(valid_samplers(card.schedule)),
+        samplers=list(steps := most_steps_of(card)),
+        most_steps=steps,
         license=card.license,
         gated=card.gated,
         parameters=card.parameters,

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from app.cards.files import INDEX, cached_index, read_labels, read_toml
-from app.errors import CardError, SettingsError
+from app.errors import CardError, SettingsError, first_problem
 from app.samplers.schedule import Schedule, Section
 from app.samplers.table import valid_samplers
 
@@ -351,9 +351,8 @@ def _parse(file: Path) -> Card:
     try:
         card = Card(**{**raw, "folder": file.parent.resolve()})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "card"
-        raise CardError(f"{file}: {field}: {first['msg']}") from error
+        place, reason = first_problem(error.errors())
+        raise CardError(f"{file}: {'.'.join(place) or 'card'}: {reason}") from error
     try:
         return card.model_copy(update={"labels": _labels(card)})
     except (OSError, ValueError) as error:  # a name that no file system takes

@@ -1,7 +1,4 @@
-"""Bodies: from the words of a command line to what the server makes of them, and the curl that asks a server the same.
-
-Knows nothing of defaults and limits: a body goes through `app/jobs/body.py` like everyone's.
-"""
+"""Bodies: from the words of a command line to what a server makes of them, and the curl that asks for the same."""
 
 from __future__ import annotations
 
@@ -16,9 +13,8 @@ from app.cards.catalog import Registry
 from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
 from app.jobs.body import read_body
-from app.jobs.curl import curl as post
 from app.jobs.job import Job
-from app.request import Prompt
+from app.jobs.schema import curl as post
 from app.settings import Settings
 
 Body = dict[str, Any]
@@ -71,15 +67,9 @@ def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None
     return [int(index) for index in given[0].split(",")] if _IDS.fullmatch(given[0]) else given[0]
 
 
-def what(job: Job) -> str:
-    """What the first image shows: the prompt, or the name of the class."""
-    condition = job.request.images[0].condition
-    return condition.text if isinstance(condition, Prompt) else job.card.labels[condition.index]
-
-
 def file_name(job: Job) -> Path:
     """A file name made of what was asked and the seed: red-apple-7.png."""
-    slug = re.sub(r"[^a-z0-9]+", "-", what(job).lower()).strip("-")[:48].strip("-")
+    slug = re.sub(r"[^a-z0-9]+", "-", job.shows.lower()).strip("-")[:48].strip("-")
     return Path(f"{slug or job.card.id}-{job.request.images[0].seed}.png")
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.cli.bodies import build, open_registry, what
+from app.cli.bodies import build, open_registry
 from app.cli.paint import Watch, half_blocks, shrink
 from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
@@ -123,7 +123,7 @@ def write_script(registry: Registry) -> list[tuple[int, Job, str]]:
         job = build(body, registry, f"demo-{index}")
         recipe, guidance = job.request.recipe, job.request.recipe.guidance
         with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
-        script.append((arrival, job, f"{what(job)[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
+        script.append((arrival, job, f"{job.shows[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
     return script
 
 

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError as SourceError
 
 from app import logs
-from app.errors import SettingsError
+from app.errors import SettingsError, first_problem
 from app.settings import LISTS, Settings, doubts
 
 Folder = Annotated[str | None, typer.Option(help="Folder of cards (INSTEP_MODELS)", metavar="PATH")]
@@ -34,11 +34,9 @@ def read_settings(**given: Any) -> Settings:
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None and str(value).strip()})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        raise SettingsError(
-            f"--{name.replace('_', '-')} (INSTEP_{name.upper()}): {first['msg']}", param=name
-        ) from error
+        place, reason = first_problem(error.errors())
+        name = place[0] if place else ""
+        raise SettingsError(f"--{name.replace('_', '-')} (INSTEP_{name.upper()}): {reason}", param=name) from error
     except SourceError as error:
         raise SettingsError(str(error)) from error
 

@@ -1,31 +1,38 @@
-"""The request body: OpenAI's image fields and ours, checked against a card, made into a Request.
-
-Knows nothing of HTTP: no fastapi here, so the command line builds its requests through the same door.
-"""
+"""The request body: OpenAI's image fields and ours, checked against a card and made into a Request."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.cards.card import Card, Size, Sizes, parse_size
 from app.cards.catalog import find_label
-from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported
+from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported, first_problem
 from app.imaging import FORMATS
-from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, within
-from app.jobs.guidance import guidance_of
+from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, bounds, first_seed, within
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
-from app.request import ClassLabel, Condition, Delivery, ImageSpec, Prompt, Recipe, Request
+from app.request import ClassLabel, Condition, Delivery, Guidance, ImageSpec, Prompt, Recipe, Request, SkipGuidance
 from app.samplers.table import valid_samplers
 
-DEADLINE_LIMIT = 86_400
-PRIORITY_LIMIT = 10
-
-
+IGNORED = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
 _IGNORED = "Accepted for OpenAI's clients and ignored; the reply warns of what asks for something that is not done"
+
+
+NOT_TAKEN = {
+    "true_cfg_scale": "has no embedded guidance; its guidance_scale is classifier-free guidance",
+    **dict.fromkeys(
+        (f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")), "has no skip-layer guidance"
+    ),
+    "max_sequence_length": "draws classes and reads no text",
+}
+"""Fields of numbers that only some cards take, and why another refuses them."""
+
+
+WORDS = {"extra_forbidden": "is an unknown field", "missing": "is required", "model_type": "expects a JSON object"}
 
 
 class Grid(BaseModel):
@@ -85,43 +92,50 @@ class ImageBody(BaseModel):
         key: whose it is, with the highest priority that it may have. patience: seconds after which the client hangs up.
         Raises InvalidValue or Unsupported naming the field and its range.
         """
-        self._served()
-        conditions = self._conditions(card)
-        steps = within("num_inference_steps", self.num_inference_steps, 1, card.limits.num_inference_steps)
+        self._check_formats()
+        sampler = self._sampler(card)
+        numbers = self._numbers(card, sampler)
+        conditions = self._conditions(card, int(numbers["n"] or 1))
         first = first_seed(self.seed)
-        previews = within("partial_images", self.partial_images, 0, 3)
-        priority = int(within("priority", self.priority, -PRIORITY_LIMIT, PRIORITY_LIMIT) or 0)
         width, height = self._size(card)
         recipe = Recipe(
             model=card.id,
             width=width,
             height=height,
-            sampler=self._sampler(card),
-            steps=int(steps or card.defaults.num_inference_steps),
-            guidance=guidance_of(self, card),
-            text_length=self._text_length(card),
+            sampler=sampler,
+            steps=int(numbers["num_inference_steps"] or 0),
+            guidance=guidance_of(self, card, numbers),
+            text_length=int(numbers.get("max_sequence_length") or 0),
         )
         delivery = Delivery(
             tenant=key.name,
             weight=key.weight,
-            priority=min(priority, key.priority),
-            deadline=self._deadline(patience),
-            previews=int(previews or 0) if self.stream else 0,
+            priority=min(int(numbers["priority"] or 0), key.priority),
+            deadline=self._deadline(numbers["deadline"], patience),
+            previews=int(numbers["partial_images"] or 0) if self.stream else 0,
         )
         images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
         return Request(request_id, recipe, images, delivery)
 
-    def _deadline(self, patience: float | None) -> float | None:
+    def _numbers(self, card: Card, sampler: str) -> dict[str, float | None]:
+        """Every numeric field that the card takes, its default where it is absent. Raises InvalidValue."""
+        spans = bounds(card, sampler)
+        for field, reason in NOT_TAKEN.items():
+            if field not in spans and getattr(self, field) is not None:
+                raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
+        if self.grid is not None:
+            within("grid.columns", self.grid.columns, spans["n"])
+        return {field: within(field, getattr(self, field), span) for field, span in spans.items() if field != "seed"}
+
+    def _deadline(self, asked: float | None, patience: float | None) -> float | None:
         """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.
 
         NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
         """
-        asked = within("deadline", self.deadline, 0.1, DEADLINE_LIMIT)
         known = [seconds for seconds in (asked, None if self.stream else patience) if seconds is not None]
         return time.monotonic() + min(known) if known else None
 
-    def _served(self) -> None:
-        """Fields whose bounds are the server's own, not a card's."""
+    def _check_formats(self) -> None:
         if self.response_format not in (None, "b64_json"):
             raise Unsupported(
                 'response_format: only "b64_json" is served; send Accept: image/png for raw bytes',
@@ -129,13 +143,9 @@ class ImageBody(BaseModel):
             )
         if self.output_format is not None and self.output_format not in FORMATS:
             raise Unsupported(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
-        within("output_compression", self.output_compression, 0, 100)
 
-    def _conditions(self, card: Card) -> list[Condition]:
+    def _conditions(self, card: Card, n: int) -> list[Condition]:
         """One condition for each image, in order."""
-        n = int(within("n", self.n, 1, card.limits.n) or 1)
-        if self.grid is not None:
-            within("grid.columns", self.grid.columns, 1, card.limits.n)
         given, field = self._wanted(card)
         if not isinstance(given, list):
             return [self._condition(card, given)] * n
@@ -188,13 +198,16 @@ class ImageBody(BaseModel):
             raise InvalidValue(f"sampler: {card.id} takes one of {', '.join(names)}", param="sampler")
         return sampler
 
-    def _text_length(self, card: Card) -> int:
-        if not card.draws_classes:
-            return int(within("max_sequence_length", self.max_sequence_length, 1, card.text.t5) or card.text.t5)
-        if self.max_sequence_length is not None:
-            message = f"max_sequence_length: {card.id} draws classes and reads no text"
-            raise InvalidValue(message, param="max_sequence_length")
-        return 0
+
+def given_fields(raw: object, known: Collection[str]) -> dict[str, Any]:
+    """The fields of a parsed JSON body that are not null. Raises InvalidJSON, and UnknownField with what was meant."""
+    if not isinstance(raw, dict):
+        raise InvalidJSON("The body must be a JSON object")
+    given = {key: value for key, value in raw.items() if value is not None}
+    for key in given:
+        if key not in known:
+            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, known)}', param=key[:64])
+    return given
 
 
 def read_body(raw: object) -> ImageBody:
@@ -202,18 +215,45 @@ def read_body(raw: object) -> ImageBody:
 
     Raises InvalidValue naming the field, or UnknownField with the name that was probably meant.
     """
-    if not isinstance(raw, dict):
-        raise InvalidJSON("The body must be a JSON object")
-    given = {key: value for key, value in raw.items() if value is not None}
-    for key in given:
-        if key not in ImageBody.model_fields:
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, ImageBody.model_fields)}', param=key[:64])
+    given = given_fields(raw, ImageBody.model_fields)
     try:
         return ImageBody(**given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"][:2])[:64]
-        raise InvalidValue(f"{field}: {_reason(first['type'], first['msg'])}", param=field) from None
+        place, reason = first_problem(error.errors(include_url=False), WORDS)
+        field = ".".join(place[:2])[:64]
+        raise InvalidValue(f"{field}: {reason}", param=field) from None
+
+
+def guidance_of(body: ImageBody, card: Card, numbers: Mapping[str, float | None]) -> Guidance:
+    """The guidance of a body. numbers: its checked fields. Raises InvalidValue: skip-layer guidance that cannot act."""
+    scale, embedded = float(numbers["guidance_scale"] or 0), None
+    if card.guidance == "embedded":
+        # As FluxPipeline: the network is given guidance_scale, and classifier-free guidance has a scale of its own.
+        scale, embedded = float(numbers["true_cfg_scale"] or 1.0), scale
+    facts = card.skip_layer_guidance
+    if facts is None:
+        return Guidance(scale, embedded)
+    field = "skip_layer_guidance_scale"
+    if body.skip_layer_guidance_scale and scale <= 1:
+        raise InvalidValue(f"{field}: needs a guidance_scale over 1 beside it", param=field)
+    skip = SkipGuidance(*(float(numbers[f"skip_layer_guidance_{name}"] or 0) for name in ("scale", "start", "stop")))
+    if skip.start >= skip.stop:
+        field = "skip_layer_guidance_" + ("stop" if body.skip_layer_guidance_start is None else "start")
+        raise InvalidValue(f"{field}: {skip.start:g} to {skip.stop:g} is no share of the steps", param=field)
+    # A scale of 0 is part of the facts only where the card's own is another.
+    return Guidance(scale, embedded, skip if scale > 1 and (skip.scale or facts.scale) else None)
+
+
+def guidance_facts(guidance: Guidance) -> dict[str, Any]:
+    """The fields of a body that ask for this guidance."""
+    told: dict[str, Any] = {"guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded}
+    if guidance.embedded is not None and guidance.guided:
+        told["true_cfg_scale"] = guidance.scale
+    if guidance.skip is not None:
+        told["skip_layer_guidance_scale"] = guidance.skip.scale
+        told["skip_layer_guidance_start"] = guidance.skip.start
+        told["skip_layer_guidance_stop"] = guidance.skip.stop
+    return told
 
 
 def allows(sizes: Sizes, width: int, height: int) -> bool:
@@ -228,9 +268,3 @@ def describe_sizes(sizes: Sizes) -> str:
         return f'"{sizes.min}x{sizes.min}"'
     shape = "WxW" if sizes.square else "WxH"
     return f'"{shape}" with sides of {sizes.min} to {sizes.max} pixels, multiples of {sizes.multiple}'
-
-
-def _reason(kind: str, message: str) -> str:
-    if kind == "value_error":
-        return message.removeprefix("Value error, ")
-    return {"extra_forbidden": "is an unknown field", "missing": "is required"}.get(kind, "expects a JSON object")

@@ -1,7 +1,4 @@
-"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel.
-
-Knows nothing of HTTP: no fastapi here, so the command line compares through the same door.
-"""
+"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel."""
 
 from __future__ import annotations
 
@@ -14,14 +11,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.errors import InvalidJSON, InvalidValue, RequestError, UnknownField, Unsupported
+from app.errors import InvalidValue, RequestError, Unsupported, first_problem
 from app.imaging import Format
-from app.jobs.body import ImageBody, read_body
+from app.jobs.body import IGNORED, ImageBody, given_fields, read_body
 from app.jobs.fields import entries, first_seed, text
 from app.jobs.job import Job
-from app.jobs.other_names import hint
-from app.jobs.presets import PRESETS, takes_preset
-from app.request import Prompt
 
 MODELS, ROWS = 8, 16
 """Columns and rows that a comparison has at most."""
@@ -41,9 +35,40 @@ _ANY_MODEL = ("response_format", "output_format", "output_compression", "seed", 
 _DELIVERY = (
     *("prompt", "class_label", "seed", "stream", "priority", "deadline"),
     *("response_format", "output_format", "output_compression"),
-    *("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity"),
+    *IGNORED,
 )
 """Fields that do not say what the pictures look like, or that `facts` tells in its own way."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What fills the fields that a body leaves out."""
+
+    prompts: tuple[str, ...]
+    steps: int
+    guidance: float
+
+
+PRESETS = {
+    "two_prompts": Preset(
+        prompts=(
+            "A still life on a pale wooden table: three red pears to the left of a tall blue glass bottle, "
+            "a yellow lemon in front of both, a folded green cloth beneath, soft window light",
+            'The front of a small bakery on a rainy evening, its painted wooden sign reads "FRESH BREAD" in white '
+            "letters, warm light behind the window, reflections on the wet street",
+        ),
+        steps=28,
+        guidance=7.0,
+    )
+}
+"""Prompts of our own: one asks for colours and places, one for writing in the picture."""
+
+
+def takes_preset(card: Card, preset: Preset) -> bool:
+    """Whether a model draws prompts and its limits hold the preset's."""
+    limits, longest = card.limits, max(map(len, preset.prompts))
+    enough = limits.num_inference_steps >= preset.steps and limits.guidance_scale >= preset.guidance
+    return not card.draws_classes and enough and limits.prompt >= longest
 
 
 def names(value: object) -> list[str]:
@@ -106,19 +131,13 @@ def read_comparison(raw: object) -> CompareBody:
 
     Raises InvalidValue naming the field, UnknownField with the name that was probably meant, Unsupported.
     """
-    if not isinstance(raw, dict):
-        raise InvalidJSON("The body must be a JSON object")
-    given = {key: value for key, value in raw.items() if value is not None}
-    for key in given:
-        if key not in OWN and key not in SHARED:
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, (*OWN, *SHARED))}', param=key[:64])
+    given = given_fields(raw, (*OWN, *SHARED))
     shared = read_body({key: value for key, value in given.items() if key not in OWN})
     try:
         body = CompareBody(**{key: given[key] for key in OWN if key in given}, shared=shared)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = str(first["loc"][0])
-        raise InvalidValue(f"{field}: {first['msg'].removeprefix('Value error, ')}", param=field) from None
+        place, reason = first_problem(error.errors(include_url=False))
+        raise InvalidValue(f"{place[0]}: {reason}", param=place[0]) from None
     if shared.stream:
         raise Unsupported("stream: a comparison comes as a whole; leave it out", param="stream")
     if shared.prompt is not None and shared.class_label is not None:
@@ -146,7 +165,7 @@ def lay_out(body: CompareBody, registry: Registry, complete: Complete, wanted: F
 
     cells = tuple(tuple(job(card, one) for card in cards) for one in given)
     _check_pixels(cells)
-    return Comparison(shared, cards, tuple(shows(row[0]) for row in cells), cells, format, wanted is not None)
+    return Comparison(shared, cards, tuple(row[0].shows for row in cells), cells, format, wanted is not None)
 
 
 def rows_of(body: ImageBody) -> tuple[str, list[int | str]]:
@@ -156,12 +175,6 @@ def rows_of(body: ImageBody) -> tuple[str, list[int | str]]:
     if given is None:
         raise InvalidValue("prompt: is required, or class_label, or a preset", param="prompt")
     return field, given if isinstance(given, list) else [given]
-
-
-def shows(job: Job) -> str:
-    """What a cell shows: its prompt, or the name of its class."""
-    condition = job.request.images[0].condition
-    return condition.text if isinstance(condition, Prompt) else job.card.labels[condition.index]
 
 
 def _filled(body: CompareBody) -> CompareBody:

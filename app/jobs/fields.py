@@ -1,22 +1,24 @@
-"""Field types of the request body: what each kind of value may look like, with the words an error uses.
-
-Knows nothing of cards or of what other bounds are (`app/jobs/body.py` has both); needs no fastapi.
-"""
+"""The types of a body's fields, with the words an error uses, and `bounds`: what a card allows in them."""
 
 from __future__ import annotations
 
 import math
 import secrets
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 from pydantic import BeforeValidator
 
+from app.cards.card import Card
 from app.errors import InvalidValue
+from app.samplers.table import most_steps, valid_samplers
 
 T = TypeVar("T")
 
 SEEDS = 2**63
 """Seeds are 0 to SEEDS - 1; image i of a request uses (seed + i) mod SEEDS."""
+
+DEADLINE_LIMIT = 86_400
+PRIORITY_LIMIT = 10
 
 LONGEST = 32_000
 """Characters that a text may have: the limit of prompts that a card sets is at most this."""
@@ -96,10 +98,54 @@ def flag(value: object) -> bool:
     return value
 
 
-def within(field: str, value: float | None, low: float, high: float) -> float | None:
-    """The value if it is inside [low, high] or absent. NOTE: keeps an int an int: a seed does not fit in a float."""
-    if value is not None and not low <= value <= high:
-        raise InvalidValue(f"{field}: expects {low} to {high}", param=field)
+class Range(NamedTuple):
+    """The least and the greatest value of a field, and its value where a body leaves it out."""
+
+    low: float
+    high: float
+    default: float | None = None
+
+
+def bounds(card: Card, sampler: str | None = None) -> dict[str, Range]:
+    """The range of every numeric field of a body for this card; a field that the card does not take is absent.
+
+    sampler: that of the body; None for the card's own. Checks, schemas and the model page are all made from this.
+    """
+    limits, defaults, skip = card.limits, card.defaults, card.skip_layer_guidance
+    steps = most_steps(card.schedule, sampler or defaults.sampler, limits.num_inference_steps)
+    found = {
+        "n": Range(1, limits.n),
+        "output_compression": Range(0, 100),
+        "partial_images": Range(0, 3),
+        "num_inference_steps": Range(1, steps, defaults.num_inference_steps),
+        "guidance_scale": Range(0, limits.guidance_scale, defaults.guidance_scale),
+        "seed": Range(ANY_SEED, SEEDS - 1),
+        "priority": Range(-PRIORITY_LIMIT, PRIORITY_LIMIT),
+        "deadline": Range(0.1, DEADLINE_LIMIT),
+    }
+    if card.guidance == "embedded":
+        found["true_cfg_scale"] = Range(0, limits.guidance_scale, 1.0)
+    if skip is not None:
+        found["skip_layer_guidance_scale"] = Range(0, limits.guidance_scale, skip.scale)
+        found["skip_layer_guidance_start"] = Range(0, 1, skip.start)
+        found["skip_layer_guidance_stop"] = Range(0, 1, skip.stop)
+    if not card.draws_classes:
+        found["max_sequence_length"] = Range(1, card.text.t5, card.text.t5)
+    return found
+
+
+def most_steps_of(card: Card) -> dict[str, int]:
+    """The most steps that the card takes with each of its samplers."""
+    most = card.limits.num_inference_steps
+    return {sampler: most_steps(card.schedule, sampler, most) for sampler in valid_samplers(card.schedule)}
+
+
+def within(field: str, value: float | None, span: Range) -> float | None:
+    """The value if it is in the range, the default if it is absent. NOTE: an int stays one: a seed is no float."""
+    if value is None:
+        return span.default
+    if not span.low <= value <= span.high:
+        raise InvalidValue(f"{field}: expects {span.low} to {span.high}", param=field)
     return value
 
 

@@ -16,7 +16,7 @@ from app.errors import Cancelled, InstepError, InvalidValue
 from app.imaging import LONGEST, Format, sheet_size
 from app.jobs.body import ImageBody
 from app.report import Failure, Preview, Progress, Result
-from app.request import Request
+from app.request import Prompt, Request
 
 OnReport = Callable[[Preview | Progress | Result], None]
 
@@ -72,6 +72,12 @@ class Job:
     def columns(self) -> int | None:
         """Columns of the sheet that was asked for; None for separate images."""
         return self.body.grid.columns if self.body.grid else None
+
+    @property
+    def shows(self) -> str:
+        """What the first image shows: its prompt, or the name of its class."""
+        condition = self.request.images[0].condition
+        return condition.text if isinstance(condition, Prompt) else self.card.labels[condition.index]
 
     @property
     def images_left(self) -> int:

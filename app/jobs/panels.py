@@ -9,10 +9,10 @@ import numpy as np
 
 from app.cards.card import Card
 from app.imaging import encode_image
+from app.jobs.body import guidance_facts
 from app.jobs.compare import Comparison
-from app.jobs.guidance import guidance_facts
 from app.jobs.job import Job
-from app.jobs.replies import mark, spliced, stages, usage
+from app.jobs.replies import effective, mark, spliced, stages, usage
 from app.jobs.shapes import Cell, CompareReply, Panel, Usage
 from app.jobs.warnings import of_body, of_model
 from app.panel import Heading, panel, unreadable
@@ -83,20 +83,17 @@ def _heading(job: Job) -> Heading:
 
 
 def _cell(place: tuple[int, int], job: Job, result: Result) -> Cell:
-    recipe, condition = job.request.recipe, job.request.images[0].condition
+    condition, looks = job.request.images[0].condition, effective(job, 1)
+    del looks["output_format"]
     return Cell(
         row=place[0],
         column=place[1],
-        model=recipe.model,
         parameters=job.card.parameters,
         prompt=condition.text if isinstance(condition, Prompt) else None,
         class_label=condition.index if isinstance(condition, ClassLabel) else None,
         seed=result.seed,
-        size=f"{recipe.width}x{recipe.height}",
-        sampler=recipe.sampler,
-        num_inference_steps=recipe.steps,
-        guidance_scale=guidance_facts(recipe.guidance)["guidance_scale"],
         timings=stages([result], 0.0, job.estimate),
+        **looks,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from app.imaging import encode_image, grid
-from app.jobs.guidance import guidance_facts
+from app.jobs.body import guidance_facts
 from app.jobs.job import Estimate, Job
 from app.jobs.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
 from app.jobs.warnings import warnings

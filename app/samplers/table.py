@@ -8,6 +8,7 @@ solver: the prediction says x0 = p*(c_in*x) + q*out, the solver x' = a*x + b*x0 
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from app.errors import InvalidValue
+from app.errors import CardError, InvalidValue
 from app.samplers import grids as schedules
 from app.samplers import solvers
 from app.samplers.grids import Array, Path, Walk, at_size
@@ -111,6 +112,21 @@ def compile_table(schedule: Schedule, sampler: str, steps: int, *, tokens: int |
     has room for; "size", where the shift depends on it and tokens is None. CardError for betas that leave no signal.
     """
     return _compiled(at_size(schedule, tokens), sampler, steps)
+
+
+@lru_cache(maxsize=256)
+def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
+    """The largest number of steps, at most `limit`, that this sampler's grid has room for; at least 1."""
+    schedule, walk = at_size(schedule, 1), SAMPLERS[sampler].walk
+
+    def is_over(steps: int) -> bool:
+        try:
+            walk(schedule, steps)
+        except (InvalidValue, CardError):
+            return True
+        return False
+
+    return limit if not is_over(limit) else max(1, bisect(range(1, limit), False, key=is_over))
 
 
 @lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.jobs.presets import PRESETS
+from app.jobs.compare import PRESETS
 from tests.parts.servers import generate, real_server
 
 pytestmark = pytest.mark.slow

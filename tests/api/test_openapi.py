@@ -12,9 +12,9 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from app.api.openapi import body_schema
 from app.cards.card import Card, Sizes, read_cards
 from app.cards.catalog import Registry
+from app.jobs.schema import body_schema
 from app.settings import Settings
 from tests.jobs.test_body import TEXT_ERRORS
 from tests.parts.servers import ADMIN, ALICE, BOB, Server, bearer, generate

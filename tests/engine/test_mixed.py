@@ -55,7 +55,7 @@ def run_mixed(pool: Pool, requests: list[Request], seed: int, cancel_every: int 
             mixed.turn(rng.randrange(4) if request is not group[-1] or not cancel_every else 0)
         if cancel_every:
             # An image takes an encode, its lines and a decode: after that many turns less one it cannot have ended.
-            mixed.turn(rng.randrange(min(group[-1].steps + 2, 10)))
+            mixed.turn(rng.randrange(min(group[-1].recipe.steps + 2, 10)))
             mixed.engine.cancel(group[-1].id)
     return mixed.run()
 

@@ -8,8 +8,7 @@ import pytest
 
 from app.cards.card import Card, SkipLayers, read_cards
 from app.errors import InvalidValue
-from app.jobs.body import read_body
-from app.jobs.guidance import guidance_facts
+from app.jobs.body import guidance_facts, read_body
 from app.request import Guidance, Recipe, SkipGuidance
 from tests.parts.cards import write_cards
 

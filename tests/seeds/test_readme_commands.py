@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from app.cli.commands import app
-from app.jobs.presets import PRESETS
+from app.jobs.compare import PRESETS
 from tests.parts.published import write_published
 from tests.readmes.blocks import BLOCKS
 
