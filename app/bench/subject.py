@@ -111,8 +111,8 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
         shutil.copytree(part.folder, made / name, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.pt"))
         if has_weights(part.class_name):
             _write(made / name, part.class_name, dtype)
-    own = ModelFolder(card, cards).beside().index()
-    index = {key: value for key, value in own.items() if key in parts or not isinstance(value, list)}
+    own = ModelFolder(card, cards).beside().index().items()
+    index = {key: [None, None] if key not in parts and isinstance(value, list) else value for key, value in own}
     (made / INDEX).write_text(json.dumps(index), encoding="utf-8")
     facts = card.model_dump(
         mode="json", exclude_none=True, exclude_defaults=True, exclude={"folder", "labels", "components", "files"}
