@@ -18,7 +18,6 @@ from prometheus_client import (
     generate_latest,
 )
 
-from app.gpu import READINGS, Gpus
 from app.report import Evicted, Memory, ModelState, Report, Result, Tick
 from app.worker.supervisor import Supervisor
 
@@ -43,7 +42,6 @@ GAUGES = {
     "workers": ("Engine processes that there should be: the entries of DEVICES",),
     "queue_device_seconds": ("Estimated device time of what is not yet answered", "worker"),
     "build_info": ("Always 1", "version"),
-    **{name: ("What the driver says of the GPU", "device") for name in READINGS},
 }
 """Name to help and labels."""
 
@@ -86,13 +84,11 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 class Metrics:
     """One registry with all instruments. All methods but `text` belong to the front's event loop.
 
-    Counters of a known model stand at 0 from the start: `increase()` does not see a series' first value. gpus: for
-    tests without a driver.
+    Counters of a known model stand at 0 from the start: `increase()` does not see a series' first value.
     """
 
-    def __init__(self, gpus: Gpus | None = None) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._gpus = gpus or Gpus()
         self._in_flight: Tally[str] = Tally()
         self._states: dict[tuple[str, str], str] = {}
         self._restarts = 0
@@ -178,11 +174,6 @@ class Metrics:
         self._set("workers", len(queues))
         self._restarted.inc(workers.restarts - self._restarts)
         self._restarts = workers.restarts
-        for name in READINGS:
-            self._gauges[name].clear()
-        for device, figures in self._gpus.figures().items():
-            for name, value in figures.items():
-                self._set(name, value, device)
 
     def _start_at_zero(self, model: str) -> None:
         for name, (_, label, values) in COUNTERS.items():

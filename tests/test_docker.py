@@ -164,7 +164,7 @@ def test_a_service_may_do_little(name: str) -> None:
     assert {"privileged", "cap_add", "user", "pid", "network_mode"} & set(service) == set()
     assert set(service["logging"]["options"]) == {"max-size", "max-file"}
     assert [port for port in service.get("ports", []) if not port.startswith("127.0.0.1:")] == []
-    assert re.search(r":(v?\d+\.\d+\.\d+|cpu|cuda)$", service["image"])
+    assert re.search(r":(v?\d+\.\d+\.\d+(-[\d.]+-ubuntu[\d.]+)?|cpu|cuda)$", service["image"])
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -181,6 +181,9 @@ def test_what_dashboards_and_rules_refer_to_is_mounted() -> None:
     scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8"))
     (found,) = [job for job in scrape["scrape_configs"] if job["job_name"] == "instep"]
     (dns,) = found["dns_sd_configs"]
+    (gpus,) = [job["dns_sd_configs"][0] for job in scrape["scrape_configs"] if job["job_name"] == "gpu"]
+    assert (gpus["names"], gpus["port"]) == (["dcgm-exporter"], 9400)
+    assert SERVICES["dcgm-exporter"]["entrypoint"][1].removeprefix("--collectors=") in targets["dcgm-exporter"]
     assert (set(dns["names"]), str(dns["port"])) == (set(SERVERS), image_settings()["INSTEP_PORT"])
     assert {f"/etc/prometheus/{Path(rules).parent}" for rules in scrape["rule_files"]} <= set(targets["prometheus"])
     assert "--config.file=/etc/prometheus/prometheus.yml" in SERVICES["prometheus"]["command"]
@@ -194,17 +197,18 @@ def test_what_dashboards_and_rules_refer_to_is_mounted() -> None:
 def test_one_profile_starts_each_server_and_the_file_of_defaults_names_one() -> None:
     assert {name: SERVICES[name].get("profiles") for name in SERVICES} == {
         **{"instep": ["cpu"], "instep-gpu": ["gpu"], "pull": ["pull"]},
-        **{"prometheus": None, "grafana": None},
+        **{"dcgm-exporter": ["gpu"], "prometheus": None, "grafana": None},
     }
     lines = (ROOT / ".env").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if not line.startswith("#")] == ["COMPOSE_PROFILES=cpu"]
 
 
-def test_only_the_gpu_service_reserves_gpus() -> None:
+def test_only_the_gpu_services_reserve_gpus() -> None:
     reserved = {name for name, service in SERVICES.items() if "deploy" in service}
-    assert reserved == {"instep-gpu"}
-    (device,) = SERVICES["instep-gpu"]["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert reserved == {"instep-gpu", "dcgm-exporter"}
+    for name in reserved:
+        (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
     assert {name: SERVICES[name]["build"]["args"]["TORCH"] for name in SERVERS} == {
         "instep": "cpu",
         "instep-gpu": "cuda",

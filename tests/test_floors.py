@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = {
     **dict.fromkeys(("request", "report", "settings", "errors"), 0),
-    **dict.fromkeys(("imaging", "panel", "logs", "gpu"), 1),
+    **dict.fromkeys(("imaging", "panel", "logs"), 1),
     "samplers": 2,
     "cards": 3,
     "keys": 4,
@@ -46,7 +46,6 @@ DOORS: dict[str, str | tuple[str, ...]] = {
     "PIL": ("app.imaging", "app.panel"),
     "isal": "app.imaging",
     "structlog": "app.logs",
-    "pynvml": "app.gpu",
     "uvicorn": ("app.main", "app.api.guard"),
     "h11": "app.api.guard",
     "typer": "app.cli",

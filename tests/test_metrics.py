@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.gpu import Figures, Gpus
 from app.metrics import Metrics
 from app.report import Announce, Evicted, Memory, ModelState, Result, Tick, Timings
 
@@ -196,18 +195,6 @@ def test_the_service_as_a_whole() -> None:
     assert (seen["instep_queue_device_seconds", "0"], seen["instep_queue_device_seconds", "1"]) == (2.5, 0)
     assert seen["instep_build_info", version("instep")] == 1
     assert seen["process_resident_memory_bytes",] > 1 << 20
-
-
-def test_a_gpu_that_is_gone_is_not_shown() -> None:
-    class Driver(Gpus):
-        def figures(self) -> Figures:
-            return {"cuda:0": {"gpu_power_watts": 650.0}} if shown else {}
-
-    shown = True
-    metrics = Metrics(Driver())
-    assert read(metrics)["instep_gpu_power_watts", "cuda:0"] == 650
-    shown = False
-    assert ("instep_gpu_power_watts", "cuda:0") not in read(metrics)
 
 
 def test_two_apps_do_not_share_a_registry() -> None:

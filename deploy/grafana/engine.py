@@ -108,10 +108,10 @@ POOL = (
         ((rise("model_evictions_total", "model, to"), "{{model}} to {{to}}"),),
         width=12,
     ),
-    gpu("GPU utilisation", "percentunit", "utilization_ratio", 1),
-    gpu("GPU memory used", "bytes", "memory_used_bytes"),
-    gpu("GPU temperature", "celsius", "temperature_celsius", None, (85, "red")),
-    gpu("GPU power", "watt", "power_watts"),
+    gpu("GPU utilisation", "percentunit", "DCGM_FI_DEV_GPU_UTIL / 100", 1),
+    gpu("GPU memory used", "bytes", "DCGM_FI_DEV_FB_USED * 1024 * 1024"),
+    gpu("GPU temperature", "celsius", "DCGM_FI_DEV_GPU_TEMP", None, (85, "red")),
+    gpu("GPU power", "watt", "DCGM_FI_DEV_POWER_USAGE"),
 )
 
 ERRORS = (

@@ -59,9 +59,8 @@ def stat(
     return Panel(title, unit, text, ((query, title),), "stat", 3, limits=limits or ((None, "blue"),), words=words)
 
 
-def gpu(title: str, unit: str, name: str, most: float | None = None, *limits: Threshold) -> Panel:
-    """What the driver says of the GPUs; empty on a machine without one."""
-    query = f"instep_gpu_{name}{{{HERE}}}"
-    text = "From the GPU's driver; empty on a machine without one."
-    legend = "{{instance}} {{device}}"
+def gpu(title: str, unit: str, query: str, most: float | None = None, *limits: Threshold) -> Panel:
+    """A figure of every GPU that dcgm-exporter tells of; its targets are not the replicas, so all are shown."""
+    text = "Of all GPUs, from NVIDIA's dcgm-exporter; empty without one."
+    legend = "{{instance}} GPU {{gpu}}"
     return Panel(title, unit, text, ((query, legend),), width=6, most=most, limits=((None, "green"), *limits))

@@ -38,7 +38,7 @@ UNIT = 0.27
 """Inches of one of Grafana's 24 columns and rows, in height; a column is 2.4 times as wide."""
 CAPTION = (
     "A plot of the queries of deploy/grafana/dashboards/instep.json, each in its place: not Grafana. Asked of a real "
-    "Prometheus that watched a service\nwith tiny models on two CPU cores. The figures of the GPU are played."
+    "Prometheus that watched a service\nwith tiny models on two CPU cores. What dcgm-exporter says is played."
 )
 COLOURS = {"green": "#3f8f4f", "yellow": "#c99a00", "red": "#c4162a", "blue": "#3274d9"}
 

@@ -1,6 +1,6 @@
 """A real service and a real Prometheus that watches it by our own configuration, on loopback ports.
 
-Knows nothing of what is asked of them. Played is only the driver of a GPU: its figures are a second target.
+Only the exporter of the GPUs is played: a second target that answers in dcgm-exporter's format.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from typing import Any
 import httpx
 import yaml
 
-from app.gpu import READINGS, Figures, Gpus
-from app.metrics import Metrics
 from app.settings import Settings
 from tests.parts.servers import INSTEP, ROOT, free_port, wait_ready
 from tests.parts.tiny import write_models
@@ -68,18 +66,17 @@ class Stage:
         return [one for one in found if any(math.isfinite(float(value)) for _, value in one["values"])]
 
     def expand(self, query: str, within: str = "1m") -> str:
-        """A dashboard's query with its variables filled in; what is asked of the driver is asked of the played one."""
-        instance = self.gpus if "instep_gpu_" in query else self.service
-        query = query.replace("$instance", re.escape(instance.removeprefix("http://")).replace("\\", "\\\\"))
+        """A dashboard's query with its variables filled in."""
+        query = query.replace("$instance", re.escape(self.service.removeprefix("http://")).replace("\\", "\\\\"))
         return query.replace("$model", ".*").replace("$__rate_interval", within)
 
 
 @contextmanager
 def staged(folder: Path, interval: str = "1s") -> Iterator[Stage]:
-    """The service, Prometheus and the played GPU, all up."""
+    """The service, Prometheus and the played exporter, all up."""
     with ExitStack() as stack:
         service, pid = stack.enter_context(_service(folder))
-        gpus = stack.enter_context(_played_gpus())
+        gpus = stack.enter_context(_exporter())
         prometheus = stack.enter_context(_prometheus(folder, service, gpus, interval))
         wait_ready(service)
         stage = Stage(service, prometheus, gpus, pid, time.time())
@@ -134,11 +131,12 @@ def _prometheus(folder: Path, service: str, gpus: str, interval: str) -> Iterato
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] |= {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": interval}
     config["rule_files"] = [str(PROMETHEUS / pattern) for pattern in config["rule_files"]]
-    (job,) = (job for job in config["scrape_configs"] if job["job_name"] == "instep")
-    del job["dns_sd_configs"]
-    job["static_configs"] = [{"targets": [service.removeprefix("http://")]}]
-    played = {"job_name": "played-gpu", "static_configs": [{"targets": [gpus.removeprefix("http://")]}]}
-    config["scrape_configs"] = [job, played]
+    targets = {"instep": service, "gpu": gpus}
+    config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] in targets]
+    assert len(config["scrape_configs"]) == len(targets)
+    for job in config["scrape_configs"]:
+        del job["dns_sd_configs"]
+        job["static_configs"] = [{"targets": [targets[job["job_name"]].removeprefix("http://")]}]
     file, log = folder / "prometheus.yml", folder / "prometheus.log"
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     url = f"http://127.0.0.1:{free_port()}"
@@ -148,41 +146,35 @@ def _prometheus(folder: Path, service: str, gpus: str, interval: str) -> Iterato
         yield url
 
 
-class _Played(Gpus):
-    """One GPU whose figures go up and down, as the driver would tell them."""
-
-    def figures(self) -> Figures:
-        share = 0.5 + 0.4 * math.sin(time.time() / 20)
-        most = {"gpu_utilization_ratio": 1, "gpu_memory_used_bytes": 80 << 30, "gpu_memory_total_bytes": 80 << 30}
-        most |= {"gpu_temperature_celsius": 80, "gpu_power_watts": 700}
-        assert set(most) == set(READINGS)
-        return {"cuda:0": {name: size if "total" in name else size * share for name, size in most.items()}}
+def gpu_fields() -> list[str]:
+    """The fields that compose's dcgm-exporter is told to export."""
+    lines = (PROMETHEUS / "gpu.csv").read_text(encoding="utf-8").splitlines()
+    return [line.split(",")[0] for line in lines if not line.startswith("#")]
 
 
-class _NoWorkers:
-    """A supervisor of nothing: the second target tells of the GPU alone."""
-
-    states: dict[str, Any] = {}  # noqa: RUF012
-    restarts = live = 0
-    ready = False
-    queues: tuple[float, ...] = ()
-    batched: dict[str, int] = {}  # noqa: RUF012
+def exported(seconds: float) -> str:
+    """What dcgm-exporter would say of one GPU whose figures go up and down, in its own format and units."""
+    share = 0.5 + 0.4 * math.sin(seconds / 20)
+    values = {
+        "DCGM_FI_DEV_GPU_UTIL": round(100 * share),
+        "DCGM_FI_DEV_FB_USED": round(81_920 * share),
+        "DCGM_FI_DEV_FB_FREE": 81_920 - round(81_920 * share),
+        "DCGM_FI_DEV_GPU_TEMP": round(80 * share),
+        "DCGM_FI_DEV_POWER_USAGE": 700 * share,
+    }
+    labels = 'gpu="0",UUID="GPU-c2f76b33",pci_bus_id="00000000:31:00.0",device="nvidia0",modelName="NVIDIA H100"'
+    return "".join(f"# TYPE {name} gauge\n{name}{{{labels}}} {values[name]:g}\n" for name in gpu_fields())
 
 
 @contextmanager
-def _played_gpus() -> Iterator[str]:
-    metrics = Metrics(_Played())
-
+def _exporter() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            metrics.refresh(_NoWorkers())
-            lines = metrics.text().decode().splitlines()
-            text = "".join(f"{line}\n" for line in lines if "instep_gpu_" in line)
             with suppress(ConnectionError):
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain; version=0.0.4")
                 self.end_headers()
-                self.wfile.write(text.encode())
+                self.wfile.write(exported(time.time()).encode())
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing."""

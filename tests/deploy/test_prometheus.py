@@ -1,6 +1,6 @@
 """A real Prometheus watches a real service under real traffic: behind every panel and every alert there is a series.
 
-Only a GPU's driver is played (`stage.py`): what is asked of it is what `instep_gpu_` begins.
+Only the exporter of the GPUs is played (`stage.py`): its series begin with `DCGM_`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def test_behind_every_panel_is_a_series(stage: Stage, title: str, query: str) ->
 
 @pytest.mark.parametrize(("alert", "query"), CONDITIONS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CONDITIONS)])
 def test_behind_every_alert_are_series(stage: Stage, alert: str, query: str) -> None:
-    instance = (stage.gpus if "instep_gpu_" in query else stage.service).removeprefix("http://")
+    instance = (stage.gpus if "DCGM_" in query else stage.service).removeprefix("http://")
     assert instance in {one["metric"].get("instance") for one in stage.series(query)}, alert
 
 
