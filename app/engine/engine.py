@@ -130,9 +130,7 @@ class Engine:
         for model in [model for model in self._leaving if not self._requests(model)]:
             self._leaving.discard(model)
             self._pool.unload(model)
-        plan = self._turns.plan(self._batcher.finished, rows, self._clock())
-        self._pool.need(plan.needs, plan.kept)
-        self._batcher.held = plan.held
+        self._batcher.held = self._turns.ask(self._batcher.finished, rows, self._clock())
 
     def _ready(self, model: str, phase: Phase) -> bool:
         """Whether rows may begin this phase; one that starts must find its network, where all parts fit together."""
