@@ -80,14 +80,14 @@ def read_keys(settings: Settings) -> Keyring:
         admin = ApiKey(ADMIN, _digest(settings.admin_key)) if settings.admin_key else None
     except ValueError as error:
         raise SettingsError(f"admin_key: {error}", param="admin_key") from None
-    seen: list[ApiKey] = [admin] if admin else []
+    names, digests = {ADMIN} if admin else set(), {admin.digest: ADMIN} if admin else {}
     for setting, where, key in found:
-        for other in seen:
-            if key.name == other.name:
-                raise SettingsError(f"{where}: the name {key.name} is taken", param=setting)
-            if hmac.compare_digest(key.digest, other.digest):
-                raise SettingsError(f"{where}: the same key as that of {other.name}", param=setting)
-        seen.append(key)
+        if key.name in names:
+            raise SettingsError(f"{where}: the name {key.name} is taken", param=setting)
+        if key.digest in digests:
+            raise SettingsError(f"{where}: the same key as that of {digests[key.digest]}", param=setting)
+        names.add(key.name)
+        digests[key.digest] = key.name
     return Keyring(tuple(key for _, _, key in found), admin)
 
 
