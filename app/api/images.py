@@ -25,8 +25,7 @@ from app.errors import Cancelled, InstepError, InvalidValue
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
 from app.jobs.job import Job
-from app.jobs.replies import completed_event, json_reply, partial_event, raw_image
-from app.jobs.warnings import warnings
+from app.jobs.replies import completed_event, json_reply, partial_event, raw_image, warnings
 from app.logs import logger
 from app.report import Preview, Progress, Result
 

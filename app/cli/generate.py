@@ -20,8 +20,7 @@ from app.cli.paint import Watch, bars_of, draw, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
 from app.jobs.job import Job
-from app.jobs.replies import raw_image
-from app.jobs.warnings import warnings
+from app.jobs.replies import raw_image, warnings
 from app.report import Result
 
 

@@ -14,7 +14,7 @@ from app.jobs.compare import Comparison
 from app.jobs.job import Job
 from app.jobs.replies import effective, mark, spliced, stages, usage
 from app.jobs.shapes import Cell, CompareReply, Panel, Usage
-from app.jobs.warnings import of_body, of_model
+from app.jobs.warnings import of_body, of_file, of_model
 from app.panel import Heading, panel, unreadable
 from app.report import Result
 from app.request import ClassLabel, Prompt
@@ -51,6 +51,7 @@ def panel_warnings(comparison: Comparison, results: Sequence[Result]) -> list[st
         found += [f"{job.card.id}: {text}" for text in (*of_model(job), *result.warnings)]
     if missing := unreadable(comparison.rows):
         found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
+    found += of_file(comparison.format, comparison.facts())
     return list(dict.fromkeys(found))
 
 

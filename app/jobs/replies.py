@@ -18,7 +18,7 @@ from app.imaging import encode_image, grid
 from app.jobs.body import guidance_facts
 from app.jobs.job import Estimate, Job
 from app.jobs.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
-from app.jobs.warnings import warnings
+from app.jobs.warnings import of_body, of_file, of_model
 from app.report import Preview, Result
 from app.request import ClassLabel, Prompt
 
@@ -39,7 +39,7 @@ def raw_image(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
 
 def json_reply(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """The whole JSON reply, and the seconds of encoding the files."""
-    groups = [results] if job.columns else [[result] for result in results]
+    groups = _groups(job, results)
     files, seconds = _files(job, groups)
     reply = ImagesReply(
         created=int(time.time()),
@@ -75,6 +75,15 @@ def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
         **effective(job, len(results)),
     )
     return _sse(event, file), seconds
+
+
+def warnings(job: Job, results: Sequence[Result]) -> list[str]:
+    """All warnings for these results of one request, each once: of the body, the model, the engine and the files."""
+    found = [*of_body(job.body, job.format, job.raw), *of_model(job)]
+    found += [text for result in results for text in result.warnings]
+    for group in _groups(job, results):
+        found += of_file(job.format, facts(job, [result.index for result in group]))
+    return list(dict.fromkeys(found))
 
 
 def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
@@ -157,6 +166,11 @@ def spliced(reply: BaseModel, files: Sequence[bytes]) -> bytes:
         slices = (file[start : start + SLICE] for start in range(0, len(file), SLICE))
         parts += [binascii.b2a_base64(part, newline=False) for part in slices]
     return b"".join([*parts, rest])
+
+
+def _groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result]]:
+    """The results that make a file together: all as one sheet if the job asks for it, else each alone."""
+    return [results] if job.columns else [[result] for result in results]
 
 
 def _files(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:

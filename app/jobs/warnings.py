@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from app.cards.card import Card
-from app.imaging import Format
+from app.imaging import Format, left_out
 from app.jobs.body import ImageBody
 from app.jobs.job import Job
-from app.report import Result
 from app.request import Guidance
 from app.samplers.table import compile_table
 
@@ -33,12 +32,6 @@ _SYNTAX = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-
-
-def warnings(job: Job, results: Sequence[Result]) -> list[str]:
-    """All warnings for these results of one request, each once: the body's, and those of the engine."""
-    engine = (text for result in results for text in result.warnings)
-    return list(dict.fromkeys([*of_body(job.body, job.format, job.raw), *of_model(job), *engine]))
 
 
 def of_body(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
@@ -74,6 +67,12 @@ def of_model(job: Job) -> Iterator[str]:
             yield f"partial_images: at most {most} come before an image of {recipe.steps} steps"
     if body.priority is not None and body.priority > delivery.priority:
         yield f"priority is {delivery.priority}: more is not for this key"
+
+
+def of_file(format: Format, facts: dict[str, Any]) -> Iterator[str]:
+    """What the file of these facts has no room for."""
+    if names := left_out(format, facts):
+        yield f"the request in the file is without {', '.join(names)}: a jpeg holds 64 kB of it, png and webp hold all"
 
 
 def _of_guidance(body: ImageBody, card: Card, guidance: Guidance) -> Iterator[str]:

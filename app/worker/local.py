@@ -47,7 +47,7 @@ class Local:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for job in list(self._jobs.values()):
             job.cancel()
-        self._engine.stop(drain=False)
+        self._engine.stop()
         self._thread.join(timeout=60)
         self._pool.close()
 
