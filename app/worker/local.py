@@ -31,7 +31,7 @@ class Local:
         settings: Settings,
         cards: dict[str, Card],
         *,
-        observe: Callable[[Report, str], None] = lambda report, worker: None,
+        observe: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._device, self._threads = plan.devices(settings.devices)[0], plan.threads(settings)
         self._observe = observe
@@ -66,7 +66,7 @@ class Local:
             self._engine.cancel(request_id)
 
     def _hear(self, report: Report) -> None:
-        self._observe(report, self._device)
+        self._observe(report)
         if isinstance(report, Result | Progress | Preview | Failure) and (job := self._jobs.get(report.request_id)):
             job.hear(report)
 

@@ -33,7 +33,7 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
     registry = open_registry(settings)
     seen: list[int] = []
 
-    def observe(report: Report, worker: str) -> None:
+    def observe(report: Report) -> None:
         seen.append(torch.get_num_threads())
 
     before = torch.get_num_threads()
