@@ -250,7 +250,7 @@ def _print_next(found: Inventory, registry: Registry, settings: Settings) -> Non
         return typer.echo(f"next: {dit if one.card.facts.torch_files else 'save its tensors as safetensors'}")
     made = draft(found, registry, one.card.id)
     words = ["instep", "models", "add", str(path), "--like", one.card.id]
-    if path.is_file() and one.missing(parts):
+    if not made.whole and one.missing(parts):
         made.take_rest(one.card)
         words += ["--rest", one.card.id]
     made.refuse_gaps()
