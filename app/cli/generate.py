@@ -20,8 +20,7 @@ from app.cli.paint import Watch, bars_of, draw, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
 from app.jobs.job import Job
-from app.jobs.replies import raw_image
-from app.jobs.warnings import warnings
+from app.jobs.replies import files_of, warnings
 from app.report import Result
 
 
@@ -74,9 +73,10 @@ def paths(out: Path, count: int) -> list[Path]:
 
 def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:
     """Write the files; for each the picture in half-block cells where the terminal can, then path, seed, seconds."""
-    files = [results] if job.columns else [[result] for result in results]
-    for group, path in zip(files, paths(out, len(files)), strict=True):
-        path.write_bytes(raw_image(job, group)[0])
+    groups = [results] if job.columns else [[result] for result in results]
+    files, _ = files_of(job, groups)
+    for group, file, path in zip(groups, files, paths(out, len(groups)), strict=True):
+        path.write_bytes(file)
         if console.is_terminal:
             pixels = grid([result.pixels for result in group], job.columns or 1)
             console.print(half_blocks(pixels, min(console.width, 64)))

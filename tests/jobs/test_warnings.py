@@ -12,7 +12,7 @@ from app.cards.card import Card, SkipLayers, read_cards
 from app.cards.catalog import Registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.jobs.warnings import warnings
+from app.jobs.replies import warnings
 from app.keys import NOBODY, ApiKey
 from app.settings import Settings
 from tests.parts.servers import generate
