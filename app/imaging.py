@@ -6,7 +6,6 @@ read on whatever synthetic image is given out, and a preview is given out. There
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
@@ -20,7 +19,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 from isal import isal_zlib
-from PIL import Image
+from PIL import ExifTags, Image, TiffTags
 
 from app.errors import InvalidValue
 
@@ -34,14 +33,16 @@ GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMe
 """IPTC's word, as its DigitalSourceType, for what a trained model made."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
-_COMMENT_LIMIT, _XMP_LIMIT, _XMP_PART = 64_000, 65_502, 65_400
-"""Bytes that leave a JPEG segment (64 KiB) room for its heads: of a comment, a packet, a part of a longer one."""
+_COMMENT_LIMIT, _XMP_LIMIT = 64_000, 65_502
+"""Bytes that leave a JPEG segment (64 KiB) room for its heads: of a comment, of an XMP packet."""
+
+_EXIF, _COMMENT = ExifTags.IFD.Exif, ExifTags.Base.UserComment
+# Pillow would write a comment as BYTE, where EXIF wants UNDEFINED and A1111's reader looks for nothing else.
+TiffTags.TAGS_V2_GROUPS[_EXIF][_COMMENT] = TiffTags.TagInfo(_COMMENT, "UserComment", TiffTags.UNDEFINED)
 
 _NAMESPACES = {
     "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
     "xmp": "http://ns.adobe.com/xap/1.0/",
-    "xmpNote": "http://ns.adobe.com/xmp/note/",
     "instep": "urn:instep:",
 }
 _A1111 = {
@@ -61,24 +62,34 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
     pixels: uint8 [height, width, 3]. compression: quality 0..100 of JPEG and WebP (OpenAI's field name), None for the
     default; PNG is lossless and ignores it. facts: the effective request, as A1111's line and as JSON: the text chunks
     `parameters` and `instep` of a PNG, the EXIF UserComment and the XMP property `instep:Request` of the others; an
-    empty dict writes neither. Raises InvalidValue for an unknown format.
+    empty dict writes neither; `instep:LeftOut` names what a JPEG has no room for. Raises InvalidValue: a wrong format.
     """
     if format == "png":
         texts = {"parameters": a1111(facts), "instep": json.dumps(facts)} if facts else {}
-        return _png(pixels, texts, _xmp(_marks()))
+        return _png(pixels, texts, _xmp({}, []))
     if format not in FORMATS:
         raise InvalidValue(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
     quality = DEFAULT_QUALITY if compression is None else compression
-    told, exif = _marks(), b""
+    options: dict[str, Any] = {"subsampling": 0} if format == "jpeg" else {"method": 2}
     if facts:
-        told["instep:Request"], exif = json.dumps(facts), _exif(a1111(facts))
-    options: dict[str, Any] = {"method": 2, "xmp": _xmp(told)}
-    if format == "jpeg":
-        options = {"subsampling": 0, **_jpeg_xmp(told)}
+        options["exif"] = _exif(a1111(facts))
+    xmp = _xmp(facts, left_out(format, facts))
     with _file() as out:
-        Image.fromarray(pixels).save(out, format, quality=quality, exif=exif, **options)
+        Image.fromarray(pixels).save(out, format, quality=quality, xmp=xmp, **options)
         out.seek(0)
         return out.read()
+
+
+def left_out(format: str, facts: dict[str, Any]) -> list[str]:
+    """Names of the facts that a file of this format has no room for: of a JPEG, as many of the longest as need be.
+
+    The mark and A1111's line always fit, and with the line the seed.
+    """
+    names: list[str] = []
+    while format == "jpeg" and len(_xmp(facts, names)) > _XMP_LIMIT:
+        sizes = {name: len(escape(json.dumps(value))) for name, value in facts.items() if name not in names}
+        names.append(max(sizes, key=sizes.__getitem__))
+    return names
 
 
 def sheet_size(count: int, columns: int, width: int, height: int) -> tuple[int, int]:
@@ -164,55 +175,32 @@ def _creator() -> str:
         return "Instep"
 
 
-def _marks() -> dict[str, str]:
-    return {"Iptc4xmpExt:DigitalSourceType": GENERATED, "xmp:CreatorTool": _creator()}
-
-
-def _xmp(told: dict[str, str], *, wrapped: bool = True) -> bytes:
-    """An XMP document (ISO 16684-1) of these properties; wrapped: as the packet that a file begins with.
+def _xmp(facts: dict[str, Any], without: Sequence[str]) -> bytes:
+    """The XMP packet (ISO 16684-1) of a file: the mark, the maker, and the request less what it is without.
 
     NOTE: XML cannot hold every character, escaped or not: a value from outside is JSON in ASCII.
     """
-    names = dict.fromkeys(key.split(":")[0] for key in told)
-    spaces = "".join(f' xmlns:{name}="{_NAMESPACES[name]}"' for name in names)
+    told = {"Iptc4xmpExt:DigitalSourceType": GENERATED, "xmp:CreatorTool": _creator()}
+    if facts:
+        told["instep:Request"] = json.dumps({name: value for name, value in facts.items() if name not in without})
+    if without:
+        told["instep:LeftOut"] = ", ".join(without)
+    spaces = "".join(f' xmlns:{name}="{_NAMESPACES[name]}"' for name in {key.split(":")[0]: None for key in told})
     values = "".join(f"<{key}>{escape(value)}</{key}>" for key, value in told.items())
     text = (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         f'<rdf:Description rdf:about=""{spaces}>{values}</rdf:Description></rdf:RDF></x:xmpmeta>'
     )
-    if wrapped:
-        text = f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>{text}<?xpacket end="r"?>'
-    return text.encode()
+    return f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>{text}<?xpacket end="r"?>'.encode()
 
 
-def _jpeg_xmp(told: dict[str, str]) -> dict[str, bytes]:
-    """Pillow's options for XMP in a JPEG: one packet, and what it has no room for in segments of its own.
-
-    A request that is longer than a segment goes into ExtendedXMP (XMP specification part 3, 1.1.3.1).
-    """
-    packet = _xmp(told)
-    if len(packet) <= _XMP_LIMIT:
-        return {"xmp": packet}
-    rest = _xmp({"instep:Request": told["instep:Request"]}, wrapped=False)
-    name = hashlib.md5(rest, usedforsecurity=False).hexdigest().upper()
-    segments = []
-    for start in range(0, len(rest), _XMP_PART):
-        head = b"http://ns.adobe.com/xmp/extension/\0" + name.encode() + struct.pack(">II", len(rest), start)
-        part = head + rest[start : start + _XMP_PART]
-        segments.append(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part)
-    return {"xmp": _xmp({**_marks(), "xmpNote:HasExtendedXMP": name}), "extra": b"".join(segments)}
-
-
-def _exif(text: str) -> bytes:
-    """An EXIF block with this UserComment. Too long a text loses the end of its prompts, never its last line.
-
-    NOTE: Pillow would write the comment as BYTE, where EXIF wants UNDEFINED (7) and some readers look for nothing else.
-    """
+def _exif(text: str) -> Image.Exif:
+    """EXIF with this UserComment. Too long a text loses the end of its prompts, never its last line."""
     if len(text.encode("utf-16-be", "replace")) > _COMMENT_LIMIT:
         prompts, _, line = text.rpartition("\n")
         cut = prompts.encode("utf-16-be", "replace")[: _COMMENT_LIMIT - 2 * len(line)]
         text = cut.decode("utf-16-be", "ignore") + "\n" + line
-    comment = b"UNICODE\0" + text.encode("utf-16-be", "replace")
-    first = struct.pack(">HHHIII", 1, _EXIF_IFD, 4, 1, 26, 0)
-    second = struct.pack(">HHHIII", 1, _USER_COMMENT, 7, len(comment), 44, 0)
-    return b"Exif\0\0MM\0*" + struct.pack(">I", 8) + first + second + comment
+    exif = Image.Exif()
+    exif.endian = ">"
+    exif.get_ifd(_EXIF)[_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be", "replace")
+    return exif

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from app.errors import InvalidValue
-from app.imaging import FORMATS, GENERATED, LONGEST, Format, a1111, encode_image, grid, sheet_size
-from tests.parts.pictures import MORE, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
+from app.imaging import FORMATS, GENERATED, LONGEST, Format, a1111, encode_image, grid, left_out, sheet_size
+from tests.parts.pictures import LEFT_OUT, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
 
 FACTS = {
     "prompt": "a red apple",
@@ -101,11 +101,14 @@ def test_every_file_says_that_a_model_made_it(format: str, facts: dict) -> None:
 
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
-def test_the_whole_request_survives_in_a_lossy_file(format: str, kind: str) -> None:
+def test_a_lossy_file_has_the_request_and_says_what_it_left_out(format: str, kind: str) -> None:
     facts = {**FACTS, "prompt": HOSTILE[kind], "negative_prompt": HOSTILE[kind][::-1]}
     data = encode_image(picture(8, 8), format, None, facts)
     told = properties(data)
-    assert json.loads(told[REQUEST]) == facts
+    without = {"a segment": ["prompt", "negative_prompt"], "many segments": ["prompt", "negative_prompt"]}.get(kind, [])
+    without = without if format == "jpeg" else []
+    assert json.loads(told[REQUEST]) == {name: value for name, value in facts.items() if name not in without}
+    assert told.get(LEFT_OUT, "") == ", ".join(without) and left_out(format, facts) == without
     assert (told[TYPE], told[TOOL]) == (GENERATED, f"Instep {version('instep')}")
     assert comment_of(data).endswith("Size: 64x48, Model: tiny")
     assert Image.open(BytesIO(data)).convert("RGB").size == (8, 8)
@@ -131,9 +134,17 @@ def test_a_packet_at_the_end_of_a_segment(over: int) -> None:
     """The longest packet that a JPEG segment holds by the specification, and one byte more."""
     empty = [body for _, body in segments(jpeg_of("")) if body.startswith(PACKET)]
     data = jpeg_of("x" * (65_502 + over - len(empty[0]) + len(PACKET)))
-    assert json.loads(properties(data)[REQUEST])["prompt"].startswith("xxx")
-    assert (MORE in properties(data)) == bool(over)
+    told = properties(data)
+    assert json.loads(told[REQUEST]).keys() == FACTS.keys() - ({"prompt"} if over else set())
+    assert told.get(LEFT_OUT) == ("prompt" if over else None)
     assert all(len(body) <= 65_533 for _, body in segments(data))
+
+
+def test_the_longest_facts_are_left_out_first_and_no_more_than_need_be() -> None:
+    long = {**FACTS, "prompt": "x" * 40_000, "negative_prompt": "y" * 50_000}
+    assert left_out("jpeg", long) == ["negative_prompt"]
+    assert left_out("jpeg", {**long, "negative_prompt": "&" * 10_000}) == ["negative_prompt"], "in XML & is 5 letters"
+    assert left_out("png", long) == left_out("webp", long) == left_out("jpeg", FACTS) == []
 
 
 @pytest.mark.parametrize("letter", ["x", "🍎"])

@@ -20,7 +20,7 @@ from app.cli.paint import Watch, bars_of, draw, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
 from app.jobs.job import Job
-from app.jobs.replies import files_of, warnings
+from app.jobs.replies import file_groups, files_of, warnings
 from app.report import Result
 
 
@@ -73,7 +73,7 @@ def paths(out: Path, count: int) -> list[Path]:
 
 def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:
     """Write the files; for each the picture in half-block cells where the terminal can, then path, seed, seconds."""
-    groups = [results] if job.columns else [[result] for result in results]
+    groups = file_groups(job, results)
     files, _ = files_of(job, groups)
     for group, file, path in zip(groups, files, paths(out, len(groups)), strict=True):
         path.write_bytes(file)

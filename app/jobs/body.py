@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from app.cards.card import Card, Size, Sizes, parse_size
 from app.cards.catalog import find_label
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported, first_problem
-from app.imaging import FORMATS, Format
+from app.imaging import FORMATS, Format, left_out
 from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, bounds, first_seed, within
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
@@ -336,6 +336,12 @@ def model_warnings(body: ImageBody, card: Card, request: Request) -> Iterator[st
             yield f"partial_images: at most {most} come before an image of {recipe.steps} steps"
     if body.priority is not None and body.priority > delivery.priority:
         yield f"priority is {delivery.priority}: more is not for this key"
+
+
+def file_warnings(format: Format, facts: dict[str, Any]) -> Iterator[str]:
+    """What the file of these facts has no room for."""
+    if names := left_out(format, facts):
+        yield f"the request in the file is without {', '.join(names)}: a jpeg holds 64 kB of it, png and webp hold all"
 
 
 def _guidance_warnings(body: ImageBody, card: Card, guidance: Guidance) -> Iterator[str]:

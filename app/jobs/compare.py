@@ -21,6 +21,7 @@ from app.jobs.body import (
     ImageBody,
     body_warnings,
     checked,
+    file_warnings,
     given_fields,
     model_warnings,
     read_body,
@@ -313,6 +314,7 @@ def panel_warnings(comparison: Comparison, results: Sequence[Result]) -> list[st
         found += [f"{job.card.id}: {text}" for text in told]
     if missing := unreadable(comparison.rows):
         found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
+    found += file_warnings(comparison.format, comparison.facts())
     return list(dict.fromkeys(found))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from app.imaging import Format, encode_image, grid, sheet_size
-from app.jobs.body import body_warnings, model_warnings, recipe_facts
+from app.jobs.body import body_warnings, file_warnings, model_warnings, recipe_facts
 from app.jobs.job import Estimate, Job
 from app.report import Preview, Result
 from app.request import ClassLabel, Condition, Prompt, Recipe
@@ -124,7 +124,7 @@ class Answer(NamedTuple):
 
 def answer(job: Job, results: Sequence[Result]) -> Answer:
     """The one file that these results make, where a job asks for it alone, else the whole JSON reply."""
-    groups = [results] if job.raw or job.columns else [[result] for result in results]
+    groups = file_groups(job, results)
     files, seconds = files_of(job, groups)
     if job.raw:
         return file_answer(files[0], job.format, [job.card.id], results[0].seed, warnings(job, results), seconds)
@@ -153,6 +153,11 @@ def file_answer(
 def json_answer(reply: BaseModel, files: Sequence[bytes], seconds: float) -> Answer:
     """A reply with its files, as `spliced`."""
     return Answer(spliced(reply, files), {"Content-Type": "application/json"}, seconds)
+
+
+def file_groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result]]:
+    """The results that make a file together: all as one sheet if the job asks for it, else each alone."""
+    return [results] if job.columns else [[result] for result in results]
 
 
 def files_of(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:
@@ -193,9 +198,12 @@ def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
 
 
 def warnings(job: Job, results: Sequence[Result]) -> list[str]:
-    """All warnings for these results of one request, each once: the body's, and those of the engine."""
-    told = [*body_warnings(job.body, job.format, job.raw), *model_warnings(job.body, job.card, job.request)]
-    return list(dict.fromkeys([*told, *(text for result in results for text in result.warnings)]))
+    """All warnings for these results of one request, each once: of the body, the model, the engine and the files."""
+    found = [*body_warnings(job.body, job.format, job.raw), *model_warnings(job.body, job.card, job.request)]
+    found += [text for result in results for text in result.warnings]
+    for group in file_groups(job, results):
+        found += file_warnings(job.format, facts(job, [result.index for result in group]))
+    return list(dict.fromkeys(found))
 
 
 def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:

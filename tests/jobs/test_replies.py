@@ -62,6 +62,18 @@ def test_a_warning_is_told_once(registry: Registry) -> None:
     assert warnings(asked(registry), [cut, cut]) == ["the prompt was cut"]
 
 
+@pytest.mark.parametrize("grid", [None, {"columns": 2}])
+def test_what_a_jpeg_has_no_room_for_is_a_warning(registry: Registry, grid: dict[str, int] | None) -> None:
+    """Two prompts are two requests in two files, and one in the file of their sheet."""
+    card = registry.find(None)
+    long = card.model_copy(update={"limits": card.limits.model_copy(update={"prompt": 3_000})})
+    body = read_body({"prompt": ["🍎" * 3_000, "🍏" * 3_000], "grid": grid})
+    job = Job(body.to_request(long, "id"), long, body)
+    results = [result(), result(index=1)]
+    (told,) = warnings(replace(job, format="jpeg"), results) or [""]
+    assert bool(told) == bool(grid) and warnings(replace(job, format="webp"), results) == []
+
+
 def test_the_size_is_that_of_the_file(registry: Registry) -> None:
     sheet = asked(registry, n=3, grid={"columns": 2})
     assert effective(sheet, 3)["size"] == "64x64"

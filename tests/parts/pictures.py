@@ -5,7 +5,6 @@ Knows nothing of the app, and shares no library with it: struct, zlib's checksum
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,15 +13,14 @@ from xml.etree import ElementTree
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 TYPE = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
 TOOL = "{http://ns.adobe.com/xap/1.0/}CreatorTool"
-MORE = "{http://ns.adobe.com/xmp/note/}HasExtendedXMP"
 PACKET = b"http://ns.adobe.com/xap/1.0/\0"
 """What the segment of a JPEG begins with that holds the packet."""
 
-REQUEST = "{urn:instep:}Request"
+REQUEST, LEFT_OUT = "{urn:instep:}Request", "{urn:instep:}LeftOut"
 
 
 def properties(data: bytes) -> dict[str, str]:
-    """The XMP properties of a file by {namespace}name, a JPEG's extension included. Asserts that it is well made."""
+    """The XMP properties of a file by {namespace}name. Asserts that it is well made."""
     packets = {b"\x89PNG": png_xmp, b"\xff\xd8\xff\xe0": jpeg_xmp, b"RIFF": webp_xmp}[data[:4]](data)
     found: dict[str, str] = {}
     for packet in packets:
@@ -66,22 +64,10 @@ def segments(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def jpeg_xmp(data: bytes) -> Iterator[bytes]:
-    """The packet, then the document of its ExtendedXMP, put together by its offsets and held to its digest."""
-    more = b"http://ns.adobe.com/xmp/extension/\0"
+    """The one packet."""
     bodies = [body for marker, body in segments(data) if marker == 0xE1]
     (packet,) = [body[len(PACKET) :] for body in bodies if body.startswith(PACKET)]
     yield packet
-    parts = [body[len(more) :] for body in bodies if body.startswith(more)]
-    if parts:
-        name, total = parts[0][:32], struct.unpack_from(">I", parts[0], 32)[0]
-        assert {(part[:32], struct.unpack_from(">I", part, 32)[0]) for part in parts} == {(name, total)}
-        rest = bytearray(total)
-        for part in parts:
-            (start,) = struct.unpack_from(">I", part, 36)
-            rest[start : start + len(part) - 40] = part[40:]
-        assert len(rest) == total and hashlib.md5(rest).hexdigest().upper().encode() == name
-        assert b"<xmpNote:HasExtendedXMP>" + name in packet
-        yield bytes(rest)
 
 
 def webp_xmp(data: bytes) -> Iterator[bytes]:
