@@ -29,7 +29,7 @@ class Local:
         settings: Settings,
         cards: dict[str, Card],
         *,
-        observe: Callable[[Report, str], None] = lambda report, worker: None,
+        observe: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._device, self._threads = plan.devices(settings.devices)[0], plan.threads(settings)
         self._observe = observe
@@ -45,7 +45,7 @@ class Local:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for job in list(self._jobs.values()):
             job.cancel()
-        self._engine.stop(drain=False)
+        self._engine.stop()
         self._thread.join(timeout=60)
         self._pool.close()
 
@@ -64,7 +64,7 @@ class Local:
             self._engine.cancel(job.request.id)
 
     def _hear(self, report: Report) -> None:
-        self._observe(report, self._device)
+        self._observe(report)
         if isinstance(report, Result | Progress | Preview | Failure) and (job := self._jobs.get(report.request_id)):
             job.hear(report)
 

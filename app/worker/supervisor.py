@@ -87,10 +87,6 @@ class Supervisor:
         """The sum of `queues`."""
         return sum(self.queues)
 
-    def tenants(self) -> dict[str, float]:
-        """The same by tenant."""
-        return dict(sum((Counter(child.backlog.tenants()) for child in self._children), Counter[str]()))
-
     @property
     def running(self) -> int:
         """Images in a batch, as of the workers' last reports; `waiting` has the other unanswered ones."""

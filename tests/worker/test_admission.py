@@ -10,7 +10,7 @@ from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.jobs.job import Estimate, Job
 from app.worker.admission import Backlog, admit, after
 from tests.parts.fake_worker import RATE
-from tests.parts.supervising import job, serving
+from tests.parts.supervising import job, serving, tenants
 from tests.parts.waiting import run, until
 from tests.worker.test_backlog import backlog, of
 
@@ -122,7 +122,7 @@ def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
             assert flood[-1].estimate == Estimate(pytest.approx(40 * RATE), 2, pytest.approx(20 * RATE))
             small = supervisor.submit(job("!slow 60", tenant="small"))
             assert small.estimate.wait == pytest.approx(6 * RATE)
-            assert supervisor.tenants() == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
+            assert tenants(supervisor) == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
             with pytest.raises(RateLimited):
                 supervisor.submit(job(tenant="flood"))
             with pytest.raises(RateLimited):
@@ -130,6 +130,6 @@ def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
             for future in (*flood, small):
                 future.cancel()
             await asyncio.sleep(0)
-            assert supervisor.tenants() == {}
+            assert tenants(supervisor) == {}
 
     run(scenario)
