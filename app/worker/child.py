@@ -11,12 +11,14 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, NoWorker
 from app.jobs.job import Job
-from app.report import Memory, Report
+from app.report import Memory, Report, Result
 from app.request import Request
 from app.worker import wire
 from app.worker.admission import Backlog
@@ -88,13 +90,13 @@ class Child:
     def take(self, job: Job) -> None:
         """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
         self.backlog.add(job)
-        job.future.add_done_callback(lambda _: self._drop(job))
+        job.future.add_done_callback(partial(self._drop, job.request.id))
         self.call("submit", job.request)
 
-    def _drop(self, job: Job) -> None:
-        self.backlog.end(job)
-        if job.future.cancelled():
-            self.call("cancel", job.request.id)
+    def _drop(self, request_id: str, future: Future[list[Result]]) -> None:
+        self.backlog.end(self.backlog.jobs[request_id])
+        if future.cancelled():
+            self.call("cancel", request_id)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""

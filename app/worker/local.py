@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -52,16 +54,16 @@ class Local:
     def submit(self, job: Job) -> Job:
         """Give the job to the engine and return it. It fails when the engine dies."""
         self._jobs[job.request.id] = job
-        job.future.add_done_callback(lambda _: self._close(job))
+        job.future.add_done_callback(partial(self._close, job.request.id))
         self._engine.submit(job.request)
         if self._crash:
             job.fail(self._crash)
         return job
 
-    def _close(self, job: Job) -> None:
-        self._jobs.pop(job.request.id, None)
-        if job.future.cancelled():
-            self._engine.cancel(job.request.id)
+    def _close(self, request_id: str, future: Future[list[Result]]) -> None:
+        self._jobs.pop(request_id, None)
+        if future.cancelled():
+            self._engine.cancel(request_id)
 
     def _hear(self, report: Report) -> None:
         self._observe(report)

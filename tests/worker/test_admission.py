@@ -101,6 +101,13 @@ def test_a_short_request_is_not_refused_for_long_ones_that_let_it_pass():
     ask(books, "a", deadline=time.monotonic() + 2.0)
 
 
+def test_a_job_that_is_refused_has_no_estimate():
+    asked, books = of("a", deadline=time.monotonic() + 5.0), backlog(a=(1.0, 8))
+    with pytest.raises(Overloaded):
+        admitted(asked, books, [books])
+    assert asked.estimate is None
+
+
 def test_a_deadline_is_not_judged_by_a_guess():
     books = backlog()
     asked = of(passes=900, model="other", deadline=time.monotonic() + 1.0)
