@@ -218,11 +218,12 @@ class EventStream(StreamingResponse):
     def __init__(self, front: Front, job: Job) -> None:
         self._front = front
         self._job = job
-        self._news: asyncio.Queue[News] = asyncio.Queue()
+        news: asyncio.Queue[News] = asyncio.Queue()
+        self._news = news
         self._first: News = None
         self._counted = False
-        job.on_report = self._news.put_nowait
-        job.future.add_done_callback(lambda _: self._news.put_nowait(None))
+        job.on_report = news.put_nowait
+        job.future.add_done_callback(lambda _: news.put_nowait(None))
         super().__init__(self._events(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
     async def begin(self, request: Request) -> EventStream:

@@ -32,6 +32,10 @@ class Spread(NamedTuple):
     most: float
     samples: int
 
+    def ms(self) -> dict[str, float]:
+        """Seconds in milliseconds, as the JSON lines have them."""
+        return {name: round(getattr(self, name) * 1e3, 4) for name in ("median", "least", "most")}
+
 
 class Ceilings(NamedTuple):
     """flops: floating point operations a second of a matrix product. bytes: read and written a second by a copy."""

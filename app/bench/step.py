@@ -44,6 +44,18 @@ class Measured(NamedTuple):
         """The floor's share of the time."""
         return self.floor / self.time.median
 
+    def facts(self) -> dict[str, Any]:
+        """A row of the JSON line."""
+        return {
+            "passes": self.passes,
+            "ms": self.time.ms(),
+            "ms_a_pass": round(self.time.median * 1e3 / self.passes, 4),
+            "gflop": round(self.work.flops / 1e9, 4),
+            "mbytes": round(self.work.bytes / 1e6, 3),
+            "floor_ms": round(self.floor * 1e3, 4),
+            "share_of_floor": round(self.share, 4),
+        }
+
 
 def measure_steps(family: Family, size: Size, passes: Sequence[int], rounds: int, most: Ceilings) -> list[Measured]:
     """Time the engine's step for unguided rows of one pass, in turns. Raises InvalidValue: no size of the network."""

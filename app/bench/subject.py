@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from app.cards.card import Card, Source, read_card, read_cards
+from app.cards.card import Card, read_card, read_cards
 from app.cards.catalog import Registry
-from app.cards.files import INDEX, read_json, to_toml
+from app.cards.files import INDEX, to_toml
 from app.cards.folder import TOKENIZERS, ModelFolder, Part
 from app.engine.engine import Engine
 from app.errors import CheckpointError, DoesNotFit
@@ -111,9 +111,8 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
         shutil.copytree(part.folder, made / name, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.pt"))
         if has_weights(part.class_name):
             _write(made / name, part.class_name, dtype)
-    own = read_json(card.folder / (card.source.path or ".") / INDEX)
-    index = {key: [None, None] if isinstance(value, list) else value for key, value in own.items()}
-    index |= {"scheduler": None, **{name: ["", part.class_name] for name, part in parts.items()}}
+    own = ModelFolder(card, cards).beside().index().items()
+    index = {key: [None, None] if key not in parts and isinstance(value, list) else value for key, value in own}
     (made / INDEX).write_text(json.dumps(index), encoding="utf-8")
     facts = card.model_dump(
         mode="json", exclude_none=True, exclude_defaults=True, exclude={"folder", "labels", "components", "files"}
@@ -125,12 +124,8 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
 
 def _parts(card: Card, cards: Mapping[str, Card]) -> dict[str, Part]:
     """The parts by name, as if every card's files stood beside it, less text encoders that have no tokenizer."""
-    local = {
-        name: one.model_copy(update={"source": Source(path=one.source.path or "."), "files": {}})
-        for name, one in {**cards, card.id: card}.items()
-    }
     try:
-        found = ModelFolder(local[card.id], local).parts()
+        found = ModelFolder(card, cards).beside().parts()
     except CheckpointError as error:
         raise CheckpointError(f"{card.id}: random weights need the configs beside the card: {error.message}") from error
     parts = {part.name: part for part in found if part.name in FAMILIES[card.family].parts}

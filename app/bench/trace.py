@@ -99,6 +99,11 @@ class Trace:
             found.setdefault(one.work, one)
         return found
 
+    def write(self, file: Path) -> None:
+        """Write a line of facts, then a line a request. Raises OSError."""
+        lines = [self.facts, *({"at": a, "class": k, "body": b, "deadline": d} for a, k, b, d in self.arrivals)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
 
 def record(card: Card, name: Mix, rate: float, seconds: float, seed: int) -> Trace:
     """Draw arrivals of a Poisson process for one model, the same for the same seed. rate: requests a second.
@@ -135,12 +140,6 @@ def _draw(card: Card, name: Mix, dice: random.Random) -> tuple[str, dict[str, An
         "guidance_scale": min(4.0, card.limits.guidance_scale) if guided else 0.0, "seed": dice.randrange(2**31),
     }  # fmt: skip
     return next(kind for kind, most in CLASSES.items() if passes <= most), body
-
-
-def write(trace: Trace, file: Path) -> None:
-    """Write a line of facts, then a line a request. Raises OSError."""
-    lines = [trace.facts, *({"at": a, "class": k, "body": b, "deadline": d} for a, k, b, d in trace.arrivals)]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read(file: Path) -> Trace:

@@ -20,6 +20,7 @@ from app.samplers.table import valid_samplers
 
 Size = tuple[int, int]
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _ALIAS = re.compile(r"[^\s/,=][^/,=]*(/[^/,=]+)*")
 _ROUTES = ("classes", "load", "unload")
 """Last words of /v1/models/{model}/..., so no name of a model may end in them."""
@@ -163,7 +164,7 @@ class Card(Section):
     denoising network. bytes: of all weights as downloaded.
     """
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    id: Annotated[str, Field(pattern=f"^{ID}$")]
     family: Literal["dit", "sd3", "flux"]
     like: str = ""
     source: Source

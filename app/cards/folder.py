@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from app.cards.card import Card
+from app.cards.card import Card, Source
 from app.cards.files import (
     CONVERT,
     INDEX,
     PICKLES,
     cached_index,
     read_classes,
+    read_json,
     refuse_endless,
     refuse_foreign,
     weight_files,
@@ -89,6 +91,15 @@ class ModelFolder:
             raise NotDownloaded(f"{self.card.id}: not downloaded: run `instep models pull {self.card.id}`")
         return index.parent.resolve()
 
+    def beside(self) -> ModelFolder:
+        """The same model as the configs beside its cards describe it: they are there before a download."""
+        owners = (self._cards[target.partition("/")[0]] for target in self.card.components.values())
+        local = {
+            one.id: one.model_copy(update={"source": Source(path=one.source.path or "."), "files": {}})
+            for one in (*owners, self.card)
+        }
+        return ModelFolder(local[self.card.id], local)
+
     def here(self) -> bool:
         """Whether every file of every part is on this machine: configs, tokenizers, all shards, other cards' parts.
 
@@ -138,6 +149,14 @@ class ModelFolder:
         folder = self.path
         found = read_classes(folder / INDEX).items()
         return [self._part(name, kind, folder) for name, kind in found if name not in self.card.components]
+
+    def index(self) -> dict[str, Any]:
+        """Everything that model_index.json says, with other cards' entries for shared parts. Raises as `parts`."""
+        found = read_json(self.path / INDEX)
+        for name, target in self.card.components.items():
+            owner, _, part = target.partition("/")
+            found[name] = read_json(ModelFolder(self._cards[owner], self._cards).path / INDEX).get(part)
+        return found
 
     def _shared(self, name: str, target: str) -> Part:
         """A part of another card."""

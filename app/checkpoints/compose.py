@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from app.cards.card import Card, read_card
+from app.cards.card import ID, Card, read_card
 from app.cards.catalog import Registry
-from app.cards.files import INDEX, read_json, read_toml, to_toml
+from app.cards.files import INDEX, read_toml, to_toml
+from app.cards.folder import ModelFolder
 from app.cards.noise import changes, schedule_of
 from app.checkpoints.identify import CardConfigs, Inventory, configs_of, short, take_inventory
 from app.checkpoints.parts import prove
@@ -22,13 +23,12 @@ from app.families import FAMILIES
 OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
 
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Kind = Literal["whole", "original", "plain", "folder", "card"]
 
 
 @dataclass
 class Draft:
-    """A card to be written for the files at `path`, like another card.
+    """A card to be written for the files at `path`, like another card. cards: all of them by id.
 
     parts: of each where it comes from. "whole": the diffusers folder `path`; "original": a file by its authors' names;
     "plain": a file by diffusers' names; "folder": a folder of its own; "card": "<id>/<folder>" of another card.
@@ -36,6 +36,7 @@ class Draft:
 
     like: CardConfigs
     path: Path
+    cards: Mapping[str, Card]
     parts: dict[str, tuple[Kind, Path | str]] = field(default_factory=dict)
 
     def of(self, kind: Kind) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Draft:
 
     def take(self, part: str, place: Path) -> None:
         """A part from a place of its own, instead of the one that is there. Raises CheckpointError, LoadError."""
-        if part not in self.like.classes:
+        if part not in self.like.parts:
             raise LoadError(f"{flag(part)}: {self.like.card.id} has no such part")
         place = place / part if (place / INDEX).is_file() else place
         fitting = (one for one in take_inventory(place).parts.values() if self.like.differences(part, one) == [])
@@ -66,7 +67,7 @@ class Draft:
 
     def take_tokenizers(self, place: Path) -> None:
         """Those of the folder that the model has a use for. Raises LoadError: there are none."""
-        named = [part for part in self.like.classes if part.startswith("tokenizer") and (place / part).is_dir()]
+        named = [part for part in self.like.parts if part.startswith("tokenizer") and (place / part).is_dir()]
         if not named:
             raise LoadError(f"{place}: there is no folder tokenizer, tokenizer_2 or tokenizer_3 in it")
         for part in named:
@@ -79,11 +80,11 @@ class Draft:
 
     def take_rest(self, owner: Card) -> None:
         """What is still missing, from another card. Raises LoadError: it is of another kind."""
-        other = configs_of(owner)
+        other = configs_of(owner, self.cards)
         if other is None or owner.family != self.like.card.family:
             raise LoadError(f"--rest {owner.id}: it is no {self.like.card.family}, as {self.like.card.id} is")
         for part in self.missing:
-            if self.like.classes[part] == other.classes.get(part):
+            if part in other.parts and self.like.parts[part].class_name == other.parts[part].class_name:
                 self.parts[part] = "card", owner.components.get(part, f"{owner.id}/{part}")
 
     def refuse_gaps(self) -> None:
@@ -108,7 +109,7 @@ class Draft:
         found = changes(self.like.card.schedule, self.schedule)
         return [f"the schedule is the folder's own: {', '.join(found)}"] if found else []
 
-    def write(self, folder: Path, cards: Mapping[str, Card]) -> None:
+    def write(self, folder: Path) -> None:
         """The card's folder, named as its id; nothing stays of one that could not be written or is not right.
 
         Raises CardError, LoadError: no model can be built of it.
@@ -129,7 +130,7 @@ class Draft:
             card |= {name: table for name, table in tables.items() if table}
             lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            prove(read_card(file), cards)
+            prove(read_card(file), self.cards)
         except BaseException as error:
             shutil.rmtree(folder)
             if isinstance(error, LoadError):
@@ -138,12 +139,13 @@ class Draft:
 
     def _write_layout(self, folder: Path) -> None:
         """model_index.json, the configs of parts in files, and links to the folders of others."""
-        source, plain = self.like.folder, self.of("plain")
+        like, plain = ModelFolder(self.like.card, self.cards).beside(), self.of("plain")
         absent = self.like.missing(self.parts.keys() - self.of("card").keys())
-        index = {name: value for name, value in read_json(source / INDEX).items() if name not in absent}
+        index = {name: value for name, value in like.index().items() if name not in absent}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for part in (*self.of("original"), *plain, "scheduler"):
-            for file in sorted((source / part).glob("*config.json")):
+        configs = {part: self.like.parts[part].folder for part in (*self.of("original"), *plain)}
+        for part, place in {**configs, "scheduler": like.path / "scheduler"}.items():
+            for file in sorted(place.glob("*config.json")):
                 (folder / part).mkdir(exist_ok=True)
                 shutil.copyfile(file, folder / part / file.name)
         for part, place in self.of("folder").items():
@@ -167,7 +169,7 @@ def draft(found: Inventory, registry: Registry, like: str | None) -> Draft:
     if wanted is None and len(fits) > 1:
         raise LoadError(f"{path}: fits {', '.join(fits)}, and the files cannot tell which: say it with --like")
     one, parts = fits[wanted or next(iter(fits))]
-    made = Draft(one, path)
+    made = Draft(one, path, registry.cards)
     for name, part in parts.items():
         if name not in found.odd:
             made.parts[name] = "whole" if path.is_dir() else "original" if part.original else "plain", path
@@ -189,7 +191,7 @@ def free_id(path: Path, registry: Registry, models: Path) -> str:
 
 def free_folder(model: str, registry: Registry, models: Path) -> Path:
     """The folder of a new model. Raises LoadError: its name is none, or is taken."""
-    if not ID.fullmatch(model):
+    if not re.fullmatch(ID, model):
         raise LoadError(f'"{model}" cannot be the id of a model: letters, digits, ".", "_", "-"')
     if _is_taken(model, registry, models):
         raise LoadError(f"{models / model}: there is a model of this name already; give another with --id")

@@ -24,11 +24,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from app.cards.card import Card, read_card
+from app.cards.card import ID, Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
 from app.cards.folder import Part
 from app.cards.noise import FILE, schedule_of
-from app.checkpoints.compose import ID
 from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
@@ -118,7 +117,7 @@ def convert_dit(wanted: Conversion, tell: Tell) -> None:
     if folder.exists() and card is None:
         hint = " and holds no card without weights" if wanted.replace else ": name a folder that does not"
         raise CheckpointError(f"{folder} exists{hint}")
-    if not ID.fullmatch(folder.name):
+    if not re.fullmatch(ID, folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
     with _whole(folder) as unfinished:
         _write(wanted, unfinished, folder.name, tell)

@@ -16,6 +16,7 @@ import torch
 from app.cards.card import Card
 from app.cards.catalog import SHIPPED
 from app.cards.files import INDEX, PICKLES, read_classes, read_json
+from app.cards.folder import ModelFolder, Part
 from app.checkpoints.tensors import State, read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError
 from app.families.authors import Layout, parts_in
@@ -44,18 +45,16 @@ class FoundPart:
 
 @dataclass(frozen=True, slots=True)
 class CardConfigs:
-    """A card and the folder of the configs that files are compared with. classes: of its parts, by name."""
+    """A card, and by name its parts, with the folders of the configs that files are compared with."""
 
     card: Card
-    folder: Path
-    classes: Mapping[str, str]
+    parts: Mapping[str, Part]
 
     def differences(self, part: str, found: FoundPart) -> list[str] | None:
         """How a found part differs from this one, a line each; None where it is not even of the same kind."""
-        class_name = self.classes.get(part, "")
-        if not has_weights(class_name):
+        if part not in self.parts or not has_weights(self.parts[part].class_name):
             return None
-        state = found.state
+        class_name, state = self.parts[part].class_name, found.state
         if found.original is not None:
             if class_name not in found.original.classes:
                 return None
@@ -63,26 +62,26 @@ class CardConfigs:
                 state = found.original.read(class_name, found.state)
             except ValueError as error:
                 return [str(error)]
-        return differences(class_name, self.folder / part, state) or self._besides(part, found)
+        return differences(class_name, self.parts[part].folder, state) or self._besides(part, found)
 
     def _besides(self, part: str, found: FoundPart) -> list[str]:
         """Differences that no shape shows: of the configs, or of the positions in a DiT's file."""
-        own = read_json(self.folder / part / "config.json")
+        own = read_json(self.parts[part].folder / "config.json")
         theirs: Mapping[str, Any] = {}
         if found.place.is_dir() and (found.place / "config.json").is_file():
             theirs = read_json(found.place / "config.json")
         elif found.original and "pos_embed" in found.state:
             theirs = {"sample_size": isqrt(found.state["pos_embed"].shape[1]) * int(own.get("patch_size", 2))}
-        both = [name for name in BESIDES.get(self.classes[part], ()) if name in own and name in theirs]
+        both = [name for name in BESIDES.get(self.parts[part].class_name, ()) if name in own and name in theirs]
         return [f"its {name} is {theirs[name]}, not {own[name]}" for name in both if theirs[name] != own[name]]
 
     def counts(self, part: str) -> tuple[int, int]:
         """Parameters of a network, and all numbers that it keeps in memory."""
-        return counts(self.classes[part], self.folder / part)
+        return counts(self.parts[part].class_name, self.parts[part].folder)
 
     def missing(self, parts: Iterable[str]) -> list[str]:
         """The card's parts that are not among these."""
-        return [part for part in self.classes if part not in set(parts)]
+        return [part for part in self.parts if part not in set(parts)]
 
 
 @dataclass
@@ -135,7 +134,7 @@ def identify(path: Path, cards: Mapping[str, Card]) -> Inventory:
     """Compare a diffusers folder, or one file, with every card that has configs. Raises CheckpointError."""
     found = take_inventory(path)
     for card in cards.values():
-        if (one := configs_of(card)) and (parts := _match(found, one)):
+        if (one := configs_of(card, cards)) and (parts := _match(found, one)):
             found.fits.append((one, parts))
     if "transformer" in found.parts and found.fits and path.is_file():  # a folder's parts have own configs
         one, parts = found.fits[0]
@@ -187,12 +186,16 @@ def _of_safetensors(file: Path) -> Inventory:
     return found
 
 
-def configs_of(card: Card) -> CardConfigs | None:
-    """The card with its configs, beside it or where its files are; None where this machine has none."""
-    for folder in [card.folder] if card.source.path is None else [card.folder, card.folder / card.source.path]:
-        if (folder / INDEX).is_file() and (folder / "transformer" / "config.json").is_file():
-            return CardConfigs(card, folder, read_classes(folder / INDEX))
-    return None
+def configs_of(card: Card, cards: Mapping[str, Card]) -> CardConfigs | None:
+    """The card with the configs of its parts; None where some are not here, or the network is another card's."""
+    if "transformer" in card.components:
+        return None
+    try:
+        parts = {part.name: part for part in ModelFolder(card, cards).beside().parts()}
+    except CheckpointError:
+        return None
+    networks = (part for part in parts.values() if has_weights(part.class_name))
+    return CardConfigs(card, parts) if all((one.folder / "config.json").is_file() for one in networks) else None
 
 
 def _match(found: Inventory, one: CardConfigs) -> dict[str, FoundPart]:
@@ -201,7 +204,7 @@ def _match(found: Inventory, one: CardConfigs) -> dict[str, FoundPart]:
         return found.parts if _compare(found, one, "transformer", network) == [] else {}
     named: dict[str, FoundPart] = {}
     for own, part in found.parts.items():
-        names = [name for name in sorted(one.classes, key=lambda name: name != own) if name not in named]
+        names = [name for name in sorted(one.parts, key=lambda name: name != own) if name not in named]
         fitting = [name for name in names if _compare(found, one, name, part) == []]
         if not fitting:
             return {}
@@ -213,7 +216,7 @@ def _compare(found: Inventory, one: CardConfigs, name: str, part: FoundPart) -> 
     """The differences; the nearest card, of those with a tensor's name in common, is noted in the inventory."""
     lines = one.differences(name, part)
     if lines and (found.nearest is None or len(lines) < len(found.nearest[2])):
-        own = outline_of(one.classes[name], one.folder / name)
+        own = outline_of(one.parts[name].class_name, one.parts[name].folder)
         if part.original is not None or own.keys() & part.state.keys():
             found.nearest = one.card, name, lines
     return lines

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from app.cards.card import Card, Size, parse_size
-from app.cli.bodies import open_registry
+from app.cli.bodies import Guidance, Model, SizeText, Steps, open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
-from app.jobs.body import describe_sizes
+from app.jobs.body import allows, describe_sizes
 
 if TYPE_CHECKING:
-    from app.bench.machine import Ceilings, Spread
+    from app.bench.machine import Ceilings
     from app.bench.subject import Subject
     from app.bench.trace import Trace
     from app.request import Request
@@ -27,13 +28,26 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Measure this machine: a step, an image, a server under load.", no_args_is_help=True)
 
-Model = Annotated[str | None, typer.Option(help="A model id or alias")]
-SizeText = Annotated[str | None, typer.Option(help="WxH in pixels")]
 Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turns, after two that do not count")]
 Random = Annotated[bool, typer.Option("--random-weights", help="The card's networks at true size, without files")]
 Json = Annotated[bool, typer.Option("--json", help="The line of JSON alone")]
 
 CEILINGS = "{gflops} GFLOP/s of a matrix product, {gbytes} GB/s of a copy"
+
+Row = Mapping[str, Any]
+Columns = Mapping[str, str]
+"""How a table writes the rows of the JSON line: by the head of a column, the form of its cells."""
+
+TIMES: Columns = {"ms": "{ms[median]:.2f}", "least": "{ms[least]:.2f}", "most": "{ms[most]:.2f}"}
+STEPS: Columns = {
+    "passes": "{passes}", "ms a step": TIMES["ms"], "least": TIMES["least"], "most": TIMES["most"],
+    "ms a pass": "{ms_a_pass:.2f}", "GFLOP": "{gflop:.3f}", "floor ms": "{floor_ms:.2f}",
+    "share of floor": "{share_of_floor:.0%}",
+}  # fmt: skip
+LATENCIES: Columns = {
+    "seconds": "{kind}", "n": "{count}", "alone": "{alone}", "p50": "{p50:.2f}", "p95": "{p95:.2f}",
+    "p99": "{p99:.2f}", "mean": "{mean:.2f}", "in time": "{attainment:.0%}",
+}  # fmt: skip
 
 
 @app.command()
@@ -58,31 +72,17 @@ def step(
         pixels = _size(size, subject.card) if size else subject.card.default_size
         most = ceilings(subject.family.device, subject.family.dtype)
         found = measure_steps(subject.family, pixels, widths, rounds, most)
-        facts = _facts(subject, most, rounds, size=f"{pixels[0]}x{pixels[1]}", random_weights=random_weights)
-    rows = [
-        {
-            "passes": one.passes,
-            "ms": ms(one.time),
-            "ms_a_pass": round(one.time.median * 1e3 / one.passes, 4),
-            "gflop": round(one.work.flops / 1e9, 4),
-            "mbytes": round(one.work.bytes / 1e6, 3),
-            "floor_ms": round(one.floor * 1e3, 4),
-            "share_of_floor": round(one.share, 4),
-        }
-        for one in found
-    ]
-    table = make_table("passes", "ms a step", "least", "most", "ms a pass", "GFLOP", "floor ms", "share of floor")
-    for one, row in zip(found, rows, strict=True):
-        rest = f"{row['ms_a_pass']:.2f}", f"{row['gflop']:.3f}", f"{row['floor_ms']:.2f}"
-        table.add_row(str(one.passes), *_cells(one.time), *rest, f"{row['share_of_floor']:.0%}")
-    show({"bench": "step", **facts, "steps": rows}, facts, [table], only_json)
+        size = f"{pixels[0]}x{pixels[1]}"
+        facts = facts_of(subject, most, rounds, size=size, random_weights=random_weights)
+    rows = [one.facts() for one in found]
+    show("step", facts, {"steps": rows}, [make_table(STEPS, rows)], only_json)
 
 
 @app.command()
 def image(
     model: Model = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     size: SizeText = None,
     rounds: Rounds = 10,
     random_weights: Random = False,
@@ -98,10 +98,9 @@ def image(
         request = asked(subject, steps=steps, guidance=guidance, size=size)
         drawn = measure_image(subject, request, rounds)
         facts = image_facts(subject, request, rounds, random_weights)
-    ways = {name: {"ms": ms(time)} for name, time in drawn.times.items()}
-    line = {"ways": ways, "stages": {name: ms(time) for name, time in drawn.stages.items()}}
-    tables = [times_table("stage", drawn.stages), times_table("one image", drawn.times)]
-    show({"bench": "image", **facts, **line}, facts, tables, only_json)
+    ways, stages = ({name: time.ms() for name, time in times.items()} for times in (drawn.times, drawn.stages))
+    line = {"ways": {name: {"ms": ms} for name, ms in ways.items()}, "stages": stages}
+    show("image", facts, line, [times_table("stage", stages), times_table("one image", ways)], only_json)
 
 
 @app.command()
@@ -124,8 +123,11 @@ def serve(
     settings = read_settings(models=models, dtype=dtype)
     if not (math.isfinite(at_capacity) and math.isfinite(seconds)):
         raise InvalidValue("at-capacity, seconds: not a number that ends", param="seconds")
-    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed), record)
+    if record and trace:
+        raise InvalidValue("record: a trace that is read is recorded already", param="record")
+    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed))
     if record:
+        drawn.write(record)
         Console().print(f"{record}: {len(drawn.arrivals)} requests in {seconds:g} s", highlight=False, markup=False)
         return
     from app.bench.serve import measure
@@ -141,24 +143,14 @@ def serve(
     print(json.dumps(line))
 
 
-def open_trace(
-    settings: Settings, model: str | None, file: Path | None, drawn: tuple[str, float, float, int], record: Path | None
-) -> Trace:
-    """Read the trace of a file, or draw one of (mix, rate, seconds, seed), and write it to `record` if that is given.
-
-    Raises InvalidValue, ModelNotFound, OSError.
-    """
+def open_trace(settings: Settings, model: str | None, file: Path | None, drawn: tuple[Any, float, float, int]) -> Trace:
+    """Read the trace of a file, or draw one of (mix, rate, seconds, seed). Raises InstepError, OSError."""
     from app.bench import trace as traces
 
     if drawn[0] not in traces.KINDS:
         raise InvalidValue(f"mix: {drawn[0]}: there are {', '.join(traces.KINDS)}", param="mix")
     card = open_registry(settings).find(model)
-    if record and file:
-        raise InvalidValue("record: a trace that is read is recorded already", param="record")
-    found = traces.read(file) if file else traces.record(card, *drawn)  # type: ignore[arg-type]
-    if record:
-        traces.write(found, record)
-    return found
+    return traces.read(file) if file else traces.record(card, *drawn)
 
 
 def say(line: str) -> None:
@@ -184,23 +176,23 @@ def image_facts(subject: Subject, request: Request, rounds: int, random_weights:
     from app.bench.machine import ceilings
 
     recipe = request.recipe
-    return _facts(
+    return facts_of(
         subject, ceilings(subject.family.device, subject.family.dtype), rounds,
         size=f"{recipe.width}x{recipe.height}", sampler=recipe.sampler, steps=recipe.steps,
         guidance=recipe.guidance.scale if recipe.guidance.guided else 0.0, random_weights=random_weights,
     )  # fmt: skip
 
 
-def _facts(subject: Subject, most: Ceilings, rounds: int, **more: Any) -> dict[str, Any]:
+def facts_of(subject: Subject, most: Ceilings, rounds: int, **more: Any) -> dict[str, Any]:
+    """What a figure of a model needs beside it."""
     from app.bench.machine import facts
 
-    own = facts(subject.family.device, subject.family.dtype)
+    own = facts(subject.family.device, subject.family.dtype) | {"compiled": subject.settings.compile}
     rates = {"gflops": round(most.flops / 1e9, 1), "gbytes": round(most.bytes / 1e9, 2)}
-    compiled = {"compiled": subject.settings.compile}
-    return {"model": subject.card.id, **more, **own, **compiled, "rounds": rounds, "ceilings": rates}
+    return {"model": subject.card.id, **more, **own, "rounds": rounds, "ceilings": rates}
 
 
-def show(line: dict[str, Any], facts: dict[str, Any], tables: Sequence[Table], only_json: bool = False) -> None:
+def show(bench: str, facts: Row, found: Row, tables: Iterable[Table], only_json: bool = False) -> None:
     """Print the facts, the tables, and one line of JSON last."""
     if not only_json:
         console = Console() if Console().is_terminal else Console(width=160)
@@ -210,46 +202,33 @@ def show(line: dict[str, Any], facts: dict[str, Any], tables: Sequence[Table], o
         for one in (head, *tables):
             console.print(one)
             console.print()
-    print(json.dumps(line))
+    print(json.dumps({"bench": bench, **facts, **found}))
 
 
-def print_load(console: Console, name: str, found: Mapping[str, Any]) -> None:
+def print_load(console: Console, name: str, found: Row) -> None:
     """Print what came of one server under load."""
-    capacity = found["capacity"]
-    title = f"{name}: {capacity['median']:.2f} images/s ({capacity['least']:.2f} to {capacity['most']:.2f})"
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("seconds", "n", "alone", "p50", "p95", "p99", "mean", "in time"):
-        table.add_column(column, justify="left" if column == "seconds" else "right")
-    for kind, row in found["latency"].items():
-        seconds = [f"{row[what]:.2f}" for what in ("p50", "p95", "p99", "mean")]
-        alone = f"{found['alone'][kind]:.2f}" if kind in found["alone"] else ""
-        table.add_row(kind, str(row["count"]), alone, *seconds, f"{row['attainment']:.0%}")
-    console.print(table)
+    title = "{name}: {median:.2f} images/s ({least:.2f} to {most:.2f})".format(name=name, **found["capacity"])
+    alone = {kind: f"{seconds:.2f}" for kind, seconds in found["alone"].items()}
+    rows = [{"kind": kind, "alone": alone.get(kind, ""), **row} for kind, row in found["latency"].items()]
+    console.print(make_table(LATENCIES, rows, title=title, title_justify="left", padding=(0, 1)))
     shared = f"{found['rows']:.2f} rows a forward; " if found["rows"] else ""
     late = f"the client at most {1e3 * found['client_late']:.0f} ms late"
     console.print(f"{shared}answers by status: {found['statuses']}; {late}", highlight=False)
 
 
-def make_table(*columns: str) -> Table:
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+def make_table(columns: Columns, rows: Iterable[Row], **looks: Any) -> Table:
+    """A table of rows of the JSON line."""
+    made = Table(box=None, **{"padding": (0, 2, 0, 0), **looks})
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place or column == "passes" else "left")
+    for row in rows:
+        made.add_row(*(cell.format(**row) for cell in columns.values()))
     return made
 
 
-def times_table(what: str, times: Mapping[str, Spread]) -> Table:
-    table = make_table(what, "ms", "least", "most")
-    for name, time in times.items():
-        table.add_row(name, *_cells(time))
-    return table
-
-
-def _cells(time: Spread) -> list[str]:
-    return [f"{value:.2f}" for value in ms(time).values()]
-
-
-def ms(time: Spread) -> dict[str, float]:
-    return {name: round(getattr(time, name) * 1e3, 4) for name in ("median", "least", "most")}
+def times_table(what: str, times: Mapping[str, Row]) -> Table:
+    """A table of milliseconds by name."""
+    return make_table({what: "{name}", **TIMES}, [{"name": name, "ms": ms} for name, ms in times.items()])
 
 
 def _size(text: str, card: Card) -> Size:
@@ -258,16 +237,14 @@ def _size(text: str, card: Card) -> Size:
         width, height = parse_size(text)
     except ValueError as error:
         raise InvalidValue(f"size: {error}", param="size") from error
-    sizes = card.limits.sizes
-    if not all(sizes.min <= side <= sizes.max and side % sizes.multiple == 0 for side in (width, height)):
-        raise InvalidValue(f"size: {describe_sizes(sizes)}", param="size")
+    if not allows(card.limits.sizes, width, height):
+        raise InvalidValue(f"size: {describe_sizes(card.limits.sizes)}", param="size")
     return width, height
 
 
 def _widths(text: str) -> list[int]:
     """Raises InvalidValue: not numbers from 1 up."""
-    words = [word.strip() for word in text.split(",")]
-    found = sorted({int(word) for word in words if word.isdecimal() and len(word) < 5})
-    if not all(word.isdecimal() and len(word) < 5 for word in words) or not 1 <= found[0] <= found[-1] <= 1024:
+    found = {int(word) if re.fullmatch(r"\s*\d{1,4}\s*", word) else 0 for word in text.split(",")}
+    if not 1 <= min(found) <= max(found) <= 1024:
         raise InvalidValue(f'passes: "{text}" is not numbers from 1 to 1024, like "1,2,4"', param="passes")
-    return found
+    return sorted(found)

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+import typer
 
 from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
@@ -20,6 +22,13 @@ from app.settings import Settings
 Body = dict[str, Any]
 _IDS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+Model = Annotated[str | None, typer.Option(help="A model id or alias")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")]
+SizeText = Annotated[str | None, typer.Option(help="WxH in pixels")]
+Negative = Annotated[str | None, typer.Option(help="What guidance moves away from")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")]
 
 
 def open_registry(settings: Settings) -> Registry:

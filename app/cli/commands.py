@@ -1,6 +1,6 @@
 """Commands: the tree of the command line, `instep serve | generate | compare | models | bench | demo`.
 
-Knows nothing of HTTP bodies' rules (`app/jobs/body.py`). What goes wrong is one line on stderr and exit code 1.
+What goes wrong is one line on stderr and exit code 1.
 """
 
 from __future__ import annotations

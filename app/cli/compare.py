@@ -1,7 +1,4 @@
-"""`instep compare`: several models side by side, through an engine in this process, as one labelled panel.
-
-Knows nothing of defaults or limits, nor of how the panel looks: it sends the body that a server would be sent.
-"""
+"""`instep compare`: several models side by side, through an engine in this process, as one labelled panel."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ from rich.console import Console
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.bodies import Body, curl_of, kind_of, labels_of, open_registry
-from app.cli.paint import Watch, bars_of, draw, say
+from app.cli.bodies import Body, Negative, Out, curl_of, kind_of, labels_of, open_registry
+from app.cli.paint import Watch, bars_of, say
 from app.cli.serve import Folder, read_settings
 from app.errors import InstepError
 from app.jobs.body import ImageBody
@@ -42,8 +39,8 @@ def compare(
     seed: Annotated[int | None, typer.Option(help="The one seed of all pictures; drawn if absent or -1")] = None,
     sampler: Annotated[str | None, typer.Option(help="The solver; each model's own if absent")] = None,
     size: Annotated[str | None, typer.Option(help="WxH in pixels; each model's own if absent")] = None,
-    negative: Annotated[str | None, typer.Option(help="What guidance moves away from")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")] = None,
+    negative: Negative = None,
+    out: Out = None,
     models: Folder = None,
 ) -> None:
     """Draw the same prompts or classes by several models, one panel: rows prompts, columns models by parameters."""
@@ -59,7 +56,7 @@ def compare(
     start = time.monotonic()
     watch = bars(comparison, Console(stderr=True))
     try:
-        results = [result for (result,) in draw(comparison.jobs, watch, settings, registry.cards)]
+        results = [result for (result,) in watch.draw(settings, registry.cards)]
     except InstepError as error:
         raise _with_model(comparison.jobs, error) from None
     out.write_bytes(raw_panel(comparison, results)[0])

@@ -1,7 +1,4 @@
-"""`instep demo`: twelve mixed requests through one engine, and the forwards they shared.
-
-Knows nothing of how they are batched: it counts the Ticks.
-"""
+"""`instep demo`: twelve mixed requests through one engine, and the forwards they shared, counted by its Ticks."""
 
 from __future__ import annotations
 
@@ -78,9 +75,7 @@ class Tally:
             self.let_in(idle=report.running + report.waiting == 0)
 
 
-def demo(
-    models: Folder = None,
-) -> None:
+def demo(models: Folder = None) -> None:
     """Twelve requests of 1 to 50 steps, guided and not, in one engine at once."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
@@ -91,7 +86,7 @@ def demo(
     )
     watch, tally = Watch([*lines], lambda job, index: lines[job], bars), Tally([(at, job) for at, job, _ in script])
 
-    def observe(report: Report, worker: str) -> None:
+    def observe(report: Report) -> None:
         watch.observe(report)
         tally(report)
 

@@ -68,7 +68,7 @@ def add(
     made.refuse_gaps()
     model = name or free_id(path, registry, settings.models)
     folder = free_folder(model, registry, settings.models)
-    made.write(folder, registry.cards)
+    made.write(folder)
     typer.echo(f"{model}: {folder / 'card.toml'}, like {made.like.card.id}; the weights stay where they are")
     for line in (*made.left_out(found), *made.own_schedule()):
         typer.echo(line)

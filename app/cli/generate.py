@@ -1,7 +1,4 @@
-"""`instep generate`: one request through an engine in this process: a file, and a painting in the terminal.
-
-Knows nothing of defaults, limits or samplers.
-"""
+"""`instep generate`: one request through an engine in this process: a file, and a painting in the terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +12,22 @@ import typer
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from app.cli.bodies import build, curl, file_name, in_folder, kind_of, labels_of, open_registry
-from app.cli.paint import Watch, bars_of, draw, half_blocks, say
+from app.cli.bodies import (
+    Guidance,
+    Model,
+    Negative,
+    Out,
+    SizeText,
+    Steps,
+    build,
+    curl,
+    file_name,
+    in_folder,
+    kind_of,
+    labels_of,
+    open_registry,
+)  # fmt: skip
+from app.cli.paint import Watch, bars_of, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
 from app.jobs.job import Job
@@ -29,16 +40,16 @@ def generate(
     class_label: Annotated[
         list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A model id or alias")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
+    model: Model = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image; drawn if absent or -1")] = None,
     sampler: Annotated[str | None, typer.Option(help="The solver; `instep models show ID` lists them")] = None,
-    size: Annotated[str | None, typer.Option(help="WxH in pixels")] = None,
-    negative: Annotated[str | None, typer.Option(help="What guidance moves away from")] = None,
+    size: SizeText = None,
+    negative: Negative = None,
     n: Annotated[int | None, typer.Option("-n", help="Images, seeds counting up")] = None,
     columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")] = None,
+    out: Out = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
     models: Folder = None,
 ) -> None:
@@ -52,7 +63,7 @@ def generate(
     }  # fmt: skip
     job = build(body, registry, "generate", keep_latents=bool(save_latents and in_folder(save_latents)))
     start = time.monotonic()
-    (results,) = draw([job], bars(job, Console(stderr=True)), settings, registry.cards)
+    (results,) = bars(job, Console(stderr=True)).draw(settings, registry.cards)
     console, out = Console(), out or file_name(job)
     deliver(console, job, results, out, time.monotonic() - start)
     if save_latents:
@@ -66,15 +77,11 @@ def bars(job: Job, console: Console) -> Watch:
     return Watch([job], lambda _, index: f"image {index + 1}", bars_of(console), ahead=False, loads=console.is_terminal)
 
 
-def paths(out: Path, count: int) -> list[Path]:
-    """The files of `count` images: the one named, or name-1, name-2, ..."""
-    return [out] if count == 1 else [out.with_stem(f"{out.stem}-{index + 1}") for index in range(count)]
-
-
 def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:
-    """Write the files; for each the picture in half-block cells where the terminal can, then path, seed, seconds."""
+    """Write the file, or name-1, name-2, ...; for each the picture where the terminal can, then path, seed, seconds."""
     files = [results] if job.columns else [[result] for result in results]
-    for group, path in zip(files, paths(out, len(files)), strict=True):
+    for number, group in enumerate(files, 1):
+        path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
         path.write_bytes(raw_image(job, group)[0])
         if console.is_terminal:
             pixels = grid([result.pixels for result in group], job.columns or 1)

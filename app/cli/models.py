@@ -214,7 +214,7 @@ def _memory_of(one: CardConfigs, parts: Iterable[str], settings: Settings) -> di
 
     device = plan.devices(settings.devices)[0]
     dtype = resolve_dtype(settings, device)
-    networks = (part for part in parts if has_weights(one.classes.get(part, "")))
+    networks = (part for part in parts if part in one.parts and has_weights(one.parts[part].class_name))
     return {part: one.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
 
 
@@ -255,7 +255,7 @@ def _print_next(found: Inventory, registry: Registry, settings: Settings) -> Non
         words += ["--rest", one.card.id]
     made.refuse_gaps()
     with tempfile.TemporaryDirectory(prefix="instep-check-") as folder:
-        made.write(Path(folder) / free_id(path, registry, settings.models), registry.cards)
+        made.write(Path(folder) / free_id(path, registry, settings.models))
     for line in made.own_schedule():
         typer.echo(line)
     typer.echo(f"next: {shlex.join(words)}")

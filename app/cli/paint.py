@@ -36,7 +36,7 @@ def bars_of(console: Console) -> Progress:
 class Watch:
     """Shows how far jobs are, and waits for them.
 
-    name: of the bar of one image, which those of the same name share; with `ahead` the bars are there before the first
+    name: of the bar of one image, which those of the same name share; with `ahead` the bars are seen before the first
     step. loads: whether a line says that a model loads.
     """
 
@@ -49,19 +49,24 @@ class Watch:
         ahead: bool = True,
         loads: bool = True,
     ) -> None:
-        self.bars = bars
-        self._jobs = jobs
-        self._name = name
-        self._loads = loads
+        self.bars, self._jobs, self._name, self._loads = bars, jobs, name, loads
         self._tasks: dict[str, TaskID] = {}
-        images = [(job, index) for job in jobs for index in range(len(job.request.images))]
-        self._images = Counter(name(job, index) for job, index in images)
-        for job, index in images:
+        images = [(job, name(job, index)) for job in jobs for index in range(len(job.request.images))]
+        self._images = Counter(one for _, one in images)
+        for job, one in images:
             job.on_report = partial(self._hear, job)
-            if ahead:
-                self._task(name(job, index), job.request.recipe.steps)
+            if one not in self._tasks:
+                total = self._images[one] * job.request.recipe.steps
+                self._tasks[one] = bars.add_task(one, total=total, visible=ahead)
 
-    def observe(self, report: Report, worker: str = "") -> None:
+    def draw(self, settings: Settings, cards: dict[str, Card]) -> list[list[Result]]:
+        """The results of each job, by an engine in this process. Raises the error of the first that fails."""
+        with Local(settings, cards, observe=self.observe) as engine, self.bars:
+            for job in self._jobs:
+                engine.submit(job)
+            return self.results()
+
+    def observe(self, report: Report) -> None:
         """Print a line when a model begins to load and when it is ready."""
         if self._loads and isinstance(report, ModelState) and not report.rates:
             if report.state == "loading":
@@ -79,21 +84,8 @@ class Watch:
 
     def _hear(self, job: Job, report: Preview | Step | Result) -> None:
         if isinstance(report, Step):
-            task = self._task(name := self._name(job, report.index), report.steps)
-            self.bars.update(task, advance=1, total=self._images[name] * report.steps)
-
-    def _task(self, name: str, steps: int) -> TaskID:
-        if name not in self._tasks:
-            self._tasks[name] = self.bars.add_task(name, total=self._images[name] * steps)
-        return self._tasks[name]
-
-
-def draw(jobs: Sequence[Job], watch: Watch, settings: Settings, cards: dict[str, Card]) -> list[list[Result]]:
-    """The results of each job, by an engine in this process. Raises the error of the first that fails."""
-    with Local(settings, cards, observe=watch.observe) as engine, watch.bars:
-        for job in jobs:
-            engine.submit(job)
-        return watch.results()
+            name = self._name(job, report.index)
+            self.bars.update(self._tasks[name], advance=1, total=self._images[name] * report.steps, visible=True)
 
 
 def half_blocks(pixels: np.ndarray, columns: int) -> Text:

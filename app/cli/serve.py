@@ -1,7 +1,4 @@
-"""`instep serve`: the settings as flags, made from `Settings`, and the server.
-
-Knows nothing of what a setting means; a new field of `Settings` is a new flag here by itself.
-"""
+"""`instep serve`: the settings as flags, made from `Settings`, and the server."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError as SourceError
 
 from app import logs
@@ -23,7 +19,7 @@ from app.settings import LISTS, Settings, doubts
 Folder = Annotated[str | None, typer.Option(help="Folder of cards (INSTEP_MODELS)", metavar="PATH")]
 """--models of every command. A string, so that an empty one is none and not this folder."""
 
-_METAVARS: dict[Any, str] = {str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}
+_METAVARS: dict[Any, str | None] = {bool: None, str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}
 
 
 def read_settings(**given: Any) -> Settings:
@@ -42,30 +38,21 @@ def read_settings(**given: Any) -> Settings:
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives `command(**given)` one optional flag for each field of Settings."""
+    """Give `command(**given)` one optional flag for each field of Settings: a switch, a list or text.
+
+    What the text means is checked where the environment's is.
+    """
     parameters = []
     for name, field in Settings.model_fields.items():
+        choices = get_args(field.annotation)
+        metavar = f"[{'|'.join(choices)}]" if choices else _METAVARS[field.annotation]
         text = f"{field.description}; default {field.default if str(field.default) else 'empty'}"
-        option = typer.Option(help=text, show_default=False, metavar=_metavar(field))
-        annotation: Any = Annotated[_kind(name, field) | None, option]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        kind: Any = bool if field.annotation is bool else list[str] if name in LISTS else str
+        flag = Annotated[kind | None, typer.Option(help=text, show_default=False, metavar=metavar)]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
-
-
-def _kind(name: str, field: FieldInfo) -> Any:
-    """The type of a flag: a switch, a list or text. What the text means is checked where the environment's is."""
-    if field.annotation is bool:
-        return bool
-    return list[str] if name in LISTS else str
-
-
-def _metavar(field: FieldInfo) -> str | None:
-    if field.annotation is bool:
-        return None
-    choices = get_args(field.annotation)
-    return f"[{'|'.join(choices)}]" if choices else _METAVARS[field.annotation]
 
 
 @with_flags

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from app.engine.batcher import Batcher
-from app.engine.patience import Patience
+from app.engine.limits import Patience
 from app.engine.profile import Profiles
 from app.engine.row import Caps, Image, Outcome, Row, Work, default_key, rows_of
 from app.engine.runner import Runner
@@ -47,7 +47,7 @@ class Engine:
         profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
         self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings), not settings.threads)
         self._batcher = batcher(self._caps, self._ready)
-        self._turns = Turns(pool, self._runner.limits.known)
+        self._turns = Turns(pool, self._runner.capacity.known)
         self._patience = Patience(pool, emit, clock, settings.compile)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequence = itertools.count()
@@ -57,7 +57,7 @@ class Engine:
         self._measured_last = False
         self._leaving: set[str] = set()
         self._memory = self._reported = Memory(str(pool.device), self._runner.bytes)
-        self._stopping = self._draining = False
+        self._stopping = False
 
     def submit(self, request: Request) -> None:
         """Take the request; its Results or its Failure come through `emit`."""
@@ -75,13 +75,13 @@ class Engine:
         """Drop a model when no request for it is open."""
         self._inbox.put(lambda: self._leaving.add(model_id))
 
-    def stop(self, drain: bool = False) -> None:
-        """End `run`: at once, failing open requests, or with `drain` when the last of them is answered."""
-        self._inbox.put(lambda: self._stop(drain))
+    def stop(self) -> None:
+        """End `run`, failing open requests."""
+        self._inbox.put(self._stop)
 
     def run(self) -> None:
         """Turn until stopped. Every silence is announced with the seconds that it may last."""
-        while not self._stopping and not (self._draining and not self._open):
+        while not self._stopping:
             if not self.tick():
                 self._patience.idle()
                 with contextlib.suppress(queue.Empty):
@@ -114,7 +114,7 @@ class Engine:
         self._unmeasured.clear()
         self._expire()
         self._ask_pool()
-        keys = (key for key in list(self._unmeasured) if self._runner.limits.measurable(key))
+        keys = (key for key in list(self._unmeasured) if self._runner.capacity.measurable(key))
         profile = next((Work("profile", key) for key in keys), None)
         first = profile if profile and not self._measured_last else self._batcher.next(self._clock())
         work = first or profile
@@ -130,9 +130,7 @@ class Engine:
         for model in [model for model in self._leaving if not self._requests(model)]:
             self._leaving.discard(model)
             self._pool.unload(model)
-        plan = self._turns.plan(self._batcher.finished, rows, self._clock())
-        self._pool.need(plan.needs, plan.kept)
-        self._batcher.held = plan.held
+        self._batcher.held = self._turns.ask(self._batcher.finished, rows, self._clock())
 
     def _ready(self, model: str, phase: Phase) -> bool:
         """Whether rows may begin this phase; one that starts must find its network, where all parts fit together."""
@@ -155,9 +153,8 @@ class Engine:
         self._leaving.discard(model_id)
         self._pool.want(model_id)
 
-    def _stop(self, drain: bool) -> None:
-        self._draining = drain
-        self._stopping = not drain
+    def _stop(self) -> None:
+        self._stopping = True
 
     def _add(self, request: Request) -> None:
         try:
@@ -226,7 +223,7 @@ class Engine:
         self._turns.loaded(state.model, state.seconds)
         self._patience.forget(state.model)
         key = default_key(self._pool.cards[state.model])
-        while not self._open and self._inbox.empty() and self._runner.limits.measurable(key):
+        while not self._open and self._inbox.empty() and self._runner.capacity.measurable(key):
             if error := self._do(Work("profile", key)).error:
                 return replace(state, state="failed", detail=error.message)
         return state
@@ -246,9 +243,9 @@ class Engine:
             self._settle_encode(alive, start, now)
         elif work.phase == "denoise":
             if outcome.out_of_memory:
-                self._runner.limits.refuse(work.key, passes)
+                self._runner.capacity.refuse(work.key, passes)
             elif not outcome.failed:
-                self._runner.limits.learn(work.key, passes, now - start, now)
+                self._runner.capacity.learn(work.key, passes, now - start, now)
             self._settle_denoise(alive, start, now)
         for image in outcome.images:
             self._settle_image(image, start)
@@ -262,7 +259,7 @@ class Engine:
             self._emit(Tick(key.model, "denoise", 0, 0, 0, 0, 0.0, *around, out_of_memory=1))
         if error is not None:
             self._fail_all(key.model, error, key)
-        elif caps := self._runner.limits.known.get(key):
+        elif caps := self._runner.capacity.known.get(key):
             self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
 
     def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from app.pool.pool import Lease
+    from app.pool.policy import Lease
 
 
 def default_key(card: Card) -> Key:

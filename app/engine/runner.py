@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from app.engine.caps import Limits
+from app.engine.limits import Capacity
 from app.engine.profile import Profiles
 from app.engine.row import Caps, Image, Outcome, Row, Work
 from app.engine.slots import SlotPool, Slots
@@ -76,7 +76,7 @@ class Runner:
         self._pool = pool
         self._deterministic = deterministic
         self._slots = SlotPool()
-        self.limits = Limits(pool, profiles, deterministic)
+        self.capacity = Capacity(pool, profiles, deterministic)
         self._texts = TextCache(text_bytes, pool.version)
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
         self._cores: Cores | None = None
@@ -89,7 +89,7 @@ class Runner:
 
     def caps(self, key: Key) -> Caps | None:
         """The caps of a key, with no slots while those of other keys leave no room; None before it is measured."""
-        caps = self.limits.caps(key)
+        caps = self.capacity.caps(key)
         return caps if caps is None or self._slots.has_room(key, caps.bytes) else replace(caps, slots=0)
 
     def tidy(self, model: str) -> None:
@@ -100,13 +100,13 @@ class Runner:
     def forget(self, model: str) -> None:
         """Drop also what was learned of a model, whose files may be others when it comes back."""
         self.tidy(model)
-        self.limits.forget(model)
+        self.capacity.forget(model)
 
     def run(self, work: Work) -> Outcome:
         """Do the work. A row that fails, fails alone; an error that ends the process (a lost device) is raised."""
         if work.phase == "profile":
             where = f"the first forward of {work.key.model}"
-            return Outcome(error=attempt(lambda: self.limits.measure(work.key), where))
+            return Outcome(error=attempt(lambda: self.capacity.measure(work.key), where))
         if self._adapts:
             self._cores = self._cores or Cores(torch.get_num_threads())
             self._cores.adapt()
@@ -114,8 +114,15 @@ class Runner:
         outcome = Outcome(failed=self._non_finite())
         lost = {id(row) for row, _ in outcome.failed}
         rows = [row for row in work.rows if id(row) not in lost]
-        with torch.inference_mode():
-            isolate(phases[work.phase], rows, outcome)
+        leases = rows and work.phase != "denoise"  # rows lease the network themselves
+        lease = self._pool.lease(work.key.model, work.phase) if leases else None
+        outcome.idle = bool(leases and not lease)  # the rows wait on
+        try:
+            with torch.inference_mode():
+                isolate(phases[work.phase], [] if outcome.idle else rows, outcome)
+        finally:
+            if lease:
+                lease.release()
         outcome.text_hits, outcome.text_misses = self._texts.count()
         return outcome
 
@@ -146,16 +153,9 @@ class Runner:
             row.noise = None
 
     def _encode(self, rows: list[Row], outcome: Outcome) -> None:
-        lease = self._pool.lease(rows[0].key.model, "encode")
-        if lease is None:
-            outcome.idle = True  # the rows wait on
-            return
-        family = lease.model
-        try:
-            batch = family.card.bucket.encode if self._deterministic else None
-            encoded = self._texts.encode(family, rows, batch)
-        finally:
-            lease.release()
+        family = self._family(rows[0])
+        batch = family.card.bucket.encode if self._deterministic else None
+        encoded = self._texts.encode(family, rows, batch)
         for row, conditions in zip(rows, encoded, strict=True):
             if row.slot < 0:  # else placed by an attempt that failed at a later row
                 self._place(family, row, conditions)
@@ -169,7 +169,7 @@ class Runner:
         row.noise = torch.Generator("cpu").manual_seed(row.seed)
         row.noisy = set(np.flatnonzero(table.xz).tolist())
         first = torch.randn((1, *shape), generator=row.noise)[0] * table.init
-        caps = self.limits.known[row.key]
+        caps = self.capacity.known[row.key]
         slots = self._slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cuts = zip(("prompt", "negative prompt"), self._texts.cuts(family, row), strict=False)
         row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
@@ -181,7 +181,7 @@ class Runner:
         self._draw(rows, slots)
         index = np.array([row.slot for row in rows], np.int64)
         plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
-        with self.limits.timing(rows[0].key, len(plan.owner)):
+        with self.capacity.timing(rows[0].key, len(plan.owner)):
             self._unread.append((rows, denoise_step(family, slots, plan)[: len(rows)]))
         slots.line[index] += 1
         outcome.padding += plan.padding
@@ -199,20 +199,13 @@ class Runner:
             row.noisy.discard(row.line)
 
     def _decode(self, rows: list[Row], outcome: Outcome) -> None:
-        lease = self._pool.lease(rows[0].key.model, "decode")
-        if lease is None:
-            outcome.idle = True
-            return
-        family, slots = lease.model, self._slots[rows[0].key]
-        try:
-            index = np.array([row.slot for row in rows], np.int64)
-            if self._deterministic:
-                missing = max(0, family.card.bucket.decode - len(rows))
-                index = np.concatenate([index, np.full(missing, index[0])])
-            latents = slots.x[torch.from_numpy(index).to(slots.x.device)]
-            pixels = family.decode(latents)[: len(rows)].cpu().numpy()
-        finally:
-            lease.release()
+        family, slots = self._of(rows[0])
+        index = np.array([row.slot for row in rows], np.int64)
+        if self._deterministic:
+            missing = max(0, family.card.bucket.decode - len(rows))
+            index = np.concatenate([index, np.full(missing, index[0])])
+        latents = slots.x[torch.from_numpy(index).to(slots.x.device)]
+        pixels = family.decode(latents)[: len(rows)].cpu().numpy()
         for place, row in enumerate(rows):
             kept = latents[place].cpu().numpy() if row.request.delivery.keep_latents else None
             outcome.images.append(Image(row, pixels[place], kept))
@@ -235,7 +228,10 @@ class Runner:
         ]
 
     def _of(self, row: Row) -> tuple[Family, Slots]:
+        return self._family(row), self._slots[row.key]
+
+    def _family(self, row: Row) -> Family:
         family = self._pool.family(row.key.model)
         if family is None:
             raise EngineError("the model is gone")
-        return family, self._slots[row.key]
+        return family

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from app.families.text import Encoder, States, read_texts
 from app.request import Condition, Prompt
 
 CUTS = 1024
-"""Prompts whose cut ends are remembered."""
+"""Prompts of a model whose cut ends are remembered."""
 
 Name = tuple[Encoder, str, int]
 
@@ -42,7 +41,7 @@ class TextCache:
         self._budget, self._version = budget, version
         self._kept: OrderedDict[Name, States] = OrderedDict()
         self._known: dict[Encoder, _Known] = {}
-        self._truncated = lru_cache(CUTS)(_truncated)
+        self._truncated: dict[str, Callable[..., str | None]] = {}
         self._hits = self._misses = 0
 
     def encode(self, family: Family, rows: list[Row], batch: int | None) -> list[Conditions]:
@@ -62,12 +61,14 @@ class TextCache:
 
     def cuts(self, family: Family, row: Row) -> list[str | None]:
         """The ends of the row's prompt, and of its negative prompt where it is guided, that no encoder sees."""
-        one: Any = family  # Hashable is no part of the protocol
-        return [self._truncated(one, condition, row.key.text_length) for condition in _conditions(family, row)]
+        if family.card.id not in self._truncated:
+            self._truncated[family.card.id] = lru_cache(CUTS)(family.truncated)
+        truncated = self._truncated[family.card.id]
+        return [truncated(condition, row.key.text_length) for condition in _conditions(family, row)]
 
     def forget(self, model: str) -> None:
-        """Drop the outputs of the model's encoders, except those that other models asked for too."""
-        self._truncated.cache_clear()
+        """Drop what is kept of a model; outputs of its encoders stay where other models asked for them too."""
+        self._truncated.pop(model, None)
         for encoder, known in list(self._known.items()):
             known.models.discard(model)
             if not known.models:
@@ -119,10 +120,6 @@ class TextCache:
 
 def _bytes(states: States) -> int:
     return sum(state.nbytes for state in states)
-
-
-def _truncated(family: Family, condition: Condition, text_length: int) -> str | None:
-    return family.truncated(condition, text_length)
 
 
 def _conditions(family: Family, row: Row) -> list[Condition]:

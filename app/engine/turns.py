@@ -10,27 +10,19 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from app.engine.row import Row
-from app.pool.policy import Need
 from app.report import Phase
 from app.request import Key
 
 if TYPE_CHECKING:
+    from app.pool.policy import Parts
     from app.pool.pool import Pool
 
 ALL: tuple[Phase, ...] = ("encode", "denoise", "decode")
 SMOOTH = 0.2
 """Weight of the newest image in the mean service time of its model."""
-
-
-class Plan(NamedTuple):
-    """needs: for the pool, most urgent first. kept: models whose parts stay. held: models that take no new rows."""
-
-    needs: list[Need]
-    kept: frozenset[str]
-    held: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -66,20 +58,20 @@ class Turns:
         turn = self._turns[model]
         turn.service += (seconds - turn.service) * (SMOOTH if turn.service else 1.0)
 
-    def plan(self, finished: Sequence[Row], started: Sequence[Row], now: float) -> Plan:
-        """What to ask of the pool now."""
+    def ask(self, finished: Sequence[Row], started: Sequence[Row], now: float) -> frozenset[str]:
+        """Tell the pool what rows need now; returns the models that may not start new rows."""
         whole, lacking = (row.key.model for row in finished), (row.key.model for row in started if row.lease is None)
-        urgent = [Need(model, ("decode",), urgent=True) for model in dict.fromkeys(whole)]
-        urgent += [Need(model, ("denoise",), urgent=True) for model in dict.fromkeys(lacking)]
+        urgent: list[Parts] = [(model, ("decode",)) for model in dict.fromkeys(whole)]
+        urgent += [(model, ("denoise",)) for model in dict.fromkeys(lacking)]
         heads = self._heads()
         absent = self._in_turn([head for head in heads if not self._here(head, now)], now)
         here = {row.key.model for row in started}
         here |= {head.key.model for head in heads} - {head.key.model for head in absent}
         over = frozenset(model for model in here if absent and self._over(model, absent[0], now))
-        if not all(self._pool.resident(need.model, phase) for need in urgent for phase in need.phases):
+        if not all(self._pool.resident(model, phase) for model, phases in urgent for phase in phases):
             over = frozenset(here)  # rows that hold memory wait: the models in their way take no new ones
-        needs = urgent + [Need(head.key.model, self._phases(head)) for head in absent]
-        return Plan(needs, frozenset(here) - over, over if self._pool.blocked else frozenset())
+        self._pool.need([(head.key.model, self._phases(head)) for head in absent], here - over, urgent)
+        return over if self._pool.blocked else frozenset()
 
     def _heads(self) -> list[Row]:
         """The row of each model that has waited longest, oldest first."""

@@ -38,8 +38,10 @@ class Job:
     """What is asked, how it is answered, what was expected, and what came of it so far.
 
     `future` ends with the results in the order of the images, with the error of the engine, or cancelled: whoever has
-    no more use for a job cancels it, and the engine drops it at the next step boundary. `await job` is `result()` once
-    it has ended, and cancels it with its task. `on_report` gets every report as it comes.
+    no more use for a job cancels it, and the engine drops it at the next step boundary. NOTE: a future keeps what waits
+    for it; a callback that knows the job would keep its pictures until a pass of the garbage collector.
+
+    `await job` is `result()` once it has ended, and cancels it with its task. `on_report` gets every report.
 
     format: of the files; raw: the file alone is the answer. id: in the log. started: when it came, on the clock of
     `time.perf_counter()`. facts: for its line of the log, which never has a prompt. Raises InvalidValue: a sheet longer

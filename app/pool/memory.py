@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from app.cards.folder import Part
-from app.checkpoints.parts import part_outline, part_stamp, part_states
-from app.families.components import blank_network, build_tokenizer, empty_network, fill_network, has_weights
+from app.checkpoints.parts import blank_part, part_stamp, part_states
+from app.families.components import empty_network, fill_network, has_weights
 
 Place = Literal["device", "host", "away", "moving"]
 Key = tuple[tuple[Hashable, ...], torch.dtype, tuple[float | None, ...]]
@@ -35,13 +35,11 @@ class Component:
         self.place: Place = "device"  # a tokenizer is always there
         self.origin: Place = "away"
         self._stamp: tuple[Hashable, ...] = ()
-        if not has_weights(part.class_name):
-            self.value: Any = build_tokenizer(part.class_name, part.folder)
-            return
-        self.value = blank_network(part.class_name, part.folder, part_outline(part), part.file)
-        # The sizes in the headers, each tensor once: the network accepts no other names or shapes.
-        self.bytes = sum(tensor.numel() for tensor in _tensors(self.value)) * dtype.itemsize
-        self.place = "away"
+        self.value = blank_part(part)
+        if has_weights(part.class_name):
+            # The sizes in the headers, each tensor once: the network accepts no other names or shapes.
+            self.bytes = sum(tensor.numel() for tensor in _tensors(self.value)) * dtype.itemsize
+            self.place = "away"
 
     def arrive(self) -> None:
         """Bring the weights to the device, from host memory or from the files. Raises CheckpointError."""

@@ -1,7 +1,9 @@
-"""Policy: which weights should be on the device, and what the loader does next; plain Python, no tensors."""
+"""Policy: which weights should be on the device, who leases them, and what the loader does next; no tensors."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -20,15 +22,24 @@ PHASES: tuple[Phase, ...] = ("decode", "encode", "denoise")
 """The order of a first load: the VAE first, because the map of previews is fitted with it."""
 
 Change = ModelState | Evicted | Memory
+Parts = tuple[str, tuple[Phase, ...]]
+"""A model, and the phases whose parts rows wait for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Parts of a model that rows wait for. urgent: these rows hold memory already, so nothing unleased is spared."""
+class Lease:
+    """A hold on the parts of one phase of a model."""
 
-    model: str
-    phases: tuple[Phase, ...]
-    urgent: bool = False
+    def __init__(self, model: Family, parts: list[Component], lock: threading.Condition) -> None:
+        self.model = model
+        self._parts, self._lock = parts, lock
+
+    def release(self) -> None:
+        """End the hold; later calls do nothing."""
+        with self._lock:
+            for one in self._parts:
+                one.leases -= 1
+            self._parts = []
+            self._lock.notify()
 
 
 class Task(NamedTuple):
@@ -86,9 +97,9 @@ class Model:
 class Policy:
     """The models, what is wanted of them, and the changes not reported yet. A method with an id raises ModelNotFound.
 
-    `want`, `unload`, `need` and `poll` are thread-safe; callers of the others hold `lock`, which is notified when there
-    may be work. blocked: the first need that is not met waits for something leased or kept. broken: the error that
-    ended the loader, if one did.
+    All but the loader's methods (`next`, `end_load`, `change`, `moved`, called under `lock`) are thread-safe and return
+    at once; `lock` is notified when there may be work. blocked: the first need that is not met waits for something
+    leased or kept. broken: the error that ended the loader, if one did.
     """
 
     def __init__(self, models: Iterable[str], device: str, store: Store, clock: Callable[[], float]) -> None:
@@ -100,8 +111,8 @@ class Policy:
         self._device, self._clock = device, clock
         self._loads: list[str] = []
         self._dropped: set[str] = set()
-        self._needs: Sequence[Need] = ()
-        self._kept: Collection[str] = ()
+        self._needs: list[tuple[str, tuple[Phase, ...], frozenset[str]]] = []  # the last: models whose parts stay
+        self._kept = frozenset[str]()
         self._fresh = True
 
     def model(self, model_id: str) -> Model:
@@ -132,23 +143,64 @@ class Policy:
                 self.end_load(model_id)
                 self.change(model_id, "absent")
             self._dropped.add(model_id)
-            self._needs = ()  # rows that wait for it ask again
+            self._needs = []  # rows that wait for it ask again
             self.lock.notify()
 
-    def need(self, needs: Sequence[Need], kept: Collection[str] = ()) -> None:
-        """Replace what rows wait for, most urgent first. kept: models whose parts stay, except for urgent needs.
+    def need(self, waiting: Sequence[Parts], kept: Collection[str] = (), urgent: Sequence[Parts] = ()) -> None:
+        """Replace what rows wait for. kept: models whose parts stay. urgent: what rows wait for that hold memory
+        already; it comes before the rest, and nothing unleased stays in its way.
 
         Rows that waited must lease what came before the next call: until then nothing else moves.
         """
+        stays = frozenset(kept)
+        needs = [(*parts, frozenset[str]()) for parts in urgent] + [(*parts, stays) for parts in waiting]
         with self.lock:
-            if self._fresh and list(needs) == list(self._needs) and set(kept) == set(self._kept):
+            if self._fresh and (needs, stays) == (self._needs, self._kept):
                 return
-            self._needs, self._kept, self._fresh = needs, kept, True
-            for need in needs:
-                self._dropped.discard(need.model)
-                if self.model(need.model).state == "absent":
-                    self.want(need.model)
+            self._needs, self._kept, self._fresh = needs, stays, True
+            for model_id, *_ in needs:
+                self._dropped.discard(model_id)
+                if self.model(model_id).state == "absent":
+                    self.want(model_id)
             self.lock.notify()
+
+    def lease(self, model_id: str, phase: Phase) -> Lease | None:
+        """A hold on the parts of a phase, or None while they are not all on the device."""
+        with self.lock:
+            model = self.model(model_id)
+            if model.family is None or not model.has((phase,)):
+                return None
+            leased = model.components((phase,))
+            for one in leased:
+                one.leases += 1
+                one.used = time.monotonic()
+            return Lease(model.family, leased, self.lock)
+
+    def resident(self, model_id: str, phase: Phase) -> bool:
+        """Whether `lease` would succeed now."""
+        with self.lock:
+            return self.model(model_id).has((phase,))
+
+    def family(self, model_id: str) -> Family | None:
+        """The model as code and configuration, wherever its weights are; None until it was built."""
+        return self.model(model_id).family
+
+    def version(self, network: object) -> int:
+        """The version of the weights of a leased part; another number once they came from files that had changed."""
+        with self.lock:
+            return next((one.version for one in self.store.components.values() if one.value is network), 0)
+
+    def fits(self, model_id: str) -> bool:
+        """Whether all parts of a built model can be on the device together."""
+        return self.size(model_id) <= self.store.budget
+
+    def size(self, model_id: str) -> int:
+        """Bytes of the weights of all parts; 0 until the model was built."""
+        return self.model(model_id).bytes
+
+    def failure(self, model_id: str) -> LoadError | None:
+        """Why the last load failed; None when it did not or is being tried again."""
+        return self.model(model_id).error
 
     def poll(self) -> list[Change]:
         """The changes since the last call, in order. Raises the error that ended the loader: a device that is lost."""
@@ -161,7 +213,7 @@ class Policy:
     def next(self) -> Task | None:
         """The loader's next task; None when there is nothing to do, or what must stay stands in the way."""
         builds = (Task("build", model_id) for model_id in self._loads if self.models[model_id].family is None)
-        return self._drop() or next(builds, None) or self._bring()
+        return self._next_drop() or next(builds, None) or self._next_bring()
 
     def end_load(self, model_id: str) -> None:
         """The load of this model has ended, well or badly."""
@@ -185,7 +237,7 @@ class Policy:
         held = {"weights": store.used, "parked": store.parked, "budget": store.budget}
         self.changes.append(Memory(self._device, held))
 
-    def _drop(self) -> Task | None:
+    def _next_drop(self) -> Task | None:
         gone = self._dropped | {model_id for model_id, model in self.models.items() if model.state == "absent"}
         for model_id in list(self._dropped):
             mine = [one for one in self.models[model_id].parts.values() if one.bytes and one.owners <= gone]
@@ -199,7 +251,7 @@ class Policy:
                     self.change(model_id, "absent", detail="unloaded")
         return None
 
-    def _bring(self) -> Task | None:
+    def _next_bring(self) -> Task | None:
         """The first need that is not met, strictly in order: a later one would take the room that it waits for.
 
         Loads that no row waits for come last. Once a need is met nothing moves until the next `need`, and later needs
@@ -208,15 +260,15 @@ class Policy:
         if not self._fresh:
             return None
         met: set[int] = set()
-        for need in self._needs:
-            model = self.models[need.model]
+        for model_id, phases, kept in self._needs:
+            model = self.models[model_id]
             if model.state == "failed" or model.family is None:
                 continue
-            phases = need.phases if model.brought.issuperset(PHASES) else model.first(self.store.budget)
+            phases = phases if model.brought.issuperset(PHASES) else model.first(self.store.budget)
             if model.has(phases):
                 met.update(id(one) for one in model.components(phases))
                 continue
-            task = self._plan(need.model, phases, () if need.urgent else self._kept, met)
+            task = self._plan(model_id, phases, kept, met)
             self._fresh = self.blocked = task is None
             return task
         self.blocked = False
@@ -224,9 +276,9 @@ class Policy:
         return next(loads, None)
 
     def _plan(
-        self, model_id: str, phases: tuple[Phase, ...], kept: Collection[str], met: Collection[int]
+        self, model_id: str, phases: tuple[Phase, ...], kept: frozenset[str], met: Collection[int]
     ) -> Task | None:
-        model, spared = self.models[model_id], set(kept) - {model_id}
+        model, spared = self.models[model_id], kept - {model_id}
         wanted = model.components(phases)
         leaving = self.store.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.owners))
         if leaving is None:

@@ -276,9 +276,10 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
-    job.estimate = Estimate(finish - cost, len(chosen.jobs), cost)
+    estimate = Estimate(finish - cost, len(chosen.jobs), cost)
     if delivery.deadline is not None and chosen.costs.measured(kind.key.model):
-        _check_deadline(job.estimate, delivery.deadline - time.monotonic())
+        _check_deadline(estimate, delivery.deadline - time.monotonic())
+    job.estimate = estimate
 
 
 def _check_share(

@@ -11,16 +11,17 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, NoWorker
 from app.jobs.job import Job
-from app.report import Memory, Report
+from app.report import Memory, Report, Result
 from app.request import Request
 from app.worker import wire
 from app.worker.admission import Backlog
-from app.worker.heartbeat import Pulse
 
 FIRST_DELAY = 0.5
 """Seconds before the first restart; doubles to LAST_DELAY, and starts over after HEALTHY seconds of life."""
@@ -89,13 +90,13 @@ class Child:
     def take(self, job: Job) -> None:
         """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
         self.backlog.add(job)
-        job.future.add_done_callback(lambda _: self._drop(job))
+        job.future.add_done_callback(partial(self._drop, job.request.id))
         self.call("submit", job.request)
 
-    def _drop(self, job: Job) -> None:
-        self.backlog.end(job)
-        if job.future.cancelled():
-            self.call("cancel", job.request.id)
+    def _drop(self, request_id: str, future: Future[list[Result]]) -> None:
+        self.backlog.end(self.backlog.jobs[request_id])
+        if future.cancelled():
+            self.call("cancel", request_id)
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
@@ -109,7 +110,7 @@ class Child:
         if not self._task or not self._greeted:
             return
         if process := self._process:
-            self._write(("stop", False))
+            self._write(("stop",))
             if not await _gone(process, _EXIT):
                 log.warning("engine process %d did not stop when asked: killed", process.pid)
                 self._kill(process)
@@ -150,7 +151,7 @@ class Child:
     async def _live(self) -> str:
         """Start a process and stay with it to its end, which is returned in words. Cancelling kills it."""
         with contextlib.ExitStack() as exits:
-            pulse = exits.enter_context(contextlib.closing(Pulse()))
+            pulse = exits.enter_context(contextlib.closing(wire.Pulse()))
             ours, theirs = socket.socketpair()
             with theirs, pulse.theirs:
                 # A picture in one piece where the kernel allows it: fewer turns of the event loop.
@@ -183,7 +184,7 @@ class Child:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
 
-    async def _listen(self, reader: asyncio.StreamReader, pulse: Pulse) -> None:
+    async def _listen(self, reader: asyncio.StreamReader, pulse: wire.Pulse) -> None:
         """Hear the process until its end of the stream is closed. Raises WireError when the stream is broken."""
         while (message := await wire.read(reader)) is not None:
             pulse.hear(message)
@@ -208,7 +209,7 @@ class Child:
                 self.backlog.hear(message)
                 self._hear(self, message)
 
-    async def _watch(self, process: subprocess.Popen[bytes], listening: asyncio.Task[None], pulse: Pulse) -> str:
+    async def _watch(self, process: subprocess.Popen[bytes], listening: asyncio.Task[None], pulse: wire.Pulse) -> str:
         """Until the stream ends, the process ends (its own children may hold the stream open), or it hangs."""
         while not (await asyncio.wait({listening}, timeout=_CHECK))[0]:
             if process.poll() is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -29,7 +31,7 @@ class Local:
         settings: Settings,
         cards: dict[str, Card],
         *,
-        observe: Callable[[Report, str], None] = lambda report, worker: None,
+        observe: Callable[[Report], None] = lambda report: None,
     ) -> None:
         self._device, self._threads = plan.devices(settings.devices)[0], plan.threads(settings)
         self._observe = observe
@@ -45,26 +47,26 @@ class Local:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for job in list(self._jobs.values()):
             job.cancel()
-        self._engine.stop(drain=False)
+        self._engine.stop()
         self._thread.join(timeout=60)
         self._pool.close()
 
     def submit(self, job: Job) -> Job:
         """Give the job to the engine and return it. It fails when the engine dies."""
         self._jobs[job.request.id] = job
-        job.future.add_done_callback(lambda _: self._close(job))
+        job.future.add_done_callback(partial(self._close, job.request.id))
         self._engine.submit(job.request)
         if self._crash:
             job.fail(self._crash)
         return job
 
-    def _close(self, job: Job) -> None:
-        self._jobs.pop(job.request.id, None)
-        if job.future.cancelled():
-            self._engine.cancel(job.request.id)
+    def _close(self, request_id: str, future: Future[list[Result]]) -> None:
+        self._jobs.pop(request_id, None)
+        if future.cancelled():
+            self._engine.cancel(request_id)
 
     def _hear(self, report: Report) -> None:
-        self._observe(report, self._device)
+        self._observe(report)
         if isinstance(report, Result | Progress | Preview | Failure) and (job := self._jobs.get(report.request_id)):
             job.hear(report)
 

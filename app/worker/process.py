@@ -18,21 +18,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from app import logs
 from app.errors import InstepError, SettingsError
 from app.report import Report, Tick
 from app.settings import Settings
-from app.worker import heartbeat, plan, wire
+from app.worker import plan, wire
 
 if TYPE_CHECKING:
     import torch
 
     from app.engine.engine import Engine
     from app.pool.pool import Pool
-
-    Make = Callable[[wire.Start, Callable[[Report], None]], tuple[Pool, Engine]]
 
 HOLD = 0.25
 """Seconds that a Tick may wait for others while the engine works on."""
@@ -100,10 +98,10 @@ class Ends:
 
     def _obey(self, order: wire.Order) -> None:
         assert isinstance(order, tuple), "Start comes once"
-        method, argument = order
+        method, *arguments = order
         if method == "stop" and not self.engine.done():
             os._exit(0)
-        getattr(self.engine.result(), method)(argument)
+        getattr(self.engine.result(), method)(*arguments)
 
     def _send(self) -> None:
         try:
@@ -116,12 +114,12 @@ class Ends:
             os._exit(1)
 
 
-def main(descriptor: int, pulse: int, make: Make | None = None) -> int:
+def main(descriptor: int, pulse: int) -> int:
     """Serve the front at the other end of this socket until it says Stop or is gone. Returns the exit code.
 
-    pulse: the socket of the heartbeats. make: puts pool and engine together, where it is not `build`.
+    pulse: the socket of the heartbeats.
     """
-    heartbeat.start(pulse)
+    wire.beat(pulse)
     # NOTE: Ctrl-C reaches the whole terminal group, systemd's SIGTERM the control group: the front decides what to
     # do about them, and drains. Its word, or its end, ends us.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -134,7 +132,7 @@ def main(descriptor: int, pulse: int, make: Make | None = None) -> int:
     logs.setup(start.settings.log_level)
     ends = Ends(sock)
     try:
-        pool, engine = (make or build)(start, ends.emit)
+        pool, engine = build(start, ends.emit)
     except InstepError as error:
         ends.emit(wire.Refusal(error))
         ends.finish()
@@ -149,11 +147,8 @@ def main(descriptor: int, pulse: int, make: Make | None = None) -> int:
     return 0
 
 
-def build(start: wire.Start, emit: Callable[[Report], None], **parts: Any) -> tuple[Pool, Engine]:
-    """Pool and engine on the device, for the calling thread. Raises SettingsError when there is no such device.
-
-    parts: of the engine, where they are not its own.
-    """
+def build(start: wire.Start, emit: Callable[[Report], None]) -> tuple[Pool, Engine]:
+    """Pool and engine on the device, for the calling thread. Raises SettingsError when there is no such device."""
     import torch
 
     from app.engine.engine import Engine
@@ -170,7 +165,7 @@ def build(start: wire.Start, emit: Callable[[Report], None], **parts: Any) -> tu
     if start.settings.compile:
         allow_compiling(start.settings.cache)
     pool = Pool(start.cards, start.device, dtype, budget=budget, host=host, compiled=start.settings.compile)
-    return pool, Engine(pool, start.settings, emit, **parts)
+    return pool, Engine(pool, start.settings, emit)
 
 
 def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:

@@ -8,11 +8,13 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
 from app.jobs.job import Job
-from app.report import Memory, ModelState, Report
+from app.report import Memory, ModelState, Report, Result
 from app.request import Condition, Recipe, Request
 from app.settings import Settings
 from app.worker import plan, wire
@@ -87,10 +89,6 @@ class Supervisor:
         """The sum of `queues`."""
         return sum(self.queues)
 
-    def tenants(self) -> dict[str, float]:
-        """The same by tenant."""
-        return dict(sum((Counter(child.backlog.tenants()) for child in self._children), Counter[str]()))
-
     @property
     def running(self) -> int:
         """Images in a batch, as of the workers' last reports; `waiting` has the other unanswered ones."""
@@ -160,7 +158,7 @@ class Supervisor:
         child = live[choose(backlogs, model, max_wait)]
         admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
         child.take(job)
-        job.future.add_done_callback(lambda _: self._forgive(job))
+        job.future.add_done_callback(partial(self._forgive, job.request))
         return job
 
     def load(self, model_id: str) -> None:
@@ -171,9 +169,9 @@ class Supervisor:
         """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
         self._call("unload", model_id)
 
-    def _forgive(self, job: Job) -> None:
-        if not job.images_left:
-            self._crashes.clear(job.request)
+    def _forgive(self, request: Request, future: Future[list[Result]]) -> None:
+        if not future.cancelled() and not future.exception():
+            self._crashes.clear(request)
 
     @property
     def _jobs(self) -> list[Job]:

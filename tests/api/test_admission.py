@@ -15,6 +15,7 @@ import pytest
 from app.settings import Settings
 from tests.parts.fake_worker import RATE
 from tests.parts.servers import Server, bearer, generate
+from tests.parts.supervising import tenants
 from tests.parts.waiting import eventually
 
 FLOOD, SMALL = ("sk-flood-0123456789", "sk-small-0123456789")
@@ -41,9 +42,9 @@ def test_a_flood_is_told_that_it_floods_and_the_others_are_served(narrow: Server
     supervisor = narrow.supervisor
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, narrow, FLOOD, **LARGE | {"prompt": "!slow 2"})
-        eventually(lambda: supervisor.tenants().keys() == {"flood"})
+        eventually(lambda: tenants(supervisor).keys() == {"flood"})
         other = pool.submit(ask, narrow, SMALL, prompt="!slow 2", num_inference_steps=50)
-        eventually(lambda: len(supervisor.tenants()) == 2)
+        eventually(lambda: len(tenants(supervisor)) == 2)
         refused = ask(narrow, FLOOD)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert 1 <= int(refused.headers["retry-after"]) <= 120 and refused.headers["x-should-retry"] == "true"

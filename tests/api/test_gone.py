@@ -12,6 +12,7 @@ import time
 import httpx
 import pytest
 
+from app.report import Result
 from tests.api.test_access import lines
 from tests.parts.servers import Server, generate
 from tests.parts.waiting import eventually
@@ -77,6 +78,27 @@ def test_leaving_is_no_error_of_the_server(
     gc.collect()  # an exception that nobody took is logged when its future is collected
     time.sleep(0.05)
     assert [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info] == []
+
+
+@pytest.mark.parametrize("what", LEFT)
+def test_pictures_go_with_their_answer_without_a_garbage_collector(http: httpx.Client, what: str) -> None:
+    """They are megabytes each, which it does not see, and a request of some seconds is old to it: it comes late."""
+    route, body, accept = LEFT[what]
+    sent = {**body, "prompt": ["a cat", "a dog"] if route == "compare" else "a cat", "num_inference_steps": 4}
+    headers = {"Accept": accept}
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(pictures())
+        for _ in range(3):
+            assert http.post(f"/v1/images/{route}", json=sent, headers=headers).status_code == 200
+        eventually(lambda: len(pictures()) <= before)
+    finally:
+        gc.enable()
+
+
+def pictures() -> list[Result]:
+    return [one for one in gc.get_objects() if type(one) is Result]
 
 
 def test_a_client_that_leaves_before_its_body_is_whole_is_counted(http: httpx.Client, url: str) -> None:

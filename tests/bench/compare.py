@@ -31,13 +31,11 @@ from app.bench.machine import turns
 from app.bench.subject import Subject, chosen, loaded
 from app.bench.trace import Trace
 from app.cli.bench import (
-    Model,
+    TIMES,
     Random,
     Rounds,
-    SizeText,
     image_facts,
     make_table,
-    ms,
     open_trace,
     print_load,
     say,
@@ -45,6 +43,7 @@ from app.cli.bench import (
     show,
     times_table,
 )
+from app.cli.bodies import Guidance, Model, SizeText, Steps
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
 from app.families.compiling import allow_compiling
@@ -115,7 +114,7 @@ def serve(
         raise InvalidValue("policies: none is given", param="policies")
     plan = Plan(names, baseline or names[-1], at_capacity, queued, seconds, rounds)
     plan.check()
-    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed), None)
+    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed))
     with chosen(settings, model, random_weights=random_weights) as (settings, card):
         found = compare(settings, card.id, drawn.of(card.id), plan)
         line = {"bench": "serve", "random_weights": random_weights, **server_facts(settings), "model": card.id, **found}
@@ -184,12 +183,13 @@ def _print(found: Mapping[str, Any], model: str) -> None:
     console = Console()
     for name, one in found["policies"].items():
         print_load(console, name, one)
-    table = make_table(f"times better than {found['baseline']}", "capacity", "class", "p50", "p95")
-    for name, own in found["ratios"].items():
-        for kind in found["policies"][name]["latency"]:
-            better = [f"{own[kind][what]:.2f}x" for what in ("p50", "p95")]
-            table.add_row(name, f"{own['capacity']:.2f}x", kind, *better)
-    console.print(table)
+    columns = {f"times better than {found['baseline']}": "{name}", "capacity": "{capacity:.2f}x", "class": "{kind}"}
+    rows = [
+        {"name": name, "capacity": own["capacity"], "kind": kind, **own[kind]}
+        for name, own in found["ratios"].items()
+        for kind in found["policies"][name]["latency"]
+    ]
+    console.print(make_table({**columns, "p50": "{p50:.2f}x", "p95": "{p95:.2f}x"}, rows))
     rate = f"{found['rate']:.2f} requests/s, {found['load']:g} of {found['baseline']}'s capacity"
     console.print(f"{model}, {rate}, {found['rounds']} rounds of {found['seconds']:g} s", highlight=False)
 
@@ -197,8 +197,8 @@ def _print(found: Mapping[str, Any], model: str) -> None:
 @app.command()
 def image(
     model: Model = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
     size: SizeText = None,
     baselines: Annotated[str, typer.Option(help=f"{', '.join(BASELINES)}; or none")] = "eager-float32,eager-bfloat16",
     rounds: Rounds = 10,
@@ -211,16 +211,17 @@ def image(
         request = asked(subject, steps=steps, guidance=guidance, size=size)
         drawn = measure_image(subject, request, rounds, pipelines(subject, request, names))
         facts = image_facts(subject, request, rounds, random_weights)
-    ways, told = make_table("one image", "ms", "least", "most", "against instep", "mean off", "most off"), {}
-    reference = drawn.pictures.get(REFERENCE)
+    reference, told, rows = drawn.pictures.get(REFERENCE), {}, []
     for name, time in drawn.times.items():
         away = distance(drawn.pictures[name], reference) if reference is not None else None
         ratio = time.median / drawn.times["instep"].median
-        off = (f"{away.mean:.3f}", str(away.largest)) if away else ("-", "-")
-        ways.add_row(name, *(f"{value:.2f}" for value in ms(time).values()), f"{ratio:.2f}x", *off)
-        told[name] = {"ms": ms(time), "against_instep": round(ratio, 4), "off": away._asdict() if away else None}
-    line = {"ways": told, "stages": {name: ms(time) for name, time in drawn.stages.items()}}
-    show({"bench": "image", **facts, **line}, facts, [times_table("stage", drawn.stages), ways])
+        told[name] = {"ms": time.ms(), "against_instep": round(ratio, 4), "off": away._asdict() if away else None}
+        off = {"mean": f"{away.mean:.3f}", "largest": away.largest} if away else {"mean": "-", "largest": "-"}
+        rows.append({"name": name, **told[name], **off})
+    stages = {name: time.ms() for name, time in drawn.stages.items()}
+    columns = {"against instep": "{against_instep:.2f}x", "mean off": "{mean}", "most off": "{largest}"}
+    tables = [times_table("stage", stages), make_table({"one image": "{name}", **TIMES, **columns}, rows)]
+    show("image", facts, {"ways": told, "stages": stages}, tables)
 
 
 class Distance(NamedTuple):

@@ -101,7 +101,7 @@ def attention(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dt
             except RuntimeError:  # no such kernel; torch says so in several ways
                 continue
             ways[backend] = way
-        told |= {backend: _ms(time) for backend, time in alternate(ways, rounds).items()}
+        told |= {backend: time.ms() for backend, time in alternate(ways, rounds).items()}
         yield {"bench": "attention", "of": name, "shape": [passes, heads, tokens, head], "ms": told}
 
 
@@ -114,14 +114,14 @@ def of_card(subject: Subject, chosen: Plan, most: Ceilings, rounds: int) -> Iter
     """Steps of every size and width, decodes, and images."""
     for text, widths in chosen.steps.items():
         for one in measure_steps(subject.family, parse_size(text), widths, rounds, most):
-            told = {"passes": one.passes, "ms": _ms(one.time), "floor_ms": one.floor * 1e3, "share": one.share}
+            told = {"passes": one.passes, "ms": one.time.ms(), "floor_ms": one.floor * 1e3, "share": one.share}
             yield {"bench": "step", "size": text, **told}
     for text in _sizes(subject, (*chosen.steps, *DECODES)):
-        yield {"bench": "decode", "size": text, "ms": _ms(_decode(subject, parse_size(text), rounds))}
+        yield {"bench": "decode", "size": text, "ms": _decode(subject, parse_size(text), rounds).ms()}
     for baseline, (steps, guidance, text) in itertools.product(chosen.baselines, chosen.images):
         request = asked(subject, steps=steps, guidance=guidance, size=text)
         drawn = measure_image(subject, request, rounds, pipelines(subject, request, [baseline] if baseline else []))
-        times = {name: _ms(time) for name, time in {**drawn.times, **drawn.stages}.items()}
+        times = {name: time.ms() for name, time in {**drawn.times, **drawn.stages}.items()}
         yield {"bench": "image", "size": text, "steps": steps, "guidance": guidance, "ms": times}
 
 
@@ -151,10 +151,6 @@ def _timed(work: Callable[[], object], device: torch.device, calls: int = 1) -> 
         return (time.perf_counter() - start) / calls
 
     return way
-
-
-def _ms(time: Spread) -> dict[str, float]:
-    return {name: round(getattr(time, name) * 1e3, 4) for name in ("median", "least", "most")}
 
 
 def sweep(settings: Settings, shapes: Mapping[str, Shape], cards: Mapping[str, Plan], rounds: int) -> Iterator[Line]:

@@ -39,9 +39,9 @@ CASES = {
 def plant(case: str, mark: Path) -> None:
     """Put the fault into this engine process; it touches `mark` when it is about to show."""
     from app.engine import profile, runner
-    from app.pool.loader import Loader
+    from app.pool.pool import Pool
 
-    denoise, forward, build = runner.Runner._denoise, profile._forward, Loader._build
+    denoise, forward, build = runner.Runner._denoise, profile._forward, Pool._build
 
     def hanging(self: Any, rows: Any, outcome: Any) -> None:
         if rows[0].request.id == "fault":
@@ -69,7 +69,7 @@ def plant(case: str, mark: Path) -> None:
     elif case in ("measuring", "profile"):
         profile._forward = slow
     elif case == "load":
-        Loader._build = held  # type: ignore[method-assign]
+        Pool._build = held  # type: ignore[method-assign]
 
 
 def engine(case: str, mark: str, descriptors: list[str]) -> None:

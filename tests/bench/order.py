@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.engine.caps import caps_of
+from app.engine.limits import caps_of
 from app.engine.profile import Curve
 from app.families.base import Conditions
 from app.report import Result

@@ -17,7 +17,7 @@ CARD = card(limits={"num_inference_steps": 250, "sizes": {"min": 16, "max": 64, 
 def test_a_trace_round_trips_and_is_the_same_for_a_seed(tmp_path: Path) -> None:
     drawn = record(CARD, "mixed", 5.0, 60.0, 3)
     assert drawn == record(CARD, "mixed", 5.0, 60.0, 3) != record(CARD, "mixed", 5.0, 60.0, 4)
-    traces.write(drawn, tmp_path / "trace.jsonl")
+    drawn.write(tmp_path / "trace.jsonl")
     assert traces.read(tmp_path / "trace.jsonl") == drawn
 
 

@@ -119,6 +119,33 @@ def test_the_two_dits_are_told_apart(run: Run, monkeypatch: pytest.MonkeyPatch, 
         assert told.startswith(f"fits dit-xl-2-{size}\n")
 
 
+def test_the_shipped_models_one_of_which_shares_its_vae(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """emoji-dit and emoji-mmdit-turbo take their VAE from emoji-mmdit: its config is there and not beside them."""
+    monkeypatch.setenv("INSTEP_MODELS", str(SHIPPED))
+    dit, mmdit = SHIPPED / "emoji-dit", SHIPPED / "emoji-mmdit"
+    (vae,) = (mmdit / "vae").glob("*.safetensors")
+    (network,) = (mmdit / "transformer").glob("*.safetensors")
+    for place, part in ((mmdit / "vae", "vae"), (vae, "vae"), (network, "transformer")):
+        result = run("models", "check", place)
+        assert result.exit_code == 0 and rows(result.stdout)[part].startswith(f"{part} stored as bfloat16")
+    told = run("models", "check", dit)
+    assert rows(told.stdout)["vae"].startswith("vae missing, and needed 2.63 M")
+    assert one_line(told) == f"{dit}: vae missing: give --rest emoji-dit to take what is missing from that card"
+    monkeypatch.setenv("INSTEP_MODELS", str(tmp_path))
+    for name in ("emoji-dit", "emoji-mmdit"):
+        (tmp_path / name).symlink_to(SHIPPED / name)
+    assert one_line(run("models", "add", mmdit / "vae")).endswith("(--vae, --text-encoder ...)")
+    (network,) = (dit / "transformer").glob("*.safetensors")
+    for number, words in enumerate(((dit, "--rest", "emoji-dit"), (network, "--vae", vae))):
+        made = run("models", "add", *words, "--id", f"mine{number}", "--like", "emoji-dit")
+        assert made.exit_code == 0 and made.stdout.endswith("next: instep serve\n"), made.output
+    states = {name: row.split()[1] for name, row in rows(run("models", "check").stdout).items()}
+    assert states["mine0"] == states["mine1"] == "ok"
+    assert "red apple" in (tmp_path / "mine1" / "model_index.json").read_text(), "the names of classes come along"
+
+
 def test_true_sizes_by_their_headers(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A file of SD3.5-large's true size, of which only the header is read."""
     from app.families.components import outline_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.engine.caps import caps_of
+from app.engine.limits import caps_of
 from app.engine.profile import Curve
 from app.engine.row import Caps, Work
 from app.pool.pool import Pool

@@ -219,7 +219,7 @@ def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(
     bench = Bounded(bound[0], profiles=profiles)
     bench.engine.submit(ask("tiny-dit", 1, True))
     bench.until(lambda: profiles._open)
-    bound[0]._loader._fail("tiny-dit", CheckpointError("the disk is gone"))
+    bound[0]._fail("tiny-dit", CheckpointError("the disk is gone"))
     bench.turn(2)
     assert isinstance(bench.failures["tiny-dit-1"].error, CheckpointError) and not profiles._open
     bench.reports.clear()

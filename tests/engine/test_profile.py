@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.caps import caps_of
+from app.engine.limits import caps_of
 from app.engine.profile import Curve, Profiles, measuring
 from app.request import Key
 from tests.parts.engine import FakeFamily, card

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from app.engine.row import Row
 from app.engine.turns import ALL, Turns
-from app.pool.policy import Need
+from app.pool.policy import Parts
 from app.report import Phase
 from app.request import Key
 from tests.parts.engine import request
@@ -26,6 +27,24 @@ class Shelf:
     def fits(self, model_id: str) -> bool:
         return self.whole
 
+    def need(self, waiting: Sequence[Parts], kept: Collection[str], urgent: Sequence[Parts]) -> None:
+        self.asked = list(urgent), list(waiting), frozenset(kept)
+
+
+class Plan(NamedTuple):
+    """What the pool was asked for, and which models take no new rows."""
+
+    urgent: list[Parts]
+    needs: list[Parts]
+    kept: frozenset[str]
+    held: frozenset[str]
+
+
+class Planned(Turns):
+    def plan(self, finished: Sequence[Row], started: Sequence[Row], now: float) -> Plan:
+        held = self.ask(finished, started, now)
+        return Plan(*self._pool.asked, held)  # type: ignore[attr-defined]
+
 
 numbers = itertools.count()
 
@@ -42,8 +61,8 @@ def running(model: str) -> Row:
     return started
 
 
-def turns(shelf: Any, *rows: Row, measured: bool = True) -> Turns:
-    made = Turns(shelf, {row.key for row in rows if measured})
+def turns(shelf: Shelf, *rows: Row, measured: bool = True) -> Planned:
+    made = Planned(shelf, {row.key for row in rows if measured})  # type: ignore[arg-type]
     for each in rows:
         made.add(each)
     return made
@@ -51,26 +70,26 @@ def turns(shelf: Any, *rows: Row, measured: bool = True) -> Turns:
 
 def test_models_that_are_there_hold_nobody() -> None:
     plan = turns(Shelf("a", "b"), row("a"), row("b")).plan([], [], 100.0)
-    assert plan == ([], {"a", "b"}, frozenset())
+    assert plan == ([], [], {"a", "b"}, frozenset())
 
 
 def test_an_absent_model_is_needed_whole_and_the_oldest_first() -> None:
     plan = turns(Shelf(), row("b"), row("a"), row("b")).plan([], [], 0.0)
-    assert plan.needs == [Need("b", ALL), Need("a", ALL)] and not plan.kept
+    assert plan.needs == [("b", ALL), ("a", ALL)] and not plan.kept
 
 
 def test_one_part_at_a_time_where_they_do_not_fit_together() -> None:
     shelf = Shelf()
     shelf.whole = False
-    assert turns(shelf, row("a")).plan([], [], 0.0).needs == [Need("a", ("encode",))]
-    assert turns(shelf, row("a"), measured=False).plan([], [], 0.0).needs == [Need("a", ("denoise",))]
+    assert turns(shelf, row("a")).plan([], [], 0.0).needs == [("a", ("encode",))]
+    assert turns(shelf, row("a"), measured=False).plan([], [], 0.0).needs == [("a", ("denoise",))]
     shelf.parts = {("a", "encode")}
     assert turns(shelf, row("a")).plan([], [], 0.0).needs == []
 
 
 def test_rows_that_hold_memory_come_before_those_that_wait() -> None:
     plan = turns(Shelf(), row("c")).plan([row("b")], [row("a"), row("a")], 0.0)
-    assert plan.needs == [Need("b", ("decode",), True), Need("a", ("denoise",), True), Need("c", ALL)]
+    assert plan.urgent == [("b", ("decode",)), ("a", ("denoise",))] and plan.needs == [("c", ALL)]
 
 
 def test_the_running_model_keeps_the_device_for_one_image_or_one_load() -> None:
@@ -97,7 +116,7 @@ def test_a_model_that_comes_in_has_its_own_time_first() -> None:
     assert made.plan([], [], 2.1).held == {"a"}
     shelf.here = {"b"}
     plan = made.plan([], [], 3.0)
-    assert plan.kept == {"b"} and not plan.held and plan.needs == [Need("a", ALL)]
+    assert plan.kept == {"b"} and not plan.held and plan.needs == [("a", ALL)]
     assert made.plan([], [], 5.1).held == {"b"}
 
 
@@ -137,9 +156,9 @@ def test_who_made_room_is_not_brought_back_first_although_its_row_is_the_oldest(
     shelf = Shelf("a")
     made = turns(shelf, row("a", 0.0), row("b", 1.0))
     made.served("a", 2.0)
-    assert made.plan([], [], 1.0).needs == [Need("b", ALL)]
+    assert made.plan([], [], 1.0).needs == [("b", ALL)]
     shelf.here = set()  # b is on its way, and a has left for it
-    assert made.plan([], [], 2.0).needs == [Need("a", ALL), Need("b", ALL)], "a's turn is not over yet"
-    assert made.plan([], [], 3.5).needs == [Need("b", ALL), Need("a", ALL)]
+    assert made.plan([], [], 2.0).needs == [("a", ALL), ("b", ALL)], "a's turn is not over yet"
+    assert made.plan([], [], 3.5).needs == [("b", ALL), ("a", ALL)]
     shelf.here = {"b"}
-    assert made.plan([], [], 4.0).needs == [Need("a", ALL)]
+    assert made.plan([], [], 4.0).needs == [("a", ALL)]

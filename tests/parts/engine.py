@@ -16,7 +16,7 @@ from app.engine.profile import Curve
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts
-from app.pool.policy import Need
+from app.pool.policy import Parts
 from app.pool.pool import Pool
 from app.report import Failure, ModelState, Phase, Report, Result, Tick
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
@@ -143,7 +143,7 @@ class FakeLease:
 
 
 class FakePool:
-    """Every model is ready at once, or when `present` says so. `needs` is what was asked for last."""
+    """Every model is ready at once, or when `present` says so."""
 
     device = torch.device("cpu")
     blocked = False
@@ -155,14 +155,12 @@ class FakePool:
         self.errors: dict[str, LoadError] = {}
         self.states: list[ModelState] = []
         self.leases = 0
-        self.needs: list[Need] = []
-        self.kept: Collection[str] = ()
 
     def want(self, model_id: str) -> None:
         pass
 
-    def need(self, needs: list[Need], kept: Collection[str]) -> None:
-        self.needs, self.kept = needs, kept
+    def need(self, waiting: Sequence[Parts], kept: Collection[str], urgent: Sequence[Parts]) -> None:
+        pass
 
     def lease(self, model_id: str, phase: Phase) -> FakeLease | None:
         return FakeLease(self, self.families[model_id]) if self.resident(model_id, phase) else None

@@ -32,7 +32,7 @@ import numpy as np
 from app.errors import Cancelled, CheckpointError, InstepError, ModelNotFound, NonFiniteOutput, OutOfMemory
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
 from app.request import Condition, ImageSpec, Prompt, Request
-from app.worker import heartbeat, wire
+from app.worker import wire
 
 STEP = 0.002
 RATE = 0.0002
@@ -86,7 +86,7 @@ class FakeWorker:
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self.rows: list[Row] = []
         self.ready: set[str] = set()
-        self.stopping = self.draining = False
+        self.stopping = False
         wanted = start.settings.preload
         self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
@@ -106,7 +106,7 @@ class FakeWorker:
             self.load(model)
         while True:
             self.take_orders()
-            if self.stopping and not (self.draining and self.rows):
+            if self.stopping:
                 return
             self.tick()
 
@@ -137,8 +137,8 @@ class FakeWorker:
             case ("unload", model_id):
                 self.ready.discard(model_id)
                 self.emit(ModelState(model_id, "absent"))
-            case ("stop", drain):
-                self.stopping, self.draining = True, drain
+            case ("stop",):
+                self.stopping = True
 
     def load(self, model: str) -> None:
         if model in self.ready:
@@ -233,7 +233,7 @@ class FakeWorker:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    heartbeat.start(int(sys.argv[2]))
+    wire.beat(int(sys.argv[2]))
     sock = socket.socket(fileno=int(sys.argv[1]))
     start = wire.receive(sock)
     if isinstance(start, wire.Start):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -60,3 +61,8 @@ async def serving(*, command: Sequence[str] = FAKE, **settings: object) -> Async
         await asyncio.sleep(0)
     assert supervisor.queues == [0.0] * len(supervisor.queues)
     assert (supervisor.running, supervisor.waiting, supervisor.live) == (0, 0, 0)
+
+
+def tenants(supervisor: Supervisor) -> dict[str, float]:
+    """Estimated device seconds of the unanswered images of each tenant, on all workers."""
+    return dict(sum((Counter(child.backlog.tenants()) for child in supervisor._children), Counter[str]()))

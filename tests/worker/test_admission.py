@@ -10,7 +10,7 @@ from app.errors import DeadlineExceeded, Overloaded, RateLimited
 from app.jobs.job import Estimate, Job
 from app.worker.admission import Backlog, admit, after
 from tests.parts.fake_worker import RATE
-from tests.parts.supervising import job, serving
+from tests.parts.supervising import job, serving, tenants
 from tests.parts.waiting import run, until
 from tests.worker.test_backlog import backlog, of
 
@@ -101,6 +101,13 @@ def test_a_short_request_is_not_refused_for_long_ones_that_let_it_pass():
     ask(books, "a", deadline=time.monotonic() + 2.0)
 
 
+def test_a_job_that_is_refused_has_no_estimate():
+    asked, books = of("a", deadline=time.monotonic() + 5.0), backlog(a=(1.0, 8))
+    with pytest.raises(Overloaded):
+        admitted(asked, books, [books])
+    assert asked.estimate is None
+
+
 def test_a_deadline_is_not_judged_by_a_guess():
     books = backlog()
     asked = of(passes=900, model="other", deadline=time.monotonic() + 1.0)
@@ -122,7 +129,7 @@ def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
             assert flood[-1].estimate == Estimate(pytest.approx(40 * RATE), 2, pytest.approx(20 * RATE))
             small = supervisor.submit(job("!slow 60", tenant="small"))
             assert small.estimate.wait == pytest.approx(6 * RATE)
-            assert supervisor.tenants() == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
+            assert tenants(supervisor) == pytest.approx({"flood": 60 * RATE, "small": 6 * RATE})
             with pytest.raises(RateLimited):
                 supervisor.submit(job(tenant="flood"))
             with pytest.raises(RateLimited):
@@ -130,6 +137,6 @@ def test_keys_at_a_live_worker_are_refused_alone_and_the_books_end_empty():
             for future in (*flood, small):
                 future.cancel()
             await asyncio.sleep(0)
-            assert supervisor.tenants() == {}
+            assert tenants(supervisor) == {}
 
     run(scenario)

@@ -9,7 +9,7 @@ import pytest
 
 from app.errors import NoWorker, SettingsError
 from app.settings import Settings
-from app.worker import heartbeat
+from app.worker import wire
 from app.worker.supervisor import Supervisor
 from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import run, until
@@ -43,7 +43,7 @@ def test_idleness_is_no_hang(monkeypatch):
     async def scenario():
         async with serving() as here:
             await until(lambda: here.supervisor.ready)
-            monkeypatch.setattr(heartbeat, "MAX_SILENCE", 2.0)
+            monkeypatch.setattr(wire, "MAX_SILENCE", 2.0)
             await asyncio.sleep(3.0)
             assert (here.supervisor.live, here.supervisor.restarts) == (1, 0)
 
@@ -53,7 +53,7 @@ def test_idleness_is_no_hang(monkeypatch):
 def test_a_process_that_says_hello_and_no_more_is_a_hang(monkeypatch, caplog):
     async def scenario():
         async with serving(command=script(f"say({HELLO}); time.sleep(600)")) as here:
-            monkeypatch.setattr(heartbeat, "MAX_SILENCE", 0.3)
+            monkeypatch.setattr(wire, "MAX_SILENCE", 0.3)
             await until(lambda: here.supervisor.restarts)
 
     run(scenario)
@@ -89,7 +89,7 @@ def test_a_program_that_is_not_there():
 
 
 def test_a_start_that_takes_too_long_is_a_hang(monkeypatch):
-    monkeypatch.setattr(heartbeat, "START_LIMIT", 0.5)
+    monkeypatch.setattr(wire, "START_LIMIT", 0.5)
 
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS, command=script("time.sleep(600)"))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from app.worker import heartbeat
+from app.worker import wire
 from tests.parts.supervising import job, serving
 from tests.parts.waiting import run, until
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_restarts")]
 
 RAN, FREE = bytes([signal.SIGALRM]), b"\0"
 # numpy's threads start before the heartbeat, as they do in the engine's process.
-HEAD = "import ctypes, sys, time\nimport numpy\nfrom app.worker import heartbeat\nheartbeat.start(int(sys.argv[1]))\n"
+HEAD = "import ctypes, sys, time\nimport numpy\nfrom app.worker import wire\nwire.beat(int(sys.argv[1]))\n"
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def test_a_stopped_engine_is_killed_and_restarted(busy, caplog):
 
 def test_an_engine_whose_interpreter_is_held_lives_though_it_misses_what_it_announced(monkeypatch):
     """As in an import or a large file of a load. It announces 4 seconds and says nothing for 8."""
-    monkeypatch.setattr(heartbeat, "HELD", 2.0)
+    monkeypatch.setattr(wire, "HELD", 2.0)
 
     async def scenario():
         async with serving() as here:
@@ -111,7 +111,7 @@ def test_an_interpreter_that_is_held_for_too_long_is_a_hang(monkeypatch, caplog)
         async with serving() as here:
             lost = here.supervisor.submit(job("!held 600"))
             await until(lambda: here.supervisor.running)
-            monkeypatch.setattr(heartbeat, "START_LIMIT", 3.0)
+            monkeypatch.setattr(wire, "START_LIMIT", 3.0)
             await until(lambda: here.supervisor.restarts)
             assert lost.error
 
@@ -124,7 +124,7 @@ def test_a_front_that_stood_still_kills_nobody():
         async with serving() as here:
             await until(lambda: here.supervisor.ready)
             os.kill(here.supervisor.pids[0], signal.SIGSTOP)  # as a container that is paused, front and engine
-            time.sleep(heartbeat.STOPPED + 2)
+            time.sleep(wire.STOPPED + 2)
             await asyncio.sleep(0.5)
             os.kill(here.supervisor.pids[0], signal.SIGCONT)
             await asyncio.sleep(0.5)

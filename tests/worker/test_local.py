@@ -10,8 +10,8 @@ import torch
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.pool.loader import Loader
 from app.pool.policy import Task
+from app.pool.pool import Pool
 from app.report import Report
 from app.settings import Settings
 from app.worker.local import Local
@@ -22,18 +22,18 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
 ) -> None:
     """Torch hands what one thread asks for on to every thread that has not computed yet."""
     loading: list[int] = []
-    load = Loader._do
+    load = Pool._do
 
-    def seen_loading(loader: Loader, task: Task) -> None:
+    def seen_loading(pool: Pool, task: Task) -> None:
         loading.append(torch.get_num_threads())
-        load(loader, task)
+        load(pool, task)
 
-    monkeypatch.setattr(Loader, "_do", seen_loading)
+    monkeypatch.setattr(Pool, "_do", seen_loading)
     settings = Settings(models=tiny, threads=3)
     registry = open_registry(settings)
     seen: list[int] = []
 
-    def observe(report: Report, worker: str) -> None:
+    def observe(report: Report) -> None:
         seen.append(torch.get_num_threads())
 
     before = torch.get_num_threads()

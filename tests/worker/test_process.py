@@ -34,7 +34,7 @@ class Engine:
     def cancel(self, request_id): said.put(Failure(request_id, EngineError("cancelled")))
     def load(self, model_id): said.put(Announce("load " + model_id, 1.0))
     def unload(self, model_id): said.put(Announce("unload " + model_id, 1.0))
-    def stop(self, drain): said.put(Announce("stop" if not drain else "drain", 1.0)); orders.put(None)
+    def stop(self): said.put(Announce("stop", 1.0)); orders.put(None)
     def run(self): RUN
 
 orders = queue.SimpleQueue()
@@ -83,7 +83,7 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
         assert wire.receive(sock) == wire.Hello(running.pid)
         assert wire.receive(sock) == Announce("want other", 1.0)
         asked = request()
-        calls = ("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop", True)
+        calls = ("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop",)
         for call in calls:
             wire.send(sock, call)
         heard = []
@@ -96,7 +96,7 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
         assert [news.phase for news in heard if isinstance(news, Announce)] == [
             "load fake",
             "unload other",
-            "drain",
+            "stop",
             "closed",
         ]
         assert running.wait(20) == 0

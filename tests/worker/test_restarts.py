@@ -10,7 +10,7 @@ import pytest
 from app.errors import EngineError, NoWorker
 from app.report import ModelState
 from app.worker import child
-from app.worker.heartbeat import Pulse
+from app.worker.wire import Pulse
 from tests.parts.supervising import job, serving
 from tests.parts.waiting import run, until
 from tests.parts.workers import HELLO, script

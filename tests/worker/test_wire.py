@@ -19,7 +19,7 @@ ORDERS = [
     wire.Start(Settings(devices="cpu", max_wait=7.0), CARDS, "cpu"),
     ("submit", request("ünï 🍎", seeds=(1, 2**63))),
     ("cancel", "r1"),
-    ("stop", True),
+    ("stop",),
 ]
 NEWS = [
     wire.Hello(1),
