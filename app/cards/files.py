@@ -37,7 +37,8 @@ STEMS = ("diffusion_pytorch_model", "model")
 _FIRST = 512
 """Bytes at the start of a file that are compared; a Git LFS pointer has about 130 in all."""
 
-_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
+PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
+"""Names of parts, which become folders."""
 
 Wanted = Literal["safetensors", "torch", "json"]
 
@@ -167,7 +168,7 @@ def read_classes(index: Path) -> dict[str, str]:
     for name, entry in read_json(index).items():
         if name.startswith("_") or name == "scheduler" or not isinstance(entry, list) or entry == [None, None]:
             continue
-        if not _PART.fullmatch(name):
+        if not PART.fullmatch(name):
             raise CheckpointError(f'{index}: "{name}" is not the name of a part')
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
             raise CheckpointError(f"{index}: {name}: not a pair of library and class")

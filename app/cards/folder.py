@@ -125,11 +125,7 @@ class ModelFolder:
                 except CheckpointError as error:
                     raise self._lacking(part, error) from error
             return parts
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # no access, an impossible name, a loop of links
+        except (OSError, ValueError, RuntimeError) as error:  # no access, an impossible name, a loop of links
             raise CheckpointError(f"{self.card.id}: its files cannot be read: {error}") from error
 
     def parts(self) -> list[Part]:

@@ -15,7 +15,7 @@ from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_toml, to_toml
 from app.cards.folder import ModelFolder
 from app.cards.noise import changes, schedule_of
-from app.checkpoints.identify import CardConfigs, Inventory, configs_of, short, take_inventory
+from app.checkpoints.identify import CardConfigs, FoundPart, Inventory, configs_of, short, take_inventory
 from app.checkpoints.parts import prove
 from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
@@ -44,6 +44,11 @@ class Draft:
         return {part: place for part, (own, place) in self.parts.items() if own == kind}
 
     @property
+    def whole(self) -> bool:
+        """Whether the files are a diffusers folder, and not one part of it or a file."""
+        return (self.path / INDEX).is_file()
+
+    @property
     def missing(self) -> list[str]:
         """The parts of the card it is like that are not here."""
         return self.like.missing(self.parts)
@@ -52,7 +57,7 @@ class Draft:
     def schedule(self) -> dict[str, Any]:
         """The card's `schedule`: that of the card it is like, with the files' own facts. Raises CheckpointError."""
         raw = read_toml(self.like.card.file)["schedule"]
-        return schedule_of(self.path, raw) if self.path.is_dir() else raw
+        return schedule_of(self.path, raw) if self.whole else raw
 
     def take(self, part: str, place: Path) -> None:
         """A part from a place of its own, instead of the one that is there. Raises CheckpointError, LoadError."""
@@ -63,7 +68,7 @@ class Draft:
         found = next(fitting, None)
         if found is None:
             raise CheckpointError(f"{place}: is not the {part} of {self.like.card.id}")
-        self._replace(part, "folder" if place.is_dir() else "original" if found.original else "plain", place)
+        self._replace(part, _kind(found), place)
 
     def take_tokenizers(self, place: Path) -> None:
         """Those of the folder that the model has a use for. Raises LoadError: there are none."""
@@ -74,7 +79,7 @@ class Draft:
             self._replace(part, "folder", place / part)
 
     def _replace(self, part: str, kind: Kind, place: Path) -> None:
-        if self.path.is_dir():
+        if self.whole:
             raise LoadError(f"{self.path}: is a whole model; parts of it cannot be given beside it")
         self.parts[part] = kind, place
 
@@ -93,7 +98,7 @@ class Draft:
         needed = [*FAMILIES[self.like.card.family].required, *(f"tokenizer{one[12:]}" for one in encoders)]
         if gaps := [part for part in needed if part not in self.parts]:
             words = (f"{flag(part)} PATH" if part[:9] != "tokenizer" else "--tokenizers FOLDER" for part in gaps)
-            flags = "" if self.path.is_dir() else f"{' '.join(dict.fromkeys(words))}, or "
+            flags = "" if self.whole else f"{' '.join(dict.fromkeys(words))}, or "
             rest = f"--rest {self.like.card.id} to take what is missing from that card"
             raise LoadError(f"{self.path}: {', '.join(gaps)} missing: give {flags}{rest}")
 
@@ -115,16 +120,16 @@ class Draft:
         Raises CardError, LoadError: no model can be built of it.
         """
         folder.mkdir()
-        file, whole, like = folder / "card.toml", self.path.is_dir(), self.like.card
+        file, like = folder / "card.toml", self.like.card
         try:
-            if not whole:
+            if not self.whole:
                 self._write_layout(folder)
             card = {
                 "id": folder.name,
                 "like": like.id,
                 **{name: value for name, value in read_toml(like.file).items() if name not in OWN},
                 "schedule": self.schedule,
-                "source": {"path": str(self.path) if whole else "."},
+                "source": {"path": str(self.path) if self.whole else "."},
             }
             tables = {"components": self.of("card"), "files": {k: str(v) for k, v in self.of("original").items()}}
             card |= {name: table for name, table in tables.items() if table}
@@ -172,9 +177,13 @@ def draft(found: Inventory, registry: Registry, like: str | None) -> Draft:
     made = Draft(one, path, registry.cards)
     for name, part in parts.items():
         if name not in found.odd:
-            made.parts[name] = "whole" if path.is_dir() else "original" if part.original else "plain", path
+            made.parts[name] = "whole" if made.whole else _kind(part), path
     made.parts.update((name, ("whole", path)) for name in found.tokenizers)
     return made
+
+
+def _kind(part: FoundPart) -> Kind:
+    return "folder" if part.place.is_dir() else "original" if part.original else "plain"
 
 
 def flag(part: str) -> str:

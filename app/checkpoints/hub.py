@@ -33,7 +33,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from app.cards.card import Card
-from app.cards.files import INDEX, STEMS, read_classes
+from app.cards.files import INDEX, PART, STEMS, read_classes
 from app.errors import CheckpointError
 
 PAUSES = (0.2, 1.0, 3.0)
@@ -51,7 +51,6 @@ _AGAIN = (408, 416, 429, 500, 502, 503, 504)
 _BIN = "diffusion_pytorch_model.bin"
 _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
-_PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -166,7 +165,7 @@ def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
 
 def _add(found: Needs, repo: Repo, parts: set[str], bare: set[str], torch: bool = False) -> None:
     for part in parts:
-        if not _PART.fullmatch(part):
+        if not PART.fullmatch(part):
             raise CheckpointError(f'{repo.name}: {INDEX}: "{part}" is not the name of a part')
     try:
         paths = wanted(repo.files, parts, bare, torch)

@@ -50,11 +50,17 @@ class CardConfigs:
     card: Card
     parts: Mapping[str, Part]
 
+    def network(self, part: str) -> Part | None:
+        """The part if it is a network whose config is on this machine."""
+        one = self.parts.get(part)
+        return one if one and has_weights(one.class_name) and (one.folder / "config.json").is_file() else None
+
     def differences(self, part: str, found: FoundPart) -> list[str] | None:
         """How a found part differs from this one, a line each; None where it is not even of the same kind."""
-        if part not in self.parts or not has_weights(self.parts[part].class_name):
+        own = self.network(part)
+        if own is None:
             return None
-        class_name, state = self.parts[part].class_name, found.state
+        class_name, state = own.class_name, found.state
         if found.original is not None:
             if class_name not in found.original.classes:
                 return None
@@ -62,7 +68,7 @@ class CardConfigs:
                 state = found.original.read(class_name, found.state)
             except ValueError as error:
                 return [str(error)]
-        return differences(class_name, self.parts[part].folder, state) or self._besides(part, found)
+        return differences(class_name, own.folder, state) or self._besides(part, found)
 
     def _besides(self, part: str, found: FoundPart) -> list[str]:
         """Differences that no shape shows: of the configs, or of the positions in a DiT's file."""
@@ -187,15 +193,15 @@ def _of_safetensors(file: Path) -> Inventory:
 
 
 def configs_of(card: Card, cards: Mapping[str, Card]) -> CardConfigs | None:
-    """The card with the configs of its parts; None where some are not here, or the network is another card's."""
+    """The card with the configs of its parts; None where its network's is not here, or is another card's."""
     if "transformer" in card.components:
         return None
     try:
         parts = {part.name: part for part in ModelFolder(card, cards).beside().parts()}
     except CheckpointError:
         return None
-    networks = (part for part in parts.values() if has_weights(part.class_name))
-    return CardConfigs(card, parts) if all((one.folder / "config.json").is_file() for one in networks) else None
+    one = CardConfigs(card, parts)
+    return one if one.network("transformer") else None
 
 
 def _match(found: Inventory, one: CardConfigs) -> dict[str, FoundPart]:

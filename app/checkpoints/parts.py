@@ -146,13 +146,13 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
     """
     check_defaults(card)
     folder = ModelFolder(card, {**cards, card.id: card})
-    check_classes(card, folder.own())
-    built = {part.name: blank_part(part) for part in folder.own()}
+    own = folder.own()
+    check_classes(card, own)
+    built = {part.name: blank_part(part) for part in own}
     try:
-        parts = read_parts(card, cards)
+        built |= {part.name: blank_part(part) for part in read_parts(card, cards) if part.name not in built}
     except NotDownloaded:
         return
-    built |= {part.name: blank_part(part) for part in parts if part.name not in built}
     build_family(card, built, torch.device("cpu"), torch.bfloat16)
 
 

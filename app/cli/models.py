@@ -209,12 +209,11 @@ def _memory_of(one: CardConfigs, parts: Iterable[str], settings: Settings) -> di
     import torch
 
     from app.checkpoints.parts import part_dtype
-    from app.families.components import has_weights
     from app.worker.process import resolve_dtype
 
     device = plan.devices(settings.devices)[0]
     dtype = resolve_dtype(settings, device)
-    networks = (part for part in parts if part in one.parts and has_weights(one.parts[part].class_name))
+    networks = filter(one.network, parts)
     return {part: one.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
 
 
@@ -250,7 +249,7 @@ def _print_next(found: Inventory, registry: Registry, settings: Settings) -> Non
         return typer.echo(f"next: {dit if one.card.facts.torch_files else 'save its tensors as safetensors'}")
     made = draft(found, registry, one.card.id)
     words = ["instep", "models", "add", str(path), "--like", one.card.id]
-    if path.is_file() and one.missing(parts):
+    if not made.whole and one.missing(parts):
         made.take_rest(one.card)
         words += ["--rest", one.card.id]
     made.refuse_gaps()

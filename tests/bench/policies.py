@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from app.engine import engine
 from app.engine.batcher import Batcher
 from app.engine.row import Caps, Image, Outcome, Row, Work
 from app.engine.runner import Runner, isolate
@@ -169,5 +170,5 @@ POLICIES = {
 
 if __name__ == "__main__":
     chosen = POLICIES[sys.argv.pop(1)]
-    process.build = partial(process.build, batcher=chosen.batcher, runner=chosen.runner)
+    engine.Engine = partial(engine.Engine, batcher=chosen.batcher, runner=chosen.runner)  # type: ignore[misc, assignment]
     process._run()

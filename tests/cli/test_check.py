@@ -138,11 +138,12 @@ def test_the_shipped_models_one_of_which_shares_its_vae(
         (tmp_path / name).symlink_to(SHIPPED / name)
     assert one_line(run("models", "add", mmdit / "vae")).endswith("(--vae, --text-encoder ...)")
     (network,) = (dit / "transformer").glob("*.safetensors")
-    for number, words in enumerate(((dit, "--rest", "emoji-dit"), (network, "--vae", vae))):
+    ways = ((dit, "--rest", "emoji-dit"), (network, "--vae", vae), (dit / "transformer", "--rest", "emoji-dit"))
+    for number, words in enumerate(ways):
         made = run("models", "add", *words, "--id", f"mine{number}", "--like", "emoji-dit")
         assert made.exit_code == 0 and made.stdout.endswith("next: instep serve\n"), made.output
     states = {name: row.split()[1] for name, row in rows(run("models", "check").stdout).items()}
-    assert states["mine0"] == states["mine1"] == "ok"
+    assert states["mine0"] == states["mine1"] == states["mine2"] == "ok"
     assert "red apple" in (tmp_path / "mine1" / "model_index.json").read_text(), "the names of classes come along"
 
 
