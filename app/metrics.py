@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
 
@@ -18,7 +17,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from app.report import Evicted, Memory, ModelState, Report, Result, Tick
+from app.jobs.job import Job
+from app.report import Evicted, Memory, ModelState, Report, Tick
 from app.worker.supervisor import Supervisor
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -122,17 +122,16 @@ class Metrics:
                 for kind, size in kinds.items():
                     self._set("device_memory_bytes", size, device, kind)
 
-    def started(self, model: str, images: int) -> None:
-        """A request was accepted. Every `started` is followed by one `ended`."""
+    def started(self, job: Job) -> None:
+        """A job was accepted; it is in flight until its future ends."""
+        model, images = job.request.recipe.model, len(job.request.images)
         self._in_flight[model] += images
+        job.future.add_done_callback(lambda _: self._in_flight.subtract({model: images}))
 
-    def ended(self, model: str, images: int) -> None:
-        """A request is over, however it ended."""
-        self._in_flight[model] -= images
-
-    def answered(self, model: str, results: Iterable[Result], seconds: float, encode_seconds: float) -> None:
-        """A request was answered with these images after `seconds` in all, `encode_seconds` of them in imaging."""
-        for result in results:
+    def answered(self, job: Job, seconds: float, encode_seconds: float) -> None:
+        """A job was answered after `seconds` in all, `encode_seconds` of them in imaging."""
+        model = job.request.recipe.model
+        for result in job.results.values():
             self._add("images", model)
             self._observe("request_queue_time_seconds", model, result.timings.queue)
         self._observe("e2e_request_latency_seconds", model, seconds)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.jobs.job import Job
 from app.metrics import Metrics
 from app.report import Announce, Evicted, Memory, ModelState, Result, Tick, Timings
+from tests.parts.supervising import job
 
 
 @dataclass
@@ -38,8 +40,13 @@ def tick(phase: str = "denoise", rows: int = 3, passes: int = 8, padding: int = 
     return Tick("a", phase, rows, passes, padding, more.pop("cap", 16), seconds, rows, 0, **more)  # type: ignore[arg-type]
 
 
-def result(queue: float = 0.5) -> Result:
-    return Result("r", 0, 1, np.zeros((1, 1, 3), np.uint8), Timings(queue, 0.1, 0.2, 0.3, 4, 1.0))
+def answered(*queues: float) -> Job:
+    """A job with a result for each of these seconds in the queue."""
+    asked = job(model="a", seeds=range(len(queues)))
+    for index, queue in enumerate(queues):
+        timings = Timings(queue, 0.1, 0.2, 0.3, 4, 1.0)
+        asked.hear(Result(asked.request.id, index, index, np.zeros((1, 1, 3), np.uint8), timings))
+    return asked
 
 
 def test_ticks_are_counted_by_phase() -> None:
@@ -67,17 +74,18 @@ def test_a_first_forward_that_did_not_fit_counts_as_out_of_memory_alone() -> Non
 
 def test_gauges_rise_and_return_to_zero() -> None:
     metrics, workers = Metrics(), Workers()
-    metrics.started("a", 5)
+    asked = job(model="a", seeds=range(5))
+    metrics.started(asked)
     assert [read(metrics)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 5]
     workers.batched = {"a": 3}
     assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [3, 2]
-    metrics.ended("a", 5)
+    asked.cancel()
     assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 0]
 
 
 def test_outcomes() -> None:
     metrics = Metrics()
-    metrics.answered("a", [result(0.5), result(1.5)], seconds=2.5, encode_seconds=0.01)
+    metrics.answered(answered(0.5, 1.5), seconds=2.5, encode_seconds=0.01)
     metrics.failed("a", "non_finite_output")
     metrics.rejected("", "model_not_found")
     seen = read(metrics)
@@ -140,7 +148,7 @@ def test_outcomes_add_up_and_start_at_zero() -> None:
     metrics = Metrics()
     outcomes = ("answered", "failed", "cancelled", "refused")
     assert [read(metrics)["instep_requests_total", "a", outcome] for outcome in outcomes] == [0, 0, 0, 0]
-    metrics.answered("a", [result(), result()], seconds=1.0, encode_seconds=0.1)
+    metrics.answered(answered(0.5, 0.5), seconds=1.0, encode_seconds=0.1)
     metrics.failed("a", "internal_error")
     metrics.failed("a", "cancelled")
     metrics.rejected("a", "overloaded")
@@ -181,8 +189,9 @@ def test_evictions_and_memory() -> None:
 
 def test_an_evicted_model_is_not_loaded() -> None:
     metrics, workers = Metrics(), Workers()
-    metrics.started("a", 1)
-    metrics.ended("a", 1)
+    asked = job(model="a")
+    metrics.started(asked)
+    asked.cancel()
     workers.states, workers.batched = {"a": ModelState("a", "absent")}, {"a": 1}
     seen = read(metrics, workers)
     assert [seen[name, "a"] for name in ("instep_model_loaded", "instep_num_requests_running")] == [0, 0]

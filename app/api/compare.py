@@ -12,16 +12,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from app.api.docs import COMPARE_ROUTE
-from app.api.front import Front, facts_of, front_of, key_of
-from app.api.images import file_response, job_of, refusals, reply, submit
-from app.api.reading import accepted_format, read_json
+from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
+from app.api.images import job_of, refusals, reply, submit
 from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
 from app.jobs.body import ImageBody
-from app.jobs.compare import Comparison, lay_out, read_comparison
+from app.jobs.compare import lay_out, panel_answer, read_comparison
 from app.jobs.job import Job
-from app.jobs.panels import json_panel, panel_warnings, raw_panel
-from app.report import Result
 
 router = APIRouter()
 
@@ -52,18 +49,9 @@ async def compare_images(request: Request) -> Response:
         except (Overloaded, RateLimited) as error:
             raise _for_good(front, jobs, queue) or error from None
     try:
-        return await reply(request, front, jobs, lambda results: _encode(comparison, [one for (one,) in results]))
+        return await reply(request, front, jobs, lambda results: panel_answer(comparison, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
         raise _with_model(jobs, error) from None
-
-
-def _encode(comparison: Comparison, results: list[Result]) -> tuple[Response, float]:
-    if comparison.raw:
-        data, seconds = raw_panel(comparison, results)
-        models, told = [card.id for card in comparison.cards], panel_warnings(comparison, results)
-        return file_response(data, comparison.format, models, comparison.seed, told), seconds
-    data, seconds = json_panel(comparison, results)
-    return Response(data, media_type="application/json"), seconds
 
 
 def _for_good(front: Front, jobs: Sequence[Job], queue: float | None) -> InvalidValue | None:

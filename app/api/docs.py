@@ -13,14 +13,16 @@ import fastapi_swagger  # type: ignore[import-untyped]
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from pydantic import BaseModel
 
 from app.api.auth import ADMIN, OPEN
 from app.api.errors import ErrorReply
 from app.api.front import Front, front_of
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
+from app.jobs.compare import CompareReply
+from app.jobs.replies import ImagesReply
 from app.jobs.schema import Json, body_schema, example, place_comparison
-from app.jobs.shapes import CompareReply, ImagesReply
 from app.keys import Keyring
 
 router = APIRouter(include_in_schema=False)
@@ -95,16 +97,15 @@ async def written(app: FastAPI, front: Front) -> bytes:
     kept: dict[tuple[str, ...], bytes] = app.state.documents
     models = tuple(front.registry.cards)
 
+    def write() -> bytes:
+        return json.dumps(document(app, front), ensure_ascii=False, separators=(",", ":")).encode()
+
     async def make() -> bytes:
         if models not in kept:
-            kept[models] = await front.in_thread(_written, app, front)
+            kept[models] = await front.in_thread(write)
         return kept[models]
 
     return kept[models] if models in kept else await front.shared(("document", models), make)
-
-
-def _written(app: FastAPI, front: Front) -> bytes:
-    return json.dumps(document(app, front), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 _STATUSES = {
@@ -130,33 +131,25 @@ _KEYS = {
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 
-IMAGE_ROUTE: Json = {
-    "tags": ["images"],
-    "response_model": None,
-    "responses": {
-        200: {
-            "model": ImagesReply,
-            "description": "JSON; the file itself for Accept: image/*; events for stream: true",
-            "content": {**{f"image/{name}": _BINARY for name in FORMATS}, "text/event-stream": {"schema": {}}},
-        },
-        **{status: {"model": ErrorReply, "description": text} for status, text in _STATUSES.items()},
-    },
-    "openapi_extra": {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
-    },
-}
 
-COMPARE_ROUTE: Json = {
-    **IMAGE_ROUTE,
-    "responses": {
-        **IMAGE_ROUTE["responses"],
-        200: {
-            "model": CompareReply,
-            "description": "JSON; the panel itself for Accept: image/*",
-            "content": {f"image/{name}": _BINARY for name in FORMATS},
-        },
-    },
-}
+def _route(model: type[BaseModel], description: str, *media: str) -> Json:
+    """What FastAPI is told of a route that draws: its JSON reply, which may be a file instead, and its refusals."""
+    files: Json = {f"image/{name}": _BINARY for name in FORMATS}
+    reply = {"model": model, "description": description, "content": files | {name: {"schema": {}} for name in media}}
+    errors = {status: {"model": ErrorReply, "description": text} for status, text in _STATUSES.items()}
+    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {
+        "tags": ["images"],
+        "response_model": None,
+        "responses": {200: reply, **errors},
+        "openapi_extra": {"requestBody": body},
+    }
+
+
+IMAGE_ROUTE = _route(
+    ImagesReply, "JSON; the file itself for Accept: image/*; events for stream: true", "text/event-stream"
+)
+COMPARE_ROUTE = _route(CompareReply, "JSON; the panel itself for Accept: image/*")
 
 
 def document(app: FastAPI, front: Front) -> Json:

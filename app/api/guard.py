@@ -24,7 +24,7 @@ HEADERS = 100  # header lines of a request
 HEADER_BYTES = 32 * 1024  # of a request's target and headers together
 EVENTS = 16  # heads, chunks and ends of one connection that a turn of the event loop parses; a chunk takes 7 us
 AHEAD = 64 * 1024  # bytes behind a whole request beyond which a connection is not read before it is answered
-SLOWEST = 8 * 1024  # bytes a second that a client must take of its answer while it has not taken all
+SLOWEST = 8 * 1024  # bytes a second that a client must take of an answer that waits for it, over REQUEST_TIMEOUT
 HEAD_SECONDS = 10.0  # in which a client must send the whole head of a request, if REQUEST_TIMEOUT is not shorter still
 
 LINGER = 2.0
@@ -116,19 +116,18 @@ class Door:
 
 
 class Parser(h11.Connection):
-    """h11 that checks the head of each request and counts what it parses and sends.
+    """h11 that checks the head of each request and counts what it parses.
 
-    check: why a request is refused. sending: takes the number of bytes that go out. method, origin: of the present
-    request, once its head has come. fault: the error for it. left: events to parse in this turn of the event loop.
+    check: why a request is refused. method, origin: of the present request, once its head has come. fault: the error
+    for it. left: events to parse in this turn of the event loop.
     """
 
-    def __init__(self, check: Callable[[h11.Request], InstepError | None], sending: Callable[[int], None]) -> None:
+    def __init__(self, check: Callable[[h11.Request], InstepError | None]) -> None:
         super().__init__(h11.SERVER, HEADER_BYTES)
         self.fault: InstepError | None = None
         self.method = self.origin = b""
         self.left = EVENTS
         self._check = check
-        self._sending = sending
 
     def next_event(self) -> Any:
         """PAUSED when none is `left`. Raises RemoteProtocolError for a request that is refused, too."""
@@ -149,12 +148,6 @@ class Parser(h11.Connection):
                 self.fault = fault
                 raise h11.RemoteProtocolError(fault.message)
         return event
-
-    def send_with_data_passthrough(self, event: h11.Event) -> list[bytes] | None:
-        """The bytes that go out for this event."""
-        pieces = super().send_with_data_passthrough(event)
-        self._sending(sum(map(len, pieces or ())))
-        return pieces
 
     @property
     def coming(self) -> bool:
@@ -200,7 +193,7 @@ class Guarded(H11Protocol):
 
     def __init__(self, door: Door, **made: Any) -> None:
         super().__init__(**made)
-        self.conn: Parser = Parser(self._fault, self._sending)
+        self.conn: Parser = Parser(self._fault)
         self.logger = _QUIET
         self.address = ""
         self._door = door
@@ -210,11 +203,11 @@ class Guarded(H11Protocol):
         self._began = 0.0
         self._clock: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
-        self._written = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the transport: a client is there, and its time runs."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)
         self.flow = _Flow(transport, self.conn)
         self.address = self.client[0] if self.client else ""
         self._within = self._door.enter(self)
@@ -224,8 +217,7 @@ class Guarded(H11Protocol):
         """Called by the transport: the client is gone."""
         self._door.leave(self)
         self._stop_clock()
-        if self._watch:
-            self._watch.cancel()
+        self._stop_watch()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -236,6 +228,17 @@ class Guarded(H11Protocol):
         super().data_received(data)
         if not self._within and self.cycle:
             self.cycle.keep_alive = False
+        self._settle()
+
+    def pause_writing(self) -> None:
+        """Called by the transport when there are bytes that the system does not take, since the client does not."""
+        super().pause_writing()
+        self._start_watch()
+
+    def resume_writing(self) -> None:
+        """Called by the transport when all bytes are taken."""
+        super().resume_writing()
+        self._stop_watch()
         self._settle()
 
     def handle_events(self) -> None:
@@ -355,27 +358,17 @@ class Guarded(H11Protocol):
         else:
             self.transport.abort()
 
-    def _sending(self, count: int) -> None:
-        """Watch that these bytes are taken."""
-        self._written += count
-        if count and self._watch is None:
-            self._watch_on(self._sent - count)
+    def _start_watch(self) -> None:
+        self._watch = self.loop.call_later(self._door.seconds, self._look, self.transport.get_write_buffer_size())
 
-    @property
-    def _sent(self) -> int:
-        """Bytes that the system has taken from us; it takes more as the client does."""
-        return self._written - self.transport.get_write_buffer_size()
+    def _stop_watch(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+            self._watch = None
 
-    def _watch_on(self, sent: int) -> None:
-        due = min(self._written, sent + int(SLOWEST * self._door.seconds))
-        self._watch = self.loop.call_later(self._door.seconds, self._look, due)
-
-    def _look(self, due: int) -> None:
-        """Cut off a client that has not taken what was due by now: nothing else ends a client that does not read."""
-        self._watch = None
-        if not self.transport.get_write_buffer_size():
-            self._settle()
-        elif self._sent < due:
+    def _look(self, before: int) -> None:
+        """Cut off a client that has taken nothing of its answer, or next to nothing: no one else ends it."""
+        if before - self.transport.get_write_buffer_size() < SLOWEST * self._door.seconds:
             self.transport.abort()
         else:
-            self._watch_on(self._sent)
+            self._start_watch()

@@ -4,11 +4,10 @@ leaves, counted, logged and answered."""
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
@@ -18,14 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.docs import IMAGE_ROUTE
 from app.api.errors import envelope
-from app.api.front import Front, facts_of, front_of, key_of
-from app.api.reading import accepted_format, read_json
+from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
 from app.cards.card import Card
 from app.errors import Cancelled, InstepError, InvalidValue
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
 from app.jobs.job import Job
-from app.jobs.replies import completed_event, json_reply, partial_event, raw_image, warnings
+from app.jobs.replies import Answer, answer, completed_event, partial_event
 from app.logs import logger
 from app.report import Preview, Progress, Result
 
@@ -39,7 +37,7 @@ or does not fit is known by then. What waits longer needs the pings that only a 
 _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 
 News = Preview | Progress | Result | bytes | None
-Encode = Callable[[list[list[Result]]], tuple[Response, float]]
+Encode = Callable[[list[list[Result]]], Answer]
 
 router = APIRouter()
 log = logger("instep.access")
@@ -71,15 +69,7 @@ async def create_image(request: Request) -> Response:
         submit(front, [job], key_of(request).queue)
     if events:
         return await events.begin(request)
-    return await reply(request, front, [job], lambda results: _encode(job, results[0]))
-
-
-def _encode(job: Job, results: list[Result]) -> tuple[Response, float]:
-    if job.raw:
-        data, seconds = raw_image(job, results)
-        return file_response(data, job.format, [job.card.id], results[0].seed, warnings(job, results)), seconds
-    data, seconds = json_reply(job, results)
-    return Response(data, media_type="application/json"), seconds
+    return await reply(request, front, [job], lambda results: answer(job, results[0]))
 
 
 def job_of(
@@ -117,53 +107,36 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
     """
     for place, job in enumerate(jobs):
         try:
-            _submit(front, job, limit)
+            front.supervisor.submit(job, limit=limit)
         except InstepError:
             for earlier in jobs[:place]:
                 earlier.cancel()
-                front.metrics.failed(earlier.request.recipe.model, Cancelled.code)
-            job.facts["model"] = job.request.recipe.model
+                front.metrics.failed(earlier.card.id, Cancelled.code)
+            job.facts["model"] = job.card.id
             raise
-
-
-def _submit(front: Front, job: Job, limit: float | None) -> None:
-    model, images = job.request.recipe.model, len(job.request.images)
-    front.supervisor.submit(job, limit=limit)
-    front.metrics.started(model, images)
-    job.future.add_done_callback(lambda _: front.metrics.ended(model, images))
+        front.metrics.started(job)
 
 
 async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:
-    """The answer that `encode` makes of the results of each job; it runs in a thread and says how long it took.
+    """What `encode` makes of the results of each job, in a thread.
 
     When one job fails, all are cancelled and its error is raised; Cancelled when the client leaves.
     """
     try:
         async with _watched(request, jobs):
             results = await asyncio.gather(*jobs)
-        response, seconds = await front.in_thread(encode, results)
+        made = await front.in_thread(encode, results)
     except Exception as error:
         raise failed(front, jobs, error) from None
-    answered(front, jobs, seconds)
-    return response
-
-
-def file_response(file: bytes, format: Format, models: Iterable[str], seed: int, warnings: list[str]) -> Response:
-    """A file alone; headers say who drew it, the first seed and the warnings.
-
-    NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header.
-    """
-    headers = {"X-Model": ", ".join(models), "X-Seed": str(seed)}
-    if warnings:
-        headers["X-Warning"] = json.dumps("; ".join(warnings)[:400])
-    return Response(file, media_type=f"image/{format}", headers=headers)
+    answered(front, jobs, made.seconds)
+    return Response(made.content, headers=made.headers)
 
 
 def answered(front: Front, jobs: Sequence[Job], imaging: float) -> None:
     """Count and log jobs that were answered in full. imaging: seconds, of which each job has an equal share."""
     total = time.perf_counter() - jobs[0].started
     for job in jobs:
-        front.metrics.answered(job.request.recipe.model, job.results.values(), total, imaging / len(jobs))
+        front.metrics.answered(job, total, imaging / len(jobs))
     timings = [result.timings for job in jobs for result in job.results.values()]
     slowest = max(timings, key=lambda one: one.queue + one.denoise)
     stages = {name: getattr(slowest, name) for name in ("queue", "encode", "denoise", "decode")}
@@ -182,7 +155,7 @@ def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
         log.exception("unhandled", request_id=guilty.id)
         error = InstepError(repr(error))
     for job in jobs:
-        front.metrics.failed(job.request.recipe.model, error.code if job is guilty else Cancelled.code)
+        front.metrics.failed(job.card.id, error.code if job is guilty else Cancelled.code)
     guilty.facts |= {"error": error.code, "detail": error.message}
     return error
 

@@ -4,7 +4,6 @@ the admin, to load and unload them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -27,6 +26,8 @@ NOT_FOUND: dict[int | str, dict[str, Any]] = {
 }
 NO_WORKER: dict[int | str, dict[str, Any]] = {503: {"model": ErrorReply, "description": "No engine process is alive"}}
 CLASS_LIMIT = 1000
+SAME = {"id", "aliases", "description", "family", "defaults", "limits", "license", "gated", "parameters", "bytes"}
+"""Fields of an entry that are those of the card."""
 
 
 class ModelEntry(BaseModel):
@@ -89,7 +90,7 @@ async def list_models(request: Request) -> Response:
     """Every model that this server can draw with, the default first."""
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
-    found = await _entries(front)
+    found = await _entries(front, front.registry.all)
     skipped = () if key_of(request).models else _skipped(front)
     listed = b",".join(found[card.id] for card in cards)
     return _json(b'{"object":"list","data":[', listed, b'],"skipped":[', b",".join(skipped), b"]}")
@@ -101,8 +102,8 @@ async def get_classes(
 ) -> Response:
     """Classes of a label model, by part of the name in any case, or by id; at most 1,000."""
     _, card = _found(request, model)
-    found = [{"id": index, "name": name} for index, name in search(card, q)[:CLASS_LIMIT]]
-    return _json(json.dumps({"object": "list", "data": found}, ensure_ascii=False, separators=(",", ":")).encode())
+    found = [ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]]
+    return _json(ClassList(data=found).model_dump_json().encode())
 
 
 @router.post("/{model:path}/load", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
@@ -110,7 +111,7 @@ async def load_model(request: Request, model: str) -> Response:
     """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
     front, card = _working(request, model)
     front.supervisor.load(card.id)
-    return _json(await _one(front, card), status=202)
+    return await _one(front, card, 202)
 
 
 @router.post("/{model:path}/unload", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
@@ -118,15 +119,14 @@ async def unload_model(request: Request, model: str) -> Response:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     front, card = _working(request, model)
     front.supervisor.unload(card.id)
-    return _json(await _one(front, card), status=202)
+    return await _one(front, card, 202)
 
 
 # NOTE: the last of them: before the others it would take "a/load" for a name.
 @router.get("/{model:path}", response_model=ModelEntry, responses=NOT_FOUND)
 async def get_model(request: Request, model: str) -> Response:
     """One model, by id or alias, which may have slashes."""
-    front, card = _found(request, model)
-    return _json(await _one(front, card))
+    return await _one(*_found(request, model))
 
 
 def _working(request: Request, name: str) -> tuple[Front, Card]:
@@ -146,25 +146,20 @@ def _found(request: Request, name: str) -> tuple[Front, Card]:
     return front, card
 
 
-async def _entries(front: Front) -> dict[str, bytes]:
-    """The entry of every model as JSON, by id; the disk is looked at in a thread, once for all who wait."""
-    cards = front.registry.all
+async def _entries(front: Front, cards: Mapping[str, Card]) -> dict[str, bytes]:
+    """The entry of each model as JSON, by id; the disk is looked at in a thread, once for all who wait for the same."""
 
     async def make() -> dict[str, bytes]:
-        states = front.supervisor.states
-        return await front.in_thread(lambda: {one: _entry(card, cards, states.get(one)) for one, card in cards.items()})
+        states, every = front.supervisor.states, front.registry.all
+        return await front.in_thread(lambda: {one: _entry(card, every, states.get(one)) for one, card in cards.items()})
 
-    return await front.shared("models", make)
+    return await front.shared(("models", *cards), make)
 
 
-async def _one(front: Front, card: Card) -> bytes:
-    """The entry of one model: a slow disk under others does not delay it."""
-
-    async def make() -> bytes:
-        state = front.supervisor.states.get(card.id)
-        return await front.in_thread(lambda: _entry(card, front.registry.all, state))
-
-    return await front.shared(("model", card.id), make)
+async def _one(front: Front, card: Card, status: int = 200) -> Response:
+    """The answer with one model alone: a slow disk under others does not delay it."""
+    found = await _entries(front, {card.id: card})
+    return _json(found[card.id], status=status)
 
 
 def _skipped(front: Front) -> Iterator[bytes]:
@@ -186,24 +181,15 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> b
     except OSError:
         created = 0
     entry = ModelEntry(
-        id=card.id,
+        **card.model_dump(include=SAME),
         created=created,
-        aliases=list(card.aliases),
-        description=card.description,
-        family=card.family,
         condition="class_label" if card.draws_classes else "prompt",
         classes=len(card.labels),
         state=state.state,
         detail=(state.detail or broken).replace(f"{card.folder.parent}/", ""),
         device_bytes=state.device_bytes,
-        defaults=card.defaults.model_dump(),
-        limits=card.limits.model_dump(),
         samplers=list(steps := most_steps_of(card)),
         most_steps=steps,
-        license=card.license,
-        gated=card.gated,
-        parameters=card.parameters,
-        bytes=card.bytes,
         downloaded=fault is None,
     )
     return entry.model_dump_json().encode()

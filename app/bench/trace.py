@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -78,15 +78,12 @@ class Trace:
 
         Raises InvalidValue when nobody comes in that time.
         """
-        found = list(takewhile(lambda one: one.at < seconds, self._repeated(self.rate / rate)))
+        length, scale = float(self.facts["seconds"]), self.rate / rate
+        repeated = (one._replace(at=scale * (turn * length + one.at)) for turn in count() for one in self.arrivals)
+        found = list(takewhile(lambda one: one.at < seconds, repeated))
         if not found:
             raise InvalidValue(f"seconds: nobody comes in {seconds:g} s", param="seconds")
         return found
-
-    def _repeated(self, scale: float) -> Iterator[Arrival]:
-        for round_ in count():
-            for one in self.arrivals:
-                yield one._replace(at=scale * (round_ * float(self.facts["seconds"]) + one.at))
 
     def first(self, number: int) -> list[Arrival]:
         """This many arrivals in order, from the start again when the trace ends."""

@@ -171,7 +171,10 @@ def _add(found: Needs, repo: Repo, parts: set[str], bare: set[str], torch: bool 
         paths = wanted(repo.files, parts, bare, torch)
     except CheckpointError as error:
         raise CheckpointError(f"{repo.name}: {error.message}") from error
-    found.setdefault(f"{repo.name}@{repo.commit}", (repo, {INDEX}))[1].update(paths)
+    key = f"{repo.name}@{repo.commit}"
+    before, known = found.get(key, (repo, {INDEX}))
+    # Of a pinned card and one that follows a branch, the branch is what `link` has to write down.
+    found[key] = repo if before.revision == before.commit else before, known.union(paths)
 
 
 def wanted(files: Collection[str], parts: Iterable[str], bare: Collection[str] = (), torch: bool = False) -> list[str]:

@@ -20,9 +20,8 @@ from app.cli.paint import Watch, bars_of, say
 from app.cli.serve import Folder, read_settings
 from app.errors import InstepError
 from app.jobs.body import ImageBody
-from app.jobs.compare import Comparison, lay_out, read_comparison
+from app.jobs.compare import Comparison, lay_out, panel_file, panel_warnings, read_comparison
 from app.jobs.job import Job
-from app.jobs.panels import panel_warnings, raw_panel
 
 
 def compare(
@@ -59,7 +58,7 @@ def compare(
         results = [result for (result,) in watch.draw(settings, registry.cards)]
     except InstepError as error:
         raise _with_model(comparison.jobs, error) from None
-    out.write_bytes(raw_panel(comparison, results)[0])
+    out.write_bytes(panel_file(comparison, results)[0])
     for warning in panel_warnings(comparison, results):
         print(f"instep: {warning}", file=sys.stderr)
     console, seconds = Console(), time.monotonic() - start

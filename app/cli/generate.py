@@ -31,7 +31,7 @@ from app.cli.paint import Watch, bars_of, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
 from app.jobs.job import Job
-from app.jobs.replies import raw_image, warnings
+from app.jobs.replies import file_groups, files_of, warnings
 from app.report import Result
 
 
@@ -79,10 +79,11 @@ def bars(job: Job, console: Console) -> Watch:
 
 def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:
     """Write the file, or name-1, name-2, ...; for each the picture where the terminal can, then path, seed, seconds."""
-    files = [results] if job.columns else [[result] for result in results]
-    for number, group in enumerate(files, 1):
+    groups = file_groups(job, results)
+    files, _ = files_of(job, groups)
+    for number, (group, file) in enumerate(zip(groups, files, strict=True), 1):
         path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
-        path.write_bytes(raw_image(job, group)[0])
+        path.write_bytes(file)
         if console.is_terminal:
             pixels = grid([result.pixels for result in group], job.columns or 1)
             console.print(half_blocks(pixels, min(console.width, 64)))

@@ -1,22 +1,26 @@
-"""The request body: OpenAI's image fields and ours, checked against a card and made into a Request."""
+"""The request body: OpenAI's image fields and ours, checked against a card and made into a Request; what of it has no
+effect, in words for the reply."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.cards.card import Card, Size, Sizes, parse_size
 from app.cards.catalog import find_label
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported, first_problem
-from app.imaging import FORMATS
+from app.imaging import FORMATS, Format, left_out
 from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, bounds, first_seed, within
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Condition, Delivery, Guidance, ImageSpec, Prompt, Recipe, Request, SkipGuidance
-from app.samplers.table import valid_samplers
+from app.samplers.table import compile_table, valid_samplers
+
+B = TypeVar("B", bound=BaseModel)
 
 IGNORED = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
 _IGNORED = "Accepted for OpenAI's clients and ignored; the reply warns of what asks for something that is not done"
@@ -31,6 +35,26 @@ NOT_TAKEN = {
 }
 """Fields of numbers that only some cards take, and why another refuses them."""
 
+
+_OPENAI: dict[str, tuple[tuple[Any, ...], str]] = {
+    "background": (("auto", "opaque"), "pictures are opaque"),
+    "quality": (("auto", "standard"), "num_inference_steps says how much work goes into a picture"),
+    "style": ((), "write the style into the prompt"),
+    "moderation": (("auto", "low"), "nothing is filtered here"),
+    "complexity": (("auto",), "no model here has such a setting"),
+}
+"""OpenAI's fields that change nothing here: the values that ask for nothing else, and what a person should know."""
+
+_SYNTAX = re.compile(
+    r"""
+      \( [^()]* (?: : \s*+ -?[0-9]*+\.[0-9]++ | [^()0-9] : \s*+ [0-9]++ ) \s*+ \)  # (word:1.3) as in A1111 and ComfyUI
+    | \( [^()]+ \) (?: [0-9]?\.[0-9]+ | \+{1,9} | -{2,9} )                         # (word)1.3 as in InvokeAI and compel
+    | \[ [^][:]*+ : (?: [^][:]*+ : )? \s*+ (?: [0-9]*+\. )? [0-9]++ \s*+ \]        # [a:b:0.5]   prompt editing
+    | < (?: lora | lyco | hypernet ) : [^<>]* >                                    # <lora:name:0.8>
+    | \b embedding : \w+                                                           # embedding:name
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 WORDS = {"extra_forbidden": "is an unknown field", "missing": "is required", "model_type": "expects a JSON object"}
 
@@ -104,7 +128,7 @@ class ImageBody(BaseModel):
             height=height,
             sampler=sampler,
             steps=int(numbers["num_inference_steps"] or 0),
-            guidance=guidance_of(self, card, numbers),
+            guidance=self._guidance(card, numbers),
             text_length=int(numbers.get("max_sequence_length") or 0),
         )
         delivery = Delivery(
@@ -127,6 +151,24 @@ class ImageBody(BaseModel):
             within("grid.columns", self.grid.columns, spans["n"])
         return {field: within(field, getattr(self, field), span) for field, span in spans.items() if field != "seed"}
 
+    def _guidance(self, card: Card, numbers: Mapping[str, float | None]) -> Guidance:
+        """The guidance, of the checked fields. Raises InvalidValue: skip-layer guidance that cannot act."""
+        scale, embedded = float(numbers["guidance_scale"] or 0), None
+        if card.guidance == "embedded":
+            # As FluxPipeline: the network is given guidance_scale, and classifier-free guidance has a scale of its own.
+            scale, embedded = float(numbers["true_cfg_scale"] or 1.0), scale
+        facts, name = card.skip_layer_guidance, "skip_layer_guidance"
+        if facts is None:
+            return Guidance(scale, embedded)
+        if self.skip_layer_guidance_scale and scale <= 1:
+            raise InvalidValue(f"{name}_scale: needs a guidance_scale over 1 beside it", param=f"{name}_scale")
+        skip = SkipGuidance(*(float(numbers[f"{name}_{part}"] or 0) for part in ("scale", "start", "stop")))
+        if skip.start >= skip.stop:
+            field = f"{name}_{'stop' if self.skip_layer_guidance_start is None else 'start'}"
+            raise InvalidValue(f"{field}: {skip.start:g} to {skip.stop:g} is no share of the steps", param=field)
+        # A scale of 0 is part of the facts only where the card's own is another.
+        return Guidance(scale, embedded, skip if scale > 1 and (skip.scale or facts.scale) else None)
+
     def _deadline(self, asked: float | None, patience: float | None) -> float | None:
         """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.
 
@@ -148,12 +190,12 @@ class ImageBody(BaseModel):
         """One condition for each image, in order."""
         given, field = self._wanted(card)
         if not isinstance(given, list):
-            return [self._condition(card, given)] * n
+            return [self._condition(card, given, field)] * n
         if not 1 <= len(given) <= card.limits.n:
             raise InvalidValue(f"{field}: a list takes 1 to {card.limits.n} entries, not {len(given)}", param=field)
         if n != 1:
             raise InvalidValue(f"n: must be 1 when {field} is a list; repeat the entry instead", param="n")
-        return [self._condition(card, one) for one in given]
+        return [self._condition(card, one, field) for one in given]
 
     def _wanted(self, card: Card) -> tuple[int | str | list[int | str] | list[str], str]:
         """What to draw and the field that says so. A label model takes its label from `prompt` when that is all
@@ -167,11 +209,11 @@ class ImageBody(BaseModel):
             raise InvalidValue(f"{field}: is required by {card.id}", param=field)
         return self.prompt, "prompt"
 
-    def _condition(self, card: Card, given: int | str) -> Condition:
+    def _condition(self, card: Card, given: int | str, field: str) -> Condition:
         if card.draws_classes:
             if self.negative_prompt:
                 raise InvalidValue(f"negative_prompt: {card.id} draws classes and takes none", param="negative_prompt")
-            return ClassLabel(find_label(card, given, "prompt" if self.class_label is None else "class_label"))
+            return ClassLabel(find_label(card, given, field))
         for field, words in (("prompt", str(given)), ("negative_prompt", self.negative_prompt or "")):
             if len(words) > card.limits.prompt:
                 raise InvalidValue(
@@ -215,44 +257,35 @@ def read_body(raw: object) -> ImageBody:
 
     Raises InvalidValue naming the field, or UnknownField with the name that was probably meant.
     """
-    given = given_fields(raw, ImageBody.model_fields)
+    return checked(ImageBody, given_fields(raw, ImageBody.model_fields))
+
+
+def checked(kind: type[B], fields: Mapping[str, Any]) -> B:
+    """A body of this kind. Raises InvalidValue naming the field."""
     try:
-        return ImageBody(**given)
+        return kind(**fields)
     except ValidationError as error:
         place, reason = first_problem(error.errors(include_url=False), WORDS)
         field = ".".join(place[:2])[:64]
         raise InvalidValue(f"{field}: {reason}", param=field) from None
 
 
-def guidance_of(body: ImageBody, card: Card, numbers: Mapping[str, float | None]) -> Guidance:
-    """The guidance of a body. numbers: its checked fields. Raises InvalidValue: skip-layer guidance that cannot act."""
-    scale, embedded = float(numbers["guidance_scale"] or 0), None
-    if card.guidance == "embedded":
-        # As FluxPipeline: the network is given guidance_scale, and classifier-free guidance has a scale of its own.
-        scale, embedded = float(numbers["true_cfg_scale"] or 1.0), scale
-    facts = card.skip_layer_guidance
-    if facts is None:
-        return Guidance(scale, embedded)
-    field = "skip_layer_guidance_scale"
-    if body.skip_layer_guidance_scale and scale <= 1:
-        raise InvalidValue(f"{field}: needs a guidance_scale over 1 beside it", param=field)
-    skip = SkipGuidance(*(float(numbers[f"skip_layer_guidance_{name}"] or 0) for name in ("scale", "start", "stop")))
-    if skip.start >= skip.stop:
-        field = "skip_layer_guidance_" + ("stop" if body.skip_layer_guidance_start is None else "start")
-        raise InvalidValue(f"{field}: {skip.start:g} to {skip.stop:g} is no share of the steps", param=field)
-    # A scale of 0 is part of the facts only where the card's own is another.
-    return Guidance(scale, embedded, skip if scale > 1 and (skip.scale or facts.scale) else None)
-
-
-def guidance_facts(guidance: Guidance) -> dict[str, Any]:
-    """The fields of a body that ask for this guidance."""
-    told: dict[str, Any] = {"guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded}
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """The fields of a body that ask for this recipe."""
+    guidance = recipe.guidance
+    told = {
+        "model": recipe.model,
+        "size": f"{recipe.width}x{recipe.height}",
+        "sampler": recipe.sampler,
+        "num_inference_steps": recipe.steps,
+        "guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded,
+    }
+    if recipe.text_length:
+        told["max_sequence_length"] = recipe.text_length
     if guidance.embedded is not None and guidance.guided:
         told["true_cfg_scale"] = guidance.scale
     if guidance.skip is not None:
-        told["skip_layer_guidance_scale"] = guidance.skip.scale
-        told["skip_layer_guidance_start"] = guidance.skip.start
-        told["skip_layer_guidance_stop"] = guidance.skip.stop
+        told |= {f"skip_layer_guidance_{name}": getattr(guidance.skip, name) for name in ("scale", "start", "stop")}
     return told
 
 
@@ -268,3 +301,58 @@ def describe_sizes(sizes: Sizes) -> str:
         return f'"{sizes.min}x{sizes.min}"'
     shape = "WxW" if sizes.square else "WxH"
     return f'"{shape}" with sides of {sizes.min} to {sizes.max} pixels, multiples of {sizes.multiple}'
+
+
+def body_warnings(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
+    """What is without effect whichever model draws. format: of the answer; raw: Accept asks for bytes."""
+    if body.output_format not in (None, format):
+        yield f"output_format is ignored: Accept asks for image/{format}"
+    if body.output_compression is not None and format == "png":
+        yield "output_compression is ignored: png is lossless; jpeg and webp have a quality"
+    if body.partial_images and not body.stream:
+        yield "partial_images is ignored: previews come with stream"
+    if body.stream and raw:
+        yield f"Accept: image/{format} is not followed: stream answers with events"
+    for field, (plain, why) in _OPENAI.items():
+        value = getattr(body, field)
+        if value is not None and value not in plain:
+            yield f"{field} is ignored: {why}"
+    for field in ("prompt", "negative_prompt"):
+        texts = getattr(body, field) or []
+        for found in map(_SYNTAX.search, [texts] if isinstance(texts, str) else texts):
+            if found:
+                yield f'{field}: "{found[0][:40]}" is read as plain text: a prompt has no weights and no tags here'
+
+
+def model_warnings(body: ImageBody, card: Card, request: Request) -> Iterator[str]:
+    """What is without effect with this model, or for this key."""
+    recipe, delivery = request.recipe, request.delivery
+    if card.draws_classes and body.class_label is not None and body.prompt:
+        yield f"prompt is ignored: {card.id} draws class_label"
+    yield from _guidance_warnings(body, card, recipe.guidance)
+    if delivery.previews >= recipe.steps:  # else a sampler with two lines a step has more than are asked for
+        most = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines - 1
+        if delivery.previews > most:
+            yield f"partial_images: at most {most} come before an image of {recipe.steps} steps"
+    if body.priority is not None and body.priority > delivery.priority:
+        yield f"priority is {delivery.priority}: more is not for this key"
+
+
+def file_warnings(format: Format, facts: dict[str, Any]) -> Iterator[str]:
+    """What the file of these facts has no room for."""
+    if names := left_out(format, facts):
+        yield f"the request in the file is without {', '.join(names)}: a jpeg holds 64 kB of it, png and webp hold all"
+
+
+def _guidance_warnings(body: ImageBody, card: Card, guidance: Guidance) -> Iterator[str]:
+    """Fields of guidance that guide nothing."""
+    field = "true_cfg_scale" if card.guidance == "embedded" else "guidance_scale"
+    scale = getattr(body, field)
+    if scale is not None and 0 < scale < 1:
+        yield f"{field} is ignored: 1 or less draws without guidance"
+    if body.negative_prompt and not guidance.guided:
+        default = "" if scale is not None else f", and {card.id} draws without by default"
+        yield f"negative_prompt is ignored: it takes a {field} over 1{default}"
+    span = [name for name in ("start", "stop") if getattr(body, f"skip_layer_guidance_{name}") is not None]
+    if span and not (guidance.skip and guidance.skip.scale):
+        yield f"skip_layer_guidance_{span[0]} is ignored: there is no skip-layer guidance without a scale"

@@ -1,21 +1,37 @@
-"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel."""
+"""Comparison: the body of POST /v1/images/compare, made into one request for each cell of a panel; then the panel, as
+the file alone or JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.errors import InvalidValue, RequestError, Unsupported, first_problem
-from app.imaging import Format
-from app.jobs.body import IGNORED, ImageBody, given_fields, read_body
-from app.jobs.fields import entries, first_seed, text
+from app.errors import InvalidValue, RequestError, Unsupported
+from app.imaging import Format, encode_image
+from app.jobs.body import (
+    IGNORED,
+    ImageBody,
+    body_warnings,
+    checked,
+    file_warnings,
+    given_fields,
+    model_warnings,
+    read_body,
+    recipe_facts,
+)
+from app.jobs.fields import Text, entries, first_seed, text
 from app.jobs.job import Job
+from app.jobs.replies import Answer, Stages, Usage, file_answer, json_answer, mark, shown, stages, usage
+from app.panel import Heading, panel, unreadable
+from app.report import Result
 
 MODELS, ROWS = 8, 16
 """Columns and rows that a comparison has at most."""
@@ -32,11 +48,7 @@ SHARED = tuple(name for name in ImageBody.model_fields if name not in ("model", 
 _ANY_MODEL = ("response_format", "output_format", "output_compression", "seed", "priority", "deadline")
 """Fields whose bounds are the server's: an error about one of them is no model's."""
 
-_DELIVERY = (
-    *("prompt", "class_label", "seed", "stream", "priority", "deadline"),
-    *("response_format", "output_format", "output_compression"),
-    *IGNORED,
-)
+_DELIVERY = {"prompt", "class_label", "stream", *_ANY_MODEL, *IGNORED}
 """Fields that do not say what the pictures look like, or that `facts` tells in its own way."""
 
 
@@ -89,7 +101,7 @@ class CompareBody(BaseModel):
     models: Annotated[list[str], BeforeValidator(names)] | None = Field(
         None, description="Model ids or aliases, a column for each; they are put in order of their parameters"
     )
-    preset: Annotated[str, BeforeValidator(text)] | None = Field(
+    preset: Text | None = Field(
         None,
         description='Fills what is absent; "two_prompts": two prompts, 28 steps, guidance 7, and without models every '
         "downloaded model that draws prompts and takes these",
@@ -120,9 +132,7 @@ class Comparison:
     def facts(self) -> dict[str, Any]:
         """The body that makes the same panel again."""
         field, given = rows_of(self.body)
-        looks = {
-            name: value for name, value in self.body.model_dump(exclude_none=True).items() if name not in _DELIVERY
-        }
+        looks = self.body.model_dump(exclude_none=True, exclude=_DELIVERY)
         return {"models": [card.id for card in self.cards], field: given, **looks, "seed": self.seed}
 
 
@@ -133,11 +143,7 @@ def read_comparison(raw: object) -> CompareBody:
     """
     given = given_fields(raw, (*OWN, *SHARED))
     shared = read_body({key: value for key, value in given.items() if key not in OWN})
-    try:
-        body = CompareBody(**{key: given[key] for key in OWN if key in given}, shared=shared)
-    except ValidationError as error:
-        place, reason = first_problem(error.errors(include_url=False))
-        raise InvalidValue(f"{place[0]}: {reason}", param=place[0]) from None
+    body = checked(CompareBody, {**{key: given[key] for key in OWN if key in given}, "shared": shared})
     if shared.stream:
         raise Unsupported("stream: a comparison comes as a whole; leave it out", param="stream")
     if shared.prompt is not None and shared.class_label is not None:
@@ -229,3 +235,114 @@ def _check_pixels(cells: tuple[tuple[Job, ...], ...]) -> None:
     if pixels > PIXELS:
         told = f"{len(requests)} pictures have {pixels / 1e6:.0f} megapixels together"
         raise InvalidValue(f"size: {told}; a comparison has at most {PIXELS / 1e6:.0f}", param="size")
+
+
+class Panel(BaseModel):
+    """The one picture of a comparison."""
+
+    b64_json: str
+
+
+class Cell(BaseModel):
+    """One picture of a comparison, and the request that made it."""
+
+    row: int
+    column: int
+    model: str
+    parameters: int | None = Field(None, description="Of the model's denoising network, where its card says")
+    prompt: str | None = None
+    class_label: int | None = None
+    seed: int
+    size: str
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    timings: Stages
+
+
+class CompareReply(BaseModel):
+    """One labelled panel, and what is in each cell of it, row by row."""
+
+    created: int
+    data: list[Panel]
+    models: list[str] = Field(description="Of the columns, by the number of their parameters")
+    cells: list[Cell]
+    size: str = Field(description="Of the whole panel")
+    output_format: str
+    usage: Usage
+    timings: Stages
+    warnings: list[str] | None = None
+
+
+def panel_answer(comparison: Comparison, results: Sequence[Result]) -> Answer:
+    """The panel alone, where a client asks for it, else the whole JSON reply. results: of each cell, row by row."""
+    file, size, seconds = panel_file(comparison, results)
+    models, told = [card.id for card in comparison.cards], panel_warnings(comparison, results)
+    if comparison.raw:
+        return file_answer(file, comparison.format, models, comparison.seed, told, seconds)
+    cells = enumerate(zip(comparison.jobs, results, strict=True))
+    reply = CompareReply(
+        created=int(time.time()),
+        data=[Panel(b64_json=mark(0))],
+        models=models,
+        cells=[_cell(divmod(place, len(models)), job, result) for place, (job, result) in cells],
+        size=size,
+        output_format=comparison.format,
+        usage=usage([job.request.recipe for job in comparison.jobs]),
+        timings=stages(results, seconds),
+        warnings=told or None,
+    )
+    return json_answer(reply, [file], seconds)
+
+
+def panel_file(comparison: Comparison, results: Sequence[Result]) -> tuple[bytes, str, float]:
+    """The panel as a file, its size as "WxH", and the seconds it took."""
+    started, columns = time.perf_counter(), len(comparison.cards)
+    pictures: list[np.ndarray] = [result.pixels for result in results]
+    cells = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    headings = [_heading(job) for job in comparison.cells[0]]
+    pixels = panel(cells, comparison.rows, headings, f"seed {comparison.seed}")
+    file = encode_image(pixels, comparison.format, comparison.body.output_compression, comparison.facts())
+    return file, f"{pixels.shape[1]}x{pixels.shape[0]}", time.perf_counter() - started
+
+
+def panel_warnings(comparison: Comparison, results: Sequence[Result]) -> list[str]:
+    """The body's warnings, those of all cells, the model before each, and letters of the labels that show as boxes."""
+    found = [*body_warnings(comparison.body, comparison.format, comparison.raw)]
+    for job, result in zip(comparison.jobs, results, strict=True):
+        told = (*model_warnings(job.body, job.card, job.request), *result.warnings)
+        found += [f"{job.card.id}: {text}" for text in told]
+    if missing := unreadable(comparison.rows):
+        found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
+    found += file_warnings(comparison.format, comparison.facts())
+    return list(dict.fromkeys(found))
+
+
+def parameters_of(card: Card) -> str | None:
+    """The number of a model's parameters as a person says it: "8.06 B", "675.1 M"; None where the card does not."""
+    count = card.parameters
+    if count is None:
+        return None
+    for unit, letter in ((1, ""), (10**3, "K"), (10**6, "M")):
+        if round(count / unit, 1) < 1000:
+            return f"{count / unit:.1f} {letter}" if letter else str(count)
+    return f"{count / 10**9:.2f} B"
+
+
+def _heading(job: Job) -> Heading:
+    count, recipe = parameters_of(job.card), job.request.recipe
+    settings = f"steps {recipe.steps}, guidance {recipe_facts(recipe)['guidance_scale']:g}"
+    return Heading(job.card.id, (*([f"{count} parameters"] if count else []), settings))
+
+
+def _cell(place: tuple[int, int], job: Job, result: Result) -> Cell:
+    field, value = shown(job.request.images[0].condition)
+    return Cell(
+        row=place[0],
+        column=place[1],
+        parameters=job.card.parameters,
+        seed=result.seed,
+        timings=stages([result], 0.0, job.estimate),
+        **{field: value},
+        **recipe_facts(job.request.recipe),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeGuard, TypeVar
 
 from pydantic import BeforeValidator
 
@@ -31,19 +31,25 @@ ANY_SEED = -1
 
 
 def whole(value: object) -> int:
-    """An integer, written as 4 or as 4.0; not true, not "4", not NaN. NOTE: a bool is an int in Python."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
-        raise ValueError("expects a whole number")
-    if value != int(value):
+    """An integer, written as 4 or as 4.0; not true, not "4", not NaN."""
+    if not _finite(value) or value != int(value):
         raise ValueError("expects a whole number")
     return int(value)
 
 
 def real(value: object) -> float:
     """A finite number; not true, not "4", not NaN, not 1e999."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(_float(value)):
+    if not _finite(value):
         raise ValueError("expects a finite number")
     return float(value)
+
+
+def _finite(value: object) -> TypeGuard[int | float]:
+    """Whether it is a number that a float can hold. NOTE: a bool is an int in Python."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def text(value: object) -> str:
@@ -159,13 +165,6 @@ def first_seed(seed: int | None) -> int:
     if not 0 <= seed < SEEDS:
         raise InvalidValue(f"seed: expects 0 to {SEEDS - 1}, or {ANY_SEED} for any", param="seed")
     return seed
-
-
-def _float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 Whole = Annotated[int, BeforeValidator(whole)]

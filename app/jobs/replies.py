@@ -1,26 +1,25 @@
-"""Replies: finished pixels as the bodies that a client gets: a file, OpenAI's JSON, events of a stream.
+"""Replies: finished pixels as what a client gets: a file with headers, OpenAI's JSON, events of a stream.
 
-It is all plain computing, for the imaging threads.
+It is all plain computing, for the imaging threads. The OpenAPI document is made from the pydantic models.
 """
 
 from __future__ import annotations
 
 import binascii
+import json
 import secrets
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from app.imaging import encode_image, grid
-from app.jobs.body import guidance_facts
+from app.imaging import Format, encode_image, grid, sheet_size
+from app.jobs.body import body_warnings, file_warnings, model_warnings, recipe_facts
 from app.jobs.job import Estimate, Job
-from app.jobs.shapes import CompletedEvent, ImagesReply, Item, PartialEvent, Stages, TokenDetails, Usage
-from app.jobs.warnings import of_body, of_file, of_model
 from app.report import Preview, Result
-from app.request import ClassLabel, Prompt
+from app.request import ClassLabel, Condition, Prompt, Recipe
 
 TOKEN = 16
 """Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
@@ -31,23 +30,144 @@ SLICE = 3 * 2**16
 _MARK = secrets.token_hex(16)
 
 
-def raw_image(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
-    """The one file that these results make, and the seconds it took."""
-    (file,), seconds = _files(job, [results])
-    return file, seconds
+class Item(BaseModel):
+    """One image. `seed` and the effective parameters of the reply make the same image again."""
+
+    b64_json: str
+    seed: int
+    class_label: int | None = None
+    revised_prompt: str | None = Field(None, description="The name of the class that was drawn")
 
 
-def json_reply(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
-    """The whole JSON reply, and the seconds of encoding the files."""
-    groups = _groups(job, results)
-    files, seconds = _files(job, groups)
+class TokenDetails(BaseModel):
+    """What the input tokens were."""
+
+    text_tokens: int
+    image_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens as the network saw them: text padded to its length, 16 x 16 pixels for one image token."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: TokenDetails
+
+
+class Stages(BaseModel):
+    """Seconds by stage, each of the image that needed longest; `steps` and `shared` (images a forward) as run."""
+
+    queue: float
+    encode: float
+    denoise: float
+    decode: float
+    image_encode: float
+    steps: int
+    shared: float
+    cost: float | None = Field(None, description="Device seconds of the whole request, as estimated when accepted")
+    estimated_wait: float | None = Field(None, description="Seconds until its turn, as estimated when accepted")
+    queue_position: int | None = Field(None, description="Requests on its device not yet answered when it was accepted")
+
+
+class Effective(BaseModel):
+    """What the server made of the request: fields that were absent are told here."""
+
+    model: str
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    size: str = Field(description="Of the file: of the whole sheet when a grid was asked for")
+    output_format: str
+    quality: str = "auto"
+    background: str = "opaque"
+
+
+class ImagesReply(Effective):
+    """OpenAI's images reply with the effective parameters, timings and warnings beside it."""
+
+    created: int
+    data: list[Item]
+    usage: Usage
+    timings: Stages
+    warnings: list[str] | None = None
+
+
+class PartialEvent(Effective):
+    """What an image looks like so far."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    created_at: int
+    partial_image_index: int
+    image_index: int | None = None
+
+
+class CompletedEvent(Effective, Item):
+    """One finished image of a stream."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    created_at: int
+    usage: Usage
+    timings: Stages
+    image_index: int | None = None
+    warnings: list[str] | None = None
+
+
+class Answer(NamedTuple):
+    """A whole answer. seconds: of imaging."""
+
+    content: bytes
+    headers: dict[str, str]
+    seconds: float
+
+
+def answer(job: Job, results: Sequence[Result]) -> Answer:
+    """The one file that these results make, where a job asks for it alone, else the whole JSON reply."""
+    groups = file_groups(job, results)
+    files, seconds = files_of(job, groups)
+    if job.raw:
+        return file_answer(files[0], job.format, [job.card.id], results[0].seed, warnings(job, results), seconds)
     reply = ImagesReply(
         created=int(time.time()),
         data=[Item(b64_json=mark(place), **_item(job, group[0])) for place, group in enumerate(groups)],
         **_cost(job, results, seconds),
         **effective(job, len(groups[0])),
     )
-    return spliced(reply, files), seconds
+    return json_answer(reply, files, seconds)
+
+
+def file_answer(
+    file: bytes, format: Format, models: Iterable[str], seed: int, warnings: list[str], seconds: float
+) -> Answer:
+    """A file alone; headers say who drew it, the first seed and the warnings.
+
+    NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header.
+    """
+    headers = {"Content-Type": f"image/{format}", "X-Model": ", ".join(models), "X-Seed": str(seed)}
+    if warnings:
+        headers["X-Warning"] = json.dumps("; ".join(warnings)[:400])
+    return Answer(file, headers, seconds)
+
+
+def json_answer(reply: BaseModel, files: Sequence[bytes], seconds: float) -> Answer:
+    """A reply with its files, as `spliced`."""
+    return Answer(spliced(reply, files), {"Content-Type": "application/json"}, seconds)
+
+
+def file_groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result]]:
+    """The results that make a file together: all as one sheet if the job asks for it, else each alone."""
+    return [results] if job.columns else [[result] for result in results]
+
+
+def files_of(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:
+    """A file of each group of results, as one sheet if the job asks for sheets, and the seconds they took."""
+    started, files = time.perf_counter(), []
+    for results in groups:
+        pixels = grid([result.pixels for result in results], job.columns) if job.columns else results[0].pixels
+        text = facts(job, [result.index for result in results])
+        files.append(encode_image(np.asarray(pixels), job.format, job.body.output_compression, text))
+    return files, time.perf_counter() - started
 
 
 def partial_event(job: Job, preview: Preview) -> bytes:
@@ -65,7 +185,7 @@ def partial_event(job: Job, preview: Preview) -> bytes:
 
 def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
     """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
-    (file,), seconds = _files(job, [results])
+    (file,), seconds = files_of(job, [results])
     event = CompletedEvent(
         b64_json=mark(0),
         created_at=int(time.time()),
@@ -79,55 +199,45 @@ def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
 
 def warnings(job: Job, results: Sequence[Result]) -> list[str]:
     """All warnings for these results of one request, each once: of the body, the model, the engine and the files."""
-    found = [*of_body(job.body, job.format, job.raw), *of_model(job)]
+    found = [*body_warnings(job.body, job.format, job.raw), *model_warnings(job.body, job.card, job.request)]
     found += [text for result in results for text in result.warnings]
-    for group in _groups(job, results):
-        found += of_file(job.format, facts(job, [result.index for result in group]))
+    for group in file_groups(job, results):
+        found += file_warnings(job.format, facts(job, [result.index for result in group]))
     return list(dict.fromkeys(found))
 
 
 def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
     """The body that makes these images again, for the text chunk of their file: complete, and valid to POST."""
-    recipe, specs = job.request.recipe, [job.request.images[index] for index in indices]
-    told: dict[str, Any] = {"model": recipe.model}
-    conditions = [spec.condition for spec in specs]
-    first = conditions[0]
-    if isinstance(first, Prompt):
-        told["prompt"] = _one_or_list([one.text for one in conditions if isinstance(one, Prompt)])
-        told |= {"negative_prompt": first.negative or "", "max_sequence_length": recipe.text_length}
-    else:
-        told["class_label"] = _one_or_list([one.index for one in conditions if isinstance(one, ClassLabel)])
-    if len(specs) > 1 and not isinstance(told.get("prompt", told.get("class_label")), list):
+    specs = [job.request.images[index] for index in indices]
+    field, _ = shown(specs[0].condition)
+    values = [shown(spec.condition)[1] for spec in specs]
+    alike = len(set(values)) == 1
+    told: dict[str, Any] = {"model": job.card.id, field: values[0] if alike else values}
+    if isinstance(specs[0].condition, Prompt):
+        told["negative_prompt"] = specs[0].condition.negative or ""
+    if len(specs) > 1 and alike:
         told["n"] = len(specs)
     if job.columns:
         told["grid"] = {"columns": job.columns}
-    return told | {
-        "seed": specs[0].seed,
-        "size": f"{recipe.width}x{recipe.height}",
-        "sampler": recipe.sampler,
-        "num_inference_steps": recipe.steps,
-        **guidance_facts(recipe.guidance),
-    }
+    return told | {"seed": specs[0].seed, **recipe_facts(job.request.recipe)}
+
+
+def shown(condition: Condition) -> tuple[str, Any]:
+    """The field of a body that asks for this condition, and its value."""
+    return ("prompt", condition.text) if isinstance(condition, Prompt) else ("class_label", condition.index)
 
 
 def effective(job: Job, images: int) -> dict[str, Any]:
-    """The fields of Effective for a file that shows this many images."""
-    recipe, columns = job.request.recipe, min(job.columns or 1, images)
-    return {
-        "model": recipe.model,
-        "sampler": recipe.sampler,
-        "num_inference_steps": recipe.steps,
-        "guidance_scale": guidance_facts(recipe.guidance)["guidance_scale"],
-        "size": f"{recipe.width * columns}x{recipe.height * -(-images // columns)}",
-        "output_format": job.format,
-    }
-
-
-def usage(job: Job, images: int) -> Usage:
-    """Tokens of this many images of the request; a class label counts as one."""
+    """The fields of Effective for a file that shows this many images, among all that the recipe says."""
     recipe = job.request.recipe
-    text = max(1, recipe.text_length) * images
-    pixels = -(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) * images
+    width, height = sheet_size(images, job.columns or 1, recipe.width, recipe.height)
+    return recipe_facts(recipe) | {"size": f"{width}x{height}", "output_format": job.format}
+
+
+def usage(recipes: Sequence[Recipe]) -> Usage:
+    """Tokens of images, by the recipe of each; a class label counts as one."""
+    text = sum(max(1, recipe.text_length) for recipe in recipes)
+    pixels = sum(-(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) for recipe in recipes)
     details = TokenDetails(text_tokens=text)
     return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
 
@@ -136,15 +246,15 @@ def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | 
     """Where the time went, rounded to 10 microseconds, and what was expected."""
     timings = [result.timings for result in results]
     phases = ("queue", "encode", "denoise", "decode")
-    slowest: dict[str, Any] = {name: round(max(getattr(one, name) for one in timings), 5) for name in phases}
+    told: dict[str, Any] = {name: round(max(getattr(one, name) for one in timings), 5) for name in phases}
+    if estimate:
+        wait = round(estimate.wait, 5)
+        told |= {"cost": round(estimate.cost, 5), "estimated_wait": wait, "queue_position": estimate.position}
     return Stages(
-        **slowest,
+        **told,
         image_encode=round(image_encode, 5),
         steps=max(one.steps for one in timings),
         shared=round(sum(one.shared for one in timings) / len(timings), 2),
-        cost=round(estimate.cost, 5) if estimate else None,
-        estimated_wait=round(estimate.wait, 5) if estimate else None,
-        queue_position=estimate.position if estimate else None,
     )
 
 
@@ -168,21 +278,6 @@ def spliced(reply: BaseModel, files: Sequence[bytes]) -> bytes:
     return b"".join([*parts, rest])
 
 
-def _groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result]]:
-    """The results that make a file together: all as one sheet if the job asks for it, else each alone."""
-    return [results] if job.columns else [[result] for result in results]
-
-
-def _files(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:
-    """A file of each group of results, as one sheet if the job asks for sheets, and the seconds they took."""
-    started, files = time.perf_counter(), []
-    for results in groups:
-        pixels = grid([result.pixels for result in results], job.columns) if job.columns else results[0].pixels
-        text = facts(job, [result.index for result in results])
-        files.append(encode_image(np.asarray(pixels), job.format, job.body.output_compression, text))
-    return files, time.perf_counter() - started
-
-
 def _sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
     """One server-sent event with its file; JSON has no newlines, so one data line holds it."""
     return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
@@ -190,7 +285,7 @@ def _sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
 
 def _cost(job: Job, results: Sequence[Result], imaging: float) -> dict[str, Any]:
     return {
-        "usage": usage(job, len(results)),
+        "usage": usage([job.request.recipe] * len(results)),
         "timings": stages(results, imaging, job.estimate),
         "warnings": warnings(job, results) or None,
     }
@@ -202,7 +297,3 @@ def _item(job: Job, result: Result) -> dict[str, Any]:
         name = job.card.labels[condition.index]
         return {"seed": result.seed, "class_label": condition.index, "revised_prompt": name}
     return {"seed": result.seed}
-
-
-def _one_or_list(values: list[Any]) -> object:
-    return values[0] if len(set(values)) == 1 else values

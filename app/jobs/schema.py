@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ _KEY = '-H "Authorization: Bearer $INSTEP_KEY"'
 """Outside of quotes that would keep the shell from putting the key in: no key is ever printed."""
 
 _ROW_FIELDS = ("prompt", "class_label")
-_EXAMPLES: dict[str, list[Any]] = {"prompt": ["a red apple", "a blue car"], "class_label": [0]}
+_EXAMPLES: dict[str, Json] = {"prompt": {"prompt": ["a red apple", "a blue car"]}, "class_label": {"class_label": [0]}}
 
 
 def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
@@ -132,18 +132,13 @@ def _number(field: str, span: Range) -> Json:
 
 def place_comparison(document: Json, registry: Registry) -> None:
     """Put the bodies of comparisons into the document: of prompts, of classes, and by a preset."""
-    kinds: Json = {}
     cards = list(registry.cards.values())
-    for what, fitting in (
-        ("prompt", [card for card in cards if not card.draws_classes]),
-        ("class_label", [card for card in cards if card.draws_classes and card.labels]),
-    ):
-        if fitting:
-            kinds[what] = compare_schema(registry, fitting, what)
-    for name, preset in PRESETS.items():
-        fitting = [card for card in cards if takes_preset(card, preset)]
-        if fitting:
-            kinds[name] = compare_schema(registry, fitting, None, name)
+    takers = {
+        "prompt": [card for card in cards if not card.draws_classes],
+        "class_label": [card for card in cards if card.draws_classes and card.labels],
+        **{name: [card for card in cards if takes_preset(card, preset)] for name, preset in PRESETS.items()},
+    }
+    kinds = {kind: compare_schema(registry, fitting, kind) for kind, fitting in takers.items() if fitting}
     schemas = document["components"]["schemas"]
     schemas |= {f"CompareBody.{kind}": schema for kind, schema in kinds.items()}
     content = document["paths"]["/v1/images/compare"]["post"]["requestBody"]["content"]["application/json"]
@@ -151,36 +146,37 @@ def place_comparison(document: Json, registry: Registry) -> None:
     content["examples"] = {kind: {"value": schema["examples"][0]} for kind, schema in kinds.items()}
 
 
-def compare_schema(registry: Registry, cards: list[Card], what: str | None, preset: str | None = None) -> Json:
-    """JSON schema of the comparisons of these cards by `what`, a field, or by a preset.
+def compare_schema(registry: Registry, cards: list[Card], kind: str) -> Json:
+    """JSON schema of the comparisons of these cards. kind: the field that names the rows, or a preset.
 
     The bounds of a card hold where it is named; without models, those of all.
     """
+    what, preset = (kind, None) if kind in _ROW_FIELDS else (None, kind)
     shared = {card.id: _shared(card, what) for card in cards}
     every = dict.fromkeys(name for fields in shared.values() for name in fields)
-    models = {"type": "array", "items": {"enum": _names(registry, cards)}, "minItems": 1, "maxItems": MODELS}
+    names = [name for card in cards for name in card.names]
+    models = {"type": "array", "items": {"enum": names}, "minItems": 1, "maxItems": MODELS}
     chosen = preset and 1 <= sum(ModelFolder(card, registry.all).here() for card in cards) <= MODELS
     own: Json = {"models": {"anyOf": [models, {"type": "null"}]} if chosen else models, "preset": {"enum": [preset]}}
     for field in OWN:
         own[field]["description"] = CompareBody.model_fields[field].description
+    # Of several cards the descriptions alone: their bounds are those of the cards that are named.
+    alone = shared[cards[0].id] if len(cards) == 1 else None
+    fields = alone or {name: {"description": ImageBody.model_fields[name].description} for name in every}
     absent = {field: {"type": "null"} for field in _ROW_FIELDS if field != what}
     schema: Json = {
-        "title": f"by {what or preset}",
+        "title": f"by {kind}",
         "type": "object",
         "additionalProperties": False,
         "required": [*([] if chosen else ["models"]), what or "preset"],
-        "properties": {
-            **(_described(every) if len(cards) > 1 else shared[cards[0].id]),
-            **absent,
-            **own,
-            "stream": {"enum": [False, None]},
-        },
-        **(_conditions(cards[0]) if len(cards) == 1 else {}),
+        "properties": {**fields, **absent, **own, "stream": {"enum": [False, None]}},
     }
-    if len(cards) > 1:
+    if alone:
+        schema |= _conditions(cards[0])
+    else:
         schema["allOf"] = [
             {
-                "if": {"properties": {"models": {"contains": {"enum": _names(registry, [card])}}}},
+                "if": {"properties": {"models": {"contains": {"enum": [*card.names]}}}},
                 "then": {
                     "properties": {name: shared[card.id].get(name, {"type": "null"}) for name in every},
                     **_conditions(card),
@@ -188,9 +184,8 @@ def compare_schema(registry: Registry, cards: list[Card], what: str | None, pres
             }
             for card in cards
         ]
-    example = {"preset": preset} if what is None else {what: _EXAMPLES[what]}
     few = {} if chosen else {"models": [card.id for card in cards[:2]]}
-    return {**schema, "examples": [{**few, **example, "seed": 7}]}
+    return {**schema, "examples": [{**few, **_EXAMPLES.get(kind, {"preset": kind}), "seed": 7}]}
 
 
 def _shared(card: Card, what: str | None) -> Json:
@@ -210,15 +205,6 @@ def _conditions(card: Card) -> Json:
     place = f"#/components/schemas/ImageBody.{card.id}/allOf"
     found = [{"$ref": f"{place}/{index}"} for index in range(len(_fewer_steps(card)))]
     return {"allOf": found} if found else {}
-
-
-def _described(fields: Iterable[str]) -> Json:
-    """Fields of several cards: their descriptions alone, as their bounds are those of the cards that are named."""
-    return {name: {"description": ImageBody.model_fields[name].description} for name in fields}
-
-
-def _names(registry: Registry, cards: list[Card]) -> list[str]:
-    return [name for card in cards for name in card.names]
 
 
 def curl(

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from app.api.reading import BODY_LIMIT
+from app.api.front import BODY_LIMIT
 from tests.parts.servers import generate
 
 PATH = "/v1/images/generations"

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.jobs.compare import PRESETS
+from app.jobs.compare import PRESETS, CompareReply
 from app.jobs.job import Job
-from app.jobs.shapes import CompareReply
 from app.request import ClassLabel, Prompt
 from app.settings import Settings
 from tests.api.test_access import lines

@@ -65,6 +65,18 @@ def test_a_client_that_does_not_read_is_cut_off(endless: Endless, closing: bytes
 
 
 @pytest.mark.slow
+def test_a_client_that_takes_a_byte_now_and_then_is_cut_off(endless: Endless) -> None:
+    with connect(endless.url) as wire:
+        wire.sendall(GET + b"\r\n")
+        assert wire.recv(12) == b"HTTP/1.1 200"
+        ends = time.monotonic() + 20 * SECONDS
+        while endless.uvicorn.server_state.connections and time.monotonic() < ends:
+            assert len(wire.recv(1)) == 1
+            time.sleep(SECONDS / 5)
+        assert not endless.uvicorn.server_state.connections
+
+
+@pytest.mark.slow
 def test_a_client_that_reads_at_its_own_pace_gets_all(endless: Endless) -> None:
     got = 0
     with connect(endless.url) as wire:

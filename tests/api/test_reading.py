@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fastapi import Request
 
-from app.api.reading import accepted_format, parse_json
+from app.api.front import accepted_format, parse_json
 from app.errors import InvalidJSON, NotAcceptable
 
 

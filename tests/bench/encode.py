@@ -27,7 +27,7 @@ from app.cards.card import read_card
 from app.imaging import FORMATS, Format, encode_image
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.jobs.replies import completed_event, json_reply
+from app.jobs.replies import answer, completed_event
 from app.report import Result, Timings
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -110,8 +110,8 @@ def lags() -> dict[str, float]:
     for format in FORMATS:
         work[f"64 {format}"] = [partial(encode_image, clouds, format, None, FACTS)] * FILES
     for format in FORMATS:
-        work[f"64 replies of 1 {format}"] = [partial(json_reply, *asked(format, 1))] * FILES
-        work[f"8 replies of 8 {format}"] = [partial(json_reply, *asked(format, 8))] * (FILES // 8)
+        work[f"64 replies of 1 {format}"] = [partial(answer, *asked(format, 1))] * FILES
+        work[f"8 replies of 8 {format}"] = [partial(answer, *asked(format, 8))] * (FILES // 8)
     work["64 events of 1 png"] = [partial(completed_event, *asked("png", 1))] * FILES
     print(f"{'the loop wakes late by':24} {'p99 ms':>8} {'most':>8}")
     for name, calls in work.items():

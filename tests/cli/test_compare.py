@@ -15,8 +15,8 @@ from rich.console import Console
 from app.cli import compare
 from app.cli.bodies import open_registry
 from app.errors import NonFiniteOutput
+from app.jobs.compare import parameters_of
 from app.jobs.job import Job
-from app.jobs.panels import parameters_of
 from app.report import ModelState, Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings

@@ -8,7 +8,7 @@ import pytest
 
 from app.cards.card import Card, SkipLayers, read_cards
 from app.errors import InvalidValue
-from app.jobs.body import guidance_facts, read_body
+from app.jobs.body import read_body, recipe_facts
 from app.request import Guidance, Recipe, SkipGuidance
 from tests.parts.cards import write_cards
 
@@ -38,9 +38,9 @@ def recipe(card: Card, **fields: Any) -> Recipe:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.5])
 def test_an_embedded_scale_is_a_value_and_no_second_pass(embedded: Card, scale: float) -> None:
-    guidance = ask(embedded, guidance_scale=scale)
-    assert (guidance.embedded, guidance.guided) == (scale, False)
-    assert guidance_facts(guidance) == {"guidance_scale": scale}
+    asked = recipe(embedded, guidance_scale=scale)
+    assert (asked.guidance.embedded, asked.guidance.guided) == (scale, False)
+    assert recipe_facts(asked)["guidance_scale"] == scale and "true_cfg_scale" not in recipe_facts(asked)
 
 
 def test_the_default_scale_of_an_embedded_card_is_embedded(embedded: Card) -> None:
@@ -49,28 +49,25 @@ def test_the_default_scale_of_an_embedded_card_is_embedded(embedded: Card) -> No
 
 
 def test_true_cfg_scale_is_classifier_free_guidance_beside_it(embedded: Card) -> None:
-    guidance = ask(embedded, guidance_scale=3.5, true_cfg_scale=4, negative_prompt="b")
-    assert (guidance.embedded, guidance.guided, guidance.scale) == (3.5, True, 4.0)
-    assert guidance_facts(guidance) == {"guidance_scale": 3.5, "true_cfg_scale": 4.0}
+    asked = recipe(embedded, guidance_scale=3.5, true_cfg_scale=4, negative_prompt="b")
+    assert (asked.guidance.embedded, asked.guidance.guided, asked.guidance.scale) == (3.5, True, 4.0)
+    assert recipe_facts(asked).items() >= {"guidance_scale": 3.5, "true_cfg_scale": 4.0}.items()
     assert not ask(embedded, true_cfg_scale=1).guided and not ask(embedded, true_cfg_scale=0).guided
 
 
 def test_skip_layer_guidance_is_off_until_it_is_asked_for(skipping: Card) -> None:
     assert ask(skipping, guidance_scale=4).skip is None
-    guidance = ask(skipping, guidance_scale=4, skip_layer_guidance_scale=2.8, skip_layer_guidance_stop=0.5)
-    assert guidance.skip == SkipGuidance(2.8, 0.01, 0.5)
-    again = ask(skipping, **guidance_facts(guidance))
-    assert again == guidance
+    asked = recipe(skipping, guidance_scale=4, skip_layer_guidance_scale=2.8, skip_layer_guidance_stop=0.5)
+    assert asked.guidance.skip == SkipGuidance(2.8, 0.01, 0.5)
+    assert recipe(skipping, **recipe_facts(asked)) == asked
 
 
 def test_a_card_may_turn_it_on(plain: Card) -> None:
     card = plain.model_copy(update={"skip_layer_guidance": SkipLayers(layers=(1,), scale=2.5)})
     assert ask(card, guidance_scale=4).skip == SkipGuidance(2.5, 0.01, 0.2)
-    off = ask(card, guidance_scale=4, skip_layer_guidance_scale=0)
-    none = recipe(card, guidance_scale=4, skip_layer_guidance_scale=0)
-    assert none.passes(40) == 80 and not none.skipping(40)
-    again = ask(card, **guidance_facts(off))
-    assert again.skip == off.skip == SkipGuidance(0.0, 0.01, 0.2)
+    off = recipe(card, guidance_scale=4, skip_layer_guidance_scale=0)
+    assert off.passes(40) == 80 and not off.skipping(40)
+    assert off.guidance.skip == SkipGuidance(0.0, 0.01, 0.2) and recipe(card, **recipe_facts(off)) == off
     assert ask(card, guidance_scale=0).skip is None
 
 

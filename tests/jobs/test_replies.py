@@ -47,14 +47,14 @@ def test_stages_have_what_was_expected_once_a_request_was_accepted() -> None:
 
 
 def test_usage_adds_up_over_images(registry: Registry) -> None:
-    assert usage(asked(registry, size="64x48"), 2).model_dump() == {
+    assert usage([asked(registry, size="64x48").request.recipe] * 2).model_dump() == {
         "input_tokens": 48,
         "output_tokens": 24,
         "total_tokens": 72,
         "input_tokens_details": {"text_tokens": 48, "image_tokens": 0},
     }
-    label = asked(registry, model="tiny-label", class_label=1)
-    assert (usage(label, 1).input_tokens, usage(label, 1).output_tokens) == (1, 4)
+    label = usage([asked(registry, model="tiny-label", class_label=1).request.recipe])
+    assert (label.input_tokens, label.output_tokens) == (1, 4)
 
 
 def test_a_warning_is_told_once(registry: Registry) -> None:
