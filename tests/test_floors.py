@@ -57,7 +57,7 @@ FRONT = ("app.main", "app.api", "app.worker.supervisor", "app.metrics", "app.ima
 
 PLAIN = ("app.cards", "app.request", "app.report", "app.settings", "app.keys")
 TORCH_FREE = (*FRONT, *PLAIN, "app.samplers", "app.engine.batcher", "app.engine.turns")
-LINES, FILES, DESCRIBED = 15_500, 115, 0.12
+LINES, FILES, DESCRIBED = 17_000, 105, 0.12
 """What app/ may hold: lines, files, and the least share of lines that are docstrings."""
 
 TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
