@@ -12,21 +12,7 @@ import typer
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from app.cli.bodies import (
-    Guidance,
-    Model,
-    Negative,
-    Out,
-    SizeText,
-    Steps,
-    build,
-    curl,
-    file_name,
-    in_folder,
-    kind_of,
-    labels_of,
-    open_registry,
-)  # fmt: skip
+from app.cli import bodies
 from app.cli.paint import Watch, bars_of, half_blocks, say
 from app.cli.serve import Folder, read_settings
 from app.imaging import grid
@@ -40,36 +26,37 @@ def generate(
     class_label: Annotated[
         list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
     ] = None,
-    model: Model = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
+    model: bodies.Model = None,
+    steps: bodies.Steps = None,
+    guidance: bodies.Guidance = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the first image; drawn if absent or -1")] = None,
     sampler: Annotated[str | None, typer.Option(help="The solver; `instep models show ID` lists them")] = None,
-    size: SizeText = None,
-    negative: Negative = None,
+    size: bodies.SizeText = None,
+    negative: bodies.Negative = None,
     n: Annotated[int | None, typer.Option("-n", help="Images, seeds counting up")] = None,
     columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
-    out: Out = None,
+    out: bodies.Out = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
     models: Folder = None,
 ) -> None:
     """Draw one request without a server, and show it in the terminal."""
     settings = read_settings(models=models)
-    registry = open_registry(settings)
+    registry = bodies.open_registry(settings)
     body: dict[str, Any] = {
-        "prompt": prompt, "class_label": labels_of(class_label), "model": model, "num_inference_steps": steps,
+        "prompt": prompt, "class_label": bodies.labels_of(class_label), "model": model, "num_inference_steps": steps,
         "guidance_scale": guidance, "seed": seed, "sampler": sampler, "size": size, "negative_prompt": negative, "n": n,
-        "grid": None if columns is None else {"columns": columns}, "output_format": kind_of(out) if out else None,
+        "grid": None if columns is None else {"columns": columns},
+        "output_format": bodies.kind_of(out) if out else None,
     }  # fmt: skip
-    job = build(body, registry, "generate", keep_latents=bool(save_latents and in_folder(save_latents)))
+    job = bodies.build(body, registry, "generate", keep_latents=bool(save_latents and bodies.in_folder(save_latents)))
     start = time.monotonic()
     (results,) = bars(job, Console(stderr=True)).draw(settings, registry.cards)
-    console, out = Console(), out or file_name(job)
+    console, out = Console(), out or bodies.file_name(job)
     deliver(console, job, results, out, time.monotonic() - start)
     if save_latents:
         write_latents(save_latents, results)
         say(console, f"latents {save_latents}")
-    say(console, curl(job, settings, out))
+    say(console, bodies.curl(job, settings, out))
 
 
 def bars(job: Job, console: Console) -> Watch:

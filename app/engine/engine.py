@@ -19,7 +19,7 @@ from app.engine.turns import Turns
 from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, ShuttingDown
 from app.pool.budget import text_bytes
 from app.pool.pool import Pool
-from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Result, Tick
+from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Tick
 from app.request import Key, Request
 from app.settings import Settings
 
@@ -303,8 +303,7 @@ class Engine:
             del self._open[row.request.id]
         now = self._clock()
         self._turns.served(row.key.model, now - row.encode_start)
-        timings = row.timings(now)
-        self._emit(Result(row.request.id, row.index, row.seed, image.pixels, timings, image.latents, row.warnings))
+        self._emit(image.result(now))
 
     def _emit_tick(self, key: Key, phase: Phase, rows: int, passes: int, outcome: Outcome, seconds: float) -> None:
         cap = caps.passes if (caps := self._runner.caps(key)) else 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
-from app.report import Phase, Timings
+from app.report import Phase, Result, Timings
 from app.request import Condition, Key, Request
 from app.samplers.table import compile_table
 
@@ -106,16 +106,6 @@ class Row:
             and self.line * (wanted + 1) >= self.lines * (self.previews + 1)
         )
 
-    def timings(self, now: float) -> Timings:
-        return Timings(
-            queue=self.encode_start - self.arrived + self.idled,
-            encode=self.denoise_start - self.encode_start,
-            denoise=self.decode_start - self.denoise_start - self.idled,
-            decode=now - self.decode_start,
-            steps=self.lines,
-            shared=self.neighbours / self.lines,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -154,6 +144,19 @@ class Image:
     row: Row
     pixels: np.ndarray
     latents: np.ndarray | None
+
+    def result(self, now: float) -> Result:
+        """The report of this image, which is ready now."""
+        row = self.row
+        timings = Timings(
+            queue=row.encode_start - row.arrived + row.idled,
+            encode=row.denoise_start - row.encode_start,
+            denoise=row.decode_start - row.denoise_start - row.idled,
+            decode=now - row.decode_start,
+            steps=row.lines,
+            shared=row.neighbours / row.lines,
+        )
+        return Result(row.request.id, row.index, row.seed, self.pixels, timings, self.latents, row.warnings)
 
 
 @dataclass(slots=True)

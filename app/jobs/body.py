@@ -14,7 +14,7 @@ from app.cards.card import Card, Size, Sizes, parse_size
 from app.cards.catalog import find_label
 from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported, first_problem
 from app.imaging import FORMATS, Format, left_out
-from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, bounds, first_seed, within
+from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, numbers_of
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Condition, Delivery, Guidance, ImageSpec, Prompt, Recipe, Request, SkipGuidance
@@ -24,17 +24,6 @@ B = TypeVar("B", bound=BaseModel)
 
 IGNORED = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
 _IGNORED = "Accepted for OpenAI's clients and ignored; the reply warns of what asks for something that is not done"
-
-
-NOT_TAKEN = {
-    "true_cfg_scale": "has no embedded guidance; its guidance_scale is classifier-free guidance",
-    **dict.fromkeys(
-        (f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")), "has no skip-layer guidance"
-    ),
-    "max_sequence_length": "draws classes and reads no text",
-}
-"""Fields of numbers that only some cards take, and why another refuses them."""
-
 
 _OPENAI: dict[str, tuple[tuple[Any, ...], str]] = {
     "background": (("auto", "opaque"), "pictures are opaque"),
@@ -118,7 +107,9 @@ class ImageBody(BaseModel):
         """
         self._check_formats()
         sampler = self._sampler(card)
-        numbers = self._numbers(card, sampler)
+        numbers = numbers_of(
+            card, sampler, lambda field: getattr(self, field), self.grid.columns if self.grid else None
+        )
         conditions = self._conditions(card, int(numbers["n"] or 1))
         first = first_seed(self.seed)
         width, height = self._size(card)
@@ -140,16 +131,6 @@ class ImageBody(BaseModel):
         )
         images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
         return Request(request_id, recipe, images, delivery)
-
-    def _numbers(self, card: Card, sampler: str) -> dict[str, float | None]:
-        """Every numeric field that the card takes, its default where it is absent. Raises InvalidValue."""
-        spans = bounds(card, sampler)
-        for field, reason in NOT_TAKEN.items():
-            if field not in spans and getattr(self, field) is not None:
-                raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
-        if self.grid is not None:
-            within("grid.columns", self.grid.columns, spans["n"])
-        return {field: within(field, getattr(self, field), span) for field, span in spans.items() if field != "seed"}
 
     def _guidance(self, card: Card, numbers: Mapping[str, float | None]) -> Guidance:
         """The guidance, of the checked fields. Raises InvalidValue: skip-layer guidance that cannot act."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from typing import Annotated, NamedTuple, TypeGuard, TypeVar
 
 from pydantic import BeforeValidator
@@ -104,6 +105,16 @@ def flag(value: object) -> bool:
     return value
 
 
+_NOT_TAKEN = {
+    "true_cfg_scale": "has no embedded guidance; its guidance_scale is classifier-free guidance",
+    **dict.fromkeys(
+        (f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")), "has no skip-layer guidance"
+    ),
+    "max_sequence_length": "draws classes and reads no text",
+}
+"""Fields of numbers that only some cards take, and why another refuses them."""
+
+
 class Range(NamedTuple):
     """The least and the greatest value of a field, and its value where a body leaves it out."""
 
@@ -146,7 +157,22 @@ def most_steps_of(card: Card) -> dict[str, int]:
     return {sampler: most_steps(card.schedule, sampler, most) for sampler in valid_samplers(card.schedule)}
 
 
-def within(field: str, value: float | None, span: Range) -> float | None:
+def numbers_of(
+    card: Card, sampler: str, value_of: Callable[[str], float | None], columns: int | None = None
+) -> dict[str, float | None]:
+    """Every numeric field that the card takes but the seed, its default where it is absent.
+
+    value_of: what the body has in a field, None where it is absent. columns: of the grid. Raises InvalidValue.
+    """
+    spans = bounds(card, sampler)
+    for field, reason in _NOT_TAKEN.items():
+        if field not in spans and value_of(field) is not None:
+            raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
+    _within("grid.columns", columns, spans["n"])
+    return {field: _within(field, value_of(field), span) for field, span in spans.items() if field != "seed"}
+
+
+def _within(field: str, value: float | None, span: Range) -> float | None:
     """The value if it is in the range, the default if it is absent. NOTE: an int stays one: a seed is no float."""
     if value is None:
         return span.default
