@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from app.engine import patience, profile, runner
+from app.engine import limits, profile, runner
 from app.engine.row import Row
 from app.families.base import Family
 from app.request import Key, Prompt
@@ -59,7 +59,7 @@ def poisoned(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> N
 
 def plant(fault: str) -> None:
     if fault in ("hang", "unmeasured"):
-        patience.LEAST, patience.MOST = 4.0, 5.0
+        limits.LEAST, limits.MOST = 4.0, 5.0
     match fault:
         case "hang":
             runner.Runner._denoise = hanging  # type: ignore[method-assign]
