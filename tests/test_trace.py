@@ -15,7 +15,7 @@ from tests.parts.tracing import Tracer
 from tests.parts.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
-FILES, CLASSES = 40, 16
+FILES, CLASSES = 40, 18
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +44,7 @@ def trace(folder: Path) -> dict[str, list[str]]:
             eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
             draw(url, "a frog on a green background")
             (folder / "on").touch()
+            eventually((folder / "traced").exists)
             tracer.start()
             draw(url, "a heart")
             tracer.stop()

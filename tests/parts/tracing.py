@@ -89,10 +89,11 @@ def of_app(kind: type) -> str | None:
 
 
 def watch(tracer: Tracer, folder: Path) -> None:
-    """In a child: trace while folder/on exists, then write folder/child.json. Ends there."""
+    """In a child: trace while folder/on exists, from folder/traced on, then write folder/child.json."""
     while not (folder / "on").exists():
         time.sleep(0.01)
     tracer.start()
+    (folder / "traced").touch()
     while (folder / "on").exists():
         time.sleep(0.01)
     tracer.stop()
