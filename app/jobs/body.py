@@ -254,7 +254,7 @@ def checked(kind: type[B], fields: Mapping[str, Any]) -> B:
 def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
     """Name, type of one value and description of every field of a body that a command line can take as a flag.
 
-    All of them default to None, which leaves a field to the model's own default. Objects and ignored fields are left out.
+    The default of each is None: the default of the model. Objects and ignored fields are left out.
     """
     plain = {"string": str, "integer": int, "number": float, "boolean": bool}
     for name, schema in kind.model_json_schema()["properties"].items():
