@@ -152,6 +152,12 @@ def test_the_tour_has_the_floors_that_are_enforced() -> None:
     assert set(told) == modules - {"__init__"}
 
 
+def test_the_tour_has_a_line_for_every_module() -> None:
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| \S", TOUR, re.MULTILINE)
+    modules = [path.relative_to(ROOT / "app").as_posix() for path in (ROOT / "app").rglob("*.py")]
+    assert sorted(rows) == sorted(name for name in modules if not name.endswith("__init__.py"))
+
+
 def test_paths_that_are_named_exist() -> None:
     named = set(re.findall(r"`((?:app|deploy|docs|models|tests)/[\w./]*)`", "".join(PAGES)))
     named |= {f"app/{path}" for path in re.findall(r"`((?!tests)[a-z]+/\w+\.py)`", TOUR)}
