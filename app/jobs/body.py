@@ -259,6 +259,18 @@ def checked(kind: type[B], fields: Mapping[str, Any]) -> B:
         raise InvalidValue(f"{field}: {reason}", param=field) from None
 
 
+def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
+    """Name, type of one value and description of every field of a body that a command line can take as a flag.
+
+    The default of each is None: the default of the model. Objects and ignored fields are left out.
+    """
+    plain = {"string": str, "integer": int, "number": float, "boolean": bool}
+    for name, schema in kind.model_json_schema()["properties"].items():
+        types = {one.get("type") for one in schema.get("anyOf", [schema])}
+        if one := next((plain[word] for word in plain if word in types), None):
+            yield name, one, schema["description"]
+
+
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     """The fields of a body that ask for this recipe."""
     guidance = recipe.guidance
