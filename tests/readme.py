@@ -14,7 +14,7 @@ from app.samplers.table import SAMPLERS, valid_pairs
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", ROOT / "app" / "README.md")
+FILES = tuple(ROOT / name for name in ("README.md", "app/README.md", "deploy/README.md", "docs/api.md"))
 BLOCK = re.compile(r"(<!-- made: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
