@@ -125,7 +125,7 @@ QUEUE = (
     Panel(
         "Refusals by reason",
         "reqps",
-        "Error codes of refused requests. overloaded, no_worker and the like need room; the rest are mistakes of clients.",
+        "Error codes of refused requests. overloaded, no_worker and the like need room; clients caused the rest.",
         ((rate("requests_rejected_total", "reason"), "{{reason}}"),),
         stack=True,
     ),
