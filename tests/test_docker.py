@@ -1,4 +1,4 @@
-"""The image and the services: Dockerfile and docker-compose.yml do what they promise, as far as it shows without Docker.
+"""The image and the services: Dockerfile and docker-compose.yml do what they promise, as far as Docker is not needed.
 
 `make check` lints the Dockerfile. deploy/README.md says on what it was built and run.
 """

@@ -1,4 +1,4 @@
-"""A minute of everything that a service meets: pictures, streams, clients that leave, mistakes, a rush, a broken model."""
+"""A minute of everything that a service meets: pictures, streams, clients that leave, mistakes, a rush, a bad model."""
 
 from __future__ import annotations
 
