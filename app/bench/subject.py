@@ -18,7 +18,7 @@ from app.cards.card import Card, read_card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_toml, to_toml
 from app.cards.folder import ModelFolder, Part
-from app.errors import CheckpointError, DoesNotFit
+from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
 from app.families.base import Family
 from app.families.components import has_weights, outline_of
@@ -74,7 +74,10 @@ def _load(pool: Pool, card: Card) -> Family:
         if error := pool.failure(card.id):
             raise error
         if pool.family(card.id) is not None and not pool.fits(card.id):
-            raise DoesNotFit(f"{card.id}: its parts do not fit the device together (INSTEP_DEVICE_MEMORY)")
+            raise LoadError(
+                f"{card.id}: its parts do not fit the device together (INSTEP_DEVICE_MEMORY)",
+                code="insufficient_gpu_memory",
+            )
         time.sleep(0.01)
     family = pool.family(card.id)
     if family is None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from app.cards.card import parse_size
-from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.errors import DeadlineExceeded, RateLimited, Unavailable
 from app.jobs.job import Estimate, Job
 from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
 from app.request import Delivery, Key
@@ -272,7 +272,9 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     own = chosen.tenants().get(delivery.tenant, 0.0)
     wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
-        raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait))
+        raise Unavailable(
+            f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait), code="overloaded"
+        )
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
@@ -306,7 +308,7 @@ def _check_deadline(estimate: Estimate, left: float) -> None:
     late = estimate.wait + estimate.cost - left
     if late > 0:
         words = f"The wait of about {estimate.wait:.1f} seconds leaves too little before the deadline in {left:.1f}."
-        raise Overloaded(words, retry_after=after(late))
+        raise Unavailable(words, retry_after=after(late), code="overloaded")
 
 
 def after(seconds: float) -> float:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from app.errors import InstepError, NoWorker
+from app.errors import InstepError, Unavailable
 from app.jobs.job import Job
 from app.report import Memory, Report, Result
 from app.request import Request
@@ -142,7 +142,7 @@ class Child:
             log.error("engine process on %s %s; next try in %.1f s", self.name, reason, self._delay)
             if not greeted.done():
                 words = f"The engine process on {self.name} {reason} before it was ready."
-                greeted.set_exception(self._refusal or NoWorker(words))
+                greeted.set_exception(self._refusal or Unavailable(words, code="no_worker"))
                 return
             await asyncio.sleep(self._delay)
             self._delay = min(LAST_DELAY, 2 * self._delay)

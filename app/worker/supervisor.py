@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from app.cards.card import Card
-from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
+from app.errors import EngineError, InvalidValue, ModelNotFound, Unavailable
 from app.jobs.job import Job
 from app.report import Memory, ModelState, Report, Result
 from app.request import Condition, Recipe, Request
@@ -132,7 +132,9 @@ class Supervisor:
             log.info("draining %d requests", len(jobs))
             await asyncio.wait([asyncio.gather(*jobs, return_exceptions=True)], timeout=grace)
         for job in self._jobs:
-            job.fail(ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
+            job.fail(
+                Unavailable("The server shut down before this request was done.", retry_after=5.0, code="shutting_down")
+            )
         await asyncio.gather(*(child.stop() for child in self._children))
 
     def submit(self, job: Job, *, limit: float | None = None) -> Job:
@@ -144,7 +146,7 @@ class Supervisor:
         schedule does not have.
         """
         if self._closing:
-            raise ShuttingDown("The server is shutting down.", retry_after=5.0)
+            raise Unavailable("The server is shutting down.", retry_after=5.0, code="shutting_down")
         if any(job.request.id in child.backlog.jobs for child in self._children):
             raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
         if self._crashes.condemned(job.request):
@@ -153,7 +155,7 @@ class Supervisor:
         live = [child for child in self._children if child.live]
         if not live:
             wait = min(child.back_in for child in self._children)
-            raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
+            raise Unavailable("No engine process is running just now.", retry_after=max(1.0, wait), code="no_worker")
         backlogs = [child.backlog for child in live]
         child = live[choose(backlogs, model, max_wait)]
         admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
@@ -206,7 +208,7 @@ class Supervisor:
                 job.fail(EngineError(_POISON))
             else:
                 message = "The engine process died while it worked on this request. Try again."
-                job.fail(NoWorker(message, retry_after=retry_after))
+                job.fail(Unavailable(message, retry_after=retry_after, code="no_worker"))
         self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)

@@ -75,7 +75,7 @@ def test_what_makes_no_sense_is_one_line(run: Run, words: tuple[str, ...], told:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--mix", "odd"), "'--mix': Input should be 'mixed' or 'homogeneous'"),
+        (("--mix", "odd"), "'odd' is not one of 'mixed', 'homogeneous'"),
         (("--at-capacity", "inf"), "should be less than or equal to"),
         (("--seconds", "inf"), "should be less than or equal to"),
         (("--model", "nobody"), "nobody"),

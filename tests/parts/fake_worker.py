@@ -3,7 +3,7 @@
 Knows nothing of diffusion: every image is one solid colour, `colour(condition, seed)`.
 
 Rows advance together, one step a tick of STEP seconds, as the engine's do. Prompts that begin with "!" misbehave:
-    !nan        the request fails with NonFiniteOutput at its second step
+    !nan        the request fails with non_finite_output at its second step
     !oom        the request fails with OutOfMemory at its second step
     !load       the request fails with CheckpointError before its first step
     !hang       announces 0.3 seconds, then says nothing for ever
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from app.errors import Cancelled, CheckpointError, InstepError, ModelNotFound, NonFiniteOutput, OutOfMemory
+from app.errors import Cancelled, CheckpointError, EngineError, InstepError, ModelNotFound, OutOfMemory
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
 from app.request import Condition, ImageSpec, Prompt, Request
 from app.worker import wire
@@ -207,7 +207,9 @@ class FakeWorker:
     def misbehave(self, row: Row, text: str) -> None:
         request = row.request
         if text.startswith("!nan"):
-            self.fail(request.id, NonFiniteOutput("The network produced numbers that are not finite."))
+            self.fail(
+                request.id, EngineError("The network produced numbers that are not finite.", code="non_finite_output")
+            )
         elif text.startswith("!oom"):
             self.fail(request.id, OutOfMemory("This image alone does not fit in the device's memory."))
         elif text.startswith("!die"):

@@ -5,18 +5,12 @@ import os
 
 import pytest
 
-from app.errors import (
-    CheckpointError,
-    ModelNotFound,
-    NoWorker,
-    Overloaded,
-    SettingsError,
-    ShuttingDown,
-)
+from app.errors import CheckpointError, ModelNotFound, SettingsError
 from app.report import Memory, ModelState, Report
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.parts.fake_worker import RATE
+from tests.parts.requests import refused
 from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import PATIENCE, run, until
 
@@ -28,9 +22,9 @@ def test_overload_is_refused_by_the_wait_ahead():
         async with serving(max_wait=50 * RATE) as here:
             await until(lambda: here.supervisor.ready)
             large = here.supervisor.submit(job("!slow 60", steps=60))
-            with pytest.raises(Overloaded) as refused:
+            with refused("overloaded") as caught:
                 here.supervisor.submit(job())
-            assert 1.0 <= refused.value.retry_after <= 120.0
+            assert 1.0 <= caught.value.retry_after <= 120.0
             large.cancel()
             await asyncio.sleep(0)
             assert len(await here.supervisor.submit(job())) == 1
@@ -209,7 +203,7 @@ def test_stop_drains_and_refuses():
             pid = supervisor.pids[0]
             stopping = asyncio.create_task(supervisor.stop(PATIENCE))
             await asyncio.sleep(0)
-            with pytest.raises(ShuttingDown):
+            with refused("shutting_down"):
                 supervisor.submit(job())
             assert not supervisor.ready
             assert len(await future) == 2
@@ -225,7 +219,7 @@ def test_stop_gives_up_after_its_grace():
         async with serving() as here:
             future = here.supervisor.submit(job("!slow 600"))
             await here.supervisor.stop(0.05)
-            with pytest.raises(ShuttingDown):
+            with refused("shutting_down"):
                 await future
             assert here.supervisor.pids == [0]
 
@@ -235,9 +229,9 @@ def test_stop_gives_up_after_its_grace():
 def test_nothing_is_served_before_the_start():
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS)
-        with pytest.raises(NoWorker) as refused:
+        with refused("no_worker") as caught:
             supervisor.submit(job())
-        assert refused.value.retry_after >= 1.0
+        assert caught.value.retry_after >= 1.0
         await supervisor.stop(0)
 
     run(scenario)

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from app.errors import InstepError, NoWorker, SettingsError
+from app.errors import SettingsError, Unavailable
 from app.report import Announce, Failure, ModelState, Preview, Progress, Result, Tick, Timings
 from app.settings import Settings
 from app.worker import wire
@@ -97,12 +97,12 @@ def test_frames_in_any_pieces(piece):
 
 
 def test_errors_keep_class_and_fields():
-    sent = NoWorker("gone", param="p", retry_after=2.5)
+    sent = Unavailable("gone", param="p", retry_after=2.5, code="no_worker")
     refusal, failure = over_asyncio(
         lambda sock: [wire.send(sock, wire.Refusal(SettingsError("no"))), wire.send(sock, Failure("r", sent))]
     )
     assert type(refusal.error) is SettingsError
-    assert isinstance(failure.error, InstepError) and type(failure.error) is NoWorker
+    assert type(failure.error) is Unavailable and failure.error.code == "no_worker"
     assert (failure.error.message, failure.error.param, failure.error.retry_after) == ("gone", "p", 2.5)
 
 
