@@ -5,15 +5,12 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
@@ -177,11 +174,11 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _download(card: Card, files: Needs, models: Path) -> None:
-    """Download what is still to come, with one bar in a terminal, elsewhere a line for each file that has to come.
+    """Download what is still to come, small files first, with a line for each.
 
     models: the folder of cards. Raises CheckpointError.
     """
-    from app.checkpoints.hub import bytes_left, cache, fetch, link
+    from app.checkpoints.hub import bytes_left, cache
 
     if not files:
         typer.echo(f"{card.id}: beside its card, nothing to pull")
@@ -190,18 +187,12 @@ def _download(card: Card, files: Needs, models: Path) -> None:
     left, free = bytes_left(files.values()), decimal(_free_bytes(cache()))
     summary = f"{decimal(sum(sizes))} in {len(sizes)} files, {decimal(left)} to come"
     typer.echo(f"{card.id}: {summary}; {free} free in {cache()}")
-    console = Console()
-    columns = BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    text = TextColumn("{task.description}")
-    with Progress(*columns, text, console=console, disable=not console.is_terminal, transient=True) as bars:
-        task = bars.add_task("", total=left)
-        for repo, paths in files.values():
-            for size, path in sorted((repo.files[path].size, path) for path in paths):
-                bars.update(task, description=path)
-                if not console.is_terminal and bytes_left([(repo, [path])]):
-                    typer.echo(f"  {path}: {decimal(size)}")
-                fetch(repo, path, partial(bars.advance, task))
-            link(repo, paths)
+    for repo, paths in files.values():
+        for path in sorted(paths, key=lambda path: (repo.files[path].size, path)):
+            if size := repo.left(path):
+                typer.echo(f"  {path}: {decimal(size)}")
+            repo.fetch(path)
+        repo.link(paths)
     for repo, _ in files.values():
         typer.echo(f"{card.id}: here, {repo.name} at {repo.commit}")
         if repo.name == card.source.repo and repo.revision != repo.commit:
