@@ -26,7 +26,6 @@ from app.pool.pool import Pool
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import build, resolve_dtype
-from app.worker.wire import Start
 
 DEVIATION = 0.02
 """Standard deviation of random weights, as transformers are initialised, so that outputs stay finite at any depth."""
@@ -43,7 +42,7 @@ def loaded(settings: Settings, model: str | None, *, random_weights: bool = Fals
     """
     with chosen(settings, model, random_weights=random_weights) as (settings, card):
         cards = {card.id: card} if random_weights else dict(read_cards(settings.models, settings.alias))
-        pool, _ = build(Start(settings, cards, plan.devices(settings.devices)[0]), lambda report: None)
+        pool, _ = build(settings, cards, plan.devices(settings.devices)[0], lambda report: None)
         try:
             yield pool, _load(pool, card)
         finally:
