@@ -46,14 +46,12 @@ def add(
     models: Folder = None,
 ) -> None:
     """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
-    from app.checkpoints.compose import draft, free_folder, free_id
-    from app.checkpoints.identify import identify
+    from app.checkpoints.inventory import identify, new_folder
 
     settings = read_settings(models=models)
     registry = open_registry(settings)
     path = path.absolute()
-    found = identify(path, registry.cards)
-    made = draft(found, registry, like)
+    made = identify(path, registry.cards).choose(registry.find(like) if like else None)
     encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3}
     for part, place in {"vae": vae, **encoders}.items():
         if place is not None:
@@ -63,11 +61,11 @@ def add(
     if rest is not None:
         made.take_rest(registry.find(rest))
     made.refuse_gaps()
-    model = name or free_id(path, registry, settings.models)
-    folder = free_folder(model, registry, settings.models)
+    folder = new_folder(path, settings.models, registry.cards, name)
     made.write(folder)
-    typer.echo(f"{model}: {folder / 'card.toml'}, like {made.like.card.id}; the weights stay where they are")
-    for line in (*made.left_out(found), *made.own_schedule()):
+    model = folder.name
+    typer.echo(f"{model}: {folder / 'card.toml'}, like {made.card.id}; the weights stay where they are")
+    for line in (*made.left_out(), *made.own_schedule()):
         typer.echo(line)
     cards = read_cards(settings.models)
     draw = "instep serve" if cards[model].draws_classes else f'instep generate "a red apple" --model {model}'
