@@ -13,11 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cards.card import Card, Size, parse_size
 from app.cli.bodies import Guidance, Model, SizeText, Steps, open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
-from app.jobs.body import allows, describe_sizes
+from app.jobs.body import size_of
 
 if TYPE_CHECKING:
     from app.bench.machine import Ceilings
@@ -69,7 +68,7 @@ def step(
     from app.bench.subject import loaded
 
     with loaded(settings, model, random_weights=random_weights) as subject:
-        pixels = _size(size, subject.card) if size else subject.card.default_size
+        pixels = size_of(subject.card, size) if size else subject.card.default_size
         most = ceilings(subject.family.device, subject.family.dtype)
         found = measure_steps(subject.family, pixels, widths, rounds, most)
         size = f"{pixels[0]}x{pixels[1]}"
@@ -229,17 +228,6 @@ def make_table(columns: Columns, rows: Iterable[Row], **looks: Any) -> Table:
 def times_table(what: str, times: Mapping[str, Row]) -> Table:
     """A table of milliseconds by name."""
     return make_table({what: "{name}", **TIMES}, [{"name": name, "ms": ms} for name, ms in times.items()])
-
-
-def _size(text: str, card: Card) -> Size:
-    """Raises InvalidValue: no size, or not one of the card's."""
-    try:
-        width, height = parse_size(text)
-    except ValueError as error:
-        raise InvalidValue(f"size: {error}", param="size") from error
-    if not allows(card.limits.sizes, width, height):
-        raise InvalidValue(f"size: {describe_sizes(card.limits.sizes)}", param="size")
-    return width, height
 
 
 def _widths(text: str) -> list[int]:
