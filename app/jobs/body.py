@@ -21,7 +21,7 @@ from pydantic import (
     WrapValidator,
 )
 
-from app.cards.card import Card, Size, Sizes, parse_size
+from app.cards.card import Card, Size, parse_size
 from app.cards.catalog import find_label
 from app.errors import Code, InvalidValue, RequestError, first_problem
 from app.imaging import DEFAULT_QUALITY, FORMATS, Format
@@ -244,7 +244,7 @@ def bounds(card: Card, sampler: str | None = None) -> dict[str, Json]:
     chosen = sampler if sampler in samplers else defaults.sampler
     found: dict[str, Json] = {field: {} for field in ImageBody.model_fields} | {
         "n": _span(1, limits.n, 1),
-        "size": {"pattern": _pattern(limits.sizes), "default": defaults.size},
+        "size": {"pattern": f"^auto$|{limits.sizes.pattern}", "default": defaults.size},
         "output_compression": _span(0, 100, DEFAULT_QUALITY),
         "partial_images": _span(0, 3, 0),
         "negative_prompt": {"maxLength": limits.prompt},
@@ -269,27 +269,12 @@ def _span(low: float, high: float, default: float | None = None) -> Json:
     return {"minimum": low, "maximum": high, **({} if default is None else {"default": default})}
 
 
-def _pattern(sizes: Sizes) -> str:
-    """A regular expression for the names of these sizes, and for "auto"."""
-    sides = [str(side) for side in range(sizes.min, sizes.max + 1) if side % sizes.multiple == 0]
-    names = [f"{side}x{side}" for side in sides] if sizes.square else [f"({'|'.join(sides)})x({'|'.join(sides)})"]
-    return f"^({'|'.join(['auto', *names])})$"
-
-
 def size_of(card: Card, size: str) -> Size:
     """Width and height of a size by its name. Raises InvalidValue: the card does not take it."""
-    if not re.fullmatch(_pattern(card.limits.sizes), size):
-        sizes = describe_sizes(card.limits.sizes)
+    sizes = card.limits.sizes
+    if size != "auto" and not re.fullmatch(sizes.pattern, size):
         raise InvalidValue(f'size: {card.id} has no size "{size[:32]}"; expects "auto" or {sizes}', param="size")
     return card.default_size if size == "auto" else parse_size(size)
-
-
-def describe_sizes(sizes: Sizes) -> str:
-    """The range of sizes in words."""
-    if sizes.min == sizes.max:
-        return f'"{sizes.min}x{sizes.min}"'
-    shape = "WxW" if sizes.square else "WxH"
-    return f'"{shape}" with sides of {sizes.min} to {sizes.max} pixels, multiples of {sizes.multiple}'
 
 
 def most_steps_of(card: Card) -> dict[str, int]:
