@@ -11,7 +11,6 @@ from app.bench import step
 from app.bench.machine import Ceilings
 from app.bench.step import forward_work, measure_steps
 from app.errors import InvalidValue
-from app.families.components import empty_network
 from tests.families.plain import load
 from tests.parts.tiny import write_flux
 
@@ -61,7 +60,7 @@ def test_bytes_are_the_weights_once_and_what_goes_in_and_out(tiny: Path) -> None
 def test_work_needs_no_weights_and_every_family_has_some(tiny: Path, tmp_path: Path) -> None:
     family = load(tiny / "tiny-sd3")
     there = forward_work(family, 32, 32, 24, 2)
-    empty_network(family.network)
+    family.network.to("meta")
     assert forward_work(family, 32, 32, 24, 2) == there
     write_flux(tmp_path / "flux", dev=True)
     assert forward_work(load(tmp_path / "flux"), 32, 32, 32, 2).flops > 0
