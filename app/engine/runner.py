@@ -15,7 +15,7 @@ from app.engine.row import Caps, Image, Outcome, Row, Work
 from app.engine.slots import SlotPool, Slots
 from app.engine.step import denoise_step, gather
 from app.engine.text_cache import TextCache
-from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
+from app.errors import EngineError, InstepError, OutOfMemory
 from app.families.base import Conditions, Family
 from app.pool.budget import Cores
 from app.pool.pool import Pool
@@ -54,7 +54,7 @@ def attempt(call: Callable[[], None], where: str) -> InstepError | None:
     except torch.OutOfMemoryError:
         return OutOfMemory(ALONE)
     except InstepError as error:
-        return type(error)(error.message, param=error.param, retry_after=error.retry_after)
+        return error.again()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # one row must not end the others: tokenizers panic as BaseException
@@ -221,7 +221,7 @@ class Runner:
         unread, self._unread = self._unread, []
         message = "the network gave a number that is not finite"
         return [
-            (row, NonFiniteOutput(message))
+            (row, EngineError(message, code="non_finite_output"))
             for rows, sums in unread
             for row, total in zip(rows, sums.tolist(), strict=True)
             if not math.isfinite(total) and row.slot >= 0

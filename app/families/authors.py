@@ -333,7 +333,7 @@ def parts_in(keys: Collection[str]) -> dict[str, Layout]:
 
 
 def find_part(part: str, class_name: str, keys: Collection[str]) -> Layout:
-    """The layout of this part of this class in a file with these names. Raises ValueError naming the parts that it has."""
+    """The layout of this part in a file with these names. Raises ValueError naming the parts that it has."""
     for layout in LAYOUTS:
         if part in layout.parts and class_name in layout.classes and (found := layout.within(keys)) is not None:
             return found

@@ -17,7 +17,7 @@ import torch
 from app.cards.card import Card
 from app.cards.folder import Part
 from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, read_parts
-from app.errors import DoesNotFit, LoadError
+from app.errors import LoadError
 from app.families import FAMILIES
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
@@ -127,9 +127,10 @@ class Pool(Policy):
             sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
         phase = max(PHASES, key=lambda phase: sizes[phase])
         if sizes[phase] > self.store.budget:
-            raise DoesNotFit(
+            raise LoadError(
                 f"{model_id}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
-                f"{readable(self.store.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)"
+                f"{readable(self.store.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)",
+                code="insufficient_gpu_memory",
             )
 
     def _component(self, card: Card, part: Part) -> Component:
@@ -178,7 +179,7 @@ class Pool(Policy):
     def _reason(self, model_id: str, error: Exception) -> LoadError:
         """A new error for users: the traceback of the caught one holds all that was loaded until it was raised."""
         if isinstance(error, LoadError):
-            return type(error)(error.message)
+            return error.again()
         if isinstance(error, torch.OutOfMemoryError):
             return LoadError(f"{model_id}: not enough memory on {self.device}")
         _log.error("loading %s", model_id, exc_info=error)
