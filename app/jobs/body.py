@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.cards.card import Card, Size, Sizes, parse_size
+from app.cards.card import Card, Size, parse_size
 from app.cards.catalog import find_label
 from app.errors import InvalidValue, RequestError, first_problem
 from app.imaging import FORMATS, Format, left_out
@@ -213,9 +213,9 @@ class ImageBody(BaseModel):
         try:
             width, height = parse_size(str(self.size))
         except ValueError:
-            raise InvalidValue(f'size: expects "auto" or {describe_sizes(card.limits.sizes)}', param="size") from None
-        if not allows(card.limits.sizes, width, height):
-            message = f"size: {width}x{height} is not served by {card.id}; expects {describe_sizes(card.limits.sizes)}"
+            raise InvalidValue(f'size: expects "auto" or {card.limits.sizes}', param="size") from None
+        if not card.limits.sizes.allows(width, height):
+            message = f"size: {width}x{height} is not served by {card.id}; expects {card.limits.sizes}"
             raise InvalidValue(message, param="size")
         return width, height
 
@@ -288,20 +288,6 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     if guidance.skip is not None:
         told |= {f"skip_layer_guidance_{name}": getattr(guidance.skip, name) for name in ("scale", "start", "stop")}
     return told
-
-
-def allows(sizes: Sizes, width: int, height: int) -> bool:
-    """Whether a card's sizes take this one."""
-    fits = all(sizes.min <= side <= sizes.max and side % sizes.multiple == 0 for side in (width, height))
-    return fits and (width == height or not sizes.square)
-
-
-def describe_sizes(sizes: Sizes) -> str:
-    """The range of sizes in words."""
-    if sizes.min == sizes.max:
-        return f'"{sizes.min}x{sizes.min}"'
-    shape = "WxW" if sizes.square else "WxH"
-    return f'"{shape}" with sides of {sizes.min} to {sizes.max} pixels, multiples of {sizes.multiple}'
 
 
 def body_warnings(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:

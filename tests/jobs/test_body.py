@@ -9,7 +9,7 @@ import pytest
 
 from app.cards.card import Card, Sizes, read_cards
 from app.errors import Code, InvalidValue
-from app.jobs.body import ImageBody, describe_sizes, read_body
+from app.jobs.body import ImageBody, read_body
 from app.jobs.fields import SEEDS
 from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Delivery, Guidance, Prompt, Recipe, Request
@@ -254,4 +254,4 @@ def test_a_body_is_an_object(raw: object) -> None:
 
 
 def test_a_square_model_says_so() -> None:
-    assert '"WxW"' in describe_sizes(Sizes(min=16, max=64, multiple=16, square=True))
+    assert '"WxW"' in str(Sizes(min=16, max=64, multiple=16, square=True))
