@@ -17,7 +17,7 @@ from app.cards.card import Card
 from app.cards.catalog import search
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, Unavailable, plain
-from app.jobs.fields import most_steps_of
+from app.jobs.body import most_steps_of
 from app.report import ModelState
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
