@@ -1,6 +1,6 @@
-"""The tables of the READMEs that are made from the code: `python -m tests.readme` rewrites them, a test compares.
+"""The tables of the pages that are made from the code: `python -m tests.readme` rewrites them, a test compares.
 
-Knows nothing of the prose around them: a table lies between `<!-- made: NAME -->` and `<!-- end -->`.
+A table is between `<!-- made: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations

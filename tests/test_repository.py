@@ -1,7 +1,4 @@
-"""The repository keeps its own rules: short targets, pinned versions, READMEs that say what the code says.
-
-Knows nothing of the app but its settings, samplers and request body.
-"""
+"""The rules of the repository: short targets, pinned versions, pages that agree with the code."""
 
 from __future__ import annotations
 
@@ -144,12 +141,18 @@ def test_each_table_has_its_place() -> None:
 
 def test_the_tour_has_the_floors_that_are_enforced() -> None:
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", TOUR, re.MULTILINE)
-    told = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
-    assert told == FLOORS
+    floors = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert floors == FLOORS
     modules = {
         path.stem for path in (ROOT / "app").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert set(told) == modules - {"__init__"}
+    assert set(floors) == modules - {"__init__"}
+
+
+def test_the_tour_has_a_line_for_every_module() -> None:
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| \S", TOUR, re.MULTILINE)
+    modules = [path.relative_to(ROOT / "app").as_posix() for path in (ROOT / "app").rglob("*.py")]
+    assert sorted(rows) == sorted(name for name in modules if not name.endswith("__init__.py"))
 
 
 def test_paths_that_are_named_exist() -> None:

@@ -82,7 +82,7 @@ def front_of(request: Request) -> Front:
 
 
 def key_of(request: Request) -> ApiKey:
-    """Who asks; NOBODY until `app/api/auth.py` has looked at the key."""
+    """Who asks; NOBODY until `app/api/access.py` has looked at the key."""
     return cast(ApiKey, request.state.key)
 
 

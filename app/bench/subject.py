@@ -29,7 +29,6 @@ from app.report import Report
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import build, resolve_dtype
-from app.worker.wire import Start
 
 DEVIATION = 0.02
 """Of every random weight: what transformers are initialised with, so that outputs stay finite at any depth."""
@@ -59,7 +58,7 @@ def loaded(settings: Settings, model: str | None, *, random_weights: bool = Fals
     with chosen(settings, model, random_weights=random_weights) as (settings, card):
         cards = {card.id: card} if random_weights else dict(read_cards(settings.models, settings.alias))
         reports: list[Report] = []
-        pool, engine = build(Start(settings, cards, plan.devices(settings.devices)[0]), reports.append)
+        pool, engine = build(settings, cards, plan.devices(settings.devices)[0], reports.append)
         try:
             yield Subject(settings, card, _load(pool, card), pool, engine, reports)
         finally:

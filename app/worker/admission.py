@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -61,18 +60,13 @@ class Costs:
 
     def __init__(self) -> None:
         self._rates: dict[str, dict[int, float]] = {}
-        self._areas: dict[str, list[int]] = {}  # of the rates, in order
         self._seen: dict[tuple[str, Phase, int, int], float] = {}
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
         rates = self._rates.setdefault(report.model, {})
         if isinstance(report, ModelState):
-            for size, rate in report.rates.items():
-                area = math.prod(parse_size(size))
-                if area not in rates:
-                    insort(self._areas.setdefault(report.model, []), area)
-                rates[area] = rate
+            rates.update((math.prod(parse_size(size)), rate) for size, rate in report.rates.items())
         elif report.phase == "denoise":
             area, passes = report.width * report.height, report.passes - report.padding
             if area in rates and 0 < report.cap * FULL <= passes:
@@ -94,12 +88,10 @@ class Costs:
 
     def rate(self, model: str, width: int, height: int) -> float:
         """Seconds a pass at width x height pixels: measured, or scaled by area from the nearest size, or a guess."""
-        rates = self._rates.get(model)
+        rates, area = self._rates.get(model), width * height
         if not rates:
             return DEFAULT_RATE
-        area, areas = width * height, self._areas[model]
-        above = bisect(areas, area)
-        nearest = min(areas[max(0, above - 1) : above + 1], key=lambda known: abs(known - area))
+        nearest = area if area in rates else min(rates, key=lambda known: (abs(known - area), known))
         return rates[nearest] * area / nearest
 
 
@@ -131,9 +123,9 @@ class Backlog:
         self._images[kind_of(job)] += job.images_left
         self.weights[job.request.delivery.tenant] = job.request.delivery.weight
 
-    def end(self, job: Job) -> None:
-        """The job is answered, failed or cancelled."""
-        del self.jobs[job.request.id]
+    def end(self, request_id: str) -> None:
+        """A job is answered, failed or cancelled."""
+        job = self.jobs.pop(request_id)
         if job.images_left:
             self._drop(kind_of(job), job.images_left)
 
@@ -151,19 +143,19 @@ class Backlog:
 
     def hear(self, report: Report) -> None:
         """Learn from a report of the engine, and hand it to the job in flight that it is about."""
+        if isinstance(report, ModelState | Tick):
+            self.costs.hear(report)
         match report:
             case Result() | Progress() | Preview() | Failure():
                 if job := self.jobs.get(report.request_id):
                     if isinstance(report, Result) and report.index not in job.results:
                         self._drop(kind_of(job), 1)
                     job.hear(report)
-            case ModelState(model=model):
-                self.costs.hear(report)
-                self._states[model] = merge(self.state(model), report)
+            case ModelState():
+                self._states[report.model] = merge(self.state(report.model), report)
                 if report.state == "ready":
-                    self._were_ready.add(model)
+                    self._were_ready.add(report.model)
             case Tick():
-                self.costs.hear(report)
                 self._running = report.running
                 if report.phase == "denoise" and report.rows:
                     self._rows[report.model] = report.rows

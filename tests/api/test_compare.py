@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.errors import Unavailable
 from app.jobs.compare import PRESETS, CompareReply
 from app.jobs.job import Job
 from app.request import ClassLabel, Prompt
@@ -300,8 +299,11 @@ def test_a_cell_that_is_refused_takes_the_others_with_it(
     def submit(job: Job, **more: Any) -> Job:
         calls.append(job.request)
         if len(calls) == 4:
-            raise Unavailable("The server is shutting down.", code="shutting_down")
-        return inner(job, **more)
+            several.supervisor.closing = True
+        try:
+            return inner(job, **more)
+        finally:
+            several.supervisor.closing = False
 
     monkeypatch.setattr(several.supervisor, "submit", submit)
     reply = compare(alice, {"models": ["tiny-text", "large-text"], "prompt": ["!slow 60", "!slow 61"]})

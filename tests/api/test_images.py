@@ -16,7 +16,6 @@ from PIL import Image
 
 from app.imaging import LONGEST
 from app.request import ClassLabel, Prompt
-from app.worker.admission import admit
 from tests.parts.fake_worker import colour
 from tests.parts.servers import Server, generate
 from tests.parts.waiting import eventually
@@ -185,9 +184,8 @@ def test_a_full_queue_is_503_before_any_stream(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(httpx.post, f"{url}/v1/images/generations", json={"prompt": "!slow 0.5"})
-        eventually(lambda: server.supervisor.queued_seconds > 0)
-        full = {"max_wait": 1e-9}
-        monkeypatch.setattr("app.worker.supervisor.admit", lambda *given, **more: admit(*given, **more | full))
+        eventually(lambda: sum(server.supervisor.queues) > 0)
+        monkeypatch.setattr(server.supervisor, "max_wait", 1e-9)
         reply = generate(http, {"prompt": "a", "stream": stream})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
         assert 1 <= int(reply.headers["retry-after"]) <= 120

@@ -20,7 +20,7 @@ from app.jobs.job import Job
 from app.report import ModelState, Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 from tests.parts.commands import Run, one_line
 
 

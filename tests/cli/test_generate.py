@@ -21,7 +21,7 @@ from app.jobs.job import Job
 from app.report import Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 from tests.parts.close import SAME, apart, close, furthest
 from tests.parts.commands import Run, one_line
 from tests.parts.tiny_parts import spoil

@@ -26,12 +26,15 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
+from app.cards.card import Card
 from app.errors import Cancelled, CheckpointError, EngineError, InstepError, ModelNotFound, OutOfMemory
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
 from app.request import Condition, ImageSpec, Prompt, Request
+from app.settings import Settings
 from app.worker import wire
 
 STEP = 0.002
@@ -79,29 +82,29 @@ class Row:
 
 
 class FakeWorker:
-    def __init__(self, sock: socket.socket, start: wire.Start) -> None:
-        self.sock = sock
+    def __init__(self, stream: BinaryIO, settings: Settings, cards: dict[str, Card]) -> None:
+        self.stream = stream
         self.sending = threading.Lock()
-        self.cards = start.cards
+        self.cards = cards
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self.rows: list[Row] = []
         self.ready: set[str] = set()
         self.stopping = False
-        wanted = start.settings.preload
-        self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
+        wanted = settings.preload
+        self.preload = list(cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
     def emit(self, report: Report | wire.Hello) -> None:
         with self.sending:
-            wire.send(self.sock, report)
+            wire.send(self.stream, report)
 
     def listen(self) -> None:
-        while (order := wire.receive(self.sock)) is not None:
+        while (order := wire.receive(self.stream)) is not None:
             self.orders.put(order)
         os._exit(0)
 
     def run(self) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
-        self.emit(wire.Hello(os.getpid()))
+        self.emit(wire.Hello())
         for model in self.preload:
             self.load(model)
         while True:
@@ -236,10 +239,10 @@ class FakeWorker:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire.beat(int(sys.argv[2]))
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    start = wire.receive(sock)
-    if isinstance(start, wire.Start):
-        FakeWorker(sock, start).run()
+    stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
+    if start := wire.receive(stream):
+        _, settings, cards, _ = start
+        FakeWorker(stream, settings, cards).run()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def same(one: Result, other: Result) -> bool:
 
 async def ready(supervisor: Supervisor, live: int) -> None:
     def states() -> list[str]:
-        return [worker.backlog.state(MODEL).state for worker in supervisor._children if worker.live]
+        return [worker.backlog.state(MODEL).state for worker in supervisor.children if worker.live]
 
     await until(lambda: states() == ["ready"] * live, 100)
     assert supervisor.ready
@@ -80,7 +80,7 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
     os.kill(killed, signal.SIGKILL)
     with refused("no_worker"):
         await lost
-    assert supervisor.queued_seconds == 0.0
+    assert sum(supervisor.queues) == 0.0
 
     await ready(supervisor, live=1)
     assert supervisor.restarts == 1 and not {frozen, killed} & set(supervisor.pids)

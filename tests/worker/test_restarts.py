@@ -29,7 +29,7 @@ def test_killed_while_working():
             os.kill(first, signal.SIGKILL)
             for answer in await asyncio.gather(*lost, return_exceptions=True):
                 assert answer.code == "no_worker" and answer.retry_after >= 1.0
-            assert (supervisor.queued_seconds, supervisor.running, supervisor.waiting) == (0.0, 0, 0)
+            assert (sum(supervisor.queues), supervisor.running, supervisor.waiting) == (0.0, 0, 0)
             assert not supervisor.ready
             with refused("no_worker") as caught:
                 supervisor.submit(job())

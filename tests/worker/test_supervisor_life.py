@@ -2,17 +2,20 @@
 
 import asyncio
 import os
+import signal
 
 import pytest
 
 from app.errors import CheckpointError, ModelNotFound, SettingsError
-from app.report import Memory, ModelState, Report
+from app.report import Memory, ModelState
 from app.settings import Settings
+from app.worker import wire
 from app.worker.supervisor import Supervisor
 from tests.parts.fake_worker import RATE
 from tests.parts.requests import refused
 from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import PATIENCE, run, until
+from tests.parts.workers import HELLO, script
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +96,7 @@ def test_each_workers_batch_counts_until_its_images_are_answered():
     async def scenario():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
-            await until(lambda: all(child.backlog.proved("fake") for child in supervisor._children))
+            await until(lambda: all(child.backlog.proved("fake") for child in supervisor.children))
             first = supervisor.submit(job("!slow 60", seeds=(1, 2, 3), steps=100))
             other = supervisor.submit(job("!slow 60", steps=100))
             await until(lambda: supervisor.batched == {"fake": 4})
@@ -244,13 +247,15 @@ def test_settings_that_make_no_sense():
 
 
 def test_a_dead_worker_holds_no_memory():
-    told: list[Report] = []
-    supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, observe=lambda report, _: told.append(report))
-    for child in supervisor._children:
-        supervisor._hear(child, Memory("cpu", {"weights": 5, "budget": 9}))
-    supervisor._bury(supervisor._children[1], "died")
-    assert [report for report in told if isinstance(report, Memory)] == [
-        Memory("cpu", {"weights": 5, "budget": 9}),
-        Memory("cpu#1", {"weights": 5, "budget": 9}),
-        Memory("cpu#1", {"weights": 0, "budget": 0}),
-    ]
+    memory = wire.pack(Memory("cpu", {"weights": 5, "budget": 9}))
+    command = script(f"say({HELLO}); say({memory}); time.sleep(60)")
+
+    async def scenario():
+        async with serving(devices="cpu,cpu", command=command, preload="") as here:
+            await until(lambda: len(here.told(Memory)) == 2)
+            os.kill(here.supervisor.pids[1], signal.SIGKILL)
+            await until(lambda: len(here.told(Memory)) > 2)
+            told = {report.device: report.bytes for report in here.told(Memory)[:3]}
+            assert told == {"cpu": {"weights": 5, "budget": 9}, "cpu#1": {"weights": 0, "budget": 0}}
+
+    run(scenario)
