@@ -146,7 +146,6 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
                 front.metrics.failed(earlier.card.id, Cancelled.code)
             job.facts["model"] = job.card.id
             raise
-        front.metrics.started(job)
 
 
 async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:

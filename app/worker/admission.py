@@ -136,7 +136,7 @@ class Backlog:
             del self._images[kind]
             if not any(other.tenant == kind.tenant for other in self._images):
                 del self.weights[kind.tenant]
-            if not self.images_of(kind.key.model):
+            if not any(other.key.model == kind.key.model for other in self._images):
                 self._rows.pop(kind.key.model, None)
         if not self._images:
             self._running = 0
@@ -178,18 +178,15 @@ class Backlog:
     def images(self) -> int:
         return self._images.total()
 
-    def images_of(self, model: str) -> int:
-        return sum(images for kind, images in self._images.items() if kind.key.model == model)
+    def images_of(self, model: str) -> tuple[int, int]:
+        """Unanswered images of a model: those that were in its last denoising forward, and all."""
+        images = sum(images for kind, images in self._images.items() if kind.key.model == model)
+        return min(images, self._rows.get(model, 0)), images
 
     @property
     def running(self) -> int:
         """Images in a batch or encoded for the next, as of the last Tick."""
         return min(self.images, self._running)
-
-    @property
-    def batched(self) -> dict[str, int]:
-        """Images in the last denoising forward of each model that has work here, less those answered since."""
-        return {model: min(rows, self.images_of(model)) for model, rows in self._rows.items()}
 
     @property
     def seconds(self) -> float:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -89,10 +89,10 @@ class Supervisor:
         """Images in a batch, as of the workers' last reports; `waiting` has the other unanswered ones."""
         return sum(child.backlog.running for child in self.children)
 
-    @property
-    def batched(self) -> dict[str, int]:
-        """Images in the workers' last denoising forwards, by model."""
-        return dict(sum((Counter(child.backlog.batched) for child in self.children), Counter[str]()))
+    def images(self, model: str) -> tuple[int, int]:
+        """Unanswered images of a model: those in the workers' last denoising forwards, and all."""
+        rows, images = zip(*(child.backlog.images_of(model) for child in self.children), strict=True)
+        return sum(rows), sum(images)
 
     @property
     def waiting(self) -> int:

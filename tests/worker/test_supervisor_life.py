@@ -99,11 +99,11 @@ def test_each_workers_batch_counts_until_its_images_are_answered():
             await until(lambda: all(child.backlog.proved("fake") for child in supervisor.children))
             first = supervisor.submit(job("!slow 60", seeds=(1, 2, 3), steps=100))
             other = supervisor.submit(job("!slow 60", steps=100))
-            await until(lambda: supervisor.batched == {"fake": 4})
+            await until(lambda: supervisor.images("fake") == (4, 4))
             first.cancel()
-            await until(lambda: supervisor.batched == {"fake": 1})
+            await until(lambda: supervisor.images("fake") == (1, 1))
             other.cancel()
-            await until(lambda: supervisor.batched == {})
+            await until(lambda: supervisor.images("fake") == (0, 0))
 
     run(scenario)
 
