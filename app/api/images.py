@@ -9,7 +9,8 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -22,7 +23,7 @@ from app.cards.card import Card
 from app.errors import Cancelled, EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
-from app.jobs.compare import lay_out, panel_answer, read_comparison
+from app.jobs.compare import cells, panel_answer, read_comparison
 from app.jobs.job import Job
 from app.jobs.replies import Answer, answer, completed_event, partial_event
 from app.logs import logger
@@ -59,7 +60,7 @@ async def create_image(request: Request) -> Response:
         card = front.registry.find(body.model)
         facts["model"] = card.id
         wanted = accepted_format(request, body.output_format)
-        format = wanted or cast(Format, body.output_format or "png")
+        format = wanted or body.output_format or "png"
         job = job_of(request, started, card, body, format, wanted is not None)
         images = job.request.images
         facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
@@ -84,22 +85,20 @@ async def compare_images(request: Request) -> Response:
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
     queue = key_of(request).queue
-
-    def complete(image: ImageBody, card: Card) -> Job:
-        return job_of(request, started, card, image)
-
     with refusals(front, facts):
-        body = read_comparison(await read_json(request))
-        wanted = accepted_format(request, body.shared.output_format)
-        comparison = await front.in_thread(lay_out, body, front.registry, complete, wanted)  # it may look at the disk
-        jobs = comparison.jobs
-        facts |= {"models": [card.id for card in comparison.cards], "seed": comparison.seed, "images": len(jobs)}
+        raw = await read_json(request)
+        body = await front.in_thread(read_comparison, raw, front.registry)
+        wanted = accepted_format(request, body.output_format)
+        format = wanted or body.output_format or "png"
+        complete = partial(job_of, request, started, format=format, raw=wanted is not None)
+        jobs = await front.in_thread(cells, body, front.registry, complete)
+        facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
         try:
             submit(front, jobs, queue)
         except (Unavailable, RateLimited) as error:
             raise _for_good(front, jobs, queue) or error from None
     try:
-        return await reply(request, front, jobs, lambda results: panel_answer(comparison, [one for (one,) in results]))
+        return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
         raise _with_model(jobs, error) from None
 
@@ -159,19 +158,20 @@ async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Enc
         made = await front.in_thread(encode, results)
     except Exception as error:
         raise failed(front, jobs, error) from None
-    answered(front, jobs, made.seconds)
-    return Response(made.content, headers=made.headers)
+    answered(front, jobs)
+    content, headers = made
+    return Response(content, headers=headers)
 
 
-def answered(front: Front, jobs: Sequence[Job], imaging: float) -> None:
-    """Count and log jobs that were answered in full. imaging: seconds, of which each job has an equal share."""
+def answered(front: Front, jobs: Sequence[Job]) -> None:
+    """Count and log jobs that were answered in full."""
     total = time.perf_counter() - jobs[0].started
     for job in jobs:
-        front.metrics.answered(job, total, imaging / len(jobs))
+        front.metrics.answered(job, total, job.imaging)
     timings = [result.timings for job in jobs for result in job.results.values()]
     slowest = max(timings, key=lambda one: one.queue + one.denoise)
     stages = {name: getattr(slowest, name) for name in ("queue", "encode", "denoise", "decode")}
-    stages["image_encode"] = imaging
+    stages["image_encode"] = sum(job.imaging for job in jobs)
     jobs[0].facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
 
 
@@ -278,7 +278,7 @@ class EventStream(StreamingResponse):
                 failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
 
     async def _events(self) -> AsyncIterator[bytes]:
-        job, seconds, news = self._job, 0.0, self._first
+        job, news = self._job, self._first
         try:
             while news is not None:
                 if isinstance(news, bytes):
@@ -286,16 +286,13 @@ class EventStream(StreamingResponse):
                 elif isinstance(news, Preview):
                     yield await self._front.in_thread(partial_event, job, news)
                 elif isinstance(news, Result) and not job.columns:
-                    event, taken = await self._front.in_thread(completed_event, job, [news])
-                    seconds += taken
-                    yield event
+                    yield await self._front.in_thread(completed_event, job, [news])
                 news = await self._next(PING)
             results = job.result()
             if job.columns:
-                event, seconds = await self._front.in_thread(completed_event, job, results)
-                yield event
+                yield await self._front.in_thread(completed_event, job, results)
             self._counted = True
-            answered(self._front, [job], seconds)
+            answered(self._front, [job])
         except Exception as error:
             self._counted = True
             told = failed(self._front, [job], error)

@@ -20,8 +20,7 @@ import torch
 from app.cards.card import ID, Card, read_card
 from app.cards.catalog import SHIPPED
 from app.cards.files import INDEX, PICKLES, read_classes, read_json, read_toml, to_toml
-from app.cards.folder import ModelFolder, Part
-from app.cards.noise import changes, schedule_of
+from app.cards.folder import ModelFolder, Part, changes, schedule_of
 from app.checkpoints.parts import prove
 from app.checkpoints.tensors import State, read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError, LoadError

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -50,7 +50,7 @@ def build(body: Body, registry: Registry, request_id: str, *, keep_latents: bool
     read = read_body(body)
     request = read.to_request(card, request_id)
     request = replace(request, delivery=replace(request.delivery, progress=True, keep_latents=keep_latents))
-    return Job(request, card, read, cast(Format, read.output_format or "png"), raw=True)
+    return Job(request, card, read, read.output_format or "png", raw=True)
 
 
 def curl(job: Job, settings: Settings, out: Path) -> str:

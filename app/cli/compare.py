@@ -20,7 +20,7 @@ from app.cli.paint import Watch, bars_of, say
 from app.cli.serve import Folder, read_settings
 from app.errors import InstepError
 from app.jobs.body import ImageBody
-from app.jobs.compare import Comparison, lay_out, panel_file, panel_warnings, read_comparison
+from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison
 from app.jobs.job import Job
 
 
@@ -50,43 +50,44 @@ def compare(
         "preset": preset, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "sampler": sampler,
         "size": size, "negative_prompt": negative, "output_format": kind_of(out) if out else None,
     }  # fmt: skip
-    comparison = plan(body, registry)
+    comparison, jobs = plan(body, registry)
     out = out or Path(f"compare-{comparison.seed}.png")
     start = time.monotonic()
-    watch = bars(comparison, Console(stderr=True))
+    watch = bars(jobs, Console(stderr=True))
     try:
         results = [result for (result,) in watch.draw(settings, registry.cards)]
     except InstepError as error:
-        raise _with_model(comparison.jobs, error) from None
-    out.write_bytes(panel_file(comparison, results)[0])
-    for warning in panel_warnings(comparison, results):
+        raise _with_model(jobs, error) from None
+    out.write_bytes(panel_file(comparison, jobs, results)[0])
+    for warning in panel_warnings(comparison, jobs, results):
         print(f"instep: {warning}", file=sys.stderr)
     console, seconds = Console(), time.monotonic() - start
     say(console, f"{out}  seed {comparison.seed}  {len(results)} pictures  {seconds:.1f} s with loading")
-    say(console, curl_of("images/compare", comparison.facts(), comparison.format, settings, out))
+    say(console, curl_of("images/compare", comparison.facts(), jobs[0].format, settings, out))
 
 
-def plan(body: Body, registry: Registry) -> Comparison:
-    """What a server would make of this body. Raises InstepError as a server would answer it."""
-    numbers = itertools.count()
+def plan(body: Body, registry: Registry) -> tuple[CompareBody, list[Job]]:
+    """What a server would make of this body: complete, and the job of each cell. Raises InstepError as it would."""
+    numbers, comparison = itertools.count(), read_comparison(body, registry)
+    format = comparison.output_format or "png"
 
-    def complete(image: ImageBody, card: Card) -> Job:
+    def complete(card: Card, image: ImageBody) -> Job:
         request = image.to_request(card, f"compare-{next(numbers)}")
-        return Job(replace(request, delivery=replace(request.delivery, progress=True)), card, image)
+        return Job(replace(request, delivery=replace(request.delivery, progress=True)), card, image, format, raw=True)
 
-    return lay_out(read_comparison(body), registry, complete)
+    return comparison, cells(comparison, registry, complete)
 
 
-def bars(comparison: Comparison, console: Console) -> Watch:
+def bars(jobs: list[Job], console: Console) -> Watch:
     """A bar for each model, and a line when all of its pictures are there."""
-    watch = Watch(comparison.jobs, lambda job, index: job.card.id, bars_of(console))
+    watch = Watch(jobs, lambda job, index: job.card.id, bars_of(console))
 
     def tell(model: str, _: object) -> None:
-        drawn = [job for job in comparison.jobs if job.card.id == model and job.results]
-        if len(drawn) == len(comparison.rows):
-            say(console, f"{model}: {'1 picture' if len(drawn) == 1 else f'{len(drawn)} pictures'}")
+        own = [job for job in jobs if job.card.id == model]
+        if all(job.results for job in own):
+            say(console, f"{model}: {'1 picture' if len(own) == 1 else f'{len(own)} pictures'}")
 
-    for job in comparison.jobs:
+    for job in jobs:
         job.future.add_done_callback(partial(tell, job.card.id))
     return watch
 

@@ -19,7 +19,6 @@ from app.cards.folder import ModelFolder
 from app.cli.bodies import find, open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import LoadError, plain
-from app.jobs.body import describe_sizes
 from app.samplers.table import valid_samplers
 from app.settings import Settings
 from app.worker import plan
@@ -96,7 +95,7 @@ def _facts_of(card: Card, files: str) -> dict[str, str]:
         "samplers": ", ".join(valid_samplers(schedule)),
         "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
         "default size": usual.size,
-        "sizes": describe_sizes(limits.sizes),
+        "sizes": str(limits.sizes),
         "limits": f"{limits.num_inference_steps} steps, guidance {limits.guidance_scale:g}, {limits.n} images",
     }
 

@@ -106,8 +106,8 @@ def test_what_is_without_effect_is_said(run: Run) -> None:
     [
         (("red", "--model", "tiny-sd"), 'There is no model "tiny-sd"'),
         (("red", "--model", "tiny-sd3", "--steps", 0), "num_inference_steps: expects 1 to 100"),
-        (("red", "--model", "tiny-sd3", "--sampler", "ddim"), "sampler: tiny-sd3 takes one of flow_euler"),
-        (("red", "--model", "tiny-sd3", "--size", "17x32"), "size: 17x32 is not served"),
+        (("red", "--model", "tiny-sd3", "--sampler", "ddim"), "sampler: expects one of flow_euler"),
+        (("red", "--model", "tiny-sd3", "--size", "17x32"), "size: tiny-sd3 has no size"),
         (("--model", "tiny-sd3"), "prompt: is required"),
         (("--model", "tiny-dit", "--class-label", "gren"), "has no such class; did you mean"),
         (("red", "-o", "red.gif"), "red.gif: the name must end in .png"),
