@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from app.engine.profile import processor
+from app.engine.costs import processor
 
 MATMULS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 """Sides of the square matrices that are multiplied; the best of them is the ceiling."""
