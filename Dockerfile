@@ -1,4 +1,4 @@
-# docker build -t instep .                            torch with CUDA, as PyPI has it
+# docker build -t instep .                            torch with CUDA, from PyPI
 # docker build -t instep --build-arg TORCH=cpu .      the CPU build of torch
 ARG PYTHON=3.12
 
@@ -10,7 +10,7 @@ RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY deploy/setup deploy/setup
-# The dependencies are a layer of their own: a change in app/ does not fetch torch again.
+# The dependencies are a layer of their own, so that a change in app/ does not download torch again.
 RUN mkdir app && touch app/__init__.py && deploy/setup /venv . && rm /venv/setup.log
 COPY app app
 RUN pip install --no-deps --force-reinstall .
@@ -32,6 +32,6 @@ USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["python", "-c", \
     "import os, urllib.request as u; p = os.environ.get('INSTEP_PORT', ''); u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{p if p.isdigit() else 8000}/readyz', timeout=4)"]
-# The server itself is the process that gets the signal, and drains: no shell between.
+# The server itself must get the signal, so that it can drain; there is no shell in between.
 STOPSIGNAL SIGTERM
 CMD ["instep", "serve"]

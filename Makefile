@@ -1,4 +1,4 @@
-# Each target is at most three lines; what needs more lives in deploy/ or tests/.
+# Each target has at most three lines; longer ones are scripts in deploy/ or tests/.
 PYTHON ?= python3
 TORCH ?= auto
 BIN := .venv/bin

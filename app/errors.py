@@ -1,9 +1,22 @@
-"""The tree of everything that can go wrong, in words for a user; `app/api/errors.py` maps its classes to HTTP."""
+"""The errors of the server, in words for a user; `app/api/errors.py` maps their codes to HTTP."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, Literal, Self
+
+Code = Literal[
+    "internal_error",
+    # the request
+    "invalid_request", "invalid_value", "unknown_parameter", "unsupported_parameter", "invalid_json", "not_acceptable",
+    "unsupported_encoding", "body_too_large", "headers_too_large", "request_timeout", "invalid_api_key", "not_allowed",
+    "model_not_found",
+    # the load of the server
+    "rate_limit_exceeded", "unavailable", "overloaded", "no_worker", "shutting_down", "deadline_exceeded", "cancelled",
+    # the engine and the models
+    "non_finite_output", "insufficient_gpu_memory", "model_load_failed", "model_not_downloaded",
+]  # fmt: skip
+"""What went wrong, as a word for programs: in the answer, the log and the metrics."""
 
 
 def plain(text: str) -> str:
@@ -23,72 +36,40 @@ def first_problem(
 class InstepError(Exception):
     """The root. `message` is fit for a user's eyes; `param` names the field; `retry_after` is in seconds.
 
-    `code` is a word for programs, in the answer, the log and the metrics; a class without one has its parent's. Errors
-    cross the process border by pickle, so every subclass keeps this constructor.
+    A class has a code, which its subclasses inherit and an error may narrow. Errors cross the process border by pickle,
+    so every subclass keeps this constructor.
     """
 
-    code: ClassVar[str] = "internal_error"
+    code: Code = "internal_error"
 
-    def __init_subclass__(cls, code: str = "") -> None:
+    def __init_subclass__(cls, code: Code | None = None) -> None:
         cls.code = code or cls.code
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: Code | None = None, param: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = plain(message)
+        self.code = code or self.code
         self.param = param
         self.retry_after = retry_after
 
+    def again(self, message: str | None = None, param: str | None = None) -> Self:
+        """A new error like this one, but for what is named, and without its traceback, which holds tensors."""
+        message, param = message or self.message, param or self.param
+        return type(self)(message, code=self.code, param=param, retry_after=self.retry_after)
+
 
 class RequestError(InstepError, code="invalid_request"):
-    """The request cannot be served as written."""
+    """The request cannot be served as written, or not with this key."""
 
 
 class InvalidValue(RequestError, code="invalid_value"):
     """A field is out of its range or of the wrong type."""
 
 
-class UnknownField(RequestError, code="unknown_parameter"):
-    """A field that does not exist; the message offers the nearest name."""
-
-
-class Unsupported(RequestError, code="unsupported_parameter"):
-    """An OpenAI feature that this server does not serve."""
-
-
-class InvalidJSON(RequestError, code="invalid_json"):
-    """The body is not a JSON object."""
-
-
-class NotAcceptable(RequestError, code="not_acceptable"):
-    """The Accept header names no image format that this server writes; the message lists those that it does."""
-
-
-class UnsupportedEncoding(RequestError, code="unsupported_encoding"):
-    """The body has a Content-Encoding, such as gzip, which the message names."""
-
-
-class BodyTooLarge(RequestError, code="body_too_large"):
-    """The body is over the limit."""
-
-
-class HeadersTooLarge(RequestError, code="headers_too_large"):
-    """The headers are over the limit in bytes or in number."""
-
-
-class RequestTimeout(RequestError, code="request_timeout"):
-    """The request did not come whole within REQUEST_TIMEOUT, or its headers within 10 seconds."""
-
-
 class ModelNotFound(InstepError, code="model_not_found"):
     """No card has this name, or none that this key may use: both in the same words."""
-
-
-class Unauthorized(InstepError, code="invalid_api_key"):
-    """No key, or one that this server does not know."""
-
-
-class Forbidden(InstepError, code="not_allowed"):
-    """This key may not do this: an admin's route."""
 
 
 class RateLimited(InstepError, code="rate_limit_exceeded"):
@@ -96,19 +77,7 @@ class RateLimited(InstepError, code="rate_limit_exceeded"):
 
 
 class Unavailable(InstepError, code="unavailable"):
-    """This replica cannot serve now; another replica or a later try may."""
-
-
-class Overloaded(Unavailable, code="overloaded"):
-    """The wait ahead is longer than MAX_WAIT."""
-
-
-class NoWorker(Unavailable, code="no_worker"):
-    """No engine process is alive, or it died under this request."""
-
-
-class ShuttingDown(Unavailable, code="shutting_down"):
-    """The server drains and takes no new requests."""
+    """This replica cannot serve now: it is overloaded, drains, or has no engine. Another or a later try may succeed."""
 
 
 class DeadlineExceeded(InstepError, code="deadline_exceeded"):
@@ -120,11 +89,7 @@ class Cancelled(InstepError, code="cancelled"):
 
 
 class EngineError(InstepError):
-    """The request reached the engine and failed there."""
-
-
-class NonFiniteOutput(EngineError, code="non_finite_output"):
-    """A part of the model computed NaN or infinity for this image."""
+    """The request reached the engine and failed there, as by a NaN or an infinity in its image."""
 
 
 class OutOfMemory(EngineError, code="insufficient_gpu_memory"):
@@ -132,7 +97,7 @@ class OutOfMemory(EngineError, code="insufficient_gpu_memory"):
 
 
 class LoadError(InstepError, code="model_load_failed"):
-    """A checkpoint cannot be loaded."""
+    """A model cannot be loaded, or its parts do not fit the device together."""
 
 
 class CardError(LoadError):
@@ -145,10 +110,6 @@ class CheckpointError(LoadError):
 
 class NotDownloaded(CheckpointError, code="model_not_downloaded"):
     """The card's Hub repository is not in the local cache; the message has the command that gets it."""
-
-
-class DoesNotFit(LoadError, code="insufficient_gpu_memory"):
-    """Parts that must be on the device together are over the memory that weights may take; the message has both."""
 
 
 class SettingsError(InstepError):

@@ -12,10 +12,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from importlib import metadata
 from types import FrameType
 from typing import Any, cast
 
@@ -32,7 +31,7 @@ from app.cards.catalog import Registry, warn_of
 from app.errors import InstepError, SettingsError
 from app.jobs.schema import first_curl, url_of
 from app.keys import read_keys
-from app.metrics import Metrics
+from app.metrics import Metrics, version
 from app.settings import SECRETS, Settings
 from app.worker.supervisor import Supervisor
 
@@ -173,30 +172,22 @@ def greet(front: Front, host: str, port: int) -> None:
     print(f"Instep listens on {url}{keys}. A first picture:\n{curl}", file=sys.stderr, flush=True)
 
 
-def version() -> str:
-    """The installed version; "0" in a tree that was never installed."""
-    try:
-        return metadata.version("instep")
-    except metadata.PackageNotFoundError:
-        return "0"
-
-
-class Failures:
+def few_words() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
     """An exception handler for the event loop: connections that could not be accepted are one line a minute."""
+    logged, count = -QUIET, 0
 
-    def __init__(self) -> None:
-        self._logged = -QUIET
-        self._count = 0
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal logged, count
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in NO_FILES or "socket" not in context:
             loop.default_exception_handler(context)
             return
-        self._count += 1
-        if (now := time.monotonic()) >= self._logged + QUIET:
-            logs.logger("instep").error("connections wait for open files", reason=error.strerror, failures=self._count)
-            self._logged, self._count = now, 0
+        count += 1
+        if (now := time.monotonic()) >= logged + QUIET:
+            logs.logger("instep").error("connections wait for open files", reason=error.strerror, failures=count)
+            logged, count = now, 0
+
+    return handle
 
 
 class _Server(uvicorn.Server):
@@ -218,7 +209,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then log the address. Raises SettingsError if another has begun to listen there meanwhile."""
-        asyncio.get_running_loop().set_exception_handler(Failures())
+        asyncio.get_running_loop().set_exception_handler(few_words())
         try:
             await super().startup(sockets)
         except OSError as error:

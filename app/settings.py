@@ -1,6 +1,7 @@
 """Settings: one flat frozen class. A field is an environment variable INSTEP_<NAME> and a flag of `instep serve`.
 
-The description of a field is its documentation; the README's table is made from here. An empty value is the default.
+The description of a field is its documentation: the table in deploy/README.md is made from it. An empty value means
+the default.
 """
 
 from __future__ import annotations

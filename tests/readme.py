@@ -1,6 +1,6 @@
-"""The tables of the READMEs that are made from the code: `python -m tests.readme` rewrites them, a test compares.
+"""The tables of the pages that are made from the code: `python -m tests.readme` rewrites them, a test compares.
 
-Knows nothing of the prose around them: a table lies between `<!-- made: NAME -->` and `<!-- end -->`.
+A table is between `<!-- made: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from app.samplers.table import SAMPLERS, valid_pairs
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", ROOT / "app" / "README.md")
+FILES = tuple(ROOT / name for name in ("README.md", "app/README.md", "deploy/README.md", "docs/api.md"))
 BLOCK = re.compile(r"(<!-- made: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 

@@ -1,6 +1,6 @@
-"""The image and the services: what Dockerfile and docker-compose.yml promise is so, as far as it shows without Docker.
+"""The image and the services: Dockerfile and docker-compose.yml do what they promise, as far as Docker is not needed.
 
-Knows nothing of Docker itself. `make check` lints the Dockerfile; that it builds and runs is told in deploy/README.md.
+`make check` lints the Dockerfile. deploy/README.md says on what it was built and run.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def test_keys_and_tokens_come_from_outside_and_reach_one_service() -> None:
     words = SERVICES["pull"]["entrypoint"]
     assert words[0] == json.loads(only("CMD"))[0]
     assert CliRunner().invoke(app, [*words[1:], "--help"]).exit_code == 0
-    told = SERVICES["instep"]["environment"].keys() & {"INSTEP_PRELOAD", "INSTEP_DEFAULT_MODEL", "INSTEP_ALIAS"}
-    assert len(told) == 3 and told <= SERVICES["pull"]["environment"].keys()  # what it pulls without ids
+    names = SERVICES["instep"]["environment"].keys() & {"INSTEP_PRELOAD", "INSTEP_DEFAULT_MODEL", "INSTEP_ALIAS"}
+    assert len(names) == 3 and names <= SERVICES["pull"]["environment"].keys()  # what it pulls without ids
     assert SERVICES["pull"]["environment"]["HF_HUB_OFFLINE"] == "0" and SERVICES["pull"]["restart"] == "no"
 
 

@@ -25,9 +25,9 @@ REFUSES = """
 import socket, sys
 from app.errors import SettingsError
 from app.worker import wire
-sock = socket.socket(fileno=int(sys.argv[1]))
-wire.receive(sock)
-wire.send(sock, wire.Refusal(SettingsError("no such device")))
+stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
+wire.receive(stream)
+wire.send(stream, wire.Hello(SettingsError("no such device")))
 """
 LATE = """
 import os, runpy, sys, time

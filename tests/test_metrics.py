@@ -22,7 +22,10 @@ class Workers:
     ready: bool = True
     live: int = 1
     queues: list[float] = field(default_factory=lambda: [0.0])
-    batched: dict[str, int] = field(default_factory=dict)
+    counts: tuple[int, int] = (0, 0)
+
+    def images(self, model: str) -> tuple[int, int]:
+        return self.counts
 
 
 def read(metrics: Metrics, workers: Workers | None = None) -> dict[tuple[str, ...], float]:
@@ -74,13 +77,8 @@ def test_a_first_forward_that_did_not_fit_counts_as_out_of_memory_alone() -> Non
 
 def test_gauges_rise_and_return_to_zero() -> None:
     metrics, workers = Metrics(), Workers()
-    asked = job(model="a", seeds=range(5))
-    metrics.started(asked)
-    assert [read(metrics)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 5]
-    workers.batched = {"a": 3}
-    assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [3, 2]
-    asked.cancel()
-    assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == [0, 0]
+    for workers.counts, seen in (((0, 5), [0, 5]), ((3, 5), [3, 2]), ((0, 0), [0, 0])):
+        assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == seen
 
 
 def test_outcomes() -> None:
@@ -188,11 +186,7 @@ def test_evictions_and_memory() -> None:
 
 
 def test_an_evicted_model_is_not_loaded() -> None:
-    metrics, workers = Metrics(), Workers()
-    asked = job(model="a")
-    metrics.started(asked)
-    asked.cancel()
-    workers.states, workers.batched = {"a": ModelState("a", "absent")}, {"a": 1}
+    metrics, workers = Metrics(), Workers(states={"a": ModelState("a", "absent")})
     seen = read(metrics, workers)
     assert [seen[name, "a"] for name in ("instep_model_loaded", "instep_num_requests_running")] == [0, 0]
 

@@ -43,10 +43,10 @@ def test_a_family_costs_at_most_200_lines() -> None:
     assert {name: length for name, length in lengths.items() if length > 200} == {}
 
 
-def test_the_members_that_a_family_needs_are_told() -> None:
-    told = {name for row in rows("A new family") for name in re.findall(r"`(\w+)`", row[0])}
+def test_the_members_that_a_family_needs_are_listed() -> None:
+    listed = {name for row in rows("A new family") for name in re.findall(r"`(\w+)`", row[0])}
     asked = {name for name in {*vars(Family), *Family.__annotations__} if not name.startswith("_")}
-    assert told == asked
+    assert listed == asked
     for family in FAMILIES.values():
         assert vars(family).keys() >= {"parts", *Family.__abstractmethods__}
 

@@ -1,7 +1,4 @@
-"""The repository keeps its own rules: short targets, pinned versions, READMEs that say what the code says.
-
-Knows nothing of the app but its settings, samplers and request body.
-"""
+"""The rules of the repository: short targets, pinned versions, pages that agree with the code."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from tests.readme import FILES, TABLES, remade
 from tests.test_floors import FLOORS, read
 
 ROOT = Path(__file__).parent.parent
-README, TOUR = (file.read_text(encoding="utf-8") for file in FILES)
+README, TOUR, GUIDE, API = PAGES = tuple(file.read_text(encoding="utf-8") for file in FILES)
 TARGETS = ("setup", "serve", "test", "test-all", "check", "fix")
 
 
@@ -139,39 +136,64 @@ def test_the_made_tables_are_the_codes(file: Path) -> None:
 
 
 def test_each_table_has_its_place() -> None:
-    assert sorted(re.findall(r"<!-- made: (\w+) -->", README + TOUR)) == sorted(TABLES)
+    assert sorted(re.findall(r"<!-- made: (\w+) -->", "".join(PAGES))) == sorted(TABLES)
 
 
 def test_the_tour_has_the_floors_that_are_enforced() -> None:
     rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", TOUR, re.MULTILINE)
-    told = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
-    assert told == FLOORS
+    floors = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)/?`", names)}
+    assert floors == FLOORS
     modules = {
         path.stem for path in (ROOT / "app").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
-    assert set(told) == modules - {"__init__"}
+    assert set(floors) == modules - {"__init__"}
+
+
+def test_the_tour_has_a_line_for_every_module() -> None:
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| \S", TOUR, re.MULTILINE)
+    modules = [path.relative_to(ROOT / "app").as_posix() for path in (ROOT / "app").rglob("*.py")]
+    assert sorted(rows) == sorted(name for name in modules if not name.endswith("__init__.py"))
 
 
 def test_paths_that_are_named_exist() -> None:
-    named = set(re.findall(r"`((?:app|models|tests)/[\w./]*)`", README + TOUR))
+    named = set(re.findall(r"`((?:app|deploy|docs|models|tests)/[\w./]*)`", "".join(PAGES)))
     named |= {f"app/{path}" for path in re.findall(r"`((?!tests)[a-z]+/\w+\.py)`", TOUR)}
     named |= {f"app/{path}" for path in re.findall(r"^(\w+/\w+\.py|\w+\.py) ", TOUR, re.MULTILINE)}
-    links = set(re.findall(r"\]\(([^):#]+)\)", README))
-    assert named and [path for path in sorted(named | links) if not (ROOT / path).exists()] == []
+    assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
-def test_the_readme_names_every_route_and_no_other() -> None:
+def anchors(file: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_to_pages_and_headings_that_exist(file: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", file.read_text(encoding="utf-8"))
+    pages = [((file.parent / path if path else file), anchor) for path, anchor in links]
+    assert [str(page) for page, _ in pages if not page.exists()] == []
+    assert [anchor for page, anchor in pages if anchor and anchor not in anchors(page)] == []
+
+
+def test_the_readme_links_to_every_page_that_it_relies_on() -> None:
+    assert {"docs/api.md", "deploy/README.md", "models/README.md", "app/README.md", "tests/bench/RESULTS.md"} <= set(
+        re.findall(r"\]\(([^):#]+)\)", README)
+    )
+
+
+def test_the_api_page_names_every_route_and_no_other() -> None:
     paths = {re.sub(r"\{\w+\}", "{id}", path) for path in create_app(Settings()).openapi()["paths"]} | {"/docs"}
-    named = set(re.findall(r"`(?:[A-Z]+ )?(/[\w/{}]+)(?:\?[^`]*)?`", README))
+    named = set(re.findall(r"`(?:[A-Z]+ )?(/[\w/{}]+)(?:\?[^`]*)?`", API))
     named |= {"/v1/models/{id}/unload"} if "/unload" in named else set()
     assert paths - named == set()
     assert {path for path in named if path.startswith("/v1/")} - paths == set()
 
 
-def test_the_readme_names_every_field_that_is_not_openais() -> None:
+def test_the_api_page_names_every_field_that_is_not_openais() -> None:
     theirs = set(ImageGenerateParamsBase.__annotations__) | {"stream"}
     ours = {name for name, field in ImageBody.model_fields.items() if "ignored" not in str(field.description)} - theirs
-    named = set(re.findall(r"`(\w+)`", README))
+    named = set(re.findall(r"`(\w+)`", API))
     assert {name for name in ours if not {name, f"_{name.rpartition('_')[2]}"} & named} == set() and len(ours) > 10
 
 

@@ -34,7 +34,7 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
 async def scene():
     loop = asyncio.get_running_loop()
-    loop.set_exception_handler(main.Failures())
+    loop.set_exception_handler(main.few_words())
     listener = main.listen("127.0.0.1", 0)
     await asyncio.start_server(lambda _, writer: writer.close(), sock=listener, backlog=main.ACCEPTED)
     listener.listen(main.WAITING)

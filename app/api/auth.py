@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from app.api.errors import error_response
 from app.api.front import Front
 from app.cards.catalog import Registry
-from app.errors import Forbidden, InstepError, ModelNotFound, SettingsError, Unauthorized
+from app.errors import InstepError, ModelNotFound, RequestError, SettingsError
 from app.keys import NOBODY, ApiKey, Keyring
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -40,7 +40,7 @@ _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
 
 async def authorize(request: Request) -> None:
-    """Put the request's key into its state: the dependency of the whole application. Raises Unauthorized, Forbidden.
+    """Put the request's key into its state: the dependency of the whole application. Raises RequestError.
 
     NOTE: it goes by the template of the route that was chosen, never by request.url, which is made from the Host
     header. A route without a template is none of the open ones.
@@ -89,7 +89,7 @@ class Cors(CORSMiddleware):
         response = super().preflight_response(request_headers)
         if response.status_code < 400:
             return response
-        refusal = error_response(Forbidden("CORS_ORIGINS of this server has no such origin."))
+        refusal = error_response(RequestError("CORS_ORIGINS of this server has no such origin.", code="not_allowed"))
         refusal.headers["Vary"] = response.headers["Vary"]
         return refusal
 
@@ -116,21 +116,23 @@ def _key_for(path: str, keys: Keyring, request: Request) -> ApiKey:
     if path in OPEN:
         return NOBODY
     if path in ADMIN and keys.admin is None:
-        raise Forbidden("This server has no admin key, so nobody may load and unload its models by hand.")
+        raise RequestError(
+            "This server has no admin key, so nobody may load and unload its models by hand.", code="not_allowed"
+        )
     if path not in ADMIN and not keys.clients:
         return NOBODY
     key = keys.find(_token(request))
     if key is None:
-        raise Unauthorized("This server does not know this key.")
+        raise RequestError("This server does not know this key.", code="invalid_api_key")
     if path in ADMIN and key is not keys.admin:
-        raise Forbidden("This takes the admin key.")
+        raise RequestError("This takes the admin key.", code="not_allowed")
     return key
 
 
 def _token(request: Request) -> bytes:
-    """The token of the one Authorization header. Raises Unauthorized: of two, a proxy may have checked the other."""
+    """The token of the one Authorization header. Raises RequestError: of two, a proxy may have checked the other."""
     given = [value for name, value in request.headers.raw if name == b"authorization"]
     scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
     if scheme.lower() != b"bearer" or not token.strip():
-        raise Unauthorized("This server wants a key: Authorization: Bearer <key>, once.")
+        raise RequestError("This server wants a key: Authorization: Bearer <key>, once.", code="invalid_api_key")
     return token.strip()

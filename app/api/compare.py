@@ -15,7 +15,7 @@ from app.api.docs import COMPARE_ROUTE
 from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
 from app.api.images import job_of, refusals, reply, submit
 from app.cards.card import Card
-from app.errors import EngineError, InstepError, InvalidValue, LoadError, Overloaded, RateLimited
+from app.errors import EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
 from app.jobs.body import ImageBody
 from app.jobs.compare import lay_out, panel_answer, read_comparison
 from app.jobs.job import Job
@@ -46,7 +46,7 @@ async def compare_images(request: Request) -> Response:
         facts |= {"models": [card.id for card in comparison.cards], "seed": comparison.seed, "images": len(jobs)}
         try:
             submit(front, jobs, queue)
-        except (Overloaded, RateLimited) as error:
+        except (Unavailable, RateLimited) as error:
             raise _for_good(front, jobs, queue) or error from None
     try:
         return await reply(request, front, jobs, lambda results: panel_answer(comparison, [one for (one,) in results]))
@@ -73,4 +73,4 @@ def _with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
     if guilty is None or error.param is not None:
         return error
     guilty.facts["model"] = guilty.request.recipe.model
-    return type(error)(error.message, param=f"models.{guilty.request.recipe.model}", retry_after=error.retry_after)
+    return error.again(param=f"models.{guilty.request.recipe.model}")

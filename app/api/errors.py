@@ -1,4 +1,4 @@
-"""Errors as HTTP: the one table from our error classes to status codes, in OpenAI's envelope."""
+"""Errors as HTTP: the one table from error codes to statuses, in OpenAI's envelope."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from app.api.front import facts_of
 
 @dataclass(frozen=True)
 class Answer:
-    """How a class of errors is answered. kind: the `type` in the envelope. headers: further ones.
+    """How the errors of a code are answered. kind: the `type` in the envelope. headers: further ones.
 
     retry: the x-should-retry header of OpenAI's client, None for its own rule (it retries 408, 409, 429 and 5xx).
     text: shown instead of the error's own message.
@@ -34,28 +34,34 @@ class Answer:
 _BAD = "invalid_request_error"
 _SERVER = "server_error"
 
-TABLE: dict[type[e.InstepError], Answer] = {
-    e.InstepError: Answer(500, _SERVER, False, "The server failed on this request."),
-    e.RequestError: Answer(400, _BAD),
-    e.NotAcceptable: Answer(406, _BAD),
-    e.UnsupportedEncoding: Answer(415, _BAD, headers={"Accept-Encoding": "identity"}),
-    e.BodyTooLarge: Answer(413, _BAD),
-    e.HeadersTooLarge: Answer(431, _BAD, False),
-    e.RequestTimeout: Answer(408, _BAD),
-    e.ModelNotFound: Answer(404, _BAD),
-    e.Unauthorized: Answer(401, _BAD, False, headers={"WWW-Authenticate": "Bearer"}),
-    e.Forbidden: Answer(403, "permission_error", False),
-    e.RateLimited: Answer(429, "rate_limit_error", True),
-    e.Unavailable: Answer(503, _SERVER, True),
-    e.DeadlineExceeded: Answer(504, _SERVER, False),
-    e.Cancelled: Answer(499, _BAD, False),
-    e.NonFiniteOutput: Answer(500, _SERVER, False, "This image came out as numbers that are not finite."),
-    e.OutOfMemory: Answer(507, _SERVER, False),
-    e.LoadError: Answer(503, _SERVER, False, "This model cannot be loaded."),
-    e.NotDownloaded: Answer(503, _SERVER, False),
-    e.DoesNotFit: Answer(507, _SERVER, False),
+TABLE: dict[e.Code, Answer] = {
+    "internal_error": Answer(500, _SERVER, False, "The server failed on this request."),
+    "invalid_request": Answer(400, _BAD),
+    "invalid_value": Answer(400, _BAD),
+    "unknown_parameter": Answer(400, _BAD),
+    "unsupported_parameter": Answer(400, _BAD),
+    "invalid_json": Answer(400, _BAD),
+    "not_acceptable": Answer(406, _BAD),
+    "unsupported_encoding": Answer(415, _BAD, headers={"Accept-Encoding": "identity"}),
+    "body_too_large": Answer(413, _BAD),
+    "headers_too_large": Answer(431, _BAD, False),
+    "request_timeout": Answer(408, _BAD),
+    "model_not_found": Answer(404, _BAD),
+    "invalid_api_key": Answer(401, _BAD, False, headers={"WWW-Authenticate": "Bearer"}),
+    "not_allowed": Answer(403, "permission_error", False),
+    "rate_limit_exceeded": Answer(429, "rate_limit_error", True),
+    "unavailable": Answer(503, _SERVER, True),
+    "overloaded": Answer(503, _SERVER, True),
+    "no_worker": Answer(503, _SERVER, True),
+    "shutting_down": Answer(503, _SERVER, True),
+    "deadline_exceeded": Answer(504, _SERVER, False),
+    "cancelled": Answer(499, _BAD, False),
+    "non_finite_output": Answer(500, _SERVER, False, "This image came out as numbers that are not finite."),
+    "insufficient_gpu_memory": Answer(507, _SERVER, False),
+    "model_load_failed": Answer(503, _SERVER, False, "This model cannot be loaded."),
+    "model_not_downloaded": Answer(503, _SERVER, False),
 }
-"""A class that is absent is answered as its parent. Load errors name files, which only the log and /v1/models show."""
+"""Every code. Load errors name files, which only the log and /v1/models show."""
 
 RETRY_AFTER = (1, 120)  # least and most seconds: above 120 OpenAI's client gives up at once
 
@@ -75,20 +81,15 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
-def answer_to(error: e.InstepError) -> Answer:
-    """The table's entry for this error's class, or for its nearest ancestor."""
-    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
-
-
 def envelope(error: e.InstepError) -> ErrorReply:
     """The body of the answer to this error."""
-    answer = answer_to(error)
+    answer = TABLE[error.code]
     return _envelope(answer.text or error.message, answer.kind, error.param, error.code)
 
 
 def error_response(error: e.InstepError) -> Response:
     """The whole answer: status, envelope and headers, with Retry-After where a later try may succeed."""
-    answer = answer_to(error)
+    answer = TABLE[error.code]
     headers = dict(answer.headers)
     if isinstance(error, e.Unavailable | e.RateLimited):
         low, high = RETRY_AFTER

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 from fastapi import Request
 
 from app.cards.catalog import Registry
-from app.errors import BodyTooLarge, InvalidJSON, NotAcceptable, UnsupportedEncoding
+from app.errors import RequestError
 from app.imaging import FORMATS, Format
 from app.keys import ApiKey, Keyring
 from app.metrics import Metrics
@@ -117,7 +117,7 @@ def facts_of(request: Request) -> dict[str, Any]:
 async def read_json(request: Request) -> object:
     """Read the body as a JSON value, in a turn of its own.
 
-    Raises UnsupportedEncoding, BodyTooLarge (chunked bodies too), InvalidJSON, or ClientDisconnect.
+    Raises RequestError (chunked bodies may be too large as well), or ClientDisconnect.
     """
     data = await _read(request)
     await front_of(request).turns.take()
@@ -125,31 +125,33 @@ async def read_json(request: Request) -> object:
     for coding in map(str.strip, codings):
         if coding.lower() not in ("", "identity"):
             message = f'Content-Encoding: "{coding[:40]}" is not decoded here; send the JSON as it is'
-            raise UnsupportedEncoding(message)
+            raise RequestError(message, code="unsupported_encoding")
     if data.startswith(_GZIP):
-        raise InvalidJSON("The body is compressed, which is not understood here: send the JSON as it is")
+        raise RequestError(
+            "The body is compressed, which is not understood here: send the JSON as it is", code="invalid_json"
+        )
     return parse_json(data)
 
 
 def parse_json(data: bytes) -> object:
-    """Parse strict JSON: no NaN, no bottomless nesting, not too many values. Raises InvalidJSON, BodyTooLarge."""
+    """Parse strict JSON: no NaN, no bottomless nesting, not too many values. Raises RequestError."""
     try:
         text = data.decode(json.detect_encoding(data), "surrogatepass")
         if _crowded(text):
-            raise BodyTooLarge(f"The body has over {VALUES_LIMIT} values")
+            raise RequestError(f"The body has over {VALUES_LIMIT} values", code="body_too_large")
         return json.loads(text, parse_constant=_refuse)
     except RecursionError:
-        raise InvalidJSON("The body is nested too deeply") from None
+        raise RequestError("The body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InvalidJSON(f"The body is not valid JSON{where}") from None
+        raise RequestError(f"The body is not valid JSON{where}", code="invalid_json") from None
 
 
 def accepted_format(request: Request, preferred: str | None = None) -> Format | None:
     """The image format that Accept prefers over JSON; None for JSON, also when Accept names neither.
 
     As RFC 9110 section 12.5.1: of each type the most specific range counts. Ranges of one weight go in their order;
-    one that takes several types (`image/*`) gives JSON, then the `preferred` format, then PNG. Raises NotAcceptable
+    one that takes several types (`image/*`) gives JSON, then the `preferred` format, then PNG. Raises RequestError
     when Accept names images alone, and none that this server writes.
     """
     ranges = _ranges(",".join(request.headers.getlist("accept")))
@@ -160,7 +162,9 @@ def accepted_format(request: Request, preferred: str | None = None) -> Format | 
         return offers[order]
     if any(media.startswith("image/") and weight < 0 for media, (weight, _) in ranges.items()):
         types = ", ".join(f"image/{format}" for format in FORMATS)
-        raise NotAcceptable(f"Accept: no such image type is written here; there are {types} and application/json")
+        raise RequestError(
+            f"Accept: no such image type is written here; there are {types} and application/json", code="not_acceptable"
+        )
     return None
 
 
@@ -174,7 +178,7 @@ async def _read(request: Request) -> bytes:
             if (size := len(kept)) > BODY_LIMIT:
                 break
     if size > BODY_LIMIT:
-        raise BodyTooLarge(f"The body is over {BODY_LIMIT} bytes")
+        raise RequestError(f"The body is over {BODY_LIMIT} bytes", code="body_too_large")
     return bytes(kept)
 
 

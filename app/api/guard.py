@@ -17,7 +17,7 @@ from starlette.responses import Response
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.errors import HeadersTooLarge, InstepError, Overloaded, RequestError, RequestTimeout, ShuttingDown
+from app.errors import InstepError, RequestError, Unavailable
 from app.settings import Settings
 
 HEADERS = 100  # header lines of a request
@@ -140,7 +140,7 @@ class Parser(h11.Connection):
             event = super().next_event()
         except h11.RemoteProtocolError as error:
             if error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
-                self.fault = HeadersTooLarge(_TOO_LARGE)
+                self.fault = RequestError(_TOO_LARGE, code="headers_too_large")
             raise
         if isinstance(event, h11.Request):
             self.method, self.origin = event.method, dict(event.headers).get(b"origin", b"")
@@ -155,9 +155,11 @@ class Parser(h11.Connection):
         return self.their_state is h11.SEND_BODY or (self.their_state is h11.IDLE and bool(self.trailing_data[0]))
 
 
-def _size_fault(request: h11.Request) -> HeadersTooLarge | None:
+def _size_fault(request: h11.Request) -> RequestError | None:
     size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers)
-    return HeadersTooLarge(_TOO_LARGE) if len(request.headers) > HEADERS or size > HEADER_BYTES else None
+    if len(request.headers) > HEADERS or size > HEADER_BYTES:
+        return RequestError(_TOO_LARGE, code="headers_too_large")
+    return None
 
 
 def _framing_fault(request: h11.Request) -> RequestError | None:
@@ -267,7 +269,7 @@ class Guarded(H11Protocol):
         """
         try:
             if self.conn.coming and not self._refused:
-                self._refuse(ShuttingDown("The server is shutting down.", retry_after=5.0))
+                self._refuse(Unavailable("The server is shutting down.", retry_after=5.0, code="shutting_down"))
             elif not self._refused:
                 super().shutdown()
         except Exception:
@@ -286,7 +288,7 @@ class Guarded(H11Protocol):
 
     def _fault(self, request: h11.Request) -> InstepError | None:
         if not self._within and request.target not in PROBES:
-            return Overloaded("Too many connections are open. Try again later.", retry_after=GRACE)
+            return Unavailable("Too many connections are open. Try again later.", retry_after=GRACE, code="overloaded")
         return None
 
     def _settle(self) -> None:
@@ -323,7 +325,7 @@ class Guarded(H11Protocol):
             self._clock = self.loop.call_later(left, self._late)
         elif self.conn.coming:
             what = "request" if headed else "request's headers"
-            self._refuse(RequestTimeout(f"The {what} did not come whole in time."))
+            self._refuse(RequestError(f"The {what} did not come whole in time.", code="request_timeout"))
         else:
             self.transport.close()
 

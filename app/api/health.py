@@ -34,7 +34,7 @@ async def health(request: Request) -> Health:
         ready=workers.ready,
         running=workers.running,
         waiting=workers.waiting,
-        queue_device_seconds=round(workers.queued_seconds, 3),
+        queue_device_seconds=round(sum(workers.queues), 3),
     )
 
 

@@ -75,7 +75,7 @@ async def create_image(request: Request) -> Response:
 def job_of(
     request: Request, started: float, card: Card, body: ImageBody, format: Format = "png", raw: bool = False
 ) -> Job:
-    """The job that a body asks for, which came by this request. Raises InvalidValue, Unsupported."""
+    """The job that a body asks for, which came by this request. Raises RequestError."""
     identity = request.state.id
     unique = f"{identity}-{uuid.uuid4().hex[:12]}"  # a client may send the same X-Request-ID twice at once
     asked = body.to_request(card, unique, key_of(request), patience(request))
@@ -114,7 +114,6 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
                 front.metrics.failed(earlier.card.id, Cancelled.code)
             job.facts["model"] = job.card.id
             raise
-        front.metrics.started(job)
 
 
 async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:

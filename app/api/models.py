@@ -16,7 +16,7 @@ from app.api.front import Front, facts_of, front_of, key_of
 from app.cards.card import Card
 from app.cards.catalog import search
 from app.cards.folder import ModelFolder
-from app.errors import NotDownloaded, NoWorker, plain
+from app.errors import NotDownloaded, Unavailable, plain
 from app.jobs.fields import most_steps_of
 from app.report import ModelState
 
@@ -132,7 +132,7 @@ async def get_model(request: Request, model: str) -> Response:
 def _working(request: Request, name: str) -> tuple[Front, Card]:
     front, card = _found(request, name)
     if not front.supervisor.live:
-        raise NoWorker("No engine process is alive.", retry_after=5.0)
+        raise Unavailable("No engine process is alive.", retry_after=5.0, code="no_worker")
     return front, card
 
 

@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from app.engine.costs import processor
+from app.settings import Settings
+from app.worker import plan
+from app.worker.process import resolve_dtype
+
+Samples = dict[str, list[float]]
+"""Seconds of every measurement, by the name of what was measured."""
 
 MATMULS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 """Sides of the square matrices that are multiplied; the best of them is the ceiling."""
@@ -24,32 +29,10 @@ COPIED = {"cpu": 1 << 28, "cuda": 1 << 30}
 REPEATS = 5
 
 
-class Spread(NamedTuple):
-    """Of several measurements of one thing."""
-
-    median: float
-    least: float
-    most: float
-    samples: int
-
-    def ms(self) -> dict[str, float]:
-        """Seconds in milliseconds, as the JSON lines have them."""
-        return {name: round(getattr(self, name) * 1e3, 4) for name in ("median", "least", "most")}
-
-
-class Ceilings(NamedTuple):
-    """flops: floating point operations a second of a matrix product. bytes: read and written a second by a copy."""
-
-    flops: float
-    bytes: float
-
-    def floor(self, flops: float, bytes_: float) -> float:
-        """The least seconds that this much work takes."""
-        return max(flops / self.flops, bytes_ / self.bytes)
-
-
-def spread(samples: Sequence[float]) -> Spread:
-    return Spread(statistics.median(samples), min(samples), max(samples), len(samples))
+def milliseconds(samples: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of these seconds, in milliseconds."""
+    found = {"median": statistics.median(samples), "least": min(samples), "most": max(samples)}
+    return {name: round(1e3 * value, 4) for name, value in found.items()}
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
@@ -58,18 +41,18 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
         yield from names if number % 2 == 0 else reversed(names)
 
 
-def alternate(ways: Mapping[str, Callable[[], float]], rounds: int, warm_ups: int = 2) -> dict[str, Spread]:
-    """Call every way in turns, and return the spread of the seconds that it returns after the warm-ups."""
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+def alternate(ways: Mapping[str, Callable[[], float]], rounds: int, warm_ups: int = 2) -> Samples:
+    """Call every way in turns, and return the seconds that it returns after the warm-ups."""
+    samples: Samples = {name: [] for name in ways}
     for name in turns(tuple(ways), warm_ups):
         ways[name]()
     for name in turns(tuple(ways), rounds):
         samples[name].append(ways[name]())
-    return {name: spread(values) for name, values in samples.items()}
+    return samples
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time one call, with what it gives the device to do."""
+    """Time one call and the work that it starts on the device."""
     wait(device)
     start = time.perf_counter()
     work()
@@ -83,15 +66,19 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure the ceilings with the threads that torch has now, in about two seconds."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measure matmul_gflops, 1e9 operations a second of a matrix product, and copy_gbytes, 1e9 bytes a second.
+
+    It takes about two seconds, with the threads that torch has now. A copy both reads and writes its bytes.
+    """
     rates = []
     for side in MATMULS[device.type]:
         a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         rates.append(2 * side**3 / _least(lambda a=a, b=b: a @ b, device))  # type: ignore[misc]
     source = torch.zeros(COPIED[device.type] // dtype.itemsize, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    return Ceilings(max(rates), 2 * source.nbytes / _least(lambda: target.copy_(source), device))
+    copied = 2 * source.nbytes / _least(lambda: target.copy_(source), device)
+    return {"matmul_gflops": max(rates) / 1e9, "copy_gbytes": copied / 1e9}
 
 
 def _least(work: Callable[[], object], device: torch.device) -> float:
@@ -99,12 +86,14 @@ def _least(work: Callable[[], object], device: torch.device) -> float:
     return min(seconds(work, device) for _ in range(REPEATS))
 
 
-def facts(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
-    """Name machine, date and versions, without which a number says nothing."""
+def facts(settings: Settings) -> dict[str, str | int]:
+    """The machine, the number format, the versions and the date, without which a measurement cannot be repeated."""
+    name = plan.devices(settings.devices)[0]
     return {
-        "machine": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "machine": processor() if name == "cpu" else torch.cuda.get_device_name(name),
+        "threads": plan.threads(settings),
+        "dtype": str(resolve_dtype(settings, name)).removeprefix("torch."),
+        "compiled": settings.compile,
         "torch": torch.__version__,
         "diffusers": metadata.version("diffusers"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),

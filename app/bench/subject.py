@@ -8,60 +8,43 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card, read_cards
 from app.cards.catalog import Registry
-from app.cards.files import INDEX, to_toml
-from app.cards.folder import TOKENIZERS, ModelFolder, Part
-from app.engine.engine import Engine
-from app.errors import CheckpointError, DoesNotFit
+from app.cards.files import INDEX, read_toml, to_toml
+from app.cards.folder import ModelFolder, Part
+from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
 from app.families.base import Family
 from app.families.components import has_weights, outline_of
 from app.pool.pool import Pool
-from app.report import Report
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import build, resolve_dtype
-from app.worker.wire import Start
 
 DEVIATION = 0.02
-"""Of every random weight: what transformers are initialised with, so that outputs stay finite at any depth."""
+"""Standard deviation of random weights, as transformers are initialised, so that outputs stay finite at any depth."""
 
 SHARD = 2 << 30
-"""Most bytes that are made before they are written, but for a larger tensor."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A loaded model: its card, its family with all weights, and an engine that the caller ticks.
-
-    reports: those of the engine, in order.
-    """
-
-    settings: Settings
-    card: Card
-    family: Family
-    pool: Pool
-    engine: Engine
-    reports: list[Report]
+"""Most bytes of float32 numbers in one file of random weights, except where one tensor is larger."""
 
 
 @contextmanager
-def loaded(settings: Settings, model: str | None, *, random_weights: bool = False) -> Iterator[Subject]:
-    """Load the card of this name, and free the memory at the end. Raises InstepError: no such card, or no files."""
+def loaded(settings: Settings, model: str | None, *, random_weights: bool = False) -> Iterator[tuple[Pool, Family]]:
+    """Load all parts of the card of this name, and free the memory at the end.
+
+    Raises InstepError: there is no such card, or its files are not here.
+    """
     with chosen(settings, model, random_weights=random_weights) as (settings, card):
         cards = {card.id: card} if random_weights else dict(read_cards(settings.models, settings.alias))
-        reports: list[Report] = []
-        pool, engine = build(Start(settings, cards, plan.devices(settings.devices)[0]), reports.append)
+        pool, _ = build(settings, cards, plan.devices(settings.devices)[0], lambda report: None)
         try:
-            yield Subject(settings, card, _load(pool, card), pool, engine, reports)
+            yield pool, _load(pool, card)
         finally:
             pool.close()
 
@@ -90,7 +73,10 @@ def _load(pool: Pool, card: Card) -> Family:
         if error := pool.failure(card.id):
             raise error
         if pool.family(card.id) is not None and not pool.fits(card.id):
-            raise DoesNotFit(f"{card.id}: its parts do not fit the device together (INSTEP_DEVICE_MEMORY)")
+            raise LoadError(
+                f"{card.id}: its parts do not fit the device together (INSTEP_DEVICE_MEMORY)",
+                code="insufficient_gpu_memory",
+            )
         time.sleep(0.01)
     family = pool.family(card.id)
     if family is None:
@@ -114,11 +100,9 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
     own = ModelFolder(card, cards).beside().index().items()
     index = {key: [None, None] if key not in parts and isinstance(value, list) else value for key, value in own}
     (made / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    facts = card.model_dump(
-        mode="json", exclude_none=True, exclude_defaults=True, exclude={"folder", "labels", "components", "files"}
-    )
-    lines = [f"{key} = {to_toml(value)}" for key, value in {**facts, "source": {"path": "."}}.items()]
-    (made / "card.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    facts = read_toml(card.file) | {"source": {"path": "."}}
+    lines = [f"{key} = {to_toml(value)}\n" for key, value in facts.items() if key not in ("components", "files")]
+    (made / "card.toml").write_text("".join(lines), encoding="utf-8")
     return read_card(made / "card.toml")
 
 
@@ -130,48 +114,32 @@ def _parts(card: Card, cards: Mapping[str, Card]) -> dict[str, Part]:
         raise CheckpointError(f"{card.id}: random weights need the configs beside the card: {error.message}") from error
     parts = {part.name: part for part in found if part.name in FAMILIES[card.family].parts}
     for encoder in [name for name in parts if name.startswith("text_encoder")]:
-        tokenizer = parts.get(encoder.replace("text_encoder", "tokenizer"))
-        if tokenizer is None or not _has_files(tokenizer):
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        try:
+            parts[tokenizer].check()
+        except (KeyError, CheckpointError):
             del parts[encoder]
-            parts.pop(encoder.replace("text_encoder", "tokenizer"), None)
+            parts.pop(tokenizer, None)
     return parts
 
 
-def _has_files(tokenizer: Part) -> bool:
-    choices = TOKENIZERS.get(tokenizer.class_name, ())
-    return any(all((tokenizer.folder / name).is_file() for name in names) for names in choices)
-
-
 def _write(folder: Path, class_name: str, dtype: torch.dtype) -> None:
-    """Write the network's shards and their index, holding one shard at a time."""
-    shard: dict[str, torch.Tensor] = {}
-    places: dict[str, str] = {}
-
-    def close() -> None:
-        file = f"model-{len(set(places.values())) + 1:05}.safetensors"
-        save_file(shard, folder / file)
-        places.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, tensor in _random_state(class_name, folder, dtype):
-        if shard and sum(value.nbytes for value in shard.values()) + tensor.nbytes > SHARD:
-            close()
-        shard[name] = tensor
-    close()
-    index: dict[str, Any] = {"weight_map": places}
+    """Write the network's shards and their index, with one shard at a time in memory."""
+    first = {id(like): name for name, like in reversed(outline_of(class_name, folder).items())}
+    outline = {name: like for name, like in outline_of(class_name, folder).items() if first[id(like)] == name}
+    split = split_torch_state_dict_into_shards(
+        outline, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
+    )
+    generator = torch.Generator().manual_seed(0)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: _random(name, outline[name], generator).to(dtype) for name in names}, folder / file)
+    index = {"weight_map": split.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _random_state(class_name: str, folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of the network of a config.json once: normal and nowhere zero; the weights of norms are 1."""
-    generator = torch.Generator().manual_seed(0)
-    seen: set[int] = set()
-    for name, like in outline_of(class_name, folder).items():
-        if id(like) in seen:  # a second name of one tensor
-            continue
-        seen.add(id(like))
-        if like.ndim == 1 and name.endswith("weight"):
-            yield name, torch.ones(like.shape, dtype=dtype)
-            continue
-        drawn = (torch.randn(like.shape, generator=generator) * DEVIATION).to(dtype)
-        yield name, torch.where(drawn == 0, torch.tensor(DEVIATION, dtype=dtype), drawn)
+def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A tensor of this shape that is normal and nowhere zero; the weights of norms are 1."""
+    if like.ndim == 1 and name.endswith("weight"):
+        return torch.ones(like.shape)
+    drawn = torch.randn(like.shape, generator=generator) * DEVIATION
+    return torch.where(drawn == 0, DEVIATION, drawn)

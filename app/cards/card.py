@@ -109,6 +109,18 @@ class Sizes(Section):
     multiple: Annotated[int, Field(ge=1)] = 16
     square: bool = False
 
+    def allows(self, width: int, height: int) -> bool:
+        """Whether a picture may have this size."""
+        fits = all(self.min <= side <= self.max and side % self.multiple == 0 for side in (width, height))
+        return fits and (width == height or not self.square)
+
+    def __str__(self) -> str:
+        """The range in words, for a message."""
+        if self.min == self.max:
+            return f'"{self.min}x{self.min}"'
+        shape = "WxW" if self.square else "WxH"
+        return f'"{shape}" with sides of {self.min} to {self.max} pixels, multiples of {self.multiple}'
+
 
 class Limits(Section):
     """The bounds of a request; an error names the field and this range."""
@@ -220,11 +232,11 @@ class Card(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Card:
-        width, height = parse_size(self.defaults.size)
-        sizes = self.limits.sizes
-        for side in (width, height):
-            if not sizes.min <= side <= sizes.max or side % sizes.multiple:
-                raise ValueError(f"defaults.size {self.defaults.size} is outside limits.sizes")
+        if not self.limits.sizes.allows(*self.default_size):
+            raise ValueError(f"defaults.size {self.defaults.size} is outside limits.sizes")
+        samplers = valid_samplers(self.schedule)
+        if self.defaults.sampler not in samplers:
+            raise ValueError(f'defaults.sampler: "{self.defaults.sampler}" is not one of {", ".join(samplers)}')
         if self.defaults.num_inference_steps > self.limits.num_inference_steps:
             raise ValueError("defaults.num_inference_steps is over limits.num_inference_steps")
         if self.classes is not None and not self.draws_classes:
@@ -271,14 +283,13 @@ class Cards(dict[str, Card]):
 
     def check_aliases(self) -> None:
         """Skip every card with an alias that is an id, or an alias of a card before it."""
-        before: dict[str, Card] = {}
+        owners = dict(self)
         for card in list(self.values()):
-            owners = {name: owner.file for name, owner in {**before, **self}.items() if owner.id in self}
             name = next((alias for alias in card.aliases if alias in owners), None)
             if name is None:
-                before |= dict.fromkeys(card.aliases, card)
+                owners |= dict.fromkeys(card.aliases, card)
             elif card.id in self:
-                self.skip(card.file, _taken(card.file, name, owners[name]), card)
+                self.skip(card.file, _taken(card.file, name, owners[name].file), card)
 
     def reason(self, name: str) -> str:
         """The end of a message about a name that no card has: why its card was skipped, or nothing."""
@@ -310,37 +321,6 @@ class Cards(dict[str, Card]):
 
 def read_card(file: Path) -> Card:
     """Read and validate one card.toml. Raises CardError naming the file and the field."""
-    card = _parse(file)
-    _check_sampler(card)
-    return card
-
-
-def read_cards(folder: Path, aliases: str = "") -> Cards:
-    """Read every `<folder>/<id>/card.toml`, with the aliases of the setting ALIAS.
-
-    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError as
-    `add_aliases`.
-    """
-    cards = Cards()
-    for file in sorted(folder.glob("*/card.toml")):
-        card = None
-        try:
-            card = _parse(file)
-            _check_sampler(card)
-            if card.id in cards:
-                raise _taken(file, card.id, cards[card.id].file)
-        except CardError as error:
-            cards.skip(file, error, card)
-        else:
-            cards[card.id] = card
-    cards.check_aliases()
-    cards.check_components()
-    cards.add_aliases(aliases)
-    return cards
-
-
-def _parse(file: Path) -> Card:
-    """A card with its labels, its sampler not checked yet."""
     try:
         raw = read_toml(file)
     except (OSError, ValueError, RecursionError) as error:
@@ -352,11 +332,33 @@ def _parse(file: Path) -> Card:
         card = Card(**{**raw, "folder": file.parent.resolve()})
     except ValidationError as error:
         place, reason = first_problem(error.errors())
-        raise CardError(f"{file}: {'.'.join(place) or 'card'}: {reason}") from error
+        raise CardError(": ".join(filter(None, (str(file), ".".join(place), reason)))) from error
     try:
         return card.model_copy(update={"labels": _labels(card)})
     except (OSError, ValueError) as error:  # a name that no file system takes
         raise CardError(f"{file}: source: {error}") from error
+
+
+def read_cards(folder: Path, aliases: str = "") -> Cards:
+    """Read every `<folder>/<id>/card.toml`, with the aliases of the setting ALIAS.
+
+    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError as
+    `add_aliases`.
+    """
+    cards = Cards()
+    for file in sorted(folder.glob("*/card.toml")):
+        try:
+            card = read_card(file)
+            if card.id in cards:
+                raise _taken(file, card.id, cards[card.id].file)
+        except CardError as error:
+            cards.skip(file, error)
+        else:
+            cards[card.id] = card
+    cards.check_aliases()
+    cards.check_components()
+    cards.add_aliases(aliases)
+    return cards
 
 
 def _labels(card: Card) -> tuple[str, ...]:
@@ -373,12 +375,6 @@ def _labels(card: Card) -> tuple[str, ...]:
     if labels and card.classes not in (None, len(labels)):
         raise CardError(f"{card.file}: classes: {card.classes}, but {index} names {len(labels)}")
     return labels or tuple(f"class {number}" for number in range(card.classes or 0))
-
-
-def _check_sampler(card: Card) -> None:
-    names = valid_samplers(card.schedule)
-    if card.defaults.sampler not in names:
-        raise CardError(f'{card.file}: defaults.sampler: "{card.defaults.sampler}" is not one of {", ".join(names)}')
 
 
 def _taken(file: Path, name: str, owner: Path) -> CardError:

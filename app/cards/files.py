@@ -57,8 +57,15 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
 )
 """How files begin that people have in place of a checkpoint, and what an error calls them."""
 
-_TORCH = r"PK\x03\x04|\x80[\x02-\x05]"
-_TEXT = r"[\t\n\r\x20-\x7e]{16}"
+_NO_SAFETENSORS = (
+    (
+        r"PK\x03\x04|\x80[\x02-\x05]",
+        f"a torch file, whatever its name says: only safetensors are loaded ({CONVERT})",
+    ),
+    (r"[\t\n\r\x20-\x7e]{16}", "a text, not a checkpoint; it begins {first!r}"),
+    (r"\Z", "an empty file"),
+)
+"""How files begin that are no safetensors, but may be another file of a checkpoint."""
 
 
 def open_file(file: Path) -> BinaryIO:
@@ -118,25 +125,12 @@ def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
             first = stream.read(_FIRST).decode("latin-1")
     except OSError as error:
         raise _unreadable(file, error) from error
-    if found := _foreign(first, wanted):
-        raise CheckpointError(f"{file}: is {found}")
-
-
-def _foreign(first: str, wanted: Wanted) -> str | None:
-    """Name the kind of file that begins so; None where it may be the wanted one."""
     # NOTE: a safetensors' first eight bytes are a length, which may look like anything; a brace follows it.
     if wanted == "safetensors" and first[8:9] == "{":
-        return None
-    for pattern, words in _FOREIGN:
+        return
+    for pattern, words in _FOREIGN if wanted != "safetensors" else (*_FOREIGN, *_NO_SAFETENSORS):
         if found := re.match(pattern, first, re.IGNORECASE):
-            return words.format(**found.groupdict())
-    if wanted != "safetensors":
-        return None
-    if re.match(_TORCH, first):
-        return f"a torch file, whatever its name says: only safetensors are loaded ({CONVERT})"
-    if re.match(_TEXT, first):
-        return f"a text, not a checkpoint; it begins {' '.join(first[:60].split())!r}"
-    return None if first else "an empty file"
+            raise CheckpointError(f"{file}: is {words.format(first=' '.join(first[:60].split()), **found.groupdict())}")
 
 
 def _unreadable(file: Path, error: OSError) -> CheckpointError:
@@ -178,15 +172,16 @@ def read_classes(index: Path) -> dict[str, str]:
 
 def read_labels(index: Path) -> tuple[str, ...]:
     """Read the class names in order of id, none without `id2label`. Raises CardError unless the ids are 0 to n - 1."""
+    named: Any = None
     try:
-        named: Any = json.loads(read_file(index, JSON_LIMIT)).get("id2label") or {}
+        named = json.loads(read_file(index, JSON_LIMIT)).get("id2label") or {}
         labels = tuple(named[str(number)] for number in range(len(named)))
+        if not all(isinstance(label, str) for label in labels):
+            raise TypeError("a name that is not a text")
     except KeyError as error:
         raise CardError(f"{index}: id2label: {len(named)} classes, but none has the id {error.args[0]}") from error
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CardError(f"{index}: id2label: {error}") from error
-    if not all(isinstance(label, str) for label in labels):
-        raise CardError(f"{index}: id2label: a name that is not a text")
     return labels
 
 
@@ -212,7 +207,7 @@ def weight_files(place: Path) -> dict[Path, set[str] | None]:
     for stem in STEMS:
         index, single = place / f"{stem}.safetensors.index.json", place / f"{stem}.safetensors"
         if index.exists():
-            return _indexed(index)
+            return _shards(index)
         if single.exists():
             return {single: None}
     others = sorted(path.name for path in place.glob("*") if path.suffix in PICKLES)
@@ -220,7 +215,7 @@ def weight_files(place: Path) -> dict[Path, set[str] | None]:
     raise CheckpointError(f"{place / STEMS[0]}.safetensors: missing{hint}")
 
 
-def _indexed(index: Path) -> dict[Path, set[str] | None]:
+def _shards(index: Path) -> dict[Path, set[str] | None]:
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise CheckpointError(f"{index}: weight_map is not a table of keys and file names")

@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 
 from app.cards.card import ID, Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
-from app.cards.folder import Part
-from app.cards.noise import FILE, schedule_of
+from app.cards.folder import FILE, Part, schedule_of
 from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError

@@ -14,8 +14,7 @@ import torch
 
 from app.cards.card import Card
 from app.cards.files import INDEX, read_json
-from app.cards.folder import ModelFolder, Part
-from app.cards.noise import changes, check_schedule, schedule_of
+from app.cards.folder import ModelFolder, Part, changes, check_schedule, schedule_of
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
 from app.errors import CheckpointError, InstepError, NotDownloaded
 from app.families import FAMILIES

@@ -22,7 +22,7 @@ from app.jobs.job import Job
 from app.report import Progress as Step
 from app.report import Report, Result, Tick
 from app.samplers.table import valid_samplers
-from app.worker.local import Local
+from app.worker.process import Local
 
 WORDS = (
     "red apple", "blue heart", "yellow star", "green tree", "orange cat", "purple umbrella",

@@ -5,15 +5,12 @@ from __future__ import annotations
 import shlex
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
@@ -49,14 +46,12 @@ def add(
     models: Folder = None,
 ) -> None:
     """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
-    from app.checkpoints.compose import draft, free_folder, free_id
-    from app.checkpoints.identify import identify
+    from app.checkpoints.inventory import identify, new_folder
 
     settings = read_settings(models=models)
     registry = open_registry(settings)
     path = path.absolute()
-    found = identify(path, registry.cards)
-    made = draft(found, registry, like)
+    made = identify(path, registry.cards).choose(registry.find(like) if like else None)
     encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3}
     for part, place in {"vae": vae, **encoders}.items():
         if place is not None:
@@ -66,11 +61,11 @@ def add(
     if rest is not None:
         made.take_rest(registry.find(rest))
     made.refuse_gaps()
-    model = name or free_id(path, registry, settings.models)
-    folder = free_folder(model, registry, settings.models)
+    folder = new_folder(path, settings.models, registry.cards, name)
     made.write(folder)
-    typer.echo(f"{model}: {folder / 'card.toml'}, like {made.like.card.id}; the weights stay where they are")
-    for line in (*made.left_out(found), *made.own_schedule()):
+    model = folder.name
+    typer.echo(f"{model}: {folder / 'card.toml'}, like {made.card.id}; the weights stay where they are")
+    for line in (*made.left_out(), *made.own_schedule()):
         typer.echo(line)
     cards = read_cards(settings.models)
     draw = "instep serve" if cards[model].draws_classes else f'instep generate "a red apple" --model {model}'
@@ -177,11 +172,11 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _download(card: Card, files: Needs, models: Path) -> None:
-    """Download what is still to come, with one bar in a terminal, elsewhere a line for each file that has to come.
+    """Download what is still to come, small files first, with a line for each.
 
     models: the folder of cards. Raises CheckpointError.
     """
-    from app.checkpoints.hub import bytes_left, cache, fetch, link
+    from app.checkpoints.hub import bytes_left, cache
 
     if not files:
         typer.echo(f"{card.id}: beside its card, nothing to pull")
@@ -190,18 +185,12 @@ def _download(card: Card, files: Needs, models: Path) -> None:
     left, free = bytes_left(files.values()), decimal(_free_bytes(cache()))
     summary = f"{decimal(sum(sizes))} in {len(sizes)} files, {decimal(left)} to come"
     typer.echo(f"{card.id}: {summary}; {free} free in {cache()}")
-    console = Console()
-    columns = BarColumn(24), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    text = TextColumn("{task.description}")
-    with Progress(*columns, text, console=console, disable=not console.is_terminal, transient=True) as bars:
-        task = bars.add_task("", total=left)
-        for repo, paths in files.values():
-            for size, path in sorted((repo.files[path].size, path) for path in paths):
-                bars.update(task, description=path)
-                if not console.is_terminal and bytes_left([(repo, [path])]):
-                    typer.echo(f"  {path}: {decimal(size)}")
-                fetch(repo, path, partial(bars.advance, task))
-            link(repo, paths)
+    for repo, paths in files.values():
+        for path in sorted(paths, key=lambda path: (repo.files[path].size, path)):
+            if size := repo.left(path):
+                typer.echo(f"  {path}: {decimal(size)}")
+            repo.fetch(path)
+        repo.link(paths)
     for repo, _ in files.values():
         typer.echo(f"{card.id}: here, {repo.name} at {repo.commit}")
         if repo.name == card.source.repo and repo.revision != repo.commit:

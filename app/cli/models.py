@@ -15,19 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from app.cards.card import Card, read_cards
-from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.cli.bodies import find, open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import LoadError, plain
-from app.jobs.body import describe_sizes
 from app.samplers.table import valid_samplers
 from app.settings import Settings
 from app.worker import plan
 
 # NOTE: app.checkpoints is imported late: torch and the model libraries take seconds, the Hub library a third of one.
 if TYPE_CHECKING:
-    from app.checkpoints.identify import CardConfigs, FoundPart, Inventory
+    from app.checkpoints.inventory import Fit, Found, Inventory
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
 
@@ -97,7 +95,7 @@ def _facts_of(card: Card, files: str) -> dict[str, str]:
         "samplers": ", ".join(valid_samplers(schedule)),
         "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
         "default size": usual.size,
-        "sizes": describe_sizes(limits.sizes),
+        "sizes": str(limits.sizes),
         "limits": f"{limits.num_inference_steps} steps, guidance {limits.guidance_scale:g}, {limits.n} images",
     }
 
@@ -120,14 +118,14 @@ def check(
         return _check_cards(path or settings.models, plan.threads(settings))
     if not path.exists():
         raise LoadError(f"{path}: there is no such file or folder")
-    from app.checkpoints.identify import identify
+    from app.checkpoints.inventory import identify
 
     registry = open_registry(settings)
     found = identify(path.absolute(), registry.cards)
     found.check()
     _print_found(found, settings)
-    if "transformer" in found.bases[0][1]:
-        _print_next(found, registry, settings)
+    if "transformer" in found.bases[0].parts:
+        _print_next(found, registry.cards, settings)
 
 
 def _check_cards(folder: Path, threads: int) -> None:
@@ -159,52 +157,52 @@ def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
 
 def _print_found(found: Inventory, settings: Settings) -> None:
     """Which cards fit, the state of each part, and the memory that they take."""
-    from app.checkpoints.compose import flag
-    from app.checkpoints.identify import short
+    from app.checkpoints.inventory import flag, short
 
-    one, parts = found.bases[0]
-    names = [base.card.id for base, _ in found.bases]
+    fit = found.bases[0]
+    networks = {part: one for part, one in fit.own.items() if one.state}
+    names = [base.card.id for base in found.bases]
     if found.pickled:
         typer.echo(f"{found.path.name} is a torch file, which a server does not load")
     unsure = ": the same shapes, so the files cannot tell which" if len(names) > 1 else ""
     typer.echo(f"fits {', '.join(names)}{unsure}")
-    whole = "transformer" in parts
-    missing = one.missing([*parts, *found.tokenizers]) if whole else []
-    memory = _memory_of(one, [*parts, *missing], settings)
+    whole = "transformer" in networks
+    missing = list(dict.fromkeys([*fit.missing, *fit.odd])) if whole else []
+    memory = _memory_of(fit, [*networks, *missing], settings)
     rows = _table("part", "state", "parameters", "bytes", "in memory")
-    for part in [*parts, *missing]:
-        there = parts.get(part)
-        parameters = one.counts(part)[0] if part in memory else 0
+    for part in [*networks, *missing]:
+        there = networks.get(part)
+        parameters = fit.counts(part)[0] if part in memory else 0
         stored = decimal(sum(value.nbytes for value in there.state.values())) if there else "-"
         needs = decimal(memory[part]) if part in memory else "-"
-        rows.add_row(part, escape(_state(one, part, there, found)), _count(parameters), stored, needs)
+        rows.add_row(part, escape(_state(fit, part, there)), _count(parameters), stored, needs)
     _print(rows)
     if whole:
-        typer.echo(_budget(one, parts, memory, settings))
+        typer.echo(_budget(fit, networks, memory, settings))
         return
     if found.others:
         typer.echo(f"besides, {len(found.others)} tensors that no layout has, the first {short(found.others[0])}")
-    typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, parts))})")
+    typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, networks))})")
 
 
-def _state(one: CardConfigs, part: str, there: FoundPart | None, found: Inventory) -> str:
+def _state(fit: Fit, part: str, there: Found | None) -> str:
     """How a part is stored, or why it is not usable, or what its absence means."""
-    from app.checkpoints.identify import short
+    from app.checkpoints.inventory import short
     from app.families import FAMILIES
 
-    if part in found.odd:
-        return f"not usable: {short(found.odd[part])}"
+    if part in fit.odd:
+        return f"not usable: {short(fit.odd[part])}"
     if there:
         formats = sorted({str(value.dtype).removeprefix("torch.") for value in there.state.values()})
         return f"stored as {', '.join(formats)}"
-    if part in FAMILIES[one.card.family].required:
+    if part in FAMILIES[fit.card.family].required:
         return "missing, and needed"
     if part.startswith("tokenizer"):
         return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
-    return f"missing; {one.card.facts.without.get(part, 'it can do without')}"
+    return f"missing; {fit.card.facts.without.get(part, 'it can do without')}"
 
 
-def _memory_of(one: CardConfigs, parts: Iterable[str], settings: Settings) -> dict[str, int]:
+def _memory_of(fit: Fit, parts: Iterable[str], settings: Settings) -> dict[str, int]:
     """Bytes of each of these parts that is a network of the card, as this machine would load it."""
     import torch
 
@@ -213,16 +211,16 @@ def _memory_of(one: CardConfigs, parts: Iterable[str], settings: Settings) -> di
 
     device = plan.devices(settings.devices)[0]
     dtype = resolve_dtype(settings, device)
-    networks = filter(one.network, parts)
-    return {part: one.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
+    networks = filter(fit.network, parts)
+    return {part: fit.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
 
 
-def _budget(one: CardConfigs, parts: Iterable[str], memory: dict[str, int], settings: Settings) -> str:
+def _budget(fit: Fit, parts: Iterable[str], memory: dict[str, int], settings: Settings) -> str:
     """Bytes by phase, with a VAE in any case, against what weights may take here."""
     from app.families import FAMILIES
     from app.pool.budget import budgets
 
-    family, devices = FAMILIES[one.card.family], plan.devices(settings.devices)
+    family, devices = FAMILIES[fit.card.family], plan.devices(settings.devices)
     budget, _ = budgets(settings, devices[0], devices)
     there = {*parts, *family.required}
     taken = {
@@ -235,26 +233,26 @@ def _budget(one: CardConfigs, parts: Iterable[str], memory: dict[str, int], sett
     return f"memory on {devices[0]}: {each}; weights may take {decimal(budget)} here: {fits}"
 
 
-def _print_next(found: Inventory, registry: Registry, settings: Settings) -> None:
+def _print_next(found: Inventory, cards: Mapping[str, Card], settings: Settings) -> None:
     """Make the card that the next command would make, throw it away, and say that command.
 
     Raises LoadError, as `instep models add` does: no model can be made of it. A .pt is for `instep models convert`.
     """
-    from app.checkpoints.compose import draft, free_id
+    from app.checkpoints.inventory import new_folder
 
-    (one, parts), path = found.bases[0], found.path
+    made, path = found.bases[0], found.path
+    like = made.card.id
     if found.pickled:
-        words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{one.card.id}"), "--vae"]
+        words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{like}"), "--vae"]
         dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
-        return typer.echo(f"next: {dit if one.card.facts.torch_files else 'save its tensors as safetensors'}")
-    made = draft(found, registry, one.card.id)
-    words = ["instep", "models", "add", str(path), "--like", one.card.id]
-    if not made.whole and one.missing(parts):
-        made.take_rest(one.card)
-        words += ["--rest", one.card.id]
+        return typer.echo(f"next: {dit if made.card.facts.torch_files else 'save its tensors as safetensors'}")
+    words = ["instep", "models", "add", str(path), "--like", like]
+    if not made.whole and made.missing:
+        made.take_rest(made.card)
+        words += ["--rest", like]
     made.refuse_gaps()
     with tempfile.TemporaryDirectory(prefix="instep-check-") as folder:
-        made.write(Path(folder) / free_id(path, registry, settings.models))
+        made.write(Path(folder) / new_folder(path, settings.models, cards, None).name)
     for line in made.own_schedule():
         typer.echo(line)
     typer.echo(f"next: {shlex.join(words)}")

@@ -19,7 +19,7 @@ from app.jobs.job import Job
 from app.report import ModelState, Preview, Report, Result
 from app.report import Progress as Step
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 
 
 def say(console: Console, line: str) -> None:

@@ -15,7 +15,7 @@ from app.engine.patience import Patience
 from app.engine.row import Caps, Row, Work, default_key, rows_of
 from app.engine.runner import Runner
 from app.engine.turns import Turns
-from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, ShuttingDown
+from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, Unavailable
 from app.pool.budget import text_bytes
 from app.pool.pool import Pool
 from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Tick
@@ -85,7 +85,7 @@ class Engine:
                 with contextlib.suppress(queue.Empty):
                     self._inbox.get(timeout=0.1)()
         for request_id in list(self._open):
-            self._fail(request_id, ShuttingDown("the server is shutting down"))
+            self._fail(request_id, Unavailable("the server is shutting down", code="shutting_down"))
 
     def tick(self) -> bool:
         """Schedule a work, run it and settle it; False when there was nothing to do."""

@@ -13,7 +13,7 @@ from app.engine.row import Row, Work
 from app.engine.slots import SlotPool
 from app.engine.step import denoise_step, gather
 from app.engine.text_cache import TextCache
-from app.errors import EngineError, InstepError, NonFiniteOutput, OutOfMemory
+from app.errors import EngineError, InstepError, OutOfMemory
 from app.families.base import Conditions, Family
 from app.pool.budget import Cores
 from app.pool.memory import Component
@@ -52,7 +52,7 @@ def attempt(call: Callable[[], None], where: str) -> InstepError | None:
     except torch.OutOfMemoryError:
         return OutOfMemory(ALONE)
     except InstepError as error:
-        return type(error)(error.message, param=error.param, retry_after=error.retry_after)
+        return error.again()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # one row must not end the others: tokenizers panic as BaseException
@@ -195,7 +195,7 @@ class Runner:
         unread, self._unread = self._unread, []
         message = "the network gave a number that is not finite"
         return [
-            (row, NonFiniteOutput(message))
+            (row, EngineError(message, code="non_finite_output"))
             for rows, sums in unread
             for row, total in zip(rows, sums.tolist(), strict=True)
             if not math.isfinite(total) and row.slot >= 0

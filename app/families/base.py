@@ -115,7 +115,7 @@ class Family(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [B, C, h, w] float32, as the sampler leaves them -> uint8 [B, H, W, 3] on the same device.
 
-        Raises NonFiniteOutput when any image of the batch comes out as numbers that are not finite.
+        Raises EngineError when any image of the batch comes out as numbers that are not finite.
         """
         return vae.decode(self.vae, latents)
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import functional
 
-from app.errors import NonFiniteOutput
+from app.errors import EngineError
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -41,7 +41,7 @@ def pixels_per_latent(vae: Any) -> int:
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]; the maths and the rounding of diffusers' pipelines.
 
-    z = latents / scaling_factor + shift_factor, either of which a config may leave out. Raises NonFiniteOutput.
+    z = latents / scaling_factor + shift_factor, either of which a config may leave out. Raises EngineError.
     """
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
     z = latents / (1.0 if scale is None else scale) + (0.0 if shift is None else shift)
@@ -49,7 +49,7 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
 
 def preview(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3] by the linear map of the VAE. Raises NonFiniteOutput.
+    """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3] by the linear map of the VAE. Raises EngineError.
 
     One small matrix product, where the decoder costs as much as several steps of the network. The one-pixel form is
     known as latent2rgb; a patch from a neighbourhood keeps edges.
@@ -115,9 +115,9 @@ def shapes(count: int, side: int) -> torch.Tensor:
 def _to_pixels(image: torch.Tensor) -> torch.Tensor:
     """image [B, 3, H, W] in -1..1 -> uint8 [B, H, W, 3], rounded as diffusers' pipelines round.
 
-    Raises NonFiniteOutput when any number of the batch is not finite, of which rounding would make a black picture.
+    Raises EngineError when any number of the batch is not finite, of which rounding would make a black picture.
     """
     if not torch.isfinite(image).all():
-        raise NonFiniteOutput("the decoder gave numbers that are not finite")
+        raise EngineError("the decoder gave numbers that are not finite", code="non_finite_output")
     pixels: torch.Tensor = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()

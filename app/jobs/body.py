@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.cards.card import Card, Size, Sizes, parse_size
+from app.cards.card import Card, Size, parse_size
 from app.cards.catalog import find_label
-from app.errors import InvalidJSON, InvalidValue, UnknownField, Unsupported, first_problem
+from app.errors import InvalidValue, RequestError, first_problem
 from app.imaging import FORMATS, Format, left_out
 from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, numbers_of
 from app.jobs.other_names import hint
@@ -103,7 +103,7 @@ class ImageBody(BaseModel):
         """The complete request for this card: every default and every limit is applied here, once.
 
         key: whose it is, with the highest priority that it may have. patience: seconds after which the client hangs up.
-        Raises InvalidValue or Unsupported naming the field and its range.
+        Raises RequestError naming the field and its range.
         """
         self._check_formats()
         sampler = self._sampler(card)
@@ -160,12 +160,17 @@ class ImageBody(BaseModel):
 
     def _check_formats(self) -> None:
         if self.response_format not in (None, "b64_json"):
-            raise Unsupported(
+            raise RequestError(
                 'response_format: only "b64_json" is served; send Accept: image/png for raw bytes',
                 param="response_format",
+                code="unsupported_parameter",
             )
         if self.output_format is not None and self.output_format not in FORMATS:
-            raise Unsupported(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
+            raise RequestError(
+                f"output_format: expects one of {', '.join(FORMATS)}",
+                param="output_format",
+                code="unsupported_parameter",
+            )
 
     def _conditions(self, card: Card, n: int) -> list[Condition]:
         """One condition for each image, in order."""
@@ -208,9 +213,9 @@ class ImageBody(BaseModel):
         try:
             width, height = parse_size(str(self.size))
         except ValueError:
-            raise InvalidValue(f'size: expects "auto" or {describe_sizes(card.limits.sizes)}', param="size") from None
-        if not allows(card.limits.sizes, width, height):
-            message = f"size: {width}x{height} is not served by {card.id}; expects {describe_sizes(card.limits.sizes)}"
+            raise InvalidValue(f'size: expects "auto" or {card.limits.sizes}', param="size") from None
+        if not card.limits.sizes.allows(width, height):
+            message = f"size: {width}x{height} is not served by {card.id}; expects {card.limits.sizes}"
             raise InvalidValue(message, param="size")
         return width, height
 
@@ -223,20 +228,23 @@ class ImageBody(BaseModel):
 
 
 def given_fields(raw: object, known: Collection[str]) -> dict[str, Any]:
-    """The fields of a parsed JSON body that are not null. Raises InvalidJSON, and UnknownField with what was meant."""
+    """The fields of a parsed JSON body that are not null. Raises RequestError, which offers the nearest name for
+    an unknown field."""
     if not isinstance(raw, dict):
-        raise InvalidJSON("The body must be a JSON object")
+        raise RequestError("The body must be a JSON object", code="invalid_json")
     given = {key: value for key, value in raw.items() if value is not None}
     for key in given:
         if key not in known:
-            raise UnknownField(f'Unknown field "{key[:64]}"{hint(key, known)}', param=key[:64])
+            raise RequestError(
+                f'Unknown field "{key[:64]}"{hint(key, known)}', param=key[:64], code="unknown_parameter"
+            )
     return given
 
 
 def read_body(raw: object) -> ImageBody:
     """A parsed JSON body as an ImageBody; types are checked here, bounds in `to_request`.
 
-    Raises InvalidValue naming the field, or UnknownField with the name that was probably meant.
+    Raises RequestError naming the field, with the nearest name for an unknown one.
     """
     return checked(ImageBody, given_fields(raw, ImageBody.model_fields))
 
@@ -249,6 +257,18 @@ def checked(kind: type[B], fields: Mapping[str, Any]) -> B:
         place, reason = first_problem(error.errors(include_url=False), WORDS)
         field = ".".join(place[:2])[:64]
         raise InvalidValue(f"{field}: {reason}", param=field) from None
+
+
+def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
+    """Name, type of one value and description of every field of a body that a command line can take as a flag.
+
+    The default of each is None: the default of the model. Objects and ignored fields are left out.
+    """
+    plain = {"string": str, "integer": int, "number": float, "boolean": bool}
+    for name, schema in kind.model_json_schema()["properties"].items():
+        types = {one.get("type") for one in schema.get("anyOf", [schema])}
+        if one := next((plain[word] for word in plain if word in types), None):
+            yield name, one, schema["description"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
@@ -268,20 +288,6 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     if guidance.skip is not None:
         told |= {f"skip_layer_guidance_{name}": getattr(guidance.skip, name) for name in ("scale", "start", "stop")}
     return told
-
-
-def allows(sizes: Sizes, width: int, height: int) -> bool:
-    """Whether a card's sizes take this one."""
-    fits = all(sizes.min <= side <= sizes.max and side % sizes.multiple == 0 for side in (width, height))
-    return fits and (width == height or not sizes.square)
-
-
-def describe_sizes(sizes: Sizes) -> str:
-    """The range of sizes in words."""
-    if sizes.min == sizes.max:
-        return f'"{sizes.min}x{sizes.min}"'
-    shape = "WxW" if sizes.square else "WxH"
-    return f'"{shape}" with sides of {sizes.min} to {sizes.max} pixels, multiples of {sizes.multiple}'
 
 
 def body_warnings(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:

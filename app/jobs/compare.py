@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.errors import InvalidValue, RequestError, Unsupported
+from app.errors import InvalidValue, RequestError
 from app.imaging import Format, encode_image
 from app.jobs.body import (
     IGNORED,
@@ -139,13 +139,15 @@ class Comparison:
 def read_comparison(raw: object) -> CompareBody:
     """A parsed JSON body as a CompareBody with its preset filled in; bounds are checked in `lay_out`.
 
-    Raises InvalidValue naming the field, UnknownField with the name that was probably meant, Unsupported.
+    Raises RequestError naming the field, with the nearest name for an unknown one.
     """
     given = given_fields(raw, (*OWN, *SHARED))
     shared = read_body({key: value for key, value in given.items() if key not in OWN})
     body = checked(CompareBody, {**{key: given[key] for key in OWN if key in given}, "shared": shared})
     if shared.stream:
-        raise Unsupported("stream: a comparison comes as a whole; leave it out", param="stream")
+        raise RequestError(
+            "stream: a comparison comes as a whole; leave it out", param="stream", code="unsupported_parameter"
+        )
     if shared.prompt is not None and shared.class_label is not None:
         raise InvalidValue("class_label: the rows are prompts or classes, not both", param="class_label")
     return _filled(body)
@@ -226,7 +228,7 @@ def _completed(body: ImageBody, card: Card, complete: Complete) -> Job:
     except RequestError as error:
         if error.param in _ANY_MODEL:
             raise
-        raise type(error)(f"{card.id}: {error.message}", param=error.param) from None
+        raise error.again(f"{card.id}: {error.message}") from None
 
 
 def _check_pixels(cells: tuple[tuple[Job, ...], ...]) -> None:

@@ -15,7 +15,7 @@ from app.cards.card import Card, Sizes
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.imaging import FORMATS, Format
-from app.jobs.body import IGNORED, ImageBody, allows
+from app.jobs.body import IGNORED, ImageBody
 from app.jobs.compare import MODELS, OWN, PRESETS, ROWS, SHARED, CompareBody, takes_preset
 from app.jobs.fields import Range, bounds, most_steps_of
 from app.samplers.table import valid_samplers
@@ -117,7 +117,7 @@ def example(card: Card) -> Json:
 def _size(sizes: Sizes, default: str) -> Json:
     sides = [side for side in range(sizes.min, sizes.max + 1) if side % sizes.multiple == 0]
     if sizes.square or len(sides) ** 2 <= 64:
-        names = [f"{w}x{h}" for w in sides for h in sides if allows(sizes, w, h)]
+        names = [f"{w}x{h}" for w in sides for h in sides if sizes.allows(w, h)]
         return {"enum": [*names, "auto", None], "default": default}
     side = "|".join(map(str, sides))
     return {"type": ["string", "null"], "pattern": f"^(auto|({side})x({side}))$", "default": default}

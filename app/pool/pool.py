@@ -18,7 +18,7 @@ import torch
 from app.cards.card import Card
 from app.cards.folder import Part
 from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, read_parts
-from app.errors import DoesNotFit, LoadError, ModelNotFound
+from app.errors import LoadError, ModelNotFound
 from app.families import FAMILIES
 from app.families.base import Family
 from app.families.compiling import compile_blocks
@@ -274,9 +274,10 @@ class Pool:
         sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
         phase = max(PHASES, key=lambda phase: sizes[phase])
         if sizes[phase] > self.store.budget:
-            raise DoesNotFit(
+            raise LoadError(
                 f"{task.model}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
-                f"{readable(self.store.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)"
+                f"{readable(self.store.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)",
+                code="insufficient_gpu_memory",
             )
 
     def _component(self, card: Card, part: Part) -> Component:
@@ -322,7 +323,7 @@ class Pool:
     def _reason(self, model_id: str, error: Exception) -> LoadError:
         """A new error for users: the traceback of the caught one holds all that was loaded until it was raised."""
         if isinstance(error, LoadError):
-            return type(error)(error.message)
+            return error.again()
         if isinstance(error, torch.OutOfMemoryError):
             return LoadError(f"{model_id}: not enough memory on {self.device}")
         _log.error("loading %s", model_id, exc_info=error)

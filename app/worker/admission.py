@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from app.cards.card import parse_size
-from app.errors import DeadlineExceeded, Overloaded, RateLimited
+from app.errors import DeadlineExceeded, RateLimited, Unavailable
 from app.jobs.job import Estimate, Job
 from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
 from app.request import Delivery, Key
@@ -61,18 +60,13 @@ class Costs:
 
     def __init__(self) -> None:
         self._rates: dict[str, dict[int, float]] = {}
-        self._areas: dict[str, list[int]] = {}  # of the rates, in order
         self._seen: dict[tuple[str, Phase, int, int], float] = {}
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
         rates = self._rates.setdefault(report.model, {})
         if isinstance(report, ModelState):
-            for size, rate in report.rates.items():
-                area = math.prod(parse_size(size))
-                if area not in rates:
-                    insort(self._areas.setdefault(report.model, []), area)
-                rates[area] = rate
+            rates.update((math.prod(parse_size(size)), rate) for size, rate in report.rates.items())
         elif report.phase == "denoise":
             area, passes = report.width * report.height, report.passes - report.padding
             if area in rates and 0 < report.cap * FULL <= passes:
@@ -94,12 +88,10 @@ class Costs:
 
     def rate(self, model: str, width: int, height: int) -> float:
         """Seconds a pass at width x height pixels: measured, or scaled by area from the nearest size, or a guess."""
-        rates = self._rates.get(model)
+        rates, area = self._rates.get(model), width * height
         if not rates:
             return DEFAULT_RATE
-        area, areas = width * height, self._areas[model]
-        above = bisect(areas, area)
-        nearest = min(areas[max(0, above - 1) : above + 1], key=lambda known: abs(known - area))
+        nearest = area if area in rates else min(rates, key=lambda known: (abs(known - area), known))
         return rates[nearest] * area / nearest
 
 
@@ -131,9 +123,9 @@ class Backlog:
         self._images[kind_of(job)] += job.images_left
         self.weights[job.request.delivery.tenant] = job.request.delivery.weight
 
-    def end(self, job: Job) -> None:
-        """The job is answered, failed or cancelled."""
-        del self.jobs[job.request.id]
+    def end(self, request_id: str) -> None:
+        """A job is answered, failed or cancelled."""
+        job = self.jobs.pop(request_id)
         if job.images_left:
             self._drop(kind_of(job), job.images_left)
 
@@ -144,26 +136,26 @@ class Backlog:
             del self._images[kind]
             if not any(other.tenant == kind.tenant for other in self._images):
                 del self.weights[kind.tenant]
-            if not self.images_of(kind.key.model):
+            if not any(other.key.model == kind.key.model for other in self._images):
                 self._rows.pop(kind.key.model, None)
         if not self._images:
             self._running = 0
 
     def hear(self, report: Report) -> None:
         """Learn from a report of the engine, and hand it to the job in flight that it is about."""
+        if isinstance(report, ModelState | Tick):
+            self.costs.hear(report)
         match report:
             case Result() | Progress() | Preview() | Failure():
                 if job := self.jobs.get(report.request_id):
                     if isinstance(report, Result) and report.index not in job.results:
                         self._drop(kind_of(job), 1)
                     job.hear(report)
-            case ModelState(model=model):
-                self.costs.hear(report)
-                self._states[model] = merge(self.state(model), report)
+            case ModelState():
+                self._states[report.model] = merge(self.state(report.model), report)
                 if report.state == "ready":
-                    self._were_ready.add(model)
+                    self._were_ready.add(report.model)
             case Tick():
-                self.costs.hear(report)
                 self._running = report.running
                 if report.phase == "denoise" and report.rows:
                     self._rows[report.model] = report.rows
@@ -186,18 +178,15 @@ class Backlog:
     def images(self) -> int:
         return self._images.total()
 
-    def images_of(self, model: str) -> int:
-        return sum(images for kind, images in self._images.items() if kind.key.model == model)
+    def images_of(self, model: str) -> tuple[int, int]:
+        """Unanswered images of a model: those that were in its last denoising forward, and all."""
+        images = sum(images for kind, images in self._images.items() if kind.key.model == model)
+        return min(images, self._rows.get(model, 0)), images
 
     @property
     def running(self) -> int:
         """Images in a batch or encoded for the next, as of the last Tick."""
         return min(self.images, self._running)
-
-    @property
-    def batched(self) -> dict[str, int]:
-        """Images in the last denoising forward of each model that has work here, less those answered since."""
-        return {model: min(rows, self.images_of(model)) for model, rows in self._rows.items()}
 
     @property
     def seconds(self) -> float:
@@ -272,7 +261,9 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     own = chosen.tenants().get(delivery.tenant, 0.0)
     wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
-        raise Overloaded(f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait))
+        raise Unavailable(
+            f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait), code="overloaded"
+        )
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
@@ -306,7 +297,7 @@ def _check_deadline(estimate: Estimate, left: float) -> None:
     late = estimate.wait + estimate.cost - left
     if late > 0:
         words = f"The wait of about {estimate.wait:.1f} seconds leaves too little before the deadline in {left:.1f}."
-        raise Overloaded(words, retry_after=after(late))
+        raise Unavailable(words, retry_after=after(late), code="overloaded")
 
 
 def after(seconds: float) -> float:

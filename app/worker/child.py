@@ -8,18 +8,13 @@ import logging
 import os
 import signal
 import socket
-import subprocess
 import time
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from app.errors import InstepError, NoWorker
-from app.jobs.job import Job
-from app.report import Memory, Report, Result
-from app.request import Request
+from app.errors import InstepError, Unavailable
+from app.report import Memory, Report
 from app.worker import wire
 from app.worker.admission import Backlog
 
@@ -28,8 +23,10 @@ FIRST_DELAY = 0.5
 LAST_DELAY = 30.0
 HEALTHY = 60.0
 
+PATIENCE = 2.0
+"""Seconds that a process may take to end when it was asked to, or killed."""
+
 _CHECK = 0.1
-_EXIT = 2.0
 _LINGER = 0.5
 _BUFFER = 4 * 1024 * 1024
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,89 +37,71 @@ log = logging.getLogger("instep.worker")
 class Child:
     """One entry of DEVICES: its process, and the backlog of jobs that it has.
 
-    `hear(child, report)` gets the reports, `bury(child, reason)` each death. back_in: seconds from a death until the
-    next process is expected to be ready.
+    start: the first order to each process. `hear(child, report)` gets the reports, `bury(child, reason)` each death.
+    back_in: seconds from a death until the next process is expected to be ready.
     """
 
     def __init__(
         self,
         name: str,
         command: Sequence[str],
-        start: wire.Start,
+        start: wire.Order,
         hear: Callable[[Child, Report], None],
         bury: Callable[[Child, str], None],
     ) -> None:
         self.name = name
         self.backlog = Backlog()
         self.memory = Memory(name, {})
+        self.live = False  # it has said Hello and is not known to be gone
         self.restarts = 0
         self.back_in = 5.0
-        self._command = command
-        self._start = start
-        self._hear = hear
-        self._bury = bury
-        self._state: Literal["start", "live", "gone"] = "gone"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._command, self._start = command, start
+        self._hear, self._bury = hear, bury
+        self._process: Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
         self._greeted: asyncio.Future[None] | None = None
         self._refusal: InstepError | None = None
         self._born = 0.0
         self._startup = 5.0
-        self._delay = FIRST_DELAY
         self._stopping = False
-
-    @property
-    def live(self) -> bool:
-        """Whether the process has said Hello and is not known to be gone."""
-        return self._state == "live"
 
     @property
     def pid(self) -> int:
         """The process's id; 0 while there is none."""
         return self._process.pid if self._process else 0
 
-    def call(self, method: wire.Method, argument: Request | str) -> None:
+    def call(self, method: str, argument: object) -> None:
         """Call a method of the engine in the live process; without one it goes nowhere."""
         if self.live:
             self._write((method, argument))
 
-    def take(self, job: Job) -> None:
-        """Hand the job to the engine. It leaves the backlog when it ends, whoever ended it."""
-        self.backlog.add(job)
-        job.future.add_done_callback(partial(self._drop, job.request.id))
-        self.call("submit", job.request)
-
-    def _drop(self, request_id: str, future: Future[list[Result]]) -> None:
-        self.backlog.end(self.backlog.jobs[request_id])
-        if future.cancelled():
-            self.call("cancel", request_id)
-
     async def start(self) -> None:
-        """Start the process and wait for its Hello. Raises its refusal, or NoWorker when it ended before that."""
+        """Start the process and wait for its Hello. Raises its refusal, or Unavailable when it ended before that."""
         self._greeted = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._keep(self._greeted))
         await self._greeted
 
     async def stop(self) -> None:
-        """End the process for good: ask it to stop, and kill it after two seconds."""
+        """End the process for good: ask it to stop, and kill it when that takes longer than PATIENCE."""
         self._stopping = True
         if not self._task or not self._greeted:
             return
         if process := self._process:
             self._write(("stop",))
-            if not await _gone(process, _EXIT):
+            if not (await asyncio.wait({self._task}, timeout=PATIENCE))[0]:
                 log.warning("engine process %d did not stop when asked: killed", process.pid)
                 self._kill(process)
-            await asyncio.wait({self._task}, timeout=1.0)
+                await asyncio.wait({self._task}, timeout=PATIENCE)
         self._task.cancel()
         await asyncio.wait({self._task})
         self._greeted.cancel()
 
     async def _keep(self, greeted: asyncio.Future[None]) -> None:
         """Live, die, wait, live again; ends when stopped, or when the very first process never says Hello."""
+        delay = FIRST_DELAY
         while not self._stopping:
-            self._born, self._state = time.monotonic(), "start"
+            self._born = time.monotonic()
             try:
                 reason = await self._live()
             except OSError as error:
@@ -132,20 +111,20 @@ class Child:
                 log.exception("the watch over the engine process on %s broke", self.name)
                 reason = f"lost its watch ({type(error).__name__}): killed"
             finally:
-                self._state, self._process = "gone", None
+                self.live, self._process = False, None
             if time.monotonic() - self._born > HEALTHY:
-                self._delay = FIRST_DELAY
-            self.back_in = self._delay + self._startup
+                delay = FIRST_DELAY
+            self.back_in = delay + self._startup
             self._bury(self, reason)
             if self._stopping:
                 return
-            log.error("engine process on %s %s; next try in %.1f s", self.name, reason, self._delay)
+            log.error("engine process on %s %s; next try in %.1f s", self.name, reason, delay)
             if not greeted.done():
                 words = f"The engine process on {self.name} {reason} before it was ready."
-                greeted.set_exception(self._refusal or NoWorker(words))
+                greeted.set_exception(self._refusal or Unavailable(words, code="no_worker"))
                 return
-            await asyncio.sleep(self._delay)
-            self._delay = min(LAST_DELAY, 2 * self._delay)
+            await asyncio.sleep(delay)
+            delay = min(LAST_DELAY, 2 * delay)
             self.restarts += 1
 
     async def _live(self) -> str:
@@ -158,34 +137,33 @@ class Child:
                 theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
                 reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=_BUFFER)
                 exits.callback(self._writer.transport.abort)
-                process = self._process = self._spawn(theirs.fileno(), pulse.theirs.fileno())
+                process = self._process = await self._spawn(theirs.fileno(), pulse.theirs.fileno())
             exits.callback(self._kill, process)
             listening = asyncio.create_task(self._listen(reader, pulse))
+            ended = asyncio.create_task(process.wait())
             exits.callback(listening.cancel)
+            exits.callback(ended.cancel)
             self._write(self._start)
-            return await self._watch(process, listening, pulse)
+            return await self._watch(process, listening, ended, pulse)
 
-    def _spawn(self, *descriptors: int) -> subprocess.Popen[bytes]:
+    async def _spawn(self, *descriptors: int) -> Process:
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        return subprocess.Popen(
-            [*self._command, *map(str, descriptors)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=descriptors,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        words = [*self._command, *map(str, descriptors)]
+        environment = {**os.environ, "PYTHONPATH": path}
+        return await asyncio.create_subprocess_exec(*words, stdin=DEVNULL, pass_fds=descriptors, env=environment)
 
     def _write(self, order: wire.Order) -> None:
         if self._writer and not self._writer.is_closing():
             self._writer.write(wire.pack(order))
 
-    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+    def _kill(self, process: Process) -> None:
         """SIGKILL, if it still runs."""
-        self._state = "gone"
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+        self.live = False
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
     async def _listen(self, reader: asyncio.StreamReader, pulse: wire.Pulse) -> None:
-        """Hear the process until its end of the stream is closed. Raises WireError when the stream is broken."""
+        """Hear the process until its end of the stream is closed. Raises ValueError when the stream is broken."""
         while (message := await wire.read(reader)) is not None:
             pulse.hear(message)
             try:
@@ -194,48 +172,37 @@ class Child:
                 log.exception("a listener failed on %s", type(message).__name__)
 
     def _receive(self, message: wire.Word) -> None:
-        match message:
-            case wire.Hello(pid):
-                self._startup = time.monotonic() - self._born
-                if self._state == "start":
-                    self._state = "live"
-                if self._greeted and not self._greeted.done():
-                    self._greeted.set_result(None)
-                log.info("engine process %d on %s ready in %.1f s", pid, self.name, self._startup)
-            case wire.Refusal(error):
-                self._refusal = error
-                log.error("engine process on %s refuses: %s", self.name, error.message)
-            case _:
-                self.backlog.hear(message)
-                self._hear(self, message)
+        if not isinstance(message, wire.Hello):
+            self.backlog.hear(message)
+            self._hear(self, message)
+        elif message.error:
+            self._refusal = message.error
+            log.error("engine process on %s refuses: %s", self.name, message.error.message)
+        else:
+            self.live = True
+            self._startup = time.monotonic() - self._born
+            log.info("engine process %d on %s ready in %.1f s", self.pid, self.name, self._startup)
+            if self._greeted and not self._greeted.done():
+                self._greeted.set_result(None)
 
-    async def _watch(self, process: subprocess.Popen[bytes], listening: asyncio.Task[None], pulse: wire.Pulse) -> str:
+    async def _watch(
+        self, process: Process, listening: asyncio.Task[None], ended: asyncio.Task[int], pulse: wire.Pulse
+    ) -> str:
         """Until the stream ends, the process ends (its own children may hold the stream open), or it hangs."""
-        while not (await asyncio.wait({listening}, timeout=_CHECK))[0]:
-            if process.poll() is not None:
-                await asyncio.wait({listening}, timeout=_CHECK)
-                break
-            if hang := pulse.hang():
-                self._kill(process)
-                await _gone(process, _EXIT)
-                return f"{hang}: killed"
-        self._state = "gone"
+        both, hang = {listening, ended}, None
+        while not hang and not (await asyncio.wait(both, timeout=_CHECK, return_when="FIRST_COMPLETED"))[0]:
+            hang = pulse.hang()
+        self.live = False
+        # The stream may still have the last words of a process that ended; one that closed its end is of no more use.
+        if not hang:
+            await asyncio.wait(both, timeout=_LINGER)
         broken = listening.exception() if listening.done() else None
-        # A process that closed its end but lingers is of no more use.
-        if broken or not await _gone(process, _LINGER):
+        if not ended.done():
             self._kill(process)
-            await _gone(process, _EXIT)
-        if broken:
-            return f"sent what cannot be read ({broken}): killed"
-        code = process.poll()
+            await asyncio.wait({ended}, timeout=PATIENCE)
+        if hang or broken:
+            return f"{hang or f'sent what cannot be read ({broken})'}: killed"
+        code = process.returncode
         if code is not None and code < 0:
             return f"died of signal {-code} ({signal.strsignal(-code)})"
         return f"ended with exit code {code}"
-
-
-async def _gone(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process has ended within so many seconds."""
-    until = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < until:
-        await asyncio.sleep(0.01)
-    return process.poll() is not None

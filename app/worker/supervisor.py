@@ -6,18 +6,18 @@ import asyncio
 import logging
 import sys
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 
 from app.cards.card import Card
-from app.errors import EngineError, InvalidValue, ModelNotFound, NoWorker, ShuttingDown
+from app.errors import EngineError, InvalidValue, ModelNotFound, Unavailable
 from app.jobs.job import Job
 from app.report import Memory, ModelState, Report, Result
 from app.request import Condition, Recipe, Request
 from app.settings import Settings
-from app.worker import plan, wire
+from app.worker import plan
 from app.worker.admission import admit, best, choose
 from app.worker.child import Child
 
@@ -44,21 +44,21 @@ class Supervisor:
         observe: Callable[[Report, str], None] = lambda report, worker: None,
         command: Sequence[str] = WORKER,
     ) -> None:
-        self._settings = settings
+        self.max_wait = settings.max_wait
+        self.closing = False
         self._cards = cards
         self._observe = observe
         self._preloads = plan.preloads(settings, cards)
         self._crashes = CrashHistory()
-        self._closing = False
-        self._children = [
-            Child(name, command, wire.Start(settings, cards, device), self._hear, self._bury)
+        self.children = [
+            Child(name, command, ("start", settings, cards, device), self._hear, self._bury)
             for name, device in plan.named(plan.devices(settings.devices))
         ]
 
     @property
     def states(self) -> dict[str, ModelState]:
         """For every card, the best state over the live workers; "absent" where none has touched it."""
-        return {model: best(child.backlog.state(model) for child in self._children) for model in self._cards}
+        return {model: best(child.backlog.state(model) for child in self.children) for model in self._cards}
 
     @property
     def ready(self) -> bool:
@@ -66,126 +66,126 @@ class Supervisor:
 
         One that was evicted or unloaded since then comes back when it is asked for; one that failed does not.
         """
-        proved = all(any(child.backlog.proved(model) for child in self._children) for model in self._preloads)
-        return proved and self.live > 0 and not self._closing
+        proved = all(any(child.backlog.proved(model) for child in self.children) for model in self._preloads)
+        return proved and self.live > 0 and not self.closing
 
     @property
     def live(self) -> int:
         """How many engine processes are able to work now."""
-        return sum(child.live for child in self._children)
+        return sum(child.live for child in self.children)
 
     @property
     def pids(self) -> list[int]:
         """Process ids in the order of DEVICES; 0 where none runs."""
-        return [child.pid for child in self._children]
+        return [child.pid for child in self.children]
 
     @property
     def queues(self) -> list[float]:
         """Estimated device seconds of the unanswered images of each worker, in the order of DEVICES."""
-        return [child.backlog.seconds for child in self._children]
-
-    @property
-    def queued_seconds(self) -> float:
-        """The sum of `queues`."""
-        return sum(self.queues)
+        return [child.backlog.seconds for child in self.children]
 
     @property
     def running(self) -> int:
         """Images in a batch, as of the workers' last reports; `waiting` has the other unanswered ones."""
-        return sum(child.backlog.running for child in self._children)
+        return sum(child.backlog.running for child in self.children)
 
-    @property
-    def batched(self) -> dict[str, int]:
-        """Images in the workers' last denoising forwards, by model."""
-        return dict(sum((Counter(child.backlog.batched) for child in self._children), Counter[str]()))
+    def images(self, model: str) -> tuple[int, int]:
+        """Unanswered images of a model: those in the workers' last denoising forwards, and all."""
+        rows, images = zip(*(child.backlog.images_of(model) for child in self.children), strict=True)
+        return sum(rows), sum(images)
 
     @property
     def waiting(self) -> int:
         """Unanswered images that are not in a batch."""
-        return sum(child.backlog.images for child in self._children) - self.running
+        return sum(child.backlog.images for child in self.children) - self.running
 
     @property
     def restarts(self) -> int:
         """How often a process was started again."""
-        return sum(child.restarts for child in self._children)
+        return sum(child.restarts for child in self.children)
 
     async def start(self) -> None:
         """Start every process and wait for its Hello; models may still load.
 
-        Raises the worker's own error (such as SettingsError for a device that is not there), or NoWorker when a
+        Raises the worker's own error (such as SettingsError for a device that is not there), or Unavailable when a
         process ends without a word; nothing is left running then.
         """
-        log.info("starting engine processes on %s", ", ".join(child.name for child in self._children))
+        log.info("starting engine processes on %s", ", ".join(child.name for child in self.children))
         try:
-            await asyncio.gather(*(child.start() for child in self._children))
+            await asyncio.gather(*(child.start() for child in self.children))
         except BaseException:
             await self.stop(0)
             raise
 
     async def stop(self, grace: float) -> None:
-        """Take no new jobs, give those in flight `grace` seconds, then end the processes.
-
-        What is unanswered by then fails with ShuttingDown.
-        """
-        self._closing = True
+        """Take no new jobs, give those in flight `grace` seconds, fail the others, and end the processes."""
+        self.closing = True
         if (jobs := self._jobs) and grace > 0:
             log.info("draining %d requests", len(jobs))
             await asyncio.wait([asyncio.gather(*jobs, return_exceptions=True)], timeout=grace)
         for job in self._jobs:
-            job.fail(ShuttingDown("The server shut down before this request was done.", retry_after=5.0))
-        await asyncio.gather(*(child.stop() for child in self._children))
+            job.fail(
+                Unavailable("The server shut down before this request was done.", retry_after=5.0, code="shutting_down")
+            )
+        await asyncio.gather(*(child.stop() for child in self.children))
 
     def submit(self, job: Job, *, limit: float | None = None) -> Job:
         """Give the job to the live worker that will get to it first, note what it may expect, and return it.
 
-        limit: device seconds that its tenant may have queued, None for its share alone. Raises ShuttingDown, NoWorker,
-        Overloaded, RateLimited (all with retry_after, seconds), DeadlineExceeded, EngineError for a request that two
-        crashes have in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's
-        schedule does not have.
+        limit: device seconds that its tenant may have queued, None for its share alone. Raises Unavailable and
+        RateLimited (both with retry_after, seconds), DeadlineExceeded, EngineError for a request that two crashes have
+        in common, ModelNotFound, and InvalidValue for a sampler or a number of steps that the model's schedule does
+        not have.
         """
-        if self._closing:
-            raise ShuttingDown("The server is shutting down.", retry_after=5.0)
-        if any(job.request.id in child.backlog.jobs for child in self._children):
-            raise InvalidValue(f'A request with the id "{job.request.id}" is in flight.', param="id")
-        if self._crashes.condemned(job.request):
+        request = job.request
+        if self.closing:
+            raise Unavailable("The server is shutting down.", retry_after=5.0, code="shutting_down")
+        if any(request.id in child.backlog.jobs for child in self.children):
+            raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
+        if self._crashes.condemned(request):
             raise EngineError(_POISON)
-        model, max_wait = self._card(job.request.recipe.model).id, self._settings.max_wait
-        live = [child for child in self._children if child.live]
+        model, live = self._model(request.recipe.model), [child for child in self.children if child.live]
         if not live:
-            wait = min(child.back_in for child in self._children)
-            raise NoWorker("No engine process is running just now.", retry_after=max(1.0, wait))
+            wait = min(child.back_in for child in self.children)
+            raise Unavailable("No engine process is running just now.", retry_after=max(1.0, wait), code="no_worker")
         backlogs = [child.backlog for child in live]
-        child = live[choose(backlogs, model, max_wait)]
-        admit(job, child.backlog, backlogs, max_wait=max_wait, limit=limit)
-        child.take(job)
-        job.future.add_done_callback(partial(self._forgive, job.request))
+        child = live[choose(backlogs, model, self.max_wait)]
+        admit(job, child.backlog, backlogs, max_wait=self.max_wait, limit=limit)
+        child.backlog.add(job)
+        child.call("submit", request)
+        # NOTE: a callback that knew the job would keep its pictures.
+        job.future.add_done_callback(partial(self._end, request))
         return job
 
-    def load(self, model_id: str) -> None:
-        """Begin to load this model on every live worker. Raises ModelNotFound."""
-        self._call("load", model_id)
-
-    def unload(self, model_id: str) -> None:
-        """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
-        self._call("unload", model_id)
-
-    def _forgive(self, request: Request, future: Future[list[Result]]) -> None:
-        if not future.cancelled() and not future.exception():
+    def _end(self, request: Request, future: Future[list[Result]]) -> None:
+        """A job has ended, whoever ended it: take it off the books of its worker."""
+        child = next(child for child in self.children if request.id in child.backlog.jobs)
+        child.backlog.end(request.id)
+        if future.cancelled():
+            child.call("cancel", request.id)
+        elif not future.exception():
             self._crashes.clear(request)
+
+    def load(self, name: str) -> None:
+        """Begin to load this model on every live worker. Raises ModelNotFound."""
+        model = self._model(name)
+        for child in self.children:
+            child.call("load", model)
+
+    def unload(self, name: str) -> None:
+        """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
+        model = self._model(name)
+        for child in self.children:
+            child.call("unload", model)
 
     @property
     def _jobs(self) -> list[Job]:
-        return [job for child in self._children for job in child.backlog.jobs.values()]
+        return [job for child in self.children for job in child.backlog.jobs.values()]
 
-    def _call(self, method: wire.Method, model_id: str) -> None:
-        model = self._card(model_id).id
-        for child in self._children:
-            child.call(method, model)
-
-    def _card(self, model_id: str) -> Card:
-        if model_id not in self._cards:
-            raise ModelNotFound(f'There is no model "{model_id}".', param="model")
-        return self._cards[model_id]
+    def _model(self, name: str) -> str:
+        if name not in self._cards:
+            raise ModelNotFound(f'There is no model "{name}".', param="model")
+        return self._cards[name].id
 
     def _hear(self, child: Child, report: Report) -> None:
         if isinstance(report, Memory):
@@ -198,7 +198,7 @@ class Supervisor:
     def _bury(self, child: Child, reason: str) -> None:
         """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
         lost = list(child.backlog.jobs.values())
-        if not self._closing:
+        if not self.closing:
             self._crashes.record(job.request for job in lost)
         retry_after = 1.0 if self.live else max(1.0, child.back_in)
         for job in lost:
@@ -206,7 +206,7 @@ class Supervisor:
                 job.fail(EngineError(_POISON))
             else:
                 message = "The engine process died while it worked on this request. Try again."
-                job.fail(NoWorker(message, retry_after=retry_after))
+                job.fail(Unavailable(message, retry_after=retry_after, code="no_worker"))
         self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
@@ -222,14 +222,14 @@ class CrashHistory:
     so that a popular prompt that was only a bystander is tried again.
     """
 
-    def __init__(self, *, limit: int = 2, memory: int = 256, seconds: float = 600.0) -> None:
-        self.limit, self.memory, self.seconds = limit, memory, seconds
+    def __init__(self, *, memory: int = 256, seconds: float = 600.0) -> None:
+        self.memory, self.seconds = memory, seconds
         self._seen: OrderedDict[Fingerprint, tuple[int, float]] = OrderedDict()
 
     def condemned(self, request: Request) -> bool:
-        """Whether this request was present at `limit` deaths, the last of them less than `seconds` ago."""
+        """Whether this request was present at two deaths, the last of them less than `seconds` ago."""
         count, when = self._seen.get(fingerprint(request), (0, 0.0))
-        return count >= self.limit and time.monotonic() - when < self.seconds
+        return count >= 2 and time.monotonic() - when < self.seconds
 
     def record(self, requests: Iterable[Request]) -> None:
         """Remember that a process died with these in it. Twins in one death count once."""

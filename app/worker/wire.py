@@ -20,13 +20,11 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
-from typing import Literal, cast
+from io import BufferedIOBase
+from typing import Any, cast
 
-from app.cards.card import Card
 from app.errors import InstepError
 from app.report import Announce, Report
-from app.request import Request
-from app.settings import Settings
 
 FRAME_CAP = 512 * 1024 * 1024
 """Bytes a frame may have: an 8192 x 8192 image is 201 MB and its latent 67 MB; anything longer is a broken stream."""
@@ -56,65 +54,48 @@ LATE = 1.0
 _FREE = b"\0"
 _CHUNK = 4096
 
-
-class WireError(Exception):
-    """The stream is broken: a frame over the cap, cut off in the middle, or not a message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """First order to a worker: everything that it needs to build its pool and engine."""
-
-    settings: Settings
-    cards: dict[str, Card]
-    device: str
+Order = tuple[str, *tuple[Any, ...]]
+"""A method of the engine and its arguments; Reports answer it. The first is "start": settings, cards by id, device."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First word of a worker whose device, pool and engine are there; models may not be."""
+    """First word of a worker: its device, pool and engine are there, or the error with which it ends."""
 
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Only word of a worker that cannot work with its Start; it ends after this."""
-
-    error: InstepError
+    error: InstepError | None = None
 
 
-Method = Literal["submit", "cancel", "load", "unload"]
-Call = tuple[Literal["stop"]] | tuple[Method, Request | str]
-"""A method of the engine and its argument; Reports answer it."""
-
-Order = Start | Call
-Word = Hello | Refusal | Report
+Word = Hello | Report
 
 
 def pack(message: Order | Word) -> bytes:
-    """One frame: eight bytes of length, big-endian, then the pickle. Raises WireError above FRAME_CAP."""
+    """One frame: eight bytes of length, big-endian, then the pickle. Raises ValueError above FRAME_CAP."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return _HEADER.pack(_checked(len(body))) + body
 
 
-def send(sock: socket.socket, *messages: Order | Word) -> None:
+def send(stream: BufferedIOBase, *messages: Order | Word) -> None:
     """Blocking send of one frame each, in one piece.
 
-    Raises OSError when the other side is gone, WireError above FRAME_CAP.
+    Raises OSError when the other side is gone, ValueError above FRAME_CAP.
     """
-    sock.sendall(b"".join(map(pack, messages)))
+    stream.write(b"".join(map(pack, messages)))
+    stream.flush()
 
 
-def receive(sock: socket.socket) -> Order | None:
-    """Blocking receive of one order; None when the other side is gone. Raises WireError on a broken stream."""
-    header = _receive_exactly(sock, _HEADER.size)
-    body = header and _receive_exactly(sock, _length(header))
-    return None if body is None else cast(Order, _unpack(body))
+def receive(stream: BufferedIOBase) -> Any:
+    """Blocking receive of one message; None when the other side is gone. Raises ValueError on a broken stream."""
+    try:
+        header = stream.read(_HEADER.size)
+        length = _length(header) if len(header) == _HEADER.size else 0
+        body = stream.read(length)
+    except ConnectionError:
+        return None
+    return _unpack(body) if length and len(body) == length else None
 
 
 async def read(stream: asyncio.StreamReader) -> Word | None:
-    """The next message; None when the other side is gone. Raises WireError on a broken stream."""
+    """The next message; None when the other side is gone. Raises ValueError on a broken stream."""
     try:
         body = await stream.readexactly(_length(await stream.readexactly(_HEADER.size)))
     except (asyncio.IncompleteReadError, ConnectionError):
@@ -122,35 +103,21 @@ async def read(stream: asyncio.StreamReader) -> Word | None:
     return cast(Word, _unpack(body))
 
 
-def _length(header: bytes | bytearray) -> int:
+def _length(header: bytes) -> int:
     return _checked(int(_HEADER.unpack(header)[0]))
 
 
 def _checked(length: int) -> int:
     if length > FRAME_CAP:
-        raise WireError(f"a frame of {length} bytes is over the cap of {FRAME_CAP}")
+        raise ValueError(f"a frame of {length} bytes is over the cap of {FRAME_CAP}")
     return length
 
 
-def _unpack(body: bytes | bytearray) -> object:
+def _unpack(body: bytes) -> object:
     try:
         return pickle.loads(body)
     except Exception as error:
-        raise WireError(f"a frame of {len(body)} bytes is not a message: {error}") from error
-
-
-def _receive_exactly(sock: socket.socket, count: int) -> bytearray | None:
-    buffer = bytearray(count)
-    view = memoryview(buffer)
-    while view:
-        try:
-            got = sock.recv_into(view)
-        except ConnectionError:
-            return None
-        if not got:
-            return None
-        view = view[got:]
-    return buffer
+        raise ValueError(f"a frame of {len(body)} bytes is not a message: {error}") from error
 
 
 def beat(descriptor: int) -> None:
@@ -186,7 +153,6 @@ class Pulse:
         self._spoke = self._looked = time.monotonic()
         self._ours, self.theirs = socket.socketpair()
         self._ours.setblocking(False)
-        asyncio.get_running_loop().add_reader(self._ours, self._read)
 
     def hear(self, message: Word) -> None:
         """Any message is a sign of life of the main thread; an Announce says how long it may be silent now."""
@@ -197,8 +163,9 @@ class Pulse:
             self.phase, self._limit = message.phase, message.seconds
 
     def hang(self) -> str | None:
-        """Why this process counts as hung, in words."""
+        """Why this process counts as hung, in words. Call it more often than every LATE seconds."""
         now = time.monotonic()
+        self._read(now)
         if now - self._looked > LATE:
             # NOTE: what the process sent meanwhile is not read yet.
             self._spoke = now
@@ -214,18 +181,14 @@ class Pulse:
 
     def close(self) -> None:
         """Close both ends."""
-        asyncio.get_running_loop().remove_reader(self._ours)
         self._ours.close()
         self.theirs.close()
 
-    def _read(self) -> None:
-        try:
+    def _read(self, now: float) -> None:
+        """Note the heartbeats that have come since the last look; they wait in the socket, a few a second."""
+        with contextlib.suppress(BlockingIOError):
             beats = self._ours.recv(_CHUNK)
-        except BlockingIOError:
-            return
-        if not beats:
-            asyncio.get_running_loop().remove_reader(self._ours)
-            return
-        self._ran = time.monotonic()
-        if _FREE in beats:
-            self._free = self._ran
+            if beats:
+                self._ran = now
+            if _FREE in beats:
+                self._free = now

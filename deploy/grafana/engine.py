@@ -1,7 +1,4 @@
-"""The panels about the engines: batching, models and memory, what went wrong.
-
-Knows nothing of how a panel looks.
-"""
+"""The panels about the engines: batching, models and memory, errors."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ BATCHING = (
     Panel(
         "Images in a forward",
         "none",
-        "Images that shared a denoising forward: the mean, and the widest twentieth.",
+        "Images that shared a denoising forward: the mean and the 95th percentile.",
         ((mean("batch_rows"), "{{model}}"), (quantile(0.95, "batch_rows", "model, le"), "{{model}} p95")),
     ),
     Panel(
@@ -23,7 +20,7 @@ BATCHING = (
     Panel(
         "Device time by phase",
         "percentunit",
-        "Share of the time that engines encode, denoise and decode; 100 % is one device at work without a pause.",
+        "Share of the time that engines encode, denoise and decode; 100 % is one device that never pauses.",
         (
             (rate("text_encode_seconds_sum", "instance"), "{{instance}} encode"),
             (rate("denoise_step_seconds_sum", "instance"), "{{instance}} denoise"),
@@ -34,14 +31,14 @@ BATCHING = (
     Panel(
         "Occupancy",
         "percentunit",
-        "Passes without padding over the most that pay on this device, mean by model.",
+        "Passes of a forward, without padding, as a share of the widest that pays on this device. Mean by model.",
         ((mean("batch_occupancy_ratio"), "{{model}}"),),
         most=1,
     ),
     Panel(
         "Occupancy of forwards",
         "percentunit",
-        "How many forwards had which occupancy.",
+        "The number of forwards by their occupancy.",
         ((rise("batch_occupancy_ratio_bucket", "le"), "{{le}}"),),
         "heatmap",
     ),
@@ -62,7 +59,7 @@ BATCHING = (
     Panel(
         "Text cache",
         "percentunit",
-        "Texts that a text encoder had encoded before, as a share of all it was asked for; TEXT_CACHE is its memory.",
+        "Texts found in the cache, as a share of all texts that the encoders needed. TEXT_CACHE sets its memory.",
         (
             (
                 f"{rate('text_cache_hits_total', 'model')} / "
@@ -78,33 +75,33 @@ POOL = (
     Panel(
         "Models loaded",
         "none",
-        "Replicas that have the model ready.",
+        "The number of replicas that have the model ready.",
         ((f"sum by (model) (instep_model_loaded{{{MODEL}}})", "{{model}}"),),
         stack=True,
     ),
     Panel(
         "Device memory by kind",
         "bytes",
-        "weights, slots and text are on the device, parked in the host's memory; budget is what weights may take.",
+        "weights, slots and text are on the device, parked is in host memory; budget is the limit for weights.",
         ((f"sum by (device, kind) (instep_device_memory_bytes{{{HERE}}})", "{{device}} {{kind}}"),),
     ),
     Panel(
         "Time of the last load",
         "s",
-        "From the decision to load until the model is ready and measured.",
+        "From the start of the load until the model is ready and measured.",
         ((f"max by (model) (instep_model_load_seconds{{{MODEL}}})", "{{model}}"),),
     ),
     Panel(
         "Loads",
         "none",
-        "Loads that ended in this interval, by how.",
+        "Loads that ended in this interval, by their result.",
         ((rise("model_loads_total", "model, result"), "{{model}} {{result}}"),),
         width=12,
     ),
     Panel(
         "Evictions",
         "none",
-        "Parts of models that left the device in this interval: to the host's memory, or away.",
+        "Parts of models that left the device in this interval, to host memory or away.",
         ((rise("model_evictions_total", "model, to"), "{{model}} to {{to}}"),),
         width=12,
     ),
@@ -118,21 +115,21 @@ ERRORS = (
     Panel(
         "Failures by reason",
         "reqps",
-        "Error codes of requests that were accepted and failed. cancelled is the client's doing.",
+        "Error codes of accepted requests that failed. cancelled means that the client left.",
         ((rate("requests_failed_total", "reason"), "{{reason}}"),),
         stack=True,
     ),
     Panel(
         "Forwards out of memory",
         "none",
-        "Forwards in this interval that did not fit and were split or failed.",
+        "Forwards in this interval that did not fit into memory, and were split or failed.",
         ((rise("oom_total", "model"), "{{model}}"),),
         limits=((None, "green"), (1, "red")),
     ),
     Panel(
         "Engine restarts",
         "none",
-        "Engine processes started again in this interval.",
+        "Engine processes that were started again in this interval.",
         ((rise("worker_restarts_total", "instance", HERE), "{{instance}}"),),
         limits=((None, "green"), (1, "red")),
     ),

@@ -1,6 +1,6 @@
-"""Writes dashboards/instep.json from `service.py` and `engine.py`: `python -m deploy.grafana.make`.
+"""Write dashboards/instep.json, Grafana's classic JSON (schema 42), from `service.py` and `engine.py`.
 
-Knows nothing of metrics: only how Grafana's classic JSON (schema 42) says rows, panels and variables.
+Run it with `python -m deploy.grafana.make`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def dashboard() -> dict[str, Any]:
 
 
 def text() -> str:
-    """What the file holds."""
+    """The content of the file."""
     return json.dumps(dashboard(), indent=2) + "\n"
 
 

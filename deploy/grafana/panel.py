@@ -1,7 +1,4 @@
-"""A panel of the dashboard: what it asks, in which unit, what it tells; and the phrases of PromQL they are made of.
-
-Knows nothing of Grafana's JSON (`make.py`) nor of which panels there are.
-"""
+"""A panel of the dashboard: its queries, unit and description; and the pieces of PromQL that queries are made of."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ def stat(
 
 
 def gpu(title: str, unit: str, query: str, most: float | None = None, *limits: Threshold) -> Panel:
-    """A figure of every GPU that dcgm-exporter tells of; its targets are not the replicas, so all are shown."""
-    text = "Of all GPUs, from NVIDIA's dcgm-exporter; empty without one."
+    """A figure of every GPU that dcgm-exporter reports; its targets are not the replicas, so all are shown."""
+    text = "For all GPUs, from NVIDIA's dcgm-exporter; empty without it."
     legend = "{{instance}} GPU {{gpu}}"
     return Panel(title, unit, text, ((query, legend),), width=6, most=most, limits=((None, "green"), *limits))

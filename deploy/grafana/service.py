@@ -1,7 +1,4 @@
-"""The panels that a user of the service would ask for: is it up, how much, how fast, how long is the queue.
-
-Knows nothing of how a panel looks.
-"""
+"""The panels about the service: whether it is up, how much and how fast it answers, how long the queue is."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ OVERVIEW = (
     stat(
         "Ready",
         "none",
-        "What /readyz says: an engine lives and what PRELOAD names is loaded. The worst of the replicas.",
+        "/readyz: an engine is alive and the models of PRELOAD are loaded. The worst replica.",
         f"min(instep_ready{{{HERE}}})",
         (None, "red"),
         (1, "green"),
@@ -34,7 +31,7 @@ OVERVIEW = (
     stat(
         "Latency, p95",
         "s",
-        "From the request to its encoded images, the last 5 minutes. The worst of the replicas.",
+        "From the request to its encoded images, in the last 5 minutes. The worst replica.",
         f"max(instance:instep_latency_seconds:p95_5m{{{HERE}}} >= 0)",
         (None, "green"),
         (30, "yellow"),
@@ -43,7 +40,7 @@ OVERVIEW = (
     stat(
         "Queue",
         "s",
-        "Device time ahead of a new request, on the fullest device. Scale by this; from MAX_WAIT (120 s) on: 503.",
+        "Device time ahead of a new request, on the fullest device. Scale by this. Above MAX_WAIT (120 s): 503.",
         f"max(instance:instep_queue_device_seconds:max{{{HERE}}})",
         (None, "green"),
         (30, "yellow"),
@@ -52,7 +49,7 @@ OVERVIEW = (
     stat(
         "Failed",
         "percentunit",
-        "Of the accepted requests that their clients did not give up, the last 5 minutes. The worst of the replicas.",
+        "Share of the accepted requests whose clients stayed, in the last 5 minutes. The worst replica.",
         f"max(instance:instep_failed_requests:ratio_rate5m{{{HERE}}} >= 0)",
         (None, "green"),
         (0.005, "yellow"),
@@ -61,7 +58,7 @@ OVERVIEW = (
     stat(
         "Refused",
         "percentunit",
-        "Of all requests, those refused for want of room (429, 503, 507), the last 5 minutes. The worst replica.",
+        "Share of all requests refused because there is no room (429, 503, 507), last 5 minutes. The worst replica.",
         f"max(instance:instep_refused_requests:ratio_rate5m{{{HERE}}} >= 0)",
         (None, "green"),
         (0.01, "yellow"),
@@ -70,7 +67,7 @@ OVERVIEW = (
     stat(
         "Occupancy",
         "percentunit",
-        "Passes of a denoising forward over the most that pay on this device.",
+        "Passes of a denoising forward as a share of the widest one that pays on this device.",
         f"sum(rate(instep_batch_occupancy_ratio_sum{{{MODEL}}}{LATELY})) / "
         f"sum(rate(instep_batch_occupancy_ratio_count{{{MODEL}}}{LATELY}))",
     ),
@@ -83,7 +80,7 @@ TRAFFIC = (
     Panel(
         "Requests by outcome",
         "reqps",
-        "answered; failed after they were accepted; cancelled by their clients; refused at the door.",
+        "answered; failed after acceptance; cancelled by the client; refused before acceptance.",
         ((rate("requests_total", "outcome"), "{{outcome}}"),),
         stack=True,
     ),
@@ -101,7 +98,9 @@ TRAFFIC = (
 
 LATENCY = (
     stage("Whole request", "e2e_request_latency_seconds", "From the request to its encoded images."),
-    stage("Queue", "request_queue_time_seconds", "From acceptance to the first step of an image, less its encode."),
+    stage(
+        "Queue", "request_queue_time_seconds", "From acceptance to the first step of an image, without text encoding."
+    ),
     stage("Text encoding", "text_encode_seconds", "One forward of the text encoders or label embeddings."),
     stage("Denoising step", "denoise_step_seconds", "One forward of the network with its update. An image takes many."),
     stage("Image decoding", "vae_decode_seconds", "One forward of the VAE."),
@@ -119,14 +118,14 @@ QUEUE = (
     Panel(
         "Device seconds queued",
         "s",
-        "Estimated device time of what is not yet answered, by worker. The signal to scale by.",
+        "Estimated device time of the unanswered requests, by worker. The signal to scale by.",
         ((f"instep_queue_device_seconds{{{HERE}}}", "{{instance}} worker {{worker}}"),),
         limits=((None, "green"), (60, "red")),
     ),
     Panel(
         "Refusals by reason",
         "reqps",
-        "Error codes of refused requests. overloaded, no_worker and the like want room; the rest is the client's own.",
+        "Error codes of refused requests. overloaded, no_worker and the like need room; clients caused the rest.",
         ((rate("requests_rejected_total", "reason"), "{{reason}}"),),
         stack=True,
     ),
@@ -149,7 +148,7 @@ FRONT = (
     Panel(
         "Front: time of a scrape",
         "s",
-        "The front writes /metrics in a thread: a slow scrape is a front with too little processor time.",
+        "The front writes /metrics in a thread. A slow scrape means that the front has too little processor time.",
         ((f'scrape_duration_seconds{{job="instep", {HERE}}}', "{{instance}}"),),
         limits=((None, "green"), (1, "red")),
     ),

@@ -32,7 +32,7 @@ from app.cards.card import Card, Source, read_cards
 from app.jobs.body import read_body
 from app.jobs.job import Job
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 
 
 @dataclass(frozen=True)

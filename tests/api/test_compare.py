@@ -299,11 +299,11 @@ def test_a_cell_that_is_refused_takes_the_others_with_it(
     def submit(job: Job, **more: Any) -> Job:
         calls.append(job.request)
         if len(calls) == 4:
-            several.supervisor._closing = True
+            several.supervisor.closing = True
         try:
             return inner(job, **more)
         finally:
-            several.supervisor._closing = False
+            several.supervisor.closing = False
 
     monkeypatch.setattr(several.supervisor, "submit", submit)
     reply = compare(alice, {"models": ["tiny-text", "large-text"], "prompt": ["!slow 60", "!slow 61"]})

@@ -182,11 +182,10 @@ def test_a_warning_travels_with_raw_bytes(http: httpx.Client) -> None:
 def test_a_full_queue_is_503_before_any_stream(
     http: httpx.Client, url: str, server: Server, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    full = server.supervisor._settings.model_copy(update={"max_wait": 1e-9})
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(httpx.post, f"{url}/v1/images/generations", json={"prompt": "!slow 0.5"})
-        eventually(lambda: server.supervisor.queued_seconds > 0)
-        monkeypatch.setattr(server.supervisor, "_settings", full)
+        eventually(lambda: sum(server.supervisor.queues) > 0)
+        monkeypatch.setattr(server.supervisor, "max_wait", 1e-9)
         reply = generate(http, {"prompt": "a", "stream": stream})
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
         assert 1 <= int(reply.headers["retry-after"]) <= 120

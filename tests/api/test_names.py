@@ -155,9 +155,9 @@ def test_a_card_has_no_alias_that_no_address_reaches(tmp_path: Path, alias: str)
 
 
 def test_the_settings_for_open_webui_work(settings: Settings) -> None:
-    """Its request with the README's values: no response_format for gpt-image, and a url would win over the picture."""
+    """Its request with the values of docs/api.md: no response_format for gpt-image; a url would win over the file."""
     root = Path(__file__).parents[2]
-    text = (root / "README.md").read_text(encoding="utf-8")
+    text = (root / "docs" / "api.md").read_text(encoding="utf-8")
     section = text.partition("## Open WebUI")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| [A-Z].*? \| `(\w+)` \| (?:`([^`]+)`)?", section, re.MULTILINE)
     values = dict(rows)

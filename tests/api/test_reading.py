@@ -6,7 +6,7 @@ import pytest
 from fastapi import Request
 
 from app.api.front import accepted_format, parse_json
-from app.errors import InvalidJSON, NotAcceptable
+from tests.parts.requests import refused
 
 
 def test_json_in_any_of_its_encodings() -> None:
@@ -22,7 +22,7 @@ def test_json_in_any_of_its_encodings() -> None:
     ],
 )  # fmt: skip
 def test_what_is_not_json(data: bytes) -> None:
-    with pytest.raises(InvalidJSON) as caught:
+    with refused("invalid_json") as caught:
         parse_json(data)
     assert len(caught.value.message) < 100
 
@@ -60,5 +60,5 @@ def test_any_image_is_the_one_that_the_body_asks_for(preferred: str) -> None:
     "accept", ["image/gif", "image/avif, image/svg+xml;q=0.5", "image/jpg", "image/gif, text/html"]
 )
 def test_an_image_type_that_is_not_written_is_an_error_that_names_those_that_are(accept: str) -> None:
-    with pytest.raises(NotAcceptable, match="image/png, image/jpeg, image/webp and application/json"):
+    with refused("not_acceptable", match="image/png, image/jpeg, image/webp and application/json"):
         accepted_format(asking(accept))

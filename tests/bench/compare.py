@@ -11,8 +11,6 @@ The other options are those of `instep bench serve` and `instep bench image`: --
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,36 +22,44 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from app.bench import serve as load
-from app.bench.image import Draw, asked, measure_image
-from app.bench.machine import turns
-from app.bench.subject import Subject, chosen, loaded
-from app.bench.trace import Trace
+from app.bench.engine import Draw, ask, measure_image
+from app.bench.machine import facts, milliseconds, turns
+from app.bench.subject import chosen, loaded
 from app.cli.bench import (
     TIMES,
+    AtCapacity,
+    Dtype,
+    Loops,
+    MixName,
+    Queued,
     Random,
     Rounds,
-    image_facts,
-    make_table,
-    open_trace,
-    print_load,
-    say,
-    server_facts,
+    Seconds,
+    Seed,
+    load_table,
     show,
+    table,
     times_table,
 )
-from app.cli.bodies import Guidance, Model, SizeText, Steps
+from app.cli.bodies import Guidance, Model, SizeText, Steps, open_registry
 from app.cli.serve import Folder, read_settings
 from app.errors import InvalidValue
+from app.families.base import Family
 from app.families.compiling import allow_compiling
+from app.jobs.body import recipe_facts
 from app.request import Request
 from app.settings import Settings
+from tests.bench import recorded
 from tests.bench.policies import POLICIES
+from tests.bench.recorded import Trace
 from tests.bench.upstream import Upstream
 from tests.parts.servers import Served
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+say = Console(stderr=True, highlight=False).print
 REFERENCE = "eager-float32"
 BASELINES: dict[str, dict[str, Any]] = {
     REFERENCE: {"dtype": torch.float32},
@@ -86,8 +92,6 @@ class Plan(NamedTuple):
         if self.baseline not in self.policies:
             known = ", ".join(self.policies) or "none"
             raise InvalidValue(f"baseline: {self.baseline} is not among the policies: {known}", param="baseline")
-        if not (math.isfinite(self.share) and math.isfinite(self.seconds)):
-            raise InvalidValue("at-capacity, seconds: not a number that ends", param="seconds")
 
 
 @app.command()
@@ -97,15 +101,16 @@ def serve(
     trace: Annotated[Path | None, typer.Option(help="A recorded trace; without one, --mix is drawn anew")] = None,
     policies: Annotated[str, typer.Option(help=", ".join(POLICIES))] = "continuous,static",
     baseline: Annotated[str | None, typer.Option(help="What the others are compared with; the last policy")] = None,
-    at_capacity: Annotated[float, typer.Option(min=0.01, help="Mean rate, in multiples of the baseline's")] = 0.9,
-    queued: Annotated[int, typer.Option(min=1, help="Requests of the closed loop that measures capacity")] = 200,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of arrivals, of each round")] = 60.0,
-    rounds: Annotated[int, typer.Option(min=1, help="For each policy, in the order A B B A")] = 2,
-    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32 (INSTEP_DTYPE)")] = None,
+    at_capacity: AtCapacity = 0.9,
+    queued: Queued = 200,
+    seconds: Seconds = 60.0,
+    rounds: Loops = 2,
+    dtype: Dtype = None,
     random_weights: Random = False,
-    mix: Annotated[str, typer.Option(help="What is drawn: mixed or homogeneous")] = "mixed",
+    record: Annotated[Path | None, typer.Option(help="Only write a trace to this file")] = None,
+    mix: MixName = "mixed",
     rate: Annotated[float, typer.Option(min=1e-3, help="Requests a second of what is drawn")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Of what is drawn")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Policies side by side under load."""
     settings = read_settings(models=models, dtype=dtype)
@@ -114,12 +119,14 @@ def serve(
         raise InvalidValue("policies: none is given", param="policies")
     plan = Plan(names, baseline or names[-1], at_capacity, queued, seconds, rounds)
     plan.check()
-    drawn = open_trace(settings, model, trace, (mix, rate, seconds, seed))
+    card = open_registry(settings).find(model)
+    drawn = recorded.read(trace) if trace else recorded.record(card, mix, rate, seconds, seed)
+    if record:
+        return drawn.write(record)
     with chosen(settings, model, random_weights=random_weights) as (settings, card):
         found = compare(settings, card.id, drawn.of(card.id), plan)
-        line = {"bench": "serve", "random_weights": random_weights, **server_facts(settings), "model": card.id, **found}
-    _print(found, card.id)
-    print(json.dumps(line))
+    line = {"bench": "serve", "model": card.id, "random_weights": random_weights, **facts(settings), **found}
+    show(line, *(load_table(name, one) for name, one in found["policies"].items()), ratios_table(found))
 
 
 def compare(settings: Settings, model: str, trace: Trace, plan: Plan) -> dict[str, Any]:
@@ -131,11 +138,11 @@ def compare(settings: Settings, model: str, trace: Trace, plan: Plan) -> dict[st
         loads = {}
         for name in plan.policies:
             say(f"{name}: starting")
-            loads[name] = load.Load(name, stack.enter_context(serving(name, settings, model)), trace)
+            loads[name] = load.Load(name, stack.enter_context(serving(name, settings, model)), trace.kinds())
         for name in turns(plan.policies, load.SAMPLES):
             loads[name].time_alone()
         for name in turns(plan.policies, plan.rounds):
-            say(f"{name}: {plan.queued} queued, {loads[name].fill(plan.queued):.2f} images/s")
+            say(f"{name}: {plan.queued} queued, {loads[name].fill(trace.first(plan.queued)):.2f} images/s")
         rate = plan.share * statistics.median(loads[plan.baseline].rates)
         arrivals = trace.at_rate(rate, plan.seconds)
         for name in turns(plan.policies, plan.rounds):
@@ -143,19 +150,18 @@ def compare(settings: Settings, model: str, trace: Trace, plan: Plan) -> dict[st
             loads[name].replay(arrivals)
         limits = loads[plan.baseline].alone
         found = {name: one.facts(limits) for name, one in loads.items()}
-    facts = {"trace": trace.facts, "baseline": plan.baseline, "load": plan.share, "rate": rate, "queued": plan.queued}
+    loop = {"trace": trace.facts, "baseline": plan.baseline, "load": plan.share, "rate": rate, "queued": plan.queued}
     times = {"seconds": plan.seconds, "rounds": plan.rounds, "requests": len(arrivals)}
-    return {**facts, **times, "policies": found, "ratios": ratios(found, plan.baseline)}
+    return {**loop, **times, "policies": found, "ratios": ratios(found, plan.baseline)}
 
 
 @contextmanager
-def serving(policy: str, settings: Settings, model: str) -> Iterator[load.Address]:
-    """A server under this policy, once the model is loaded."""
+def serving(policy: str, settings: Settings, model: str) -> Iterator[str]:
+    """A server under this policy, once the model is loaded; its URL."""
     command = (sys.executable, "-m", "tests.bench.policies", policy)
     with Served(load.for_load(settings, model), command) as server:
         server.wait_ready(load.START)
-        host, _, port = server.url.removeprefix("http://").partition(":")
-        yield host, int(port)
+        yield server.url
         server.stop()
 
 
@@ -179,19 +185,15 @@ def ratios(found: Mapping[str, Any], baseline: str) -> dict[str, Any]:
     }
 
 
-def _print(found: Mapping[str, Any], model: str) -> None:
-    console = Console()
-    for name, one in found["policies"].items():
-        print_load(console, name, one)
+def ratios_table(found: Mapping[str, Any]) -> Table:
+    """How many times better than the baseline the others are, by class."""
     columns = {f"times better than {found['baseline']}": "{name}", "capacity": "{capacity:.2f}x", "class": "{kind}"}
     rows = [
         {"name": name, "capacity": own["capacity"], "kind": kind, **own[kind]}
         for name, own in found["ratios"].items()
         for kind in found["policies"][name]["latency"]
     ]
-    console.print(make_table({**columns, "p50": "{p50:.2f}x", "p95": "{p95:.2f}x"}, rows))
-    rate = f"{found['rate']:.2f} requests/s, {found['load']:g} of {found['baseline']}'s capacity"
-    console.print(f"{model}, {rate}, {found['rounds']} rounds of {found['seconds']:g} s", highlight=False)
+    return table({**columns, "p50": "{p50:.2f}x", "p95": "{p95:.2f}x"}, rows)
 
 
 @app.command()
@@ -207,21 +209,25 @@ def image(
 ) -> None:
     """One image beside diffusers' pipelines."""
     names = [name.strip() for name in baselines.split(",") if name.strip() not in ("", "none")]
-    with loaded(read_settings(models=models), model, random_weights=random_weights) as subject:
-        request = asked(subject, steps=steps, guidance=guidance, size=size)
-        drawn = measure_image(subject, request, rounds, pipelines(subject, request, names))
-        facts = image_facts(subject, request, rounds, random_weights)
-    reference, told, rows = drawn.pictures.get(REFERENCE), {}, []
-    for name, time in drawn.times.items():
-        away = distance(drawn.pictures[name], reference) if reference is not None else None
-        ratio = time.median / drawn.times["instep"].median
-        told[name] = {"ms": time.ms(), "against_instep": round(ratio, 4), "off": away._asdict() if away else None}
+    settings = read_settings(models=models)
+    with loaded(settings, model, random_weights=random_weights) as (pool, family):
+        request = ask(family.card, num_inference_steps=steps, guidance_scale=guidance, size=size)
+        others = pipelines(settings, family, request, names)
+        times, stages, pictures = measure_image(pool, settings, request, rounds, others)
+    reference, told, rows = pictures.get(REFERENCE), {}, []
+    for name, samples in times.items():
+        away = distance(pictures[name], reference) if reference is not None else None
+        ratio = statistics.median(samples) / statistics.median(times["instep"])
+        told[name] = {
+            "ms": milliseconds(samples), "against_instep": round(ratio, 4), "off": away._asdict() if away else None
+        }  # fmt: skip
         off = {"mean": f"{away.mean:.3f}", "largest": away.largest} if away else {"mean": "-", "largest": "-"}
         rows.append({"name": name, **told[name], **off})
-    stages = {name: time.ms() for name, time in drawn.stages.items()}
+    found = {name: milliseconds(samples) for name, samples in stages.items()}
     columns = {"against instep": "{against_instep:.2f}x", "mean off": "{mean}", "most off": "{largest}"}
-    tables = [times_table("stage", stages), make_table({"one image": "{name}", **TIMES, **columns}, rows)]
-    show("image", facts, {"ways": told, "stages": stages}, tables)
+    line = {"bench": "image", **recipe_facts(request.recipe), **facts(settings), "random_weights": random_weights}
+    line |= {"rounds": rounds, "ways": told, "stages": found}
+    show(line, times_table("stage", found), table({"one image": "{name}", **TIMES, **columns}, rows))
 
 
 class Distance(NamedTuple):
@@ -237,17 +243,17 @@ def distance(picture: np.ndarray, reference: np.ndarray) -> Distance:
     return Distance(float(away.mean()), int(away.max()))
 
 
-def pipelines(subject: Subject, request: Request, names: Sequence[str]) -> dict[str, Draw]:
+def pipelines(settings: Settings, family: Family, request: Request, names: Sequence[str]) -> dict[str, Draw]:
     """diffusers' pipelines that draw this request. Raises InvalidValue: no such baseline, or none for this request."""
-    return {name: _pipeline(subject, request, name) for name in names}
+    return {name: _pipeline(settings, family, request, name) for name in names}
 
 
-def _pipeline(subject: Subject, request: Request, name: str) -> Callable[[], np.ndarray]:
+def _pipeline(settings: Settings, family: Family, request: Request, name: str) -> Callable[[], np.ndarray]:
     if name not in BASELINES:
         raise InvalidValue(f'baselines: there is no "{name}"; there are {", ".join(BASELINES)}', param="baselines")
     if BASELINES[name].get("compiled"):
-        allow_compiling(subject.settings.cache)
-    upstream = Upstream(subject.family, **BASELINES[name])
+        allow_compiling(settings.cache)
+    upstream = Upstream(family, **BASELINES[name])
     return lambda: upstream.draw(request)
 
 

@@ -22,11 +22,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from app.bench.image import asked, measure_image
-from app.bench.machine import Ceilings, Spread, alternate, ceilings, facts, wait
-from app.bench.step import measure_steps
-from app.bench.subject import Subject, loaded
+from app.bench.engine import ask, measure_image, measure_steps
+from app.bench.machine import alternate, ceilings, facts, milliseconds, wait
+from app.bench.subject import loaded
 from app.cards.card import Size, parse_size
+from app.families.base import Family
+from app.pool.pool import Pool
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import resolve_dtype
@@ -101,7 +102,7 @@ def attention(shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dt
             except RuntimeError:  # no such kernel; torch says so in several ways
                 continue
             ways[backend] = way
-        told |= {backend: time.ms() for backend, time in alternate(ways, rounds).items()}
+        told |= {backend: milliseconds(samples) for backend, samples in alternate(ways, rounds).items()}
         yield {"bench": "attention", "of": name, "shape": [passes, heads, tokens, head], "ms": told}
 
 
@@ -110,30 +111,31 @@ def _attend(backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
         return scaled_dot_product_attention(q, k, v)
 
 
-def of_card(subject: Subject, chosen: Plan, most: Ceilings, rounds: int) -> Iterator[Line]:
+def of_card(
+    settings: Settings, pool: Pool, family: Family, chosen: Plan, most: Mapping[str, float], rounds: int
+) -> Iterator[Line]:
     """Steps of every size and width, decodes, and images."""
     for text, widths in chosen.steps.items():
-        for one in measure_steps(subject.family, parse_size(text), widths, rounds, most):
-            told = {"passes": one.passes, "ms": one.time.ms(), "floor_ms": one.floor * 1e3, "share": one.share}
-            yield {"bench": "step", "size": text, **told}
-    for text in _sizes(subject, (*chosen.steps, *DECODES)):
-        yield {"bench": "decode", "size": text, "ms": _decode(subject, parse_size(text), rounds).ms()}
+        for row in measure_steps(family, *parse_size(text), widths, rounds, most):
+            yield {"bench": "step", "size": text, **row}
+    for text in _sizes(family, (*chosen.steps, *DECODES)):
+        yield {"bench": "decode", "size": text, "ms": milliseconds(_decode(family, parse_size(text), rounds))}
     for baseline, (steps, guidance, text) in itertools.product(chosen.baselines, chosen.images):
-        request = asked(subject, steps=steps, guidance=guidance, size=text)
-        drawn = measure_image(subject, request, rounds, pipelines(subject, request, [baseline] if baseline else []))
-        times = {name: time.ms() for name, time in {**drawn.times, **drawn.stages}.items()}
-        yield {"bench": "image", "size": text, "steps": steps, "guidance": guidance, "ms": times}
+        request = ask(family.card, num_inference_steps=steps, guidance_scale=guidance, size=text)
+        others = pipelines(settings, family, request, [baseline] if baseline else [])
+        times, stages, _ = measure_image(pool, settings, request, rounds, others)
+        ms = {name: milliseconds(samples) for name, samples in {**times, **stages}.items()}
+        yield {"bench": "image", "size": text, "steps": steps, "guidance": guidance, "ms": ms}
 
 
-def _sizes(subject: Subject, texts: Iterable[str]) -> list[str]:
+def _sizes(family: Family, texts: Iterable[str]) -> list[str]:
     """Those that the card allows, each once."""
-    sizes = subject.card.limits.sizes
+    sizes = family.card.limits.sizes
     return [text for text in dict.fromkeys(texts) if all(sizes.min <= side <= sizes.max for side in parse_size(text))]
 
 
-def _decode(subject: Subject, size: Size, rounds: int) -> Spread:
-    """One latent to its pixels, on the device."""
-    family = subject.family
+def _decode(family: Family, size: Size, rounds: int) -> list[float]:
+    """Seconds of one latent to its pixels, on the device."""
     latents = torch.randn(1, *family.latent_shape(*size), device=family.device)
     with torch.inference_mode():
         return alternate({"decode": _timed(lambda: family.decode(latents), family.device)}, rounds)["decode"]
@@ -162,11 +164,10 @@ def sweep(settings: Settings, shapes: Mapping[str, Shape], cards: Mapping[str, P
 
 
 def _lines(settings: Settings, name: str, chosen: Plan, rounds: int) -> Iterator[Line]:
-    with loaded(settings, name, random_weights=True) as subject:
-        device, dtype = subject.family.device, subject.family.dtype
-        most = ceilings(device, dtype)
-        yield {"bench": "facts", "model": name, **facts(device, dtype), "ceilings": most._asdict()}
-        for line in of_card(subject, chosen, most, rounds):
+    with loaded(settings, name, random_weights=True) as (pool, family):
+        most = ceilings(family.device, family.dtype)
+        yield {"bench": "facts", "model": name, **facts(settings), **most}
+        for line in of_card(settings, pool, family, chosen, most, rounds):
             yield {"model": name, **line}
 
 

@@ -78,7 +78,7 @@ def engine(case: str, mark: str, descriptors: list[str]) -> None:
 
     plant(case, Path(mark))
     sys.argv = ["engine", *descriptors]
-    process._run()
+    process.main()
 
 
 async def watch(case: str, folder: Path, limit: float) -> str:

@@ -34,7 +34,7 @@ def draw(model: str, steps: int, images: int, dtype: str) -> None:
     from app.jobs.body import read_body
     from app.jobs.job import Job
     from app.settings import Settings
-    from app.worker.local import Local
+    from app.worker.process import Local
 
     cards = read_cards(ROOT / "models")
     with tempfile.TemporaryDirectory() as cache, Local(Settings(cache=Path(cache), dtype=dtype), cards) as local:

@@ -1,4 +1,4 @@
-"""The order of work, checked against DESIGN.md section 5's simulations: `python -m tests.bench.order [--requests 600]`.
+"""The order of work, beside a simulation made before: `python -m tests.bench.order [--requests 600]`.
 
 The real Engine, Batcher and Runner on a clock that a network of known cost moves: a forward of n passes takes
 a + b n seconds, so that its best cost per pass is within a tenth at the published width; encodes and decodes take none.
@@ -174,7 +174,7 @@ def main() -> None:
         for way, each in ways.items():
             if way != "setting":
                 print(f"  {way:11}" + "   ".join(f"{key} {value:.3f}" for key, value in each.items()))
-    print("\nDESIGN.md, simulated: pair: short p95 27 -> 0.44 s, mean 1.5x, long +3 %; 13 kinds: p50 3.3x of static's")
+    print("\nsimulated before: pair: short p95 27 -> 0.44 s, mean 1.5x, long +3 %; 13 kinds: p50 3.3x of static's")
     print(json.dumps({"bench": "order", "date": str(date.today()), **found}))
 
 

@@ -170,4 +170,4 @@ POLICIES = {
 if __name__ == "__main__":
     chosen = POLICIES[sys.argv.pop(1)]
     engine.Engine = partial(engine.Engine, batcher=chosen.batcher, runner=chosen.runner)  # type: ignore[misc, assignment]
-    process._run()
+    process.main()

@@ -23,7 +23,7 @@ from app.cards.card import Card, read_cards
 from app.jobs.body import read_body
 from app.jobs.job import Job
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 from tests.parts.servers import INSTEP, Process
 
 BODY = {"prompt": "a red apple on a blue background", "seed": 7}

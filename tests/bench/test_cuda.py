@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.bench.subject import Subject
 from app.cards.card import parse_size, read_cards
+from app.families.base import Family
 from app.settings import Settings
 from tests.bench import cuda
 from tests.bench.cuda import BACKENDS, CARDS, SHAPES, TINY_CARDS, TINY_SHAPES, Plan
@@ -53,9 +53,9 @@ def test_a_card_that_fails_says_so_and_the_next_one_comes(tmp_path: Path) -> Non
 def test_a_card_is_gone_before_the_next_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.nn.Module]] = []
 
-    def spied(subject: Subject, *_: object) -> list[dict[str, object]]:
+    def spied(settings: Settings, pool: object, family: Family, *_: object) -> list[dict[str, object]]:
         assert all(network() is None for network in alive)
-        alive.append(weakref.ref(subject.family.network))
+        alive.append(weakref.ref(family.network))
         return []
 
     monkeypatch.setattr(cuda, "of_card", spied)

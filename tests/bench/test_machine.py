@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from app.bench import machine
-from app.bench.machine import Ceilings, Spread, alternate, ceilings, facts, spread, turns
+from app.bench.machine import alternate, ceilings, facts, milliseconds, turns
+from app.settings import Settings
 
 CPU = torch.device("cpu")
-
-
-def test_the_floor_is_the_larger_of_the_two_times() -> None:
-    measured = Ceilings(flops=100.0, bytes=10.0)
-    assert measured.floor(200.0, 5.0) == 2.0
-    assert measured.floor(50.0, 30.0) == 3.0
 
 
 def test_ceilings_are_the_work_over_its_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,14 +20,14 @@ def test_ceilings_are_the_work_over_its_least_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(machine, "COPIED", {"cpu": 4096})
     now = iter(range(10**6))
     monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(now)))
-    assert ceilings(CPU, torch.float32) == Ceilings(2 * 32**3, 2 * 4096)
+    assert ceilings(CPU, torch.float32) == {"matmul_gflops": 2 * 32**3 / 1e9, "copy_gbytes": 2 * 4096 / 1e9}
 
 
 def test_facts_name_the_machine_the_versions_and_the_commit() -> None:
-    found = facts(CPU, torch.bfloat16)
+    found = facts(Settings(devices="cpu", dtype="bfloat16", threads=3))
     assert found["dtype"] == "bfloat16"
     assert found["torch"] == torch.__version__
-    assert found["threads"] == torch.get_num_threads()
+    assert found["threads"] == 3
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", str(found["date"]))
     assert re.fullmatch(r"[0-9a-f]{7,40}\+?|\S*-g[0-9a-f]{7,40}\+?|", str(found["commit"]))
     assert found["machine"]
@@ -43,8 +38,8 @@ def test_turns_go_there_and_back() -> None:
     assert "".join(turns("abc", 3)) == "abccbaabc"
 
 
-def test_a_spread_is_the_median_and_both_ends() -> None:
-    assert spread([3.0, 1.0, 2.0, 10.0]) == Spread(2.5, 1.0, 10.0, 4)
+def test_milliseconds_are_the_median_and_both_ends() -> None:
+    assert milliseconds([3.0, 1.0, 2.0, 10.0]) == {"median": 2500.0, "least": 1000.0, "most": 10000.0}
 
 
 def test_warm_ups_run_and_are_not_counted() -> None:
@@ -55,5 +50,5 @@ def test_warm_ups_run_and_are_not_counted() -> None:
         return cold if calls.count(name) <= 2 else warm
 
     found = alternate({"a": lambda: way("a", 9.0, 1.0), "b": lambda: way("b", 8.0, 2.0)}, rounds=3)
-    assert found == {"a": Spread(1.0, 1.0, 1.0, 3), "b": Spread(2.0, 2.0, 2.0, 3)}
+    assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert "".join(calls) == "abba" + "abbaab"

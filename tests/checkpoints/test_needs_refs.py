@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ def test_a_branch_is_linked_before_a_pinned_commit(
     own: str | None, shared: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def opened(card: Any, _: object) -> tuple[hub.Repo, set[str]]:
-        return hub.Repo("o/r", card.source.revision, COMMIT, {}, Path("cache")), set()
+        return hub.Repo("o/r", card.source.revision, COMMIT, {}), set()
 
     def card(revision: str | None, components: dict[str, str]) -> Any:
         source, facts = SimpleNamespace(repo="o/r", revision=revision), SimpleNamespace(torch_files=False)

@@ -12,8 +12,7 @@ import diffusers
 import pytest
 
 from app.cards.card import Card, Source, read_cards
-from app.cards.folder import ModelFolder
-from app.cards.noise import CLIPS_BY_DEFAULT, check_schedule
+from app.cards.folder import CLIPS_BY_DEFAULT, ModelFolder, check_schedule
 from app.checkpoints.parts import read_parts
 from app.errors import CheckpointError, NotDownloaded
 from tests.parts.tiny import write_dit

@@ -39,7 +39,7 @@ def hub(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(models.parent / "home" / "hub"))
         monkeypatch.setattr(f"{constants}.HF_TOKEN_PATH", str(models.parent / "home" / "token"))
-        monkeypatch.setattr("app.checkpoints.hub.PAUSES", (0.0, 0.0, 0.0))
+        monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield server

@@ -25,6 +25,7 @@ def cached(models: Path, path: str) -> Path:
     return models.parent / "home" / "hub" / "models--lab--tiny" / "snapshots" / COMMIT / path
 
 
-def partials(models: Path) -> list[int]:
-    """Bytes of what came of files that were cut off."""
-    return [file.stat().st_size for file in (models.parent / "home").rglob("*.incomplete")]
+def partials(models: Path) -> list[Path]:
+    """What is still in the cache of files that did not arrive whole, or were not right."""
+    home = models.parent / "home"
+    return [file for pattern in ("*.incomplete", "incoming") for file in home.rglob(pattern)]

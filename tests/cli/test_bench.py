@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app.bench import machine
-from app.bench import trace as traces
 from tests.parts.commands import Run, one_line
 
 
@@ -34,7 +32,7 @@ def test_step_tells_times_work_and_floor(run: Run) -> None:
     assert (one["passes"], four["passes"]) == (1, 4) and four["gflop"] == pytest.approx(4 * one["gflop"], rel=0.02)
     for row in line["steps"]:
         assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"]["median"], abs=0.01)
-    assert "share of floor" in result.stdout and "GFLOP/s of a matrix product" in result.stdout
+    assert "share of floor" in result.stdout and "matmul gflops" in result.stdout
 
 
 def test_step_with_random_weights_needs_no_files(run: Run) -> None:
@@ -48,9 +46,9 @@ def test_image_tells_every_stage(run: Run) -> None:
     assert list(line["ways"]) == ["instep", "instep-cached"] and line["ways"]["instep"]["ms"]["median"] > 0
     assert set(line["stages"]) == {
         *("encode text, fresh", "encode text, cached", "denoise", "denoise, a step", "decode"),
-        *("a step: network", "a step: outside the network", "encode PNG"),
+        "encode PNG",
     }
-    assert (line["sampler"], line["steps"]) == ("flow_euler", 3) and "instep-cached" in result.stdout
+    assert (line["sampler"], line["num_inference_steps"]) == ("flow_euler", 3) and "instep-cached" in result.stdout
 
 
 def test_image_of_classes_alone(run: Run) -> None:
@@ -74,27 +72,14 @@ def test_what_makes_no_sense_is_one_line(run: Run, words: tuple[str, ...], told:
     assert told in one_line(run("bench", *given))
 
 
-def test_a_recorded_trace_can_be_read(run: Run, tmp_path: Path) -> None:
-    file = tmp_path / "trace.jsonl"
-    result = run("bench", "serve", "--model", "tiny-sd3", "--record", str(file), "--rate", "9", "--seconds", "20")
-    assert result.exit_code == 0, result.output
-    drawn = traces.read(file)
-    assert f"{len(drawn.arrivals)} requests in 20 s" in " ".join(result.output.split())
-    assert drawn.facts["rate"] == 9.0
-
-
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--mix", "odd"), "mix: odd"),
-        (("--trace", "{trace}", "--record", "{trace}"), "recorded already"),
-        (("--trace", "{trace}"), "line 1: not a line of a trace"),
-        (("--trace", "{absent}"), "absent"),
-        (("--at-capacity", "inf"), "not a number that ends"),
+        (("--mix", "odd"), "'odd' is not one of 'mixed', 'homogeneous'"),
+        (("--at-capacity", "inf"), "should be less than or equal to"),
+        (("--seconds", "inf"), "should be less than or equal to"),
         (("--model", "nobody"), "nobody"),
     ],
 )
-def test_a_load_that_makes_no_sense_is_one_line(run: Run, tmp_path: Path, words: tuple[str, ...], told: str) -> None:
-    (tmp_path / "bad").write_text("{}")
-    given = [word.format(trace=tmp_path / "bad", absent=tmp_path / "absent") for word in words]
-    assert told in one_line(run("bench", "serve", *given))
+def test_a_load_that_makes_no_sense_is_one_line(run: Run, words: tuple[str, ...], told: str) -> None:
+    assert told in one_line(run("bench", "serve", *words))

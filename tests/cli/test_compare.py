@@ -14,13 +14,13 @@ from rich.console import Console
 
 from app.cli import compare
 from app.cli.bodies import open_registry
-from app.errors import NonFiniteOutput
+from app.errors import EngineError
 from app.jobs.compare import parameters_of
 from app.jobs.job import Job
 from app.report import ModelState, Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 from tests.parts.commands import Run, one_line
 
 
@@ -127,7 +127,7 @@ def test_a_bad_comparison_is_one_line(run: Run, words: tuple[object, ...], said:
 def test_an_error_of_the_engine_names_the_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(local: Local, job: Job) -> None:
         if job.request.recipe.model == "tiny-sd3-turbo":
-            job.fail(NonFiniteOutput("the network gave NaN"))
+            job.fail(EngineError("the network gave NaN", code="non_finite_output"))
 
     monkeypatch.setattr(Local, "submit", fail)
     said = one_line(run("compare", "tiny-sd3", "tiny-sd3-turbo", "--prompt", "red"))

@@ -16,12 +16,12 @@ from typer.testing import Result
 
 from app.cli import generate
 from app.cli.bodies import build, open_registry
-from app.errors import NonFiniteOutput
+from app.errors import EngineError
 from app.jobs.job import Job
 from app.report import Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 from tests.parts.close import SAME, apart, close, furthest
 from tests.parts.commands import Run, one_line
 from tests.parts.tiny_parts import spoil
@@ -129,7 +129,9 @@ def test_a_broken_checkpoint_is_one_line(run: Run, tiny: Path) -> None:
 
 
 def test_an_error_of_the_engine_ends_the_command(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Local, "submit", lambda local, job: job.fail(NonFiniteOutput("the network gave NaN")))
+    monkeypatch.setattr(
+        Local, "submit", lambda local, job: job.fail(EngineError("the network gave NaN", code="non_finite_output"))
+    )
     assert one_line(run("generate", "red", "--model", "tiny-sd3")).endswith("the network gave NaN")
 
 

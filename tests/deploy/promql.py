@@ -1,7 +1,4 @@
-"""What an alert's condition is about: the expressions that it compares and combines.
-
-Knows nothing of Prometheus but the few words of its language that stand between them.
-"""
+"""The expressions that the condition of an alert compares and combines, found by the words of PromQL between them."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def _prometheus(folder: Path, service: str, gpus: str, interval: str) -> Iterato
 
 
 def gpu_fields() -> list[str]:
-    """The fields that compose's dcgm-exporter is told to export."""
+    """The fields that compose's dcgm-exporter exports."""
     lines = (PROMETHEUS / "gpu.csv").read_text(encoding="utf-8").splitlines()
     return [line.split(",")[0] for line in lines if not line.startswith("#")]
 

@@ -1,7 +1,4 @@
-"""The dashboard's file: what the script writes, whole, and asking only for metrics that there are.
-
-Knows nothing of a running server (`test_prometheus.py`).
-"""
+"""The dashboard's file is what the script writes, and asks only for metrics that exist; without a running server."""
 
 from __future__ import annotations
 
@@ -71,7 +68,7 @@ def test_each_panel_says_what_it_shows() -> None:
     assert units == {"none", "s", "percentunit", "bytes", "reqps", "celsius", "watt", "suffix: /s"}
 
 
-def test_what_is_asked_of_the_exporter_is_what_it_is_told_to_export() -> None:
+def test_the_exporter_exports_what_is_asked_of_it() -> None:
     asked = {name for expr in [*(expr for _, expr in QUERIES), *(rule["expr"] for rule in rules("alert"))]
              for name in re.findall(r"DCGM_\w+", expr)}  # fmt: skip
     assert asked == set(gpu_fields())

@@ -1,7 +1,4 @@
-"""A minute of everything that a service meets: pictures, streams, clients that leave, mistakes, a rush, a broken model.
-
-Knows nothing of metrics.
-"""
+"""A minute of everything that a service meets: pictures, streams, clients that leave, mistakes, a rush, a bad model."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.errors import Cancelled, NonFiniteOutput
+from app.errors import Cancelled, EngineError
 from app.jobs.job import Job
 from app.report import Failure, Preview, Progress, Result, Timings
+from tests.parts.requests import refused
 from tests.parts.supervising import job
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -33,13 +34,13 @@ def test_its_results_come_in_the_order_of_the_images() -> None:
 
 def test_it_ends_once() -> None:
     heard: list[Any] = []
-    asked, error = job(on_report=heard.append), NonFiniteOutput("the network gave NaN")
+    asked, error = job(on_report=heard.append), EngineError("the network gave NaN", code="non_finite_output")
     asked.hear(Failure("id", error))
     asked.hear(result(0))
-    asked.fail(NonFiniteOutput("again"))
+    asked.fail(EngineError("again", code="non_finite_output"))
     asked.cancel()
     assert asked.error is error and heard == [] and asked.images_left == 1
-    with pytest.raises(NonFiniteOutput, match="gave NaN"):
+    with refused("non_finite_output", match="gave NaN"):
         asked.result()
 
 
@@ -71,11 +72,11 @@ def test_it_is_awaited_from_any_thread_and_cancelled_with_its_task() -> None:
         waiting = [asyncio.create_task(wait_for(one)) for one in (answered, failing, left, slow)]
         await asyncio.sleep(0)
         await asyncio.to_thread(answered.hear, result(0))
-        await asyncio.to_thread(failing.fail, NonFiniteOutput("NaN"))
+        await asyncio.to_thread(failing.fail, EngineError("NaN", code="non_finite_output"))
         left.cancel()
         waiting[3].cancel()
         found = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [type(one) for one in found] == [list, NonFiniteOutput, Cancelled, asyncio.CancelledError]
+        assert [type(one) for one in found] == [list, EngineError, Cancelled, asyncio.CancelledError]
         assert slow.future.cancelled()
         assert len(await answered) == 1
 

@@ -3,7 +3,7 @@
 Knows nothing of diffusion: every image is one solid colour, `colour(condition, seed)`.
 
 Rows advance together, one step a tick of STEP seconds, as the engine's do. Prompts that begin with "!" misbehave:
-    !nan        the request fails with NonFiniteOutput at its second step
+    !nan        the request fails with non_finite_output at its second step
     !oom        the request fails with OutOfMemory at its second step
     !load       the request fails with CheckpointError before its first step
     !hang       announces 0.3 seconds, then says nothing for ever
@@ -26,12 +26,15 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
-from app.errors import Cancelled, CheckpointError, InstepError, ModelNotFound, NonFiniteOutput, OutOfMemory
+from app.cards.card import Card
+from app.errors import Cancelled, CheckpointError, EngineError, InstepError, ModelNotFound, OutOfMemory
 from app.report import Announce, Failure, ModelState, Preview, Progress, Report, Result, Tick, Timings
 from app.request import Condition, ImageSpec, Prompt, Request
+from app.settings import Settings
 from app.worker import wire
 
 STEP = 0.002
@@ -79,29 +82,29 @@ class Row:
 
 
 class FakeWorker:
-    def __init__(self, sock: socket.socket, start: wire.Start) -> None:
-        self.sock = sock
+    def __init__(self, stream: BinaryIO, settings: Settings, cards: dict[str, Card]) -> None:
+        self.stream = stream
         self.sending = threading.Lock()
-        self.cards = start.cards
+        self.cards = cards
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
         self.rows: list[Row] = []
         self.ready: set[str] = set()
         self.stopping = False
-        wanted = start.settings.preload
-        self.preload = list(start.cards) if wanted == "all" else [name for name in wanted.split(",") if name]
+        wanted = settings.preload
+        self.preload = list(cards) if wanted == "all" else [name for name in wanted.split(",") if name]
 
     def emit(self, report: Report | wire.Hello) -> None:
         with self.sending:
-            wire.send(self.sock, report)
+            wire.send(self.stream, report)
 
     def listen(self) -> None:
-        while (order := wire.receive(self.sock)) is not None:
+        while (order := wire.receive(self.stream)) is not None:
             self.orders.put(order)
         os._exit(0)
 
     def run(self) -> None:
         threading.Thread(target=self.listen, daemon=True).start()
-        self.emit(wire.Hello(os.getpid()))
+        self.emit(wire.Hello())
         for model in self.preload:
             self.load(model)
         while True:
@@ -207,7 +210,9 @@ class FakeWorker:
     def misbehave(self, row: Row, text: str) -> None:
         request = row.request
         if text.startswith("!nan"):
-            self.fail(request.id, NonFiniteOutput("The network produced numbers that are not finite."))
+            self.fail(
+                request.id, EngineError("The network produced numbers that are not finite.", code="non_finite_output")
+            )
         elif text.startswith("!oom"):
             self.fail(request.id, OutOfMemory("This image alone does not fit in the device's memory."))
         elif text.startswith("!die"):
@@ -234,10 +239,10 @@ class FakeWorker:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire.beat(int(sys.argv[2]))
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    start = wire.receive(sock)
-    if isinstance(start, wire.Start):
-        FakeWorker(sock, start).run()
+    stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
+    if start := wire.receive(stream):
+        _, settings, cards, _ = start
+        FakeWorker(stream, settings, cards).run()
 
 
 if __name__ == "__main__":

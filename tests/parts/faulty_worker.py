@@ -75,4 +75,4 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     plant(sys.argv.pop(1))
-    process._run()
+    process.main()

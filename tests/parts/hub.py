@@ -85,7 +85,7 @@ class Sender(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def send(self, hub: Hub, path: str, body: bytes) -> None:
+    def send(self, hub: Hub, path: str, body: bytes, headers: dict[str, str] | None = None) -> None:
         """A file, or the range of it that is asked for, and whatever is wrong with it today."""
         if path in hub.flipped:
             body = body[:-1] + bytes([body[-1] ^ 1])
@@ -93,7 +93,7 @@ class Sender(BaseHTTPRequestHandler):
         start = int(asked) if asked and path not in hub.whole else 0
         if start >= len(body) > 0:
             return self.answer(416, b"")
-        rest, extra = body[start:], {}
+        rest, extra = body[start:], dict(headers or {})
         if start:
             extra["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         if hub.cut.get(path, 0) and self.command == "GET":
@@ -157,9 +157,12 @@ class Handler(Sender):
         file = self.server.files(repo).get(path)
         if file is None:
             return self.refuse(404, "EntryNotFound", "Entry not found")
-        if not large(path):
-            return self.send(self.server, path, file.read_bytes())
-        return self.answer(302, b"", {"Location": f"{self.server.storage.url}/{repo}/{path}"})
+        listed = entry(path, file, self.server.sizes.get(path))
+        commit, lfs = {"X-Repo-Commit": COMMIT}, listed.get("lfs")
+        if lfs is None:
+            return self.send(self.server, path, file.read_bytes(), commit | {"ETag": f'"{listed["oid"]}"'})
+        linked = {"X-Linked-Etag": f'"{lfs["oid"]}"', "X-Linked-Size": str(lfs["size"])}
+        return self.answer(302, b"", {**commit, **linked, "Location": f"{self.server.storage.url}/{repo}/{path}"})
 
     def refuse(self, status: int, code: str, message: str) -> None:
         self.answer(status, b"", {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})})
@@ -181,11 +184,11 @@ def large(path: str) -> bool:
     return path.endswith(".safetensors")
 
 
-def entry(path: str, file: Path, size: int | None) -> dict[str, object]:
+def entry(path: str, file: Path, size: int | None) -> dict[str, Any]:
     """A file as the tree of a repository lists it."""
     body = file.read_bytes()
     count = len(body) if size is None else size
-    told: dict[str, object] = {
+    told: dict[str, Any] = {
         "type": "file",
         "path": path,
         "size": count,

@@ -1,10 +1,13 @@
-"""Requests for tests, from flat facts: `flat` makes one, `changed` makes another of it."""
+"""Requests for tests, from flat facts: `flat` makes one, `changed` makes another of it; and `refused`, the errors."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
 from typing import Any
 
+import pytest
+
+from app.errors import Code, InstepError
 from app.request import Delivery, Guidance, ImageSpec, Recipe, Request, SkipGuidance
 
 PARTS = {name: {field.name for field in fields(kind)} for name, kind in (("recipe", Recipe), ("delivery", Delivery))}
@@ -42,3 +45,8 @@ def changed(request: Request, **changes: Any) -> Request:
         own = {name: changes.pop(name) for name in names & changes.keys()}
         changes[part] = replace(getattr(request, part), **own)
     return replace(request, **changes)
+
+
+def refused(code: Code, match: str | None = None) -> pytest.RaisesExc[InstepError]:
+    """A context in which an error with this code is raised."""
+    return pytest.RaisesExc(InstepError, match=match, check=lambda error: error.code == code)

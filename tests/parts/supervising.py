@@ -65,4 +65,4 @@ async def serving(*, command: Sequence[str] = FAKE, **settings: object) -> Async
 
 def tenants(supervisor: Supervisor) -> dict[str, float]:
     """Estimated device seconds of the unanswered images of each tenant, on all workers."""
-    return dict(sum((Counter(child.backlog.tenants()) for child in supervisor._children), Counter[str]()))
+    return dict(sum((Counter(child.backlog.tenants()) for child in supervisor.children), Counter[str]()))

@@ -13,4 +13,4 @@ if __name__ == "__main__":
     tracer = Tracer()
     tracer.install()
     threading.Thread(target=watch, args=(tracer, Path(sys.argv.pop(1))), daemon=True).start()
-    process._run()
+    process.main()

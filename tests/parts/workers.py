@@ -15,8 +15,8 @@ FAKE = (sys.executable, "-P", str(Path(__file__).with_name("fake_worker.py")))
 _FAULTY = (sys.executable, "-P", str(Path(__file__).with_name("faulty_worker.py")))
 """-P: a module beside a worker must not take the place of an installed one of its name."""
 _HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[1])).sendall\n"
-HELLO = wire.pack(wire.Hello(1))
-REFUSAL = wire.pack(wire.Refusal(SettingsError("no such GPU")))
+HELLO = wire.pack(wire.Hello())
+REFUSAL = wire.pack(wire.Hello(SettingsError("no such GPU")))
 
 
 def faulty(fault: str) -> tuple[str, ...]:

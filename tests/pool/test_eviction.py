@@ -12,7 +12,7 @@ import torch
 from app.cards.card import Card, read_cards
 from app.cards.folder import Part
 from app.checkpoints.parts import part_states
-from app.errors import CheckpointError, DoesNotFit
+from app.errors import CheckpointError
 from app.families.components import empty_network
 from app.pool.policy import PHASES, Parts
 from app.pool.pool import Pool
@@ -164,7 +164,7 @@ def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
     pool.want("tiny-sd3")
     eventually(lambda: pool.failure("tiny-sd3"))
     error = pool.failure("tiny-sd3")
-    assert isinstance(error, DoesNotFit) and "INSTEP_DEVICE_MEMORY" in error.message
+    assert error.code == "insufficient_gpu_memory" and "INSTEP_DEVICE_MEMORY" in error.message
     assert error.message.count("MB") + error.message.count("kB") == 2
 
 

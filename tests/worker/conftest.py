@@ -9,4 +9,4 @@ from app.worker import child
 def quick_restarts(monkeypatch):
     """Back-off from 50 ms, and little patience with processes that will not stop."""
     monkeypatch.setattr(child, "FIRST_DELAY", 0.05)
-    monkeypatch.setattr(child, "_EXIT", 0.3)
+    monkeypatch.setattr(child, "PATIENCE", 0.3)

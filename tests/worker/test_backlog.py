@@ -83,5 +83,5 @@ def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]], answere
     )
     for some in sorted(books.jobs.values(), key=kind_of):
         answer(books, some, min(answered, some.images_left))
-        books.end(some)
+        books.end(some.request.id)
     assert (books.images, books.seconds, books.weights, books.jobs) == (0, 0, {}, {})

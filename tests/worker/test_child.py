@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from app.errors import NoWorker, SettingsError
 from app.settings import Settings
 from app.worker import wire
 from app.worker.supervisor import Supervisor
+from tests.parts.requests import refused
 from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import run, until
 from tests.parts.workers import HELLO, REFUSAL, script
@@ -25,7 +25,7 @@ def test_a_hang_is_killed_and_restarted(caplog):
             first = supervisor.pids[0]
             lost = [supervisor.submit(job(text, steps=50)) for text in ("!hang", "!slow 600")]
             for answer in await asyncio.gather(*lost, return_exceptions=True):
-                assert type(answer) is NoWorker
+                assert answer.code == "no_worker"
             with pytest.raises(ProcessLookupError):
                 os.kill(first, 0)
             await until(lambda: supervisor.live)
@@ -61,18 +61,18 @@ def test_a_process_that_says_hello_and_no_more_is_a_hang(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize(
-    ("body", "error", "words"),
+    ("body", "code", "words"),
     [
-        (f"say({REFUSAL})", SettingsError, "no such GPU"),
-        ("os._exit(7)", NoWorker, "ended with exit code 7 before it was ready"),
-        ("say(bytes(7) + b'\\x04oops'); time.sleep(60)", NoWorker, "sent what cannot be read"),
+        (f"say({REFUSAL})", "internal_error", "no such GPU"),
+        ("os._exit(7)", "no_worker", "ended with exit code 7 before it was ready"),
+        ("say(bytes(7) + b'\\x04oops'); time.sleep(60)", "no_worker", "sent what cannot be read"),
     ],
     ids=["refuses", "exits", "lies"],
 )
-def test_a_start_that_fails_says_why_and_leaves_nothing(body, error, words):
+def test_a_start_that_fails_says_why_and_leaves_nothing(body, code, words):
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, command=script(body))
-        with pytest.raises(error, match=words):
+        with refused(code, match=words):
             await supervisor.start()
         assert supervisor.pids == [0, 0]
 
@@ -82,7 +82,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(body, error, words):
 def test_a_program_that_is_not_there():
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS, command=("/nowhere/python",))
-        with pytest.raises(NoWorker, match="could not be started"):
+        with refused("no_worker", match="could not be started"):
             await supervisor.start()
 
     run(scenario)
@@ -93,7 +93,7 @@ def test_a_start_that_takes_too_long_is_a_hang(monkeypatch):
 
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS, command=script("time.sleep(600)"))
-        with pytest.raises(NoWorker, match='hung in phase "start"'):
+        with refused("no_worker", match='hung in phase "start"'):
             await supervisor.start()
 
     run(scenario)

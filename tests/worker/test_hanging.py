@@ -5,11 +5,10 @@ import asyncio
 import pytest
 
 from app.cards.card import read_cards
-from app.errors import NoWorker
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
-from tests.parts.requests import flat
+from tests.parts.requests import flat, refused
 from tests.parts.supervising import job
 from tests.parts.waiting import until
 from tests.parts.workers import faulty
@@ -37,7 +36,7 @@ def test_a_forward_that_never_returns_is_ended_and_the_engine_starts_again(
             (first,) = supervisor.pids
             if fault == "hang":
                 assert len(await supervisor.submit(job(picture("a cat")))) == 1
-            with pytest.raises(NoWorker, match="died while it worked"):
+            with refused("no_worker", match="died while it worked"):
                 await supervisor.submit(job(picture("hang")))
             await until(lambda: supervisor.live, 100)
             assert supervisor.restarts == 1 and supervisor.pids != [first]

@@ -16,7 +16,7 @@ from app.jobs.job import Job
 from app.pool import pool
 from app.report import Report
 from app.settings import Settings
-from app.worker.local import Local
+from app.worker.process import Local
 
 
 def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_one(

@@ -44,21 +44,21 @@ class Said:
 
 said = Said()
 
-def build(start, tell):
+def build(settings, cards, device, tell):
     global emit
     emit = tell
     BUILD
     return Pool(), Engine()
 
 process.build = build
-process._run()
+process.main()
 """
 WAITING, SLEEPING = "orders.get()", "ctypes.CDLL(None).sleep(600)"
 
 
 @contextmanager
 def child(run: str = WAITING, build: str = "", **settings: object):
-    """The process, started as the supervisor starts it, and our end of its socket."""
+    """The process, started as the supervisor starts it, and our end of its stream."""
     code = STAND_IN.replace("RUN", run).replace("BUILD", build or "pass")
     ours, theirs = socket.socketpair()
     beats, pulse = os.pipe()
@@ -68,26 +68,28 @@ def child(run: str = WAITING, build: str = "", **settings: object):
         running = subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE)
     os.close(pulse)
     ours.settimeout(20)
+    stream = ours.makefile("rwb")
+    ours.close()  # once the stream is closed too
     try:
-        wire.send(ours, wire.Start(Settings(**({"devices": "cpu"} | settings)), CARDS, "cpu"))
-        yield running, ours
+        wire.send(stream, ("start", Settings(**({"devices": "cpu"} | settings)), CARDS, "cpu"))
+        yield running, stream
     finally:
-        ours.close()
+        stream.close()
         os.close(beats)
         running.kill()
         running.communicate()
 
 
 def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
-    with child(preload="other") as (running, sock):
-        assert wire.receive(sock) == wire.Hello(running.pid)
-        assert wire.receive(sock) == Announce("want other", 1.0)
+    with child(preload="other") as (running, stream):
+        assert wire.receive(stream) == wire.Hello()
+        assert wire.receive(stream) == Announce("want other", 1.0)
         asked = request()
         calls = ("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop",)
         for call in calls:
-            wire.send(sock, call)
+            wire.send(stream, call)
         heard = []
-        while (news := wire.receive(sock)) is not None:
+        while (news := wire.receive(stream)) is not None:
             heard.append(news)
         assert [(news.request_id, news.error.message) for news in heard if isinstance(news, Failure)] == [
             (asked.id, "submitted"),
@@ -104,34 +106,34 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
 
 @pytest.mark.parametrize("run", [WAITING, SLEEPING], ids=["waiting", "deep in native code"])
 def test_the_end_of_the_stream_ends_the_process(run):
-    with child(run) as (running, sock):
-        assert isinstance(wire.receive(sock), wire.Hello)
-        sock.close()
+    with child(run) as (running, stream):
+        assert isinstance(wire.receive(stream), wire.Hello)
+        stream.close()
         assert running.wait(20) == 0
 
 
 def test_the_end_of_the_stream_ends_a_process_that_still_builds():
-    with child(build="time.sleep(600)") as (running, sock):
-        sock.close()
+    with child(build="time.sleep(600)") as (running, stream):
+        stream.close()
         assert running.wait(20) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_to_the_whole_group_are_left_to_the_front(number):
-    with child(SLEEPING) as (running, sock):
-        assert isinstance(wire.receive(sock), wire.Hello)
+    with child(SLEEPING) as (running, stream):
+        assert isinstance(wire.receive(stream), wire.Hello)
         running.send_signal(number)
-        wire.send(sock, ("load", "fake"))
-        assert wire.receive(sock) == Announce("load fake", 1.0)
+        wire.send(stream, ("load", "fake"))
+        assert wire.receive(stream) == Announce("load fake", 1.0)
         assert running.poll() is None
-        sock.close()
+        stream.close()
         assert running.wait(20) == 0
 
 
 def test_a_device_that_is_not_there_is_refused():
-    with child(build="raise SettingsError('no such GPU')") as (running, sock):
-        refusal = wire.receive(sock)
-        assert isinstance(refusal, wire.Refusal) and isinstance(refusal.error, SettingsError)
+    with child(build="raise SettingsError('no such GPU')") as (running, stream):
+        refusal = wire.receive(stream)
+        assert isinstance(refusal, wire.Hello) and isinstance(refusal.error, SettingsError)
         assert running.wait(20) == 1
 
 
@@ -142,9 +144,10 @@ def test_an_engine_that_raises_ends_the_process():
 
 
 def test_an_order_that_cannot_be_read_ends_the_process():
-    with child() as (running, sock):
-        assert isinstance(wire.receive(sock), wire.Hello)
-        sock.sendall(bytes(7) + b"\x04oops")
+    with child() as (running, stream):
+        assert isinstance(wire.receive(stream), wire.Hello)
+        stream.write(bytes(7) + b"\x04oops")
+        stream.flush()
         assert running.wait(20) == 1
 
 
@@ -164,22 +167,22 @@ def test_dtype_auto_is_what_the_processor_computes_in(tmp_path, flags, dtype):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SettingsError, match="torch sees no GPU"):
-        process._check("cuda:0")
+        process.build(Settings(), CARDS, "cuda:0", print)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SettingsError, match="there are 2 GPUs"):
-        process._check("cuda:2")
+        process.build(Settings(), CARDS, "cuda:2", print)
 
 
 def test_big_pictures_do_not_block_the_engine():
     """emit only queues: with nobody reading, the engine goes on; with a reader, all arrives in order."""
     run = "[emit(Announce('x' * 1_000_000, i)) for i in range(20)]; emit(Announce('end', 0.0))"
-    with child(run) as (running, sock):
+    with child(run) as (running, stream):
         time.sleep(0.2)
-        assert isinstance(wire.receive(sock), wire.Hello)
-        assert [wire.receive(sock).seconds for _ in range(20)] == list(range(20))
-        assert wire.receive(sock) == Announce("end", 0.0)
-        assert wire.receive(sock) == Announce("closed", 1.0)
+        assert isinstance(wire.receive(stream), wire.Hello)
+        assert [wire.receive(stream).seconds for _ in range(20)] == list(range(20))
+        assert wire.receive(stream) == Announce("end", 0.0)
+        assert wire.receive(stream) == Announce("closed", 1.0)
         assert running.wait(20) == 0
 
 
@@ -206,23 +209,17 @@ def tick(number: int) -> Tick:
 
 
 def test_ticks_go_together_and_nothing_else_waits():
-    bundle, sent = process.Bundle(), []
-    for number in range(40):  # 20 a second
-        sent.append(bundle.add(tick(number), 0.05 * number))
-    assert max(map(len, sent)) * 0.05 <= process.HOLD + 0.001
-    told = [len(words) for words in sent if words]
-    assert told[0] == 1 and len(told) <= 2 / process.HOLD
-    step = Progress("a", 0, 1, 4)
-    sent.append(bundle.add(tick(40), 2.0))
-    sent.append(bundle.add(step, 2.01))
-    assert sent[-1][-1] is step
-    sent.append(bundle.add(step, 2.02))
-    assert sent[-1] == [step]
-    bundle.add(tick(41), 2.03)
-    sent.append(bundle.rest())
-    ticks = [word for words in sent for word in words if isinstance(word, Tick)]
-    assert ticks == [tick(number) for number in range(42)]
-    assert bundle.rest() == []
+    now, sent, step = [0.0], [], Progress("a", 0, 1, 4)
+    sender = process.Sender(lambda *words: sent.append(words), clock=lambda: now[0])
+    words = [(tick(number), 0.05 * number) for number in range(41)]  # 20 a second
+    for word, now[0] in [*words, (step, 2.01), (step, 2.02), (tick(41), 2.03)]:
+        sender.emit(word)
+    sender.finish()
+    *early, with_step, alone, rest = sent
+    assert max(map(len, early)) * 0.05 <= process.HOLD + 0.001
+    assert len(early[0]) == 1 and len(early) <= 2 / process.HOLD + 1
+    assert with_step[-1] is step and alone == (step,) and rest == (tick(41),)
+    assert [word for words in sent for word in words if word is not step] == [tick(number) for number in range(42)]
 
 
 def test_every_tick_arrives_also_those_that_are_held_when_the_engine_ends():
@@ -231,8 +228,8 @@ def test_every_tick_arrives_also_those_that_are_held_when_the_engine_ends():
         "said.put(Announce('on', 1.0)); [said.put(Tick('m', 'denoise', 1, 1, 0, 1, 0.01 * n, 1, 0)) "
         "for n in range(20, 42)]"
     )
-    with child(run, "from app.report import Tick; globals()['Tick'] = Tick") as (_, sock):
-        words = list(iter(lambda: wire.receive(sock), None))
+    with child(run, "from app.report import Tick; globals()['Tick'] = Tick") as (_, stream):
+        words = list(iter(lambda: wire.receive(stream), None))
     ticks = [word for word in words if isinstance(word, Tick)]
     assert ticks == [tick(number) for number in range(42)]
     assert words.index(Announce("on", 1.0)) < words.index(ticks[20])

@@ -7,10 +7,11 @@ import signal
 
 import pytest
 
-from app.errors import EngineError, NoWorker
+from app.errors import EngineError, Unavailable
 from app.report import ModelState
 from app.worker import child
 from app.worker.wire import Pulse
+from tests.parts.requests import refused
 from tests.parts.supervising import job, serving
 from tests.parts.waiting import run, until
 from tests.parts.workers import HELLO, script
@@ -27,12 +28,12 @@ def test_killed_while_working():
             await until(lambda: supervisor.running)
             os.kill(first, signal.SIGKILL)
             for answer in await asyncio.gather(*lost, return_exceptions=True):
-                assert type(answer) is NoWorker and answer.retry_after >= 1.0
-            assert (supervisor.queued_seconds, supervisor.running, supervisor.waiting) == (0.0, 0, 0)
+                assert answer.code == "no_worker" and answer.retry_after >= 1.0
+            assert (sum(supervisor.queues), supervisor.running, supervisor.waiting) == (0.0, 0, 0)
             assert not supervisor.ready
-            with pytest.raises(NoWorker) as refused:
+            with refused("no_worker") as caught:
                 supervisor.submit(job())
-            assert refused.value.retry_after >= 1.0
+            assert caught.value.retry_after >= 1.0
             await until(lambda: supervisor.ready)
             assert supervisor.pids[0] not in (0, first)
             assert supervisor.restarts == 1
@@ -94,7 +95,7 @@ def test_the_other_worker_goes_on():
             kept = supervisor.submit(job("!slow 0.5", steps=20))
             await until(lambda: supervisor.running == 2)
             os.kill(supervisor.pids[victim], signal.SIGKILL)
-            with pytest.raises(NoWorker):
+            with refused("no_worker"):
                 await lost
             assert len(await kept) == 1
             assert supervisor.states["fake"].state == "ready"
@@ -107,7 +108,7 @@ def test_a_request_at_two_deaths_is_not_tried_again():
     async def scenario():
         async with serving() as here:
             supervisor = here.supervisor
-            with pytest.raises(NoWorker):
+            with refused("no_worker"):
                 await supervisor.submit(job("!die", seeds=(1,)))
             await until(lambda: supervisor.live)
             with pytest.raises(EngineError):
@@ -127,9 +128,9 @@ def test_a_bystander_is_tried_again():
             supervisor = here.supervisor
             for _ in range(2):
                 bystander = supervisor.submit(job("!slow 0.2"))
-                with pytest.raises((NoWorker, EngineError)):
+                with pytest.raises((Unavailable, EngineError)):
                     await supervisor.submit(job("!die"))
-                with pytest.raises(NoWorker):
+                with refused("no_worker"):
                     await bystander
                 await until(lambda: supervisor.live)
                 assert len(await supervisor.submit(job("!slow 0.2"))) == 1

@@ -2,23 +2,20 @@
 
 import asyncio
 import os
+import signal
 
 import pytest
 
-from app.errors import (
-    CheckpointError,
-    ModelNotFound,
-    NoWorker,
-    Overloaded,
-    SettingsError,
-    ShuttingDown,
-)
-from app.report import Memory, ModelState, Report
+from app.errors import CheckpointError, ModelNotFound, SettingsError
+from app.report import Memory, ModelState
 from app.settings import Settings
+from app.worker import wire
 from app.worker.supervisor import Supervisor
 from tests.parts.fake_worker import RATE
+from tests.parts.requests import refused
 from tests.parts.supervising import CARDS, job, serving
 from tests.parts.waiting import PATIENCE, run, until
+from tests.parts.workers import HELLO, script
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +25,9 @@ def test_overload_is_refused_by_the_wait_ahead():
         async with serving(max_wait=50 * RATE) as here:
             await until(lambda: here.supervisor.ready)
             large = here.supervisor.submit(job("!slow 60", steps=60))
-            with pytest.raises(Overloaded) as refused:
+            with refused("overloaded") as caught:
                 here.supervisor.submit(job())
-            assert 1.0 <= refused.value.retry_after <= 120.0
+            assert 1.0 <= caught.value.retry_after <= 120.0
             large.cancel()
             await asyncio.sleep(0)
             assert len(await here.supervisor.submit(job())) == 1
@@ -99,14 +96,14 @@ def test_each_workers_batch_counts_until_its_images_are_answered():
     async def scenario():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
-            await until(lambda: all(child.backlog.proved("fake") for child in supervisor._children))
+            await until(lambda: all(child.backlog.proved("fake") for child in supervisor.children))
             first = supervisor.submit(job("!slow 60", seeds=(1, 2, 3), steps=100))
             other = supervisor.submit(job("!slow 60", steps=100))
-            await until(lambda: supervisor.batched == {"fake": 4})
+            await until(lambda: supervisor.images("fake") == (4, 4))
             first.cancel()
-            await until(lambda: supervisor.batched == {"fake": 1})
+            await until(lambda: supervisor.images("fake") == (1, 1))
             other.cancel()
-            await until(lambda: supervisor.batched == {})
+            await until(lambda: supervisor.images("fake") == (0, 0))
 
     run(scenario)
 
@@ -209,7 +206,7 @@ def test_stop_drains_and_refuses():
             pid = supervisor.pids[0]
             stopping = asyncio.create_task(supervisor.stop(PATIENCE))
             await asyncio.sleep(0)
-            with pytest.raises(ShuttingDown):
+            with refused("shutting_down"):
                 supervisor.submit(job())
             assert not supervisor.ready
             assert len(await future) == 2
@@ -225,7 +222,7 @@ def test_stop_gives_up_after_its_grace():
         async with serving() as here:
             future = here.supervisor.submit(job("!slow 600"))
             await here.supervisor.stop(0.05)
-            with pytest.raises(ShuttingDown):
+            with refused("shutting_down"):
                 await future
             assert here.supervisor.pids == [0]
 
@@ -235,9 +232,9 @@ def test_stop_gives_up_after_its_grace():
 def test_nothing_is_served_before_the_start():
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS)
-        with pytest.raises(NoWorker) as refused:
+        with refused("no_worker") as caught:
             supervisor.submit(job())
-        assert refused.value.retry_after >= 1.0
+        assert caught.value.retry_after >= 1.0
         await supervisor.stop(0)
 
     run(scenario)
@@ -250,13 +247,15 @@ def test_settings_that_make_no_sense():
 
 
 def test_a_dead_worker_holds_no_memory():
-    told: list[Report] = []
-    supervisor = Supervisor(Settings(devices="cpu,cpu"), CARDS, observe=lambda report, _: told.append(report))
-    for child in supervisor._children:
-        supervisor._hear(child, Memory("cpu", {"weights": 5, "budget": 9}))
-    supervisor._bury(supervisor._children[1], "died")
-    assert [report for report in told if isinstance(report, Memory)] == [
-        Memory("cpu", {"weights": 5, "budget": 9}),
-        Memory("cpu#1", {"weights": 5, "budget": 9}),
-        Memory("cpu#1", {"weights": 0, "budget": 0}),
-    ]
+    memory = wire.pack(Memory("cpu", {"weights": 5, "budget": 9}))
+    command = script(f"say({HELLO}); say({memory}); time.sleep(60)")
+
+    async def scenario():
+        async with serving(devices="cpu,cpu", command=command, preload="") as here:
+            await until(lambda: len(here.told(Memory)) == 2)
+            os.kill(here.supervisor.pids[1], signal.SIGKILL)
+            await until(lambda: len(here.told(Memory)) > 2)
+            told = {report.device: report.bytes for report in here.told(Memory)[:3]}
+            assert told == {"cpu": {"weights": 5, "budget": 9}, "cpu#1": {"weights": 0, "budget": 0}}
+
+    run(scenario)

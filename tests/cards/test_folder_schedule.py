@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 
-from app.cards.noise import DIFFUSION, FLOW, changes, schedule_of
+from app.cards.folder import DIFFUSION, FLOW, changes, schedule_of
 from app.errors import CheckpointError
 from app.samplers.grids import alpha_bar, at_size, ddim_path, exploding_path, flow_path
 from app.samplers.schedule import Schedule
