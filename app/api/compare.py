@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -14,10 +15,8 @@ from fastapi.responses import Response
 from app.api.docs import COMPARE_ROUTE
 from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
 from app.api.images import job_of, refusals, reply, submit
-from app.cards.card import Card
 from app.errors import EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
-from app.jobs.body import ImageBody
-from app.jobs.compare import lay_out, panel_answer, read_comparison
+from app.jobs.compare import cells, panel_answer, read_comparison
 from app.jobs.job import Job
 
 router = APIRouter()
@@ -34,22 +33,20 @@ async def compare_images(request: Request) -> Response:
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
     queue = key_of(request).queue
-
-    def complete(image: ImageBody, card: Card) -> Job:
-        return job_of(request, started, card, image)
-
     with refusals(front, facts):
-        body = read_comparison(await read_json(request))
-        wanted = accepted_format(request, body.shared.output_format)
-        comparison = await front.in_thread(lay_out, body, front.registry, complete, wanted)  # it may look at the disk
-        jobs = comparison.jobs
-        facts |= {"models": [card.id for card in comparison.cards], "seed": comparison.seed, "images": len(jobs)}
+        raw = await read_json(request)
+        body = await front.in_thread(read_comparison, raw, front.registry)
+        wanted = accepted_format(request, body.output_format)
+        format = wanted or body.output_format or "png"
+        complete = partial(job_of, request, started, format=format, raw=wanted is not None)
+        jobs = await front.in_thread(cells, body, front.registry, complete)
+        facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
         try:
             submit(front, jobs, queue)
         except (Unavailable, RateLimited) as error:
             raise _for_good(front, jobs, queue) or error from None
     try:
-        return await reply(request, front, jobs, lambda results: panel_answer(comparison, [one for (one,) in results]))
+        return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
         raise _with_model(jobs, error) from None
 

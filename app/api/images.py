@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -58,7 +58,7 @@ async def create_image(request: Request) -> Response:
         card = front.registry.find(body.model)
         facts["model"] = card.id
         wanted = accepted_format(request, body.output_format)
-        format = wanted or cast(Format, body.output_format or "png")
+        format = wanted or body.output_format or "png"
         job = job_of(request, started, card, body, format, wanted is not None)
         images = job.request.images
         facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
@@ -127,19 +127,20 @@ async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Enc
         made = await front.in_thread(encode, results)
     except Exception as error:
         raise failed(front, jobs, error) from None
-    answered(front, jobs, made.seconds)
-    return Response(made.content, headers=made.headers)
+    answered(front, jobs)
+    content, headers = made
+    return Response(content, headers=headers)
 
 
-def answered(front: Front, jobs: Sequence[Job], imaging: float) -> None:
-    """Count and log jobs that were answered in full. imaging: seconds, of which each job has an equal share."""
+def answered(front: Front, jobs: Sequence[Job]) -> None:
+    """Count and log jobs that were answered in full."""
     total = time.perf_counter() - jobs[0].started
     for job in jobs:
-        front.metrics.answered(job, total, imaging / len(jobs))
+        front.metrics.answered(job, total, job.imaging)
     timings = [result.timings for job in jobs for result in job.results.values()]
     slowest = max(timings, key=lambda one: one.queue + one.denoise)
     stages = {name: getattr(slowest, name) for name in ("queue", "encode", "denoise", "decode")}
-    stages["image_encode"] = imaging
+    stages["image_encode"] = sum(job.imaging for job in jobs)
     jobs[0].facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
 
 
@@ -224,7 +225,7 @@ class EventStream(StreamingResponse):
                 failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
 
     async def _events(self) -> AsyncIterator[bytes]:
-        job, seconds, news = self._job, 0.0, self._first
+        job, news = self._job, self._first
         try:
             while news is not None:
                 if isinstance(news, bytes):
@@ -232,16 +233,13 @@ class EventStream(StreamingResponse):
                 elif isinstance(news, Preview):
                     yield await self._front.in_thread(partial_event, job, news)
                 elif isinstance(news, Result) and not job.columns:
-                    event, taken = await self._front.in_thread(completed_event, job, [news])
-                    seconds += taken
-                    yield event
+                    yield await self._front.in_thread(completed_event, job, [news])
                 news = await self._next(PING)
             results = job.result()
             if job.columns:
-                event, seconds = await self._front.in_thread(completed_event, job, results)
-                yield event
+                yield await self._front.in_thread(completed_event, job, results)
             self._counted = True
-            answered(self._front, [job], seconds)
+            answered(self._front, [job])
         except Exception as error:
             self._counted = True
             told = failed(self._front, [job], error)
