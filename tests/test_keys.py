@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.errors import SettingsError
-from app.jobs.fields import PRIORITY_LIMIT
+from app.jobs.body import PRIORITY_LIMIT
 from app.keys import ApiKey, Keyring, read_keys
 from app.settings import SECRETS, Settings
 

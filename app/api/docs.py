@@ -15,14 +15,15 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel
 
-from app.api.auth import ADMIN, OPEN
+from app.api.access import ADMIN, OPEN
 from app.api.errors import ErrorReply
 from app.api.front import Front, front_of
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
+from app.jobs.body import Json
 from app.jobs.compare import CompareReply
 from app.jobs.replies import ImagesReply
-from app.jobs.schema import Json, body_schema, example, place_comparison
+from app.jobs.schema import body_schema, example, place_comparison
 from app.keys import Keyring
 
 router = APIRouter(include_in_schema=False)

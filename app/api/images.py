@@ -9,19 +9,21 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.docs import IMAGE_ROUTE
+from app.api.docs import COMPARE_ROUTE, IMAGE_ROUTE
 from app.api.errors import envelope
 from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
 from app.cards.card import Card
-from app.errors import Cancelled, InstepError, InvalidValue
+from app.errors import Cancelled, EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
+from app.jobs.compare import cells, panel_answer, read_comparison
 from app.jobs.job import Job
 from app.jobs.replies import Answer, answer, completed_event, partial_event
 from app.logs import logger
@@ -58,7 +60,7 @@ async def create_image(request: Request) -> Response:
         card = front.registry.find(body.model)
         facts["model"] = card.id
         wanted = accepted_format(request, body.output_format)
-        format = wanted or cast(Format, body.output_format or "png")
+        format = wanted or body.output_format or "png"
         job = job_of(request, started, card, body, format, wanted is not None)
         images = job.request.images
         facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
@@ -70,6 +72,35 @@ async def create_image(request: Request) -> Response:
     if events:
         return await events.begin(request)
     return await reply(request, front, [job], lambda results: answer(job, results[0]))
+
+
+@router.post("/v1/images/compare", **COMPARE_ROUTE)
+async def compare_images(request: Request) -> Response:
+    """Draw the same prompts or class labels by several models, with one seed.
+
+    One labelled panel: a row for each prompt or label, a column for each model, in order of their parameters. What is
+    absent is each model's own default. `preset: "two_prompts"` brings two prompts, 28 steps and guidance 7. Send
+    `Accept: image/png` (image/jpeg, image/webp, image/*) for the bytes of the panel instead of JSON. At most 8 models,
+    16 rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
+    """
+    front, facts, started = front_of(request), facts_of(request), time.perf_counter()
+    queue = key_of(request).queue
+    with refusals(front, facts):
+        raw = await read_json(request)
+        body = await front.in_thread(read_comparison, raw, front.registry)
+        wanted = accepted_format(request, body.output_format)
+        format = wanted or body.output_format or "png"
+        complete = partial(job_of, request, started, format=format, raw=wanted is not None)
+        jobs = await front.in_thread(cells, body, front.registry, complete)
+        facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
+        try:
+            submit(front, jobs, queue)
+        except (Unavailable, RateLimited) as error:
+            raise _for_good(front, jobs, queue) or error from None
+    try:
+        return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
+    except (EngineError, LoadError) as error:
+        raise _with_model(jobs, error) from None
 
 
 def job_of(
@@ -127,19 +158,20 @@ async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Enc
         made = await front.in_thread(encode, results)
     except Exception as error:
         raise failed(front, jobs, error) from None
-    answered(front, jobs, made.seconds)
-    return Response(made.content, headers=made.headers)
+    answered(front, jobs)
+    content, headers = made
+    return Response(content, headers=headers)
 
 
-def answered(front: Front, jobs: Sequence[Job], imaging: float) -> None:
-    """Count and log jobs that were answered in full. imaging: seconds, of which each job has an equal share."""
+def answered(front: Front, jobs: Sequence[Job]) -> None:
+    """Count and log jobs that were answered in full."""
     total = time.perf_counter() - jobs[0].started
     for job in jobs:
-        front.metrics.answered(job, total, imaging / len(jobs))
+        front.metrics.answered(job, total, job.imaging)
     timings = [result.timings for job in jobs for result in job.results.values()]
     slowest = max(timings, key=lambda one: one.queue + one.denoise)
     stages = {name: getattr(slowest, name) for name in ("queue", "encode", "denoise", "decode")}
-    stages["image_encode"] = imaging
+    stages["image_encode"] = sum(job.imaging for job in jobs)
     jobs[0].facts |= {f"{name}_ms": round(1000 * seconds, 1) for name, seconds in stages.items()}
 
 
@@ -180,6 +212,28 @@ async def _watched(request: Request, jobs: Sequence[Job]) -> AsyncIterator[None]
         raise
     finally:
         watcher.cancel()
+
+
+def _for_good(front: Front, jobs: Sequence[Job], queue: float | None) -> InvalidValue | None:
+    """The error where a comparison by itself is more than may wait, as no later time would take it; else None."""
+    costs = [job.estimate.cost for job in jobs if job.estimate]
+    limit = front.settings.max_wait * max(1, front.supervisor.live)
+    limit = limit if queue is None else min(limit, queue)
+    if sum(costs) <= limit:
+        return None
+    message = f"models: the first {len(costs)} of {len(jobs)} pictures are {sum(costs):.0f} seconds of work already, "
+    return InvalidValue(
+        f"{message}and {limit:.0f} may wait here; ask for fewer, smaller or with fewer steps", param="models"
+    )
+
+
+def _with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
+    """The error of one cell with its model as the field, where it names none: `models.<id>`."""
+    guilty = next((job for job in jobs if job.error is error), None)
+    if guilty is None or error.param is not None:
+        return error
+    guilty.facts["model"] = guilty.request.recipe.model
+    return error.again(param=f"models.{guilty.request.recipe.model}")
 
 
 class EventStream(StreamingResponse):
@@ -224,7 +278,7 @@ class EventStream(StreamingResponse):
                 failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
 
     async def _events(self) -> AsyncIterator[bytes]:
-        job, seconds, news = self._job, 0.0, self._first
+        job, news = self._job, self._first
         try:
             while news is not None:
                 if isinstance(news, bytes):
@@ -232,16 +286,13 @@ class EventStream(StreamingResponse):
                 elif isinstance(news, Preview):
                     yield await self._front.in_thread(partial_event, job, news)
                 elif isinstance(news, Result) and not job.columns:
-                    event, taken = await self._front.in_thread(completed_event, job, [news])
-                    seconds += taken
-                    yield event
+                    yield await self._front.in_thread(completed_event, job, [news])
                 news = await self._next(PING)
             results = job.result()
             if job.columns:
-                event, seconds = await self._front.in_thread(completed_event, job, results)
-                yield event
+                yield await self._front.in_thread(completed_event, job, results)
             self._counted = True
-            answered(self._front, [job], seconds)
+            answered(self._front, [job])
         except Exception as error:
             self._counted = True
             told = failed(self._front, [job], error)

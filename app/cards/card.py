@@ -109,10 +109,12 @@ class Sizes(Section):
     multiple: Annotated[int, Field(ge=1)] = 16
     square: bool = False
 
-    def allows(self, width: int, height: int) -> bool:
-        """Whether a picture may have this size."""
-        fits = all(self.min <= side <= self.max and side % self.multiple == 0 for side in (width, height))
-        return fits and (width == height or not self.square)
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the names of these sizes."""
+        sides = [str(side) for side in range(self.min, self.max + 1) if side % self.multiple == 0]
+        names = [f"{side}x{side}" for side in sides] if self.square else [f"({'|'.join(sides)})x({'|'.join(sides)})"]
+        return f"^({'|'.join(names)})$"
 
     def __str__(self) -> str:
         """The range in words, for a message."""
@@ -232,7 +234,7 @@ class Card(Section):
 
     @model_validator(mode="after")
     def _agrees(self) -> Card:
-        if not self.limits.sizes.allows(*self.default_size):
+        if not re.fullmatch(self.limits.sizes.pattern, self.defaults.size):
             raise ValueError(f"defaults.size {self.defaults.size} is outside limits.sizes")
         samplers = valid_samplers(self.schedule)
         if self.defaults.sampler not in samplers:

@@ -8,87 +8,80 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.bodies import Body, Negative, Out, curl_of, kind_of, labels_of, open_registry
-from app.cli.paint import Watch, bars_of, say
-from app.cli.serve import Folder, read_settings
+from app.cli.bodies import Body, Labels, Out, curl_of, flags, kind_of, labels_of, open_registry
+from app.cli.paint import bars_of, draw, follow, say
+from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InstepError
 from app.jobs.body import ImageBody
-from app.jobs.compare import Comparison, lay_out, panel_file, panel_warnings, read_comparison
+from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison
 from app.jobs.job import Job
 
 
+@with_flags(flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, a column each")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; again for another row")] = None,
-    class_label: Annotated[
-        list[str] | None, typer.Option(help="A class id or name; again for another row, or 162,247")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="two_prompts: two prompts, 28 steps, guidance 7")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; each model's own if absent")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; each model's own if absent")] = None,
-    seed: Annotated[int | None, typer.Option(help="The one seed of all pictures; drawn if absent or -1")] = None,
-    sampler: Annotated[str | None, typer.Option(help="The solver; each model's own if absent")] = None,
-    size: Annotated[str | None, typer.Option(help="WxH in pixels; each model's own if absent")] = None,
-    negative: Negative = None,
+    class_label: Labels = None,
     out: Out = None,
     models: Folder = None,
+    **fields: Any,
 ) -> None:
     """Draw the same prompts or classes by several models, one panel: rows prompts, columns models by parameters."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
-    body: Body = {
-        "models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label),
-        "preset": preset, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "sampler": sampler,
-        "size": size, "negative_prompt": negative, "output_format": kind_of(out) if out else None,
-    }  # fmt: skip
-    comparison = plan(body, registry)
+    fields |= {"models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label)}
+    body: Body = {**fields, "output_format": out and kind_of(out)}
+    comparison, jobs = plan(body, registry)
     out = out or Path(f"compare-{comparison.seed}.png")
     start = time.monotonic()
-    watch = bars(comparison, Console(stderr=True))
     try:
-        results = [result for (result,) in watch.draw(settings, registry.cards)]
+        drawn = draw(jobs, settings, registry.cards, bars(jobs, Console(stderr=True)))
     except InstepError as error:
-        raise _with_model(comparison.jobs, error) from None
-    out.write_bytes(panel_file(comparison, results)[0])
-    for warning in panel_warnings(comparison, results):
+        raise _with_model(jobs, error) from None
+    results = [result for (result,) in drawn]
+    out.write_bytes(panel_file(comparison, jobs, results)[0])
+    for warning in panel_warnings(comparison, jobs, results):
         print(f"instep: {warning}", file=sys.stderr)
     console, seconds = Console(), time.monotonic() - start
     say(console, f"{out}  seed {comparison.seed}  {len(results)} pictures  {seconds:.1f} s with loading")
-    say(console, curl_of("images/compare", comparison.facts(), comparison.format, settings, out))
+    say(console, curl_of("images/compare", comparison.facts(), jobs[0].format, settings, out))
 
 
-def plan(body: Body, registry: Registry) -> Comparison:
-    """What a server would make of this body. Raises InstepError as a server would answer it."""
-    numbers = itertools.count()
+def plan(body: Body, registry: Registry) -> tuple[CompareBody, list[Job]]:
+    """What a server would make of this body: complete, and the job of each cell. Raises InstepError as it would."""
+    numbers, comparison = itertools.count(), read_comparison(body, registry)
+    format = comparison.output_format or "png"
 
-    def complete(image: ImageBody, card: Card) -> Job:
+    def complete(card: Card, image: ImageBody) -> Job:
         request = image.to_request(card, f"compare-{next(numbers)}")
-        return Job(replace(request, delivery=replace(request.delivery, progress=True)), card, image)
+        return Job(replace(request, delivery=replace(request.delivery, progress=True)), card, image, format, raw=True)
 
-    return lay_out(read_comparison(body), registry, complete)
+    return comparison, cells(comparison, registry, complete)
 
 
-def bars(comparison: Comparison, console: Console) -> Watch:
+def bars(jobs: list[Job], console: Console) -> Progress:
     """A bar for each model, and a line when all of its pictures are there."""
-    watch = Watch(comparison.jobs, lambda job, index: job.card.id, bars_of(console))
+    made = bars_of(console)
+    follow(jobs, lambda job, index: job.card.id, made)
 
     def tell(model: str, _: object) -> None:
-        drawn = [job for job in comparison.jobs if job.card.id == model and job.results]
-        if len(drawn) == len(comparison.rows):
-            say(console, f"{model}: {'1 picture' if len(drawn) == 1 else f'{len(drawn)} pictures'}")
+        own = [job for job in jobs if job.card.id == model]
+        if all(job.results for job in own):
+            say(console, f"{model}: {'1 picture' if len(own) == 1 else f'{len(own)} pictures'}")
 
-    for job in comparison.jobs:
+    for job in jobs:
         job.future.add_done_callback(partial(tell, job.card.id))
-    return watch
+    return made
 
 
 def _with_model(jobs: list[Job], error: InstepError) -> InstepError:

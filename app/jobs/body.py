@@ -1,51 +1,93 @@
-"""The request body: OpenAI's image fields and ours, checked against a card and made into a Request; what of it has no
-effect, in words for the reply."""
+"""The body of a request for images. A field has one home: `ImageBody` has its name, type and description, `bounds` what
+a card allows in it. The check of a body, its JSON schema and the flags of the command line are made from these two.
+"""
 
 from __future__ import annotations
 
 import re
+import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from app.cards.card import Card, Size, parse_size
 from app.cards.catalog import find_label
-from app.errors import InvalidValue, RequestError, first_problem
-from app.imaging import FORMATS, Format, left_out
-from app.jobs.fields import SEEDS, Flag, Labels, Real, Text, Texts, Whole, first_seed, numbers_of
+from app.errors import Code, InvalidValue, RequestError, first_problem
+from app.imaging import DEFAULT_QUALITY, FORMATS, Format
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Condition, Delivery, Guidance, ImageSpec, Prompt, Recipe, Request, SkipGuidance
-from app.samplers.table import compile_table, valid_samplers
+from app.samplers.table import most_steps, valid_samplers
 
-B = TypeVar("B", bound=BaseModel)
+Json = dict[str, Any]
+B = TypeVar("B", bound="ImageBody")
+
+SEEDS = 2**63
+"""Seeds are 0 to SEEDS - 1; image i of a request uses (seed + i) mod SEEDS."""
+
+ANY_SEED = -1
+"""A seed that asks for any, as A1111 and those after it write it; the same as none."""
+
+LONGEST, MOST = 32_000, 64
+"""The most characters of a text and entries of a list. The limits `prompt` and `n` of a card are not above these."""
+
+PRIORITY_LIMIT = 10
+
+_WORDS = {"extra_forbidden": "is an unknown field", "missing": "is required", "model_type": "expects a JSON object"}
+_DETAILS = {
+    "string_too_long": "expects at most {max_length} characters",
+    "too_long": "expects at most {max_length} entries, not {actual_length}",
+    "string_unicode": "has a lone surrogate, which is not text",
+}
+"""Our words for pydantic's errors, by type: of a body as a whole, and of a value of the right type."""
+
+
+def expects(words: str) -> WrapValidator:
+    """One error for a field, where pydantic has one for each type that the field may have."""
+
+    def check(value: object, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as error:
+            problems = [one for one in error.errors(include_url=False) if one["type"] in _DETAILS]
+            details = [_DETAILS[one["type"]].format(**one.get("ctx", {})) for one in problems]
+            raise ValueError(details[0] if details else f"expects {words}") from None
+
+    return WrapValidator(check)
+
+
+def _as_whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Integer = Annotated[int, Strict(), BeforeValidator(_as_whole)]
+_String = Annotated[str, Strict(), Field(max_length=LONGEST)]
+_Strings = Annotated[list[_String], Field(max_length=MOST)]
+_Classes = Annotated[list[_Integer | _String], Field(max_length=MOST)]
+
+Whole = Annotated[_Integer, expects("a whole number")]
+Real = Annotated[float, Strict(), Field(allow_inf_nan=False), expects("a finite number")]
+Flag = Annotated[bool, Strict(), expects("true or false")]
+Text = Annotated[_String, expects("a string")]
+Texts = Annotated[_String | _Strings, expects("a string or a list of strings")]
+Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class name, or a list of them")]
+FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
+Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
 
 IGNORED = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
-_IGNORED = "Accepted for OpenAI's clients and ignored; the reply warns of what asks for something that is not done"
-
-_OPENAI: dict[str, tuple[tuple[Any, ...], str]] = {
-    "background": (("auto", "opaque"), "pictures are opaque"),
-    "quality": (("auto", "standard"), "num_inference_steps says how much work goes into a picture"),
-    "style": ((), "write the style into the prompt"),
-    "moderation": (("auto", "low"), "nothing is filtered here"),
-    "complexity": (("auto",), "no model here has such a setting"),
-}
-"""OpenAI's fields that change nothing here: the values that ask for nothing else, and what a person should know."""
-
-_SYNTAX = re.compile(
-    r"""
-      \( [^()]* (?: : \s*+ -?[0-9]*+\.[0-9]++ | [^()0-9] : \s*+ [0-9]++ ) \s*+ \)  # (word:1.3) as in A1111 and ComfyUI
-    | \( [^()]+ \) (?: [0-9]?\.[0-9]+ | \+{1,9} | -{2,9} )                         # (word)1.3 as in InvokeAI and compel
-    | \[ [^][:]*+ : (?: [^][:]*+ : )? \s*+ (?: [0-9]*+\. )? [0-9]++ \s*+ \]        # [a:b:0.5]   prompt editing
-    | < (?: lora | lyco | hypernet ) : [^<>]* >                                    # <lora:name:0.8>
-    | \b embedding : \w+                                                           # embedding:name
-    """,
-    re.VERBOSE | re.IGNORECASE,
-)
-
-WORDS = {"extra_forbidden": "is an unknown field", "missing": "is required", "model_type": "expects a JSON object"}
+_IGNORED = "Accepted for OpenAI's clients and ignored; a warning names what asks for something that is not done"
+SKIPPING = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
 
 
 class Grid(BaseModel):
@@ -65,24 +107,21 @@ class ImageBody(BaseModel):
     model: Text | None = Field(None, description="A model id or alias; absent or empty for the default model")
     n: Whole | None = Field(None, description="Images of one prompt or label; with a list it must be 1")
     size: Text | None = Field(None, description='"WxH" in pixels, or "auto" for the model\'s own size')
-    response_format: Text | None = Field(None, description='Only "b64_json"; send Accept: image/png for raw bytes')
-    output_format: Text | None = Field(None, description="png (with the request in its text chunks), jpeg or webp")
-    output_compression: Whole | None = Field(None, description="Quality of jpeg and webp, 0 to 100; default 90")
+    response_format: Base64 | None = Field(None, description='Only "b64_json"; send Accept: image/png for raw bytes')
+    output_format: FileFormat | None = Field(None, description="png (with the request in its text), jpeg or webp")
+    output_compression: Whole | None = Field(None, description="Quality of jpeg and webp, 0 to 100")
     stream: Flag | None = Field(None, description="Server-sent events instead of one reply")
     partial_images: Whole | None = Field(None, description="Previews of each image while it is drawn, with stream")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from")
     num_inference_steps: Whole | None = Field(None, description="Denoising steps")
     guidance_scale: Real | None = Field(None, description="Classifier-free guidance; 1 or less draws without it")
     true_cfg_scale: Real | None = Field(
-        None,
-        description="Guidance away from negative_prompt, where the network is given guidance_scale (FLUX.1-dev)",
+        None, description="Guidance away from negative_prompt, where guidance_scale is an input (FLUX.1-dev)"
     )
     skip_layer_guidance_scale: Real | None = Field(None, description="Skip-layer guidance (SD3.5-medium); 0 is none")
     skip_layer_guidance_start: Real | None = Field(None, description="Share of the steps after which it acts")
     skip_layer_guidance_stop: Real | None = Field(None, description="Share of the steps before which it acts")
-    seed: Whole | None = Field(
-        None, description="Seed of the first image; the next ones count up. Drawn if absent or -1"
-    )
+    seed: Whole | None = Field(None, description="Seed of the first image; the next ones count up. -1 for any")
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
     max_sequence_length: Whole | None = Field(None, description="Text length in tokens that T5 is padded to")
@@ -102,161 +141,197 @@ class ImageBody(BaseModel):
     def to_request(self, card: Card, request_id: str, key: ApiKey = NOBODY, patience: float | None = None) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
 
-        key: whose it is, with the highest priority that it may have. patience: seconds after which the client hangs up.
-        Raises RequestError naming the field and its range.
+        key: its owner's name, share and highest priority. patience: seconds after which the client hangs up. Raises
+        InvalidValue naming the field and its range.
         """
-        self._check_formats()
-        sampler = self._sampler(card)
-        numbers = numbers_of(
-            card, sampler, lambda field: getattr(self, field), self.grid.columns if self.grid else None
-        )
-        conditions = self._conditions(card, int(numbers["n"] or 1))
+        values = self._values(card)
+        conditions = self._conditions(card, values["n"])
         first = first_seed(self.seed)
-        width, height = self._size(card)
+        width, height = size_of(card, values["size"])
         recipe = Recipe(
             model=card.id,
             width=width,
             height=height,
-            sampler=sampler,
-            steps=int(numbers["num_inference_steps"] or 0),
-            guidance=self._guidance(card, numbers),
-            text_length=int(numbers.get("max_sequence_length") or 0),
+            sampler=values["sampler"],
+            steps=values["num_inference_steps"],
+            guidance=self._guidance(card, values),
+            text_length=values.get("max_sequence_length", 0),
         )
+        # NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
+        limits = [seconds for seconds in (self.deadline, None if self.stream else patience) if seconds is not None]
         delivery = Delivery(
             tenant=key.name,
             weight=key.weight,
-            priority=min(int(numbers["priority"] or 0), key.priority),
-            deadline=self._deadline(numbers["deadline"], patience),
-            previews=int(numbers["partial_images"] or 0) if self.stream else 0,
+            priority=min(values["priority"], key.priority),
+            deadline=time.monotonic() + min(limits) if limits else None,
+            previews=values["partial_images"] if self.stream else 0,
         )
         images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
         return Request(request_id, recipe, images, delivery)
 
-    def _guidance(self, card: Card, numbers: Mapping[str, float | None]) -> Guidance:
-        """The guidance, of the checked fields. Raises InvalidValue: skip-layer guidance that cannot act."""
-        scale, embedded = float(numbers["guidance_scale"] or 0), None
+    def _values(self, card: Card) -> dict[str, Any]:
+        """Every field that the card takes, within its bounds, with the card's default where it is absent."""
+        for field, (takes, reason) in _SOME_CARDS.items():
+            if not takes(card) and getattr(self, field) not in (None, ""):
+                raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
+        spans = bounds(card, self.sampler)
+        if self.grid:
+            _within(card, "grid.columns", self.grid.columns, spans["n"])
+        return {field: _within(card, field, getattr(self, field), span) for field, span in spans.items()}
+
+    def _guidance(self, card: Card, values: dict[str, Any]) -> Guidance:
+        """The guidance of checked values. Raises InvalidValue: skip-layer guidance that cannot act."""
+        scale, embedded = values["guidance_scale"], None
         if card.guidance == "embedded":
-            # As FluxPipeline: the network is given guidance_scale, and classifier-free guidance has a scale of its own.
-            scale, embedded = float(numbers["true_cfg_scale"] or 1.0), scale
-        facts, name = card.skip_layer_guidance, "skip_layer_guidance"
-        if facts is None:
+            # As in FluxPipeline: guidance_scale is an input, and classifier-free guidance has a scale of its own.
+            scale, embedded = values["true_cfg_scale"], scale
+        if card.skip_layer_guidance is None:
             return Guidance(scale, embedded)
+        field, _, stop = SKIPPING
         if self.skip_layer_guidance_scale and scale <= 1:
-            raise InvalidValue(f"{name}_scale: needs a guidance_scale over 1 beside it", param=f"{name}_scale")
-        skip = SkipGuidance(*(float(numbers[f"{name}_{part}"] or 0) for part in ("scale", "start", "stop")))
+            raise InvalidValue(f"{field}: needs a guidance_scale over 1 beside it", param=field)
+        skip = SkipGuidance(*(values[name] for name in SKIPPING))
         if skip.start >= skip.stop:
-            field = f"{name}_{'stop' if self.skip_layer_guidance_start is None else 'start'}"
+            field = stop if self.skip_layer_guidance_start is None else SKIPPING[1]
             raise InvalidValue(f"{field}: {skip.start:g} to {skip.stop:g} is no share of the steps", param=field)
         # A scale of 0 is part of the facts only where the card's own is another.
-        return Guidance(scale, embedded, skip if scale > 1 and (skip.scale or facts.scale) else None)
-
-    def _deadline(self, asked: float | None, patience: float | None) -> float | None:
-        """When the image is of no use any more, on the clock of `time.monotonic()`: the earlier of what is known.
-
-        NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
-        """
-        known = [seconds for seconds in (asked, None if self.stream else patience) if seconds is not None]
-        return time.monotonic() + min(known) if known else None
-
-    def _check_formats(self) -> None:
-        if self.response_format not in (None, "b64_json"):
-            raise RequestError(
-                'response_format: only "b64_json" is served; send Accept: image/png for raw bytes',
-                param="response_format",
-                code="unsupported_parameter",
-            )
-        if self.output_format is not None and self.output_format not in FORMATS:
-            raise RequestError(
-                f"output_format: expects one of {', '.join(FORMATS)}",
-                param="output_format",
-                code="unsupported_parameter",
-            )
+        return Guidance(scale, embedded, skip if scale > 1 and (skip.scale or card.skip_layer_guidance.scale) else None)
 
     def _conditions(self, card: Card, n: int) -> list[Condition]:
-        """One condition for each image, in order."""
-        given, field = self._wanted(card)
-        if not isinstance(given, list):
-            return [self._condition(card, given, field)] * n
-        if not 1 <= len(given) <= card.limits.n:
-            raise InvalidValue(f"{field}: a list takes 1 to {card.limits.n} entries, not {len(given)}", param=field)
-        if n != 1:
-            raise InvalidValue(f"n: must be 1 when {field} is a list; repeat the entry instead", param="n")
-        return [self._condition(card, one, field) for one in given]
+        """One condition for each image, in order.
 
-    def _wanted(self, card: Card) -> tuple[int | str | list[int | str] | list[str], str]:
-        """What to draw and the field that says so. A label model takes its label from `prompt` when that is all
-        there is, so that a client which knows only prompts can use it."""
-        if not card.draws_classes and self.class_label is not None:
-            raise InvalidValue(f"class_label: {card.id} draws a prompt and has no classes", param="class_label")
-        if self.class_label is not None:
-            return self.class_label, "class_label"
-        if self.prompt is None:
+        A model of classes takes its label from `prompt` when there is no other, for clients that know only prompts.
+        """
+        field = "prompt" if self.class_label is None else "class_label"
+        asked = self.prompt if self.class_label is None else self.class_label
+        if asked is None:
             field = "class_label" if card.draws_classes else "prompt"
             raise InvalidValue(f"{field}: is required by {card.id}", param=field)
-        return self.prompt, "prompt"
+        if not isinstance(asked, list):
+            return [self._condition(card, field, asked)] * n
+        if not 1 <= len(asked) <= card.limits.n:
+            raise InvalidValue(f"{field}: a list takes 1 to {card.limits.n} entries, not {len(asked)}", param=field)
+        if n != 1:
+            raise InvalidValue(f"n: must be 1 when {field} is a list; repeat the entry instead", param="n")
+        return [self._condition(card, field, one) for one in asked]
 
-    def _condition(self, card: Card, given: int | str, field: str) -> Condition:
+    def _condition(self, card: Card, field: str, asked: int | str) -> Condition:
         if card.draws_classes:
-            if self.negative_prompt:
-                raise InvalidValue(f"negative_prompt: {card.id} draws classes and takes none", param="negative_prompt")
-            return ClassLabel(find_label(card, given, field))
-        for field, words in (("prompt", str(given)), ("negative_prompt", self.negative_prompt or "")):
-            if len(words) > card.limits.prompt:
-                raise InvalidValue(
-                    f"{field}: {len(words)} characters, {card.id} takes 0 to {card.limits.prompt}", param=field
-                )
-        return Prompt(str(given), self.negative_prompt)
-
-    def _size(self, card: Card) -> Size:
-        if self.size in (None, "auto"):
-            return card.default_size
-        try:
-            width, height = parse_size(str(self.size))
-        except ValueError:
-            raise InvalidValue(f'size: expects "auto" or {card.limits.sizes}', param="size") from None
-        if not card.limits.sizes.allows(width, height):
-            message = f"size: {width}x{height} is not served by {card.id}; expects {card.limits.sizes}"
-            raise InvalidValue(message, param="size")
-        return width, height
-
-    def _sampler(self, card: Card) -> str:
-        names = valid_samplers(card.schedule)
-        sampler = card.defaults.sampler if self.sampler is None else self.sampler
-        if sampler not in names:
-            raise InvalidValue(f"sampler: {card.id} takes one of {', '.join(names)}", param="sampler")
-        return sampler
+            return ClassLabel(find_label(card, asked, field))
+        _within(card, "prompt", asked, {"maxLength": card.limits.prompt})
+        return Prompt(str(asked), self.negative_prompt)
 
 
-def given_fields(raw: object, known: Collection[str]) -> dict[str, Any]:
-    """The fields of a parsed JSON body that are not null. Raises RequestError, which offers the nearest name for
-    an unknown field."""
-    if not isinstance(raw, dict):
-        raise RequestError("The body must be a JSON object", code="invalid_json")
-    given = {key: value for key, value in raw.items() if value is not None}
-    for key in given:
-        if key not in known:
-            raise RequestError(
-                f'Unknown field "{key[:64]}"{hint(key, known)}', param=key[:64], code="unknown_parameter"
-            )
-    return given
+_SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
+    "class_label": (lambda card: card.draws_classes, "draws a prompt and has no classes"),
+    "negative_prompt": (lambda card: not card.draws_classes, "draws classes and takes none"),
+    "max_sequence_length": (lambda card: not card.draws_classes, "draws classes and reads no text"),
+    "true_cfg_scale": (
+        lambda card: card.guidance == "embedded",
+        "has no embedded guidance; its guidance_scale is classifier-free guidance",
+    ),
+    **dict.fromkeys(SKIPPING, (lambda card: card.skip_layer_guidance is not None, "has no skip-layer guidance")),
+}
+"""Fields that only some cards take: whether a card does, and why another refuses them."""
+
+
+def bounds(card: Card, sampler: str | None = None) -> dict[str, Json]:
+    """What this card allows in every field that it takes, and its defaults, as keywords of JSON schema.
+
+    sampler: that of the body, which bounds the steps; None for the card's own.
+    """
+    limits, defaults, samplers = card.limits, card.defaults, valid_samplers(card.schedule)
+    chosen = sampler if sampler in samplers else defaults.sampler
+    found: dict[str, Json] = {field: {} for field in ImageBody.model_fields} | {
+        "n": _span(1, limits.n, 1),
+        "size": {"pattern": f"^auto$|{limits.sizes.pattern}", "default": defaults.size},
+        "output_compression": _span(0, 100, DEFAULT_QUALITY),
+        "partial_images": _span(0, 3, 0),
+        "negative_prompt": {"maxLength": limits.prompt},
+        "num_inference_steps": _span(
+            1, most_steps(card.schedule, chosen, limits.num_inference_steps), defaults.num_inference_steps
+        ),
+        "guidance_scale": _span(0, limits.guidance_scale, defaults.guidance_scale),
+        "true_cfg_scale": _span(0, limits.guidance_scale, 1.0),
+        "seed": _span(ANY_SEED, SEEDS - 1),
+        "sampler": {"enum": [*samplers, None], "default": defaults.sampler},
+        "max_sequence_length": _span(1, card.text.t5, card.text.t5),
+        "priority": _span(-PRIORITY_LIMIT, PRIORITY_LIMIT, 0),
+        "deadline": _span(0.1, 86_400),
+    }
+    if skip := card.skip_layer_guidance:
+        spans = _span(0, limits.guidance_scale, skip.scale), _span(0, 1, skip.start), _span(0, 1, skip.stop)
+        found |= zip(SKIPPING, spans, strict=True)
+    return {field: bound for field, bound in found.items() if field not in _SOME_CARDS or _SOME_CARDS[field][0](card)}
+
+
+def _span(low: float, high: float, default: float | None = None) -> Json:
+    return {"minimum": low, "maximum": high, **({} if default is None else {"default": default})}
+
+
+def size_of(card: Card, size: str) -> Size:
+    """Width and height of a size by its name. Raises InvalidValue: the card does not take it."""
+    sizes = card.limits.sizes
+    if size != "auto" and not re.fullmatch(sizes.pattern, size):
+        raise InvalidValue(f'size: {card.id} has no size "{size[:32]}"; expects "auto" or {sizes}', param="size")
+    return card.default_size if size == "auto" else parse_size(size)
+
+
+def most_steps_of(card: Card) -> dict[str, int]:
+    """The most steps that the card takes with each of its samplers."""
+    most = card.limits.num_inference_steps
+    return {sampler: most_steps(card.schedule, sampler, most) for sampler in valid_samplers(card.schedule)}
+
+
+def _within(card: Card, field: str, value: Any, bound: Json) -> Any:
+    """The value, or the default of an absent one. Raises InvalidValue: it is not within the bound.
+
+    NOTE: an int stays one: a seed is no float.
+    """
+    if value is None:
+        return bound.get("default")
+    if "minimum" in bound and not bound["minimum"] <= value <= bound["maximum"]:
+        raise InvalidValue(f"{field}: expects {bound['minimum']} to {bound['maximum']}", param=field)
+    if "enum" in bound and value not in bound["enum"]:
+        raise InvalidValue(f"{field}: expects one of {', '.join(filter(None, bound['enum']))}", param=field)
+    if "maxLength" in bound and len(value) > bound["maxLength"]:
+        message = f"{field}: {len(value)} characters, {card.id} takes 0 to {bound['maxLength']}"
+        raise InvalidValue(message, param=field)
+    return value
+
+
+def first_seed(seed: int | None) -> int:
+    """The seed of a request's first image; drawn where it is absent or ANY_SEED.
+
+    NOTE: drawn below 2**32, so that a JavaScript client, whose numbers end at 2**53, can send it back.
+    """
+    return secrets.randbelow(2**32) if seed is None or seed == ANY_SEED else seed
 
 
 def read_body(raw: object) -> ImageBody:
-    """A parsed JSON body as an ImageBody; types are checked here, bounds in `to_request`.
+    """A parsed JSON body as an ImageBody; types are checked here, bounds in `to_request`. Raises as `read_as`."""
+    return read_as(ImageBody, raw, ImageBody.model_fields)
 
-    Raises RequestError naming the field, with the nearest name for an unknown one.
+
+def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
+    """A parsed JSON body of this kind. known: the fields that it may have.
+
+    Raises RequestError naming the field, and for an unknown one the name that was probably meant.
     """
-    return checked(ImageBody, given_fields(raw, ImageBody.model_fields))
-
-
-def checked(kind: type[B], fields: Mapping[str, Any]) -> B:
-    """A body of this kind. Raises InvalidValue naming the field."""
+    if not isinstance(raw, dict):
+        raise RequestError("The body must be a JSON object", code="invalid_json")
+    fields = {name: value for name, value in raw.items() if value is not None}
+    for name in fields:
+        if name not in known:
+            message = f'Unknown field "{name[:64]}"{hint(name, known)}'
+            raise RequestError(message, param=name[:64], code="unknown_parameter")
     try:
         return kind(**fields)
     except ValidationError as error:
-        place, reason = first_problem(error.errors(include_url=False), WORDS)
+        place, reason = first_problem(error.errors(include_url=False), _WORDS)
         field = ".".join(place[:2])[:64]
-        raise InvalidValue(f"{field}: {reason}", param=field) from None
+        code: Code = "unsupported_parameter" if field in ("response_format", "output_format") else "invalid_value"
+        raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
 
 
 def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
@@ -274,7 +349,7 @@ def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     """The fields of a body that ask for this recipe."""
     guidance = recipe.guidance
-    told = {
+    facts = {
         "model": recipe.model,
         "size": f"{recipe.width}x{recipe.height}",
         "sampler": recipe.sampler,
@@ -282,64 +357,9 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         "guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded,
     }
     if recipe.text_length:
-        told["max_sequence_length"] = recipe.text_length
+        facts["max_sequence_length"] = recipe.text_length
     if guidance.embedded is not None and guidance.guided:
-        told["true_cfg_scale"] = guidance.scale
-    if guidance.skip is not None:
-        told |= {f"skip_layer_guidance_{name}": getattr(guidance.skip, name) for name in ("scale", "start", "stop")}
-    return told
-
-
-def body_warnings(body: ImageBody, format: Format, raw: bool) -> Iterator[str]:
-    """What is without effect whichever model draws. format: of the answer; raw: Accept asks for bytes."""
-    if body.output_format not in (None, format):
-        yield f"output_format is ignored: Accept asks for image/{format}"
-    if body.output_compression is not None and format == "png":
-        yield "output_compression is ignored: png is lossless; jpeg and webp have a quality"
-    if body.partial_images and not body.stream:
-        yield "partial_images is ignored: previews come with stream"
-    if body.stream and raw:
-        yield f"Accept: image/{format} is not followed: stream answers with events"
-    for field, (plain, why) in _OPENAI.items():
-        value = getattr(body, field)
-        if value is not None and value not in plain:
-            yield f"{field} is ignored: {why}"
-    for field in ("prompt", "negative_prompt"):
-        texts = getattr(body, field) or []
-        for found in map(_SYNTAX.search, [texts] if isinstance(texts, str) else texts):
-            if found:
-                yield f'{field}: "{found[0][:40]}" is read as plain text: a prompt has no weights and no tags here'
-
-
-def model_warnings(body: ImageBody, card: Card, request: Request) -> Iterator[str]:
-    """What is without effect with this model, or for this key."""
-    recipe, delivery = request.recipe, request.delivery
-    if card.draws_classes and body.class_label is not None and body.prompt:
-        yield f"prompt is ignored: {card.id} draws class_label"
-    yield from _guidance_warnings(body, card, recipe.guidance)
-    if delivery.previews >= recipe.steps:  # else a sampler with two lines a step has more than are asked for
-        most = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines - 1
-        if delivery.previews > most:
-            yield f"partial_images: at most {most} come before an image of {recipe.steps} steps"
-    if body.priority is not None and body.priority > delivery.priority:
-        yield f"priority is {delivery.priority}: more is not for this key"
-
-
-def file_warnings(format: Format, facts: dict[str, Any]) -> Iterator[str]:
-    """What the file of these facts has no room for."""
-    if names := left_out(format, facts):
-        yield f"the request in the file is without {', '.join(names)}: a jpeg holds 64 kB of it, png and webp hold all"
-
-
-def _guidance_warnings(body: ImageBody, card: Card, guidance: Guidance) -> Iterator[str]:
-    """Fields of guidance that guide nothing."""
-    field = "true_cfg_scale" if card.guidance == "embedded" else "guidance_scale"
-    scale = getattr(body, field)
-    if scale is not None and 0 < scale < 1:
-        yield f"{field} is ignored: 1 or less draws without guidance"
-    if body.negative_prompt and not guidance.guided:
-        default = "" if scale is not None else f", and {card.id} draws without by default"
-        yield f"negative_prompt is ignored: it takes a {field} over 1{default}"
-    span = [name for name in ("start", "stop") if getattr(body, f"skip_layer_guidance_{name}") is not None]
-    if span and not (guidance.skip and guidance.skip.scale):
-        yield f"skip_layer_guidance_{span[0]} is ignored: there is no skip-layer guidance without a scale"
+        facts["true_cfg_scale"] = guidance.scale
+    if skip := guidance.skip:
+        facts |= zip(SKIPPING, (skip.scale, skip.start, skip.stop), strict=True)
+    return facts

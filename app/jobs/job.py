@@ -44,8 +44,8 @@ class Job:
     `await job` is `result()` once it has ended, and cancels it with its task. `on_report` gets every report.
 
     format: of the files; raw: the file alone is the answer. id: in the log. started: when it came, on the clock of
-    `time.perf_counter()`. facts: for its line of the log, which never has a prompt. Raises InvalidValue: a sheet longer
-    than its format can be.
+    `time.perf_counter()`. facts: for its line of the log, which never has a prompt. imaging: seconds that its files
+    took. Raises InvalidValue: a sheet longer than its format can be.
     """
 
     request: Request
@@ -58,6 +58,7 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
     on_report: OnReport | None = None
     estimate: Estimate | None = None
+    imaging: float = 0.0
     results: dict[int, Result] = field(default_factory=dict)
     future: Future[list[Result]] = field(default_factory=Future)
 

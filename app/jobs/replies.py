@@ -1,25 +1,35 @@
-"""Replies: finished pixels as what a client gets: a file with headers, OpenAI's JSON, events of a stream.
+"""Replies: the results of a job as what a client gets: one file with headers, OpenAI's JSON, or events of a stream.
 
-It is all plain computing, for the imaging threads. The OpenAPI document is made from the pydantic models.
+All of it is plain computing, for the imaging threads. The OpenAPI document is made from the pydantic models.
 """
 
 from __future__ import annotations
 
 import binascii
 import json
+import re
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
-from app.imaging import Format, encode_image, grid, sheet_size
-from app.jobs.body import body_warnings, file_warnings, model_warnings, recipe_facts
+from app.imaging import Format, encode_image, grid, left_out, sheet_size
+from app.jobs.body import SKIPPING, recipe_facts
 from app.jobs.job import Estimate, Job
 from app.report import Preview, Result
 from app.request import ClassLabel, Condition, Prompt, Recipe
+from app.samplers.table import compile_table
+
+Answer = tuple[bytes, dict[str, str]]
+"""The content and the headers of a whole answer."""
+
+Effectless = tuple[str, object, str]
+"""A field, whether it has no effect, and why."""
+
+JSON = {"Content-Type": "application/json"}
 
 TOKEN = 16
 """Pixels on a side of what `usage` counts as one image token: a VAE of scale 8 under patches of 2."""
@@ -27,7 +37,29 @@ TOKEN = 16
 SLICE = 3 * 2**16
 """Bytes of a file that become base64 in one call; a multiple of three, so that only the last is padded."""
 
-_MARK = secrets.token_hex(16)
+MARK = secrets.token_hex(16)
+"""Stands for a file in a reply, until `spliced` puts it there. Nobody outside this process can write one."""
+
+_ANY: TypeAdapter[Any] = TypeAdapter(Any)
+_SYNTAX = re.compile(
+    r"""
+      \( [^()]* (?: : \s*+ -?[0-9]*+\.[0-9]++ | [^()0-9] : \s*+ [0-9]++ ) \s*+ \)  # (word:1.3) as in A1111 and ComfyUI
+    | \( [^()]+ \) (?: [0-9]?\.[0-9]+ | \+{1,9} | -{2,9} )                         # (word)1.3 as in InvokeAI and compel
+    | \[ [^][:]*+ : (?: [^][:]*+ : )? \s*+ (?: [0-9]*+\. )? [0-9]++ \s*+ \]        # [a:b:0.5]   prompt editing
+    | < (?: lora | lyco | hypernet ) : [^<>]* >                                    # <lora:name:0.8>
+    | \b embedding : \w+                                                           # embedding:name
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+_OPENAI: dict[str, tuple[tuple[str, ...], str]] = {
+    "background": (("auto", "opaque"), "pictures are opaque"),
+    "quality": (("auto", "standard"), "num_inference_steps says how much work goes into a picture"),
+    "style": ((), "write the style into the prompt"),
+    "moderation": (("auto", "low"), "nothing is filtered here"),
+    "complexity": (("auto",), "no model here has such a setting"),
+}
+"""OpenAI's fields that have no effect: the values that ask for what is done anyway, and what a person should know."""
 
 
 class Item(BaseModel):
@@ -36,7 +68,7 @@ class Item(BaseModel):
     b64_json: str
     seed: int
     class_label: int | None = None
-    revised_prompt: str | None = Field(None, description="The name of the class that was drawn")
+    revised_prompt: str | None = Field(default=None, description="The name of the class that was drawn")
 
 
 class TokenDetails(BaseModel):
@@ -70,56 +102,27 @@ class Stages(BaseModel):
     queue_position: int | None = Field(None, description="Requests on its device not yet answered when it was accepted")
 
 
-class Effective(BaseModel):
-    """What the server made of the request: fields that were absent are told here."""
-
-    model: str
-    sampler: str
-    num_inference_steps: int
-    guidance_scale: float
-    size: str = Field(description="Of the file: of the whole sheet when a grid was asked for")
-    output_format: str
-    quality: str = "auto"
-    background: str = "opaque"
-
-
-class ImagesReply(Effective):
+class ImagesReply(BaseModel):
     """OpenAI's images reply with the effective parameters, timings and warnings beside it."""
 
     created: int
     data: list[Item]
+    model: str
+    sampler: str
+    num_inference_steps: int
+    guidance_scale: float
+    max_sequence_length: int | None = None
+    true_cfg_scale: float | None = None
+    skip_layer_guidance_scale: float | None = None
+    skip_layer_guidance_start: float | None = None
+    skip_layer_guidance_stop: float | None = None
+    size: str = Field(description="Of the file: of the whole sheet when a grid was asked for")
+    output_format: str
+    quality: str
+    background: str
     usage: Usage
     timings: Stages
     warnings: list[str] | None = None
-
-
-class PartialEvent(Effective):
-    """What an image looks like so far."""
-
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
-    b64_json: str
-    created_at: int
-    partial_image_index: int
-    image_index: int | None = None
-
-
-class CompletedEvent(Effective, Item):
-    """One finished image of a stream."""
-
-    type: Literal["image_generation.completed"] = "image_generation.completed"
-    created_at: int
-    usage: Usage
-    timings: Stages
-    image_index: int | None = None
-    warnings: list[str] | None = None
-
-
-class Answer(NamedTuple):
-    """A whole answer. seconds: of imaging."""
-
-    content: bytes
-    headers: dict[str, str]
-    seconds: float
 
 
 def answer(job: Job, results: Sequence[Result]) -> Answer:
@@ -127,32 +130,25 @@ def answer(job: Job, results: Sequence[Result]) -> Answer:
     groups = file_groups(job, results)
     files, seconds = files_of(job, groups)
     if job.raw:
-        return file_answer(files[0], job.format, [job.card.id], results[0].seed, warnings(job, results), seconds)
+        return file_answer(files[0], job.format, [job.card.id], results[0].seed, warnings(job, results))
     reply = ImagesReply(
         created=int(time.time()),
-        data=[Item(b64_json=mark(place), **_item(job, group[0])) for place, group in enumerate(groups)],
+        data=[Item(b64_json=MARK, **_item(job, group[0])) for group in groups],
         **_cost(job, results, seconds),
         **effective(job, len(groups[0])),
     )
-    return json_answer(reply, files, seconds)
+    return spliced(reply, files), JSON
 
 
-def file_answer(
-    file: bytes, format: Format, models: Iterable[str], seed: int, warnings: list[str], seconds: float
-) -> Answer:
-    """A file alone; headers say who drew it, the first seed and the warnings.
+def file_answer(file: bytes, format: Format, models: Iterable[str], seed: int, warnings: list[str]) -> Answer:
+    """A file alone; headers name the models that drew it, the first seed and the warnings.
 
     NOTE: a warning may quote a prompt; JSON leaves nothing in it that ends a header.
     """
     headers = {"Content-Type": f"image/{format}", "X-Model": ", ".join(models), "X-Seed": str(seed)}
     if warnings:
         headers["X-Warning"] = json.dumps("; ".join(warnings)[:400])
-    return Answer(file, headers, seconds)
-
-
-def json_answer(reply: BaseModel, files: Sequence[bytes], seconds: float) -> Answer:
-    """A reply with its files, as `spliced`."""
-    return Answer(spliced(reply, files), {"Content-Type": "application/json"}, seconds)
+    return file, headers
 
 
 def file_groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result]]:
@@ -161,49 +157,56 @@ def file_groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result
 
 
 def files_of(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:
-    """A file of each group of results, as one sheet if the job asks for sheets, and the seconds they took."""
+    """A file of each group of results, and the seconds they took, which are added to the job's."""
     started, files = time.perf_counter(), []
     for results in groups:
         pixels = grid([result.pixels for result in results], job.columns) if job.columns else results[0].pixels
         text = facts(job, [result.index for result in results])
         files.append(encode_image(np.asarray(pixels), job.format, job.body.output_compression, text))
-    return files, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    job.imaging += seconds
+    return files, seconds
 
 
 def partial_event(job: Job, preview: Preview) -> bytes:
     """A preview as a server-sent event. The file carries no facts: it is not the image that they make."""
     file = encode_image(preview.pixels, job.format, job.body.output_compression, {})
-    event = PartialEvent(
-        b64_json=mark(0),
-        created_at=int(time.time()),
-        partial_image_index=preview.partial,
-        image_index=preview.index if len(job.request.images) > 1 else None,
-        **effective(job, 1),
-    )
-    return _sse(event, file)
+    place = {"partial_image_index": preview.partial, "image_index": _place(job, preview.index)}
+    return _event("image_generation.partial_image", file, place | effective(job, 1))
 
 
-def completed_event(job: Job, results: Sequence[Result]) -> tuple[bytes, float]:
-    """A finished image (one result) or sheet (all of them) as a server-sent event, and the seconds of encoding."""
+def completed_event(job: Job, results: Sequence[Result]) -> bytes:
+    """A finished image (one result) or sheet (all of them) as a server-sent event."""
     (file,), seconds = files_of(job, [results])
-    event = CompletedEvent(
-        b64_json=mark(0),
-        created_at=int(time.time()),
-        image_index=results[0].index if len(job.request.images) > 1 and not job.columns else None,
-        **_cost(job, results, seconds),
-        **_item(job, results[0]),
-        **effective(job, len(results)),
-    )
-    return _sse(event, file), seconds
+    image = {"image_index": _place(job, results[0].index), **_item(job, results[0])}
+    fields = image | _cost(job, results, seconds) | effective(job, len(results))
+    return _event("image_generation.completed", file, fields)
 
 
-def warnings(job: Job, results: Sequence[Result]) -> list[str]:
-    """All warnings for these results of one request, each once: of the body, the model, the engine and the files."""
-    found = [*body_warnings(job.body, job.format, job.raw), *model_warnings(job.body, job.card, job.request)]
-    found += [text for result in results for text in result.warnings]
-    for group in file_groups(job, results):
-        found += file_warnings(job.format, facts(job, [result.index for result in group]))
-    return list(dict.fromkeys(found))
+def _place(job: Job, index: int) -> int | None:
+    """Which image of a stream it is, where the stream has several files."""
+    return index if len(job.request.images) > 1 and not job.columns else None
+
+
+def _event(kind: str, file: bytes, fields: dict[str, Any]) -> bytes:
+    """One server-sent event with its file. JSON has no newlines, so it is one data line."""
+    event = {"type": kind, "b64_json": MARK, "created_at": int(time.time()), **fields}
+    present = {name: value for name, value in event.items() if value is not None}
+    return b"".join([f"event: {kind}\ndata: ".encode(), spliced(present, [file]), b"\n\n"])
+
+
+def spliced(reply: object, files: Sequence[bytes]) -> bytes:
+    """The JSON of a reply, without absent fields of its models, each mark replaced by the next file in base64.
+
+    NOTE: it goes a slice at a time. A string of a whole file, and then of a whole reply, holds the interpreter's lock,
+    and the event loop with it, for over 10 ms with eight large PNGs (tests/bench/encode.py).
+    """
+    first, *rest = _ANY.dump_json(reply, exclude_none=True).split(MARK.encode())
+    parts = [first]
+    for file, after in zip(files, rest, strict=True):
+        slices = (file[start : start + SLICE] for start in range(0, len(file), SLICE))
+        parts += [*(binascii.b2a_base64(part, newline=False) for part in slices), after]
+    return b"".join(parts)
 
 
 def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
@@ -212,14 +215,14 @@ def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
     field, _ = shown(specs[0].condition)
     values = [shown(spec.condition)[1] for spec in specs]
     alike = len(set(values)) == 1
-    told: dict[str, Any] = {"model": job.card.id, field: values[0] if alike else values}
+    found: dict[str, Any] = {"model": job.card.id, field: values[0] if alike else values}
     if isinstance(specs[0].condition, Prompt):
-        told["negative_prompt"] = specs[0].condition.negative or ""
+        found["negative_prompt"] = specs[0].condition.negative or ""
     if len(specs) > 1 and alike:
-        told["n"] = len(specs)
+        found["n"] = len(specs)
     if job.columns:
-        told["grid"] = {"columns": job.columns}
-    return told | {"seed": specs[0].seed, **recipe_facts(job.request.recipe)}
+        found["grid"] = {"columns": job.columns}
+    return found | {"seed": specs[0].seed, **recipe_facts(job.request.recipe)}
 
 
 def shown(condition: Condition) -> tuple[str, Any]:
@@ -228,10 +231,11 @@ def shown(condition: Condition) -> tuple[str, Any]:
 
 
 def effective(job: Job, images: int) -> dict[str, Any]:
-    """The fields of Effective for a file that shows this many images, among all that the recipe says."""
+    """The parameters of a file that shows this many images, those that were absent in the body too."""
     recipe = job.request.recipe
     width, height = sheet_size(images, job.columns or 1, recipe.width, recipe.height)
-    return recipe_facts(recipe) | {"size": f"{width}x{height}", "output_format": job.format}
+    file = {"size": f"{width}x{height}", "output_format": job.format, "quality": "auto", "background": "opaque"}
+    return recipe_facts(recipe) | file
 
 
 def usage(recipes: Sequence[Recipe]) -> Usage:
@@ -245,42 +249,16 @@ def usage(recipes: Sequence[Recipe]) -> Usage:
 def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | None = None) -> Stages:
     """Where the time went, rounded to 10 microseconds, and what was expected."""
     timings = [result.timings for result in results]
-    phases = ("queue", "encode", "denoise", "decode")
-    told: dict[str, Any] = {name: round(max(getattr(one, name) for one in timings), 5) for name in phases}
+    seconds = {name: max(getattr(one, name) for one in timings) for name in ("queue", "encode", "denoise", "decode")}
+    seconds["image_encode"] = image_encode
     if estimate:
-        wait = round(estimate.wait, 5)
-        told |= {"cost": round(estimate.cost, 5), "estimated_wait": wait, "queue_position": estimate.position}
+        seconds |= {"cost": estimate.cost, "estimated_wait": estimate.wait}
     return Stages(
-        **told,
-        image_encode=round(image_encode, 5),
         steps=max(one.steps for one in timings),
         shared=round(sum(one.shared for one in timings) / len(timings), 2),
+        queue_position=estimate.position if estimate else None,
+        **{name: round(value, 5) for name, value in seconds.items()},
     )
-
-
-def mark(place: int) -> str:
-    """A text in a reply that stands for the file of this place. Nobody outside this process can write one."""
-    return f"{_MARK}-{place}."
-
-
-def spliced(reply: BaseModel, files: Sequence[bytes]) -> bytes:
-    """The JSON of a reply, without absent fields, each mark replaced by its file in base64; marks stand in order.
-
-    NOTE: it goes a slice at a time. A string of a whole file, and then of a whole reply, holds the interpreter's lock,
-    and the event loop with it, for over 10 ms with eight large PNGs (tests/bench/encode.py).
-    """
-    rest, parts = reply.model_dump_json(exclude_none=True).encode(), []
-    for place, file in enumerate(files):
-        before, _, rest = rest.partition(mark(place).encode())
-        parts.append(before)
-        slices = (file[start : start + SLICE] for start in range(0, len(file), SLICE))
-        parts += [binascii.b2a_base64(part, newline=False) for part in slices]
-    return b"".join([*parts, rest])
-
-
-def _sse(event: PartialEvent | CompletedEvent, file: bytes) -> bytes:
-    """One server-sent event with its file; JSON has no newlines, so one data line holds it."""
-    return b"".join([f"event: {event.type}\ndata: ".encode(), spliced(event, [file]), b"\n\n"])
 
 
 def _cost(job: Job, results: Sequence[Result], imaging: float) -> dict[str, Any]:
@@ -297,3 +275,71 @@ def _item(job: Job, result: Result) -> dict[str, Any]:
         name = job.card.labels[condition.index]
         return {"seed": result.seed, "class_label": condition.index, "revised_prompt": name}
     return {"seed": result.seed}
+
+
+def warnings(job: Job, results: Sequence[Result]) -> list[str]:
+    """All warnings for these results of one request, each once: of the body, the model, the engine and the files."""
+    found = [*body_warnings(job), *model_warnings(job), *(text for result in results for text in result.warnings)]
+    for group in file_groups(job, results):
+        found += file_warnings(job.format, facts(job, [result.index for result in group]))
+    return list(dict.fromkeys(found))
+
+
+def body_warnings(job: Job) -> list[str]:
+    """Warnings for fields that have no effect, whichever model draws."""
+    body, compression = job.body, job.body.output_compression
+    table: list[Effectless] = [
+        ("output_format", body.output_format not in (None, job.format), f"Accept asks for image/{job.format}"),
+        (
+            "output_compression",
+            compression is not None and job.format == "png",
+            "png is lossless; jpeg and webp are not",
+        ),
+        ("partial_images", body.partial_images and not body.stream, "previews come with stream"),
+        ("Accept", body.stream and job.raw, "stream answers with events"),
+        *((field, getattr(body, field) not in (None, *plain), why) for field, (plain, why) in _OPENAI.items()),
+    ]
+    found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
+    for field in ("prompt", "negative_prompt"):
+        texts = getattr(body, field) or []
+        for match in filter(None, map(_SYNTAX.search, [texts] if isinstance(texts, str) else texts)):
+            found.append(f'{field}: "{match[0][:40]}" is read as plain text: a prompt has no weights and no tags here')
+    return found
+
+
+def model_warnings(job: Job) -> list[str]:
+    """Warnings for fields that have no effect with the model of the job, or for its key."""
+    body, card, recipe, delivery = job.body, job.card, job.request.recipe, job.request.delivery
+    guided_by = "true_cfg_scale" if card.guidance == "embedded" else "guidance_scale"
+    scale, skip = getattr(body, guided_by), recipe.guidance.skip
+    without = "" if scale is not None else f", and {card.id} draws without by default"
+    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    table: list[Effectless] = [
+        ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
+        (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),
+        (
+            "negative_prompt",
+            body.negative_prompt and not recipe.guidance.guided,
+            f"it takes a {guided_by} over 1{without}",
+        ),
+        *(
+            (field, getattr(body, field) is not None and not (skip and skip.scale), "it takes a scale")
+            for field in SKIPPING[1:]
+        ),
+    ]
+    found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
+    if delivery.previews >= lines:
+        found.append(f"partial_images: at most {lines - 1} come before an image of {recipe.steps} steps")
+    if body.priority is not None and body.priority > delivery.priority:
+        found.append(f"priority is {delivery.priority}: more is not for this key")
+    return found
+
+
+def file_warnings(format: Format, facts: dict[str, Any]) -> list[str]:
+    """A warning where a file has no room for all of these facts."""
+    names = ", ".join(left_out(format, facts))
+    return (
+        [f"the request in the file is without {names}: a jpeg holds 64 kB of it, png and webp hold all"]
+        if names
+        else []
+    )

@@ -1,6 +1,6 @@
 """JSON schemas of the bodies that each card takes, in its own bounds; an example, and the curl that posts one.
 
-Names, types and words come from the pydantic models, ranges from `bounds`, which also check a body.
+Names, types and descriptions come from the pydantic models, ranges from `bounds`, which also check a body.
 """
 
 from __future__ import annotations
@@ -11,41 +11,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.cards.card import Card, Sizes
+from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.imaging import FORMATS, Format
-from app.jobs.body import IGNORED, ImageBody
-from app.jobs.compare import MODELS, OWN, PRESETS, ROWS, SHARED, CompareBody, takes_preset
-from app.jobs.fields import Range, bounds, most_steps_of
-from app.samplers.table import valid_samplers
+from app.imaging import Format
+from app.jobs.body import ImageBody, Json, bounds, most_steps_of
+from app.jobs.compare import FIELDS, MODELS, PRESETS, ROWS, CompareBody, takes_preset
 
-Json = dict[str, Any]
+NULL: Json = {"type": "null"}
 
 _KEY = '-H "Authorization: Bearer $INSTEP_KEY"'
 """Outside of quotes that would keep the shell from putting the key in: no key is ever printed."""
 
-_ROW_FIELDS = ("prompt", "class_label")
-_EXAMPLES: dict[str, Json] = {"prompt": {"prompt": ["a red apple", "a blue car"]}, "class_label": {"class_label": [0]}}
+_ROWS: dict[str, Json] = {"prompt": {"prompt": ["a red apple", "a blue car"]}, "class_label": {"class_label": [0]}}
+"""Examples of comparisons by the field that names their rows."""
 
 
 def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
     """JSON schema of the bodies that this card takes. default: the card also answers to no name at all."""
-    properties = {**_common(card), "model": {"enum": [*names, *(["", None] if default else [])]}}
-    properties |= _label_fields(card) if card.draws_classes else _text_fields(card)
-    for field, schema in properties.items():
-        schema["description"] = ImageBody.model_fields[field].description
-    what = "class_label" if card.draws_classes else "prompt"
-    one, many = properties[what]["anyOf"][:-1], properties[what]["anyOf"][-1]
+    fields, what = ImageBody.model_json_schema()["properties"], "class_label" if card.draws_classes else "prompt"
+    single = _single(card)
+    many = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": card.limits.n}
+    columns = {"type": "integer", "minimum": 1, "maximum": card.limits.n}
+    spans = bounds(card)
+    spans["num_inference_steps"]["maximum"] = max(most_steps_of(card).values())
+    words = {"type": "string"}
+    spans["prompt"] = {"anyOf": [words, {"type": "array", "items": words}, NULL]}
+    spans[what] = {"anyOf": [*single, many]}
+    spans["model"] = {"enum": [*names, *(["", None] if default else [])]}
+    spans["grid"] = {"anyOf": [_object({"columns": columns}, ["columns"]), NULL]}
+    properties = {}
+    for field, span in spans.items():
+        plain = {name: word for name, word in fields[field].items() if name in ("anyOf", "description")}
+        properties[field] = plain | span
     return {
         "title": card.id,
         "description": card.description,
-        "type": "object",
-        "additionalProperties": False,
-        "required": [what] if default else [what, "model"],
-        "properties": properties,
+        **_object(properties, [what] if default else [what, "model"]),
         "anyOf": [
-            {"properties": {what: {"anyOf": one}}},
+            {"properties": {what: {"anyOf": single}}},
             {"properties": {what: many, "n": {"enum": [1, None]}}},
         ],
         **({"allOf": fewer} if (fewer := _fewer_steps(card)) else {}),
@@ -53,81 +57,33 @@ def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
     }
 
 
-def _common(card: Card) -> Json:
-    """Fields of both kinds of model."""
-    spans = bounds(card)
-    steps = max(most_steps_of(card).values())
-    spans["num_inference_steps"] = spans["num_inference_steps"]._replace(high=steps)
-    return {
-        **{field: _number(field, span) for field, span in spans.items()},
-        "size": _size(card.limits.sizes, card.defaults.size),
-        "response_format": {"enum": ["b64_json", None]},
-        "output_format": {"enum": [*FORMATS, None]},
-        "stream": {"type": ["boolean", "null"]},
-        "sampler": {"enum": [*valid_samplers(card.schedule), None], "default": card.defaults.sampler},
-        "grid": {
-            "type": ["object", "null"],
-            "properties": {"columns": {"type": "integer", "minimum": 1, "maximum": card.limits.n}},
-            "required": ["columns"],
-            "additionalProperties": False,
-        },
-        **{name: {} for name in IGNORED},
-    }
+def _object(properties: Json, required: list[str]) -> Json:
+    return {"type": "object", "additionalProperties": False, "required": required, "properties": properties}
+
+
+def _single(card: Card) -> list[Json]:
+    """The schemas of one prompt or label. NOTE: a name that two classes share is no way to name one."""
+    if not card.draws_classes:
+        return [{"type": "string", "maxLength": card.limits.prompt}]
+    names = [name for name in card.labels if card.labels.count(name) == 1]
+    return [{"type": "integer", "minimum": 0, "maximum": max(0, len(card.labels) - 1)}, {"enum": names}]
 
 
 def _fewer_steps(card: Card) -> list[Json]:
     """The conditions that go with the samplers whose grids have room for fewer steps than those of others."""
-    steps = most_steps_of(card)
-    found = []
+    steps, found = most_steps_of(card), []
     for sampler, most in steps.items():
         if most < max(steps.values()):
-            named: Json = {"properties": {"sampler": {"enum": [sampler]}}, "required": ["sampler"]}
-            if sampler == card.defaults.sampler:
-                named = {"properties": {"sampler": {"enum": [sampler, None]}}}
+            own = sampler == card.defaults.sampler
+            named: Json = {"properties": {"sampler": {"enum": [sampler, None] if own else [sampler]}}}
+            named["required"] = [] if own else ["sampler"]
             found.append({"if": named, "then": {"properties": {"num_inference_steps": {"maximum": most}}}})
     return found
-
-
-def _text_fields(card: Card) -> Json:
-    text = {"type": "string", "maxLength": card.limits.prompt}
-    return {
-        "prompt": {"anyOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": card.limits.n}]},
-        "negative_prompt": {"type": ["string", "null"], "maxLength": card.limits.prompt},
-    }
-
-
-def _label_fields(card: Card) -> Json:
-    index = {"type": "integer", "minimum": 0, "maximum": max(0, len(card.labels) - 1)}
-    # A name that two classes share is no way to name one.
-    names = {"enum": [name for name in card.labels if card.labels.count(name) == 1]}
-    either = {"anyOf": [index, names]}
-    many = {"type": "array", "items": either, "minItems": 1, "maxItems": card.limits.n}
-    words = {"type": "string"}
-    return {
-        "class_label": {"anyOf": [index, names, many]},
-        "prompt": {"anyOf": [words, {"type": "array", "items": words}, {"type": "null"}]},
-    }
 
 
 def example(card: Card) -> Json:
     field, value = ("class_label", next(iter(card.labels), 0)) if card.draws_classes else ("prompt", "a red apple")
     return {"model": card.id, field: value, "num_inference_steps": card.defaults.num_inference_steps, "seed": 7}
-
-
-def _size(sizes: Sizes, default: str) -> Json:
-    sides = [side for side in range(sizes.min, sizes.max + 1) if side % sizes.multiple == 0]
-    if sizes.square or len(sides) ** 2 <= 64:
-        names = [f"{w}x{h}" for w in sides for h in sides if sizes.allows(w, h)]
-        return {"enum": [*names, "auto", None], "default": default}
-    side = "|".join(map(str, sides))
-    return {"type": ["string", "null"], "pattern": f"^(auto|({side})x({side}))$", "default": default}
-
-
-def _number(field: str, span: Range) -> Json:
-    """A range as a schema; the body model says whether its numbers are whole."""
-    whole = "int" in str(ImageBody.model_fields[field].annotation)
-    schema: Json = {"type": ["integer" if whole else "number", "null"], "minimum": span.low, "maximum": span.high}
-    return schema if span.default is None else {**schema, "default": span.default}
 
 
 def place_comparison(document: Json, registry: Registry) -> None:
@@ -136,11 +92,10 @@ def place_comparison(document: Json, registry: Registry) -> None:
     takers = {
         "prompt": [card for card in cards if not card.draws_classes],
         "class_label": [card for card in cards if card.draws_classes and card.labels],
-        **{name: [card for card in cards if takes_preset(card, preset)] for name, preset in PRESETS.items()},
+        **{preset: [card for card in cards if takes_preset(card, preset)] for preset in PRESETS},
     }
     kinds = {kind: compare_schema(registry, fitting, kind) for kind, fitting in takers.items() if fitting}
-    schemas = document["components"]["schemas"]
-    schemas |= {f"CompareBody.{kind}": schema for kind, schema in kinds.items()}
+    document["components"]["schemas"] |= {f"CompareBody.{kind}": schema for kind, schema in kinds.items()}
     content = document["paths"]["/v1/images/compare"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": [{"$ref": f"#/components/schemas/CompareBody.{kind}"} for kind in kinds]}
     content["examples"] = {kind: {"value": schema["examples"][0]} for kind, schema in kinds.items()}
@@ -149,62 +104,41 @@ def place_comparison(document: Json, registry: Registry) -> None:
 def compare_schema(registry: Registry, cards: list[Card], kind: str) -> Json:
     """JSON schema of the comparisons of these cards. kind: the field that names the rows, or a preset.
 
-    The bounds of a card hold where it is named; without models, those of all.
+    The bounds of a card hold where it is named.
     """
-    what, preset = (kind, None) if kind in _ROW_FIELDS else (None, kind)
-    shared = {card.id: _shared(card, what) for card in cards}
-    every = dict.fromkeys(name for fields in shared.values() for name in fields)
+    fields = CompareBody.model_json_schema()["properties"]
     names = [name for card in cards for name in card.names]
-    models = {"type": "array", "items": {"enum": names}, "minItems": 1, "maxItems": MODELS}
-    chosen = preset and 1 <= sum(ModelFolder(card, registry.all).here() for card in cards) <= MODELS
-    own: Json = {"models": {"anyOf": [models, {"type": "null"}]} if chosen else models, "preset": {"enum": [preset]}}
-    for field in OWN:
-        own[field]["description"] = CompareBody.model_fields[field].description
-    # Of several cards the descriptions alone: their bounds are those of the cards that are named.
-    alone = shared[cards[0].id] if len(cards) == 1 else None
-    fields = alone or {name: {"description": ImageBody.model_fields[name].description} for name in every}
-    absent = {field: {"type": "null"} for field in _ROW_FIELDS if field != what}
-    schema: Json = {
+    models: Json = {"type": "array", "items": {"enum": names}, "minItems": 1, "maxItems": MODELS}
+    optional = kind in PRESETS and 1 <= sum(ModelFolder(card, registry.all).here() for card in cards) <= MODELS
+    own = {field: NULL for field in _ROWS if field != kind} | {"stream": {"enum": [False, None]}}
+    own["models"] = {"anyOf": [models, NULL]} if optional else models
+    own["preset"] = {"enum": [kind if kind in PRESETS else None]}
+    conditions = [
+        {"if": {"properties": {"models": {"contains": {"enum": [*card.names]}}}}, "then": _cells(card, kind)}
+        for card in cards
+    ]
+    return {
         "title": f"by {kind}",
-        "type": "object",
-        "additionalProperties": False,
-        "required": [*([] if chosen else ["models"]), what or "preset"],
-        "properties": {**fields, **absent, **own, "stream": {"enum": [False, None]}},
+        **_object(
+            {field: {"description": fields[field]["description"], **own.get(field, {})} for field in FIELDS},
+            [*([] if optional else ["models"]), "preset" if kind in PRESETS else kind],
+        ),
+        "allOf": conditions,
+        "examples": [{"models": [card.id for card in cards[:2]], **_ROWS.get(kind, {"preset": kind}), "seed": 7}],
     }
-    if alone:
-        schema |= _conditions(cards[0])
-    else:
-        schema["allOf"] = [
-            {
-                "if": {"properties": {"models": {"contains": {"enum": [*card.names]}}}},
-                "then": {
-                    "properties": {name: shared[card.id].get(name, {"type": "null"}) for name in every},
-                    **_conditions(card),
-                },
-            }
-            for card in cards
-        ]
-    few = {} if chosen else {"models": [card.id for card in cards[:2]]}
-    return {**schema, "examples": [{**few, **_EXAMPLES.get(kind, {"preset": kind}), "seed": 7}]}
 
 
-def _shared(card: Card, what: str | None) -> Json:
-    """The shared fields as this card takes them, by reference to its body; `what` may be a list of up to ROWS."""
-    fields = body_schema(card, (card.id,), False)["properties"]
-    place = f"#/components/schemas/ImageBody.{card.id}/properties"
-    kept: Json = {name: {"$ref": f"{place}/{name}"} for name in SHARED if name in fields and name not in _ROW_FIELDS}
-    if what:
-        single = [{"$ref": f"{place}/{what}/anyOf/{index}"} for index in range(len(fields[what]["anyOf"]) - 1)]
+def _cells(card: Card, kind: str) -> Json:
+    """What a comparison with this model takes: what the body of the model takes, by reference, and up to ROWS rows."""
+    place, taken = f"#/components/schemas/ImageBody.{card.id}", bounds(card)
+    shared = [field for field in FIELDS if field in ImageBody.model_fields and field not in (*_ROWS, "stream")]
+    fields = {field: {"$ref": f"{place}/properties/{field}"} if field in taken else NULL for field in shared}
+    if kind in _ROWS:
+        single = [{"$ref": f"{place}/properties/{kind}/anyOf/{index}"} for index in range(len(_single(card)))]
         rows = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": ROWS}
-        kept[what] = {"anyOf": [*single, rows], "description": "What the rows show: one, or a list"}
-    return kept
-
-
-def _conditions(card: Card) -> Json:
-    """The conditions of this card's body, by reference to it."""
-    place = f"#/components/schemas/ImageBody.{card.id}/allOf"
-    found = [{"$ref": f"{place}/{index}"} for index in range(len(_fewer_steps(card)))]
-    return {"allOf": found} if found else {}
+        fields[kind] = {"anyOf": [*single, rows]}
+    fewer = [{"$ref": f"{place}/allOf/{index}"} for index in range(len(_fewer_steps(card)))]
+    return {"properties": fields, **({"allOf": fewer} if fewer else {})}
 
 
 def curl(

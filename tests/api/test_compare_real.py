@@ -72,6 +72,6 @@ def test_a_cell_is_the_picture_of_its_model(
 def test_the_preset_over_what_is_here(real: httpx.Client) -> None:
     told = real.post("/v1/images/compare", json={"preset": "two_prompts", "seed": 1}).json()
     assert told["models"] == ["tiny-sd3", "tiny-sd3-no-t5", "tiny-sd3-turbo"]
-    assert [cell["prompt"] for cell in told["cells"][::3]] == list(PRESETS["two_prompts"].prompts)
+    assert [cell["prompt"] for cell in told["cells"][::3]] == PRESETS["two_prompts"]["prompt"]
     assert {(cell["timings"]["steps"], cell["guidance_scale"]) for cell in told["cells"]} == {(28, 7.0)}
     assert {text.split(": ")[0] for text in told["warnings"]} == set(told["models"])  # 24 tokens do not hold them

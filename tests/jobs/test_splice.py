@@ -8,7 +8,7 @@ import json
 import pytest
 from pydantic import BaseModel
 
-from app.jobs.replies import SLICE, mark, spliced
+from app.jobs.replies import MARK, SLICE, spliced
 
 
 class Reply(BaseModel):
@@ -22,7 +22,7 @@ def test_the_same_as_base64_of_the_whole(size: int) -> None:
     files = [bytes(range(256)) * (size // 256 + 1), b"\xff" * size, b""]
     files[0] = files[0][:size]
     whole = [base64.b64encode(file).decode() for file in files]
-    reply = Reply(text='0. \u2028 " {', files=[mark(place) for place in range(3)])
+    reply = Reply(text='0. \u2028 " {', files=[MARK] * 3)
     plain = Reply(text=reply.text, files=whole)
     assert spliced(reply, files) == plain.model_dump_json(exclude_none=True).encode()
     assert json.loads(spliced(reply, files))["files"] == whole

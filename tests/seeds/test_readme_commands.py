@@ -141,7 +141,7 @@ def test_the_panel_of_the_preset(run: Run) -> None:
     run(line)
     request = facts(options(line)["-o"])
     assert request["models"] == ["sd3-medium", "sd3.5-large"] and request["seed"] == 0
-    assert request["prompt"] == list(PRESETS["two_prompts"].prompts)
+    assert request["prompt"] == PRESETS["two_prompts"]["prompt"]
     assert (request["num_inference_steps"], request["guidance_scale"]) == (28, 7.0)
     height, width, _ = pixels(options(line)["-o"]).shape
     assert width > 2 * 256 + 100 and height > 2 * 256 + 40
