@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.cli.bodies import build, open_registry
+from app.cli.generate import build
+from app.cli.options import Folder, open_registry, read_settings
 from app.cli.paint import follow, half_blocks, results, shrink
-from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
 from app.imaging import grid
 from app.jobs.job import Job

@@ -16,8 +16,7 @@ from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_labels
 from app.cards.folder import ModelFolder
-from app.cli.bodies import open_registry
-from app.cli.serve import Folder, read_settings
+from app.cli.options import Folder, open_registry, read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
