@@ -58,10 +58,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Fields of a body by preset, for those that a body leaves out. One prompt asks for colours and places, one for writing
 in the picture."""
 
-_ANY_MODEL = {"response_format", "output_format", "output_compression", "seed", "priority", "deadline"}
-"""Fields with the same bounds for every model: an error about one of them names no model."""
-
-_ASIDE = {"model", "preset", "stream", *_ANY_MODEL - {"seed"}, *IGNORED}
+_ASIDE = {
+    "model",
+    "preset",
+    "stream",
+    "response_format",
+    "output_format",
+    "output_compression",
+    "priority",
+    "deadline",
+    *IGNORED,
+}
 """Fields that do not say what the panel shows."""
 
 Complete = Callable[[Card, ImageBody], Job]
@@ -87,15 +94,10 @@ class CompareBody(ImageBody):
 
     @property
     def rows(self) -> tuple[str, list[int | str]]:
-        """The field that names the rows, and their prompts or class labels. Raises InvalidValue."""
+        """The field that names the rows, and their prompts or class labels."""
         field = "prompt" if self.class_label is None else "class_label"
-        asked = getattr(self, field)
-        if asked is None:
-            raise InvalidValue("prompt: is required, or class_label, or a preset", param="prompt")
-        rows = asked if isinstance(asked, list) else [asked]
-        if not 1 <= len(rows) <= ROWS:
-            raise InvalidValue(f"{field}: a comparison has 1 to {ROWS} rows, not {len(rows)}", param=field)
-        return field, rows
+        rows = getattr(self, field)
+        return field, rows if isinstance(rows, list) else [rows]
 
     def facts(self) -> dict[str, Any]:
         """The body that makes the same panel again, for the text of its file."""
@@ -115,24 +117,20 @@ def read_comparison(raw: object, registry: Registry) -> CompareBody:
     if body.stream:
         message = "stream: a comparison comes as a whole; leave it out"
         raise RequestError(message, param="stream", code="unsupported_parameter")
-    if body.prompt is not None and body.class_label is not None:
-        raise InvalidValue("class_label: the rows are prompts or classes, not both", param="class_label")
-    if body.preset is not None:
-        body = _filled(body, body.preset)
-    models = [card.id for card in _columns(body, registry)]
-    field, rows = body.rows
-    return body.model_copy(update={"models": models, field: rows, "seed": first_seed(body.seed)})
-
-
-def _filled(body: CompareBody, preset: str) -> CompareBody:
-    """The body with the preset in place of what it leaves out."""
-    if preset not in PRESETS:
+    if body.preset is not None and body.preset not in PRESETS:
         raise InvalidValue(f"preset: expects one of {', '.join(PRESETS)}", param="preset")
-    for field in ("prompt", "class_label"):
-        if getattr(body, field) is not None:
-            raise InvalidValue(f"{field}: the preset {preset} brings its own prompts", param=field)
-    absent = {field: value for field, value in PRESETS[preset].items() if getattr(body, field) is None}
-    return body.model_copy(update=absent)
+    models = [card.id for card in _columns(body, registry)]
+    asked = [field for field in ("prompt", "class_label") if getattr(body, field) is not None]
+    if len(asked) + (body.preset is not None) != 1:
+        field = asked[-1] if asked else "prompt"
+        raise InvalidValue(f"{field}: a comparison has one of prompt, class_label and preset for its rows", param=field)
+    preset = PRESETS.get(body.preset or "", {})
+    filled = {name: value for name, value in preset.items() if getattr(body, name) is None}
+    body = body.model_copy(update={**filled, "models": models, "seed": first_seed(body.seed)})
+    field, rows = body.rows
+    if not 1 <= len(rows) <= ROWS:
+        raise InvalidValue(f"{field}: a comparison has 1 to {ROWS} rows, not {len(rows)}", param=field)
+    return body
 
 
 def takes_preset(card: Card, preset: str) -> bool:
@@ -164,7 +162,7 @@ def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job
     """One job for each row and model, row by row.
 
     complete: makes the job of one cell by `ImageBody.to_request`. Raises what it raises, with the model before the
-    field where the bounds are the model's.
+    field.
     """
     field, rows = body.rows
     jobs = []
@@ -175,7 +173,7 @@ def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job
                     raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
                 jobs.append(complete(card, body.model_copy(update={"model": card.id, field: row})))
             except RequestError as error:
-                raise error if error.param in _ANY_MODEL else error.again(f"{card.id}: {error.message}") from None
+                raise error.again(f"{card.id}: {error.message}") from None
     pixels = sum(job.request.recipe.width * job.request.recipe.height for job in jobs)
     if pixels > PIXELS:
         message = f"size: {len(jobs)} pictures have {pixels / 1e6:.0f} megapixels together"
