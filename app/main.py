@@ -234,12 +234,8 @@ class _Server(uvicorn.Server):
 
     async def _hurry(self) -> None:
         """Answer what is not done with 503, and do not wait for engines either."""
-        supervisor = self._front.supervisor
-        stopping = asyncio.ensure_future(supervisor.stop(0))
+        await self._front.supervisor.stop(0)
         await asyncio.sleep(0.1)
-        for pid in filter(None, supervisor.pids):
-            os.kill(pid, signal.SIGKILL)
-        await stopping
         self._cut()
 
     def _cut(self) -> None:

@@ -110,7 +110,7 @@ async def get_classes(
 async def load_model(request: Request, model: str) -> Response:
     """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
     front, card = _working(request, model)
-    front.supervisor.load(card.id)
+    front.supervisor.call("load", card.id)
     return await _one(front, card, 202)
 
 
@@ -118,7 +118,7 @@ async def load_model(request: Request, model: str) -> Response:
 async def unload_model(request: Request, model: str) -> Response:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     front, card = _working(request, model)
-    front.supervisor.unload(card.id)
+    front.supervisor.call("unload", card.id)
     return await _one(front, card, 202)
 
 

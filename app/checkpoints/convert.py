@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
+from torch import nn
 
 from app.cards.card import ID, Card, read_card
 from app.cards.files import INDEX, read_json, to_toml
@@ -31,8 +32,7 @@ from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
 from app.errors import CheckpointError
 from app.families.authors import from_original
-from app.families.components import blank_network
-from app.families.dit import dit_keys
+from app.families.components import blank_network, tied
 
 SHARD = 5 * 10**9
 """The most bytes of a file of weights that is written."""
@@ -213,9 +213,9 @@ def _network_of_bins(wanted: Conversion, folder: Path, tell: Tell) -> tuple[Stat
         if not isinstance(config.get(name), int) or config[name] < 1:
             raise CheckpointError(f"{place / 'config.json'}: {name} is {config.get(name)!r}, not a number over 0")
     state, file = _read_bins(Part("transformer", CLASS, place), tell)
-    _check_fit(folder / "transformer", CLASS, config, state, file)
+    network = _check_fit(folder / "transformer", CLASS, config, state, file)
     with naming(place):
-        state = dit_keys(state, dict.fromkeys(state))
+        state = tied(state, network.state_dict(keep_vars=True))
     # Counted as the authors do: one embedder for all blocks, and the fixed table of positions.
     copies = {key for key in state if ".norm1.emb." in key and not key.startswith("transformer_blocks.0.")}
     positions = (config["sample_size"] // config["patch_size"]) ** 2 * state["pos_embed.proj.weight"].shape[0]
@@ -281,11 +281,11 @@ def vae_config_of(state: State) -> dict[str, Any]:
     }
 
 
-def _check_fit(folder: Path, class_name: str, config: dict[str, Any], state: State, file: Path) -> None:
-    """Write the config, and see that the network of it takes these tensors, before any of them is written."""
+def _check_fit(folder: Path, class_name: str, config: dict[str, Any], state: State, file: Path) -> nn.Module:
+    """Write the config; return its network, without weights, once it is known to take these tensors."""
     folder.mkdir()
     _write_json(folder / "config.json", config)
-    blank_network(class_name, folder, {key: value.to("meta") for key, value in state.items()}, file)
+    return blank_network(class_name, folder, {key: value.to("meta") for key, value in state.items()}, file)
 
 
 def _write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def build_parts(card: Card, cards: Mapping[str, Card], device: torch.device, dty
         built[part.name] = blank_part(part)
         if has_weights(part.class_name):
             own = part_dtype(part.name, device, dtype)
-            fill_network(built[part.name], part.class_name, part.weights, part_states(part), device, own)
+            fill_network(built[part.name], part.weights, part_states(part), device, own)
     return built
 
 

@@ -11,7 +11,7 @@ import torch
 
 from app.cards.folder import Part
 from app.checkpoints.parts import blank_part, part_stamp, part_states
-from app.families.components import empty_network, fill_network, has_weights
+from app.families.components import fill_network, has_weights
 
 Place = Literal["device", "host", "away", "moving"]
 Key = tuple[tuple[Hashable, ...], torch.dtype, tuple[float | None, ...]]
@@ -47,7 +47,7 @@ class Component:
             _move(self.value, self.device)
         else:
             stamp, states = part_stamp(self.part), part_states(self.part)
-            fill_network(self.value, self.part.class_name, self.part.weights, states, self.device, self.dtype)
+            fill_network(self.value, self.part.weights, states, self.device, self.dtype)
             after = part_stamp(self.part)  # files that changed while they were read count as others
             self.version, self._stamp = self.version + (not stamp == after == self._stamp), after
         self.used = time.monotonic()
@@ -62,7 +62,7 @@ class Component:
 
     def leave(self) -> None:
         """Free the weights; their files remain."""
-        empty_network(self.value)
+        self.value.to("meta")
 
 
 def _tensors(network: torch.nn.Module) -> Iterable[torch.Tensor]:

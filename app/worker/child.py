@@ -82,17 +82,18 @@ class Child:
         self._task = asyncio.create_task(self._keep(self._greeted))
         await self._greeted
 
-    async def stop(self) -> None:
-        """End the process for good: ask it to stop, and kill it when that takes longer than PATIENCE."""
+    async def stop(self, *, ask: bool = True) -> None:
+        """End the process for good: ask it to stop, and kill it where that is not wanted or takes over PATIENCE."""
         self._stopping = True
         if not self._task or not self._greeted:
             return
-        if process := self._process:
+        if ask and (process := self._process):
             self._write(("stop",))
             if not (await asyncio.wait({self._task}, timeout=PATIENCE))[0]:
                 log.warning("engine process %d did not stop when asked: killed", process.pid)
-                self._kill(process)
-                await asyncio.wait({self._task}, timeout=PATIENCE)
+        if self._process:
+            self._kill(self._process)
+            await asyncio.wait({self._task}, timeout=PATIENCE)
         self._task.cancel()
         await asyncio.wait({self._task})
         self._greeted.cancel()

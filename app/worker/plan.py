@@ -82,35 +82,17 @@ def threads(settings: Settings, root: Path = _CGROUPS, mine: Path = _MINE) -> in
 def cores(root: Path = _CGROUPS, mine: Path = _MINE) -> int:
     """Cores that we may use: those we are bound to, or as many as our quota of time is worth, rounded up.
 
+    root: where control groups (version 2) are mounted. mine: which of them is ours. In a container the path may be the
+    host's; there the container's own group is mounted as the root.
     NOTE: more threads than that wait for each other while the quota holds them back.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([bound, *(max(1, math.ceil(quota)) for quota in quotas(root, mine))])
-
-
-def quotas(root: Path = _CGROUPS, mine: Path = _MINE) -> list[float]:
-    """The processor time that each control group above this process allows it, in cores.
-
-    root: where the groups are mounted. mine: which groups are ours, one line for each hierarchy (number, controllers,
-    path). In a container the path may be the host's; there the container's own group is mounted as the root.
-    """
-    found = []
-    for line in mine.read_text().splitlines() if mine.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        for base in (root / "cpu",) if "cpu" in controllers.split(",") else (root, root / "unified"):
-            group = base / path.lstrip("/")
-            groups = (group, *group.parents[: len(group.relative_to(base).parts)])
-            found += [quota for folder in groups if (quota := _quota(folder)) is not None]
-    return found
-
-
-def _quota(group: Path) -> float | None:
-    """Cores that a control group of either version may use; None where it has no limit or is not here."""
-    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = " ".join((group / name).read_text(encoding="ascii") for name in names).split()
-            return int(quota) / int(period) if int(quota) > 0 else None
-    return None
+    found = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    group = root / mine.read_text().rpartition("::")[2].strip().lstrip("/") if mine.exists() else root
+    for folder in (group, *group.parents[: len(group.relative_to(root).parts)]):
+        with contextlib.suppress(OSError, ValueError):  # no quota here, or "max"
+            quota, period = map(int, (folder / "cpu.max").read_text(encoding="ascii").split())
+            found.append(math.ceil(quota / period))
+    return min(found)
 
 
 def _torch_version() -> str:

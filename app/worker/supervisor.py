@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Literal
 
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, Unavailable
@@ -22,6 +23,7 @@ from app.worker.admission import admit, best, choose
 from app.worker.child import Child
 
 WORKER = (sys.executable, "-m", "app.worker.process")
+_DIED = "The engine process died while it worked on this request. Try again."
 _POISON = "The engine process died twice while it worked on this request; it is not tried again."
 
 log = logging.getLogger("instep.worker")
@@ -118,16 +120,19 @@ class Supervisor:
             raise
 
     async def stop(self, grace: float) -> None:
-        """Take no new jobs, give those in flight `grace` seconds, fail the others, and end the processes."""
+        """Take no new jobs, give those in flight `grace` seconds, fail the others, and end the processes.
+
+        With a grace of 0 the processes are killed at once.
+        """
         self.closing = True
-        if (jobs := self._jobs) and grace > 0:
+        jobs = [job for child in self.children for job in child.backlog.jobs.values()]
+        if jobs and grace > 0:
             log.info("draining %d requests", len(jobs))
             await asyncio.wait([asyncio.gather(*jobs, return_exceptions=True)], timeout=grace)
-        for job in self._jobs:
-            job.fail(
-                Unavailable("The server shut down before this request was done.", retry_after=5.0, code="shutting_down")
-            )
-        await asyncio.gather(*(child.stop() for child in self.children))
+        message = "The server shut down before this request was done."
+        for job in jobs:
+            job.fail(Unavailable(message, retry_after=5.0, code="shutting_down"))
+        await asyncio.gather(*(child.stop(ask=grace > 0) for child in self.children))
 
     def submit(self, job: Job, *, limit: float | None = None) -> Job:
         """Give the job to the live worker that will get to it first, note what it may expect, and return it.
@@ -144,12 +149,13 @@ class Supervisor:
             raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
         if self._crashes.condemned(request):
             raise EngineError(_POISON)
-        model, live = self._model(request.recipe.model), [child for child in self.children if child.live]
+        self._check_model(request.recipe.model)
+        live = [child for child in self.children if child.live]
         if not live:
             wait = min(child.back_in for child in self.children)
             raise Unavailable("No engine process is running just now.", retry_after=max(1.0, wait), code="no_worker")
         backlogs = [child.backlog for child in live]
-        child = live[choose(backlogs, model, self.max_wait)]
+        child = live[choose(backlogs, request.recipe.model, self.max_wait)]
         admit(job, child.backlog, backlogs, max_wait=self.max_wait, limit=limit)
         child.backlog.add(job)
         child.call("submit", request)
@@ -166,34 +172,20 @@ class Supervisor:
         elif not future.exception():
             self._crashes.clear(request)
 
-    def load(self, name: str) -> None:
-        """Begin to load this model on every live worker. Raises ModelNotFound."""
-        model = self._model(name)
+    def call(self, method: Literal["load", "unload"], model: str) -> None:
+        """Load this model on every live worker, or unload it once its requests there are done. Raises ModelNotFound."""
+        self._check_model(model)
         for child in self.children:
-            child.call("load", model)
+            child.call(method, model)
 
-    def unload(self, name: str) -> None:
-        """Take this model off every live worker's device, once its requests there are done. Raises ModelNotFound."""
-        model = self._model(name)
-        for child in self.children:
-            child.call("unload", model)
-
-    @property
-    def _jobs(self) -> list[Job]:
-        return [job for child in self.children for job in child.backlog.jobs.values()]
-
-    def _model(self, name: str) -> str:
-        if name not in self._cards:
-            raise ModelNotFound(f'There is no model "{name}".', param="model")
-        return self._cards[name].id
+    def _check_model(self, model: str) -> None:
+        if model not in self._cards:
+            raise ModelNotFound(f'There is no model "{model}".', param="model")
 
     def _hear(self, child: Child, report: Report) -> None:
         if isinstance(report, Memory):
             report = child.memory = Memory(child.name, report.bytes)
-        try:
-            self._observe(report, child.name)
-        except Exception:
-            log.exception("the observer failed on %s", type(report).__name__)
+        self._observe(report, child.name)
 
     def _bury(self, child: Child, reason: str) -> None:
         """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
@@ -202,14 +194,11 @@ class Supervisor:
             self._crashes.record(job.request for job in lost)
         retry_after = 1.0 if self.live else max(1.0, child.back_in)
         for job in lost:
-            if self._crashes.condemned(job.request):
-                job.fail(EngineError(_POISON))
-            else:
-                message = "The engine process died while it worked on this request. Try again."
-                job.fail(Unavailable(message, retry_after=retry_after, code="no_worker"))
-        self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
+            poison = self._crashes.condemned(job.request)
+            job.fail(EngineError(_POISON) if poison else Unavailable(_DIED, retry_after=retry_after, code="no_worker"))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
+        self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
         for model in child.backlog.forget():
             self._hear(child, ModelState(model, "absent"))
 
@@ -228,13 +217,13 @@ class CrashHistory:
 
     def condemned(self, request: Request) -> bool:
         """Whether this request was present at two deaths, the last of them less than `seconds` ago."""
-        count, when = self._seen.get(fingerprint(request), (0, 0.0))
+        count, when = self._seen.get(_fingerprint(request), (0, 0.0))
         return count >= 2 and time.monotonic() - when < self.seconds
 
     def record(self, requests: Iterable[Request]) -> None:
         """Remember that a process died with these in it. Twins in one death count once."""
         now = time.monotonic()
-        for mark in {fingerprint(request) for request in requests}:
+        for mark in {_fingerprint(request) for request in requests}:
             count, when = self._seen.pop(mark, (0, now))
             self._seen[mark] = (count + 1 if now - when < self.seconds else 1, now)
         while len(self._seen) > self.memory:
@@ -242,10 +231,8 @@ class CrashHistory:
 
     def clear(self, request: Request) -> None:
         """Forget a request that was answered."""
-        if self._seen:
-            self._seen.pop(fingerprint(request), None)
+        self._seen.pop(_fingerprint(request), None)
 
 
-def fingerprint(request: Request) -> Fingerprint:
-    """What two tries of the same pictures have in common."""
+def _fingerprint(request: Request) -> Fingerprint:
     return request.recipe, tuple(spec.condition for spec in request.images)

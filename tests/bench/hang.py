@@ -109,7 +109,7 @@ async def watch(case: str, folder: Path, limit: float) -> str:
     elif case in ("forward", "drawing"):
         ask("fault")
     elif case == "load":
-        supervisor.load(MODEL)
+        supervisor.call("load", MODEL)
     await until(mark.exists, 100)
     await asyncio.sleep(1)  # what the engine announced has arrived by now
     begin = time.monotonic()

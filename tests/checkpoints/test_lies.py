@@ -126,7 +126,7 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a huge header": (sparse(2**30), "header of 1073741824 bytes, over"),
     "many tensors": (many, "over 20000 tensors"),
     "no third": (reshape([64, 48]), "qkv.weight has shape [64, 48], which does not split into q, k and v"),
-    "another width": (reshape([48, 64]), "attn.to_q.weight has shape [16, 64], the network's is [32, 32]"),
+    "another width": (reshape([48, 64]), "attn.to_k.weight has shape [16, 64], not [32, 32]"),
     "its name": (
         renamed(FUSED.replace("0", "1"), f"{UNET}joint_blocks.1.x_block.attn.kqv.weight"),
         "unexpected weights: joint_blocks.1",

@@ -13,7 +13,7 @@ from app.cards.card import Card, read_cards
 from app.cards.folder import Part
 from app.checkpoints.parts import part_states
 from app.errors import CheckpointError
-from app.families.components import empty_network
+from app.pool.memory import Component
 from app.pool.policy import PHASES, Parts
 from app.pool.pool import Pool
 from app.report import Evicted, Memory, ModelState
@@ -54,18 +54,6 @@ def made(cards: dict[str, Card]) -> Iterator[Callable[..., Pool]]:
     yield make
     for pool in pools:
         pool.close()
-
-
-class Once:
-    """What raises the first time that it is called."""
-
-    called = False
-
-    def __call__(self, network: torch.nn.Module) -> None:
-        if not self.called:
-            self.called = True
-            raise RuntimeError("no")
-        empty_network(network)
 
 
 class Counting:
@@ -262,10 +250,18 @@ def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
 def test_the_loader_outlives_a_drop_that_raises(made: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = made(10**9)
     ready(pool, "tiny-dit")
+    leave, left = Component.leave, []
+
+    def fail_once(one: Component) -> None:
+        left.append(one)
+        if len(left) == 1:
+            raise RuntimeError("no")
+        leave(one)
+
     with monkeypatch.context() as patch:
-        patch.setattr("app.pool.memory.empty_network", fail_once := Once())
+        patch.setattr(Component, "leave", fail_once)
         pool.unload("tiny-dit")
-        eventually(lambda: fail_once.called)
+        eventually(lambda: bool(left))
     ready(pool, "tiny-sd3")
     ready(pool, "tiny-dit")
 

@@ -109,18 +109,6 @@ def test_a_container_or_a_unit_computes_with_what_its_quota_is_worth(tmp_path, m
     assert plan.threads(Settings(devices="cpu"), tmp_path, mine) == cores
 
 
-@pytest.mark.parametrize("path", ["/", "/docker/c0ffee"])
-def test_quotas_of_the_first_version_of_control_groups_count_too(tmp_path, monkeypatch, path):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    mine, group = tmp_path / "mine", tmp_path / "cpu"
-    mine.write_text(f"3:memory:{path}\n2:cpu,cpuacct:{path}\n0::/\n")
-    group.mkdir()
-    (group / "cpu.cfs_period_us").write_text("100000\n")
-    for quota, cores in (("150000", 2), ("-1", 8)):
-        (group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
-        assert plan.cores(tmp_path, mine) == cores, "in a container its own group is mounted as the root"
-
-
 def test_the_narrowest_quota_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     mine, group = tmp_path / "mine", tmp_path / "a" / "b"

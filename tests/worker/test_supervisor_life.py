@@ -159,10 +159,10 @@ def test_states_ready_and_load():
             states = here.supervisor.states
             assert (states["fake"].state, states["other"].state) == ("ready", "absent")
             assert states["fake"].rates == {"32x32": RATE}
-            here.supervisor.load("other")
+            here.supervisor.call("load", "other")
             await until(lambda: here.supervisor.states["other"].state == "ready")
             with pytest.raises(ModelNotFound):
-                here.supervisor.load("nobody")
+                here.supervisor.call("load", "nobody")
 
     run(scenario)
 
@@ -172,15 +172,15 @@ def test_a_preload_that_was_unloaded_leaves_the_server_ready_and_one_that_failed
         async with serving(preload="fake,other") as here:
             supervisor = here.supervisor
             await until(lambda: supervisor.ready)
-            supervisor.unload("other")
+            supervisor.call("unload", "other")
             await until(lambda: supervisor.states["other"].state == "absent")
             assert supervisor.ready and supervisor.states["other"].rates == {"32x32": RATE}
             with pytest.raises(ModelNotFound):
-                supervisor.unload("nobody")
+                supervisor.call("unload", "nobody")
             with pytest.raises(CheckpointError):
                 await supervisor.submit(job("!load", model="other"))
             assert not supervisor.ready
-            supervisor.load("other")
+            supervisor.call("load", "other")
             await until(lambda: supervisor.ready)
 
     run(scenario)
