@@ -58,17 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Fields of a body by preset, for those that a body leaves out. One prompt asks for colours and places, one for writing
 in the picture."""
 
-_ASIDE = {
-    "model",
-    "preset",
-    "stream",
-    "response_format",
-    "output_format",
-    "output_compression",
-    "priority",
-    "deadline",
-    *IGNORED,
-}
+_FILE = {"response_format", "output_format", "output_compression"}
+_ASIDE = {"model", "preset", "stream", "priority", "deadline", *_FILE, *IGNORED}
 """Fields that do not say what the panel shows."""
 
 Complete = Callable[[Card, ImageBody], Job]
