@@ -38,16 +38,16 @@ CASES = {
 
 def plant(case: str, mark: Path) -> None:
     """Put the fault into this engine process; it touches `mark` when it is about to show."""
-    from app.engine import profile, runner
-    from app.pool.pool import Pool
+    from app.engine import costs, runner
+    from app.pool import pool
 
-    denoise, forward, build = runner.Runner._denoise, profile._forward, Pool._build
+    denoise, forward, read = runner.Runner.denoise, costs.forward_of, pool.read_parts
 
-    def hanging(self: Any, rows: Any, outcome: Any) -> None:
+    def hanging(self: Any, rows: Any, work: Any) -> None:
         if rows[0].request.id == "fault":
             mark.touch()
             time.sleep(FOR_EVER if case == "forward" else 0.2)
-        denoise(self, rows, outcome)
+        denoise(self, rows, work)
 
     def slow(family: Any, key: Any) -> Any:
         inner = forward(family, key)
@@ -59,17 +59,17 @@ def plant(case: str, mark: Path) -> None:
 
         return run
 
-    def held(self: Any, model: str) -> None:
+    def held(*given: Any) -> Any:
         mark.touch()
         ctypes.PyDLL(None).sleep(60)
-        build(self, model)
+        return read(*given)
 
     if case in ("forward", "drawing"):
-        runner.Runner._denoise = hanging  # type: ignore[method-assign]
+        runner.Runner.denoise = hanging  # type: ignore[method-assign]
     elif case in ("measuring", "profile"):
-        profile._forward = slow
+        costs.forward_of = slow
     elif case == "load":
-        Pool._build = held  # type: ignore[method-assign]
+        pool.read_parts = held
 
 
 def engine(case: str, mark: str, descriptors: list[str]) -> None:

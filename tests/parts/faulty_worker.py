@@ -19,56 +19,56 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from app.engine import limits, profile, runner
-from app.engine.row import Row
+from app.engine import costs, patience, runner
+from app.engine.row import Row, Work
 from app.families.base import Family
 from app.request import Key, Prompt
 from app.worker import process
 
 KEPT: list[np.ndarray] = []
-_denoise, _decode = runner.Runner._denoise, runner.Runner._decode
+DENOISE, DECODE = runner.Runner.denoise, runner.Runner.decode
 
 
 def _asks_for(text: str, rows: list[Row]) -> bool:
     return any(isinstance(row.condition, Prompt) and row.condition.text == text for row in rows)
 
 
-def hanging(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> None:
+def hanging(self: runner.Runner, rows: list[Row], work: Work) -> None:
     if _asks_for("hang", rows):
         time.sleep(1_000_000)
-    _denoise(self, rows, outcome)
+    DENOISE(self, rows, work)
 
 
 def never(family: Family, key: Key) -> Callable[[int], None]:
     return lambda passes: time.sleep(1_000_000)
 
 
-def leaking(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> None:
-    _decode(self, rows, outcome)
+def leaking(self: runner.Runner, rows: list[Row], work: Work) -> None:
+    DECODE(self, rows, work)
     KEPT.extend(np.ones(1 << 19, np.uint8) for _ in rows)
 
 
-def poisoned(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> None:
+def poisoned(self: runner.Runner, rows: list[Row], work: Work) -> None:
     if _asks_for("poison", rows):
-        device = self._pool.device
+        device = self.slots[rows[0].key].x.device
         if device.type != "cuda":
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
         torch.zeros(4, device=device)[torch.full((4,), 1 << 20, device=device)].add_(1)
-    _denoise(self, rows, outcome)
+    DENOISE(self, rows, work)
 
 
 def plant(fault: str) -> None:
     if fault in ("hang", "unmeasured"):
-        limits.LEAST, limits.MOST = 4.0, 5.0
+        patience.LEAST, patience.MOST = 4.0, 5.0
     match fault:
         case "hang":
-            runner.Runner._denoise = hanging  # type: ignore[method-assign]
+            runner.Runner.denoise = hanging  # type: ignore[method-assign]
         case "unmeasured":
-            profile._forward = never
+            costs.forward_of = never
         case "leak":
-            runner.Runner._decode = leaking  # type: ignore[method-assign]
+            runner.Runner.decode = leaking  # type: ignore[method-assign]
         case "poison":
-            runner.Runner._denoise = poisoned  # type: ignore[method-assign]
+            runner.Runner.denoise = poisoned  # type: ignore[method-assign]
         case _:
             sys.exit(f"no fault {fault}")
 
