@@ -15,8 +15,8 @@ from fastapi.responses import Response
 from app.api.docs import COMPARE_ROUTE
 from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
 from app.api.images import job_of, refusals, reply, submit
-from app.errors import EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
-from app.jobs.compare import cells, panel_answer, read_comparison
+from app.errors import EngineError, InvalidValue, LoadError, RateLimited, Unavailable
+from app.jobs.compare import cells, panel_answer, read_comparison, with_model
 from app.jobs.job import Job
 
 router = APIRouter()
@@ -48,7 +48,7 @@ async def compare_images(request: Request) -> Response:
     try:
         return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
-        raise _with_model(jobs, error) from None
+        raise with_model(jobs, error) from None
 
 
 def _for_good(front: Front, jobs: Sequence[Job], queue: float | None) -> InvalidValue | None:
@@ -62,12 +62,3 @@ def _for_good(front: Front, jobs: Sequence[Job], queue: float | None) -> Invalid
     return InvalidValue(
         f"{message}and {limit:.0f} may wait here; ask for fewer, smaller or with fewer steps", param="models"
     )
-
-
-def _with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
-    """The error of one cell with its model as the field, where it names none: `models.<id>`."""
-    guilty = next((job for job in jobs if job.error is error), None)
-    if guilty is None or error.param is not None:
-        return error
-    guilty.facts["model"] = guilty.request.recipe.model
-    return error.again(param=f"models.{guilty.request.recipe.model}")

@@ -76,8 +76,13 @@ Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class
 FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
 Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
 
-IGNORED = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
-_IGNORED = "Accepted for OpenAI's clients and ignored; a warning names what asks for something that is not done"
+
+def _ignored(why: str, *plain: str) -> Any:
+    """A field of OpenAI's clients that has no effect. plain: the values that ask for what is done anyway."""
+    return Field(None, description=f"is ignored: {why}", examples=list(plain))
+
+
+_UNUSED = "is accepted for OpenAI's clients and not used"
 SKIPPING = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
 
 
@@ -121,13 +126,13 @@ class ImageBody(BaseModel):
     )
     deadline: Real | None = Field(None, description="Seconds from now after which the image is of no use")
     grid: Grid | None = Field(None, description="Return all images as one sheet")
-    quality: Any = Field(None, description=_IGNORED)
-    background: Any = Field(None, description=_IGNORED)
-    moderation: Any = Field(None, description=_IGNORED)
-    style: Any = Field(None, description=_IGNORED)
-    user: Any = Field(None, description=_IGNORED)
-    safety_identifier: Any = Field(None, description=_IGNORED)
-    complexity: Any = Field(None, description=_IGNORED)
+    quality: Any = _ignored("num_inference_steps says how much work goes into a picture", "auto", "standard")
+    background: Any = _ignored("pictures are opaque", "auto", "opaque")
+    moderation: Any = _ignored("nothing is filtered here", "auto", "low")
+    style: Any = _ignored("write the style into the prompt")
+    complexity: Any = _ignored("no model here has such a setting", "auto")
+    user: Any = Field(None, description=_UNUSED)
+    safety_identifier: Any = Field(None, description=_UNUSED)
 
     def to_request(self, card: Card, request_id: str, key: ApiKey = NOBODY, patience: float | None = None) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
@@ -208,6 +213,9 @@ class ImageBody(BaseModel):
         texts = [_within(card, "prompt", one, {"maxLength": card.limits.prompt}) for one in entries]
         return [Prompt(text, self.negative_prompt) for text in texts] * n
 
+
+IGNORED = {name: field for name, field in ImageBody.model_fields.items() if field.annotation is Any}
+"""Fields of OpenAI's clients that have no effect."""
 
 _SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
     "class_label": (lambda card: card.draws_classes, "draws a prompt and has no classes"),

@@ -14,26 +14,11 @@ from pydantic import BaseModel, Field, Strict
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.errors import InvalidValue, RequestError
+from app.errors import InstepError, InvalidValue, RequestError
 from app.imaging import encode_image
+from app.jobs import replies
 from app.jobs.body import IGNORED, LONGEST, ImageBody, Text, expects, first_seed, read_as, recipe_facts
 from app.jobs.job import Job
-from app.jobs.replies import (
-    JSON,
-    MARK,
-    Answer,
-    Item,
-    Stages,
-    Usage,
-    body_warnings,
-    file_answer,
-    file_warnings,
-    model_warnings,
-    shown,
-    spliced,
-    stages,
-    usage,
-)
 from app.panel import Heading, panel, unreadable
 from app.report import Result
 
@@ -100,7 +85,7 @@ FIELDS = tuple(field for field in CompareBody.model_fields if field not in ("mod
 
 
 def read_comparison(raw: object, registry: Registry) -> CompareBody:
-    """A parsed JSON body with its preset, models and seed filled in; bounds are checked in `cells`.
+    """A parsed replies.JSON body with its preset, models and seed filled in; bounds are checked in `cells`.
 
     A preset without models looks at the disk. Raises RequestError naming the field, and ModelNotFound.
     """
@@ -172,6 +157,16 @@ def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job
     return jobs
 
 
+def with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
+    """The error of one job, with its model in the message and as the field, where it has no field."""
+    job = next((job for job in jobs if job.error is error), None)
+    if job is None or error.param is not None:
+        return error
+    model = job.facts["model"] = job.card.id
+    message = error.message if model in error.message else f"{model}: {error.message}"
+    return error.again(message, f"models.{model}")
+
+
 class Cell(BaseModel):
     """One picture of a comparison, and the request that made it."""
 
@@ -186,32 +181,32 @@ class Cell(BaseModel):
     sampler: str
     num_inference_steps: int
     guidance_scale: float
-    timings: Stages
+    timings: replies.Stages
 
 
 class CompareReply(BaseModel):
     """One labelled panel, and what is in each cell of it, row by row."""
 
     created: int
-    data: list[Item] = Field(description="The panel alone")
+    data: list[replies.Item] = Field(description="The panel alone")
     models: list[str] = Field(description="Of the columns, by the number of their parameters")
     cells: list[Cell]
     size: str = Field(description="Of the whole panel")
     output_format: str
-    usage: Usage
-    timings: Stages
+    usage: replies.Usage
+    timings: replies.Stages
     warnings: list[str] | None = None
 
 
-def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> Answer:
+def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> replies.Answer:
     """The panel alone, where a client asks for it, else the whole JSON reply. results: of each cell, row by row."""
     file, size = panel_file(body, jobs, results)
     models, warnings, seed = body.models, panel_warnings(body, jobs, results), results[0].seed
     if jobs[0].raw:
-        return file_answer(file, jobs[0].format, models, seed, warnings)
+        return replies.file_answer(file, jobs[0].format, models, seed, warnings)
     reply = CompareReply(
         created=int(time.time()),
-        data=[Item(b64_json=MARK, seed=seed)],
+        data=[replies.Item(b64_json=replies.MARK, seed=seed)],
         models=models,
         cells=[
             Cell(
@@ -219,19 +214,19 @@ def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Resul
                 column=place % len(models),
                 parameters=job.card.parameters,
                 seed=result.seed,
-                timings=stages([result], 0.0, job.estimate),
-                **dict([shown(job.request.images[0].condition)]),
+                timings=replies.stages([result], 0.0, job.estimate),
+                **dict([replies.shown(job.request.images[0].condition)]),
                 **recipe_facts(job.request.recipe),
             )
             for place, (job, result) in enumerate(zip(jobs, results, strict=True))
         ],
         size=size,
         output_format=jobs[0].format,
-        usage=usage([job.request.recipe for job in jobs]),
-        timings=stages(results, sum(job.imaging for job in jobs)),
+        usage=replies.usage([job.request.recipe for job in jobs]),
+        timings=replies.stages(results, sum(job.imaging for job in jobs)),
         warnings=warnings or None,
     )
-    return spliced(reply, [file]), JSON
+    return replies.spliced(reply, [file]), replies.JSON
 
 
 def panel_file(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> tuple[bytes, str]:
@@ -249,12 +244,12 @@ def panel_file(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]
 
 def panel_warnings(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> list[str]:
     """The body's warnings, those of all cells, the model before each, and letters of the labels that show as boxes."""
-    found = [text for job in jobs for text in body_warnings(job)]
+    found = [text for job in jobs for text in replies.body_warnings(job)]
     for job, result in zip(jobs, results, strict=True):
-        found += [f"{job.card.id}: {text}" for text in (*model_warnings(job), *result.warnings)]
+        found += [f"{job.card.id}: {text}" for text in (*replies.model_warnings(job), *result.warnings)]
     if missing := unreadable([job.shows for job in jobs]):
         found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
-    found += file_warnings(jobs[0].format, body.facts())
+    found += replies.file_warnings(jobs[0].format, body.facts())
     return list(dict.fromkeys(found))
 
 
