@@ -19,7 +19,7 @@ import torch
 
 from app.cards.card import ID, Card, read_card
 from app.cards.catalog import SHIPPED
-from app.cards.files import INDEX, PICKLES, read_classes, read_json, read_toml, to_toml
+from app.cards.files import INDEX, PICKLES, read_classes, read_json, read_toml, write_toml
 from app.cards.folder import ModelFolder, Part, changes, schedule_of
 from app.checkpoints.parts import prove
 from app.checkpoints.tensors import State, read_names, read_outline, read_torch_zip
@@ -186,9 +186,7 @@ class Fit:
             }
             originals = {k: str(one.place) for k, one in self.own.items() if one.original is not None}
             tables = {"components": {k: v for k, v in self.parts.items() if isinstance(v, str)}, "files": originals}
-            card |= {name: table for name, table in tables.items() if table}
-            lines = [f"{name} = {to_toml(value)}" for name, value in card.items()]
-            file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_toml(file, card | {name: table for name, table in tables.items() if table})
             prove(read_card(file), self.cards)
         except BaseException as error:
             shutil.rmtree(folder)
