@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,24 +119,23 @@ def convert_dit(
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its place at the end, and nothing is left of it on an error.
 
-    What stood there before is gone only when the new one stands.
+    What was there before is gone only when the new one is there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    before = unfinished.with_name(f"{unfinished.name}-before")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        unfinished, before = Path(place, "new"), Path(place, "before")
+        unfinished.mkdir()
         yield unfinished
         for path in (unfinished, *unfinished.rglob("*")):  # of which two libraries would let only the owner read some
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             os.rename(folder, before)
-        os.rename(unfinished, folder)
-    except BaseException:
-        if before.exists():
-            os.rename(before, folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if before.exists():
+                os.rename(before, folder)
+            raise
 
 
 def _keep_facts(before: Card, file: Path) -> None:
