@@ -14,7 +14,6 @@ from pydantic_settings import SettingsError as SourceError
 from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.errors import ModelNotFound, SettingsError, first_problem
-from app.jobs.body import flags_of
 from app.settings import LISTS, Settings
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -27,6 +26,8 @@ Labels = Annotated[
     list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")]
+
+TYPES: dict[str, type] = {"string": str, "integer": int, "number": float, "boolean": bool}
 
 SHORT = {
     "num_inference_steps": "--steps", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "-n",
@@ -89,10 +90,12 @@ def settings_flags() -> dict[str, Any]:
 def body_flags(body: type[BaseModel], *without: str) -> dict[str, Any]:
     """A flag for each field of a body but these, with the type and the words of its JSON schema."""
     found = {}
-    for name, kind, words in flags_of(body):
-        if name not in {*WITHOUT, *without}:
+    for name, schema in body.model_json_schema()["properties"].items():
+        types = [TYPES[one["type"]] for one in schema.get("anyOf", ()) if one.get("type") in TYPES]
+        if types and name not in {*WITHOUT, *without}:
             names = [*([SHORT[name]] if name in SHORT else []), f"--{name.replace('_', '-')}"]
-            found[name] = Annotated[kind | None, typer.Option(*names, help=words, show_default=False)]
+            option = typer.Option(*names, help=schema["description"], show_default=False)
+            found[name] = Annotated[types[0] | None, option]
     return found
 
 
