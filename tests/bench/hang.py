@@ -38,38 +38,29 @@ CASES = {
 
 def plant(case: str, mark: Path) -> None:
     """Put the fault into this engine process; it touches `mark` when it is about to show."""
-    from app.engine import profile, runner
-    from app.pool.pool import Pool
+    from app.engine.runner import Runner
+    from app.pool import pool
 
-    denoise, forward, build = runner.Runner._denoise, profile._forward, Pool._build
+    run, build = Runner.run, pool.build_family
+    phase, seconds = {
+        "forward": ("denoise", FOR_EVER), "drawing": ("denoise", 0.2), "profile": ("profile", FOR_EVER),
+        "measuring": ("profile", 0.5),
+    }.get(case, ("", 0.0))  # fmt: skip
 
-    def hanging(self: Any, rows: Any, outcome: Any) -> None:
-        if rows[0].request.id == "fault":
+    def slow(runner: Runner, work: Any) -> Any:
+        if work.phase == phase and (phase == "profile" or work.rows[0].request.id == "fault"):
             mark.touch()
-            time.sleep(FOR_EVER if case == "forward" else 0.2)
-        denoise(self, rows, outcome)
+            time.sleep(seconds)
+        return run(runner, work)
 
-    def slow(family: Any, key: Any) -> Any:
-        inner = forward(family, key)
-
-        def run(passes: int) -> None:
-            mark.touch()
-            time.sleep(FOR_EVER if case == "profile" else 0.5)
-            inner(passes)
-
-        return run
-
-    def held(self: Any, model: str) -> None:
+    def held(*arguments: Any) -> Any:
         mark.touch()
         ctypes.PyDLL(None).sleep(60)
-        build(self, model)
+        return build(*arguments)
 
-    if case in ("forward", "drawing"):
-        runner.Runner._denoise = hanging  # type: ignore[method-assign]
-    elif case in ("measuring", "profile"):
-        profile._forward = slow
-    elif case == "load":
-        Pool._build = held  # type: ignore[method-assign]
+    Runner.run = slow  # type: ignore[method-assign]
+    if case == "load":
+        pool.build_family = held
 
 
 def engine(case: str, mark: str, descriptors: list[str]) -> None:

@@ -14,65 +14,48 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from app.engine import limits, profile, runner
-from app.engine.row import Row
-from app.families.base import Family
-from app.request import Key, Prompt
+from app.engine import limits
+from app.engine.row import Outcome, Work
+from app.engine.runner import Runner
+from app.request import Prompt
 from app.worker import process
 
 KEPT: list[np.ndarray] = []
-_denoise, _decode = runner.Runner._denoise, runner.Runner._decode
+FAULTS = ("hang", "unmeasured", "leak", "poison")
 
 
-def _asks_for(text: str, rows: list[Row]) -> bool:
-    return any(isinstance(row.condition, Prompt) and row.condition.text == text for row in rows)
-
-
-def hanging(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> None:
-    if _asks_for("hang", rows):
-        time.sleep(1_000_000)
-    _denoise(self, rows, outcome)
-
-
-def never(family: Family, key: Key) -> Callable[[int], None]:
-    return lambda passes: time.sleep(1_000_000)
-
-
-def leaking(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> None:
-    _decode(self, rows, outcome)
-    KEPT.extend(np.ones(1 << 19, np.uint8) for _ in rows)
-
-
-def poisoned(self: runner.Runner, rows: list[Row], outcome: runner.Outcome) -> None:
-    if _asks_for("poison", rows):
-        device = self._pool.device
-        if device.type != "cuda":
-            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-        torch.zeros(4, device=device)[torch.full((4,), 1 << 20, device=device)].add_(1)
-    _denoise(self, rows, outcome)
+def asks_for(text: str, work: Work) -> bool:
+    prompts = (row.condition for row in work.rows if isinstance(row.condition, Prompt))
+    return work.phase == "denoise" and any(prompt.text == text for prompt in prompts)
 
 
 def plant(fault: str) -> None:
+    run = Runner.run
     if fault in ("hang", "unmeasured"):
         limits.LEAST, limits.MOST = 4.0, 5.0
-    match fault:
-        case "hang":
-            runner.Runner._denoise = hanging  # type: ignore[method-assign]
-        case "unmeasured":
-            profile._forward = never
-        case "leak":
-            runner.Runner._decode = leaking  # type: ignore[method-assign]
-        case "poison":
-            runner.Runner._denoise = poisoned  # type: ignore[method-assign]
-        case _:
-            sys.exit(f"no fault {fault}")
+
+    def faulty(runner: Runner, work: Work) -> Outcome:
+        if (fault == "hang" and asks_for("hang", work)) or (fault == "unmeasured" and work.phase == "profile"):
+            time.sleep(1_000_000)
+        if fault == "poison" and asks_for("poison", work):
+            if not torch.cuda.is_initialized():
+                raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+            torch.zeros(4, device="cuda")[torch.full((4,), 1 << 20, device="cuda")].add_(1)
+        outcome = run(runner, work)
+        if fault == "leak" and work.phase == "decode":
+            KEPT.extend(np.ones(1 << 19, np.uint8) for _ in work.rows)
+        return outcome
+
+    Runner.run = faulty  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
-    plant(sys.argv.pop(1))
+    fault = sys.argv.pop(1)
+    if fault not in FAULTS:
+        sys.exit(f"no fault {fault}")
+    plant(fault)
     process.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ import torch
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.pool.policy import Task
-from app.pool.pool import Pool
+from app.pool import pool
 from app.report import Report
 from app.settings import Settings
 from app.worker.process import Local
@@ -22,13 +22,13 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
 ) -> None:
     """Torch hands what one thread asks for on to every thread that has not computed yet."""
     loading: list[int] = []
-    load = Pool._do
+    build = pool.build_family
 
-    def seen_loading(pool: Pool, task: Task) -> None:
+    def seen_loading(*arguments: Any) -> Any:
         loading.append(torch.get_num_threads())
-        load(pool, task)
+        return build(*arguments)
 
-    monkeypatch.setattr(Pool, "_do", seen_loading)
+    monkeypatch.setattr(pool, "build_family", seen_loading)
     settings = Settings(models=tiny, threads=3)
     registry = open_registry(settings)
     seen: list[int] = []
