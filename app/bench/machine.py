@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from app.engine.profile import processor
+from app.engine.costs import processor
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import resolve_dtype

@@ -98,8 +98,13 @@ def read_toml(
     return tomllib.loads(read_file(file, limit, check).decode())
 
 
+def write_toml(file: Path, table: Mapping[str, Any]) -> None:
+    """Write a card, a line for each of its fields."""
+    file.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in table.items()), encoding="utf-8")
+
+
 def to_toml(value: Any) -> str:
-    """Write a value of a card as TOML, tables in one line."""
+    """A value as TOML, tables in one line."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):

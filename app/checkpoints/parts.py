@@ -127,7 +127,7 @@ def build_parts(card: Card, cards: Mapping[str, Card], device: torch.device, dty
         built[part.name] = blank_part(part)
         if has_weights(part.class_name):
             own = part_dtype(part.name, device, dtype)
-            fill_network(built[part.name], part.class_name, part.weights, part_states(part), device, own)
+            fill_network(built[part.name], part.weights, part_states(part), device, own)
     return built
 
 
@@ -144,15 +144,14 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
     Raises LoadError: it cannot be built, CardError: its defaults do not fit.
     """
     check_defaults(card)
-    folder = ModelFolder(card, {**cards, card.id: card})
-    own = folder.own()
-    check_classes(card, own)
-    built = {part.name: blank_part(part) for part in own}
     try:
-        built |= {part.name: blank_part(part) for part in read_parts(card, cards) if part.name not in built}
+        parts, complete = read_parts(card, cards), True
     except NotDownloaded:
-        return
-    build_family(card, built, torch.device("cpu"), torch.bfloat16)
+        parts, complete = ModelFolder(card, cards).own(), False
+        check_classes(card, parts)
+    built = {part.name: blank_part(part) for part in parts}
+    if complete:
+        build_family(card, built, torch.device("cpu"), torch.bfloat16)
 
 
 def check_card(card: Card, cards: Mapping[str, Card]) -> tuple[str, str]:

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.bodies import Guidance, Model, SizeText, Steps
-from app.cli.serve import Folder, read_settings
+from app.cli.bodies import Model, flags
+from app.cli.paint import facts_table, show_tables, table
+from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InvalidValue
-from app.jobs.body import recipe_facts
+from app.jobs.body import ImageBody, recipe_facts
 
 app = typer.Typer(help="Measure this machine: a step, an image, a server under load.", no_args_is_help=True)
 
@@ -47,7 +48,7 @@ LATENCIES: Columns = {
 @app.command()
 def step(
     model: Model = None,
-    size: SizeText = None,
+    size: Annotated[str | None, typer.Option(help="WxH in pixels")] = None,
     passes: Annotated[str, typer.Option(help="Widths of a step to measure")] = "1,2,4,8,16",
     rounds: Rounds = 10,
     random_weights: Random = False,
@@ -68,19 +69,17 @@ def step(
         rows = measure_steps(family, recipe.width, recipe.height, widths, rounds, most)
     about: Row = {"model": recipe.model, "size": f"{recipe.width}x{recipe.height}", "random_weights": random_weights}
     line: Row = {"bench": "step", **about, **facts(settings), "rounds": rounds, **most, "steps": rows}
-    show(line, table(STEPS, rows), only_json=only_json)
+    show(line, formed(STEPS, rows), only_json=only_json)
 
 
 @app.command()
+@with_flags(flags(ImageBody))
 def image(
-    model: Model = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    size: SizeText = None,
     rounds: Rounds = 10,
     random_weights: Random = False,
     only_json: Json = False,
     models: Folder = None,
+    **fields: Any,
 ) -> None:
     """One image, stage by stage, and whole with its prompt encoded anew or not."""
     settings = read_settings(models=models)
@@ -88,8 +87,8 @@ def image(
     from app.bench.machine import facts, milliseconds
     from app.bench.subject import loaded
 
-    with loaded(settings, model, random_weights=random_weights) as (pool, family):
-        request = ask(family.card, num_inference_steps=steps, guidance_scale=guidance, size=size)
+    with loaded(settings, fields["model"], random_weights=random_weights) as (pool, family):
+        request = ask(family.card, **fields)
         times, stages, _ = measure_image(pool, settings, request, rounds)
     found = {name: milliseconds(samples) for name, samples in stages.items()}
     ways = {name: milliseconds(samples) for name, samples in times.items()}
@@ -127,13 +126,8 @@ def serve(
 def show(line: Row, *tables: Table, only_json: bool = False) -> None:
     """Print the plain facts of a line, tables of the rest of it, and the line as JSON."""
     if not only_json:
-        console = Console() if Console().is_terminal else Console(width=160)
-        head = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for name, value in line.items():
-            if not isinstance(value, Mapping | list):
-                head.add_row(name.replace("_", " "), str(value))
-        for one in (head, *tables):
-            console.print(one, "", highlight=False)
+        plain = {name.replace("_", " "): value for name, value in line.items() if not isinstance(value, Mapping | list)}
+        show_tables(facts_table(plain), *tables)
     print(json.dumps(line))
 
 
@@ -145,22 +139,18 @@ def load_table(name: str, found: Row) -> Table:
     shared = f"{found['rows']:.2f} rows a forward; " if found["rows"] else ""
     late = f"the client at most {1e3 * found['client_late']:.0f} ms late"
     caption = f"{shared}answers by status: {found['statuses']}; {late}"
-    return table(LATENCIES, rows, title=title, title_justify="left", caption=caption, caption_justify="left")
+    return formed(LATENCIES, rows, title=title, title_justify="left", caption=caption, caption_justify="left")
 
 
-def table(columns: Columns, rows: Iterable[Row], **looks: Any) -> Table:
+def formed(columns: Columns, rows: Iterable[Row], **looks: Any) -> Table:
     """A table of rows of the JSON line."""
-    made = Table(box=None, padding=(0, 2, 0, 0), **looks)
-    for place, column in enumerate(columns):
-        made.add_column(column, justify="right" if place or column == "passes" else "left")
-    for row in rows:
-        made.add_row(*(cell.format(**row) for cell in columns.values()))
-    return made
+    cells = [{head: form.format(**row) for head, form in columns.items()} for row in rows]
+    return table(cells, ("seconds", "stage", "one image", "class"), **looks)
 
 
 def times_table(what: str, times: Mapping[str, Row]) -> Table:
     """A table of milliseconds by name."""
-    return table({what: "{name}", **TIMES}, [{"name": name, "ms": ms} for name, ms in times.items()])
+    return formed({what: "{name}", **TIMES}, [{"name": name, "ms": ms} for name, ms in times.items()])
 
 
 def _widths(text: str) -> list[int]:

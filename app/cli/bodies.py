@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
-from app.jobs.body import read_body
+from app.jobs.body import flags_of, read_body
 from app.jobs.job import Job
 from app.jobs.schema import curl as post
 from app.settings import Settings
@@ -23,12 +24,32 @@ Body = dict[str, Any]
 _IDS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
+SHORT = {
+    "num_inference_steps": "--steps", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "-n",
+}  # fmt: skip
+"""Shorter names of flags, beside those of the body's fields."""
+
+WITHOUT = {
+    *("prompt", "class_label", "models", "response_format", "output_format", "stream", "partial_images"),
+    *("priority", "deadline"),
+}
+"""Fields of a body that have no flag, because a command takes them in another way, or because a server answers."""
+
 Model = Annotated[str | None, typer.Option(help="A model id or alias")]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 or less draws without")]
-SizeText = Annotated[str | None, typer.Option(help="WxH in pixels")]
-Negative = Annotated[str | None, typer.Option(help="What guidance moves away from")]
+Labels = Annotated[
+    list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
+]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")]
+
+
+def flags(body: type[BaseModel], *without: str) -> dict[str, Any]:
+    """A flag for each field of a body but these, with the type and the words of its JSON schema."""
+    found = {}
+    for name, kind, words in flags_of(body):
+        if name not in {*WITHOUT, *without}:
+            names = [*([SHORT[name]] if name in SHORT else []), f"--{name.replace('_', '-')}"]
+            found[name] = Annotated[kind | None, typer.Option(*names, help=words, show_default=False)]
+    return found
 
 
 def open_registry(settings: Settings) -> Registry:
@@ -68,12 +89,10 @@ def curl_of(route: str, body: Body, format: Format, settings: Settings, out: Pat
 
 
 def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None:
-    """What --class-label was given: nothing, one, or several; "162,247" is a list of ids."""
-    if not given:
-        return None
-    if len(given) > 1:
-        return list(given)
-    return [int(index) for index in given[0].split(",")] if _IDS.fullmatch(given[0]) else given[0]
+    """The class labels of --class-label: none, one, or several; "162,247" is a list of ids."""
+    if given and _IDS.fullmatch(given[0]):
+        return [int(index) for index in given[0].split(",")]
+    return list(given) if given and len(given) > 1 else next(iter(given or ()), None)
 
 
 def file_name(job: Job) -> Path:

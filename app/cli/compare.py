@@ -8,56 +8,47 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.bodies import Body, Negative, Out, curl_of, kind_of, labels_of, open_registry
-from app.cli.paint import Watch, bars_of, say
-from app.cli.serve import Folder, read_settings
+from app.cli.bodies import Body, Labels, Out, curl_of, flags, kind_of, labels_of, open_registry
+from app.cli.paint import bars_of, draw, follow, say
+from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InstepError
 from app.jobs.body import ImageBody
-from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison
+from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison, with_model
 from app.jobs.job import Job
 
 
+@with_flags(flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, a column each")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; again for another row")] = None,
-    class_label: Annotated[
-        list[str] | None, typer.Option(help="A class id or name; again for another row, or 162,247")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="two_prompts: two prompts, 28 steps, guidance 7")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; each model's own if absent")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; each model's own if absent")] = None,
-    seed: Annotated[int | None, typer.Option(help="The one seed of all pictures; drawn if absent or -1")] = None,
-    sampler: Annotated[str | None, typer.Option(help="The solver; each model's own if absent")] = None,
-    size: Annotated[str | None, typer.Option(help="WxH in pixels; each model's own if absent")] = None,
-    negative: Negative = None,
+    class_label: Labels = None,
     out: Out = None,
     models: Folder = None,
+    **fields: Any,
 ) -> None:
     """Draw the same prompts or classes by several models, one panel: rows prompts, columns models by parameters."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
-    body: Body = {
-        "models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label),
-        "preset": preset, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed, "sampler": sampler,
-        "size": size, "negative_prompt": negative, "output_format": kind_of(out) if out else None,
-    }  # fmt: skip
+    fields |= {"models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label)}
+    body: Body = {**fields, "output_format": out and kind_of(out)}
     comparison, jobs = plan(body, registry)
     out = out or Path(f"compare-{comparison.seed}.png")
     start = time.monotonic()
-    watch = bars(jobs, Console(stderr=True))
     try:
-        results = [result for (result,) in watch.draw(settings, registry.cards)]
+        drawn = draw(jobs, settings, registry.cards, bars(jobs, Console(stderr=True)))
     except InstepError as error:
-        raise _with_model(jobs, error) from None
+        raise with_model(jobs, error) from None
+    results = [result for (result,) in drawn]
     out.write_bytes(panel_file(comparison, jobs, results)[0])
     for warning in panel_warnings(comparison, jobs, results):
         print(f"instep: {warning}", file=sys.stderr)
@@ -78,9 +69,10 @@ def plan(body: Body, registry: Registry) -> tuple[CompareBody, list[Job]]:
     return comparison, cells(comparison, registry, complete)
 
 
-def bars(jobs: list[Job], console: Console) -> Watch:
+def bars(jobs: list[Job], console: Console) -> Progress:
     """A bar for each model, and a line when all of its pictures are there."""
-    watch = Watch(jobs, lambda job, index: job.card.id, bars_of(console))
+    made = bars_of(console)
+    follow(jobs, lambda job, index: job.card.id, made)
 
     def tell(model: str, _: object) -> None:
         own = [job for job in jobs if job.card.id == model]
@@ -89,12 +81,4 @@ def bars(jobs: list[Job], console: Console) -> Watch:
 
     for job in jobs:
         job.future.add_done_callback(partial(tell, job.card.id))
-    return watch
-
-
-def _with_model(jobs: list[Job], error: InstepError) -> InstepError:
-    """The error of a job with its model before it."""
-    for job in jobs:
-        if job.error is error and job.card.id not in error.message:
-            return type(error)(f"{job.card.id}: {error.message}")
-    return error
+    return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +13,7 @@ from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.cli.bodies import build, open_registry
-from app.cli.paint import Watch, half_blocks, shrink
+from app.cli.paint import follow, half_blocks, results, shrink
 from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
 from app.imaging import grid
@@ -48,9 +47,10 @@ SCRIPT = (
 
 @dataclass
 class Tally:
-    """Counts forwards and lets each job in when its turn has come. Runs on the engine's thread.
+    """Counts forwards and submits each job when its turn has come. Its methods run on the engine's thread.
 
-    waited: by request id, the denoising forwards that ran between its arrival and the first that it took part in.
+    arrivals: jobs, and the forwards that have run when each arrives. waited: by request id, the denoising forwards
+    that ran between its arrival and the first that it took part in.
     """
 
     arrivals: list[tuple[int, Job]]
@@ -80,46 +80,41 @@ def demo(models: Folder = None) -> None:
     settings = read_settings(models=models)
     registry = open_registry(settings)
     script = write_script(registry)
-    console, lines = Console(), {job: line for _, job, line in script}
-    bars = Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), console=console
-    )
-    watch, tally = Watch([*lines], lambda job, index: lines[job], bars), Tally([(at, job) for at, job, _ in script])
-
-    def observe(report: Report) -> None:
-        watch.observe(report)
-        tally(report)
-
-    with Local(settings, registry.cards, observe=observe) as local, bars:
-        tally.local = local
+    console, tally, jobs = Console(), Tally([*script]), [job for _, job in script]
+    bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn())
+    follow(jobs, lambda job, _: line_of(job), bars)
+    with Local(settings, registry.cards, observe=tally) as tally.local, bars:
         tally.let_in()
-        results = [result for (result,) in watch.results()]
+        drawn = [result for (result,) in results(jobs)]
     if console.is_terminal:
-        console.print(half_blocks(sheet([result.pixels for result in results]), console.width))
-    console.print(summary(tally, results), highlight=False)
+        console.print(half_blocks(sheet([result.pixels for result in drawn]), console.width))
+    console.print(summary(tally, drawn), highlight=False)
 
 
-def write_script(registry: Registry) -> list[tuple[int, Job, str]]:
-    """(arrival, job, its line on the screen) of the twelve, for whatever cards there are."""
+def write_script(registry: Registry) -> list[tuple[int, Job]]:
+    """The twelve jobs with their arrivals, for whatever cards there are."""
     cards = cast_cards(registry)
     script = []
     for index, (kind, steps, guided, which, arrival) in enumerate(SCRIPT):
         card = cards[kind]
         samplers = valid_samplers(card.schedule)
-        default = samplers.index(card.defaults.sampler)
-        body: dict[str, Any] = {
+        body = {
             "model": card.id,
             "num_inference_steps": min(steps, card.limits.num_inference_steps),
             "guidance_scale": min(4.0, card.limits.guidance_scale) if guided else 0.0,
-            "sampler": samplers[(default + which) % len(samplers)],
+            "sampler": samplers[(samplers.index(card.defaults.sampler) + which) % len(samplers)],
             "seed": index,
+            **({"class_label": index * 7 % len(card.labels)} if card.draws_classes else {"prompt": WORDS[index]}),
         }
-        body |= {"class_label": index * 7 % len(card.labels)} if card.draws_classes else {"prompt": WORDS[index]}
-        job = build(body, registry, f"demo-{index}")
-        recipe, guidance = job.request.recipe, job.request.recipe.guidance
-        with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
-        script.append((arrival, job, f"{job.shows[:18]:18} {card.id:18} {recipe.sampler:15} {with_guidance:11}"))
+        script.append((arrival, build(body, registry, f"demo-{index}")))
     return script
+
+
+def line_of(job: Job) -> str:
+    """The words before a job's bar."""
+    recipe, guidance = job.request.recipe, job.request.recipe.guidance
+    with_guidance = f"guidance {guidance.scale:g}" if guidance.guided else "no guidance"
+    return f"{job.shows[:18]:18} {job.card.id:18} {recipe.sampler:15} {with_guidance:11}"
 
 
 def cast_cards(registry: Registry) -> dict[str, Card]:
@@ -145,9 +140,9 @@ def sheet(pictures: list[np.ndarray]) -> np.ndarray:
     return grid([shrink(picture, width, height) for picture in pictures], 6)
 
 
-def summary(tally: Tally, results: Sequence[Result]) -> str:
+def summary(tally: Tally, drawn: Sequence[Result]) -> str:
     """The last line: forwards run, forwards that as many separate loops would have run, and the shortest's wait."""
-    alone = sum(result.timings.steps for result in results)
-    shortest = min(results, key=lambda result: result.timings.steps)
+    alone = sum(result.timings.steps for result in drawn)
+    shortest = min(drawn, key=lambda result: result.timings.steps)
     waited = tally.waited[shortest.request_id]
-    return f"{len(results)} images, {tally.forwards} forwards instead of {alone}; the shortest waited {waited} steps"
+    return f"{len(drawn)} images, {tally.forwards} forwards instead of {alone}; the shortest waited {waited} steps"

@@ -102,13 +102,13 @@ def convert(
     """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
     import torch
 
-    from app.checkpoints.convert import Conversion, convert_dit
+    from app.checkpoints.convert import convert_dit
 
     shipped = [read_settings(models=models).models / card for card in LABELLED]
     indices = [place / INDEX for place in (*[file] * file.is_dir(), *[folder] * replace, *shipped)]
     labels = next((names for one in indices if one.is_file() and (names := read_labels(one))), ())
-    wanted = Conversion(file, folder, vae, dtype and getattr(torch, dtype), heads, labels, replace)
-    convert_dit(wanted, typer.echo)
+    own = dtype and getattr(torch, dtype)
+    convert_dit(file, folder, vae, typer.echo, dtype=own, heads=heads, labels=labels, replace=replace)
     typer.echo(f"next: instep serve --models {folder.parent}")
 
 

@@ -10,47 +10,37 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from safetensors.numpy import save_file
 
 from app.cli import bodies
-from app.cli.paint import Watch, bars_of, half_blocks, say
-from app.cli.serve import Folder, read_settings
+from app.cli.paint import bars_of, draw, follow, half_blocks, say
+from app.cli.serve import Folder, read_settings, with_flags
 from app.imaging import grid
+from app.jobs.body import ImageBody
 from app.jobs.job import Job
 from app.jobs.replies import file_groups, files_of, warnings
 from app.report import Result
 
 
+@with_flags(bodies.flags(ImageBody))
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw")] = None,
-    class_label: Annotated[
-        list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
-    ] = None,
-    model: bodies.Model = None,
-    steps: bodies.Steps = None,
-    guidance: bodies.Guidance = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the first image; drawn if absent or -1")] = None,
-    sampler: Annotated[str | None, typer.Option(help="The solver; `instep models show ID` lists them")] = None,
-    size: bodies.SizeText = None,
-    negative: bodies.Negative = None,
-    n: Annotated[int | None, typer.Option("-n", help="Images, seeds counting up")] = None,
+    class_label: bodies.Labels = None,
     columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
     out: bodies.Out = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
     models: Folder = None,
+    **fields: Any,
 ) -> None:
     """Draw one request without a server, and show it in the terminal."""
     settings = read_settings(models=models)
     registry = bodies.open_registry(settings)
-    body: dict[str, Any] = {
-        "prompt": prompt, "class_label": bodies.labels_of(class_label), "model": model, "num_inference_steps": steps,
-        "guidance_scale": guidance, "seed": seed, "sampler": sampler, "size": size, "negative_prompt": negative, "n": n,
-        "grid": None if columns is None else {"columns": columns},
-        "output_format": bodies.kind_of(out) if out else None,
-    }  # fmt: skip
-    job = bodies.build(body, registry, "generate", keep_latents=bool(save_latents and bodies.in_folder(save_latents)))
+    fields |= {"prompt": prompt, "class_label": bodies.labels_of(class_label)}
+    fields |= {"grid": None if columns is None else {"columns": columns}, "output_format": out and bodies.kind_of(out)}
+    job = bodies.build(fields, registry, "generate", keep_latents=bool(save_latents and bodies.in_folder(save_latents)))
     start = time.monotonic()
-    (results,) = bars(job, Console(stderr=True)).draw(settings, registry.cards)
+    (results,) = draw([job], settings, registry.cards, bars(job, Console(stderr=True)))
     console, out = Console(), out or bodies.file_name(job)
     deliver(console, job, results, out, time.monotonic() - start)
     if save_latents:
@@ -59,9 +49,11 @@ def generate(
     say(console, bodies.curl(job, settings, out))
 
 
-def bars(job: Job, console: Console) -> Watch:
-    """A bar for each image."""
-    return Watch([job], lambda _, index: f"image {index + 1}", bars_of(console), ahead=False, loads=console.is_terminal)
+def bars(job: Job, console: Console) -> Progress:
+    """A bar for each image, seen from its first step on."""
+    made = bars_of(console)
+    follow([job], lambda _, index: f"image {index + 1}", made, ahead=False)
+    return made
 
 
 def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:

@@ -1,22 +1,25 @@
-"""What a terminal shows while pictures are drawn, and of them: lines, bars, half-block cells."""
+"""What a terminal shows: lines, tables, bars while pictures are drawn, and pictures in half-block cells."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from functools import partial
+from typing import Any
 
 import numpy as np
 from rich.color import Color
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.style import Style
+from rich.table import Table
 from rich.text import Text
 
 from app.cards.card import Card
 from app.jobs.job import Job
-from app.report import ModelState, Preview, Report, Result
+from app.report import ModelState, Report, Result
 from app.report import Progress as Step
 from app.settings import Settings
 from app.worker.process import Local
@@ -33,59 +36,72 @@ def bars_of(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-class Watch:
-    """Shows how far jobs are, and waits for them.
+def follow(jobs: Sequence[Job], name: Callable[[Job, int], str], bars: Progress, *, ahead: bool = True) -> None:
+    """Show the steps of jobs in bars.
 
-    name: of the bar of one image, which those of the same name share; with `ahead` the bars are seen before the first
-    step. loads: whether a line says that a model loads.
+    name: of the bar of one image of a job; images with the same name share a bar. ahead: whether a bar is seen before
+    its first step.
     """
+    names = [(job, name(job, index)) for job in jobs for index in range(len(job.request.images))]
+    images = Counter(one for _, one in names)
+    totals = {one: images[one] * job.request.recipe.steps for job, one in names}
+    tasks = {one: bars.add_task(one, total=total, visible=ahead) for one, total in totals.items()}
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        name: Callable[[Job, int], str],
-        bars: Progress,
-        *,
-        ahead: bool = True,
-        loads: bool = True,
-    ) -> None:
-        self.bars, self._jobs, self._name, self._loads = bars, jobs, name, loads
-        self._tasks: dict[str, TaskID] = {}
-        images = [(job, name(job, index)) for job in jobs for index in range(len(job.request.images))]
-        self._images = Counter(one for _, one in images)
-        for job, one in images:
-            job.on_report = partial(self._hear, job)
-            if one not in self._tasks:
-                total = self._images[one] * job.request.recipe.steps
-                self._tasks[one] = bars.add_task(one, total=total, visible=ahead)
-
-    def draw(self, settings: Settings, cards: dict[str, Card]) -> list[list[Result]]:
-        """The results of each job, by an engine in this process. Raises the error of the first that fails."""
-        with Local(settings, cards, observe=self.observe) as engine, self.bars:
-            for job in self._jobs:
-                engine.submit(job)
-            return self.results()
-
-    def observe(self, report: Report) -> None:
-        """Print a line when a model begins to load and when it is ready."""
-        if self._loads and isinstance(report, ModelState) and not report.rates:
-            if report.state == "loading":
-                say(self.bars.console, f"loading {report.model} ...")
-            elif report.state == "ready":
-                say(self.bars.console, f"{report.model} ready in {report.seconds:.1f} s")
-
-    def results(self) -> list[list[Result]]:
-        """The results of each job, once all are there. Raises the error of one as soon as it fails."""
-        wait([job.future for job in self._jobs], return_when=FIRST_EXCEPTION)
-        for job in self._jobs:
-            if job.error:
-                raise job.error
-        return [job.result() for job in self._jobs]
-
-    def _hear(self, job: Job, report: Preview | Step | Result) -> None:
+    def hear(job: Job, report: object) -> None:
         if isinstance(report, Step):
-            name = self._name(job, report.index)
-            self.bars.update(self._tasks[name], advance=1, total=self._images[name] * report.steps, visible=True)
+            one = name(job, report.index)
+            bars.update(tasks[one], advance=1, total=images[one] * report.steps, visible=True)
+
+    for job in jobs:
+        job.on_report = partial(hear, job)
+
+
+def tell_loading(console: Console, report: Report) -> None:
+    """Print a line in a terminal when a model begins to load and when it is ready."""
+    if console.is_terminal and isinstance(report, ModelState) and not report.rates:
+        if report.state == "loading":
+            say(console, f"loading {report.model} ...")
+        elif report.state == "ready":
+            say(console, f"{report.model} ready in {report.seconds:.1f} s")
+
+
+def draw(jobs: Sequence[Job], settings: Settings, cards: dict[str, Card], bars: Progress) -> list[list[Result]]:
+    """The results of each job, by an engine in this process. Raises the error of the first that fails."""
+    with Local(settings, cards, observe=partial(tell_loading, bars.console)) as engine, bars:
+        for job in jobs:
+            engine.submit(job)
+        return results(jobs)
+
+
+def results(jobs: Sequence[Job]) -> list[list[Result]]:
+    """Wait for the results of each job. Raises the error of one as soon as it fails."""
+    wait([job.future for job in jobs], return_when=FIRST_EXCEPTION)
+    for job in jobs:
+        if job.error:
+            raise job.error
+    return [job.result() for job in jobs]
+
+
+def table(rows: Sequence[Mapping[str, str]], left: Collection[str] = (), **looks: Any) -> Table:
+    """A table without lines: rows by the heads of their columns. left: columns of words; amounts stand at the right."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", **looks)
+    for head in rows[0] if rows else ():
+        made.add_column(head, overflow="fold", justify="left" if head in left else "right")
+    for row in rows:
+        made.add_row(*map(escape, row.values()))
+    return made
+
+
+def facts_table(facts: Mapping[str, object]) -> Table:
+    """A table of names and values."""
+    return table([{"": name, " ": str(value)} for name, value in facts.items()], ("", " "), show_header=False)
+
+
+def show_tables(*tables: Table) -> None:
+    """Print tables, as wide as they need when the output is not a terminal, so that it can be searched."""
+    console = Console() if Console().is_terminal else Console(width=1000)
+    for number, one in enumerate(tables):
+        console.print(*([""] if number else []), one, sep="\n", highlight=False)
 
 
 def half_blocks(pixels: np.ndarray, columns: int) -> Text:

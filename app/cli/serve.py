@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ from app import logs
 from app.errors import SettingsError, first_problem
 from app.settings import LISTS, Settings, doubts
 
+Command = TypeVar("Command", bound=Callable[..., None])
 Folder = Annotated[str | None, typer.Option(help="Folder of cards (INSTEP_MODELS)", metavar="PATH")]
 """--models of every command. A string, so that an empty one is none and not this folder."""
 
@@ -37,25 +38,36 @@ def read_settings(**given: Any) -> Settings:
         raise SettingsError(str(error)) from error
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(**given)` one optional flag for each field of Settings: a switch, a list or text.
+def with_flags(flags: Mapping[str, Any]) -> Callable[[Command], Command]:
+    """Give a command one optional flag for each of these annotations by name, in place of its `**given`."""
 
-    What the text means is checked where the environment's is.
-    """
-    parameters = []
+    def replace(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag)
+            for name, flag in flags.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in (*own, *added)}
+        return command
+
+    return replace
+
+
+def settings_flags() -> dict[str, Any]:
+    """A flag for each field of Settings: a switch, a list or text, which is checked where the environment's is."""
+    flags = {}
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation)
         metavar = f"[{'|'.join(choices)}]" if choices else _METAVARS[field.annotation]
         text = f"{field.description}; default {field.default if str(field.default) else 'empty'}"
         kind: Any = bool if field.annotation is bool else list[str] if name in LISTS else str
-        flag = Annotated[kind | None, typer.Option(help=text, show_default=False, metavar=metavar)]
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
+        flags[name] = Annotated[kind | None, typer.Option(help=text, show_default=False, metavar=metavar)]
+    return flags
 
 
-@with_flags
+@with_flags(settings_flags())
 def serve(**given: Any) -> None:
     """Start the server. Every flag is an environment variable too (--max-wait: INSTEP_MAX_WAIT); the flag wins."""
     given = {name: ",".join(value) if isinstance(value, list) else value for name, value in given.items()}

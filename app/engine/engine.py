@@ -1,9 +1,8 @@
-"""Engine: the loop and the open requests. A turn of it is three calls: next, run, settle."""
+"""Engine: the loop and the open requests. A turn of it is three calls: schedule, run, settle."""
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import queue
 import time
@@ -11,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from app.engine.batcher import Batcher
-from app.engine.limits import Patience
-from app.engine.profile import Profiles
-from app.engine.row import Caps, Image, Outcome, Row, Work, default_key, rows_of
+from app.engine.costs import Costs
+from app.engine.patience import Patience
+from app.engine.row import Caps, Row, Work, default_key, rows_of
 from app.engine.runner import Runner
 from app.engine.turns import Turns
 from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, Unavailable
@@ -38,25 +37,24 @@ class Engine:
         settings: Settings,
         emit: Callable[[Report], None],
         *,
-        profiles: Profiles | None = None,
+        costs: Costs | None = None,
         batcher: type[Batcher] = Batcher,
         runner: type[Runner] = Runner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._emit, self._clock = pool, emit, clock
-        profiles = profiles or Profiles(settings.cache, compiled=settings.compile)
-        self._runner = runner(pool, profiles, settings.deterministic, text_bytes(settings), not settings.threads)
-        self._batcher = batcher(self._caps, self._ready)
-        self._turns = Turns(pool, self._runner.capacity.known)
+        self._costs = costs or Costs(settings.cache, deterministic=settings.deterministic, compiled=settings.compile)
+        self.runner = runner(pool, self._costs, settings.deterministic, text_bytes(settings), not settings.threads)
+        self.batcher = batcher(self._caps, self._ready)
+        self._turns = Turns(pool, self._costs.caps)
         self._patience = Patience(pool, emit, clock, settings.compile)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequence = itertools.count()
         self._open: dict[str, list[Row]] = {}  # the rows without an image yet, by request
-        self._deadlines: list[tuple[float, str]] = []
-        self._unmeasured: dict[Key, None] = {}
+        self._loaded: dict[Key, ModelState] = {}  # models to report as ready once this key of theirs is measured
         self._measured_last = False
         self._leaving: set[str] = set()
-        self._memory = self._reported = Memory(str(pool.device), self._runner.bytes)
+        self._memory = self._used()
         self._stopping = False
 
     def submit(self, request: Request) -> None:
@@ -90,47 +88,118 @@ class Engine:
             self._fail(request_id, Unavailable("the server is shutting down", code="shutting_down"))
 
     def tick(self) -> bool:
-        """One turn; False when there was nothing to do."""
-        work = self._next()
+        """Schedule a work, run it and settle it; False when there was nothing to do."""
+        work = self._schedule()
         if work is None:
             return False
-        self._do(work)
+        self._run(work)
+        self._settle(work)
         return True
 
-    def _do(self, work: Work) -> Outcome:
-        self._patience.begin(work)
-        start = self._clock()
-        outcome = self._runner.run(work)
-        self._settle(work, outcome, start)
-        self._patience.end(work, outcome, self._clock() - start)
-        return outcome
-
-    def _next(self) -> Work | None:
+    def _schedule(self) -> Work | None:
         """The next work, after news from outside. One width of a key without caps is measured between two others."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()()
-        self._poll_models()
-        self._unmeasured.clear()
-        self._expire()
+        self._hear()
+        for row in self.batcher.late(self._clock()):
+            self._fail(row.request.id, DeadlineExceeded("the image cannot be done before its deadline"))
         self._ask_pool()
-        keys = (key for key in list(self._unmeasured) if self._runner.capacity.measurable(key))
-        profile = next((Work("profile", key) for key in keys), None)
-        first = profile if profile and not self._measured_last else self._batcher.next(self._clock())
+        waiting = (queue.key for queue in self.batcher.queues.values() if not queue.empty)
+        unmeasured = (Work("profile", key) for key in (*waiting, *self._loaded) if self._measurable(key))
+        profile = next(unmeasured, None)
+        first = profile if profile and not self._measured_last else self.batcher.next(self._clock())
         work = first or profile
         self._measured_last = work is not None and work.phase == "profile"
         return work
 
+    def _run(self, work: Work) -> None:
+        self._patience.begin(work)
+        work.start = self._clock()
+        self.runner.run(work)
+        work.seconds = self._clock() - work.start
+        self._patience.end(work)
+
+    def _settle(self, work: Work) -> None:
+        """Move the rows of a work on, emit its images, answer what failed."""
+        if work.phase == "profile":
+            self._settle_profile(work.key, work.error)
+            return
+        self.batcher.charge(work, work.seconds)
+        for row, error in work.failed:
+            self._fail(row.request.id, error)
+        if work.idle:
+            return
+        rows = [row for row in work.rows if row.stage != "gone"]
+        if work.phase == "encode":
+            self._settle_encode(work, rows)
+        elif work.phase == "denoise":
+            self._settle_denoise(work, rows)
+        for row, pixels, latents in work.images:
+            if row.stage != "gone":
+                row.decode_start = work.start
+                self._answer(row)
+                self._emit(row.result(pixels, latents, self._clock()))
+        caps = self._costs.caps.get(work.key)
+        self._emit(
+            Tick(
+                work.key.model, work.phase, len(work.rows), work.passes + work.padding, work.padding,
+                caps.passes if caps else 0, work.seconds, self.batcher.running, self.batcher.waiting,
+                work.key.width, work.key.height, work.out_of_memory, work.text_hits, work.text_misses,
+            )
+        )  # fmt: skip
+
+    def _settle_profile(self, key: Key, error: InstepError | None) -> None:
+        """Report the rate of a key once it is measured; its requests fail where the first forward did."""
+        if isinstance(error, OutOfMemory):
+            around = self.batcher.running, self.batcher.waiting, key.width, key.height
+            self._emit(Tick(key.model, "denoise", 0, 0, 0, 0, 0.0, *around, out_of_memory=1))
+        if error is not None:
+            self._fail_all(key.model, error, key)
+            if state := self._loaded.pop(key, None):
+                self._emit(replace(state, state="failed", detail=error.message))
+        elif caps := self._costs.caps.get(key):
+            self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
+
+    def _settle_encode(self, work: Work, rows: list[Row]) -> None:
+        for row in rows:
+            if row.slot >= 0:
+                row.encode_start, row.denoise_start = work.start, work.start + work.seconds
+                self.batcher.start(row)
+                self.runner.hold(row)
+
+    def _settle_denoise(self, work: Work, rows: list[Row]) -> None:
+        if work.out_of_memory:
+            self._costs.refuse(work.key, work.passes)
+        elif not work.failed:
+            self._costs.learn(work.key, work.passes, work.seconds, work.start + work.seconds)
+        for row in rows:
+            if not row.begun:
+                row.idled = work.start - row.denoise_start
+            row.line += 1
+            row.served += work.seconds
+            row.neighbours += len(rows)
+            if row.request.delivery.progress:
+                self._emit(Progress(row.request.id, row.index, row.line, row.lines))
+            if row.line == row.lines:
+                self.batcher.finish(row)
+                self.runner.rest(row)
+        if due := [row for row in rows if row.preview_due()]:
+            for row, pixels in self.runner.preview(due):
+                self._emit(Preview(row.request.id, row.index, row.previews, pixels))
+            for row in due:
+                row.previews += 1  # a preview that fails is left out: the image itself goes on
+
     def _ask_pool(self) -> None:
         """Lease the network for every started row, ask the pool for the parts that other rows need, and tell the
         batcher which models may not start new rows."""
-        rows = self._batcher.started
+        rows = self.batcher.started
         for row in rows:
-            self._runner.hold(row)
-        for model in [model for model in self._leaving if not self._requests(model)]:
+            self.runner.hold(row)
+        for model in self._leaving - {rows[0].key.model for rows in self._open.values()}:
             self._leaving.discard(model)
             self._pool.unload(model)
-        self._batcher.held = self._turns.ask(self._batcher.finished, rows, self._clock())
+        self.batcher.held = self._turns.ask(self.batcher.heads(), self.batcher.finished, rows, self._clock())
 
     def _ready(self, model: str, phase: Phase) -> bool:
         """Whether rows may begin this phase; one that starts must find its network, where all parts fit together."""
@@ -138,16 +207,15 @@ class Engine:
         return self._pool.resident(model, phase) and (not both or self._pool.resident(model, "denoise"))
 
     def _caps(self, key: Key) -> Caps | None:
-        """The caps of a key; rows of a key without them wait until it is measured."""
-        caps = self._runner.caps(key)
-        if caps is None:
-            self._unmeasured[key] = None
-        return caps
+        """The caps of a key, with no slots while those of other keys leave no room; None before it is measured."""
+        caps = self._costs.caps.get(key)
+        return caps if caps is None or self.runner.slots.has_room(key, caps.bytes) else replace(caps, slots=0)
 
-    def _requests(self, model: str, key: Key | None = None) -> list[str]:
-        """Ids of the open requests of a model, or of one key of it."""
-        keys = {request_id: rows[0].key for request_id, rows in self._open.items()}
-        return [request_id for request_id, own in keys.items() if own.model == model and key in (None, own)]
+    def _measurable(self, key: Key) -> bool:
+        """Whether a measurement would get on: it is not done, and the network, or the stored profile, is there."""
+        if key in self._costs.caps or not (family := self._pool.family(key.model)):
+            return False
+        return self._pool.resident(key.model, "denoise") or self._costs.stored(family, key) is not None
 
     def _load(self, model_id: str) -> None:
         self._leaving.discard(model_id)
@@ -163,154 +231,69 @@ class Engine:
             self._emit(Failure(request.id, error))
             return
         self._open[request.id] = rows
-        if request.delivery.deadline is not None:
-            heapq.heappush(self._deadlines, (request.delivery.deadline, request.id))
         for row in rows:
-            self._batcher.add(row)
-            self._turns.add(row)
+            self.batcher.add(row)
         self._pool.want(request.recipe.model)
-        failure = self._pool.failure(request.recipe.model)
-        if failure is not None:
+        if failure := self._pool.failure(request.recipe.model):
             self._fail(request.id, failure)
+
+    def _answer(self, row: Row) -> None:
+        """Drop a row that has its image."""
+        self.batcher.remove(row)
+        self.runner.release(row)
+        self._turns.served(row.key.model, self._clock() - row.encode_start)
+        self._open[row.request.id].remove(row)
+        if not self._open[row.request.id]:
+            del self._open[row.request.id]
 
     def _fail(self, request_id: str, error: InstepError) -> None:
         """Answer a request with an error and drop its rows; nothing for one that is answered already."""
         rows = self._open.pop(request_id, [])
         for row in rows:
-            self._batcher.remove(row)
-            self._runner.release(row)
+            self.batcher.remove(row)
+            self.runner.release(row)
         if rows:
             self._emit(Failure(request_id, error))
 
     def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:
-        for request_id in self._requests(model, key):
-            self._fail(request_id, error)
+        """Fail the open requests of a model, or of one key of it."""
+        keys = {request_id: rows[0].key for request_id, rows in self._open.items()}
+        for request_id, own in keys.items():
+            if own.model == model and key in (None, own):
+                self._fail(request_id, error)
 
-    def _expire(self) -> None:
-        """Fail the requests whose deadline has passed, or cannot be met any more."""
-        now = self._clock()
-        if len(self._deadlines) > 2 * len(self._open) + 64:  # most are of requests answered long ago
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._open]
-            heapq.heapify(self._deadlines)
-        late = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            late.append(heapq.heappop(self._deadlines)[1])
-        for request_id in [*late, *(row.request.id for row in self._batcher.doomed(now))]:
-            self._fail(request_id, DeadlineExceeded("the image cannot be done before its deadline"))
+    def _hear(self) -> None:
+        """Report what has happened in the pool, and the memory in use when that has changed.
 
-    def _poll_models(self) -> None:
-        """Report what has happened in the pool, and the memory in use when that has changed."""
+        A model that became ready while no request is open is reported once its default size is measured.
+        """
+        for key in [key for key in self._loaded if not self._measurable(key)]:
+            self._emit(self._loaded.pop(key))
         for change in self._pool.poll():
-            if isinstance(change, Memory):
-                self._memory = change
-                continue
             if isinstance(change, ModelState):
-                change = self._loaded(change) if change.state == "ready" else change
-                error = self._pool.failure(change.model) if change.state == "failed" else None
-                if error is not None:
-                    self._fail_all(change.model, error)
-                    self._runner.forget(change.model)
-                elif change.state == "absent":
-                    self._runner.tidy(change.model)
+                key = default_key(self._pool.cards[change.model])
+                self._loaded.pop(key, None)
+                self._change(change)
+                if change.state == "ready" and not self._open and self._measurable(key):
+                    self._loaded[key] = change
+                    continue
             self._emit(change)
-        memory = replace(self._memory, bytes={**self._memory.bytes, **self._runner.bytes})
-        if memory != self._reported:
-            self._reported = memory
+        memory = self._used()
+        if memory != self._memory:
+            self._memory = memory
             self._emit(memory)
 
-    def _loaded(self, state: ModelState) -> ModelState:
-        """Measure a model that became ready while no request is open; it counts as failed if that fails."""
-        self._turns.loaded(state.model, state.seconds)
-        self._patience.forget(state.model)
-        key = default_key(self._pool.cards[state.model])
-        while not self._open and self._inbox.empty() and self._runner.capacity.measurable(key):
-            if error := self._do(Work("profile", key)).error:
-                return replace(state, state="failed", detail=error.message)
-        return state
+    def _change(self, state: ModelState) -> None:
+        """Drop what was learned of a model that was loaded again, failed or left the device."""
+        if state.state == "ready":
+            self._turns.loaded(state.model, state.seconds)
+            self._patience.forget(state.model)
+        elif state.state in ("failed", "absent"):
+            self.runner.texts.forget(state.model)
+            self.runner.slots.forget(state.model)
+        if state.state == "failed" and (error := self._pool.failure(state.model)):
+            self._fail_all(state.model, error)
+            self._costs.forget(state.model)
 
-    def _settle(self, work: Work, outcome: Outcome, start: float) -> None:
-        """Move the rows of a work on, emit its images, answer what failed. start: when it began."""
-        if work.phase == "profile":
-            self._settle_profile(work.key, outcome.error)
-            return
-        now = self._clock()
-        passes = work.passes if work.phase == "denoise" else len(work.rows)  # before the rows go to their next lines
-        self._batcher.charge(work, now - start)
-        for row, error in outcome.failed:
-            self._fail(row.request.id, error)
-        alive = [row for row in work.rows if row.stage != "gone"]
-        if work.phase == "encode":
-            self._settle_encode(alive, start, now)
-        elif work.phase == "denoise":
-            if outcome.out_of_memory:
-                self._runner.capacity.refuse(work.key, passes)
-            elif not outcome.failed:
-                self._runner.capacity.learn(work.key, passes, now - start, now)
-            self._settle_denoise(alive, start, now)
-        for image in outcome.images:
-            self._settle_image(image, start)
-        if not outcome.idle:
-            self._emit_tick(work.key, work.phase, len(work.rows), passes, outcome, now - start)
-
-    def _settle_profile(self, key: Key, error: InstepError | None) -> None:
-        """Report the rate of a key once it is measured; its requests fail where the first forward did."""
-        if isinstance(error, OutOfMemory):
-            around = self._batcher.running, self._batcher.waiting, key.width, key.height
-            self._emit(Tick(key.model, "denoise", 0, 0, 0, 0, 0.0, *around, out_of_memory=1))
-        if error is not None:
-            self._fail_all(key.model, error, key)
-        elif caps := self._runner.capacity.known.get(key):
-            self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
-
-    def _settle_encode(self, rows: list[Row], start: float, now: float) -> None:
-        for row in rows:
-            if row.slot >= 0:
-                row.encode_start, row.denoise_start = start, now
-                self._batcher.start(row)
-                self._runner.hold(row)
-
-    def _settle_denoise(self, rows: list[Row], start: float, now: float) -> None:
-        for row in rows:
-            if not row.begun:
-                row.idled = start - row.denoise_start
-            row.line += 1
-            row.served += now - start
-            row.neighbours += len(rows)
-            if row.request.delivery.progress:
-                self._emit(Progress(row.request.id, row.index, row.line, row.lines))
-            if row.line == row.lines:
-                self._batcher.finish(row)
-                self._runner.rest(row)
-        due = [row for row in rows if row.preview_due()]
-        if due:
-            self._settle_previews(self._runner.preview(due))
-
-    def _settle_previews(self, outcome: Outcome) -> None:
-        for image in outcome.images:
-            self._emit(Preview(image.row.request.id, image.row.index, image.row.previews, image.pixels))
-        for row in [image.row for image in outcome.images] + [row for row, _ in outcome.failed]:
-            row.previews += 1  # a preview that fails is left out: the image itself goes on
-
-    def _settle_image(self, image: Image, start: float) -> None:
-        row = image.row
-        if row.stage == "gone":
-            return
-        row.decode_start = start
-        self._batcher.remove(row)
-        self._runner.release(row)
-        self._open[row.request.id].remove(row)
-        if not self._open[row.request.id]:
-            del self._open[row.request.id]
-        now = self._clock()
-        self._turns.served(row.key.model, now - row.encode_start)
-        self._emit(image.result(now))
-
-    def _emit_tick(self, key: Key, phase: Phase, rows: int, passes: int, outcome: Outcome, seconds: float) -> None:
-        cap = caps.passes if (caps := self._runner.caps(key)) else 0
-        self._emit(
-            Tick(
-                key.model, phase, rows, passes + outcome.padding, outcome.padding, cap, seconds,
-                self._batcher.running, self._batcher.waiting, key.width, key.height, outcome.out_of_memory,
-                outcome.text_hits, outcome.text_misses,
-            )
-        )  # fmt: skip
+    def _used(self) -> Memory:
+        return Memory(str(self._pool.device), {**self._pool.bytes, **self.runner.bytes})

@@ -1,16 +1,15 @@
-"""Queue: the rows of one key, the order among them, and which of those that wait may take a slot."""
+"""Queue: the rows of one key, the order among them, and which of those that wait may take a slot; and fair shares."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 import math
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 
 from app.engine.row import Caps, Row
-from app.engine.shares import FairShares
 from app.request import Key
 
 AGE_LIMIT = 8.0
@@ -19,182 +18,234 @@ AGE_LIMIT = 8.0
 LANES = 64
 """Most tenants of one key that a choice looks at, those with credit first: no forward is wider."""
 
-SLACK = 32
-"""Heaps may hold so many entries of rows that have left, beside as many as there are rows that wait."""
+TRIAL_FULL = 0.75
+"""The part of a wider forward that ready rows must fill before it is tried."""
+
+TRIAL_SLACK = 4.0
+"""A forward is not tried wider where a row's deadline is nearer than so many times what is left of its own work."""
+
+QUANTUM = 1.0
+"""Seconds of the device that a tenant of weight 1 gets in a round. Within them its rows go by the batcher's order, so
+that a short request ends before the turn passes on; a new tenant waits at most for one round of the others."""
+
+DEBT = 4.0
+"""Rounds that a tenant can owe. A row that only fills a forward which others leave room in is charged too; without
+a bound it would pay for hours of an idle device as soon as the others come."""
+
+LEAST = 0.001
+"""A weight below this counts as this."""
+
+UNMEASURED = Caps(passes=0, encode=0, decode=1, slots=0, rate=math.inf)
 
 Order = tuple[bool, int, float, int, float, int]
 
 
-class Lane:
-    """The waiting rows of one tenant and one key in heaps: by remaining work, by when they age, the aged by arrival.
+class FairShares:
+    """Credits of the tenants that have rows, or had some in this round or owe for them, in seconds of the device.
 
-    A row that has left, which its stage shows, stays in them until it surfaces or there are too many such.
-    `left` is how many wait, also those that are not in the heaps yet.
+    Nobody has more than one quantum: idle tenants save up nothing. A credit stays to the end of its round, so that
+    leaving and coming back brings nothing either.
+    (Shreedhar and Varghese, Efficient Fair Queuing using Deficit Round Robin, 1995; our packets are forwards.)
     """
 
+    def __init__(self, quantum: float = QUANTUM) -> None:
+        self.credits: dict[str, float] = {}
+        self._quantum = quantum
+        self._quanta: dict[str, float] = {}
+        self._rows: Counter[str] = Counter()
+
+    def join(self, tenant: str, weight: float) -> None:
+        """Count one more row of a tenant, which has this weight from now on."""
+        self._quanta[tenant] = self._quantum * max(LEAST, weight)
+        self.credits.setdefault(tenant, self._quanta[tenant])
+        self._rows[tenant] += 1
+
+    def leave(self, tenant: str) -> None:
+        """Count one row less."""
+        self._rows[tenant] -= 1
+
+    def has(self, tenant: str) -> bool:
+        """Whether the tenant has credit left in this round."""
+        return self.credits.get(tenant, 0.0) > 0
+
+    def weight(self, tenant: str) -> float:
+        """The tenant's quantum: its weight beside the others'."""
+        return self._quanta[tenant]
+
+    def charge(self, tenant: str, seconds: float) -> None:
+        """Charge a tenant for seconds of the device."""
+        if tenant in self.credits:
+            self.credits[tenant] = max(self.credits[tenant] - seconds, -DEBT * self._quanta[tenant])
+
+    def begin_round(self, able: Iterable[str]) -> None:
+        """Add as many rounds as it takes until one of `able`, the tenants with rows that can run, has credit."""
+        rounds = min(math.floor(-self.credits[tenant] / self._quanta[tenant]) + 1 for tenant in able)
+        for tenant, quantum in list(self._quanta.items()):
+            self.credits[tenant] = min(self.credits[tenant] + rounds * quantum, quantum)
+            if not self._rows[tenant] and self.credits[tenant] >= quantum:
+                del self.credits[tenant], self._quanta[tenant], self._rows[tenant]
+
+
+def _shortness(row: Row) -> tuple[int, int, float, int]:
+    return row.remaining, -row.request.delivery.priority, row.deadline, row.sequence
+
+
+def _arrival(row: Row) -> tuple[float, int]:
+    return row.arrived, row.sequence
+
+
+class Lane:
+    """The waiting rows of one tenant and one key in sorted lists: by remaining work, by when they age, and the aged by
+    arrival."""
+
     def __init__(self) -> None:
-        self.left = 0
-        self._shortest: list[tuple[int, int, float, int, Row]] = []
-        self._oldest: list[tuple[float, int, Row]] = []
-        self._aged: list[tuple[float, int, Row]] = []
+        self._ages_at: dict[Row, float] = {}
+        self._shortest: list[Row] = []
+        self._aging: list[tuple[float, int, Row]] = []
+        self._aged: list[Row] = []
 
-    def push(self, row: Row, aged_at: float) -> None:
-        """Add a row that counts as aged after `aged_at`, on the engine's clock."""
-        entry = (row.remaining, -row.request.delivery.priority, row.deadline, row.sequence, row)
-        heapq.heappush(self._shortest, entry)
-        heapq.heappush(self._oldest, (aged_at, row.sequence, row))
+    def push(self, row: Row, ages_at: float) -> None:
+        """Add a row that counts as aged after `ages_at`, on the engine's clock."""
+        self._ages_at[row] = ages_at
+        insort(self._shortest, row, key=_shortness)
+        insort(self._aging, (ages_at, row.sequence, row))
 
-    def leave(self) -> None:
-        """Count one waiting row less."""
-        self.left -= 1
-        heaps: tuple[list[Any], ...] = (self._shortest, self._oldest, self._aged)
-        if sum(map(len, heaps)) > 4 * self.left + SLACK:  # a waiting row is in two of them
-            for heap in heaps:
-                heap[:] = [entry for entry in heap if entry[-1].stage == "waiting"]
-                heapq.heapify(heap)
+    def remove(self, row: Row) -> int:
+        """Remove a row; returns how many are left."""
+        place = bisect_left(self._aged, _arrival(row), key=_arrival)
+        if self._aged[place : place + 1] == [row]:
+            del self._aged[place]
+        else:
+            del self._shortest[bisect_left(self._shortest, _shortness(row), key=_shortness)]
+            del self._aging[bisect_left(self._aging, (self._ages_at[row], row.sequence))]
+        del self._ages_at[row]
+        return len(self._ages_at)
 
     def best(self, now: float) -> Iterator[Row]:
-        """Rows in the order in which they would start, found lazily: the aged by arrival first."""
-        first = []
-        for row in self.aged(now):
-            first.append(row)
-            yield row
-        _drop_gone(self._shortest)
-        for entry in _in_order(self._shortest):
-            if entry[-1].stage == "waiting" and entry[-1] not in first:
-                yield entry[-1]
+        """Rows in the order in which they would start: the aged by arrival first."""
+        return itertools.chain(self.aged(now), self._shortest)
 
-    def aged(self, now: float) -> Iterator[Row]:
+    def aged(self, now: float) -> list[Row]:
         """The aged rows, by arrival."""
-        while self._oldest and (self._oldest[0][0] < now or self._oldest[0][-1].stage != "waiting"):
-            row = heapq.heappop(self._oldest)[-1]
-            if row.stage == "waiting":
-                heapq.heappush(self._aged, (row.arrived, row.sequence, row))
-        _drop_gone(self._aged)
-        return (entry[-1] for entry in _in_order(self._aged) if entry[-1].stage == "waiting")
-
-
-def _drop_gone(heap: list[Any]) -> None:
-    while heap and heap[0][-1].stage != "waiting":
-        heapq.heappop(heap)
-
-
-def _in_order(heap: list[Any]) -> Iterator[Any]:
-    """The entries of a heap, least first, found lazily; the heap does not change."""
-    front = [(heap[0], 0)] if heap else []
-    while front:
-        entry, index = heapq.heappop(front)
-        yield entry
-        for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
-            heapq.heappush(front, (heap[child], child))
+        count = bisect_left(self._aging, (now,))
+        for _, _, row in self._aging[:count]:
+            del self._shortest[bisect_left(self._shortest, _shortness(row), key=_shortness)]
+            insort(self._aged, row, key=_arrival)
+        del self._aging[:count]
+        return self._aged
 
 
 class Queue:
-    """The rows of one key: a lane of those waiting for each tenant, a list of those started, and one ordering for all.
+    """The rows of one key: those that wait, in a lane for each tenant, those that are started, and one order for all.
 
-    finished: how many wait to be decoded; they hold their slots until then. arrivals: rows that enter their lane once
-    the key's rate is known, because the age limit is a multiple of it.
+    caps: of the key, as the batcher asked for them last. waiting: by arrival. arrivals: rows that enter their lane once
+    the key's rate is known, because the age limit is a multiple of it. finished: how many wait to be decoded; they keep
+    their slots until then.
     """
 
     def __init__(self, key: Key, shares: FairShares) -> None:
         self.key = key
+        self.caps = UNMEASURED
+        self.waiting: OrderedDict[Row, None] = OrderedDict()
+        self.arrivals: dict[Row, None] = {}
         self.started: list[Row] = []
         self.finished = 0
-        self.arrivals: list[Row] = []
         self._shares = shares
         self._lanes: dict[str, Lane] = {}
-        self._latest: list[tuple[float, int, Row]] = []
-
-    def add(self, row: Row) -> None:
-        self.arrivals.append(row)
-        self._lanes.setdefault(row.request.delivery.tenant, Lane()).left += 1
-
-    def leave(self, row: Row) -> None:
-        """Remove a row that was started, or is gone."""
-        lane = self._lanes[row.request.delivery.tenant]
-        lane.leave()
-        if not lane.left:
-            del self._lanes[row.request.delivery.tenant]
-        left = sum(lane.left for lane in self._lanes.values())
-        if len(self._latest) > 2 * left + SLACK:
-            self._latest = [entry for entry in self._latest if _unbegun(entry[-1])]
-            heapq.heapify(self._latest)
-        if len(self.arrivals) > 2 * left + SLACK:
-            self.arrivals = [row for row in self.arrivals if row.stage == "waiting"]
 
     @property
     def empty(self) -> bool:
-        return not (self.started or self.finished or self._lanes)
+        return not (self.started or self.finished or self.waiting)
 
-    def order(self, row: Row, now: float, rate: float) -> Order:
+    def add(self, row: Row) -> None:
+        """Add a row that has arrived."""
+        self.waiting[row] = self.arrivals[row] = None
+
+    def leave(self, row: Row) -> None:
+        """Remove a waiting row that is started, or gone."""
+        del self.waiting[row]
+        if row in self.arrivals:
+            del self.arrivals[row]
+        elif not self._lanes[row.tenant].remove(row):
+            del self._lanes[row.tenant]
+
+    def admit(self) -> list[Row]:
+        """Move arrivals into the lanes, now that the caps are known; returns them."""
+        admitted = list(self.arrivals)
+        for row in admitted:
+            lane = self._lanes.setdefault(row.tenant, Lane())
+            lane.push(row, row.arrived + AGE_LIMIT * row.remaining * self.caps.rate)
+        self.arrivals.clear()
+        return admitted
+
+    def order(self, row: Row, now: float) -> Order:
         """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline."""
-        owing = not self._shares.has(row.request.delivery.tenant)
+        rate, owing = self.caps.rate, not self._shares.has(row.tenant)
         waited = now - row.arrived - row.served
         if waited > AGE_LIMIT * row.total * rate:
             return (owing, 0, row.arrived, 0, 0.0, row.sequence)
         return (owing, 1, row.remaining * rate, -row.request.delivery.priority, row.deadline, row.sequence)
 
-    def admit(self, rate: float) -> None:
-        """Move arrivals into the lanes, now that a pass is known to take `rate` seconds."""
-        for row in self.arrivals:
-            if row.stage == "waiting":
-                service = row.remaining * rate
-                self._lanes[row.request.delivery.tenant].push(row, row.arrived + AGE_LIMIT * service)
-                if row.deadline < math.inf:
-                    heapq.heappush(self._latest, (row.deadline - service, row.sequence, row))
-        self.arrivals.clear()
-
-    def doomed(self, now: float) -> list[Row]:
-        """Rows not begun that cannot meet their deadline any more, even alone on the device; each is returned once."""
-        found = []
-        while self._latest and self._latest[0][0] < now:
-            row = heapq.heappop(self._latest)[-1]
-            if _unbegun(row):
-                found.append(row)
-        return found
-
-    def candidates(self, now: float, caps: Caps) -> list[Row]:
+    def candidates(self, now: float) -> list[Row]:
         """Rows that could share the next forward: all started ones, then the best few that may start, best first."""
-        self.admit(caps.rate)
+        caps = self.caps
         room = caps.slots - len(self.started) - self.finished
-        waiting = self._best_waiting(now, min(max(caps.passes, caps.trial), room), caps.rate) if room > 0 else []
+        waiting = self._best_waiting(now, min(max(caps.passes, caps.trial), room)) if room > 0 else []
         if waiting and room <= caps.slots // 4:
             waiting = self._last_quarter(waiting, caps.slots - caps.slots // 4)
         return self.started + waiting
 
-    def ahead(self, caps: Caps, entering: int) -> int:
+    def fill(self, rows: list[Row], now: float) -> list[Row]:
+        """The rows of the next forward: a greedy choice in order that stays within the cap; the best row always goes.
+
+        Most steps need no sorting: all fit and none ends. Rows that end together are decoded in order.
+        """
+        left = self._most(rows, now)
+        if sum([row.passes for row in rows]) <= left and all([row.line + 1 < row.lines for row in rows]):
+            return rows
+        chosen: list[Row] = []
+        for row in sorted(rows, key=lambda row: self.order(row, now)):
+            if row.passes <= left or not chosen:
+                chosen.append(row)
+                left -= row.passes
+            if left <= 0:
+                break
+        return chosen
+
+    def ahead(self, entering: int) -> int:
         """How many rows may be encoded before they can run, beside `entering` ones that will: at most half an encode,
         and none in the last quarter of the slots."""
         waiting = sum(not row.begun for row in self.started)
-        open_slots = caps.slots - caps.slots // 4 - len(self.started) - self.finished - entering
-        return max(0, min(caps.encode // 2 - waiting, open_slots))
+        open_slots = self.caps.slots - self.caps.slots // 4 - len(self.started) - self.finished - entering
+        return max(0, min(self.caps.encode // 2 - waiting, open_slots))
 
-    def aged_without_room(self, now: float, caps: Caps) -> float:
+    def aged_without_room(self, now: float) -> float:
         """Arrival of the oldest aged row with credit, when this key has no slots at all; infinite otherwise."""
-        self.admit(caps.rate)
-        able = [lane for tenant, lane in self._lanes.items() if self._shares.has(tenant)] if not caps.slots else []
-        return min((row.arrived for lane in able for row in itertools.islice(lane.aged(now), 1)), default=math.inf)
+        able = [lane for tenant, lane in self._lanes.items() if self._shares.has(tenant)] if not self.caps.slots else []
+        return min((row.arrived for lane in able for row in lane.aged(now)[:1]), default=math.inf)
 
-    def _best_waiting(self, now: float, most: int, rate: float) -> list[Row]:
+    def _most(self, rows: list[Row], now: float) -> int:
+        """Passes of the next forward: the cap's, or a trial's when rows nearly fill it and no deadline is in danger."""
+        caps = self.caps
+        if not caps.trial or sum(row.passes for row in rows) < TRIAL_FULL * caps.trial:
+            return caps.passes
+        spare = min(row.deadline - now - TRIAL_SLACK * row.remaining * caps.rate for row in rows)
+        return caps.trial if spare > 0 else caps.passes
+
+    def _best_waiting(self, now: float, most: int) -> list[Row]:
         tenants = sorted(self._lanes, key=lambda tenant: not self._shares.has(tenant))[:LANES]
         lanes = (self._lanes[tenant].best(now) for tenant in tenants)
-        return list(itertools.islice(heapq.merge(*lanes, key=lambda row: self.order(row, now, rate)), most))
+        return list(itertools.islice(heapq.merge(*lanes, key=lambda row: self.order(row, now)), most))
 
     def _last_quarter(self, waiting: list[Row], open_slots: int) -> list[Row]:
         """The rows that may take the last slots: those shorter than any that holds one, because they leave soon, and
         those of tenants that hold less than their share of the other slots. Alone, a tenant holds all of those."""
         shortest = min((row.remaining for row in self.started), default=math.inf)
-        held = Counter(row.request.delivery.tenant for row in self.started)
-        each = open_slots / sum(self._shares.weight(tenant) for tenant in held.keys() | self._lanes.keys())
+        taken = Counter(row.tenant for row in self.started)
+        each = open_slots / sum(self._shares.weight(tenant) for tenant in taken.keys() | self._lanes.keys())
         chosen = []
         for row in waiting:
-            tenant = row.request.delivery.tenant
-            if row.remaining < shortest or held[tenant] < each * self._shares.weight(tenant):
+            if row.remaining < shortest or taken[row.tenant] < each * self._shares.weight(row.tenant):
                 chosen.append(row)
-                held[tenant] += 1
+                taken[row.tenant] += 1
         return chosen
-
-
-def _unbegun(row: Row) -> bool:
-    """Whether the row waits, be it encoded already or not."""
-    return row.stage == "waiting" or (row.stage == "started" and not row.begun)

@@ -1,4 +1,4 @@
-"""Row: one image in flight. Work: what the device does next, and for which rows. Outcome: what came of a work."""
+"""Row: one image in flight. Work: what the device does next, and what came of it. Caps: how much of a key at once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
-    from app.pool.policy import Lease
+    from app.pool.memory import Component
 
 
 def default_key(card: Card) -> Key:
     """The key of a request that leaves size and text length to the card."""
     return Key(card.id, *card.default_size, card.text_length)
-
-
-Stage = Literal["waiting", "started", "finished", "gone"]
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +30,7 @@ class Row:
 
     lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
     each: passes of a line without that; total: passes of all lines.
-    slot: its place in the key's `Slots` once started. noisy: the lines whose noise is not drawn yet.
+    slot: its place in the key's `Slots` once started. lease: the components of its network, which stay meanwhile.
     Times are on the engine's clock, in seconds. idled: the wait between its encode and its first step.
     """
 
@@ -45,12 +41,10 @@ class Row:
     arrived: float
     sequence: int
     line: int = 0
-    stage: Stage = "waiting"
+    stage: Literal["waiting", "started", "finished", "gone"] = "waiting"
     slot: int = -1
-    lease: Lease | None = None
-    noise: torch.Generator | None = None
+    lease: list[Component] | None = None
     skipping: range = range(0)
-    noisy: set[int] = field(default_factory=set)
     warnings: tuple[str, ...] = ()
     served: float = 0.0
     idled: float = 0.0
@@ -64,7 +58,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.each = 2 if self.request.recipe.guidance.guided else 1
-        self.total = self.lines * self.each + len(self.skipping)
+        self.total = self.request.recipe.passes(self.lines)
 
     @property
     def passes(self) -> int:
@@ -78,6 +72,10 @@ class Row:
         if not self.skipping:
             return plain
         return plain + max(0, self.skipping.stop - max(self.line, self.skipping.start))
+
+    @property
+    def tenant(self) -> str:
+        return self.request.delivery.tenant
 
     @property
     def condition(self) -> Condition:
@@ -106,23 +104,52 @@ class Row:
             and self.line * (wanted + 1) >= self.lines * (self.previews + 1)
         )
 
+    def result(self, pixels: np.ndarray, latents: np.ndarray | None, now: float) -> Result:
+        """The report of its image, which is ready now. pixels: uint8 [H, W, 3]; latents: float32 [C, h, w]."""
+        timings = Timings(
+            queue=self.encode_start - self.arrived + self.idled,
+            encode=self.denoise_start - self.encode_start,
+            denoise=self.decode_start - self.denoise_start - self.idled,
+            decode=now - self.decode_start,
+            steps=self.lines,
+            shared=self.neighbours / self.lines,
+        )
+        return Result(self.request.id, self.index, self.seed, pixels, timings, latents, self.warnings)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Work:
-    """The next thing the device does: one phase for rows of one key, or one width of the key's profile without rows."""
+    """One phase for rows of one key, or one width of the key's measurement without rows; and what came of it.
+
+    passes: of the rows' next lines in a denoise, else how many rows. start, seconds: when it began, and how long it
+    took. images: rows with their pixels, and their latents where these are asked for. failed: rows that failed alone.
+    error: why the key could not be measured. padding: passes that nobody reads. out_of_memory: forwards that did not
+    fit. text_hits, text_misses: texts that the encoders' cache had, or had not. idle: nothing was done, because the
+    components had left the device.
+    """
 
     phase: Phase | Literal["profile"]
     key: Key
     rows: list[Row] = field(default_factory=list)
+    passes: int = field(init=False)
+    start: float = 0.0
+    seconds: float = 0.0
+    images: list[tuple[Row, np.ndarray, np.ndarray | None]] = field(default_factory=list)
+    failed: list[tuple[Row, InstepError]] = field(default_factory=list)
+    error: InstepError | None = None
+    padding: int = 0
+    out_of_memory: int = 0
+    text_hits: int = 0
+    text_misses: int = 0
+    idle: bool = False
 
-    @property
-    def passes(self) -> int:
-        return sum(row.passes for row in self.rows)
+    def __post_init__(self) -> None:
+        self.passes = sum([row.passes for row in self.rows]) if self.phase == "denoise" else len(self.rows)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caps:
-    """What a key may do at once, by its cost curve: passes a forward, rows an encode and a decode, slots.
+    """What a key may do at once, by its costs: passes a forward, rows an encode and a decode, slots.
 
     rate: seconds a pass costs at that width. bytes: of all its slots. trial: passes of a wider forward to try as soon
     as rows nearly fill it; 0 for none.
@@ -135,46 +162,6 @@ class Caps:
     rate: float
     bytes: int = 0
     trial: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """A decoded row. pixels: uint8 [H, W, 3]; latents: float32 [C, h, w], when the request keeps them."""
-
-    row: Row
-    pixels: np.ndarray
-    latents: np.ndarray | None
-
-    def result(self, now: float) -> Result:
-        """The report of this image, which is ready now."""
-        row = self.row
-        timings = Timings(
-            queue=row.encode_start - row.arrived + row.idled,
-            encode=row.denoise_start - row.encode_start,
-            denoise=row.decode_start - row.denoise_start - row.idled,
-            decode=now - row.decode_start,
-            steps=row.lines,
-            shared=row.neighbours / row.lines,
-        )
-        return Result(row.request.id, row.index, row.seed, self.pixels, timings, self.latents, row.warnings)
-
-
-@dataclass(slots=True)
-class Outcome:
-    """Images that are done, rows that failed alone, padding passes, and how many forwards ran out of memory.
-
-    error: why a profile could not be measured. idle: nothing was done, because the parts had left the device.
-    text_hits, text_misses: texts that the encoders' cache had, or had not.
-    """
-
-    images: list[Image] = field(default_factory=list)
-    failed: list[tuple[Row, InstepError]] = field(default_factory=list)
-    error: InstepError | None = None
-    padding: int = 0
-    out_of_memory: int = 0
-    text_hits: int = 0
-    text_misses: int = 0
-    idle: bool = False
 
 
 def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:

@@ -25,7 +25,7 @@ LINE = (*COLUMNS, "weight", "skip", "scale")
 """Columns of a row's plan: the sampler's table; the weights of guidance (its scale - 1) and of skip-layer guidance on
 that line; the scale for a network with embedded guidance."""
 
-_XX, _SKIP = LINE.index("xx"), LINE.index("skip")
+_XX, _XZ, _SKIP = LINE.index("xx"), LINE.index("xz"), LINE.index("skip")
 
 
 class Gather(NamedTuple):
@@ -66,6 +66,8 @@ class Slots:
         self.line = np.zeros(capacity + 1, np.int64)
         self.guided = np.zeros(capacity + 1, np.int64)
         self.gathered: Gather | None = None
+        self._drawn = np.zeros(capacity + 1, np.int64)  # lines that have had their noise
+        self._dice: dict[int, torch.Generator] = {}
         self._free = list(range(capacity))[::-1]
 
     @property
@@ -74,20 +76,27 @@ class Slots:
         return len(self._free) == self.capacity
 
     def take(
-        self, table: Table, x: torch.Tensor, conditions: Conditions, guidance: Guidance, skipping: range = range(0)
+        self,
+        table: Table,
+        x: torch.Tensor,
+        conditions: Conditions,
+        guidance: Guidance,
+        skipping: range = range(0),
+        dice: torch.Generator | None = None,
     ) -> int:
         """Add a row and return its slot. x: [C, h, w], the first noise.
 
-        conditions: by name, [1 or 2, ...]: the row's own first. skipping: lines with skip-layer guidance. mem and noise
-        start at zero (0 * NaN is NaN).
+        conditions: by name, [1 or 2, ...]: the row's own first. skipping: lines with skip-layer guidance. dice: draws
+        the noise of its steps. mem and noise start at zero (0 * NaN is NaN).
         """
         slot = self._free[-1]
         self.gathered = None
         self.x[slot] = x
-        self.mem[slot] = 0
-        self.noise[slot] = 0
-        self.line[slot] = 0
+        self.mem[slot] = self.noise[slot] = 0
+        self.line[slot] = self._drawn[slot] = 0
         self.guided[slot] = guidance.guided
+        if dice is not None:
+            self._dice[slot] = dice
         self._write_plan(slot, table, guidance, skipping)
         for name, value in conditions.items():
             if name not in self.conditions:
@@ -97,22 +106,33 @@ class Slots:
 
     def release(self, slot: int) -> None:
         self.gathered = None
+        self._dice.pop(slot, None)
         self._free.append(slot)
+
+    def draw(self, rows: np.ndarray) -> None:
+        """Draw the noise of these slots [R] whose line adds some, once a line: a replayed step must see the same."""
+        lines = self.line[rows]
+        due = rows[(self.plan[rows, lines, _XZ] != 0) & (self._drawn[rows] <= lines)]
+        if len(due):
+            drawn = [torch.randn((1, *self.noise.shape[1:]), generator=self._dice[slot]) for slot in due.tolist()]
+            index = torch.from_numpy(due).to(self.noise.device)
+            self.noise.index_copy_(0, index, torch.cat(drawn).to(self.noise.device))
+            self._drawn[due] = self.line[due] + 1
 
     def lines(self, rows: np.ndarray) -> np.ndarray:
         """The line each of these slots runs next: float32 [R, len(LINE)]."""
         lines: np.ndarray = self.plan[rows, self.line[rows]]
         return lines
 
-    def _empty_plan(self, lines: int) -> np.ndarray:
-        plan = np.zeros((self.capacity + 1, lines, len(LINE)), np.float32)
-        plan[self.spare, :, _XX] = 1.0
-        return plan
-
     def skipping(self, rows: np.ndarray) -> np.ndarray:
         """Which of these slots make a pass more on the line they run next: int64 [R], 0 or 1."""
         extra: np.ndarray = (self.plan[rows, self.line[rows], _SKIP] != 0).astype(np.int64)
         return extra
+
+    def _empty_plan(self, lines: int) -> np.ndarray:
+        plan = np.zeros((self.capacity + 1, lines, len(LINE)), np.float32)
+        plan[self.spare, :, _XX] = 1.0
+        return plan
 
     def _write_plan(self, slot: int, table: Table, guidance: Guidance, skipping: range) -> None:
         if table.lines > self.plan.shape[1]:
@@ -132,37 +152,37 @@ class SlotPool:
 
     def __init__(self, budget: int = POOL_BYTES) -> None:
         self._budget = budget
-        self._slots: dict[Key, Slots] = {}
+        self.by_key: dict[Key, Slots] = {}
 
     def __getitem__(self, key: Key) -> Slots:
-        return self._slots[key]
+        return self.by_key[key]
 
     @property
     def bytes(self) -> int:
-        return sum(slots.bytes for slots in self._slots.values())
+        return sum(slots.bytes for slots in self.by_key.values())
 
     def has_room(self, key: Key, size: int) -> bool:
         """Whether slots of `size` bytes can be opened; a key is never refused while no other has rows."""
-        if key in self._slots:
+        if key in self.by_key:
             return True
-        used = sum(slots.bytes for slots in self._slots.values() if not slots.idle)
+        used = sum(slots.bytes for slots in self.by_key.values() if not slots.idle)
         return used == 0 or used + size <= self._budget
 
     def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
         """The key's slots, made on first need with so many bytes; the longest unused slots without rows make room."""
-        slots = self._slots.pop(key, None)
+        slots = self.by_key.pop(key, None)
         if slots is None:
             self._close_idle(size)
             slots = Slots(capacity, shape, device, size)
-        self._slots[key] = slots
+        self.by_key[key] = slots
         return slots
 
     def forget(self, model: str) -> None:
         """Close the slots of this model that have no rows."""
-        for key in [key for key, slots in self._slots.items() if key.model == model and slots.idle]:
-            del self._slots[key]
+        for key in [key for key, slots in self.by_key.items() if key.model == model and slots.idle]:
+            del self.by_key[key]
 
     def _close_idle(self, size: int) -> None:
-        idle = [key for key, slots in self._slots.items() if slots.idle]
+        idle = [key for key, slots in self.by_key.items() if slots.idle]
         while idle and (len(idle) > IDLE_KEYS or self.bytes + size > self._budget):
-            del self._slots[idle.pop(0)]
+            del self.by_key[idle.pop(0)]

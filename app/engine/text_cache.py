@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import torch
@@ -15,18 +14,7 @@ from app.families.text import Encoder, States, read_texts
 from app.request import Condition, Prompt
 
 CUTS = 1024
-"""Prompts of a model whose cut ends are remembered."""
-
-Name = tuple[Encoder, str, int]
-
-
-@dataclass(slots=True)
-class _Known:
-    """version: of an encoder's weights. models: those that asked for it. empty: the last length of the empty prompt."""
-
-    version: int
-    models: set[str] = field(default_factory=set)
-    empty: int = -1
+"""Prompts whose cut ends are remembered."""
 
 
 class TextCache:
@@ -37,12 +25,13 @@ class TextCache:
     """
 
     def __init__(self, budget: int, version: Callable[[object], int]) -> None:
-        self.bytes = 0
+        self.bytes = self._hits = self._misses = 0
         self._budget, self._version = budget, version
-        self._kept: OrderedDict[Name, States] = OrderedDict()
-        self._known: dict[Encoder, _Known] = {}
-        self._truncated: dict[str, Callable[..., str | None]] = {}
-        self._hits = self._misses = 0
+        self.kept: OrderedDict[tuple[Encoder, str, int], States] = OrderedDict()
+        self._versions: dict[Encoder, int] = {}
+        self._models: dict[Encoder, set[str]] = {}  # that asked for it
+        self._empty: dict[Encoder, int] = {}  # the length at which its empty prompt was last asked for
+        self._truncated = lru_cache(CUTS)(lambda family, *given: family.truncated(*given))
 
     def encode(self, family: Family, rows: list[Row], batch: int | None) -> list[Conditions]:
         """The conditions of each of these rows of one key, [1 or 2, ...] by name: its own, then the one for guidance.
@@ -61,17 +50,15 @@ class TextCache:
 
     def cuts(self, family: Family, row: Row) -> list[str | None]:
         """The ends of the row's prompt, and of its negative prompt where it is guided, that no encoder sees."""
-        if family.card.id not in self._truncated:
-            self._truncated[family.card.id] = lru_cache(CUTS)(family.truncated)
-        truncated = self._truncated[family.card.id]
-        return [truncated(condition, row.key.text_length) for condition in _conditions(family, row)]
+        return [self._truncated(family, one, row.key.text_length) for one in _conditions(family, row)]
 
     def forget(self, model: str) -> None:
         """Drop what is kept of a model; outputs of its encoders stay where other models asked for them too."""
-        self._truncated.pop(model, None)
-        for encoder, known in list(self._known.items()):
-            known.models.discard(model)
-            if not known.models:
+        self._truncated.cache_clear()
+        for encoder, models in list(self._models.items()):
+            models.discard(model)
+            if not models:
+                del self._models[encoder]
                 self._drop(encoder)
 
     def count(self) -> tuple[int, int]:
@@ -81,41 +68,39 @@ class TextCache:
 
     def _read(self, model: str, encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
         """As `read_texts`, but encodes only the texts that are not cached."""
-        known = self._meet(encoder)
-        known.models.add(model)
+        version = self._version(encoder.network)
+        if self._versions.setdefault(encoder, version) != version:
+            self._drop(encoder)
+            self._versions[encoder] = version
+        self._models.setdefault(encoder, set()).add(model)
         unique = dict.fromkeys(texts)
-        fresh = [text for text in unique if (encoder, text, length) not in self._kept]
-        self._hits += len(unique) - len(fresh)
+        fresh = [text for text in unique if (encoder, text, length) not in self.kept]
         if fresh:
             outputs = read_texts(encoder, fresh, length, batch)
             for text, *states in zip(fresh, *(output.chunk(len(fresh)) for output in outputs), strict=True):
-                kept = self._kept[encoder, text, length] = tuple(state.clone() for state in states)
+                kept = self.kept[encoder, text, length] = tuple(state.clone() for state in states)
                 self.bytes += _bytes(kept)
+        self._hits += len(unique) - len(fresh)
         self._misses += len(fresh)
         for text in unique:
-            self._kept.move_to_end((encoder, text, length))
-        known.empty = length if "" in unique else known.empty
-        found = [self._kept[encoder, text, length] for text in texts]
+            self.kept.move_to_end((encoder, text, length))
+        if "" in unique:
+            self._empty[encoder] = length
+        found = [self.kept[encoder, text, length] for text in texts]
         self._trim()
         return tuple(torch.cat(states) for states in zip(*found, strict=True))
 
-    def _meet(self, encoder: Encoder) -> _Known:
-        """The entry of an encoder on the device; a new one when its weights have changed."""
-        version, known = self._version(encoder.network), self._known.get(encoder)
-        if known is not None and known.version != version:
-            self._drop(encoder)
-            known = None
-        return known or self._known.setdefault(encoder, _Known(version))
-
     def _trim(self) -> None:
-        staying = {(encoder, "", known.empty) for encoder, known in self._known.items()}
-        while self.bytes > self._budget and (name := next((n for n in self._kept if n not in staying), None)):
-            self.bytes -= _bytes(self._kept.pop(name))
+        for name in list(self.kept) if self.bytes > self._budget else ():
+            encoder, text, length = name
+            if self.bytes > self._budget and (text or self._empty.get(encoder) != length):
+                self.bytes -= _bytes(self.kept.pop(name))
 
     def _drop(self, encoder: Encoder) -> None:
-        del self._known[encoder]
-        for name in [name for name in self._kept if name[0] == encoder]:
-            self.bytes -= _bytes(self._kept.pop(name))
+        self._versions.pop(encoder, None)
+        self._empty.pop(encoder, None)
+        for name in [name for name in self.kept if name[0] == encoder]:
+            self.bytes -= _bytes(self.kept.pop(name))
 
 
 def _bytes(states: States) -> int:

@@ -6,7 +6,7 @@ sd3_impls.py and BFL's autoencoder.py have the same).
 
 In the key of a rule, `#` is an index, `$` the highest index in this place, `*` weight or bias, `(a|b)` either word, and
 `**` all that is left. In its names, `#`, `*`, `&` and `**` are the index, ending, word and rest as read, in the order
-read; `~` is the first index counted from the highest; `%` is every index in the place of the rule's `every`.
+read; `~` is the first index counted from the highest; `%` is every index of the authors' `blocks.`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import isqrt
 
 import torch
@@ -22,8 +23,11 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from app.families.text import State
 
 Tensors = Mapping[str, torch.Tensor]
-Change = Callable[[str, torch.Tensor, Tensors], list[torch.Tensor]]
-"""(key, tensor, all tensors by the authors' names) -> the tensors of the rule's names. Raises ValueError."""
+Change = Callable[[torch.Tensor, Tensors], Iterable[torch.Tensor]]
+"""(tensor, all tensors by the authors' names) -> the tensors of the rule's names. Raises when the shape is wrong."""
+
+Rule = tuple[str, tuple[str, ...], Change]
+"""A key, the names that its tensor gets, and how the tensors of these names are made of it."""
 
 POSITIONS_TOLERANCE = 1e-2
 """Bound of the error of a stored position embedding, which has sines: bfloat16 keeps them to 4e-3."""
@@ -32,72 +36,61 @@ _INDEX = r"(0|[1-9][0-9]{0,3})"
 _TOKENS = {"#": _INDEX, "$": _INDEX, "*": r"(weight|bias)", "**": r"(.*)"}
 
 
-def same(key: str, tensor: torch.Tensor, state: Tensors) -> list[torch.Tensor]:
+def same(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     """The tensor as it is."""
-    return [tensor]
+    return (tensor,)
 
 
-def thirds(key: str, tensor: torch.Tensor, state: Tensors) -> list[torch.Tensor]:
+def thirds(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     """Three views of a fused q, k, v."""
-    if tensor.ndim not in (1, 2) or tensor.shape[0] % 3 or not tensor.shape[0]:
-        raise ValueError(f"{key} has shape {list(tensor.shape)}, which does not split into q, k and v")
-    return list(tensor.chunk(3))
+    return tensor.reshape(3, -1, *tensor.shape[1:]).unbind()
 
 
-def fused(key: str, tensor: torch.Tensor, state: Tensors) -> list[torch.Tensor]:
-    """Views of FLUX's fused q, k, v and MLP: three times the width, then what is left."""
-    width = state["img_in.weight"].shape[0] if "img_in.weight" in state else 0
-    rest = tensor.shape[0] - 3 * width if tensor.ndim in (1, 2) else 0
-    if width < 1 or rest < 1:
-        raise ValueError(f"{key} has shape {list(tensor.shape)}, which does not split into q, k, v and the MLP")
-    return list(torch.split(tensor, [width, width, width, rest]))
+def fused(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
+    """Views of FLUX's fused q, k, v and MLP: three times the width, then at least one row that is left."""
+    width = state["img_in.weight"].shape[0]
+    return torch.split(tensor, [width, width, width, max(tensor.shape[0] - 3 * width, 1)])
 
 
-def swapped(key: str, tensor: torch.Tensor, state: Tensors) -> list[torch.Tensor]:
+def swapped(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     """A copy of (shift, scale) as (scale, shift)."""
-    if tensor.ndim not in (1, 2) or tensor.shape[0] % 2 or not tensor.shape[0]:
-        raise ValueError(f"{key} has shape {list(tensor.shape)}, which does not split into shift and scale")
-    shift, scale = tensor.chunk(2)
-    return [torch.cat((scale, shift))]
+    return (tensor.reshape(2, -1, *tensor.shape[1:]).flip(0).flatten(0, 1),)
 
 
-def matrix(key: str, tensor: torch.Tensor, state: Tensors) -> list[torch.Tensor]:
+def matrix(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     """A view of a convolution of one pixel as a linear layer."""
-    if tensor.ndim == 4 and tensor.shape[2:] != (1, 1):
-        raise ValueError(f"{key} has shape {list(tensor.shape)}, which is not a convolution of one pixel")
-    return [tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor]
+    return (tensor.view(tensor.shape[:2]),)
 
 
-def positions(key: str, tensor: torch.Tensor, state: Tensors) -> list[torch.Tensor]:
+def positions(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     """Nothing: the network computes its position embedding, from which a stored one must not differ."""
-    side = isqrt(tensor.shape[1]) if tensor.ndim == 3 else 0
-    if tensor.ndim != 3 or tensor.shape[0] != 1 or side**2 != tensor.shape[1] or not side or tensor.shape[2] % 4:
-        raise ValueError(f"{key} has shape {list(tensor.shape)}, not [1, side * side, width]")
+    side = isqrt(tensor.shape[1])
+    stored = tensor.reshape(1, side**2, -1, 4).flatten(2)[0].float()
     if not tensor.is_meta:
-        computed = torch.as_tensor(get_2d_sincos_pos_embed(tensor.shape[2], side, base_size=side, output_type="pt"))
-        if not (tensor[0].float() - computed.float()).abs().max() <= POSITIONS_TOLERANCE:
-            raise ValueError(f"{key} is not the sines and cosines of {side} by {side} places that the network computes")
-    return []
+        computed = torch.as_tensor(get_2d_sincos_pos_embed(stored.shape[1], side, base_size=side, output_type="pt"))
+        if not (stored - computed.float()).abs().max() <= POSITIONS_TOLERANCE:
+            raise ValueError(f"is not the sines and cosines of {side} by {side} places that the network computes")
+    return ()
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What `key` becomes: nothing, one tensor for each of `names`, or one for every index in the place of `every`."""
-
-    key: str
-    names: tuple[str, ...]
-    change: Change = same
-    every: str = ""
-
-    def pattern(self) -> re.Pattern[str]:
-        """The names that this rule reads; groups are indices, words and endings."""
-        pieces = re.split(r"(\*\*|[#$*]|\(.*?\))", self.key)
-        return re.compile("".join(_TOKENS.get(one) or (one if one[:1] == "(" else re.escape(one)) for one in pieces))
+_NOT: dict[Change, str] = {
+    thirds: "does not split into q, k and v",
+    fused: "does not split into q, k, v and the MLP",
+    swapped: "does not split into shift and scale",
+    matrix: "is not a convolution of one pixel",
+    positions: "is not [1, side * side, width]",
+}
+"""The error where a tensor's shape does not allow a change."""
 
 
-def rule(key: str, *names: str, change: Change = same, every: str = "") -> Rule:
+def rule(key: str, *names: str, change: Change = same) -> Rule:
     """A rule that renames or splits a tensor; without names it drops it."""
-    return Rule(key, names, change, every)
+    return key, names, change
+
+
+def each(words: Mapping[str, str], key: str, name: str) -> tuple[Rule, ...]:
+    """A rule for each pair of words: the authors' stands in the place of `{}` in the key, diffusers' in the name."""
+    return tuple(rule(key.format(theirs), name.format(ours)) for theirs, ours in words.items())
 
 
 def apply(rules: Iterable[Rule], state: Tensors) -> State:
@@ -105,55 +98,65 @@ def apply(rules: Iterable[Rule], state: Tensors) -> State:
 
     Raises ValueError naming the key: one that no rule reads, a shape that cannot be split, two tensors of one name.
     """
-    compiled = [(one, one.pattern()) for one in rules]
+    compiled = [(_pattern(one[0]), one) for one in rules]
+    highest = cache(lambda head: _highest(head, state))
     found: State = {}
-    last: dict[str, int] = {}
     for key, tensor in state.items():
-        one, match = _rule(compiled, key, state, last)
-        changed = one.change(key, tensor, state)
-        for name, piece in zip(one.names, changed, strict=bool(one.names)):
-            for full in _named(one, name, match, state, last):
+        match, (pattern, names, change) = _rule(compiled, key, highest)
+        try:
+            pieces = change(tensor, state)
+        except (RuntimeError, LookupError) as error:
+            raise ValueError(f"{key} has shape {list(tensor.shape)}, which {_NOT[change]}") from error
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from error
+        for name, piece in zip(names, pieces, strict=bool(names)):
+            for full in _named(pattern, name, match, highest):
                 if full in found:
                     raise ValueError(f"{key}: {full} stands in the file twice")
                 found[full] = piece
     return found
 
 
+@cache
+def _pattern(key: str) -> re.Pattern[str]:
+    """The names that a rule of this key reads; groups are indices, words and endings."""
+    pieces = re.split(r"(\*\*|[#$*]|\(.*?\))", key)
+    return re.compile("".join(_TOKENS.get(one) or (one if one[:1] == "(" else re.escape(one)) for one in pieces))
+
+
 def _rule(
-    rules: list[tuple[Rule, re.Pattern[str]]], key: str, state: Tensors, last: dict[str, int]
-) -> tuple[Rule, re.Match[str]]:
+    rules: list[tuple[re.Pattern[str], Rule]], key: str, highest: Callable[[str], int]
+) -> tuple[re.Match[str], Rule]:
     """The first rule that reads this key."""
-    for one, pattern in rules:
+    for pattern, one in rules:
         match = pattern.fullmatch(key)
-        head, marked, _ = one.key.partition("$")
-        if match and (not marked or int(match[1]) == _highest(head, state, last)):
-            return one, match
+        head, marked, _ = one[0].partition("$")
+        if match and (not marked or int(match[1]) == highest(head)):
+            return match, one
     raise ValueError(f"unexpected weights: {key}")
 
 
-def _named(one: Rule, name: str, match: re.Match[str], state: Tensors, last: dict[str, int]) -> Iterator[str]:
+def _named(key: str, name: str, match: re.Match[str], highest: Callable[[str], int]) -> Iterator[str]:
+    """The names, which are more than one where `name` has a `%`."""
     read = iter(match.groups())
     if "~" in name:
-        name = name.replace("~", str(_highest(one.key.partition("#")[0], state, last) - int(next(read))))
+        name = name.replace("~", str(highest(key.partition("#")[0]) - int(next(read))))
     named = re.sub(r"\*\*|[#*&]", lambda _: next(read), name)
     if "%" not in named:
         yield named
         return
-    for index in range(_highest(one.every, state, last) + 1):
+    for index in range(highest("blocks.") + 1):
         yield named.replace("%", str(index))
 
 
-def _highest(head: str, state: Tensors, last: dict[str, int]) -> int:
-    """The highest index after `head` in the names of the state; counted once. Raises ValueError: indices are left out,
-    which would also let a name ask for any number of copies."""
-    if head not in last:
-        pattern = re.compile(re.escape(head) + _INDEX + r"\.")
-        indices = {int(match[1]) for key in state if (match := pattern.match(key))}
-        if indices != set(range(len(indices))):
-            absent = min(set(range(len(indices))) - indices)
-            raise ValueError(f"missing weights: {head}{absent}, though it has {head}{max(indices)}")
-        last[head] = len(indices) - 1
-    return last[head]
+def _highest(head: str, state: Tensors) -> int:
+    """The highest index after `head` in the names of the state. Raises ValueError: indices are left out, which would
+    also let a name ask for any number of copies."""
+    pattern = re.compile(re.escape(head) + _INDEX + r"\.")
+    indices = {int(match[1]) for key in state if (match := pattern.match(key))}
+    if absent := set(range(len(indices))) - indices:
+        raise ValueError(f"missing weights: {head}{min(absent)}, though it has {head}{max(indices)}")
+    return len(indices) - 1
 
 
 def _qkv(name: str) -> tuple[str, ...]:
@@ -161,30 +164,32 @@ def _qkv(name: str) -> tuple[str, ...]:
 
 
 _EMBEDDER = "transformer_blocks.%.norm1.emb"
+_MLP = {"mlp.0": "linear_1", "mlp.2": "linear_2"}
+_FEED_FORWARD = {"mlp.fc1": "net.0.proj", "mlp.fc2": "net.2"}
 DIT = (
     rule("x_embedder.proj.*", "pos_embed.proj.*"),
     rule("pos_embed", change=positions),
-    rule("t_embedder.mlp.0.*", f"{_EMBEDDER}.timestep_embedder.linear_1.*", every="blocks."),
-    rule("t_embedder.mlp.2.*", f"{_EMBEDDER}.timestep_embedder.linear_2.*", every="blocks."),
-    rule("y_embedder.embedding_table.weight", f"{_EMBEDDER}.class_embedder.embedding_table.weight", every="blocks."),
+    *each(_MLP, "t_embedder.{}.*", f"{_EMBEDDER}.timestep_embedder.{{}}.*"),
+    rule("y_embedder.embedding_table.weight", f"{_EMBEDDER}.class_embedder.embedding_table.weight"),
     rule("blocks.#.adaLN_modulation.1.*", "transformer_blocks.#.norm1.linear.*"),
     rule("blocks.#.attn.qkv.*", *_qkv("transformer_blocks.#.attn1.to_{}.*"), change=thirds),
     rule("blocks.#.attn.proj.*", "transformer_blocks.#.attn1.to_out.0.*"),
-    rule("blocks.#.mlp.fc1.*", "transformer_blocks.#.ff.net.0.proj.*"),
-    rule("blocks.#.mlp.fc2.*", "transformer_blocks.#.ff.net.2.*"),
+    *each(_FEED_FORWARD, "blocks.#.{}.*", "transformer_blocks.#.ff.{}.*"),
     rule("final_layer.adaLN_modulation.1.*", "proj_out_1.*"),
     rule("final_layer.linear.*", "proj_out_2.*"),
 )
 
 _IMAGE, _TEXT, _JOINT = "joint_blocks.#.x_block", "joint_blocks.#.context_block", "transformer_blocks.#"
+_FINAL = (
+    rule("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", change=swapped),
+    rule("final_layer.linear.*", "proj_out.*"),
+)
 SD3 = (
     rule("x_embedder.proj.*", "pos_embed.proj.*"),
     rule("pos_embed", "pos_embed.pos_embed"),
     rule("context_embedder.*", "context_embedder.*"),
-    rule("t_embedder.mlp.0.*", "time_text_embed.timestep_embedder.linear_1.*"),
-    rule("t_embedder.mlp.2.*", "time_text_embed.timestep_embedder.linear_2.*"),
-    rule("y_embedder.mlp.0.*", "time_text_embed.text_embedder.linear_1.*"),
-    rule("y_embedder.mlp.2.*", "time_text_embed.text_embedder.linear_2.*"),
+    *each(_MLP, "t_embedder.{}.*", "time_text_embed.timestep_embedder.{}.*"),
+    *each(_MLP, "y_embedder.{}.*", "time_text_embed.text_embedder.{}.*"),
     rule(f"{_IMAGE}.(attn|attn2).qkv.*", *_qkv(f"{_JOINT}.&.to_{{}}.*"), change=thirds),
     rule(f"{_IMAGE}.(attn|attn2).ln_(q|k).weight", f"{_JOINT}.&.norm_&.weight"),
     rule(f"{_IMAGE}.(attn|attn2).proj.*", f"{_JOINT}.&.to_out.0.*"),
@@ -195,55 +200,45 @@ SD3 = (
     # The last block ends the text: its modulation is a final one, of which diffusers swaps the halves.
     rule("joint_blocks.$.context_block.adaLN_modulation.1.*", f"{_JOINT}.norm1_context.linear.*", change=swapped),
     rule(f"{_TEXT}.adaLN_modulation.1.*", f"{_JOINT}.norm1_context.linear.*"),
-    rule(f"{_IMAGE}.mlp.fc1.*", f"{_JOINT}.ff.net.0.proj.*"),
-    rule(f"{_IMAGE}.mlp.fc2.*", f"{_JOINT}.ff.net.2.*"),
-    rule(f"{_TEXT}.mlp.fc1.*", f"{_JOINT}.ff_context.net.0.proj.*"),
-    rule(f"{_TEXT}.mlp.fc2.*", f"{_JOINT}.ff_context.net.2.*"),
-    rule("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", change=swapped),
-    rule("final_layer.linear.*", "proj_out.*"),
+    *each(_FEED_FORWARD, f"{_IMAGE}.{{}}.*", f"{_JOINT}.ff.{{}}.*"),
+    *each(_FEED_FORWARD, f"{_TEXT}.{{}}.*", f"{_JOINT}.ff_context.{{}}.*"),
+    *_FINAL,
 )
 
 _DOUBLE, _SINGLE = "double_blocks.#", "single_transformer_blocks.#"
+_LAYERS = {"in_layer": "linear_1", "out_layer": "linear_2"}
+_SCALES = {"query_norm.scale": "q.weight", "key_norm.scale": "k.weight"}
+_SEQUENCE = {"0": "net.0.proj", "2": "net.2"}
 FLUX = (
     rule("img_in.*", "x_embedder.*"),
     rule("txt_in.*", "context_embedder.*"),
-    rule("time_in.in_layer.*", "time_text_embed.timestep_embedder.linear_1.*"),
-    rule("time_in.out_layer.*", "time_text_embed.timestep_embedder.linear_2.*"),
-    rule("vector_in.in_layer.*", "time_text_embed.text_embedder.linear_1.*"),
-    rule("vector_in.out_layer.*", "time_text_embed.text_embedder.linear_2.*"),
-    rule("guidance_in.in_layer.*", "time_text_embed.guidance_embedder.linear_1.*"),
-    rule("guidance_in.out_layer.*", "time_text_embed.guidance_embedder.linear_2.*"),
+    *each(_LAYERS, "time_in.{}.*", "time_text_embed.timestep_embedder.{}.*"),
+    *each(_LAYERS, "vector_in.{}.*", "time_text_embed.text_embedder.{}.*"),
+    *each(_LAYERS, "guidance_in.{}.*", "time_text_embed.guidance_embedder.{}.*"),
     rule(f"{_DOUBLE}.img_mod.lin.*", f"{_JOINT}.norm1.linear.*"),
     rule(f"{_DOUBLE}.img_attn.qkv.*", *_qkv(f"{_JOINT}.attn.to_{{}}.*"), change=thirds),
-    rule(f"{_DOUBLE}.img_attn.norm.query_norm.scale", f"{_JOINT}.attn.norm_q.weight"),
-    rule(f"{_DOUBLE}.img_attn.norm.key_norm.scale", f"{_JOINT}.attn.norm_k.weight"),
+    *each(_SCALES, f"{_DOUBLE}.img_attn.norm.{{}}", f"{_JOINT}.attn.norm_{{}}"),
     rule(f"{_DOUBLE}.img_attn.proj.*", f"{_JOINT}.attn.to_out.0.*"),
-    rule(f"{_DOUBLE}.img_mlp.0.*", f"{_JOINT}.ff.net.0.proj.*"),
-    rule(f"{_DOUBLE}.img_mlp.2.*", f"{_JOINT}.ff.net.2.*"),
+    *each(_SEQUENCE, f"{_DOUBLE}.img_mlp.{{}}.*", f"{_JOINT}.ff.{{}}.*"),
     rule(f"{_DOUBLE}.txt_mod.lin.*", f"{_JOINT}.norm1_context.linear.*"),
     rule(f"{_DOUBLE}.txt_attn.qkv.*", *_qkv(f"{_JOINT}.attn.add_{{}}_proj.*"), change=thirds),
-    rule(f"{_DOUBLE}.txt_attn.norm.query_norm.scale", f"{_JOINT}.attn.norm_added_q.weight"),
-    rule(f"{_DOUBLE}.txt_attn.norm.key_norm.scale", f"{_JOINT}.attn.norm_added_k.weight"),
+    *each(_SCALES, f"{_DOUBLE}.txt_attn.norm.{{}}", f"{_JOINT}.attn.norm_added_{{}}"),
     rule(f"{_DOUBLE}.txt_attn.proj.*", f"{_JOINT}.attn.to_add_out.*"),
-    rule(f"{_DOUBLE}.txt_mlp.0.*", f"{_JOINT}.ff_context.net.0.proj.*"),
-    rule(f"{_DOUBLE}.txt_mlp.2.*", f"{_JOINT}.ff_context.net.2.*"),
+    *each(_SEQUENCE, f"{_DOUBLE}.txt_mlp.{{}}.*", f"{_JOINT}.ff_context.{{}}.*"),
     rule("single_blocks.#.modulation.lin.*", f"{_SINGLE}.norm.linear.*"),
     rule("single_blocks.#.linear1.*", *_qkv(f"{_SINGLE}.attn.to_{{}}.*"), f"{_SINGLE}.proj_mlp.*", change=fused),
-    rule("single_blocks.#.norm.query_norm.scale", f"{_SINGLE}.attn.norm_q.weight"),
-    rule("single_blocks.#.norm.key_norm.scale", f"{_SINGLE}.attn.norm_k.weight"),
+    *each(_SCALES, "single_blocks.#.norm.{}", f"{_SINGLE}.attn.norm_{{}}"),
     rule("single_blocks.#.linear2.*", f"{_SINGLE}.proj_out.*"),
-    rule("final_layer.adaLN_modulation.1.*", "norm_out.linear.*", change=swapped),
-    rule("final_layer.linear.*", "proj_out.*"),
+    *_FINAL,
 )
 
 _RESNET, _HALF, _ATTENTION = "(norm1|conv1|norm2|conv2).*", "(encoder|decoder)", "&.mid_block.attentions.0"
+_BLOCKS = {"block_1": "resnets.0", "block_2": "resnets.1"}
 VAE = (
     rule(f"{_HALF}.(conv_in|conv_out).*", "&.&.*"),
     rule(f"{_HALF}.norm_out.*", "&.conv_norm_out.*"),
-    rule(f"{_HALF}.mid.block_1.{_RESNET}", "&.mid_block.resnets.0.&.*"),
-    rule(f"{_HALF}.mid.block_2.{_RESNET}", "&.mid_block.resnets.1.&.*"),
-    rule(f"{_HALF}.mid.block_1.nin_shortcut.*", "&.mid_block.resnets.0.conv_shortcut.*"),
-    rule(f"{_HALF}.mid.block_2.nin_shortcut.*", "&.mid_block.resnets.1.conv_shortcut.*"),
+    *each(_BLOCKS, f"{_HALF}.mid.{{}}.{_RESNET}", "&.mid_block.{}.&.*"),
+    *each(_BLOCKS, f"{_HALF}.mid.{{}}.nin_shortcut.*", "&.mid_block.{}.conv_shortcut.*"),
     rule(f"{_HALF}.mid.attn_1.norm.*", f"{_ATTENTION}.group_norm.*"),
     rule(f"{_HALF}.mid.attn_1.(q|k|v).*", f"{_ATTENTION}.to_&.*", change=matrix),
     rule(f"{_HALF}.mid.attn_1.proj_out.*", f"{_ATTENTION}.to_out.0.*", change=matrix),
@@ -332,19 +327,19 @@ def parts_in(keys: Collection[str]) -> dict[str, Layout]:
     FLUX's T5 is text_encoder_2 where the file also holds its transformer; one alone is text_encoder_3, and a CLIP
     alone text_encoder.
     """
-    held = [found for layout in LAYOUTS if (found := layout.within(keys)) is not None]
-    flux = any(one.family == "flux" for one in held)
-    return {one.parts[-1 if flux and one.name == "T5" else 0]: one for one in reversed(held)}
+    found = [one for layout in LAYOUTS if (one := layout.within(keys)) is not None]
+    flux = any(one.family == "flux" for one in found)
+    return {one.parts[-1 if flux and one.name == "T5" else 0]: one for one in reversed(found)}
 
 
 def find_part(part: str, class_name: str, keys: Collection[str]) -> Layout:
-    """The layout of this part of this class in a file with these names. Raises ValueError: says what the file holds."""
+    """The layout of this part in a file with these names. Raises ValueError naming the parts that it has."""
     for layout in LAYOUTS:
         if part in layout.parts and class_name in layout.classes and (found := layout.within(keys)) is not None:
             return found
     others = sorted(f"{name} ({one.name})" for name, one in parts_in(keys).items())
-    held = f"it holds {', '.join(others)}" if others else "no part of a known layout is in it"
-    raise ValueError(f"no {part} of class {class_name}: {held}")
+    contents = f"it holds {', '.join(others)}" if others else "no part of a known layout is in it"
+    raise ValueError(f"no {part} of class {class_name}: {contents}")
 
 
 def from_original(class_name: str, state: Tensors, part: str = "transformer") -> State:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from app.cards.card import Card
 from app.errors import CheckpointError
 from app.families import vae
-from app.families.text import Encoder, Read, States, prompt_text, read_texts, unseen_text
+from app.families.text import Encoder, Read, States, cut_text, prompt_text, read_texts
 from app.report import Phase
 from app.request import Condition, Prompt
 
@@ -20,6 +20,12 @@ Conditions = dict[str, torch.Tensor]
 
 Denoised = tuple[torch.Tensor, torch.Tensor | None]
 """(out, frac) of a forward: see `Family.denoise`."""
+
+Outputs = Callable[..., States]
+"""(encoder, its length in tokens, the shapes of its outputs for one text) -> its outputs for all texts of a forward.
+
+Those of an absent encoder (None) are zeros of these shapes.
+"""
 
 CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5_TOKENIZER = ("T5Tokenizer", "T5TokenizerFast")
@@ -80,7 +86,6 @@ class Family(ABC):
         """The condition that guidance moves away from: the negative prompt as a prompt, or the null class."""
         return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
 
-    @abstractmethod
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
     ) -> Conditions:
@@ -90,19 +95,34 @@ class Family(ABC):
         fixed batch size (deterministic mode); None runs one forward of all texts. read: returns the encoders' outputs,
         from a cache or by running them. Raises InvalidValue for a condition of the wrong kind.
         """
+        texts = [prompt_text(condition) for condition in conditions]
+
+        def outputs(encoder: Encoder | None, length: int, *shapes: tuple[int, ...]) -> States:
+            states = read(encoder, texts, length, batch) if encoder else self._zeros(len(texts), *shapes)
+            return tuple(state.to(self.dtype) for state in states)
+
+        return self.join(text_length, outputs)
+
+    def join(self, text_length: int, outputs: Outputs) -> Conditions:
+        """The conditions of a network that takes texts, from the outputs of its encoders."""
+        raise NotImplementedError
 
     def blank(self, text_length: int) -> Conditions:
         """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
-        text = self._zeros(1, text_length, self.config.joint_attention_dim)
-        return {"text": text, "pooled": self._zeros(1, self.config.pooled_projection_dim)}
+        return self.join(text_length, lambda encoder, length, *shapes: self._zeros(1, *shapes))
 
     def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
         """The text encoders, None for an absent one, each with its padded length in tokens."""
         return []
 
     def truncated(self, condition: Condition, text_length: int) -> str | None:
-        """The end of the prompt that no encoder sees, as the user wrote it; None when one of them sees all."""
-        return unseen_text(self.encoders(text_length), prompt_text(condition))
+        """The end of the prompt that no encoder sees, as the user wrote it; None for a label, or when one sees all."""
+        cuts = [
+            cut_text(encoder.tokenizer, prompt_text(condition), length)
+            for encoder, length in self.encoders(text_length)
+            if encoder
+        ]
+        return min(cuts, key=len, default="") or None
 
     @abstractmethod
     def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
@@ -127,19 +147,24 @@ class Family(ABC):
         """A quick look at predicted clean latents, much cheaper than `decode`; same shapes, same error."""
         return vae.preview(self.vae, latents)
 
-    def _refuse(self, problems: Mapping[str, Any]) -> None:
-        """Raises CheckpointError naming the card and the first of these problems that is true."""
-        for problem, found in problems.items():
-            if found:
-                raise CheckpointError(f"{self.card.file}: {problem}")
+    def _require(self, fits: Any, problem: str) -> None:
+        """Raises CheckpointError with the card and the problem, unless it `fits`."""
+        if not fits:
+            raise CheckpointError(f"{self.card.file}: {problem}")
 
-    def _size_problems(self) -> dict[str, Any]:
-        """Problems of a card's sizes with a network that takes any number of whole tokens."""
+    def _check_sizes(self) -> None:
+        """Raises CheckpointError: the card has sizes that are no whole number of the network's patches."""
         sizes, cell = self.card.limits.sizes, self.scale * self.patch
-        return {
-            "limits.sizes.multiple: not a multiple of the network's patches": sizes.multiple % cell,
-            "limits.sizes.min: not a multiple of the network's patches": sizes.min % cell,
-        }
+        for name, pixels in (("multiple", sizes.multiple), ("min", sizes.min)):
+            self._require(pixels % cell == 0, f"limits.sizes.{name}: not a multiple of the network's patches")
+
+    def _check_encoders(self, clips: Iterable[Encoder | None], t5: Encoder | None) -> None:
+        """Raises CheckpointError: the card's text is too long for a CLIP, or the T5 is another network's."""
+        for clip in clips:
+            longest = clip.network.config.max_position_embeddings if clip else self.card.text.clip
+            self._require(self.card.text.clip <= longest, "text.clip: longer than the CLIP's position table")
+        fits = t5 is None or t5.network.config.d_model == self.config.joint_attention_dim
+        self._require(fits, "the T5 is not as wide as the network")
 
     def _encoder(
         self, parts: Mapping[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
@@ -150,5 +175,5 @@ class Family(ABC):
             raise CheckpointError(f"{self.card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
         return None if network is None else Encoder(network, tokenizer, states)
 
-    def _zeros(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, device=self.device, dtype=self.dtype)
+    def _zeros(self, count: int, *shapes: tuple[int, ...]) -> States:
+        return tuple(torch.zeros((count, *shape), device=self.device, dtype=self.dtype) for shape in shapes)

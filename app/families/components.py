@@ -1,4 +1,4 @@
-"""Components: the allowlist of classes that a checkpoint may name, how each is built, and how tensors differ from it.
+"""Components: the classes that a checkpoint may name, how each is built, and how a file's tensors differ from it.
 
 It reads config.json and tokenizer files, never a file of weights.
 """
@@ -6,8 +6,7 @@ It reads config.json and tokenizer files, never a file of weights.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,9 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DMod
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import nn
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -30,8 +27,8 @@ from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 from app.cards.files import read_json
 from app.cards.folder import Part
 from app.errors import CheckpointError
-from app.families.dit import dit_keys, share_embedders
-from app.families.text import State, clip_keys, t5_keys
+from app.families.dit import share_embedders
+from app.families.text import State, clip_keys
 from app.families.vae import vae_keys
 
 DEPTH = 1000
@@ -41,34 +38,29 @@ _BUFFER_LIMIT = 2**26
 """Elements of one computed buffer: a DiT-XL at 2048 px has 2^24."""
 
 
-@dataclass(frozen=True)
-class _Network:
-    kind: Any
-    config: type | None = None
-    keys: Callable[[State, Mapping[str, object]], State] = lambda state, expected: state
-    shape: Callable[[Any, Mapping[str, Any]], None] = lambda network, config: None
-
-
-_DIT = _Network(DiTTransformer2DModel, keys=dit_keys, shape=share_embedders)
-_NETWORKS = {
-    "DiTTransformer2DModel": _DIT,
-    "Transformer2DModel": _DIT,
-    "SD3Transformer2DModel": _Network(SD3Transformer2DModel),
-    "FluxTransformer2DModel": _Network(FluxTransformer2DModel),
-    "AutoencoderKL": _Network(AutoencoderKL, keys=vae_keys),
-    "CLIPTextModel": _Network(CLIPTextModel, CLIPTextConfig, clip_keys),
-    "CLIPTextModelWithProjection": _Network(CLIPTextModelWithProjection, CLIPTextConfig, clip_keys),
-    "T5EncoderModel": _Network(T5EncoderModel, T5Config, t5_keys),
+_NETWORKS: dict[str, Any] = {
+    "DiTTransformer2DModel": DiTTransformer2DModel,
+    "Transformer2DModel": DiTTransformer2DModel,
+    "SD3Transformer2DModel": SD3Transformer2DModel,
+    "FluxTransformer2DModel": FluxTransformer2DModel,
+    "AutoencoderKL": AutoencoderKL,
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    "T5EncoderModel": T5EncoderModel,
 }
+_KEYS: dict[type, Callable[[State, Mapping[str, object]], State]] = {
+    AutoencoderKL: vae_keys,
+    CLIPTextModel: clip_keys,
+    CLIPTextModelWithProjection: clip_keys,
+}
+"""(tensors of a file, the network's own) -> the tensors by the network's names, where files have had others."""
+
 _TOKENIZERS = {
     "CLIPTokenizer": CLIPTokenizer,
     "CLIPTokenizerFast": CLIPTokenizer,
     "T5Tokenizer": T5Tokenizer,
     "T5TokenizerFast": T5Tokenizer,
 }
-
-ALLOWED = frozenset(_NETWORKS) | frozenset(_TOKENIZERS)
-"""Every class name that a model_index.json may give to a part."""
 
 
 def has_weights(class_name: str) -> bool:
@@ -100,29 +92,32 @@ def blank_network(class_name: str, folder: Path, outline: State, file: Path | No
     corrupt config, keys or shapes that are not exactly the network's.
     """
     network = _without_weights(class_name, folder, len(outline))
-    _named(network, class_name, file or folder, outline, whole=True)
-    _compute_buffers(network, folder)
-    if isinstance(network, T5EncoderModel):
-        network.set_input_embeddings(network.shared)  # type: ignore[no-untyped-call]
+    _, problems = _compared(type(network), network.state_dict(keep_vars=True), outline)
+    _refuse(file or folder, problems)
+    for module, name in _computed(network):
+        if (count := module.get_buffer(name).numel()) > _BUFFER_LIMIT:
+            raise CheckpointError(f"{folder / 'config.json'}: the buffer {name} would have {count} elements")
     return network.eval().requires_grad_(False)
 
 
 def fill_network(
-    network: nn.Module, class_name: str, where: Path, states: Iterable[State], device: torch.device, dtype: torch.dtype
+    network: nn.Module, where: Path, states: Iterable[State], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Give a blank or emptied network its own copy of the weights of these shards, one after another.
+    """Give a network on the meta device its own copy of the weights of these shards, one after another.
 
     where: the folder or file that errors name. Raises CheckpointError: names, shapes, or two tensors for one weight.
     """
     for state in states:
-        _fill(network, where, _named(network, class_name, where, state), device, dtype)
+        _fill(network, where, state, device, dtype)
         del state  # and its map, before the next is made
-    _refuse(where, "missing", (key for key, value in network.state_dict().items() if value.is_meta))
-    for _, module, key in _computed(network):
-        module.register_buffer(key, module.get_buffer(key).to(device), persistent=False)
+    _refuse(where, [f"missing weights: {key}" for key, value in network.state_dict().items() if value.is_meta])
+    for module, name in _computed(network):
+        module.register_buffer(name, _buffer(module, name).to(device), persistent=False)
 
 
-def _fill(network: nn.Module, where: Path, named: State, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(network: nn.Module, where: Path, state: State, device: torch.device, dtype: torch.dtype) -> None:
+    named, problems = _compared(type(network), network.state_dict(keep_vars=True), state, whole=False)
+    _refuse(where, problems)
     # A copy even where the dtype agrees: what was read may be a map of the file, which can change under the model.
     own = {
         id(value): value.to(device, dtype, copy=True, memory_format=_layout(value, device))
@@ -139,17 +134,6 @@ def _fill(network: nn.Module, where: Path, named: State, device: torch.device, d
 def _layout(weight: torch.Tensor, device: torch.device) -> torch.memory_format:
     """Channels last for convolutions on a CPU, where a VAE's decode then takes a sixth less."""
     return torch.channels_last if weight.ndim == 4 and device.type == "cpu" else torch.preserve_format
-
-
-def empty_network(network: nn.Module) -> None:
-    """Put the weights back on the meta device, so that their memory is free; the network stays the same object."""
-    for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                module._buffers[name] = torch.empty_like(buffer, device="meta")
 
 
 @cache
@@ -175,29 +159,67 @@ def differences(class_name: str, folder: Path, outline: State) -> list[str]:
 
     Only names, shapes and number formats are compared. Raises CheckpointError as `outline_of`.
     """
-    expected = outline_of(class_name, folder)
+    return _compared(_NETWORKS[class_name], outline_of(class_name, folder), outline)[1]
+
+
+def _compared(kind: type, expected: State, state: State, whole: bool = True) -> tuple[State, list[str]]:
+    """The tensors by the network's own names, and their differences from `expected`; not `whole`: some may be missing.
+
+    expected: the network's own, of which two names of one tensor are the same object.
+    """
     try:
-        named = _NETWORKS[class_name].keys(outline, expected)
+        named = tied(_KEYS[kind](state, expected) if kind in _KEYS else state, expected)
     except ValueError as error:
-        return [str(error)]
-    odd = [key for key in sorted(expected.keys() & named.keys()) if named[key].shape != expected[key].shape]
-    return [
-        *(f"{key} is missing" for key in sorted(expected.keys() - named.keys())),
-        *(f"{key} is no tensor of the network" for key in sorted(named.keys() - expected.keys())),
+        return {}, [str(error)]
+    both = sorted(expected.keys() & named.keys())
+    odd = [key for key in both if named[key].shape != expected[key].shape]
+    return named, [
+        *(f"missing weights: {key}" for key in sorted(expected.keys() - named.keys()) if whole),
+        *(f"unexpected weights: {key}" for key in sorted(named.keys() - expected.keys())),
         *(f"{key} has shape {list(named[key].shape)}, not {list(expected[key].shape)}" for key in odd),
-        *(f"{key} holds {named[key].dtype}" for key in sorted(named) if not named[key].is_floating_point()),
+        *(f"{key} holds {named[key].dtype}, not floating point" for key in both if not named[key].is_floating_point()),
     ]
+
+
+def tied(state: State, expected: State) -> State:
+    """The tensors, each under all the names that `expected` has for one object: a file may have some of them.
+
+    Raises ValueError naming the first of them that differs from another (none does on the meta device).
+    """
+    names: dict[int, list[str]] = {}
+    for key, value in expected.items():
+        names.setdefault(id(value), []).append(key)
+    named = dict(state)
+    for keys in names.values():
+        first, *others = [key for key in keys if key in state] or [""]
+        for key in others:
+            if not _same(state[key], state[first]):
+                raise ValueError(f"{key} is not equal to {first}, and this network has one tensor for both")
+        named.update(dict.fromkeys(keys, state[first]) if first else {})
+    return named
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and (one.is_meta or torch.equal(one, other))
+
+
+def _refuse(where: Path, problems: Sequence[str]) -> None:
+    """Raises CheckpointError naming the first of these problems."""
+    if problems:
+        more = f", and {len(problems) - 1} more differences" if len(problems) > 1 else ""
+        raise CheckpointError(f"{where}: {problems[0]:.300}{more}")
 
 
 def _without_weights(class_name: str, folder: Path, tensors: int) -> nn.Module:
     """The module on the meta device: neither memory nor random numbers are spent, and shapes are known."""
     if class_name not in _NETWORKS:
         raise CheckpointError(f'{folder}: the class "{class_name}" is not one that this server loads')
-    spec = _NETWORKS[class_name]
+    kind = _NETWORKS[class_name]
+    described = getattr(kind, "config_class", None)  # transformers' classes take a config, diffusers' its fields
     config = read_json(folder / "config.json")
     # NOTE: only the network's own fields pass. A config may also name an attention kernel to download, a dtype
     # (which transformers would make the default of the whole process while it builds), or other code.
-    fields = spec.config.__annotations__ if spec.config else inspect.signature(spec.kind.__init__).parameters
+    fields = described.__annotations__ if described else inspect.signature(kind.__init__).parameters
     known = {key: value for key, value in config.items() if key in fields and key != "self"}
     for key, value in known.items():
         depth = len(value) if isinstance(value, list) else value if "layers" in key and isinstance(value, int) else 0
@@ -205,55 +227,26 @@ def _without_weights(class_name: str, folder: Path, tensors: int) -> nn.Module:
             raise CheckpointError(f"{folder / 'config.json'}: {key} = {depth}, but the weights hold {tensors} tensors")
     try:
         with torch.device("meta"):
-            network: nn.Module = spec.kind(spec.config(**known)) if spec.config else spec.kind(**known)
-            spec.shape(network, config)
+            network: nn.Module = kind(described(**known)) if described else kind(**known)
+            if isinstance(network, DiTTransformer2DModel) and config.get("shared_embedders") is not False:
+                share_embedders(network)
+            if isinstance(network, T5EncoderModel):
+                network.set_input_embeddings(network.shared)  # type: ignore[no-untyped-call]
             return network
     except Exception as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {spec.kind.__name__} refuses it: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {kind.__name__} refuses it: {error}") from error
 
 
-def _named(network: nn.Module, class_name: str, folder: Path, state: State, whole: bool = False) -> State:
-    """The state by the network's own names, in exactly its shapes: all of them if it is to be the whole."""
-    expected = network.state_dict(keep_vars=True)  # so that two names of one tensor are seen to be
-    try:
-        named = _NETWORKS[class_name].keys(state, expected)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    _refuse(folder, "missing", expected.keys() - named.keys() if whole else ())
-    _refuse(folder, "unexpected", named.keys() - expected.keys())
-    for key, value in named.items():
-        if value.shape != expected[key].shape:
-            is_, wanted = list(value.shape), list(expected[key].shape)
-            raise CheckpointError(f"{folder}: {key} has shape {is_}, the network's is {wanted}")
-        if not value.is_floating_point():
-            raise CheckpointError(f"{folder}: {key} holds {value.dtype}, not floating point")
-    return named
+def _computed(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The buffers that no checkpoint has: their modules, and their names there."""
+    return [(module, name) for module in network.modules() for name in sorted(module._non_persistent_buffers_set)]
 
 
-def _refuse(folder: Path, what: str, keys: Iterable[str]) -> None:
-    first = sorted(keys)
-    if first:
-        more = f" and {len(first) - 1} more" if len(first) > 1 else ""
-        raise CheckpointError(f"{folder}: {what} weights: {first[0]:.200}{more}")
-
-
-def _compute_buffers(network: nn.Module, folder: Path) -> None:
-    """Give the buffers that no checkpoint holds their values: on the meta device they have none."""
-    for name, module, key in _computed(network):
-        count = module.get_buffer(key).numel()
-        if count > _BUFFER_LIMIT:
-            raise CheckpointError(f"{folder / 'config.json'}: {name}.{key} would have {count} elements")
-        module.register_buffer(key, _buffer(module, key), persistent=False)
-
-
-def _computed(network: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    return [(n, module, key) for n, module in network.named_modules() for key in module._non_persistent_buffers_set]
-
-
-def _buffer(module: nn.Module, key: str) -> torch.Tensor:
-    if isinstance(module, CLIPTextEmbeddings) and key == "position_ids":
+def _buffer(module: nn.Module, name: str) -> torch.Tensor:
+    """The value of such a buffer."""
+    if isinstance(module, CLIPTextEmbeddings) and name == "position_ids":
         return torch.arange(module.position_embedding.num_embeddings).expand((1, -1))
-    if isinstance(module, PatchEmbed) and key == "pos_embed":
+    if isinstance(module, PatchEmbed) and name == "pos_embed":
         grid = get_2d_sincos_pos_embed(
             module.proj.out_channels,
             module.height,
@@ -262,4 +255,4 @@ def _buffer(module: nn.Module, key: str) -> torch.Tensor:
             output_type="pt",
         )
         return torch.as_tensor(grid).float().unsqueeze(0)
-    raise CheckpointError(f"{type(module).__name__}.{key}: a buffer that this server cannot compute")
+    raise CheckpointError(f"{type(module).__name__}.{name}: a buffer that this server cannot compute")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,9 +15,6 @@ from app.families.base import Conditions, Denoised, Family
 from app.families.text import Read, read_texts
 from app.request import ClassLabel, Condition
 
-_COPY = re.compile(r"transformer_blocks\.[0-9]+(\.norm1\.emb\..+)")
-"""Names of a block's embedders, of which diffusers writes a copy for every block."""
-
 
 class DiT(Family):
     """A DiT with its VAE. Conditions: `label` int64 [P]. Square, at the size it was trained on."""
@@ -31,16 +27,15 @@ class DiT(Family):
         config, sizes, labels = self.config, card.limits.sizes, len(card.labels)
         self.patch, self.null_class, self.side = config.patch_size, config.num_embeds_ada_norm, config.sample_size
         self.learned_variance = card.schedule.variance == "learned_range"
-        pixels, outputs = self.side * self.scale, config.out_channels or config.in_channels
-        problems = {
-            f"limits.sizes: this network takes {pixels}x{pixels} only": (sizes.min, sizes.max) != (pixels, pixels),
-            f"the network has {config.in_channels} latent channels, the VAE {self.channels}": self.channels
-            != config.in_channels,
-            f"schedule.variance: the network has {outputs} output channels": outputs != 2 * self.channels
-            and (self.learned_variance or outputs != self.channels),
-            f"{labels} labels, but the network knows {self.null_class} classes": labels > self.null_class,
-        }
-        self._refuse(problems)
+        side, outputs = self.side * self.scale, config.out_channels or config.in_channels
+        fits = outputs == 2 * self.channels or (outputs == self.channels and not self.learned_variance)
+        self._require((sizes.min, sizes.max) == (side, side), f"limits.sizes: this network takes {side}x{side} only")
+        self._require(
+            self.channels == config.in_channels,
+            f"the network has {config.in_channels} latent channels, the VAE {self.channels}",
+        )
+        self._require(fits, f"schedule.variance: the network has {outputs} output channels")
+        self._require(labels <= self.null_class, f"{labels} labels, but the network knows {self.null_class} classes")
         _apply(self.network, card.time_freq_shift, card.norm_eps)
 
     @staticmethod
@@ -58,10 +53,6 @@ class DiT(Family):
     def opposite(self, condition: Condition) -> Condition:
         """The null class, which is the last row of the label embedding."""
         return ClassLabel(self.null_class)
-
-    def truncated(self, condition: Condition, text_length: int) -> str | None:
-        """None: a label is never cut."""
-        return None
 
     def encode(
         self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
@@ -106,14 +97,13 @@ class SharedEmbedder(CombinedTimestepLabelEmbeddings):
         return embedded
 
 
-def share_embedders(network: nn.Module, config: Mapping[str, Any]) -> None:
-    """Give all blocks the embedders of the first, as in the original, unless the config says that they were not shared.
+def share_embedders(network: Any) -> None:
+    """Give all blocks the embedders of the first, as in the original.
 
     The names in the state stay diffusers' own: every block's, of one tensor.
     """
-    blocks: Any = network.transformer_blocks
-    shared = SharedEmbedder(blocks[0].norm1.emb)
-    for block in blocks if config.get("shared_embedders") is not False else ():
+    shared = SharedEmbedder(network.transformer_blocks[0].norm1.emb)
+    for block in network.transformer_blocks:
         block.norm1.emb = shared
 
 
@@ -123,30 +113,6 @@ def predict(network: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor
         t = embedder(t, labels, hidden_dtype=x.dtype)
     out: torch.Tensor = network(x, timestep=t, class_labels=labels, return_dict=False)[0]
     return out
-
-
-def dit_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """The state with one tensor for all copies of an embedder's; files that hold the first block's alone will do.
-
-    Names of one object in `expected` are copies. Raises ValueError naming the first that differs (none on "meta").
-    """
-    copies: dict[tuple[str, int], list[str]] = {}
-    for key in sorted(expected, key=lambda key: (len(key), key)):
-        if found := _COPY.fullmatch(key):
-            copies.setdefault((found[1], id(expected[key])), []).append(key)
-    named = dict(state)
-    for keys in copies.values():
-        held = [key for key in keys if key in state]
-        for key in held[1:]:
-            if not _same(state[key], state[held[0]]):
-                raise ValueError(f"{key} is not equal to {held[0]}, and this network has one for all blocks")
-        # A shard without the first block's leaves out those that are not in it.
-        named.update(dict.fromkeys(keys if keys[0] in state else held, state[held[0]]) if held else {})
-    return named
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and (one.is_meta or torch.equal(one, other))
 
 
 def _apply(network: nn.Module, time_freq_shift: float | None, norm_eps: float | None) -> None:

@@ -5,16 +5,15 @@ Dev and schnell are cards of this family.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 
 from app.cards.card import Card
-from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family
-from app.families.text import Encoder, Read, clip_pooled, prompt_text, read_texts, t5_states
-from app.request import Condition
+from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family, Outputs
+from app.families.text import Encoder, clip_pooled, t5_states
 
 PATCH = 2
 """Latent pixels along a side of what is packed into one token."""
@@ -49,17 +48,10 @@ class Flux(Family):
         """The T5 and the CLIP."""
         return [(self.t5, text_length), (self.clip, self.card.text.clip)]
 
-    def encode(
-        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
-    ) -> Conditions:
-        """As FluxPipeline.encode_prompt. Raises InvalidValue for a class label."""
-        texts = [prompt_text(condition) for condition in conditions]
-        text = self._zeros(len(texts), text_length, self.config.joint_attention_dim)
-        pooled = self._zeros(len(texts), self.config.pooled_projection_dim)
-        if self.t5:
-            text = read(self.t5, texts, text_length, batch)[0].to(self.dtype)
-        if self.clip:
-            pooled = read(self.clip, texts, self.card.text.clip, batch)[0].to(self.dtype)
+    def join(self, text_length: int, outputs: Outputs) -> Conditions:
+        """As FluxPipeline.encode_prompt."""
+        (text,) = outputs(self.t5, text_length, (text_length, self.config.joint_attention_dim))
+        (pooled,) = outputs(self.clip, self.card.text.clip, (self.config.pooled_projection_dim,))
         return {"text": text, "pooled": pooled}
 
     def blank(self, text_length: int) -> Conditions:
@@ -89,26 +81,27 @@ class Flux(Family):
         return unpack(out.float(), height, width), None
 
     def _check(self) -> None:
-        config = self.config
-        clip, t5 = (pair[0].config if pair else None for pair in (self.clip, self.t5))
-        channels, packed = PATCH**2 * self.channels, (config.in_channels, self.network.out_channels)
-        wants = "embedded" if config.guidance_embeds else "cfg"
-        problems = {
-            **self._size_problems(),
-            f'guidance: this is a network for "{wants}": its guidance_embeds is {config.guidance_embeds}': wants
-            != self.card.guidance,
-            "the network's channels are not the VAE's, packed": packed != (channels, channels),
-            "patch_size: the network is not FLUX.1's, which packs outside": config.patch_size != 1,
-            "axes_dims_rope: not three even numbers that add up to attention_head_dim": not _turns(
-                config.axes_dims_rope, config.attention_head_dim
-            ),
-            "the CLIP is not as wide as the network's pooled input": clip
-            and clip.hidden_size != config.pooled_projection_dim,
-            "text.clip: longer than the CLIP's position table": clip
-            and self.card.text.clip > clip.max_position_embeddings,
-            "the T5 is not as wide as the network": t5 and t5.d_model != config.joint_attention_dim,
-        }
-        self._refuse(problems)
+        config, channels = self.config, PATCH**2 * self.channels
+        takes = "embedded" if config.guidance_embeds else "cfg"
+        self._check_sizes()
+        self._require(
+            self.card.guidance == takes,
+            f'guidance: this is a network for "{takes}": its guidance_embeds is {config.guidance_embeds}',
+        )
+        self._require(
+            (config.in_channels, self.network.out_channels) == (channels, channels),
+            "the network's channels are not the VAE's, packed",
+        )
+        self._require(config.patch_size == 1, "patch_size: the network is not FLUX.1's, which packs outside")
+        self._require(
+            _turns(config.axes_dims_rope, config.attention_head_dim),
+            "axes_dims_rope: not three even numbers that add up to attention_head_dim",
+        )
+        self._require(
+            self.clip is None or self.clip.network.config.hidden_size == config.pooled_projection_dim,
+            "the CLIP is not as wide as the network's pooled input",
+        )
+        self._check_encoders([self.clip], self.t5)
 
 
 def _turns(axes: Any, width: int) -> bool:

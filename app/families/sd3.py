@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -10,10 +10,9 @@ import torch
 from torch.nn.functional import pad
 
 from app.cards.card import Card
-from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family
+from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family, Outputs
 from app.families.compiling import as_written
-from app.families.text import Encoder, Read, clip_states, prompt_text, read_texts, t5_states
-from app.request import Condition
+from app.families.text import Encoder, clip_states, t5_states
 
 
 class SD3(Family):
@@ -49,28 +48,16 @@ class SD3(Family):
         """Both CLIPs and the T5."""
         return [*((clip, self.card.text.clip) for clip in self.clips), (self.t5, text_length)]
 
-    def encode(
-        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
-    ) -> Conditions:
-        """As StableDiffusion3Pipeline.encode_prompt. Raises InvalidValue for a class label."""
-        texts = [prompt_text(condition) for condition in conditions]
-        count, length, joint = len(texts), self.card.text.clip, self.config.joint_attention_dim
-        hidden, pooled = [], []
-        for encoder, (width, projection) in zip(self.clips, self.shares, strict=True):
-            if encoder:
-                states, summary = read(encoder, texts, length, batch)
-            else:
-                states, summary = self._zeros(count, length, width), self._zeros(count, projection)
-            hidden.append(states.to(self.dtype))
-            pooled.append(summary.to(self.dtype))
-        clip = torch.cat(hidden, dim=-1)
-        clip = pad(clip, (0, joint - clip.shape[-1]))
-        t5 = read(self.t5, texts, text_length, batch)[0] if self.t5 else self._zeros(count, text_length, joint)
-        return {"text": torch.cat([clip, t5.to(self.dtype)], dim=-2), "pooled": torch.cat(pooled, dim=-1)}
-
-    def blank(self, text_length: int) -> Conditions:
-        """Zeros of the shapes that `encode` gives."""
-        return super().blank(self.card.text.clip + text_length)
+    def join(self, text_length: int, outputs: Outputs) -> Conditions:
+        """As StableDiffusion3Pipeline.encode_prompt."""
+        length, joint = self.card.text.clip, self.config.joint_attention_dim
+        both = [
+            outputs(clip, length, (length, width), (projection,))
+            for clip, (width, projection) in zip(self.clips, self.shares, strict=True)
+        ]
+        hidden, pooled = (torch.cat(states, dim=-1) for states in zip(*both, strict=True))
+        (t5,) = outputs(self.t5, text_length, (text_length, joint))
+        return {"text": torch.cat([pad(hidden, (0, joint - hidden.shape[-1])), t5], dim=-2), "pooled": pooled}
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """As the base class; passes in the engine's `skip` [P] leave out the card's skip layers."""
@@ -109,29 +96,26 @@ class SD3(Family):
 
     def _clip_shares(self) -> list[tuple[int, int]]:
         """(hidden width, pooled width) of each CLIP; an absent one gets what the present one leaves of the pooled."""
-        held = [(c[0].config.hidden_size, c[0].config.projection_dim) if c else None for c in self.clips]
-        rest = self.config.pooled_projection_dim - sum(share[1] for share in held if share)
+        configs = [clip.network.config if clip else None for clip in self.clips]
+        known = [(config.hidden_size, config.projection_dim) if config else None for config in configs]
+        rest = self.config.pooled_projection_dim - sum(share[1] for share in known if share)
         shares = []
-        for share in held:
+        for share in known:
             shares.append(share or (rest, rest))
             rest = rest if share else 0
         return shares
 
     def _check(self) -> None:
         config, skipped = self.config, self.card.skip_layer_guidance
-        problems = {
-            **self._size_problems(),
-            "limits.sizes.max: over the network's position table": self.card.limits.sizes.max
-            > self.scale * self.patch * config.pos_embed_max_size,
-            "the CLIPs' pooled widths are not the network's": sum(s[1] for s in self.shares)
-            != config.pooled_projection_dim,
-            "the CLIPs are wider than the network": sum(s[0] for s in self.shares) > config.joint_attention_dim,
-            "the T5 is not as wide as the network": self.t5 and self.t5[0].config.d_model != config.joint_attention_dim,
-            "text.clip: longer than the CLIPs' position tables": any(
-                self.card.text.clip > clip[0].config.max_position_embeddings for clip in self.clips if clip
-            ),
-            "the VAE has another number of latent channels": self.channels != config.in_channels,
-            "skip_layer_guidance.layers: the network has not these blocks, or one is its last": skipped
-            and max(skipped.layers) >= config.num_layers - 1,
-        }
-        self._refuse(problems)
+        hidden, pooled = (sum(widths) for widths in zip(*self.shares, strict=True))
+        largest = self.scale * self.patch * config.pos_embed_max_size
+        self._check_sizes()
+        self._require(self.card.limits.sizes.max <= largest, "limits.sizes.max: over the network's position table")
+        self._require(pooled == config.pooled_projection_dim, "the CLIPs' pooled widths are not the network's")
+        self._require(hidden <= config.joint_attention_dim, "the CLIPs are wider than the network")
+        self._check_encoders(self.clips, self.t5)
+        self._require(self.channels == config.in_channels, "the VAE has another number of latent channels")
+        self._require(
+            skipped is None or max(skipped.layers) < config.num_layers - 1,
+            "skip_layer_guidance.layers: the network has not these blocks, or one is its last",
+        )

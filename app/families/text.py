@@ -5,7 +5,7 @@ How a network joins the encoders' outputs is in sd3.py and flux.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +47,6 @@ def clip_keys(state: State, expected: Mapping[str, object]) -> State:
         if bare not in unused:
             found[prefix + bare if prefixed and not bare.startswith(projection) else bare] = value
     return found
-
-
-def t5_keys(state: State, expected: Mapping[str, object]) -> State:
-    """T5 files name the one embedding `shared.weight`, `encoder.embed_tokens.weight`, or both (ValueError: unequal)."""
-    names = ("shared.weight", "encoder.embed_tokens.weight")
-    held = [state[name] for name in names if name in state]
-    if len(held) == 2 and not held[0].is_meta and not torch.equal(held[0], held[1]):
-        raise ValueError(f"{names[0]} and {names[1]} are two names of one embedding, but differ")
-    return {**state, **{name: held[0] for name in names if held and name in expected}}
 
 
 def read_texts(encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
@@ -103,12 +94,6 @@ def cut_text(tokenizer: Any, text: str, length: int) -> str:
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
     room = max(length - tokenizer.num_special_tokens_to_add(), 0)
     return text[offsets[room][0] :] if len(offsets) > room else ""
-
-
-def unseen_text(encoders: Iterable[tuple[Encoder | None, int]], text: str) -> str | None:
-    """The end of `text` that none of these (encoder or None, its length in tokens) sees; None when one sees all."""
-    cuts = [cut_text(encoder.tokenizer, text, length) for encoder, length in encoders if encoder]
-    return min(cuts, key=len, default="") or None
 
 
 def prompt_text(condition: Condition) -> str:

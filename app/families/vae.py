@@ -43,8 +43,7 @@ def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
 
     z = latents / scaling_factor + shift_factor, either of which a config may leave out. Raises EngineError.
     """
-    scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    z = latents / (1.0 if scale is None else scale) + (0.0 if shift is None else shift)
+    z = latents / (vae.config.scaling_factor or 1.0) + (vae.config.shift_factor or 0.0)
     return _to_pixels(vae.decode(z.to(vae.dtype), return_dict=False)[0].float())
 
 
@@ -65,17 +64,14 @@ def linear_map(vae: Any) -> torch.Tensor:
     map outlives them, and models that share the VAE share it.
     """
     if vae not in _MAPS:
+        patch = pixels_per_latent(vae)
+        scale, shift = vae.config.scaling_factor or 1.0, vae.config.shift_factor or 0.0
         with torch.inference_mode():
-            _MAPS[vae] = _fitted(vae)
+            z = vae.encode(shapes(IMAGES, SIDE * patch).to(vae.device, vae.dtype)).latent_dist.mode()
+            pixels = vae.decode(z, return_dict=False)[0].float()
+            features = neighbourhoods((z.float() - shift) * scale)
+            _MAPS[vae] = fit(features, functional.pixel_unshuffle(pixels, patch))
     return _MAPS[vae]
-
-
-def _fitted(vae: Any) -> torch.Tensor:
-    patch = pixels_per_latent(vae)
-    z = vae.encode(shapes(IMAGES, SIDE * patch).to(vae.device, vae.dtype)).latent_dist.mode()
-    scale, shift = vae.config.scaling_factor or 1.0, vae.config.shift_factor or 0.0
-    pixels = vae.decode(z, return_dict=False)[0].float()
-    return fit(neighbourhoods((z.float() - shift) * scale), functional.pixel_unshuffle(pixels, patch))
 
 
 def neighbourhoods(latents: torch.Tensor) -> torch.Tensor:

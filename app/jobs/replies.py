@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
 from app.imaging import Format, encode_image, grid, left_out, sheet_size
-from app.jobs.body import SKIPPING, recipe_facts
+from app.jobs.body import IGNORED, SKIPPING, recipe_facts
 from app.jobs.job import Estimate, Job
 from app.report import Preview, Result
 from app.request import ClassLabel, Condition, Prompt, Recipe
@@ -51,15 +51,6 @@ _SYNTAX = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-
-_OPENAI: dict[str, tuple[tuple[str, ...], str]] = {
-    "background": (("auto", "opaque"), "pictures are opaque"),
-    "quality": (("auto", "standard"), "num_inference_steps says how much work goes into a picture"),
-    "style": ((), "write the style into the prompt"),
-    "moderation": (("auto", "low"), "nothing is filtered here"),
-    "complexity": (("auto",), "no model here has such a setting"),
-}
-"""OpenAI's fields that have no effect: the values that ask for what is done anyway, and what a person should know."""
 
 
 class Item(BaseModel):
@@ -297,9 +288,11 @@ def body_warnings(job: Job) -> list[str]:
         ),
         ("partial_images", body.partial_images and not body.stream, "previews come with stream"),
         ("Accept", body.stream and job.raw, "stream answers with events"),
-        *((field, getattr(body, field) not in (None, *plain), why) for field, (plain, why) in _OPENAI.items()),
     ]
     found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
+    for name, info in IGNORED.items():
+        if info.examples is not None and getattr(body, name) not in (None, *info.examples):
+            found.append(f"{name} {info.description}")
     for field in ("prompt", "negative_prompt"):
         texts = getattr(body, field) or []
         for match in filter(None, map(_SYNTAX.search, [texts] if isinstance(texts, str) else texts)):

@@ -1,4 +1,4 @@
-"""Pool: the models on one device, and the one thread that builds them and moves their weights.
+"""Pool: the models on one device, leases of their components, and the one thread that builds and moves them.
 
 Components (a network, a VAE, a text encoder) are what moves and what is leased; models that name the same one share it,
 and because one thread builds them all, none is built twice.
@@ -10,29 +10,36 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 
 from app.cards.card import Card
 from app.cards.folder import Part
 from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, read_parts
-from app.errors import LoadError
+from app.errors import LoadError, ModelNotFound
 from app.families import FAMILIES
+from app.families.base import Family
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
 from app.pool.budget import readable, use_threads
 from app.pool.memory import Component, Store
-from app.pool.policy import PHASES, Policy, Task
+from app.pool.policy import PHASES, Model, Parts, Policy, Task
+from app.report import Evicted, ModelState, Phase, State
+
+RETRY_AFTER = 30.0
+"""Seconds after a failed load before it is tried again."""
 
 _log = logging.getLogger(__name__)
 
 
-class Pool(Policy):
+class Pool:
     """The models of these cards on one device; a thread does the policy's tasks until the pool is closed.
 
     What is leased never moves. Of the rest, what was leased longest ago leaves first: to host memory beside a GPU,
-    where it may take `host` bytes, and then away.
+    where it may take `host` bytes, and then away. Public methods are thread-safe and return at once; those that take
+    the id of a model raise ModelNotFound.
     """
 
     def __init__(
@@ -49,18 +56,171 @@ class Pool(Policy):
         """dtype: of the networks; a VAE on the CPU is float32 always. budget: bytes that weights may take of the
         device. compiled: networks compile their blocks. clock: seconds, for the wait after a failure."""
         self.cards, self.device, self.dtype = dict(cards), torch.device(device), dtype
+        self.models = {model_id: Model() for model_id in cards}
         # On a CPU the host's memory is the device's: there is nowhere to put weights aside.
-        super().__init__(cards, device, Store(budget, host if self.device.type != "cpu" else 0), clock)
-        self._compiled = compiled
+        self.store = Store(budget, host if self.device.type != "cpu" else 0)
+        self.lock = self.store.lock
+        self._policy = Policy(self.models, self.store)
+        self._compiled, self._clock = compiled, clock
+        self._changes: list[ModelState | Evicted] = []
+        self._closed = False
+        self._broken: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Take no more loads, and wait a little for the running one."""
         with self.lock:
-            self.closed = True
+            self._closed = True
             self.lock.notify()
         self._thread.join(timeout=5)
+
+    def want(self, model_id: str) -> None:
+        """Start loading in the background if absent, in part or whole, or if the last load failed over 30 s ago."""
+        policy = self._policy
+        with self.lock:
+            model = self._model(model_id)
+            policy.dropped.discard(model_id)
+            retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
+            robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
+            if model.state == "absent" or retry:
+                model.error, model.spent = None, 0.0
+                self._change(model_id, "loading")
+            elif not robbed or model_id in policy.loads:
+                return
+            policy.loads.append(model_id)
+            self.lock.notify()
+
+    def unload(self, model_id: str) -> None:
+        """Take the model off the device and out of host memory, once nobody leases it."""
+        with self.lock:
+            if self._model(model_id).state == "loading":
+                self._policy.loaded(model_id)
+                self._change(model_id, "absent")
+            self._policy.dropped.add(model_id)
+            self._policy.needs = []  # rows that wait for it ask again
+            self.lock.notify()
+
+    def need(self, waiting: Sequence[Parts], kept: Collection[str] = (), urgent: Sequence[Parts] = ()) -> None:
+        """Replace what rows wait for. kept: models whose components stay. urgent: needs of rows that hold memory on
+        the device, which come first and spare no model. What is needed is brought in order, one each call; until the
+        next call nothing else moves."""
+        policy, stays = self._policy, frozenset(kept)
+        needs = [(*parts, frozenset[str]()) for parts in urgent] + [(*parts, stays) for parts in waiting]
+        with self.lock:
+            if policy.fresh and (needs, stays) == (policy.needs, policy.kept):
+                return
+            policy.needs, policy.kept, policy.fresh = needs, stays, True
+            for model_id, *_ in needs:
+                policy.dropped.discard(model_id)
+                if self._model(model_id).state == "absent":
+                    self.want(model_id)
+            self.lock.notify()
+
+    def components(self, model_id: str, *phases: Phase) -> list[Component]:
+        """What these phases of a model need on the device; nothing until the model was built."""
+        return self._model(model_id).components(phases)
+
+    def lease(self, components: Collection[Component]) -> bool:
+        """Forbid these to move until they are released; False, and nothing is leased, while one is not here."""
+        with self.lock:
+            if not all(one.here for one in components):
+                return False
+            for one in components:
+                one.leases += 1
+                one.used = time.monotonic()
+            return True
+
+    def release(self, components: Collection[Component]) -> None:
+        """End one lease of each."""
+        with self.lock:
+            for one in components:
+                one.leases -= 1
+            self.lock.notify()
+
+    def resident(self, model_id: str, phase: Phase) -> bool:
+        """Whether the model is ready and all components of the phase are on the device."""
+        with self.lock:
+            return self._model(model_id).has((phase,))
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the first need that is not met waits for something that is leased or kept."""
+        return self._policy.blocked
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes of weights on the device and put aside in host memory, and what they may take of the device."""
+        with self.lock:
+            return {"weights": self.store.used, "parked": self.store.parked, "budget": self.store.budget}
+
+    def family(self, model_id: str) -> Family | None:
+        """The model as code and configuration, wherever its weights are; None until it was built."""
+        return self._model(model_id).family
+
+    def version(self, network: object) -> int:
+        """The version of the weights of a leased network; another number once their files had changed."""
+        with self.lock:
+            return next((one.version for one in self.store.components if one.value is network), 0)
+
+    def fits(self, model_id: str) -> bool:
+        """Whether all components of a built model can be on the device together."""
+        return self.size(model_id) <= self.store.budget
+
+    def size(self, model_id: str) -> int:
+        """Bytes of the weights of all components; 0 until the model was built."""
+        return self._model(model_id).bytes
+
+    def failure(self, model_id: str) -> LoadError | None:
+        """Why the last load failed; None when it did not or is being tried again."""
+        return self._model(model_id).error
+
+    def poll(self) -> list[ModelState | Evicted]:
+        """The changes since the last call, in order. Raises the error that ended the loader: a device that is lost."""
+        with self.lock:
+            if self._broken:
+                raise self._broken
+            changes, self._changes = self._changes, []
+        return changes
+
+    def fail(self, model_id: str, error: Exception) -> None:
+        """Record why the model cannot be used, and empty the components that only this model has."""
+        reason = self._reason(model_id, error)
+        model = self.models[model_id]
+        with self.lock:
+            alone = [one for one in model.parts.values() if one.owners == {model_id} and not one.leases and one.bytes]
+            self.store.claim(alone)
+        for one in alone:
+            self.store.drop(one)
+        with self.lock:
+            for one in model.parts.values():
+                one.owners.discard(model_id)
+            self.store.forget()
+            model.family, model.parts, model.brought, model.error = None, {}, set(), reason
+            self._policy.loaded(model_id)
+            self._change(model_id, "failed", detail=reason.message)
+
+    def _model(self, model_id: str) -> Model:
+        try:
+            return self.models[model_id]
+        except KeyError:
+            raise ModelNotFound(f'no model "{model_id}"', param="model") from None
+
+    def _change(self, model_id: str, state: State, detail: str = "", seconds: float = 0.0) -> None:
+        """Set and report the state of a model. Under the lock."""
+        model = self.models[model_id]
+        model.state, model.since = state, self._clock()
+        self._changes.append(ModelState(model_id, state, detail, seconds, model.on_device))
+
+    def _left(self, components: Iterable[Component]) -> None:
+        """Report what left the device, and the models that became absent by it. Under the lock."""
+        for one in components:
+            for model_id in sorted(one.owners):
+                model = self.models[model_id]
+                to: Literal["host", "away"] = "host" if one.place == "host" else "away"
+                self._changes.append(Evicted(model_id, one.part.name, to, one.bytes))
+                if model.state == "ready" and not model.on_device:
+                    self._change(model_id, "absent", detail="evicted")
 
     def _work(self) -> None:
         use_threads(1)  # for copies of weights; the cores are for those who run
@@ -69,13 +229,13 @@ class Pool(Policy):
                 self._do(task)
         except BaseException as error:
             with self.lock:
-                self.broken = error
+                self._broken = error
 
     def _next(self) -> Task | None:
-        """Wait for the next task; None when the policy is closed."""
+        """Wait for the next task; None when the pool is closed."""
         with self.lock:
-            while not self.closed:
-                if task := self.next():
+            while not self._closed:
+                if task := self._policy.next():
                     return task
                 self.lock.wait()
         return None
@@ -83,12 +243,7 @@ class Pool(Policy):
     def _do(self, task: Task) -> None:
         """Do a task; an error is its model's failure, and ends the thread only where the device is lost."""
         try:
-            if task.kind == "build":
-                self._build(task.model)
-            elif task.kind == "bring":
-                self._bring(task)
-            else:
-                self._drop(task.leaving)
+            {"build": self._build, "bring": self._bring, "drop": self._drop}[task.kind](task)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -96,18 +251,11 @@ class Pool(Policy):
                 _log.exception("dropping weights")
                 self.store.settle(task.leaving)
             else:
-                self._fail(task.model, error)
+                self.fail(task.model, error)
 
-    def _drop(self, leaving: Sequence[Component]) -> None:
-        for one in leaving:
-            self.store.drop(one)
-        with self.lock:
-            self.moved((one, "away") for one in leaving)
-
-    def _build(self, model_id: str) -> None:
+    def _build(self, task: Task) -> None:
         """Build all but the weights: find the parts, check headers and configs, compare the sizes with the budget."""
-        start = time.monotonic()
-        card = self.cards[model_id]
+        start, card, model = time.monotonic(), self.cards[task.model], self.models[task.model]
         found = read_parts(card, self.cards)
         # Networks before tokenizers, which take longest to read, so that files that lie are refused at once.
         found.sort(key=lambda part: (not has_weights(part.class_name), part.name not in FAMILIES[card.family].required))
@@ -119,33 +267,39 @@ class Pool(Policy):
         if self._compiled:
             compile_blocks(family.network)
         with self.lock:
-            model = self.models[model_id]
             model.family, model.parts = family, parts
             model.spent += time.monotonic() - start
             for one in parts.values():
-                one.owners.add(model_id)
-            sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
+                one.owners.add(task.model)
+        sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
         phase = max(PHASES, key=lambda phase: sizes[phase])
         if sizes[phase] > self.store.budget:
             raise LoadError(
-                f"{model_id}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
+                f"{task.model}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
                 f"{readable(self.store.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)",
                 code="insufficient_gpu_memory",
             )
 
     def _component(self, card: Card, part: Part) -> Component:
+        """The component of a part, which cards share that differ in nothing that changes it."""
         dtype = part_dtype(part.name, self.device, self.dtype)
         key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
-        known = self.store.components.get(key)
-        if known is None:
-            known = Component(part, self.device, dtype)
+        # One that is leased but has no owners belongs to a model that failed.
+        known = (one for one in self.store.components if one.key == key and (one.owners or not one.leases))
+        found = next(known, None)
+        if found is None:
+            found = Component(part, self.device, dtype, key)
             with self.lock:
-                self.store.components[key] = known
-        return known
+                self.store.components.append(found)
+        return found
 
     def _bring(self, task: Task) -> None:
         model, start = self.models[task.model], time.monotonic()
-        left = self.store.bring(task.wanted, task.leaving)
+        if model.state == "absent":
+            with self.lock:
+                model.spent = 0.0
+                self._change(task.model, "loading")
+        self.store.bring(task.wanted, task.leaving)
         if "decode" in task.phases and "decode" not in model.brought and model.family is not None:
             with torch.inference_mode():
                 model.family.prepare()
@@ -153,28 +307,18 @@ class Pool(Policy):
             model.brought.update(task.phases)
             model.spent += time.monotonic() - start
             if model.brought.issuperset(PHASES):
-                self.end_load(task.model)
+                self._policy.loaded(task.model)
                 if model.state != "ready":
-                    self.change(task.model, "ready", seconds=model.spent)
-            self.moved(left)
+                    self._change(task.model, "ready", seconds=model.spent)
+            self._left(task.leaving)
 
-    def _fail(self, model_id: str, error: Exception) -> None:
-        """Record the reason, and empty the components that only this model has."""
-        reason = self._reason(model_id, error)
-        model = self.models[model_id]
-        with self.lock:
-            alone = [one for one in model.parts.values() if one.owners == {model_id} and not one.leases and one.bytes]
-            self.store.claim((), alone)
-        for one in alone:
+    def _drop(self, task: Task) -> None:
+        for one in task.leaving:
             self.store.drop(one)
         with self.lock:
-            for one in model.parts.values():
-                one.owners.discard(model_id)
-            self.store.forget()
-            model.family, model.parts, model.brought, model.error = None, {}, set(), reason
-            self.end_load(model_id)
-            self.change(model_id, "failed", detail=reason.message)
-            self.moved(())
+            self._left(task.leaving)
+            if not task.leaving and self.models[task.model].state == "ready":  # what it shares with others stays
+                self._change(task.model, "absent", detail="unloaded")
 
     def _reason(self, model_id: str, error: Exception) -> LoadError:
         """A new error for users: the traceback of the caught one holds all that was loaded until it was raised."""

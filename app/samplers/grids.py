@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float64]
 class Points:
     """Noise levels along a walk, arrays of one length: the state there is x = alpha * clean + sigma * noise.
 
-    The network, asked at timestep t, is given c_in * x.
+    The network, asked at timestep t, takes c_in * x.
     """
 
     alpha: Array
@@ -164,7 +164,7 @@ def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
     if line is None:
         return schedule
     if tokens is None:
-        raise InvalidValue("this model's noise schedule depends on the image size, which is not given", param="size")
+        raise InvalidValue("this model's noise schedule depends on the image size, so it needs one", param="size")
     slope = (line.max - line.base) / (line.max_tokens - line.base_tokens)
     return schedule.model_copy(update={"shift": math.exp(line.base + slope * (tokens - line.base_tokens))})
 

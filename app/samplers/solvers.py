@@ -10,22 +10,16 @@ the learned-variance channel of a network that has one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 
 from app.samplers.grids import Array, Path, Points
 
+Lines = tuple[Points, Array, Array, Array, Array, Array]
+"""(the points at which the network is asked, a, b, c, z, zf): what a solver makes of a path."""
 
-class Lines(NamedTuple):
-    """What a solver makes of a path: the points `at` which the network is asked, and the coefficients above."""
-
-    at: Points
-    a: Array
-    b: Array
-    c: Array
-    z: Array
-    zf: Array
+Rule = Callable[[Path], Lines]
 
 
 def _first_order(here: Points, there: Points) -> tuple[Array, Array]:
@@ -41,7 +35,7 @@ def first_order(path: Path) -> Lines:
     """
     a, b = _first_order(path.here, path.there)
     zero = np.zeros_like(a)
-    return Lines(path.here, a, b, zero, zero, zero)
+    return path.here, a, b, zero, zero, zero
 
 
 def ddpm(path: Path) -> Lines:
@@ -62,7 +56,7 @@ def ddpm(path: Path) -> Lines:
     a = keep * there.sigma**2 / here.sigma**2
     b = there.alpha * beta / here.sigma**2
     z = np.where(here.t > 0, np.sqrt(variance), 0.0)
-    return Lines(here, a, b, np.zeros_like(a), z, zf)
+    return here, a, b, np.zeros_like(a), z, zf
 
 
 def euler_ancestral(path: Path) -> Lines:
@@ -74,7 +68,7 @@ def euler_ancestral(path: Path) -> Lines:
     up = np.sqrt(there.sigma**2 - down**2)
     a = down / here.sigma
     zero = np.zeros_like(a)
-    return Lines(here, a, 1 - a, zero, up, zero)
+    return here, a, 1 - a, zero, up, zero
 
 
 def heun(path: Path) -> Lines:
@@ -96,7 +90,7 @@ def heun(path: Path) -> Lines:
 
     at = Points(*(woven(getattr(here, name), getattr(there, name)) for name in ("alpha", "sigma", "t", "c_in")))
     quiet = np.zeros_like(at.t)
-    return Lines(at, woven(a, one), woven(b, -c), woven(zero, c), quiet, quiet)
+    return at, woven(a, one), woven(b, -c), woven(zero, c), quiet, quiet
 
 
 def dpmpp_2m(path: Path) -> Lines:
@@ -124,4 +118,4 @@ def _two_step(path: Path, start: Array, end: Array) -> Lines:
     ratio[1:] = (end[1:] - start[1:]) / (start[1:] - start[:-1])
     ratio[path.there.sigma == 0] = 0.0
     extra, zero = b * ratio / 2, np.zeros_like(a)
-    return Lines(path.here, a, b + extra, -extra, zero, zero)
+    return path.here, a, b + extra, -extra, zero, zero

@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import CardError, InvalidValue
-from app.samplers import grids as schedules
-from app.samplers import solvers
+from app.samplers import grids, solvers
 from app.samplers.grids import Array, Path, Walk, at_size
 from app.samplers.schedule import Schedule
-from app.samplers.solvers import Lines
+from app.samplers.solvers import Lines, Rule
 
 COLUMNS = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo")
 
@@ -35,30 +34,22 @@ PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
 alpha*noise - sigma*x0 (Salimans and Ho 2022, arXiv 2202.00512, appendix D), x0, or the flow noise - x0."""
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """What a user names: a walk on the schedule, a rule, and the predictions it goes with."""
-
-    walk: Walk
-    rule: Callable[[Path], Lines]
-    predictions: tuple[str, ...]
-
-
 DIFFUSION = ("epsilon", "v", "sample")
 FLOW = ("flow",)
 
-SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(schedules.ddim_path, solvers.first_order, DIFFUSION),
-    "ddpm": Sampler(schedules.ddpm_path, solvers.ddpm, DIFFUSION),
-    "euler": Sampler(schedules.exploding_path, solvers.first_order, DIFFUSION),
-    "euler_ancestral": Sampler(schedules.exploding_path, solvers.euler_ancestral, DIFFUSION),
-    "heun": Sampler(schedules.exploding_path, solvers.heun, DIFFUSION),
-    "dpmpp_2m": Sampler(schedules.dpm_path, solvers.dpmpp_2m, DIFFUSION),
-    "flow_euler": Sampler(schedules.flow_path, solvers.first_order, FLOW),
-    "flow_heun": Sampler(schedules.flow_path, solvers.heun, FLOW),
-    "flow_dpmpp_2m": Sampler(schedules.flow_dpm_path, solvers.dpmpp_2m, FLOW),
-    "flow_dpmpp_2m_sd3": Sampler(schedules.flow_path, solvers.dpmpp_2m_sd3, FLOW),
+SAMPLERS: dict[str, tuple[Walk, Rule, tuple[str, ...]]] = {
+    "ddim": (grids.ddim_path, solvers.first_order, DIFFUSION),
+    "ddpm": (grids.ddpm_path, solvers.ddpm, DIFFUSION),
+    "euler": (grids.exploding_path, solvers.first_order, DIFFUSION),
+    "euler_ancestral": (grids.exploding_path, solvers.euler_ancestral, DIFFUSION),
+    "heun": (grids.exploding_path, solvers.heun, DIFFUSION),
+    "dpmpp_2m": (grids.dpm_path, solvers.dpmpp_2m, DIFFUSION),
+    "flow_euler": (grids.flow_path, solvers.first_order, FLOW),
+    "flow_heun": (grids.flow_path, solvers.heun, FLOW),
+    "flow_dpmpp_2m": (grids.flow_dpm_path, solvers.dpmpp_2m, FLOW),
+    "flow_dpmpp_2m_sd3": (grids.flow_path, solvers.dpmpp_2m_sd3, FLOW),
 }
+"""What a user names: a walk on the schedule, a solver's rule, and the predictions that it goes with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +76,6 @@ class Table:
         """How many times the network is evaluated: num_inference_steps n, or 2n - 1 for the heun solvers."""
         return len(self.t)
 
-    @property
-    def stochastic(self) -> bool:
-        """Whether any line adds noise."""
-        return bool(self.xz.any())
-
     def coefficients(self) -> npt.NDArray[np.float32]:
         """float32 [lines, 9], in the order of COLUMNS."""
         return np.stack([getattr(self, name) for name in COLUMNS], axis=1).astype(np.float32)
@@ -97,7 +83,7 @@ class Table:
 
 def valid_pairs() -> tuple[tuple[str, str], ...]:
     """Every (sampler, prediction) that compiles."""
-    return tuple((name, prediction) for name, named in SAMPLERS.items() for prediction in named.predictions)
+    return tuple((name, prediction) for name, (_, _, own) in SAMPLERS.items() for prediction in own)
 
 
 def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
@@ -117,7 +103,7 @@ def compile_table(schedule: Schedule, sampler: str, steps: int, *, tokens: int |
 @lru_cache(maxsize=256)
 def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
     """The largest number of steps, at most `limit`, that this sampler's grid has room for; at least 1."""
-    schedule, walk = at_size(schedule, 1), SAMPLERS[sampler].walk
+    schedule, (walk, _, _) = at_size(schedule, 1), SAMPLERS[sampler]
 
     def is_over(steps: int) -> bool:
         try:
@@ -140,9 +126,9 @@ def _compiled(schedule: Schedule, sampler: str, steps: int) -> Table:
         )
     if steps < 1:
         raise InvalidValue(f"num_inference_steps: {steps} is under 1", param="num_inference_steps")
-    named = SAMPLERS[sampler]
-    path = named.walk(schedule, steps)
-    return compose(path, named.rule(path), schedule.prediction)
+    walk, rule, _ = SAMPLERS[sampler]
+    path = walk(schedule, steps)
+    return compose(path, rule(path), schedule.prediction)
 
 
 def compose(path: Path, lines: Lines, prediction: str) -> Table:

@@ -253,7 +253,7 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
     The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
-    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
+    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Unavailable when the wait
     is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle device misses that.
     """
     kind, delivery = kind_of(job), job.request.delivery
@@ -261,9 +261,8 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     own = chosen.tenants().get(delivery.tenant, 0.0)
     wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
-        raise Unavailable(
-            f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait), code="overloaded"
-        )
+        words = f"The queue is about {wait:.0f} seconds long."
+        raise Unavailable(words, retry_after=after(wait - max_wait), code="overloaded")
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)

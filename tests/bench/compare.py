@@ -39,17 +39,17 @@ from app.cli.bench import (
     Rounds,
     Seconds,
     Seed,
+    formed,
     load_table,
     show,
-    table,
     times_table,
 )
-from app.cli.bodies import Guidance, Model, SizeText, Steps, open_registry
-from app.cli.serve import Folder, read_settings
+from app.cli.bodies import Model, flags, open_registry
+from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import allow_compiling
-from app.jobs.body import recipe_facts
+from app.jobs.body import ImageBody, recipe_facts
 from app.request import Request
 from app.settings import Settings
 from tests.bench import recorded
@@ -193,25 +193,23 @@ def ratios_table(found: Mapping[str, Any]) -> Table:
         for name, own in found["ratios"].items()
         for kind in found["policies"][name]["latency"]
     ]
-    return table({**columns, "p50": "{p50:.2f}x", "p95": "{p95:.2f}x"}, rows)
+    return formed({**columns, "p50": "{p50:.2f}x", "p95": "{p95:.2f}x"}, rows)
 
 
 @app.command()
+@with_flags(flags(ImageBody))
 def image(
-    model: Model = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    size: SizeText = None,
     baselines: Annotated[str, typer.Option(help=f"{', '.join(BASELINES)}; or none")] = "eager-float32,eager-bfloat16",
     rounds: Rounds = 10,
     random_weights: Random = False,
     models: Folder = None,
+    **fields: Any,
 ) -> None:
     """One image beside diffusers' pipelines."""
     names = [name.strip() for name in baselines.split(",") if name.strip() not in ("", "none")]
     settings = read_settings(models=models)
-    with loaded(settings, model, random_weights=random_weights) as (pool, family):
-        request = ask(family.card, num_inference_steps=steps, guidance_scale=guidance, size=size)
+    with loaded(settings, fields["model"], random_weights=random_weights) as (pool, family):
+        request = ask(family.card, **fields)
         others = pipelines(settings, family, request, names)
         times, stages, pictures = measure_image(pool, settings, request, rounds, others)
     reference, told, rows = pictures.get(REFERENCE), {}, []
@@ -227,7 +225,7 @@ def image(
     columns = {"against instep": "{against_instep:.2f}x", "mean off": "{mean}", "most off": "{largest}"}
     line = {"bench": "image", **recipe_facts(request.recipe), **facts(settings), "random_weights": random_weights}
     line |= {"rounds": rounds, "ways": told, "stages": found}
-    show(line, times_table("stage", found), table({"one image": "{name}", **TIMES, **columns}, rows))
+    show(line, times_table("stage", found), formed({"one image": "{name}", **TIMES, **columns}, rows))
 
 
 class Distance(NamedTuple):

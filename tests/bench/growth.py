@@ -26,7 +26,7 @@ from app.jobs.job import Job
 from app.settings import Settings
 from app.worker.supervisor import Supervisor
 from tests.bench.host import FreeFamily
-from tests.parts.engine import Bench, FakePool, FakeProfiles, card, request
+from tests.parts.engine import Bench, FakeCosts, FakePool, card, request
 from tests.parts.requests import changed
 from tests.parts.tiny import write_models
 
@@ -46,7 +46,7 @@ def resident(pid: int | str = "self") -> float:
 def inside(count: int) -> dict[str, float]:
     """An engine in this process, `count` queued all the while: microseconds of the host an image, and MB more."""
     pool = FakePool(FreeFamily(card(limits={"num_inference_steps": 8, "sizes": {"min": 16, "max": 64}})))
-    bench = Bench(pool, profiles=FakeProfiles(passes=PASSES))
+    bench = Bench(pool, costs=FakeCosts(passes=PASSES))
     numbers = itertools.count()
 
     def ask() -> None:

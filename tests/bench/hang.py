@@ -38,29 +38,38 @@ CASES = {
 
 def plant(case: str, mark: Path) -> None:
     """Put the fault into this engine process; it touches `mark` when it is about to show."""
-    from app.engine.runner import Runner
+    from app.engine import costs, runner
     from app.pool import pool
 
-    run, build = Runner.run, pool.build_family
-    phase, seconds = {
-        "forward": ("denoise", FOR_EVER), "drawing": ("denoise", 0.2), "profile": ("profile", FOR_EVER),
-        "measuring": ("profile", 0.5),
-    }.get(case, ("", 0.0))  # fmt: skip
+    denoise, forward, read = runner.Runner.denoise, costs.forward_of, pool.read_parts
 
-    def slow(runner: Runner, work: Any) -> Any:
-        if work.phase == phase and (phase == "profile" or work.rows[0].request.id == "fault"):
+    def hanging(self: Any, rows: Any, work: Any) -> None:
+        if rows[0].request.id == "fault":
             mark.touch()
-            time.sleep(seconds)
-        return run(runner, work)
+            time.sleep(FOR_EVER if case == "forward" else 0.2)
+        denoise(self, rows, work)
 
-    def held(*arguments: Any) -> Any:
+    def slow(family: Any, key: Any) -> Any:
+        inner = forward(family, key)
+
+        def run(passes: int) -> None:
+            mark.touch()
+            time.sleep(FOR_EVER if case == "profile" else 0.5)
+            inner(passes)
+
+        return run
+
+    def held(*given: Any) -> Any:
         mark.touch()
         ctypes.PyDLL(None).sleep(60)
-        return build(*arguments)
+        return read(*given)
 
-    Runner.run = slow  # type: ignore[method-assign]
-    if case == "load":
-        pool.build_family = held
+    if case in ("forward", "drawing"):
+        runner.Runner.denoise = hanging  # type: ignore[method-assign]
+    elif case in ("measuring", "profile"):
+        costs.forward_of = slow
+    elif case == "load":
+        pool.read_parts = held
 
 
 def engine(case: str, mark: str, descriptors: list[str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from app.cards.card import read_cards
-from app.engine.profile import Curve, Profiles
+from app.engine.costs import Costs, Curve
 from app.engine.row import default_key
 from app.pool.budget import use_threads
 from app.pool.pool import Pool
@@ -41,9 +41,9 @@ def main() -> None:
     while (family := pool.family(MODEL)) is None:
         pool.poll()
         time.sleep(0.1)
-    profiles = Profiles(Path(tempfile.mkdtemp()))
-    profiles.keep(family, key, Curve({1: 0.98}))
-    bench = Bench(pool, profiles=profiles)
+    costs = Costs(Path(tempfile.mkdtemp()))
+    costs.add(family, key, Curve({1: 0.98}))
+    bench = Bench(pool, costs=costs)
     for turn in range(args.rounds):
         print(*turn_of(bench, turn, cards[MODEL].text_length), flush=True)
     os._exit(0)

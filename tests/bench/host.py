@@ -16,11 +16,11 @@ from datetime import date
 import numpy as np
 import torch
 
-from app.engine.profile import processor
+from app.engine.costs import processor
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families.base import Conditions
-from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
+from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
 
 ROWS, STEPS = 16, 250
 SAMPLERS = ("flow_euler", "flow_heun", "flow_dpmpp_2m")
@@ -36,10 +36,8 @@ class FreeFamily(FakeFamily):
         return x, None
 
 
-def engine_with_rows() -> Bench:
-    limits = {"num_inference_steps": STEPS, "sizes": {"min": 16, "max": 64}}
-    pool = FakePool(FreeFamily(card(limits=limits)))
-    bench = Bench(pool, profiles=FakeProfiles(passes=2 * ROWS))
+def engine_with_rows(pool: FakePool) -> Bench:
+    bench = Bench(pool, costs=FakeCosts(passes=2 * ROWS))
     for number in range(ROWS):
         sampler = SAMPLERS[number % 3]
         bench.engine.submit(request(f"r{number}", sampler=sampler, steps=STEPS, guided=number % 2 == 0))
@@ -65,21 +63,23 @@ def _gather_anew(slots: Slots, index: np.ndarray) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    bench = engine_with_rows()
+    limits = {"num_inference_steps": STEPS, "sizes": {"min": 16, "max": 64}}
+    pool = FakePool(FreeFamily(card(limits=limits)))
+    bench = engine_with_rows(pool)
     engine = bench.engine
     whole = milliseconds(engine.tick)
-    choice = milliseconds(lambda: engine._batcher.next(time.monotonic()))
-    work = engine._batcher.next(time.monotonic())
+    choice = milliseconds(lambda: engine.batcher.next(time.monotonic()))
+    work = engine.batcher.next(time.monotonic())
     assert work is not None and len(work.rows) == ROWS
-    slots = engine._runner._slots[work.key]
+    slots = engine.runner.slots[work.key]
     index = np.array([row.slot for row in work.rows])
     layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
     anew = milliseconds(lambda: _gather_anew(slots, index))
     plan = gather(slots, index)
-    family = work.rows[0].lease.model  # type: ignore[union-attr]
+    family = pool.families[work.key.model]
     with torch.inference_mode():
         update = milliseconds(lambda: denoise_step(family, slots, plan))
-    charge = milliseconds(lambda: engine._batcher.charge(work, 0.0))
+    charge = milliseconds(lambda: engine.batcher.charge(work, 0.0))
     parts = {"tick": whole, "batcher": choice, "charge": charge, "tables": layout, "update": update}
     parts["gather anew"] = anew
     print(f"{'part':24} {'median ms':>10} {'min':>8} {'max':>8}")

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.engine.limits import caps_of
-from app.engine.profile import Curve
+from app.engine.costs import Curve, caps_of
 from app.families.base import Conditions
 from app.report import Result
-from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
+from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
 
 SHORT, LONG = ("flow_euler", 4, True), ("flow_euler", 50, True)
 PAIR = (SHORT, LONG)
@@ -91,9 +90,9 @@ def cap_of(cost: Cost) -> int:
 
 def continuous(jobs: Sequence[Job], cost: Cost) -> list[float]:
     """When each job ends, by the engine."""
-    clock, profiles = [0.0], FakeProfiles()
+    clock, profiles = [0.0], FakeCosts()
     profiles.curve = curve(cost)
-    bench = Bench(FakePool(Costly(cost, clock)), profiles=profiles, clock=lambda: clock[0])
+    bench = Bench(FakePool(Costly(cost, clock)), costs=profiles, clock=lambda: clock[0])
     ends: dict[int, float] = {}
     coming = 0
     while len(ends) < len(jobs):

@@ -17,7 +17,7 @@ import torch
 
 from app.engine import engine
 from app.engine.batcher import Batcher
-from app.engine.row import Caps, Image, Outcome, Row, Work
+from app.engine.row import Caps, Row, Work
 from app.engine.runner import Runner, isolate
 from app.errors import EngineError
 from app.report import Phase
@@ -121,28 +121,27 @@ class UpstreamRunner(Runner):
         super().__init__(*given)
         self._drawing: dict[str, Upstream] = {}
 
-    def run(self, work: Work) -> Outcome:
+    def run(self, work: Work) -> None:
         if work.phase == "profile":
-            return super().run(work)
-        outcome = Outcome()
-        isolate(self._whole, work.rows, outcome)
-        return outcome
+            super().run(work)
+        else:
+            isolate(self._whole, work.rows, work)
 
-    def _whole(self, rows: list[Row], outcome: Outcome) -> None:
+    def _whole(self, rows: list[Row], work: Work) -> None:
         (row,) = rows
         model = row.key.model
-        leases = [self._pool.lease(model, phase) for phase in PHASES]
+        components = self._pool.components(model, *PHASES)
+        leased = self._pool.lease(components)
         try:
-            if any(lease is None for lease in leases) or (family := self._pool.family(model)) is None:
+            if not leased or (family := self._pool.family(model)) is None:
                 raise EngineError("the model is gone")
             if model not in self._drawing or self._drawing[model].family is not family:
                 self._drawing[model] = Upstream(family, dtype=self.dtype)
             row.encode_start = row.denoise_start = time.monotonic()
-            outcome.images.append(Image(row, self._drawing[model].draw(row.request, row.index), None))
+            work.images.append((row, self._drawing[model].draw(row.request, row.index), None))
         finally:
-            for lease in leases:
-                if lease is not None:
-                    lease.release()
+            if leased:
+                self._pool.release(components)
 
 
 class Bfloat16(UpstreamRunner):

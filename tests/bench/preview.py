@@ -32,11 +32,11 @@ def milliseconds(call: Callable[[], object]) -> float:
 def main(model: str) -> None:
     pool = Pool(read_cards(Path("models")), "cpu", torch.float32)
     pool.want(model)
-    while (lease := pool.lease(model, "decode")) is None:
+    while (family := pool.family(model)) is None or not pool.resident(model, "decode"):
         if error := pool.failure(model):
             raise error
         time.sleep(0.05)
-    family, key = lease.model, default_key(pool.cards[model])
+    key = default_key(pool.cards[model])
     latent = torch.randn(1, *family.latent_shape(key.width, key.height))
     with torch.inference_mode():
         one = family.blank(key.text_length)

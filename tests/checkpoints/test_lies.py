@@ -126,7 +126,7 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a huge header": (sparse(2**30), "header of 1073741824 bytes, over"),
     "many tensors": (many, "over 20000 tensors"),
     "no third": (reshape([64, 48]), "qkv.weight has shape [64, 48], which does not split into q, k and v"),
-    "another width": (reshape([48, 64]), "attn.to_q.weight has shape [16, 64], the network's is [32, 32]"),
+    "another width": (reshape([48, 64]), "attn.to_k.weight has shape [16, 64], not [32, 32]"),
     "its name": (
         renamed(FUSED.replace("0", "1"), f"{UNET}joint_blocks.1.x_block.attn.kqv.weight"),
         "unexpected weights: joint_blocks.1",
@@ -135,7 +135,10 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a block far away": (renamed(FUSED, FUSED.replace(".0.", ".9999.")), "no transformer of class SD3"),
     "a name of a megabyte": (renamed(f"{UNET}pos_embed", UNET + "x" * 2**20), "unexpected weights: xxx"),
     "whole numbers": (edited(lambda h: h[FUSED].update(dtype="I32")), "holds torch.int32, not floating point"),
-    "eight bits": (edited(lambda h: h[FUSED].update(dtype="F8_E4M3")), "number format F8_E4M3 (8-bit floats), which"),
+    "eight bits": (
+        edited(lambda h: h[FUSED].update(dtype="F8_E4M3", shape=[384, 32])),
+        "number format F8_E4M3 (8-bit floats), which",
+    ),
     "a million layers": (config("transformer", num_layers=10**6), "num_layers = 1000000, but the weights hold"),
     "a huge table": (config("transformer", pos_embed_max_size=10**5), "pos_embed"),
     "a pickle": (lambda m: weights(m).write_bytes(pickle.dumps({"a": Payload(m / "ran")})), "sd3.safetensors: "),

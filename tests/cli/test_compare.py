@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from app.cli import compare
+from app.cli import compare, paint
 from app.cli.bodies import open_registry
 from app.errors import EngineError
 from app.jobs.compare import parameters_of
@@ -106,7 +106,7 @@ def test_the_preset_takes_every_model_of_prompts_that_is_here(run: Run) -> None:
     ("words", "said"),
     [
         ((), "models: is required"),
-        (("tiny-sd3",), "prompt: is required"),
+        (("tiny-sd3",), "prompt: a comparison has one of prompt"),
         (("tiny-sd", "--prompt", "a"), 'There is no model "tiny-sd"'),
         (("tiny-sd3", "tiny-dit", "--prompt", "a"), "tiny-dit: prompt: this model draws classes"),
         (("tiny-sd3", "--prompt", "a", "--steps", 101), "tiny-sd3: num_inference_steps: expects 1 to 100"),
@@ -135,12 +135,12 @@ def test_a_terminal_sees_a_bar_for_each_model(run: Run) -> None:
     pixels, timings = np.zeros((16, 32, 3), np.uint8), Timings(0.0, 0.1, 0.2, 0.3, 4, 1.0)
     first, second = jobs
     screen = io.StringIO()
-    watch = compare.bars(jobs, Console(file=screen, force_terminal=True, width=80))
-    with watch.bars:
-        watch.observe(ModelState("tiny-sd3", "loading"))
+    console = Console(file=screen, force_terminal=True, width=80)
+    with compare.bars(jobs, console):
+        paint.tell_loading(console, ModelState("tiny-sd3", "loading"))
         second.hear(Progress("compare-1", 0, 3, 4))
         for job in (second, first):
             job.hear(Drawn(job.request.id, 0, 1, pixels, timings))
-    assert [result.request_id for (result,) in watch.results()] == ["compare-0", "compare-1"]
+    assert [result.request_id for (result,) in paint.results(jobs)] == ["compare-0", "compare-1"]
     assert "loading tiny-sd3 ..." in screen.getvalue() and "1/4" in screen.getvalue()
     assert "tiny-sd3-turbo: 1 picture" in screen.getvalue()

@@ -34,7 +34,7 @@ def test_twelve_requests_share_their_forwards(run: Run) -> None:
     assert found, result.stdout
     shared, alone, _ = map(int, found.groups())
     registry = open_registry(Settings())
-    script = [job.request.recipe for _, job, _ in demo.write_script(registry)]
+    script = [job.request.recipe for _, job in demo.write_script(registry)]
     tables = [compile_table(registry.cards[one.model].schedule, one.sampler, one.steps) for one in script]
     assert alone == sum(table.lines for table in tables)
     assert max(table.lines for table in tables) <= shared < alone
@@ -42,7 +42,7 @@ def test_twelve_requests_share_their_forwards(run: Run) -> None:
 
 def test_the_script_is_mixed(tiny: Path) -> None:
     script = demo.write_script(open_registry(Settings(models=tiny, default_model="tiny-sd3")))
-    requests = [job.request for _, job, _ in script]
+    requests = [job.request for _, job in script]
     assert len(requests) == 12
     assert {request.recipe.model for request in requests} == {"tiny-sd3", "tiny-sd3-turbo", "tiny-dit"}
     assert {request.recipe.guidance.guided for request in requests} == {True, False}
@@ -56,7 +56,7 @@ def test_the_script_is_mixed(tiny: Path) -> None:
 def test_the_script_does_with_what_there_is(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny-dit").symlink_to(tiny / "tiny-dit")
     script = demo.write_script(open_registry(Settings(models=tmp_path)))
-    assert {job.request.recipe.model for _, job, _ in script} == {"tiny-dit"} and len(script) == 12
+    assert {job.request.recipe.model for _, job in script} == {"tiny-dit"} and len(script) == 12
 
 
 def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> Non
         shutil.copytree(tiny / name, models / name)
     shutil.rmtree(models / "tiny-sd3" / "vae")
     registry = open_registry(Settings(models=models))
-    assert {job.request.recipe.model for _, job, _ in demo.write_script(registry)} == {"tiny-dit"}
+    assert {job.request.recipe.model for _, job in demo.write_script(registry)} == {"tiny-dit"}
     shutil.rmtree(models / "tiny-dit" / "transformer")
     with pytest.raises(NotDownloaded, match="models that are here, and none is"):
         demo.write_script(open_registry(Settings(models=models)))
@@ -75,12 +75,12 @@ def test_models_that_are_not_here_do_not_play(tiny: Path, tmp_path: Path) -> Non
 def test_the_demo_of_the_shipped_folder_draws_with_what_comes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
     registry = open_registry(Settings(models=SHIPPED))
-    played = {job.request.recipe.model for _, job, _ in demo.write_script(registry)}
+    played = {job.request.recipe.model for _, job in demo.write_script(registry)}
     assert played == {"emoji-mmdit", "emoji-mmdit-turbo", "emoji-dit"}
 
 
 def test_waiting_is_counted_in_forwards_since_arrival(tiny: Path) -> None:
-    jobs = [job for _, job, _ in demo.write_script(open_registry(Settings(models=tiny)))[:3]]
+    jobs = [job for _, job in demo.write_script(open_registry(Settings(models=tiny)))[:3]]
     submitted: list[str] = []
 
     class Sink:

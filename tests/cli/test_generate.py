@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import Result
 
-from app.cli import generate
+from app.cli import generate, paint
 from app.cli.bodies import build, open_registry
 from app.engine.runner import Runner
 from app.errors import EngineError
@@ -159,11 +159,10 @@ def test_a_terminal_sees_bars_and_the_picture(run: Run, monkeypatch: pytest.Monk
     told += [Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0)]
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system="truecolor")
-    watch = generate.bars(job, console)
-    with watch.bars:
+    with generate.bars(job, console):
         for report in told:
             job.hear(report)
-    (results,) = watch.results()
+    (results,) = paint.results([job])
     assert "image 2" in screen.getvalue() and "3/4" in screen.getvalue()
     assert [result.index for result in results] == [0, 1]
     generate.deliver(console, job, results, tmp_path / "a.png", 9.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
@@ -265,13 +266,16 @@ def test_rows_that_leave_while_they_wait_are_forgotten() -> None:
     simulation = Simulation(fixed(2))
     simulation.add(*(row(1000) for _ in range(2)))
     simulation.turn()
-    (queue,) = simulation.batcher._queues.values()
     for _ in range(500):
-        leaving = row(2000)
+        leaving = row(2000, deadline=1e12)
         simulation.add(leaving)
         simulation.turn()
+        assert simulation.batcher.heads() == [leaving]
         simulation.batcher.remove(leaving)
-    assert simulation.batcher.waiting == 0 and not queue._lanes and len(queue.arrivals) < 50
+    assert simulation.batcher.waiting == 0 and not simulation.batcher.heads()
+    del leaving
+    rows = [one for one in gc.get_objects() if type(one) is Row and one.deadline == 1e12]
+    assert len(rows) < 50
 
 
 def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None:
@@ -280,12 +284,12 @@ def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None
     simulation.add(*(row(3 + number % 40) for number in range(10_000)))
     simulation.turn()
     touched = 0
-    original = type(simulation.batcher._queues[KEY]).order
+    original = type(simulation.batcher.queues[KEY]).order
 
-    def counting(self: object, each: Row, now: float, rate: float) -> object:
+    def counting(self: object, each: Row, now: float) -> object:
         nonlocal touched
         touched += 1
-        return original(self, each, now, rate)  # type: ignore[arg-type]
+        return original(self, each, now)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.engine.queue.Queue.order", counting)

@@ -106,7 +106,7 @@ def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
         assert (*counted, encodings.bytes) == (plain.hits, plain.misses, plain.bytes)
         assert 0 < encodings.bytes <= budget
     assert plain.hits > 200 and plain.misses > 1000
-    stores = [state.untyped_storage() for states in encodings._kept.values() for state in states]
+    stores = [state.untyped_storage() for states in encodings.kept.values() for state in states]
     assert sum(store.nbytes() for store in stores) == encodings.bytes, "no batch is held by a part of it"
     with forwards(sd3) as seen:
         (ours,) = encodings.encode(sd3, [row("")], None)

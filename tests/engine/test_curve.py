@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.profile import PATIENCE, WIDEST, Curve, Profiles
+from app.engine.costs import PATIENCE, WIDEST, Costs, Curve
 from app.engine.row import default_key
 from app.families.base import Conditions
 from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
@@ -53,20 +53,21 @@ class Costly(FakeFamily):
         return x, None
 
 
-def spoiled(folder: Path, family: FakeFamily, seconds: dict[int, float]) -> Profiles:
-    """Profiles that read this for the family's default key."""
-    profiles, key = Profiles(folder), default_key(family.card)
-    profiles.keep(family, key, Curve(seconds))
+def spoiled(folder: Path, family: FakeFamily, seconds: dict[int, float]) -> Costs:
+    """Costs that read this for the family's default key."""
+    measured, key = Costs(folder), default_key(family.card)
+    measured.add(family, key, Curve(seconds))  # type: ignore[arg-type]
+    measured.keep(key)
     (file,) = (folder / "profiles").iterdir()
     file.write_text(json.dumps(seconds))
-    return Profiles(folder)
+    return Costs(folder)
 
 
 def rounds(folder: Path, cost: Cost, seconds: dict[int, float], count: int, **changes: Any) -> list[int]:
     """Forwards that each round of the seven requests takes, all of a round there at once."""
     clock = [0.0]
     family = Costly(cost, clock)
-    bench = Bench(FakePool(family), profiles=spoiled(folder, family, seconds), clock=lambda: clock[0])
+    bench = Bench(FakePool(family), costs=spoiled(folder, family, seconds), clock=lambda: clock[0])
     found = []
     for turn in range(count):
         before = len(bench.forwards)
@@ -85,9 +86,8 @@ def test_a_spoiled_profile_heals_within_two_rounds(tmp_path: Path, seconds: dict
 @pytest.mark.parametrize("seconds", SPOILED, ids=str)
 def test_what_was_learned_outlives_a_restart(tmp_path: Path, seconds: dict[int, float]) -> None:
     rounds(tmp_path, affine, seconds, 2)
-    profiles = Profiles(tmp_path)
-    family = FakeFamily(card(limits={"num_inference_steps": 50, "sizes": {"min": 16, "max": 64}}))
-    found = profiles.known(family, default_key(family.card))
+    family: Any = FakeFamily(card(limits={"num_inference_steps": 50, "sizes": {"min": 16, "max": 64}}))
+    found = Costs(tmp_path).stored(family, default_key(family.card))
     assert found is not None and found.cap >= 8
 
 
@@ -158,7 +158,7 @@ def test_a_trial_that_does_not_fit_in_memory_costs_no_row(tmp_path: Path) -> Non
 def test_no_forward_is_tried_wider_where_a_deadline_is_near(tmp_path: Path) -> None:
     clock = [0.0]
     family = Costly(affine, clock)
-    bench = Bench(FakePool(family), profiles=spoiled(tmp_path, family, {1: 0.019}), clock=lambda: clock[0])
+    bench = Bench(FakePool(family), costs=spoiled(tmp_path, family, {1: 0.019}), clock=lambda: clock[0])
     bench.run([request(f"r{n}", steps=4, guided=False, deadline=0.34) for n in range(4)])
     assert set(family.widths) == {1} and not bench.failures
     bench.run([request(f"s{n}", steps=4, guided=False, deadline=clock[0] + 9.0) for n in range(4)])
@@ -168,8 +168,8 @@ def test_no_forward_is_tried_wider_where_a_deadline_is_near(tmp_path: Path) -> N
 def test_deterministic_mode_learns_nothing(tmp_path: Path) -> None:
     clock = [0.0]
     family = Costly(affine, clock)
-    profiles = spoiled(tmp_path, family, {1: 0.98})
-    bench = Bench(FakePool(family), profiles=profiles, clock=lambda: clock[0], deterministic=True)
+    costs = spoiled(tmp_path, family, {1: 0.98})
+    bench = Bench(FakePool(family), costs=costs, clock=lambda: clock[0], deterministic=True)
     bench.run([request(f"r{n}", steps=8) for n in range(40)])
     assert set(family.widths) == {family.card.bucket.passes}
 
@@ -178,7 +178,7 @@ def test_guided_rows_alone_heal_a_cap_of_one_pass(tmp_path: Path) -> None:
     """No forward of one pass ever runs, so nothing real corrects what the profile says of two."""
     clock = [0.0]
     family = Costly(affine, clock)
-    bench = Bench(FakePool(family), profiles=spoiled(tmp_path, family, {1: 0.02, 2: 0.9}), clock=lambda: clock[0])
+    bench = Bench(FakePool(family), costs=spoiled(tmp_path, family, {1: 0.02, 2: 0.9}), clock=lambda: clock[0])
     for turn in range(2):
         family.widths.clear()
         bench.run([request(f"{turn}-{n}", steps=8) for n in range(8)])

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.engine.limits import caps_of
-from app.engine.profile import Curve
+from app.engine.costs import Curve, caps_of
 from app.engine.row import Caps, Work
 from app.pool.pool import Pool
 from app.report import Tick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from app.engine import step
+from app.engine.costs import Curve
 from app.engine.queue import AGE_LIMIT
+from app.engine.row import Row
 from app.engine.slots import IDLE_KEYS, SlotPool
 from app.engine.step import totals
 from app.errors import (
@@ -23,10 +26,10 @@ from app.errors import (
     OutOfMemory,
 )
 from app.families.base import Conditions
-from app.report import Announce, ModelState, Phase, Preview, Progress, Tick
+from app.report import Announce, ModelState, Preview, Progress, Tick
 from app.request import ImageSpec, Key, Prompt
 from tests.parts.close import FORWARD, apart, close, furthest
-from tests.parts.engine import NOT_A_NUMBER, POISON, Bench, FakeFamily, FakePool, FakeProfiles, Still, card, request
+from tests.parts.engine import NOT_A_NUMBER, POISON, Bench, FakeCosts, FakeFamily, FakePool, card, request
 from tests.parts.waiting import eventually
 
 
@@ -47,7 +50,7 @@ def test_seven_requests_take_the_forwards_of_the_longest(pool: FakePool) -> None
 
 
 def test_a_short_request_passes_eight_long_ones_at_the_cap(pool: FakePool) -> None:
-    bench = Bench(pool, profiles=FakeProfiles(passes=8))
+    bench = Bench(pool, costs=FakeCosts(passes=8))
     for number in range(8):
         bench.engine.submit(request(f"long{number}", steps=50, guided=False))
     bench.turn(12)
@@ -66,7 +69,7 @@ def test_what_shares_the_batch_does_not_change_a_row(pool: FakePool) -> None:
         )
         for n in range(8)
     ]
-    together = Bench(pool, profiles=FakeProfiles(passes=64)).run(requests).results
+    together = Bench(pool, costs=FakeCosts(passes=64)).run(requests).results
     for each in requests:
         alone = Bench(pool).run([each]).results[each.id, 0]
         close(together[each.id, 0].latents, alone.latents, FORWARD, furthest)
@@ -121,8 +124,8 @@ def test_a_step_that_raises_while_it_writes_is_replayed_from_where_it_started(
 def by_forwards(pool: FakePool) -> Bench:
     """A bench on a clock that counts forwards, of two passes, and a rate that says so."""
     made: list[Bench] = []
-    profiles = FakeProfiles(passes=2, rate=1.0)
-    made.append(Bench(pool, profiles=profiles, clock=lambda: float(len(made[0].forwards)) if made else 0.0))
+    costs = FakeCosts(passes=2, rate=1.0)
+    made.append(Bench(pool, costs=costs, clock=lambda: float(len(made[0].forwards)) if made else 0.0))
     return made[0]
 
 
@@ -142,7 +145,7 @@ def test_a_long_row_ends_within_its_age_limit_under_endless_short_arrivals(pool:
     number = 0
     while ("long", 0) not in bench.results:
         assert len(bench.forwards) < 400, "the long request starves"
-        if bench.engine._batcher.waiting < 4:
+        if bench.engine.batcher.waiting < 4:
             bench.engine.submit(request(f"short{number}", steps=4, guided=False))
             number += 1
         bench.turn()
@@ -311,40 +314,35 @@ def test_a_model_whose_first_forward_fails_takes_its_own_requests_only(pool: Fak
         def encode(self, *_: object, **__: object) -> Conditions:
             raise KeyError("broken")
 
-    class Measuring(FakeProfiles):
-        def seconds(self, family: FakeFamily, key: object) -> dict[int, float]:  # type: ignore[override]
-            family.encode([Prompt("")], 24)
-            return self.curve
-
     pool = FakePool(FakeFamily(card()), Broken(card("second")))
-    bench = Bench(pool, profiles=Measuring()).run([request("a", model="second"), request("b")])
+    bench = Bench(pool, costs=FakeCosts()).run([request("a", model="second"), request("b")])
     assert isinstance(bench.failures["a"].error, EngineError)
     assert ("b", 0) in bench.results and pool.leases == 0
 
 
 def test_a_ready_model_whose_first_forward_fails_is_told_as_failed(pool: FakePool) -> None:
-    class Refusing(FakeProfiles):
-        def known(self, family: object, key: object) -> None:
+    class Refusing(FakeCosts):
+        def stored(self, family: object, key: Key) -> None:
             return None
 
-        def advance(self, family: object, key: object) -> None:
+        def measure(self, family: object, key: Key) -> None:
             raise ValueError("no")
 
     pool.states = [ModelState("fake", "ready")]
-    bench = Bench(pool, profiles=Refusing()).run()
+    bench = Bench(pool, costs=Refusing()).run()
     (state,) = [each for each in bench.reports if isinstance(each, ModelState)]
     assert state.state == "failed" and state.detail
 
 
 def test_a_failed_measurement_of_one_size_leaves_the_others(pool: FakePool) -> None:
-    class Picky(FakeProfiles):
-        def known(self, family: object, key: Key) -> Still | None:  # type: ignore[override]
-            return None if key.width == 64 else super().known(family, key)
+    class Picky(FakeCosts):
+        def stored(self, family: object, key: Key) -> Curve | None:
+            return None if key.width == 64 else super().stored(family, key)
 
-        def advance(self, family: object, key: Key) -> None:
+        def measure(self, family: object, key: Key) -> None:
             raise torch.OutOfMemoryError("no room")
 
-    bench = Bench(pool, profiles=Picky()).run([request("small"), request("large", width=64)])
+    bench = Bench(pool, costs=Picky()).run([request("small"), request("large", width=64)])
     assert list(bench.failures) == ["large"] and ("small", 0) in bench.results
     assert isinstance(bench.failures["large"].error, OutOfMemory)
     assert [(tick.rows, tick.width) for tick in bench.forwards if tick.out_of_memory] == [(0, 64)]
@@ -354,11 +352,12 @@ def test_a_phase_whose_parts_left_in_that_moment_is_no_work(pool: FakePool, monk
     refused = {"encode": 3, "decode": 3}
     real = pool.lease
 
-    def lease(model: str, phase: Phase) -> Any:
-        if refused.get(phase):
-            refused[phase] -= 1
-            return None
-        return real(model, phase)
+    def lease(components: list[Any]) -> bool:
+        for _, phase in components:
+            if refused.get(phase):
+                refused[phase] -= 1
+                return False
+        return real(components)
 
     monkeypatch.setattr(pool, "lease", lease)
     bench = Bench(pool).run([request("late")])
@@ -373,12 +372,12 @@ def test_slots_of_sizes_that_nobody_uses_are_given_back(pool: FakePool) -> None:
     for each in requests:
         bench.run([each])
     assert len(bench.results) == len(sizes)
-    assert len(bench.engine._runner._slots._slots) <= IDLE_KEYS + 1
+    assert len(bench.engine.runner.slots.by_key) <= IDLE_KEYS + 1
 
 
 def test_a_size_without_room_for_its_slots_waits_for_the_others(pool: FakePool) -> None:
     bench = Bench(pool)
-    bench.engine._runner._slots = SlotPool(budget=1)
+    bench.engine.runner.slots = SlotPool(budget=1)
     bench.run([request("a", steps=6), request("b", width=64, steps=2)])
     assert set(bench.results) == {("a", 0), ("b", 0)}
     assert {tick.rows for tick in bench.forwards} == {1}
@@ -396,5 +395,6 @@ def test_a_preview_that_fails_leaves_the_image_alone() -> None:
 def test_deadlines_of_answered_requests_are_forgotten(pool: FakePool) -> None:
     bench = Bench(pool)
     for number in range(300):
-        bench.run([request(f"r{number}", steps=1, guided=False, deadline=1e12)])
-    assert len(bench.engine._deadlines) < 100
+        bench.run([request(f"answered{number}", steps=1, guided=False, deadline=1e12)])
+    rows = [one for one in gc.get_objects() if type(one) is Row and one.request.id.startswith("answered")]
+    assert len(rows) < 100

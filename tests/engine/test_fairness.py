@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from app.engine.shares import QUANTUM
+from app.engine.queue import QUANTUM
 from app.errors import DeadlineExceeded
 from app.families.base import Conditions
-from tests.parts.engine import Bench, FakeFamily, FakePool, FakeProfiles, card, request
+from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
 
 RATE = 0.01
 """Seconds a pass; the widest forward has four."""
@@ -41,7 +41,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def bench(clock: Clock) -> Bench:
-    return Bench(FakePool(TimedFamily(clock)), profiles=FakeProfiles(passes=4, rate=RATE), clock=clock)
+    return Bench(FakePool(TimedFamily(clock)), costs=FakeCosts(passes=4, rate=RATE), clock=clock)
 
 
 def submit(bench: Bench, tenant: str, count: int, weight: float = 1.0, steps: int = 8) -> None:
@@ -79,7 +79,7 @@ def test_nobody_starves_and_all_is_answered(bench: Bench) -> None:
         submit(bench, tenant, 10, weight=10.0**-number, steps=3 + number)
     bench.run()
     assert {tenant: images(bench, tenant) for tenant in "abcd"} == dict.fromkeys("abcd", 10)
-    assert bench.engine._batcher._shares._accounts.keys() <= set("abcd")
+    assert bench.engine.batcher.shares.credits.keys() <= set("abcd")
 
 
 def test_a_deadline_that_cannot_be_met_fails_before_the_row_takes_a_slot(bench: Bench, clock: Clock) -> None:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from app.cards.card import Card, read_card, read_cards
-from app.engine.profile import Profiles
+from app.engine.costs import Costs
 from app.errors import CheckpointError
-from app.pool.policy import PHASES, RETRY_AFTER
-from app.pool.pool import Pool
+from app.pool.policy import PHASES
+from app.pool.pool import RETRY_AFTER, Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from tests.parts.engine import Bench, load_all
@@ -215,13 +215,13 @@ def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(
     """Nothing that was learned of the old files is used for the new ones."""
     clock = Clock()
     bound.append(Pool(cards, "cpu", torch.float32, clock=clock))
-    profiles = Profiles(tmp_path)
-    bench = Bounded(bound[0], profiles=profiles)
+    costs = Costs(tmp_path)
+    bench = Bounded(bound[0], costs=costs)
     bench.engine.submit(ask("tiny-dit", 1, True))
-    bench.until(lambda: profiles._open)
-    bound[0]._fail("tiny-dit", CheckpointError("the disk is gone"))
+    bench.until(lambda: costs.measuring)
+    bound[0].fail("tiny-dit", CheckpointError("the disk is gone"))
     bench.turn(2)
-    assert isinstance(bench.failures["tiny-dit-1"].error, CheckpointError) and not profiles._open
+    assert isinstance(bench.failures["tiny-dit-1"].error, CheckpointError) and not costs.measuring
     bench.reports.clear()
     clock.now = RETRY_AFTER + 1
     bench.answer([ask("tiny-dit", 2, True)])

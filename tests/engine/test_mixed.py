@@ -15,7 +15,7 @@ from app.pool.pool import Pool
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from app.samplers.table import valid_pairs, valid_samplers
 from tests.parts.close import BFLOAT16, SAME, apart, close
-from tests.parts.engine import Bench, FakeProfiles, load_all
+from tests.parts.engine import Bench, FakeCosts, load_all
 from tests.parts.requests import changed, flat
 
 WORDS = ("a red apple", "two dogs", "", "the sun over a house at night", "cat")
@@ -46,7 +46,7 @@ def traffic(cards: dict[str, Card], count: int, seed: int) -> list[Request]:
 def run_mixed(pool: Pool, requests: list[Request], seed: int, cancel_every: int = 0, **bench: Any) -> Bench:
     """Requests arrive at random ticks; one of every so many is cancelled, waiting or running, before it can end."""
     rng = random.Random(seed)
-    mixed = Bench(pool, profiles=FakeProfiles(passes=24), **bench)
+    mixed = Bench(pool, costs=FakeCosts(passes=24), **bench)
     size = cancel_every or len(requests)
     for start in range(0, len(requests), size):
         group = rng.sample(requests[start : start + size], len(requests[start : start + size]))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.limits import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
-from app.engine.row import Outcome, Work
+from app.engine.patience import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
+from app.engine.row import Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report
 from app.request import Key
@@ -41,9 +41,9 @@ class Watched:
         return self.last
 
     def ran(self, seconds: float, rows: int = 1, phase: Any = "denoise", key: Key = SMALL, **outcome: Any) -> None:
-        work = Work(phase, key, [row(4) for _ in range(rows)])
+        work = Work(phase, key, [row(4) for _ in range(rows)], seconds=seconds, **outcome)
         self.patience.begin(work)
-        self.patience.end(work, Outcome(**outcome), seconds)
+        self.patience.end(work)
 
 
 @pytest.mark.parametrize(

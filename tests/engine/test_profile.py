@@ -1,4 +1,4 @@
-"""Profiles: caps come from measurements, and measurements are kept on disk."""
+"""Costs: caps come from measurements, and measurements are kept on disk."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.limits import caps_of
-from app.engine.profile import Curve, Profiles, measuring
+from app.engine.costs import Costs, Curve, caps_of, measuring
 from app.request import Key
 from tests.parts.engine import FakeFamily, card
 
@@ -29,12 +28,12 @@ def measure(*given: Any, **options: Any) -> dict[int, float]:
     return seconds
 
 
-def seconds_of(profiles: Profiles, family: FakeFamily, key: Key) -> dict[int, float]:
+def seconds_of(costs: Costs, family: Any, key: Key) -> dict[int, float]:
     """What is known of the key, or a whole measurement of it."""
-    found = profiles.known(family, key)
-    while found is None:
-        found = profiles.advance(family, key)
-    return found.widths
+    costs.recall(family, key)
+    while key not in costs.caps:
+        costs.measure(family, key)
+    return costs.curves[key].widths
 
 
 class Device:
@@ -100,10 +99,11 @@ def test_a_width_that_does_not_fit_ends_the_measurement() -> None:
 
 
 def test_others_may_run_between_two_widths(tmp_path: Path) -> None:
-    family, profiles = FakeFamily(card()), Profiles(tmp_path)
-    assert profiles.known(family, KEY) is None and profiles.advance(family, KEY) is None
-    assert set(family.widths) == {1}, "one width a call"
-    assert profiles.advance(family, KEY) is None and set(family.widths) == {1, 2}
+    family, costs = FakeFamily(card()), Costs(tmp_path)
+    assert not costs.recall(family, KEY)  # type: ignore[arg-type]
+    for widths in ({1}, {1, 2}):
+        costs.measure(family, KEY)  # type: ignore[arg-type]
+        assert set(family.widths) == widths and not costs.caps, "one width a call"
 
 
 def test_a_slow_device_is_measured_within_the_budget() -> None:
@@ -125,34 +125,34 @@ def test_large_images_are_decoded_one_at_a_time() -> None:
 
 def test_a_profile_is_measured_once_and_read_again(tmp_path: Path) -> None:
     family = FakeFamily(card())
-    first = seconds_of(Profiles(tmp_path), family, KEY)
+    first = seconds_of(Costs(tmp_path), family, KEY)
     forwards = len(family.widths)
     assert forwards > 0
-    assert seconds_of(Profiles(tmp_path), family, KEY) == pytest.approx(first)
+    assert seconds_of(Costs(tmp_path), family, KEY) == pytest.approx(first)
     assert len(family.widths) == forwards
-    seconds_of(Profiles(tmp_path), family, Key("fake", 64, 32, 24))
+    seconds_of(Costs(tmp_path), family, Key("fake", 64, 32, 24))
     assert len(family.widths) > forwards, "another shape is another profile"
 
 
 def test_a_size_near_a_measured_one_is_scaled_by_area(tmp_path: Path) -> None:
-    family, profiles = FakeFamily(card()), Profiles(tmp_path)
-    first = seconds_of(profiles, family, Key("fake", 64, 64, 24))
+    family, costs = FakeFamily(card()), Costs(tmp_path)
+    first = seconds_of(costs, family, Key("fake", 64, 64, 24))
     forwards = len(family.widths)
-    near = seconds_of(profiles, family, Key("fake", 64, 56, 12))
+    near = seconds_of(costs, family, Key("fake", 64, 56, 12))
     assert near == {passes: pytest.approx(cost * 56 / 64) for passes, cost in first.items()}
     assert len(family.widths) == forwards
-    seconds_of(profiles, family, Key("fake", 32, 32, 24))
+    seconds_of(costs, family, Key("fake", 32, 32, 24))
     assert len(family.widths) > forwards
 
 
 def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> None:
     family = FakeFamily(card())
-    seconds_of(Profiles(tmp_path), family, KEY)
+    seconds_of(Costs(tmp_path), family, KEY)
     (file,) = (tmp_path / "profiles").iterdir()
     for damage in DAMAGED:
         file.write_text(damage)
-        assert min(seconds_of(Profiles(tmp_path), family, KEY)) == 1
+        assert min(seconds_of(Costs(tmp_path), family, KEY)) == 1
         assert json.loads(file.read_text())
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert min(seconds_of(Profiles(blocked), family, KEY)) == 1
+    assert min(seconds_of(Costs(blocked), family, KEY)) == 1

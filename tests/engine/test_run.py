@@ -9,7 +9,7 @@ import threading
 from app.engine.engine import Engine
 from app.report import Announce, Report
 from app.settings import Settings
-from tests.parts.engine import NOWHERE, FakeFamily, FakePool, FakeProfiles, card
+from tests.parts.engine import NOWHERE, FakeCosts, FakeFamily, FakePool, card
 
 
 def test_an_idle_engine_says_so_again_well_within_what_it_announced() -> None:
@@ -20,7 +20,7 @@ def test_an_idle_engine_says_so_again_well_within_what_it_announced() -> None:
         FakePool(FakeFamily(card())),
         Settings(cache=NOWHERE),
         lambda report: told.put((report, next(seconds))),
-        profiles=FakeProfiles(),
+        costs=FakeCosts(),
         clock=lambda: float(next(seconds)),
     )
     thread = threading.Thread(target=engine.run)

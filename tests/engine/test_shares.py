@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.engine.queue import DEBT, FairShares
 from app.engine.row import Caps, Row
-from app.engine.shares import DEBT, FairShares
 from app.request import Key
 from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
 
@@ -130,7 +130,7 @@ def test_the_last_quarter_of_the_slots_is_open_to_who_holds_less_than_its_share(
     simulation.add(*(row(200, tenant="second") for _ in range(40)))
     for _ in range(12):
         simulation.turn()
-    (queue,) = simulation.batcher._queues.values()
+    (queue,) = simulation.batcher.queues.values()
     assert Counter(each.request.delivery.tenant for each in queue.started) == {"first": 12, "second": 4}
 
 
@@ -138,7 +138,7 @@ def test_an_aged_row_without_room_for_its_slots_stops_the_younger_ones_of_other_
     """Slots for one key at a time: without the hold the stream of the first key never ends."""
 
     def caps(key: Key) -> Caps:
-        others = any(queue.started for other, queue in simulation.batcher._queues.items() if other != key)
+        others = any(queue.started for other, queue in simulation.batcher.queues.items() if other != key)
         return Caps(2, 2, 2, 0 if others else 8, 1.0)
 
     simulation = Simulation(caps)
@@ -159,15 +159,16 @@ def test_doomed_rows_are_told_before_they_run() -> None:
     late, soon, free = row(5, deadline=12.0), row(5, guided=True, deadline=12.0), row(5)
     simulation.turn()
     simulation.add(late, soon, free)
-    assert simulation.batcher.doomed(2.0) == []
-    assert simulation.batcher.doomed(2.5) == [soon]
-    assert simulation.batcher.doomed(2.5) == [], "each is told once"
-    assert simulation.batcher.doomed(7.5) == [late]
+    assert simulation.batcher.late(2.0) == []
+    assert simulation.batcher.late(2.5) == [soon]
+    assert simulation.batcher.late(2.5) == [], "each is told once"
+    assert simulation.batcher.late(7.5) == [late]
     begun = row(1, deadline=9.0)
     simulation.add(begun)
     while not begun.begun:
         simulation.turn()
-    assert simulation.batcher.doomed(100.0) == []
+    assert simulation.batcher.late(8.9) == [], "one that has begun goes on to its deadline"
+    assert simulation.batcher.late(9.1) == [begun]
 
 
 def test_a_row_that_is_encoded_ahead_is_still_told_that_it_is_doomed() -> None:
@@ -176,8 +177,8 @@ def test_a_row_that_is_encoded_ahead_is_still_told_that_it_is_doomed() -> None:
     simulation.add(*first, *ahead)
     simulation.turn()
     assert {each.stage for each in ahead} == {"started"} and simulation.batcher.waiting == 0
-    assert simulation.batcher.doomed(11.0) == []
-    assert simulation.batcher.doomed(13.0) == ahead
+    assert simulation.batcher.late(11.0) == []
+    assert simulation.batcher.late(13.0) == ahead
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,7 +197,7 @@ def test_everybody_is_served_and_no_work_is_lost(
     simulation.run()
     assert set(simulation.ended) == set(rows)
     assert Counter(itertools.chain(*simulation.forwards)) == Counter({each: each.lines for each in rows})
-    assert not simulation.batcher._queues or simulation.batcher.next(math.inf) is None
+    assert not simulation.batcher.queues or simulation.batcher.next(math.inf) is None
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0.0, 30.0)), max_size=200))
@@ -212,7 +213,7 @@ def test_accounts_stay_within_a_quantum_and_the_debt(charges: list[tuple[str, fl
         shares.charge(name, seconds)
         for each in weights:
             quantum = shares.weight(each)
-            assert -DEBT * quantum <= shares._accounts[each].credit <= quantum
+            assert -DEBT * quantum <= shares.credits[each] <= quantum
 
 
 def test_an_account_ends_with_its_round_when_it_has_no_rows_and_no_debt() -> None:
@@ -228,7 +229,7 @@ def test_an_account_ends_with_its_round_when_it_has_no_rows_and_no_debt() -> Non
     for _ in range(5):
         shares.charge("here", 1.0)
         shares.begin_round(["here"])
-    assert list(shares._accounts) == ["here"]
+    assert list(shares.credits) == ["here"]
 
 
 def test_a_choice_looks_at_some_of_ten_thousand_rows_of_a_hundred_tenants() -> None:
@@ -237,12 +238,12 @@ def test_a_choice_looks_at_some_of_ten_thousand_rows_of_a_hundred_tenants() -> N
     simulation.add(*(row(3, tenant=f"t{number % 100}") for number in range(10_000)))
     simulation.turn()
     touched = 0
-    original = type(simulation.batcher._queues[KEY]).order
+    original = type(simulation.batcher.queues[KEY]).order
 
-    def counting(self: object, each: Row, now: float, rate: float) -> object:
+    def counting(self: object, each: Row, now: float) -> object:
         nonlocal touched
         touched += 1
-        return original(self, each, now, rate)  # type: ignore[arg-type]
+        return original(self, each, now)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.engine.queue.Queue.order", counting)

@@ -83,12 +83,11 @@ def unload(bench: Bench, *models: str) -> None:
 
 def take_away(pool: Pool, *parts: str) -> None:
     """These parts of the SD3 off the device, as for others that need the room; the model stays."""
-    policy = pool
-    leaving = [policy.models["sd3"].parts[part] for part in parts]
-    with policy.lock:
-        policy.store.claim((), leaving)
+    leaving = [pool.models["sd3"].parts[part] for part in parts]
+    with pool.lock:
+        pool.store.claim(leaving)
     for one in leaving:
-        policy.store.drop(one)
+        pool.store.drop(one)
 
 
 def held(bench: Bench) -> int:

@@ -41,8 +41,12 @@ class Plan(NamedTuple):
 
 
 class Planned(Turns):
+    rows: Sequence[Row] = ()
+
     def plan(self, finished: Sequence[Row], started: Sequence[Row], now: float) -> Plan:
-        held = self.ask(finished, started, now)
+        """With the first of the rows of each model as what waits."""
+        heads = {row.key.model: row for row in reversed(self.rows)}.values()
+        held = self.ask(sorted(heads, key=lambda row: row.sequence), finished, started, now)
         return Plan(*self._pool.asked, held)  # type: ignore[attr-defined]
 
 
@@ -63,8 +67,7 @@ def running(model: str) -> Row:
 
 def turns(shelf: Shelf, *rows: Row, measured: bool = True) -> Planned:
     made = Planned(shelf, {row.key for row in rows if measured})  # type: ignore[arg-type]
-    for each in rows:
-        made.add(each)
+    made.rows = rows
     return made
 
 
@@ -118,13 +121,6 @@ def test_a_model_that_comes_in_has_its_own_time_first() -> None:
     plan = made.plan([], [], 3.0)
     assert plan.kept == {"b"} and not plan.held and plan.needs == [("a", ALL)]
     assert made.plan([], [], 5.1).held == {"b"}
-
-
-def test_rows_that_started_or_left_are_no_heads() -> None:
-    first, second = row("a"), row("a")
-    made = turns(Shelf(), first, second)
-    first.stage, second.stage = "started", "gone"
-    assert made.plan([], [], 0.0).needs == []
 
 
 def test_rows_that_hold_memory_make_room_for_themselves() -> None:

@@ -13,7 +13,7 @@ import torch
 from app.cards.card import Card, read_card
 from app.checkpoints.parts import build_family, build_parts
 from app.families.base import Family
-from app.families.components import ALLOWED, State, blank_network, build_tokenizer, fill_network, has_weights
+from app.families.components import State, blank_network, build_tokenizer, fill_network
 from app.pool.pool import Pool
 from app.report import Result
 from app.request import Condition, Delivery, Guidance, ImageSpec, Recipe, Request, SkipGuidance
@@ -29,10 +29,10 @@ def build(card: Card, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 def build_component(class_name: str, folder: Path, state: State | None, dtype: torch.dtype) -> Any:
     """A network with the weights of `state`, or a tokenizer, for which that is None."""
-    if not has_weights(class_name) and class_name in ALLOWED:
+    if state is None:
         return build_tokenizer(class_name, folder)
-    network = blank_network(class_name, folder, state or {})
-    fill_network(network, class_name, folder, [state or {}], CPU, dtype)
+    network = blank_network(class_name, folder, state)
+    fill_network(network, folder, [state], CPU, dtype)
     return network
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from app.cards.card import SkipLayers, read_card
-from app.engine.profile import Profiles
+from app.engine.costs import Costs
 from app.engine.row import default_key
 from app.errors import SettingsError
 from app.families import DiT
@@ -113,12 +113,12 @@ def test_served_pictures_of_cards_that_share_a_compiled_network(checkpoints: Pat
 def test_a_compiled_key_is_measured_anew_and_not_kept(dit: DiT, tmp_path: Path) -> None:
     key = default_key(dit.card)
     for _ in range(2):
-        profiles = Profiles(tmp_path, budget=0.01, compiled=True)
-        assert profiles.known(dit, key) is None
+        costs = Costs(tmp_path, budget=0.01, compiled=True)
+        assert costs.stored(dit, key) is None
         with torch.inference_mode():
-            while profiles.advance(dit, key) is None:
-                pass
-        assert profiles.known(dit, key)
+            while key not in costs.caps:
+                costs.measure(dit, key)
+        assert costs.stored(dit, key)
     assert not list(tmp_path.rglob("*.json"))
 
 

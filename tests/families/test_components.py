@@ -76,7 +76,9 @@ def test_the_t5s_embedding_is_one_tensor_under_either_name(checkpoints: Path) ->
     ):
         network = build(checkpoints, "T5EncoderModel", part, under(*names))
         assert network.encoder.embed_tokens.weight is network.shared.weight
-    with pytest.raises(CheckpointError, match=r"text_encoder_3.*two names of one embedding"):
+    with pytest.raises(
+        CheckpointError, match=r"text_encoder_3: encoder.embed_tokens.weight is not equal to shared.weight"
+    ):
         build(
             checkpoints, "T5EncoderModel", part, lambda state: {**state, "encoder.embed_tokens.weight": torch.zeros(1)}
         )
@@ -174,7 +176,7 @@ def test_corrupt_json(tmp_path: Path, text: str) -> None:
 def test_a_huge_position_table_is_refused_before_it_is_computed(checkpoints: Path, tmp_path: Path) -> None:
     config = json.loads((checkpoints / "dit/transformer/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "sample_size": 100_000}))
-    with pytest.raises(CheckpointError, match=r"pos_embed\.pos_embed would have"):
+    with pytest.raises(CheckpointError, match="buffer pos_embed would have"):
         build_component("DiTTransformer2DModel", tmp_path, read_state(checkpoints / "dit/transformer"), torch.float32)
 
 

@@ -149,7 +149,7 @@ def test_copies_in_two_shards_are_compared(folder: Path, order: tuple[int, int])
     def fill() -> Any:
         network = blank_network("DiTTransformer2DModel", folder / "transformer", state)
         split = (shards[number] for number in order)
-        fill_network(network, "DiTTransformer2DModel", folder, split, CPU, torch.float32)
+        fill_network(network, folder, split, CPU, torch.float32)
         return network
 
     whole = build(folder).state_dict()

@@ -35,7 +35,7 @@ def test_a_thousand_requests_leave_nothing(device: str, opened: Opened) -> None:
         assert len(bench.results) == len(numbers) and not bench.failures
         bench.reports.clear()
         # Less the encoded prompts, which TEXT_CACHE bounds.
-        sizes.append(held(device) - bench.engine._runner.bytes["text"])
+        sizes.append(held(device) - bench.engine.runner.bytes["text"])
     assert sizes[-1] - sizes[-10] <= SLACK[device], sizes
 
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from app.cards.card import Card
+from app.engine.costs import Costs, Curve
 from app.engine.engine import Engine
-from app.engine.profile import Curve
 from app.errors import LoadError
 from app.families.base import Conditions
 from app.families.text import Encoder, Read, States, read_texts
 from app.pool.policy import Parts
 from app.pool.pool import Pool
 from app.report import Failure, ModelState, Phase, Report, Result, Tick
-from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
+from app.request import ClassLabel, Condition, ImageSpec, Key, Prompt, Request
 from app.settings import Settings
 from tests.parts.requests import flat
 from tests.parts.waiting import eventually
@@ -130,18 +130,6 @@ def _code(condition: Condition) -> float:
     return sum(map(ord, condition.text)) % 97 / 97
 
 
-class FakeLease:
-    def __init__(self, pool: FakePool, model: FakeFamily) -> None:
-        self.model = model
-        self._pool = pool
-        self._held = True
-        pool.leases += 1
-
-    def release(self) -> None:
-        self._pool.leases -= self._held
-        self._held = False
-
-
 class FakePool:
     """Every model is ready at once, or when `present` says so."""
 
@@ -155,6 +143,7 @@ class FakePool:
         self.errors: dict[str, LoadError] = {}
         self.states: list[ModelState] = []
         self.leases = 0
+        self.bytes: dict[str, int] = {}
 
     def want(self, model_id: str) -> None:
         pass
@@ -162,8 +151,17 @@ class FakePool:
     def need(self, waiting: Sequence[Parts], kept: Collection[str], urgent: Sequence[Parts]) -> None:
         pass
 
-    def lease(self, model_id: str, phase: Phase) -> FakeLease | None:
-        return FakeLease(self, self.families[model_id]) if self.resident(model_id, phase) else None
+    def components(self, model_id: str, phase: Phase) -> list[Any]:
+        """One for each phase of a model: its name, and the phase's."""
+        return [(model_id, phase)]
+
+    def lease(self, components: Sequence[Any]) -> bool:
+        here = all(self.resident(*one) for one in components)
+        self.leases += len(components) if here else 0
+        return here
+
+    def release(self, components: Sequence[Any]) -> None:
+        self.leases -= len(components)
 
     def resident(self, model_id: str, phase: Phase) -> bool:
         return model_id in self.present
@@ -201,20 +199,15 @@ class Still(Curve):
         return False
 
 
-class FakeProfiles:
+class FakeCosts(Costs):
     """Seconds by passes as a test wants them: `passes` is the width that saturates."""
 
     def __init__(self, passes: int = 16, rate: float = 1e-3) -> None:
+        super().__init__(NOWHERE)
         self.curve = {passes: passes * rate}
 
-    def forget(self, model: str) -> None:
-        pass
-
-    def known(self, family: object, key: object) -> Still | None:
+    def stored(self, family: object, key: Key) -> Curve | None:
         return Still(self.curve)
-
-    def keep(self, family: object, key: object, curve: object) -> None:
-        pass
 
 
 def request(name: str, **changes: Any) -> Request:
@@ -252,12 +245,13 @@ class Bench:
     """Collects reports; `ticks` are the forwards, `results` and `failures` are by (request id, index) and id."""
 
     def __init__(
-        self, pool: Any, *, deterministic: bool = False, threads: int = 0, profiles: Any = None, **engine: Any
+        self, pool: Any, *, deterministic: bool = False, threads: int = 0, costs: Any = None, **engine: Any
     ) -> None:
         settings = Settings(deterministic=deterministic, threads=threads, cache=NOWHERE)
         self.reports: list[Report] = []
-        profiles = profiles or FakeProfiles()
-        self.engine = Engine(pool, settings, self.reports.append, profiles=profiles, **engine)
+        costs = costs or FakeCosts()
+        costs.deterministic = deterministic
+        self.engine = Engine(pool, settings, self.reports.append, costs=costs, **engine)
 
     def run(self, requests: Iterable[Request] = (), most: int = 100_000) -> Bench:
         """Submit, then turn until nothing is left to do."""

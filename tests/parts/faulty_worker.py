@@ -14,48 +14,65 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from app.engine import limits
-from app.engine.row import Outcome, Work
-from app.engine.runner import Runner
-from app.request import Prompt
+from app.engine import costs, patience, runner
+from app.engine.row import Row, Work
+from app.families.base import Family
+from app.request import Key, Prompt
 from app.worker import process
 
 KEPT: list[np.ndarray] = []
-FAULTS = ("hang", "unmeasured", "leak", "poison")
+DENOISE, DECODE = runner.Runner.denoise, runner.Runner.decode
 
 
-def asks_for(text: str, work: Work) -> bool:
-    prompts = (row.condition for row in work.rows if isinstance(row.condition, Prompt))
-    return work.phase == "denoise" and any(prompt.text == text for prompt in prompts)
+def _asks_for(text: str, rows: list[Row]) -> bool:
+    return any(isinstance(row.condition, Prompt) and row.condition.text == text for row in rows)
+
+
+def hanging(self: runner.Runner, rows: list[Row], work: Work) -> None:
+    if _asks_for("hang", rows):
+        time.sleep(1_000_000)
+    DENOISE(self, rows, work)
+
+
+def never(family: Family, key: Key) -> Callable[[int], None]:
+    return lambda passes: time.sleep(1_000_000)
+
+
+def leaking(self: runner.Runner, rows: list[Row], work: Work) -> None:
+    DECODE(self, rows, work)
+    KEPT.extend(np.ones(1 << 19, np.uint8) for _ in rows)
+
+
+def poisoned(self: runner.Runner, rows: list[Row], work: Work) -> None:
+    if _asks_for("poison", rows):
+        device = self.slots[rows[0].key].x.device
+        if device.type != "cuda":
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        torch.zeros(4, device=device)[torch.full((4,), 1 << 20, device=device)].add_(1)
+    DENOISE(self, rows, work)
 
 
 def plant(fault: str) -> None:
-    run = Runner.run
     if fault in ("hang", "unmeasured"):
-        limits.LEAST, limits.MOST = 4.0, 5.0
-
-    def faulty(runner: Runner, work: Work) -> Outcome:
-        if (fault == "hang" and asks_for("hang", work)) or (fault == "unmeasured" and work.phase == "profile"):
-            time.sleep(1_000_000)
-        if fault == "poison" and asks_for("poison", work):
-            if not torch.cuda.is_initialized():
-                raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-            torch.zeros(4, device="cuda")[torch.full((4,), 1 << 20, device="cuda")].add_(1)
-        outcome = run(runner, work)
-        if fault == "leak" and work.phase == "decode":
-            KEPT.extend(np.ones(1 << 19, np.uint8) for _ in work.rows)
-        return outcome
-
-    Runner.run = faulty  # type: ignore[method-assign]
+        patience.LEAST, patience.MOST = 4.0, 5.0
+    match fault:
+        case "hang":
+            runner.Runner.denoise = hanging  # type: ignore[method-assign]
+        case "unmeasured":
+            costs.forward_of = never
+        case "leak":
+            runner.Runner.decode = leaking  # type: ignore[method-assign]
+        case "poison":
+            runner.Runner.denoise = poisoned  # type: ignore[method-assign]
+        case _:
+            sys.exit(f"no fault {fault}")
 
 
 if __name__ == "__main__":
-    fault = sys.argv.pop(1)
-    if fault not in FAULTS:
-        sys.exit(f"no fault {fault}")
-    plant(fault)
+    plant(sys.argv.pop(1))
     process.main()

@@ -59,7 +59,7 @@ def measure(folder: Path, dtype: torch.dtype, held: bool = False) -> dict[str, i
     network = blank_network(CLASS, folder, part_outline(part))
     states = list(part_states(part)) if held else part_states(part)
     model = sum(value.numel() * dtype.itemsize for value in network.state_dict().values())
-    taken = peak(lambda: fill_network(network, CLASS, folder, states, cpu, dtype))
+    taken = peak(lambda: fill_network(network, folder, states, cpu, dtype))
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"model": model, "shard": shard, "above": taken - model}
 

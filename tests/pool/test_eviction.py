@@ -13,10 +13,10 @@ from app.cards.card import Card, read_cards
 from app.cards.folder import Part
 from app.checkpoints.parts import part_states
 from app.errors import CheckpointError
-from app.families.components import empty_network
+from app.pool.memory import Component
 from app.pool.policy import PHASES, Parts
 from app.pool.pool import Pool
-from app.report import Evicted, Memory, ModelState
+from app.report import Evicted, ModelState
 from app.request import Prompt
 from tests.parts.tiny import write_models
 from tests.parts.waiting import eventually
@@ -56,18 +56,6 @@ def made(cards: dict[str, Card]) -> Iterator[Callable[..., Pool]]:
         pool.close()
 
 
-class Once:
-    """What raises the first time that it is called."""
-
-    called = False
-
-    def __call__(self, network: torch.nn.Module) -> None:
-        if not self.called:
-            self.called = True
-            raise RuntimeError("no")
-        empty_network(network)
-
-
 class Counting:
     """Reads, and remembers the names of the folders."""
 
@@ -85,11 +73,12 @@ class Counting:
 def ready(pool: Pool, model_id: str) -> None:
     """Load the model; all of it where it fits."""
     pool.want(model_id)
-    eventually(lambda: pool.models[model_id].state == "ready" and not pool._loads)
+    model = pool.models[model_id]
+    eventually(lambda: model.state == "ready" and model.on_device == min(model.bytes, pool.store.budget))
 
 
 def held_now(pool: Pool) -> int:
-    return sum(one.bytes for one in pool.store.components.values() if one.place == "device")
+    return sum(one.bytes for one in pool.store.components if one.place == "device")
 
 
 def test_the_one_that_was_leased_longest_ago_leaves(
@@ -103,23 +92,22 @@ def test_the_one_that_was_leased_longest_ago_leaves(
     evicted = [change for change in changes if isinstance(change, Evicted)]
     assert {change.model for change in evicted} >= {"tiny-dit"} and all(change.to == "away" for change in evicted)
     assert held_now(pool) <= both - 1
-    memory = [change for change in changes if isinstance(change, Memory)][-1]
-    assert memory.bytes == {"weights": held_now(pool), "parked": 0, "budget": both - 1}
+    assert pool.bytes == {"weights": held_now(pool), "parked": 0, "budget": both - 1}
 
 
 def test_what_is_leased_is_never_evicted(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
     largest = max(sum(size.values()) for size in sizes.values())
     pool = made(largest)
     ready(pool, "tiny-dit")
-    lease = pool.lease("tiny-dit", "denoise")
-    assert lease is not None
-    weight = lease.model.network.pos_embed.proj.weight  # type: ignore[attr-defined]
+    leased = pool.components("tiny-dit", "denoise")
+    assert pool.lease(leased)
+    weight = pool.family("tiny-dit").network.pos_embed.proj.weight  # type: ignore[union-attr]
     pool.want("tiny-sd3")
     eventually(lambda: pool.family("tiny-sd3"))
     time.sleep(0.1)
     assert not pool.resident("tiny-sd3", "denoise") and not weight.is_meta
     assert pool.resident("tiny-dit", "denoise")
-    lease.release()
+    pool.release(leased)
     eventually(lambda: pool.resident("tiny-sd3", "denoise"))
     assert not pool.resident("tiny-dit", "denoise")
     network = pool.family("tiny-dit").network  # type: ignore[union-attr]
@@ -176,11 +164,11 @@ def test_needs_are_met_in_order_and_one_at_a_time(made: Callable[..., Pool], siz
     eventually(lambda: pool.resident("tiny-sd3", "encode"))
     time.sleep(0.1)
     assert not pool.resident("tiny-sd3", "decode"), "who waited first must be able to lease what came"
-    lease = pool.lease("tiny-sd3", "encode")
-    assert lease is not None
+    leased = pool.components("tiny-sd3", "encode")
+    assert pool.lease(leased)
     pool.need([], urgent=needs[1:])
     eventually(lambda: pool.blocked)
-    lease.release()
+    pool.release(leased)
     eventually(lambda: pool.resident("tiny-sd3", "decode"))
     assert not pool.blocked
 
@@ -201,11 +189,12 @@ def test_unload_waits_for_leases_and_spares_what_others_use(made: Callable[..., 
     pool = made(10**9)
     for model_id in ("tiny-sd3", "tiny-sd3-turbo", "tiny-dit"):
         ready(pool, model_id)
-    lease = pool.lease("tiny-dit", "denoise")
+    leased = pool.components("tiny-dit", "denoise")
+    assert pool.lease(leased)
     pool.unload("tiny-dit")
     eventually(lambda: not pool.resident("tiny-dit", "decode"))
-    assert pool.resident("tiny-dit", "denoise") and lease is not None
-    lease.release()
+    assert pool.resident("tiny-dit", "denoise")
+    pool.release(leased)
     eventually(lambda: pool.models["tiny-dit"].state == "absent")
     pool.unload("tiny-sd3-turbo")
     eventually(lambda: pool.models["tiny-sd3-turbo"].state == "absent")
@@ -262,10 +251,18 @@ def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
 def test_the_loader_outlives_a_drop_that_raises(made: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
     pool = made(10**9)
     ready(pool, "tiny-dit")
+    leave, left = Component.leave, []
+
+    def fail_once(one: Component) -> None:
+        left.append(one)
+        if len(left) == 1:
+            raise RuntimeError("no")
+        leave(one)
+
     with monkeypatch.context() as patch:
-        patch.setattr("app.pool.memory.empty_network", fail_once := Once())
+        patch.setattr(Component, "leave", fail_once)
         pool.unload("tiny-dit")
-        eventually(lambda: fail_once.called)
+        eventually(lambda: bool(left))
     ready(pool, "tiny-sd3")
     ready(pool, "tiny-dit")
 

@@ -15,8 +15,7 @@ from app.cards.folder import Part
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
 from app.pool import memory
-from app.pool.policy import RETRY_AFTER
-from app.pool.pool import Pool
+from app.pool.pool import RETRY_AFTER, Pool
 from app.report import ModelState
 from app.request import ClassLabel
 from tests.parts.tiny import write_models
@@ -93,13 +92,12 @@ class Gate:
 
 
 def test_a_load_is_told_step_by_step(pool: Pool) -> None:
-    assert pool.lease("tiny-dit", "denoise") is None and pool.failure("tiny-dit") is None and pool.poll() == []
+    assert not pool.resident("tiny-dit", "denoise") and pool.failure("tiny-dit") is None and pool.poll() == []
     pool.want("tiny-dit")
     loading, ready = states_until(pool, "tiny-dit", "ready")
     assert (loading.state, ready.state) == ("loading", "ready") and ready.seconds > 0
-    lease = pool.lease("tiny-dit", "denoise")
-    assert lease is not None and lease.model.card.id == "tiny-dit"
-    network = lease.model.network  # type: ignore[attr-defined]
+    assert pool.resident("tiny-dit", "denoise") and pool.lease(pool.components("tiny-dit", "denoise"))
+    network = pool.family("tiny-dit").network  # type: ignore[union-attr]
     assert ready.device_bytes > 4 * sum(weight.numel() for weight in network.parameters())
     changes = pool.poll()
     pool.want("tiny-dit")
@@ -113,11 +111,11 @@ def test_other_models_keep_stepping_while_one_loads(pool: Pool, monkeypatch: pyt
     assert gate.reached.wait(60)
     with torch.inference_mode():
         out, _ = dit.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), dit.encode([ClassLabel(0)], 0))
-    assert torch.isfinite(out).all() and pool.lease("tiny-sd3", "denoise") is None
+    assert torch.isfinite(out).all() and not pool.resident("tiny-sd3", "denoise")
     assert [change.state for change in pool.poll() if isinstance(change, ModelState)] == ["loading"]
     gate.opened.set()
     states_until(pool, "tiny-sd3", "ready")
-    assert pool.lease("tiny-sd3", "denoise") is not None
+    assert pool.lease(pool.components("tiny-sd3", "denoise"))
 
 
 def test_fifty_wants_are_one_load(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,15 +150,13 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {key[0][0].name: one for key, one in pool.store.components.items()}
-    leases = [
-        pool.lease(model_id, phase) for model_id in ("tiny-sd3", "tiny-sd3-no-t5") for phase in ("encode", "denoise")
-    ]
+    held = {one.part.name: one for one in pool.store.components}
+    leases = [pool.components(model_id, "encode", "denoise") for model_id in ("tiny-sd3", "tiny-sd3-no-t5")]
+    assert all(pool.lease(components) for components in leases)
     counts = {name: one.leases for name, one in held.items()}
     assert counts["text_encoder"] == counts["transformer"] == 2 and counts["text_encoder_3"] == 1 and not counts["vae"]
-    for lease in (*leases, *leases):
-        assert lease is not None
-        lease.release()
+    for components in leases:
+        pool.release(components)
     assert not any(one.leases for one in held.values())
 
 
@@ -178,7 +174,7 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     assert error.__traceback__ is None and not pool.store.components, "what was loaded before it failed is let go"
     clock.now = RETRY_AFTER - 0.1
     pool.want("tiny-dit")
-    assert pool.poll() == [] and pool.failure("tiny-dit") is error and pool.lease("tiny-dit", "denoise") is None
+    assert pool.poll() == [] and pool.failure("tiny-dit") is error and not pool.resident("tiny-dit", "denoise")
     clock.now = RETRY_AFTER
     pool.want("tiny-dit")
     assert pool.failure("tiny-dit") is None
@@ -231,8 +227,6 @@ def test_a_vae_on_the_cpu_is_float32(cards: dict[str, Card]) -> None:
 
 
 def test_an_unknown_model(pool: Pool) -> None:
-    for ask in (pool.want, pool.unload, pool.failure, pool.family, pool.fits):
+    for ask in (pool.want, pool.unload, pool.failure, pool.family, pool.fits, pool.components):
         with pytest.raises(ModelNotFound):
             ask("nothing")
-    with pytest.raises(ModelNotFound):
-        pool.lease("nothing", "decode")

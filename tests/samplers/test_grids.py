@@ -19,7 +19,8 @@ from tests.samplers.oracle import UPSTREAM, diffusion_scheduler, flow_scheduler,
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 
 COUNTS = range(1, 1001)
-DIFFUSION = [name for name in UPSTREAM if "epsilon" in SAMPLERS[name].predictions]
+WALKS = {name: walk for name, (walk, _, _) in SAMPLERS.items()}
+DIFFUSION = [name for name in UPSTREAM if "epsilon" in SAMPLERS[name][2]]
 ONE_TOO_MANY = {steps for steps in COUNTS if len(np.arange(1000, 0, -1000 / steps)) > steps}
 """Where rounding gives upstream's trailing a last step to t = -1, which ours leaves out."""
 
@@ -33,7 +34,7 @@ def grids(scheduler: Any) -> tuple[Array, Array]:
 
 def walk(sampler: str, schedule: Schedule, steps: int) -> Path | None:
     try:
-        return SAMPLERS[sampler].walk(schedule, steps)
+        return WALKS[sampler](schedule, steps)
     except InvalidValue:
         return None
 
@@ -67,7 +68,7 @@ def test_diffusion_grids(sampler: str, spacing: str, offset: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.5, 3.0, None])
 @pytest.mark.parametrize("spacing", ["sd3", "flux"])
-@pytest.mark.parametrize("sampler", [name for name in UPSTREAM if "flow" in SAMPLERS[name].predictions])
+@pytest.mark.parametrize("sampler", [name for name in UPSTREAM if "flow" in SAMPLERS[name][2]])
 def test_flow_grids(sampler: str, spacing: str, shift: float | None) -> None:
     """shift: None is FLUX's, by the size of an image."""
     line = DynamicShift() if shift is None else None
@@ -76,12 +77,12 @@ def test_flow_grids(sampler: str, spacing: str, shift: float | None) -> None:
     with wide():
         for steps in COUNTS:
             t, sigma = grids(flow_scheduler(schedule, sampler, steps, math.log(sized.shift)))
-            path = SAMPLERS[sampler].walk(sized, steps)
+            path = WALKS[sampler](sized, steps)
             assert len(path.here.t) == len(t) == steps
             close(path.here.t, t, EXACT, each)
             assert path.there.sigma[-1] == sigma[-1] == 0
             close(path.here.sigma, sigma[:-1], EXACT, each)
-    other = SAMPLERS[sampler].walk(sized.model_copy(update={"shift": sized.shift * 1.01}), COUNTS[-1])
+    other = WALKS[sampler](sized.model_copy(update={"shift": sized.shift * 1.01}), COUNTS[-1])
     apart(other.here.sigma, path.here.sigma, EXACT, each, of="another shift:")
 
 
@@ -91,7 +92,7 @@ def test_the_baseline_of_a_respaced_card_is_within_one_timestep() -> None:
     scheduler, differ = scheduler_of(schedule, "ddpm"), 0
     for steps in COUNTS:
         scheduler.set_timesteps(steps)
-        away = np.abs(grids(scheduler)[0] - SAMPLERS["ddpm"].walk(schedule, steps).here.t).max()
+        away = np.abs(grids(scheduler)[0] - WALKS["ddpm"](schedule, steps).here.t).max()
         assert away <= 1
         differ += bool(away)
     assert differ == 278

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from app.cards.card import Card
+from app.cards.folder import Part
 from app.cli.bodies import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
@@ -22,13 +24,13 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
 ) -> None:
     """Torch hands what one thread asks for on to every thread that has not computed yet."""
     loading: list[int] = []
-    build = pool.build_family
+    read = pool.read_parts
 
-    def seen_loading(*arguments: Any) -> Any:
+    def seen_loading(card: Card, cards: Mapping[str, Card]) -> list[Part]:
         loading.append(torch.get_num_threads())
-        return build(*arguments)
+        return read(card, cards)
 
-    monkeypatch.setattr(pool, "build_family", seen_loading)
+    monkeypatch.setattr(pool, "read_parts", seen_loading)
     settings = Settings(models=tiny, threads=3)
     registry = open_registry(settings)
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""Profile: what a forward of one key costs by its passes: measured once, kept on disk, learned from every forward."""
+"""Costs: the seconds of a forward by its passes, measured once, kept on disk and learned; and the caps that follow."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 import timeit
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median_low
@@ -21,7 +22,10 @@ from typing import Annotated
 import torch
 from pydantic import Field, TypeAdapter
 
+from app.cards.card import Card
 from app.cards.files import read_file
+from app.engine.row import Caps
+from app.engine.slots import PASSES
 from app.families.base import Family
 from app.request import Key
 
@@ -58,6 +62,9 @@ NEAR_AREA = 1.25
 """A size whose area is within this factor of a measured one takes its profile, scaled."""
 
 SAMPLES = 3
+
+SLOT_BYTES = 256 << 20
+"""Most bytes that the slots of one key take: latents (x, mem, noise) and conditions."""
 
 MOST_BYTES = 64 << 10
 """A file of a profile that is larger is not read."""
@@ -202,60 +209,136 @@ def measuring(
         passes *= 2
 
 
-class Profiles:
-    """Measured profiles by card and size, one JSON file each in `folder`, made on first need.
+def caps_of(curve: Curve, card: Card, latent: tuple[int, ...], slot_bytes: int, deterministic: bool) -> Caps:
+    """The caps that go with this curve; in deterministic mode the card's bucket decides the widths.
+
+    latent: [C, h, w] of an image. slot_bytes: of one slot. There are slots for what memory allows, whatever the cap is:
+    it moves while rows hold them.
+    """
+    # At 1024 px the VAE is the memory peak, so its batch shrinks with the image.
+    decode = max(1, min(8, 16_384 // (latent[1] * latent[2])))
+    slots = max(4, min(4 * WIDEST + 4, SLOT_BYTES // slot_bytes))
+    passes, encode, bucket = curve.cap, curve.cap, card.bucket
+    if deterministic:
+        slots = min(slots, 4 * bucket.passes)
+        passes, encode, decode = bucket.passes, bucket.encode, bucket.decode
+    return Caps(passes, encode, decode, slots, curve.cost(curve.cap) / curve.cap, (slots + 1) * slot_bytes)
+
+
+class Costs:
+    """Curves and caps of the keys that were measured. Each profile is a JSON file in `folder`, made on first need.
 
     A file is valid for one card, size, device, dtype, torch version and thread count; text is as long as the card's. A
     size near one already measured is scaled by area, so that a client who asks for every size there is does not stop
-    the others each time. A file is a first guess, perhaps of a busy machine: its curve learns from real forwards.
+    the others each time. A file is a first guess, perhaps of a busy machine: its curve learns from real forwards, but
+    not in deterministic mode.
 
     compiled: networks compile in their first forwards, so a key is measured at every start, from no file: the compiling
-    happens while measuring, which announces itself, and not in the midst of a request.
+    happens while measuring, which announces itself, and not in the midst of a request. budget: seconds that a
+    measurement may take.
     """
 
-    def __init__(self, folder: Path, budget: float = 5.0, *, compiled: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, deterministic: bool = False, compiled: bool = False, budget: float = 5.0
+    ) -> None:
+        self.deterministic = deterministic
+        self.caps: dict[Key, Caps] = {}
+        self.curves: dict[Key, Curve] = {}
+        self.measuring: dict[Key, tuple[Iterator[dict[int, float]] | None, dict[int, float]]] = {}
         self._folder = None if compiled else folder.expanduser()
         self._budget = budget
-        self._known: dict[str, dict[int, dict[int, float]]] = {}
-        self._open: dict[Key, tuple[Iterator[dict[int, float]], dict[int, float]]] = {}
+        self._files: dict[Key, Path | None] = {}
+        self._timed: deque[tuple[Key, int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def known(self, family: Family, key: Key) -> Curve | None:
-        """A curve measured before, scaled from a near size, or from disk; None when the key must be measured."""
-        known, area = self._known.setdefault(key.model, {}), key.width * key.height
-        near = min(known, key=lambda other: abs(math.log(other / area)), default=None)
+    def stored(self, family: Family, key: Key) -> Curve | None:
+        """A curve scaled from a near size, or from disk; None when the key must be measured."""
+        area = key.width * key.height
+        areas = {one.width * one.height: one for one in self.curves if one.model == key.model}
+        near = min(areas, key=lambda other: abs(math.log(other / area)), default=None)
         if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
-            return Curve({passes: cost * area / near for passes, cost in known[near].items()})
-        stored = _stored(file) if (file := self._file(family, key)) else None
-        if stored is None:
-            return None
-        known[area] = stored
-        return Curve(stored)
+            return Curve({passes: cost * area / near for passes, cost in self.curves[areas[near]].widths.items()})
+        seconds = _read(file) if (file := self._file(family, key)) else None
+        return Curve(seconds) if seconds else None
 
-    def advance(self, family: Family, key: Key) -> Curve | None:
-        """Measure one more width, with the network on the device; the curve when that was the last. Raises what the
-        first forward raises."""
-        opened = self._open.pop(key, None)
-        steps, seconds = opened or (measuring(_forward(family, key), self._budget), {})
+    def recall(self, family: Family, key: Key) -> bool:
+        """Take the stored curve of a key, if there is one."""
+        curve = self.stored(family, key)
+        if curve:
+            self.add(family, key, curve)
+        return curve is not None
+
+    def measure(self, family: Family, key: Key) -> None:
+        """Measure one more width of a key, with the network on the device; the last one makes its caps.
+
+        Raises what the first forward raises.
+        """
+        steps, seconds = self.measuring.pop(key, (None, {}))
+        steps = steps or measuring(forward_of(family, key), self._budget)
         if more := next(steps, None):
-            self._open[key] = steps, more
-            return None
-        self.keep(family, key, curve := Curve(seconds))
-        return curve
+            self.measuring[key] = steps, more
+            return
+        self.add(family, key, Curve(seconds))
+        self.keep(key)
 
-    def keep(self, family: Family, key: Key, curve: Curve) -> None:
-        """Keep the curve of a key, on disk too. Where the folder cannot be written, the next start measures again."""
-        self._known.setdefault(key.model, {})[key.width * key.height] = curve.widths
-        if file := self._file(family, key):
+    def add(self, family: Family, key: Key, curve: Curve) -> None:
+        """Use this curve for a key from now on."""
+        latent, conditions = family.latent_shape(key.width, key.height), family.blank(key.text_length)
+        slot_bytes = 12 * math.prod(latent) + PASSES * sum(value.nbytes for value in conditions.values())
+        self.curves[key], self._files[key] = curve, self._file(family, key)
+        self.caps[key] = caps_of(curve, family.card, latent, slot_bytes, self.deterministic)
+
+    def learn(self, key: Key, passes: int, seconds: float, now: float) -> None:
+        """Learn from a forward that took `seconds` by the host's clock and ended at `now`: the cap widens or narrows.
+
+        On a GPU the host's clock shows how long the launch took, so there the times of `timing` count.
+        """
+        for timed, width, took in self._ended() if self._timed else [(key, passes, seconds)]:
+            curve, caps = self.curves.get(timed), self.caps.get(timed)
+            if curve is None or caps is None or self.deterministic:
+                continue
+            if curve.learn(width, took, now):
+                self.keep(timed)
+            caps.passes = caps.encode = curve.cap
+            caps.rate, caps.trial = curve.cost(curve.cap) / curve.cap, curve.trial()
+
+    def refuse(self, key: Key, passes: int) -> None:
+        """A forward of so many passes did not fit in memory, and was run in parts."""
+        if key in self.curves:
+            self.curves[key].refuse(passes)
+            self.caps[key].trial = 0 if self.deterministic else self.curves[key].trial()
+
+    @contextmanager
+    def timing(self, key: Key, passes: int, device: torch.device) -> Iterator[None]:
+        """Time the forward that is launched inside, on a GPU with a pair of events; one that raises is left out."""
+        if device.type != "cuda":
+            yield
+            return
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        yield
+        end.record()
+        self._timed.append((key, passes, start, end))
+
+    def forget(self, model: str) -> None:
+        """Drop what was learned of a model, whose files may be others when it comes back."""
+        for kept in (self.caps, self.curves, self.measuring, self._files):
+            for key in [key for key in kept if key.model == model]:
+                del kept[key]
+
+    def _ended(self) -> Iterator[tuple[Key, int, float]]:
+        """Key, passes and seconds of the forwards that the GPU has ended since the last call; waits for none."""
+        while self._timed and self._timed[0][-1].query():  # type: ignore[no-untyped-call]
+            key, passes, start, end = self._timed.popleft()
+            yield key, passes, start.elapsed_time(end) / 1000
+
+    def keep(self, key: Key) -> None:
+        """Write a profile. Where the folder cannot be written, the next start measures again."""
+        if file := self._files[key]:
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 fresh = file.with_suffix(f".{os.getpid()}")
-                fresh.write_text(json.dumps(curve.widths), encoding="utf-8")
+                fresh.write_text(json.dumps(self.curves[key].widths), encoding="utf-8")
                 fresh.replace(file)
-
-    def forget(self, model: str) -> None:
-        """Drop what is known of a model in memory, and a measurement of it that has not ended."""
-        self._known.pop(model, None)
-        self._open = {key: measured for key, measured in self._open.items() if key.model != model}
 
     def _file(self, family: Family, key: Key) -> Path | None:
         if not self._folder:
@@ -278,7 +361,7 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
-def _stored(file: Path) -> dict[int, float] | None:
+def _read(file: Path) -> dict[int, float] | None:
     """A stored profile; None when there is none or it makes no sense: anybody may have written into the folder."""
     try:
         return _WIDTHS.validate_json(read_file(file, MOST_BYTES)) or None
@@ -286,7 +369,8 @@ def _stored(file: Path) -> dict[int, float] | None:
         return None
 
 
-def _forward(family: Family, key: Key) -> Callable[[int], None]:
+def forward_of(family: Family, key: Key) -> Callable[[int], None]:
+    """A forward of this key, of so many passes, that is over when it returns."""
     conditions = family.blank(family.card.text_length)
     shape = family.latent_shape(key.width, key.height)
 
