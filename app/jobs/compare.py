@@ -19,7 +19,7 @@ from app.imaging import encode_image
 from app.jobs import replies
 from app.jobs.body import IGNORED, LONGEST, ImageBody, Text, expects, first_seed, read_as, recipe_facts
 from app.jobs.job import Job
-from app.panel import Heading, panel, unreadable
+from app.panel import panel, unreadable
 from app.report import Result
 
 MODELS, ROWS = 8, 16
@@ -253,10 +253,10 @@ def panel_warnings(body: CompareBody, jobs: Sequence[Job], results: Sequence[Res
     return list(dict.fromkeys(found))
 
 
-def _heading(job: Job) -> Heading:
+def _heading(job: Job) -> list[str]:
     count, recipe = parameters_of(job.card), job.request.recipe
     settings = f"steps {recipe.steps}, guidance {recipe_facts(recipe)['guidance_scale']:g}"
-    return Heading(job.card.id, (*([f"{count} parameters"] if count else []), settings))
+    return [job.card.id, *([f"{count} parameters"] if count else []), settings]
 
 
 def parameters_of(card: Card) -> str | None:
