@@ -1,9 +1,9 @@
 """Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
-The source is a `.pt` in the authors' names, or a folder in diffusers' layout whose weights are `.bin` files, as the Hub
-repositories facebook/DiT-XL-2-256 and -512 are. Of a `.pt` the tensors say depth, width, patch, size and classes; the
-number of heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the
-authors' sample.py.
+The source is a `.pt` in the authors' names, or a folder in diffusers' layout with `.bin` files, as the Hub repositories
+facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the number of
+heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors'
+sample.py.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{key} has shape {shape}, not [{', '.join(sides)}]")
     patches, table, places, last = (theirs[key] for key in _SHAPES)
     if table.shape[0] < 2:
-        raise ValueError("y_embedder.embedding_table.weight holds no class beside the null class")
+        raise ValueError("y_embedder.embedding_table.weight has no class beside the null class")
     width, channels, patch, _ = patches.shape
     heads = heads or HEADS.get(width)
     if heads is None or width % heads:
