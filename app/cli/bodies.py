@@ -15,7 +15,7 @@ from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.errors import InvalidValue, ModelNotFound
 from app.imaging import Format
-from app.jobs.body import flags_of, read_body
+from app.jobs.body import read_body
 from app.jobs.job import Job
 from app.jobs.schema import curl as post
 from app.settings import Settings
@@ -23,6 +23,8 @@ from app.settings import Settings
 Body = dict[str, Any]
 _IDS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+TYPES: dict[str, type] = {"string": str, "integer": int, "number": float, "boolean": bool}
 
 SHORT = {
     "num_inference_steps": "--steps", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "-n",
@@ -45,10 +47,12 @@ Out = Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .p
 def flags(body: type[BaseModel], *without: str) -> dict[str, Any]:
     """A flag for each field of a body but these, with the type and the words of its JSON schema."""
     found = {}
-    for name, kind, words in flags_of(body):
-        if name not in {*WITHOUT, *without}:
+    for name, schema in body.model_json_schema()["properties"].items():
+        types = [TYPES[one["type"]] for one in schema.get("anyOf", ()) if one.get("type") in TYPES]
+        if types and name not in {*WITHOUT, *without}:
             names = [*([SHORT[name]] if name in SHORT else []), f"--{name.replace('_', '-')}"]
-            found[name] = Annotated[kind | None, typer.Option(*names, help=words, show_default=False)]
+            option = typer.Option(*names, help=schema["description"], show_default=False)
+            found[name] = Annotated[types[0] | None, option]
     return found
 
 

@@ -21,7 +21,7 @@ from app.cli.paint import bars_of, draw, follow, say
 from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InstepError
 from app.jobs.body import ImageBody
-from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison
+from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison, with_model
 from app.jobs.job import Job
 
 
@@ -47,7 +47,7 @@ def compare(
     try:
         drawn = draw(jobs, settings, registry.cards, bars(jobs, Console(stderr=True)))
     except InstepError as error:
-        raise _with_model(jobs, error) from None
+        raise with_model(jobs, error) from None
     results = [result for (result,) in drawn]
     out.write_bytes(panel_file(comparison, jobs, results)[0])
     for warning in panel_warnings(comparison, jobs, results):
@@ -82,11 +82,3 @@ def bars(jobs: list[Job], console: Console) -> Progress:
     for job in jobs:
         job.future.add_done_callback(partial(tell, job.card.id))
     return made
-
-
-def _with_model(jobs: list[Job], error: InstepError) -> InstepError:
-    """The error of a job with its model before it."""
-    for job in jobs:
-        if job.error is error and job.card.id not in error.message:
-            return type(error)(f"{job.card.id}: {error.message}")
-    return error

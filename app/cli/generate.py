@@ -59,7 +59,7 @@ def bars(job: Job, console: Console) -> Progress:
 def deliver(console: Console, job: Job, results: list[Result], out: Path, seconds: float) -> None:
     """Write the file, or name-1, name-2, ...; for each the picture where the terminal can, then path, seed, seconds."""
     groups = file_groups(job, results)
-    files, _ = files_of(job, groups)
+    files, _ = files_of(job, results)
     for number, (group, file) in enumerate(zip(groups, files, strict=True), 1):
         path = out if len(files) == 1 else out.with_stem(f"{out.stem}-{number}")
         path.write_bytes(file)

@@ -16,8 +16,8 @@ from typer.testing import Result
 
 from app.cli import generate, paint
 from app.cli.bodies import build, open_registry
+from app.engine.runner import Runner
 from app.errors import EngineError
-from app.jobs.job import Job
 from app.report import Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
@@ -146,14 +146,7 @@ def test_a_picture_that_is_not_finite_is_no_file(run: Run, tiny: Path, tmp_path:
 
 
 def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = Local.submit
-
-    def crash(local: Local, job: Job) -> Job:
-        submit(local, job)
-        local._engine._inbox.put(lambda: [][1])
-        return job
-
-    monkeypatch.setattr(Local, "submit", crash)
+    monkeypatch.setattr(Runner, "run", lambda *_: [][1])
     assert "the engine stopped: IndexError" in one_line(run("generate", "red", "--model", "tiny-sd3"))
 
 
