@@ -16,7 +16,7 @@ from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_labels
 from app.cards.folder import ModelFolder
-from app.cli.options import Folder, open_registry, read_settings
+from app.cli.options import Folder, open_registry, read_settings, with_flags
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
@@ -27,22 +27,19 @@ if TYPE_CHECKING:
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
 
-Place = Annotated[
-    Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
-]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Place = Annotated[Path | None, typer.Option(help="Where this part is: its folder, or a safetensors")]
 
 
+@with_flags(dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"), Place))
 def add(
     path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
     like: Annotated[str | None, typer.Option(help="The card whose settings it takes; none: the one that fits")] = None,
     name: Annotated[str | None, typer.Option("--id", help="Its id; none: made of the file's name")] = None,
-    vae: Place = None,
-    text_encoder: Place = None,
-    text_encoder_2: Place = None,
-    text_encoder_3: Place = None,
     tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
     rest: Annotated[str | None, typer.Option(help="The card that gives the parts that are still missing")] = None,
     models: Folder = None,
+    **places: Path | None,
 ) -> None:
     """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
     from app.checkpoints.inventory import identify, new_folder
@@ -51,8 +48,7 @@ def add(
     registry = open_registry(settings)
     path = path.absolute()
     made = identify(path, registry.cards).choose(registry.find(like) if like else None)
-    encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3}
-    for part, place in {"vae": vae, **encoders}.items():
+    for part, place in places.items():
         if place is not None:
             made.take(part, place.absolute())
     if tokenizers is not None:
@@ -73,28 +69,16 @@ def add(
 
 def convert(
     file: Annotated[
-        Path,
-        typer.Argument(
-            help="The authors' .pt, or one that their train.py saved (its EMA is taken); or a folder of diffusers' .bin"
-        ),
+        Path, typer.Argument(help="The authors' .pt, one of their train.py, or a folder of diffusers' .bin")
     ],
     folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist, or see --replace")],
-    vae: Annotated[
-        Path | None,
-        typer.Option(
-            show_default=False,
-            help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names; a .pt has none",
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Number format of the network's weights; none: the file's own", show_default=False),
-    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="The VAE to copy: sd-vae-ft-ema's folder or safetensors")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Format of the network's weights; none: the file's own")] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
+        int | None, typer.Option(min=1, help="Attention heads, where the width is not the authors'")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="FOLDER may be a card without weights; its facts are kept")
+        bool, typer.Option("--replace", help="FOLDER is a card without weights; its facts stay")
     ] = False,
     models: Folder = None,
 ) -> None:
@@ -112,10 +96,8 @@ def convert(
 
 
 def pull(
-    ids: Annotated[
-        list[str] | None, typer.Argument(help="Model ids or aliases; none: those the server preloads")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids or aliases; none: those the server preloads")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every card that has its files on the Hub")] = False,
     models: Folder = None,
 ) -> None:
     """Download what models need from the Hub: only that, resumed where it broke off, checked. Needs HF_TOKEN if gated.
