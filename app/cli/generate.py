@@ -27,7 +27,7 @@ from app.report import Result
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw")] = None,
     class_label: bodies.Labels = None,
-    columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
+    columns: Annotated[int | None, typer.Option(help="One file with all images, this many in a row")] = None,
     out: bodies.Out = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
     models: Folder = None,
