@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from app.engine.costs import Costs
 from app.engine.row import Caps, Row, Work, default_key, rows_of
 from app.engine.runner import Runner
 from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, Unavailable
-from app.pool.budget import text_bytes
+from app.pool.budget import parse_bytes
 from app.pool.pool import Pool
 from app.report import Announce, Failure, Memory, ModelState, Phase, Preview, Progress, Report, Tick
 from app.request import Key, Request
@@ -119,7 +120,8 @@ class Engine:
     ) -> None:
         self._pool, self._emit, self._clock = pool, emit, clock
         self._costs = costs or Costs(settings.cache, deterministic=settings.deterministic, compiled=settings.compile)
-        self.runner = runner(pool, self._costs, settings.deterministic, text_bytes(settings), not settings.threads)
+        texts = parse_bytes(settings.text_cache, None, "text_cache")
+        self.runner = runner(pool, self._costs, settings.deterministic, texts, not settings.threads)
         self.batcher = batcher(self._caps, self._ready)
         self._turns = Turns(pool, self._costs.caps)
         self._patience = Patience(pool, emit, clock, settings.compile)
@@ -130,7 +132,7 @@ class Engine:
         self._measured_last = False
         self._leaving: set[str] = set()
         self._memory = self._used()
-        self._stopping = False
+        self._stopped = threading.Event()
 
     def submit(self, request: Request) -> None:
         """Take the request; its Results or its Failure come through `emit`."""
@@ -150,11 +152,11 @@ class Engine:
 
     def stop(self) -> None:
         """End `run`, failing open requests."""
-        self._inbox.put(self._stop)
+        self._inbox.put(self._stopped.set)
 
     def run(self) -> None:
         """Turn until stopped. Every silence is announced with the seconds that it may last."""
-        while not self._stopping:
+        while not self._stopped.is_set():
             if not self.tick():
                 self._patience.idle()
                 with contextlib.suppress(queue.Empty):
@@ -295,9 +297,6 @@ class Engine:
     def _load(self, model_id: str) -> None:
         self._leaving.discard(model_id)
         self._pool.want(model_id)
-
-    def _stop(self) -> None:
-        self._stopping = True
 
     def _add(self, request: Request) -> None:
         try:

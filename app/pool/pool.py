@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
+from pydantic import ByteSize
 
 from app.cards.card import Card
 from app.cards.folder import Part
@@ -23,7 +24,7 @@ from app.families import FAMILIES
 from app.families.base import Family
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
-from app.pool.budget import readable, use_threads
+from app.pool.budget import use_threads
 from app.pool.memory import Component, Place
 from app.pool.policy import PHASES, Model, Parts, Policy, Task, claim
 from app.report import Evicted, ModelState, Phase, State
@@ -273,9 +274,10 @@ class Pool:
         sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
         phase = max(PHASES, key=lambda phase: sizes[phase])
         if sizes[phase] > self.policy.budget:
+            needed, budget = (ByteSize(size).human_readable(True) for size in (sizes[phase], self.policy.budget))
             raise LoadError(
-                f"{task.model}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
-                f"{readable(self.policy.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)",
+                f"{task.model}: what it needs to {phase} takes {needed}, and weights may take {budget} of "
+                f"{self.device} (INSTEP_DEVICE_MEMORY)",
                 code="insufficient_gpu_memory",
             )
 

@@ -16,6 +16,7 @@ from typer.testing import Result
 
 from app.cli import generate, paint
 from app.cli.bodies import build, open_registry
+from app.engine.engine import Engine
 from app.errors import EngineError
 from app.jobs.job import Job
 from app.report import Progress, Timings
@@ -150,7 +151,7 @@ def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.Mon
 
     def crash(local: Local, job: Job) -> Job:
         submit(local, job)
-        local._engine._inbox.put(lambda: [][1])
+        monkeypatch.setattr(Engine, "tick", lambda engine: [][1])
         return job
 
     monkeypatch.setattr(Local, "submit", crash)

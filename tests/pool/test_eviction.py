@@ -153,7 +153,7 @@ def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
     eventually(lambda: pool.failure("tiny-sd3"))
     error = pool.failure("tiny-sd3")
     assert error.code == "insufficient_gpu_memory" and "INSTEP_DEVICE_MEMORY" in error.message
-    assert error.message.count("MB") + error.message.count("kB") == 2
+    assert error.message.count("MB") + error.message.count("KB") == 2
 
 
 def test_needs_are_met_in_order_and_one_at_a_time(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
