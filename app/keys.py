@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from app.cards.catalog import Registry
 from app.cards.files import read_toml
-from app.errors import SettingsError, first_problem
+from app.errors import ModelNotFound, SettingsError, first_problem
 from app.settings import Settings
 
 ADMIN = "admin"  # the name of the admin key in requests, metrics and logs
@@ -89,6 +90,20 @@ def read_keys(settings: Settings) -> Keyring:
         names.add(key.name)
         digests[key.digest] = key.name
     return Keyring(tuple(key for _, _, key in found), admin)
+
+
+def with_ids(keys: Keyring, registry: Registry) -> Keyring:
+    """The keys with their models by id, also where a card's alias was used. Raises SettingsError for unknown names."""
+    clients = []
+    for key in keys.clients:
+        try:
+            ids = frozenset(registry.find(name).id for name in key.models)
+        except ModelNotFound as error:
+            why = "".join(map(registry.all.reason, sorted(key.models)))
+            message = f"keys.{key.name}.models: {error.message}{why}"
+            raise SettingsError(message, param="api_keys_file") from None
+        clients.append(replace(key, models=ids))
+    return replace(keys, clients=tuple(clients))
 
 
 def _from_text(text: str) -> Iterator[tuple[str, ApiKey]]:

@@ -22,15 +22,15 @@ import uvicorn
 
 from app import logs
 from app.api import docs
+from app.api.access import HEADER_BYTES
 from app.api.app import Application, build, refuser
-from app.api.auth import with_ids
 from app.api.front import Front
 from app.api.guard import Door, Guarded
 from app.cards.card import read_cards
 from app.cards.catalog import Registry, warn_of
 from app.errors import InstepError, SettingsError
 from app.jobs.schema import first_curl, url_of
-from app.keys import read_keys
+from app.keys import read_keys, with_ids
 from app.metrics import Metrics, version
 from app.settings import SECRETS, Settings
 from app.worker.supervisor import Supervisor
@@ -110,8 +110,9 @@ def configured(app: Application, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         port=settings.port,
-        http=cast(Any, partial(Guarded, Door(settings, refuser(app.state.front)))),
+        http=cast(Any, partial(Guarded, Door(settings, refuser(app)))),
         ws="none",
+        h11_max_incomplete_event_size=HEADER_BYTES,
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -44,58 +44,62 @@ class Settings(BaseSettings):
         """Arguments first, then the environment; no file is read."""
         return sources["init_settings"], _Environment(settings_cls)
 
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 listens on all")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port to listen on; 0 picks a free one")
     models: Path = Field(Path("models"), description="Folder of cards: <folder>/<id>/card.toml")
     devices: str = Field("auto", description='One engine process for each entry: "cuda:0,cuda:1", "cpu,cpu", "auto"')
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Number format of the networks")
-    deterministic: bool = Field(False, description="Same request, same bits: pads every forward to the card's bucket")
+    deterministic: bool = Field(
+        False, description="Same request, same bits: pad every forward to the fixed size in the model's card"
+    )
     preload: str = Field(
-        "", description="Model ids to load at start, comma separated; `all` for every one that is here"
+        "", description="Models to load at the start, comma separated; `all` is every model whose files are here"
     )
     default_model: str = Field(
         "",
-        description="The model of a request that names none; empty: a card of yours (none of those that come with "
-        "Instep) that draws prompts and whose files are all here, else emoji-mmdit",
+        description="Model of a request that names none; empty: a model of yours (not one that comes with Instep) that "
+        "takes prompts and whose files are all here, else emoji-mmdit",
     )
-    alias: str = Field("", description="Further names of models, comma separated: gpt-image-1=emoji-mmdit")
-    device_memory: str = Field("80%", description='Memory of a device that weights may take: "40GB", or a share "80%"')
-    host_memory: str = Field("50%", description="Host memory for weights that a GPU has no room for; the same forms")
+    alias: str = Field("", description="More names for models, comma separated: gpt-image-1=emoji-mmdit")
+    device_memory: str = Field("80%", description='Memory of each device for weights: "40GB", or a share: "80%"')
+    host_memory: str = Field("50%", description="Host memory for weights that do not fit on the GPU; the same forms")
     text_cache: str = Field(
-        "256MB", description='Memory of a device for encoded prompts, so that none is encoded again: bytes, "1GB"'
+        "256MB", description='Memory of each device for encoded prompts, which are not encoded again: "1GB"'
     )
-    api_keys: str = Field("", repr=False, description="Keys that clients must send, comma separated: name=key")
-    api_keys_file: str = Field("", description="TOML file of keys with their weights and limits")
-    admin_key: str = Field("", repr=False, description="Key of the load and unload routes; empty: closed to all")
+    api_keys: str = Field("", repr=False, description="API keys that clients must send, comma separated: name=key")
+    api_keys_file: str = Field("", description="TOML file of API keys with their weights and limits")
+    admin_key: str = Field("", repr=False, description="Key for the load and unload routes; empty: they are closed")
     cors_origins: str = Field(
         "",
-        description='Origins of pages that may use this server, comma separated: "https://app.example"; "*" for all',
+        description='Origins of web pages that may use this server, comma separated: "https://app.example"; "*" is all',
     )
     max_wait: Annotated[float, Field(gt=0)] = Field(
-        120.0, description="Seconds of queue above which a request gets 503"
+        120.0, description="Seconds of queue above which a request gets a 503"
     )
     request_timeout: Annotated[float, Field(gt=0, le=3600)] = Field(
         30.0,
-        description="Seconds that a client may take to send one whole request, its headers in 10 of them, or to go on "
-        "reading its answer",
+        description="Seconds in which a client must send a whole request (its headers in 10), and must go on reading "
+        "its answer",
     )
     max_connections: Annotated[int, Field(ge=0)] = Field(
         1000,
-        description="Open connections above which the oldest silent one is closed for a new one; where none is silent "
-        "the new one gets 503, probes excepted. 0 for as many as there may be open files",
+        description="Open connections above which the oldest silent one is closed for a new one; if none is silent, "
+        "the new one gets a 503, unless it is a probe. 0 is as many as files may be open",
     )
     connections_per_address: Annotated[int, Field(ge=0)] = Field(
-        0, description="The same for one address; leave it at 0 behind a proxy, whose address is every client's"
+        0, description="The same for one address; keep 0 behind a proxy, which makes all clients one address"
     )
     drain: Annotated[float, Field(ge=0)] = Field(
-        30.0, description="Seconds that running requests may take after SIGTERM"
+        30.0, description="Seconds that running requests have to finish after SIGTERM"
     )
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="CPU threads an engine process; 0 is the cores that others leave free"
+        0, description="CPU threads of an engine process; 0 is the cores that other processes leave free"
     )
-    compile: bool = Field(False, description="Compile the networks' blocks, once, into CACHE; needs a C++ compiler")
+    compile: bool = Field(
+        False, description="Compile the networks' blocks once and keep them in CACHE; needs a C++ compiler"
+    )
     cache: Path = Field(Path("~/.cache/instep"), description="Folder for measured profiles and compiled blocks")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged")
 
     def without_secrets(self) -> Settings:
         """The same less the keys: all that anyone but `app/keys.py` needs."""

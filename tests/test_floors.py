@@ -60,6 +60,17 @@ TORCH_FREE = (*FRONT, *PLAIN, "app.samplers", "app.engine.batcher")
 LINES, FILES, DESCRIBED = 17_000, 105, 0.12
 """What app/ may hold: lines, files, and the least share of lines that are docstrings."""
 
+PRIVATE = 10
+"""How often tests may look at what begins with an underscore in a class or module of ours."""
+
+FOREIGN = {
+    *("_exit", "_asdict", "_replace", "_didModify"),
+    *("_dynamo", "_compiled_call_impl", "_attn_implementation"),
+    *("_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"),
+    *("_get_clip_prompt_embeds", "_get_t5_prompt_embeds"),
+}
+"""Names that begin with an underscore in Python, torch, transformers and diffusers; ours have other names."""
+
 TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
 
 
@@ -186,6 +197,31 @@ def totals(modules: dict[str, Module]) -> tuple[int, int, float]:
     return lines, len(modules), sum((text.end_lineno or 0) - text.lineno + 1 for text in texts) / lines
 
 
+def private(root: Path) -> list[str]:
+    """Where tests look at what begins with one underscore in a class or module of ours."""
+    found = []
+    for path in sorted((root / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [name for name in looked_at(node) if name.startswith("_") and not name.startswith("__")]
+            found += [f"{path}:{node.lineno}: {name}" for name in names if name not in FOREIGN]  # type: ignore[attr-defined]
+    return found
+
+
+def looked_at(node: ast.AST) -> list[str]:
+    """The names that a node reads, sets, patches or imports, but for those of the object's own."""
+    match node:
+        case ast.Attribute(value=ast.Name(id="self" | "cls")):
+            return []
+        case ast.Attribute(attr=name):
+            return [name]
+        case ast.ImportFrom(names=aliases):
+            return [alias.name for alias in aliases]
+        case ast.Call(func=ast.Name(id="getattr" | "setattr") | ast.Attribute(attr="setattr"), args=args):
+            words = [arg.value for arg in args[:2] if isinstance(arg, ast.Constant)]
+            return [word.rpartition(".")[2] for word in words if isinstance(word, str)]
+    return []
+
+
 def undescribed(modules: dict[str, Module]) -> list[str]:
     return [str(m.path) for m in modules.values() if m.tree.body and not ast.get_docstring(m.tree)]
 
@@ -233,6 +269,11 @@ def test_every_module_says_what_it_is(app: dict[str, Module]) -> None:
     assert undescribed(app) == []
 
 
+def test_tests_rarely_look_at_what_is_private() -> None:
+    found = private(ROOT)
+    assert len(found) <= PRIVATE, "\n".join(found)
+
+
 def test_a_breach_is_seen(tmp_path: Path) -> None:
     """Each rule above finds a planted breach of it."""
     planted = {
@@ -245,6 +286,10 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
         "worker/child": '"""Child."""\n\ndef late():\n    from app.worker import wire\n',
         "worker/wire": '"""Wire."""\nif TYPE_CHECKING:\n    from app.worker.child import Child\n',
         "engine/__init__": "",
+        "../tests/test_engine": (
+            "from app.main import _serve\nengine._inbox.get(self._own)\nos._exit(engine.__doc__)\n"
+            "patch.setattr('app.pool.pool._do', slow)\npatch.setattr(Pool, '_build', Pool.build)\n"
+        ),
         "engine/engine": "import torch\n\ndef long():\n" + "    print()\n" * 40 + "\n" * 400,
     }
     for name, text in planted.items():
@@ -263,3 +308,4 @@ def test_a_breach_is_seen(tmp_path: Path) -> None:
     assert chains == ["app.main -> app.worker.supervisor -> app.engine.engine -> torch"]
     assert [line.rpartition(": ")[2] for line in too_long(app)] == ["443 lines", "long has 41 lines"]
     assert undescribed(app) == [str(tmp_path / "app/engine/engine.py")]
+    assert sorted(line.rpartition(": ")[2] for line in private(tmp_path)) == ["_build", "_do", "_inbox", "_serve"]

@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel
 
-from app.api.auth import ADMIN, OPEN
+from app.api.access import ADMIN, OPEN
 from app.api.errors import ErrorReply
 from app.api.front import Front, front_of
 from app.cards.catalog import Registry

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,52 +32,9 @@ the parser holds the interpreter's lock."""
 _GZIP = b"\x1f\x8b"
 
 
-class Turns:
-    """A queue in which one request goes on in each turn of the event loop, so that sockets and probes come between."""
-
-    def __init__(self) -> None:
-        self._lock = asyncio.Lock()
-
-    async def take(self) -> None:
-        """Wait for the next free turn, in order of arrival. What follows should hold the loop for a few ms at most."""
-        async with self._lock:
-            await asyncio.sleep(0)
-
-
-class SingleFlight:
-    """Work whose result is shared by all who ask for it before it starts.
-
-    Whoever asks while it runs waits for the next run, so a result is never older than the question.
-    """
-
-    def __init__(self) -> None:
-        self._running: dict[Hashable, asyncio.Future[Any]] = {}
-        self._next: dict[Hashable, asyncio.Future[Any]] = {}
-
-    async def run(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
-        """The result of `make`. key: the same for work with the same result."""
-        if key not in self._next:
-            self._next[key] = asyncio.ensure_future(self._run(key, make))
-        result: T = await asyncio.shield(self._next[key])
-        return result
-
-    async def _run(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
-        if before := self._running.get(key):
-            await asyncio.wait([before])
-        self._running[key] = self._next.pop(key)
-        try:
-            return await make()
-        finally:
-            del self._running[key]
-
-
 @dataclass(frozen=True)
 class Front:
-    """What create_app puts together.
-
-    pool: threads for what would hold the event loop. flights: work that many clients ask for at once. turns: a request
-    takes one before it computes.
-    """
+    """What create_app puts together. pool: threads for work that would hold the event loop."""
 
     settings: Settings
     registry: Registry
@@ -84,18 +42,37 @@ class Front:
     metrics: Metrics
     keys: Keyring
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "imaging"))
-    flights: SingleFlight = field(default_factory=SingleFlight)
-    turns: Turns = field(default_factory=Turns)
+    _queue: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _running: defaultdict[Hashable, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
+    _next: dict[Hashable, asyncio.Future[Any]] = field(default_factory=dict)
+
+    async def turn(self) -> None:
+        """Wait in line until this request may go on: one does in each turn of the event loop.
+
+        So sockets and probes come between. What follows should hold the loop for a few ms at most.
+        """
+        async with self._queue:
+            await asyncio.sleep(0)
 
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Run what computes or reads files off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
 
     async def shared(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
-        """What `make` returns, made once for all who wait for the same key; then they go on one a turn."""
-        made = await self.flights.run(key, make)
-        await self.turns.take()
+        """The result of `make`, shared by all who ask with this key before it starts; then they go on one a turn.
+
+        Whoever asks while it runs waits for the next run, so a result is never older than the question.
+        """
+        if key not in self._next:
+            self._next[key] = asyncio.ensure_future(self._run(key, make))
+        made: T = await asyncio.shield(self._next[key])
+        await self.turn()
         return made
+
+    async def _run(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
+        async with self._running[key]:
+            del self._next[key]
+            return await make()
 
 
 def front_of(request: Request) -> Front:
@@ -105,7 +82,7 @@ def front_of(request: Request) -> Front:
 
 
 def key_of(request: Request) -> ApiKey:
-    """Who asks; NOBODY until `app/api/auth.py` has looked at the key."""
+    """Who asks; NOBODY until `app/api/access.py` has looked at the key."""
     return cast(ApiKey, request.state.key)
 
 
@@ -120,7 +97,7 @@ async def read_json(request: Request) -> object:
     Raises RequestError (chunked bodies may be too large as well), or ClientDisconnect.
     """
     data = await _read(request)
-    await front_of(request).turns.take()
+    await front_of(request).turn()
     codings = ", ".join(request.headers.getlist("content-encoding")).split(",")
     for coding in map(str.strip, codings):
         if coding.lower() not in ("", "identity"):

@@ -1,9 +1,9 @@
 """Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
-The source is a `.pt` in the authors' names, or a folder in diffusers' layout whose weights are `.bin` files, as the Hub
-repositories facebook/DiT-XL-2-256 and -512 are. Of a `.pt` the tensors say depth, width, patch, size and classes; the
-number of heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the
-authors' sample.py.
+The source is a `.pt` in the authors' names, or a folder in diffusers' layout with `.bin` files, as the Hub repositories
+facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the number of
+heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors'
+sample.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from app.cards.card import ID, Card, read_card
-from app.cards.files import INDEX, read_json, to_toml
+from app.cards.files import INDEX, read_json, write_toml
 from app.cards.folder import FILE, Part, schedule_of
 from app.checkpoints.parts import naming, part_outline, part_states
 from app.checkpoints.tensors import State, read_torch_zip
@@ -54,23 +52,9 @@ _COUNTS = ("num_embeds_ada_norm", "in_channels", "out_channels", "num_layers", "
 CLASS, VAE = "DiTTransformer2DModel", "AutoencoderKL"
 BIN = "diffusion_pytorch_model.bin"
 
-_CARD = """\
-id = "{id}"
-family = "dit"
-description = "DiT with {classes} classes at {pixels} x {pixels} px, from {source}"
-source = {{ path = "." }}
-schedule = {schedule}
-defaults = {{ sampler = "ddpm", num_inference_steps = 250, guidance_scale = 4.0, size = "{pixels}x{pixels}" }}
-limits = {{ num_inference_steps = 1000, sizes = {{ min = {pixels}, max = {pixels}, multiple = {pixels}, \
-square = true }} }}
-classes = {classes}
-# The authors' own arithmetic, from which diffusers' pipeline differs.
-guided_channels = 3
-time_freq_shift = 0
-norm_eps = 1e-6
-parameters = {parameters}
-"""
 _SCHEDULE = {"kind": "diffusion", "betas": "linear", "spacing": "respaced"}
+"""The authors' schedule as a card has it, and as diffusers does."""
+
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.0001,
@@ -83,45 +67,51 @@ _SCHEDULER = {
 
 
 Tell = Callable[[str], None]
+Network = tuple[State, dict[str, Any], int]
+"""The tensors of a DiT by diffusers' names, their config and the number of parameters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """What to convert to what.
+def convert_dit(
+    file: Path,
+    folder: Path,
+    vae: Path | None,
+    tell: Tell,
+    *,
+    dtype: torch.dtype | None = None,
+    heads: int | None = None,
+    labels: tuple[str, ...] = (),
+    replace: bool = False,
+) -> None:
+    """Write the folder whole or not at all, and tell what is done, a line each.
 
     file: a .pt, or a folder of .bin files. vae: a folder in diffusers' layout, or a safetensors file in the authors';
     None for the folder's own. dtype: of the network's weights; None for the file's own. heads: None for those of the
     width. labels: names of classes, used if they are as many as the network's. replace: the folder may be a card
-    without weights, whose facts are kept.
-    """
-
-    file: Path
-    folder: Path
-    vae: Path | None
-    dtype: torch.dtype | None = None
-    heads: int | None = None
-    labels: tuple[str, ...] = ()
-    replace: bool = False
-
-
-def convert_dit(wanted: Conversion, tell: Tell) -> None:
-    """Write the folder whole or not at all, and tell what is done, a line each.
+    without weights; its facts are kept.
 
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
-    folder = wanted.folder.absolute()
-    # A folder that holds the facts alone, as the shipped cards' do.
-    bare = wanted.replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
+    folder = folder.absolute()
+    # A folder that has the facts alone, as the shipped cards' do.
+    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
     card = read_card(folder / "card.toml") if bare else None
     if folder.exists() and card is None:
-        hint = " and holds no card without weights" if wanted.replace else ": name a folder that does not"
+        hint = " and has no card without weights" if replace else ": name a folder that does not"
         raise CheckpointError(f"{folder} exists{hint}")
     if not re.fullmatch(ID, folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
     with _whole(folder) as unfinished:
-        _write(wanted, unfinished, folder.name, tell)
+        network = (
+            _network_of_bins(file, unfinished, tell) if file.is_dir() else _network_of_pt(file, unfinished, heads, tell)
+        )
+        pixels, vae_config = _read_vae(file, vae, unfinished, tell)
+        _write_index(file, labels, unfinished, network[1])
+        write_toml(unfinished / "card.toml", _card_of(folder.name, file, network, vae_config))
         if card is not None:
             _keep_facts(card, unfinished / "card.toml")
+        tell("writing the network and the VAE")
+        _write_weights(unfinished / "transformer", network[0], dtype)
+        _write_weights(unfinished / "vae", pixels, None)
     tell(f"wrote {folder}")
 
 
@@ -129,24 +119,23 @@ def convert_dit(wanted: Conversion, tell: Tell) -> None:
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its place at the end, and nothing is left of it on an error.
 
-    What stood there before is gone only when the new one stands.
+    What was there before is gone only when the new one is there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    before = unfinished.with_name(f"{unfinished.name}-before")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        unfinished, before = Path(place, "new"), Path(place, "before")
+        unfinished.mkdir()
         yield unfinished
         for path in (unfinished, *unfinished.rglob("*")):  # of which two libraries would let only the owner read some
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             os.rename(folder, before)
-        os.rename(unfinished, folder)
-    except BaseException:
-        if before.exists():
-            os.rename(before, folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if before.exists():
+                os.rename(before, folder)
+            raise
 
 
 def _keep_facts(before: Card, file: Path) -> None:
@@ -163,51 +152,46 @@ def _keep_facts(before: Card, file: Path) -> None:
     read_card(file)
 
 
-def _write(wanted: Conversion, folder: Path, model_id: str, tell: Tell) -> None:
-    """Every file of the folder; the weights last, once configs and tensors are known to fit each other."""
-    bins = wanted.file.is_dir()
-    network, config, parameters = (_network_of_bins if bins else _network_of_pt)(wanted, folder, tell)
-    place = wanted.vae or (wanted.file / "vae" if bins else None)
-    if place is None:
-        raise CheckpointError("a .pt holds no VAE: give one with --vae")
-    vae = Part("vae", VAE, place) if place.is_dir() else Part("vae", VAE, place.parent, place)
-    vae_config = vae_config_of(part_outline(vae)) if vae.file else read_json(place / "config.json")
-    pixels, file = _read_bins(vae, tell) if bins else (_joined(vae), vae.weights)
-    _check_fit(folder / "vae", VAE, vae_config, pixels, file)
-    _write_index(wanted, folder, config)
-    side = config["sample_size"] * 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+def _card_of(model: str, file: Path, network: Network, vae: dict[str, Any]) -> dict[str, Any]:
+    """The card of a network and an autoencoder of these configs, with the authors' own arithmetic."""
+    _, config, parameters = network
+    classes, halvings = config["num_embeds_ada_norm"], len(vae.get("block_out_channels", (64,))) - 1
+    pixels = config["sample_size"] * 2**halvings
     learned = config["out_channels"] == 2 * config["in_channels"]
     schedule = {**_SCHEDULE, "variance": "learned_range" if learned else "fixed_large"}
-    card = _CARD.format(
-        id=model_id,
-        classes=config["num_embeds_ada_norm"],
-        pixels=side,
-        source=json.dumps(wanted.file.name)[1:-1],
-        schedule=to_toml(schedule_of(wanted.file, schedule)),
-        parameters=parameters,
-    )
-    (folder / "card.toml").write_text(card, encoding="utf-8")
-    tell("writing the network and the VAE")
-    _write_weights(folder / "transformer", network, wanted.dtype)
-    _write_weights(folder / "vae", pixels, None)
+    size, sizes = f"{pixels}x{pixels}", {"min": pixels, "max": pixels, "multiple": pixels, "square": True}
+    return {
+        "id": model,
+        "family": "dit",
+        "description": f"DiT with {classes} classes at {pixels} x {pixels} px, from {file.name}",
+        "source": {"path": "."},
+        "schedule": schedule_of(file, schedule),
+        "defaults": {"sampler": "ddpm", "num_inference_steps": 250, "guidance_scale": 4.0, "size": size},
+        "limits": {"num_inference_steps": 1000, "sizes": sizes},
+        "classes": classes,
+        "guided_channels": 3,
+        "time_freq_shift": 0,
+        "norm_eps": 1e-6,
+        "parameters": parameters,
+    }
 
 
-def _network_of_pt(wanted: Conversion, folder: Path, tell: Tell) -> tuple[State, dict[str, Any], int]:
-    """The tensors by diffusers' names, their config and the number of parameters."""
-    tell(f"reading {wanted.file}")
-    theirs = read_torch_zip(wanted.file)
-    with naming(wanted.file):
+def _network_of_pt(file: Path, folder: Path, heads: int | None, tell: Tell) -> Network:
+    """The network of an authors' file; its config is written. Raises CheckpointError."""
+    tell(f"reading {file}")
+    theirs = read_torch_zip(file)
+    with naming(file):
         state = from_original(CLASS, theirs)
-        config = dit_config(theirs, wanted.heads)
+        config = dit_config(theirs, heads)
     shape = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
     tell(f"a DiT: {shape.format(**config)}, {config['num_embeds_ada_norm']} classes")
-    _check_fit(folder / "transformer", CLASS, config, state, wanted.file)
+    _check_fit(folder / "transformer", CLASS, config, state, file)
     return state, config, sum(value.numel() for value in theirs.values())
 
 
-def _network_of_bins(wanted: Conversion, folder: Path, tell: Tell) -> tuple[State, dict[str, Any], int]:
+def _network_of_bins(source: Path, folder: Path, tell: Tell) -> Network:
     """As `_network_of_pt`, of a folder. Raises CheckpointError too where blocks have embedders that differ."""
-    place = wanted.file / "transformer"
+    place = source / "transformer"
     config = read_json(place / "config.json")
     for name in _COUNTS:
         if not isinstance(config.get(name), int) or config[name] < 1:
@@ -222,16 +206,26 @@ def _network_of_bins(wanted: Conversion, folder: Path, tell: Tell) -> tuple[Stat
     return state, config, positions + sum(value.numel() for key, value in state.items() if key not in copies)
 
 
+def _read_vae(source: Path, vae: Path | None, folder: Path, tell: Tell) -> tuple[State, dict[str, Any]]:
+    """The tensors of the VAE and its config, which is written. Raises CheckpointError."""
+    place = vae or (source / "vae" if source.is_dir() else None)
+    if place is None:
+        raise CheckpointError("a .pt has no VAE: give one with --vae")
+    part = Part("vae", VAE, place) if place.is_dir() else Part("vae", VAE, place.parent, place)
+    config = vae_config_of(part_outline(part)) if part.file else read_json(place / "config.json")
+    state, file = _read_bins(part, tell)
+    _check_fit(folder / "vae", VAE, config, state, file)
+    return state, config
+
+
 def _read_bins(part: Part, tell: Tell) -> tuple[State, Path]:
-    """The tensors of a part of such a folder, and what to name in an error; one in safetensors will do."""
-    torch_zip = part.file is None and (part.folder / BIN).is_file()
-    file = part.folder / BIN if torch_zip else part.weights
-    tell(f"reading {file}")
-    return read_torch_zip(file) if torch_zip else _joined(part), file
-
-
-def _joined(part: Part) -> State:
-    return {key: value for shard in part_states(part) for key, value in shard.items()}
+    """The tensors of a part in a .bin file or in safetensors, and what to name in an error."""
+    file = part.folder / BIN
+    if part.file is None and file.is_file():
+        tell(f"reading {file}")
+        return read_torch_zip(file), file
+    tell(f"reading {part.weights}")
+    return {key: value for shard in part_states(part) for key, value in shard.items()}, part.weights
 
 
 def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
@@ -244,7 +238,7 @@ def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{key} has shape {shape}, not [{', '.join(sides)}]")
     patches, table, places, last = (theirs[key] for key in _SHAPES)
     if table.shape[0] < 2:
-        raise ValueError("y_embedder.embedding_table.weight holds no class beside the null class")
+        raise ValueError("y_embedder.embedding_table.weight has no class beside the null class")
     width, channels, patch, _ = patches.shape
     heads = heads or HEADS.get(width)
     if heads is None or width % heads:
@@ -288,15 +282,15 @@ def _check_fit(folder: Path, class_name: str, config: dict[str, Any], state: Sta
     return blank_network(class_name, folder, {key: value.to("meta") for key, value in state.items()}, file)
 
 
-def _write_index(wanted: Conversion, folder: Path, config: dict[str, Any]) -> None:
-    """model_index.json, and the folder's own scheduler_config.json or the authors' schedule as one."""
+def _write_index(file: Path, labels: tuple[str, ...], folder: Path, config: dict[str, Any]) -> None:
+    """Write model_index.json, and the folder's own scheduler_config.json or the authors' schedule as one."""
     index: dict[str, Any] = {"_class_name": "DiTPipeline"}
-    if len(wanted.labels) == config["num_embeds_ada_norm"]:
-        index["id2label"] = {str(number): label for number, label in enumerate(wanted.labels)}
+    if len(labels) == config["num_embeds_ada_norm"]:
+        index["id2label"] = {str(number): label for number, label in enumerate(labels)}
     parts = {"scheduler": "DDIMScheduler", "transformer": CLASS, "vae": VAE}
     _write_json(folder / INDEX, {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}})
     (folder / "scheduler").mkdir()
-    theirs = wanted.file / FILE
+    theirs = file / FILE
     _write_json(folder / FILE, read_json(theirs) if theirs.is_file() else _SCHEDULER)
 
 

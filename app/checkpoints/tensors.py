@@ -2,8 +2,8 @@
 
 The safetensors format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of {name: dtype,
 shape, data_offsets}, the data. The library reads it, and refuses holes, overlaps, tails, short files and shapes that do
-not fill their place. What it lets pass is refused here before it sees the file: headers that cost memory to parse, a
-key twice, number formats that no network here is stored in.
+not fill their place. What it lets pass is refused here: before it sees the file, headers that cost memory to parse;
+after that, a key twice and number formats that no network here is stored in.
 
 A torch file is a pickle, which can run code, so torch's weights-only unpickler reads it, and what it refuses stays
 refused. That stops code, not bombs: entries that are compressed, share their bytes or lie outside the archive are
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import pickle
 import re
@@ -51,7 +50,8 @@ _FORMATS = {
 }
 
 PICKLE_LIMIT = 16 * 2**20
-"""Bytes of data.pkl, which holds names, shapes and offsets: a DiT-XL's has 40 kB, one with an optimizer's 200 kB."""
+"""Bytes of data.pkl, which has names, shapes and offsets: a DiT-XL's has 40 kB, one with an optimizer's 200 kB. So many
+are also read for the zip's directory, which is at the end of the file."""
 
 WRAPPERS = ("ema", "model", "state_dict")
 """Where the weights may stand, the best first: the authors' train.py saves "model", "ema", "opt" and "args"."""
@@ -67,7 +67,7 @@ def read_outline(place: Path, prefix: str = "") -> State:
     `read_states`, but for what only the data can show.
     """
     outline = {}
-    for file in _headers(place, prefix):
+    for file in _checked(place, prefix):
         with _opened(file) as opened:
             for key in opened.keys():  # noqa: SIM118
                 if key.startswith(prefix):
@@ -77,20 +77,25 @@ def read_outline(place: Path, prefix: str = "") -> State:
 
 
 def read_states(place: Path, prefix: str = "") -> Iterator[State]:
-    """The tensors whose names begin so: of a file, or of a component's folder, one of its files after another.
+    """The tensors with names that begin so: of a file, or of a component's folder, one of its files after another.
 
     The tensors may be maps of the file: a caller that drops a shard before the next never has two in memory. Raises
     CheckpointError naming the file: missing, not whole, over 16 MB of header or 20,000 tensors, shards and index that
     do not agree; all headers are checked before the first tensor is read.
     """
-    for file in _headers(place, prefix):
+    for file in _checked(place, prefix):
         with _opened(file) as opened:
             yield {key: opened.get_tensor(key) for key in opened.keys() if key.startswith(prefix)}  # noqa: SIM118
 
 
 def read_names(file: Path) -> set[str]:
     """The names of all tensors of one file, whatever their number formats. Raises CheckpointError as `read_states`."""
-    return set(_header(file))
+    count = _count_tensors(file)
+    with _opened(file) as opened:
+        names = set(opened.keys())
+    if len(names) != count:
+        raise CheckpointError(f"{file}: invalid header: a key twice")
+    return names
 
 
 def read_torch_zip(file: Path) -> State:
@@ -101,11 +106,15 @@ def read_torch_zip(file: Path) -> State:
     """
     refuse_foreign(file, "torch")
     try:
-        with _Short(file) as stream:
-            _check_end(file, stream)
-            with zipfile.ZipFile(stream) as archive:
-                _check_entries(file, archive.infolist())
-        # NOTE: Namespace holds the options of train.py; it is plain data, and nothing of it is called.
+        with open_file(file) as stream:
+            stream.seek(max(file.stat().st_size - PICKLE_LIMIT, 0))
+            tail = stream.read(PICKLE_LIMIT)
+        # The end record is the file's last bytes, so that every reader finds the same directory.
+        if tail[-_END_BYTES:][:4] != _END:
+            raise CheckpointError(f"{file}: not a whole torch zip (torch.save of version 1.6 or later writes one)")
+        with zipfile.ZipFile(io.BytesIO(tail)) as archive:
+            _check_entries(file, archive.infolist())
+        # NOTE: Namespace has the options of train.py; it is plain data, and nothing of it is called.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -120,33 +129,24 @@ def read_torch_zip(file: Path) -> State:
     return _unwrapped(file, loaded)
 
 
-def _headers(folder: Path, prefix: str) -> dict[Path, dict[str, Any]]:
-    """The header of every shard, checked against the index."""
-    shards = weight_files(folder)
-    headers = {file: _header(file) for file in shards}
-    for file, header in headers.items():
-        _check_formats(file, {key: entry["dtype"] for key, entry in header.items() if key.startswith(prefix)})
-    if sum(len(header) for header in headers.values()) > TENSOR_LIMIT:
-        raise CheckpointError(f"{folder}: over {TENSOR_LIMIT} tensors")
+def _checked(place: Path, prefix: str) -> list[Path]:
+    """Every shard of a folder, or the one file, with a header that agrees with the index."""
+    total, shards = 0, weight_files(place)
     for file, listed in shards.items():
-        wrong = sorted(set(headers[file]) ^ listed) if listed is not None else []
-        if wrong:
+        names = read_names(file)
+        total += len(names)
+        if total > TENSOR_LIMIT:
+            raise CheckpointError(f"{place}: over {TENSOR_LIMIT} tensors")
+        if wrong := sorted(names ^ listed) if listed is not None else []:
             raise CheckpointError(f"{file}: {wrong[0]} is in only one of this file and the index")
-    return headers
+        with _opened(file) as opened:
+            for key in filter(lambda name: name.startswith(prefix), sorted(names)):
+                _check_format(file, key, opened.get_slice(key).get_dtype())
+    return list(shards)
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """The file opened by the library, which checks the header again and the length of the data."""
-    try:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            yield opened
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """The header, without its metadata; no more of it is checked than the library would let pass."""
+def _count_tensors(file: Path) -> int:
+    """The number of entries of a header, counted before it is parsed: a million would take seconds and a gigabyte."""
     refuse_foreign(file)
     try:
         with open_file(file) as stream:
@@ -159,54 +159,28 @@ def _header(file: Path) -> dict[str, Any]:
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    # NOTE: counted before it is parsed: a million entries, or values, would take seconds and a gigabyte.
-    if raw.count(b'"data_offsets"') > TENSOR_LIMIT or raw.count(b",") > COMMAS * TENSOR_LIMIT:
+    count = raw.count(b'"data_offsets"')
+    if count > TENSOR_LIMIT or raw.count(b",") > COMMAS * TENSOR_LIMIT:
         raise CheckpointError(f"{file}: over {TENSOR_LIMIT} tensors")
+    return count
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The file opened by the library, which checks its header and the length of its data."""
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-        header.pop("__metadata__", None)
-        for key, entry in header.items():
-            if not isinstance(entry["dtype"], str):
-                raise ValueError(f"{key} has no number format")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: invalid header: {error}") from error
-    return dict(header)
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            yield opened
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key twice")
-    return found
-
-
-def _check_formats(file: Path, formats: dict[str, str]) -> None:
+def _check_format(file: Path, key: str, form: str) -> None:
     """Refuse number formats that no network here is stored in."""
-    for key, form in formats.items():
-        if form not in _FORMATS:
-            words = f"{form} (8-bit floats)" if form.startswith("F8_") else form
-            more = ": take its bfloat16, float16 or float32 file" if form.startswith(("F8_", "F4", "F6")) else ""
-            raise CheckpointError(f"{file}: {key} has number format {words}, which this server does not load{more}")
-
-
-class _Short(io.FileIO):
-    """A file of which no more than a pickle's limit is read at once: the zip library reads a directory whole."""
-
-    def read(self, size: int | None = -1) -> bytes:
-        most = PICKLE_LIMIT + 1
-        found = super().read(most if size is None or size < 0 else min(size, most))
-        if len(found) > PICKLE_LIMIT:
-            raise zipfile.BadZipFile("a directory of too many bytes")
-        return found
-
-
-def _check_end(file: Path, stream: io.FileIO) -> None:
-    """The end record is the file's last bytes, so that every reader finds the same directory."""
-    size = stream.seek(0, io.SEEK_END)
-    stream.seek(max(size - _END_BYTES, 0))
-    if stream.read(_END_BYTES)[:4] != _END:
-        raise CheckpointError(f"{file}: not a whole torch zip (torch.save of version 1.6 or later writes one)")
-    stream.seek(0)
+    if form not in _FORMATS:
+        words = f"{form} (8-bit floats)" if form.startswith("F8_") else form
+        more = ": take its bfloat16, float16 or float32 file" if form.startswith(("F8_", "F4", "F6")) else ""
+        raise CheckpointError(f"{file}: {key} has number format {words}, which this server does not load{more}")
 
 
 def _check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -236,17 +210,17 @@ def _unwrapped(file: Path, loaded: Any) -> State:
             loaded = loaded[wrapper]
             break
     if not isinstance(loaded, dict) or not loaded:
-        raise CheckpointError(f"{file}: holds {type(loaded).__name__}, not tensors by their names")
+        raise CheckpointError(f"{file}: is a {type(loaded).__name__}, not tensors by their names")
     state: State = {}
     total = 0
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{file}: {str(key)[:80]!r} holds {type(value).__name__}, not a tensor")
+            raise CheckpointError(f"{file}: {str(key)[:80]!r} is of type {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or not value.is_floating_point():
             raise CheckpointError(f"{file}: {key} is not a plain tensor of numbers")
         total += value.numel() * value.itemsize
         if not value.is_contiguous() or total > file.stat().st_size:
-            raise CheckpointError(f"{file}: {key} has shape {list(value.shape)}, more than the file holds of it")
+            raise CheckpointError(f"{file}: {key} has shape {list(value.shape)}, more than its bytes in the file")
         # A state dict of a distributed run names every weight after the module that wrapped the network.
         state[key.removeprefix("module.")] = value.detach()
     return state

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
-from rich.markup import escape
-from rich.table import Table
 
 from app.cards.card import Card, read_cards
 from app.cards.folder import ModelFolder
-from app.cli.bodies import find, open_registry
-from app.cli.serve import Folder, read_settings
+from app.cli.options import Folder, find, open_registry, read_settings
+from app.cli.paint import facts_table, show_tables, table
 from app.errors import LoadError, plain
 from app.samplers.table import valid_samplers
 from app.settings import Settings
@@ -25,7 +22,7 @@ from app.worker import plan
 
 # NOTE: app.checkpoints is imported late: torch and the model libraries take seconds, the Hub library a third of one.
 if TYPE_CHECKING:
-    from app.checkpoints.inventory import Fit, Found, Inventory
+    from app.checkpoints.inventory import Fit, Inventory
 
 app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
 
@@ -33,17 +30,24 @@ app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=Tru
 @app.command("list")
 def list_models(models: Folder = None) -> None:
     """One line for each card. files: here; or to pull, `gated` where a licence must be accepted first."""
-    rows = _table("model", "family", "parameters", "bytes", "files", "draws", "size", "steps", "guidance")
     cards = open_registry(read_settings(models=models)).all
+    rows = []
     for card in cards.values():
-        defaults = card.defaults
-        names = "\n".join((card.id, *(f"= {alias}" for alias in card.aliases)))
         here = _files(card, cards)
-        files = "gated" if card.gated and here != "here" else here
-        steps, guidance = str(defaults.num_inference_steps), f"{defaults.guidance_scale:g}"
-        amounts = _count(card.parameters), decimal(card.bytes) if card.bytes else "-"
-        rows.add_row(escape(names), card.family, *amounts, files, _draws(card), defaults.size, steps, guidance)
-    _print(rows)
+        rows.append(
+            {
+                "model": "\n".join((card.id, *(f"= {alias}" for alias in card.aliases))),
+                "family": card.family,
+                "parameters": _count(card.parameters),
+                "bytes": decimal(card.bytes) if card.bytes else "-",
+                "files": "gated" if card.gated and here != "here" else here,
+                "draws": _draws(card),
+                "size": card.defaults.size,
+                "steps": str(card.defaults.num_inference_steps),
+                "guidance": f"{card.defaults.guidance_scale:g}",
+            }
+        )
+    show_tables(table(rows, ("model", "family", "files", "draws", "size")))
     for error in cards.skipped.values():
         typer.echo(f"skipped: {error.message}", err=True)
 
@@ -53,11 +57,8 @@ def show(model: Annotated[str, typer.Argument(help="A model id or alias")], mode
     """Everything one card says."""
     registry = open_registry(read_settings(models=models))
     card = find(registry, model)
-    rows = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     words = {"here": "here", "pull": f"not here: instep models pull {card.id}", "none": "missing"}
-    for name, value in _facts_of(card, words[_files(card, registry.cards)]).items():
-        rows.add_row(name, escape(value))
-    _print(rows)
+    show_tables(facts_table(_facts_of(card, words[_files(card, registry.cards)])))
 
 
 def _files(card: Card, cards: Mapping[str, Card]) -> Literal["here", "pull", "none"]:
@@ -131,10 +132,8 @@ def check(
 def _check_cards(folder: Path, threads: int) -> None:
     """A line for each card of the folder. Raises LoadError when a model is broken."""
     states = check_folder(folder, threads)
-    rows = _table("model", "state", "detail")
-    for name, (state, detail) in states.items():
-        rows.add_row(escape(name), state, escape(detail))
-    _print(rows)
+    rows = [{"model": name, "state": state, "detail": detail} for name, (state, detail) in states.items()]
+    show_tables(table(rows, ("model", "state", "detail")))
     broken = [name for name, (state, _) in states.items() if state == "broken"]
     if broken:
         raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
@@ -159,24 +158,16 @@ def _print_found(found: Inventory, settings: Settings) -> None:
     """Which cards fit, the state of each part, and the memory that they take."""
     from app.checkpoints.inventory import flag, short
 
-    fit = found.bases[0]
-    networks = {part: one for part, one in fit.own.items() if one.state}
-    names = [base.card.id for base in found.bases]
+    fit, names = found.bases[0], [base.card.id for base in found.bases]
+    networks = [part for part, one in fit.own.items() if one.state]
     if found.pickled:
         typer.echo(f"{found.path.name} is a torch file, which a server does not load")
     unsure = ": the same shapes, so the files cannot tell which" if len(names) > 1 else ""
     typer.echo(f"fits {', '.join(names)}{unsure}")
     whole = "transformer" in networks
-    missing = list(dict.fromkeys([*fit.missing, *fit.odd])) if whole else []
-    memory = _memory_of(fit, [*networks, *missing], settings)
-    rows = _table("part", "state", "parameters", "bytes", "in memory")
-    for part in [*networks, *missing]:
-        there = networks.get(part)
-        parameters = fit.counts(part)[0] if part in memory else 0
-        stored = decimal(sum(value.nbytes for value in there.state.values())) if there else "-"
-        needs = decimal(memory[part]) if part in memory else "-"
-        rows.add_row(part, escape(_state(fit, part, there)), _count(parameters), stored, needs)
-    _print(rows)
+    parts = list(dict.fromkeys([*networks, *fit.missing, *fit.odd])) if whole else networks
+    memory = _memory_of(fit, parts, settings)
+    show_tables(table([_row(fit, part, memory) for part in parts], ("part", "state")))
     if whole:
         typer.echo(_budget(fit, networks, memory, settings))
         return
@@ -185,21 +176,30 @@ def _print_found(found: Inventory, settings: Settings) -> None:
     typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, networks))})")
 
 
-def _state(fit: Fit, part: str, there: Found | None) -> str:
-    """How a part is stored, or why it is not usable, or what its absence means."""
+def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
+    """A part of the table: how it is stored, why it is not usable or what its absence means, and its sizes."""
     from app.checkpoints.inventory import short
     from app.families import FAMILIES
 
+    there = fit.own.get(part)
+    tensors = there.state.values() if there else ()
     if part in fit.odd:
-        return f"not usable: {short(fit.odd[part])}"
-    if there:
-        formats = sorted({str(value.dtype).removeprefix("torch.") for value in there.state.values()})
-        return f"stored as {', '.join(formats)}"
-    if part in FAMILIES[fit.card.family].required:
-        return "missing, and needed"
-    if part.startswith("tokenizer"):
-        return f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
-    return f"missing; {fit.card.facts.without.get(part, 'it can do without')}"
+        state = f"not usable: {short(fit.odd[part])}"
+    elif there:
+        state = f"stored as {', '.join(sorted({str(one.dtype).removeprefix('torch.') for one in tensors}))}"
+    elif part in FAMILIES[fit.card.family].required:
+        state = "missing, and needed"
+    elif part.startswith("tokenizer"):
+        state = f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
+    else:
+        state = f"missing; {fit.card.optional.get(part, 'it can do without')}"
+    return {
+        "part": part,
+        "state": state,
+        "parameters": _count(fit.counts(part)[0]) if part in memory else "-",
+        "bytes": decimal(sum(one.nbytes for one in tensors)) if there else "-",
+        "in memory": decimal(memory[part]) if part in memory else "-",
+    }
 
 
 def _memory_of(fit: Fit, parts: Iterable[str], settings: Settings) -> dict[str, int]:
@@ -209,23 +209,20 @@ def _memory_of(fit: Fit, parts: Iterable[str], settings: Settings) -> dict[str, 
     from app.checkpoints.parts import part_dtype
     from app.worker.process import resolve_dtype
 
-    device = plan.devices(settings.devices)[0]
-    dtype = resolve_dtype(settings, device)
-    networks = filter(fit.network, parts)
-    return {part: fit.counts(part)[1] * part_dtype(part, torch.device(device), dtype).itemsize for part in networks}
+    device = torch.device(plan.devices(settings.devices)[0])
+    dtype = resolve_dtype(settings, str(device))
+    return {part: fit.counts(part)[1] * part_dtype(part, device, dtype).itemsize for part in filter(fit.network, parts)}
 
 
-def _budget(fit: Fit, parts: Iterable[str], memory: dict[str, int], settings: Settings) -> str:
-    """Bytes by phase, with a VAE in any case, against what weights may take here."""
+def _budget(fit: Fit, networks: Iterable[str], memory: Mapping[str, int], settings: Settings) -> str:
+    """Bytes of these networks and the required ones by phase, against what weights may take here."""
     from app.families import FAMILIES
     from app.pool.budget import budgets
 
     family, devices = FAMILIES[fit.card.family], plan.devices(settings.devices)
+    parts = {*networks, *family.required}
     budget, _ = budgets(settings, devices[0], devices)
-    there = {*parts, *family.required}
-    taken = {
-        phase: sum(memory.get(part, 0) for part in names if part in there) for phase, names in family.phases.items()
-    }
+    taken = {phase: sum(memory.get(one, 0) for one in names if one in parts) for phase, names in family.phases.items()}
     each = ", ".join(f"{phase} {decimal(size)}" for phase, size in taken.items() if size)
     fits = "fits" if sum(taken.values()) <= budget else "fits in turns, one phase at a time"
     if max(taken.values()) > budget:
@@ -245,7 +242,7 @@ def _print_next(found: Inventory, cards: Mapping[str, Card], settings: Settings)
     if found.pickled:
         words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{like}"), "--vae"]
         dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
-        return typer.echo(f"next: {dit if made.card.facts.torch_files else 'save its tensors as safetensors'}")
+        return typer.echo(f"next: {dit if made.card.has('torch_files') else 'save its tensors as safetensors'}")
     words = ["instep", "models", "add", str(path), "--like", like]
     if not made.whole and made.missing:
         made.take_rest(made.card)
@@ -263,18 +260,3 @@ def _count(parameters: int | None) -> str:
     if not parameters:
         return "-"
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
-
-
-def _table(*columns: str) -> Table:
-    """A table without lines; amounts stand at the right."""
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        number = column in ("parameters", "bytes", "steps", "guidance")
-        made.add_column(column, overflow="fold", justify="right" if number else "left")
-    return made
-
-
-def _print(rows: Table) -> None:
-    """As wide as it needs when the output is not a terminal, so that it can be searched."""
-    console = Console()
-    console.print(rows) if console.is_terminal else Console(width=1000).print(rows)

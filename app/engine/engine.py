@@ -370,4 +370,4 @@ class Engine:
             self._costs.forget(state.model)
 
     def _used(self) -> Memory:
-        return Memory(str(self._pool.device), {**self._pool.bytes, **self.runner.bytes})
+        return Memory({**self._pool.bytes, **self.runner.bytes})

@@ -82,7 +82,7 @@ class Training:
         clock, workers = Clock(self.args.minutes, self.used), Workers(self.args.threads, self.autocast)
         recent, done, bar = [], False, tqdm(initial=self.step, mininterval=10)
         while not done:
-            recent.append(self._advance(workers, losses(), clock.rate(self.args.rate)))
+            recent.append(self.advance(workers, losses(), clock.rate(self.args.rate)))
             bar.update()
             clock.tick()
             done = clock.share >= 1
@@ -94,7 +94,8 @@ class Training:
                 self.used = clock.used
                 self._checkpoint(publish)
 
-    def _advance(self, workers: Workers, losses: list[Callable[[], Tensor]], rate: float) -> float:
+    def advance(self, workers: Workers, losses: list[Callable[[], Tensor]], rate: float) -> float:
+        """Take one step at this rate, and return the mean of the losses."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = workers.backward(self.module, losses)

@@ -17,12 +17,12 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 
-from app.api.auth import ADMIN as ADMIN_ROUTES
-from app.api.auth import OPEN, with_ids
+from app.api.access import ADMIN as ADMIN_ROUTES
+from app.api.access import OPEN
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError
-from app.keys import ApiKey, Keyring
+from app.keys import ApiKey, Keyring, with_ids
 from app.main import create_app
 from app.settings import Settings
 from tests.api.test_access import lines, log  # noqa: F401

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from starlette.responses import Response
 
+from app.api.access import SLICE
 from app.api.guard import Door, Guarded
 from app.settings import Settings
 from tests.parts.waiting import eventually
@@ -22,7 +23,7 @@ PLENTY = 64 * 1024 * 1024
 
 
 class Endless:
-    """A real uvicorn behind the door, whose one route sends PLENTY of bytes, by chunks or at once."""
+    """A real uvicorn behind the door, whose one route sends PLENTY of bytes, or 503 to who is over the cap."""
 
     def __init__(self, chunk: int) -> None:
         self._chunk = chunk
@@ -41,12 +42,15 @@ class Endless:
         self.url = f"http://127.0.0.1:{self.uvicorn.servers[0].sockets[0].getsockname()[1]}"
 
     async def _app(self, scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        status = 503 if "crowded" in scope["state"] else 200
+        await send(
+            {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/event-stream")]}
+        )
         for left in range(PLENTY // self._chunk - 1, -1, -1):
             await send({"type": "http.response.body", "body": bytes(self._chunk), "more_body": left > 0})
 
 
-@pytest.fixture(params=[64 * 1024, PLENTY], ids=["stream", "picture"])
+@pytest.fixture(params=[64 * 1024, SLICE], ids=["stream", "picture"])
 def endless(request: pytest.FixtureRequest) -> Iterator[Endless]:
     endless = Endless(request.param)
     yield endless
@@ -94,4 +98,4 @@ def test_an_answer_that_is_not_read_yet_is_not_pushed_out(endless: Endless) -> N
         assert one.recv(12) == b"HTTP/1.1 200"
         with connect(endless.url) as two:
             two.sendall(GET + b"\r\n")
-            assert two.recv(12) == b"HTTP/1.1 500"
+            assert two.recv(12) == b"HTTP/1.1 503"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from app.api import guard
-from app.api.guard import PROBES
+from app.api.access import PROBES
 from app.main import ACCEPTED, WAITING
 from app.settings import Settings
 from tests.parts.cards import write_cards
@@ -158,7 +158,6 @@ def test_a_connection_over_the_cap_that_goes_on_sending_is_cut_off(
 ) -> None:
     """Long before the time for a request is over."""
     monkeypatch.setattr(guard, "GRACE", 4 * PAUSE)
-    monkeypatch.setattr(guard, "LINGER", 4 * PAUSE)
     drawing(server, room, CAP)
     with connect(server.url) as wire:
         wire.sendall(POST + b"Content-Length: 9000\r\n\r\n")
@@ -181,7 +180,7 @@ def test_too_many_that_are_answered_get_503_and_probes_an_answer(
     for probe in PROBES:
         eventually(lambda: len(server.uvicorn.server_state.connections) == CAP)
         with connect(server.url) as wire:
-            assert asked(wire, b"GET %b HTTP/1.1\r\nHost: a\r\n" % probe)[0] in (200, 503)
+            assert asked(wire, b"GET %b HTTP/1.1\r\nHost: a\r\n" % probe.encode())[0] in (200, 503)
             assert heard(wire) == b""
     assert 'reason="overloaded"' in _metrics(server, crowd)
     assert httpx.get(f"{server.url}/v1/models").status_code == 200

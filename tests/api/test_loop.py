@@ -20,15 +20,17 @@ import fastapi_swagger  # type: ignore[import-untyped]
 import httpx
 import pytest
 
-from app.api import docs, models
+from app.api import docs
 from app.api.access import SLICE
-from app.api.front import SingleFlight, Turns
-from app.api.guard import AHEAD, EVENTS, Guarded
+from app.api.front import Front
+from app.api.guard import AHEAD, READ, Guarded
 from app.cards.catalog import COMPARED, did_you_mean
+from app.cards.folder import ModelFolder
 from app.jobs.body import LONGEST, MOST
 from app.main import SWITCH
 from app.settings import Settings
 from tests.parts.servers import Server, generate
+from tests.parts.waiting import eventually
 from tests.parts.wires import connect
 from tests.parts.workers import FAKE
 
@@ -58,6 +60,12 @@ def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[Any]
     real = getattr(where, name)
     monkeypatch.setattr(where, name, lambda *given: calls.append(given[0] if given else None) or real(*given))
     return calls
+
+
+def bare() -> Front:
+    """What requests wait in line for, without a server."""
+    nothing: Any = None
+    return Front(nothing, nothing, nothing, nothing, nothing)
 
 
 def at_once(url: str, path: str) -> list[httpx.Response]:
@@ -117,25 +125,27 @@ def test_the_document_is_made_once(server: Server, url: str, monkeypatch: pytest
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny-text", "/metrics"])
 def test_a_crowd_shares_one_answer(server: Server, url: str, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """While one is made, all others wait for one more, so that nobody gets what is older than the question."""
-    made: list[float] = []
+    made: list[None] = []
 
     def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
         def work(*given: Any) -> Any:
-            made.append(time.monotonic())
-            time.sleep(0.3)
+            made.append(None)
+            eventually(lambda: everybody.is_set() or len(server.uvicorn.server_state.tasks) == CROWD)
+            everybody.set()
             return real(*given)
 
         return work
 
-    monkeypatch.setattr(models, "_entry", slowly(models._entry))
+    everybody = threading.Event()
+    monkeypatch.setattr(ModelFolder, "fault", slowly(ModelFolder.fault))
     monkeypatch.setattr(server.metrics, "text", slowly(server.metrics.text))
     assert {reply.status_code for reply in at_once(url, path)} == {200}
-    assert len(made) <= 3 * (1 if path == "/metrics" else len(server.app.state.front.registry.cards))
+    assert len(made) <= 2 * (1 if path == "/metrics" else len(server.app.state.front.registry.cards))
 
 
 def test_a_shared_result_is_never_older_than_the_question() -> None:
     async def scene() -> None:
-        flight, started, go = SingleFlight(), [0], asyncio.Event()
+        front, started, go = bare(), [0], asyncio.Event()
 
         async def make() -> int:
             started[0] += 1
@@ -143,10 +153,10 @@ def test_a_shared_result_is_never_older_than_the_question() -> None:
             await go.wait()
             return mine
 
-        first = [asyncio.ensure_future(flight.run("a", make)) for _ in range(3)]
+        first = [asyncio.ensure_future(front.shared("a", make)) for _ in range(3)]
         await asyncio.sleep(0.01)
-        later = [asyncio.ensure_future(flight.run("a", make)) for _ in range(3)]
-        other = asyncio.ensure_future(flight.run("b", make))
+        later = [asyncio.ensure_future(front.shared("a", make)) for _ in range(3)]
+        other = asyncio.ensure_future(front.shared("b", make))
         await asyncio.sleep(0.01)
         later[0].cancel()  # one who leaves takes nothing from the others
         go.set()
@@ -165,10 +175,10 @@ def test_a_server_that_has_started_is_steady(settings: Settings) -> None:
 
 def test_one_request_goes_on_in_a_turn_of_the_loop() -> None:
     async def scene() -> None:
-        turns, log = Turns(), list[str]()
+        front, log = bare(), list[str]()
 
         async def client(number: int) -> None:
-            await turns.take()
+            await front.turn()
             log.append(str(number))
 
         async def loop() -> None:
@@ -184,36 +194,18 @@ def test_one_request_goes_on_in_a_turn_of_the_loop() -> None:
     asyncio.run(scene())
 
 
-def test_probes_do_not_wait_but_pipelined_ones_do(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[None] = []
-    front = server.app.state.front
-    real = front.turns.take
-
-    async def take() -> None:
-        taken.append(None)
-        await real()
-
-    monkeypatch.setattr(front.turns, "take", take)
-    ask = b"GET /healthz HTTP/1.1\r\nHost: a\r\n%s\r\n"
-    for requests, waits in (([b""], 0), ([b"", b"", b""], 2)):
+def test_probes_do_not_wait_for_a_turn(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = counted(monkeypatch, Front, "turn")
+    for path, waits in (("/health", 0), ("/healthz", 0), ("/readyz", 0), ("/docs", 1)):
         taken.clear()
-        with connect(url) as wire:
-            wire.sendall(b"".join(ask % more for more in requests[:-1]) + ask % b"Connection: close\r\n")
-            assert b"".join(iter(lambda: wire.recv(65536), b"")).count(b"HTTP/1.1 200") == len(requests)
+        assert httpx.get(f"{url}{path}").status_code == 200
         assert len(taken) == waits
 
 
-def test_a_long_answer_is_sent_in_slices_and_whole(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_answer_is_sent_in_slices_and_whole(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = files(fastapi_swagger).joinpath("resources", "swagger-ui-bundle.js").read_bytes()
     assert len(whole) > 2 * SLICE
-    taken: list[None] = []
-    real = server.app.state.front.turns.take
-
-    async def take() -> None:
-        taken.append(None)
-        await real()
-
-    monkeypatch.setattr(server.app.state.front.turns, "take", take)
+    taken = counted(monkeypatch, Front, "turn")
     reply = httpx.get(f"{url}/docs/swagger-ui-bundle.js")
     assert reply.content == whole and len(taken) == 1 + (len(whole) - 1) // SLICE
     assert httpx.head(f"{url}/docs/swagger-ui-bundle.js").headers["content-length"] == str(len(whole))
@@ -222,14 +214,14 @@ def test_a_long_answer_is_sent_in_slices_and_whole(server: Server, url: str, mon
 def test_a_body_in_chunks_of_a_byte_is_parsed_over_many_turns(
     http: httpx.Client, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = counted(monkeypatch, Guarded, "handle_events")
+    calls = counted(monkeypatch, Guarded, "buffer_updated")
     body = json.dumps({"prompt": "a" * 150, "user": "b" * 5000}).encode()
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
     head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     with connect(url) as wire:
         wire.sendall(head + chunks + b"0\r\n\r\n")
         said = b"".join(iter(lambda: wire.recv(65536), b""))
-    assert said.startswith(b"HTTP/1.1 200 ") and len(calls) >= len(body) // EVENTS
+    assert said.startswith(b"HTTP/1.1 200 ") and len(calls) >= len(chunks) // READ
     assert generate(http, {"prompt": "a"}).status_code == 200
 
 
@@ -255,7 +247,7 @@ def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pyte
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(client, range(4))) == [2000] * 4
-    assert max(ahead) <= AHEAD + 256 * 1024  # what asyncio reads at once
+    assert max(ahead) <= AHEAD + READ
 
 
 @pytest.mark.slow

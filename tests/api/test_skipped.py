@@ -13,11 +13,10 @@ import httpx
 import openai
 import pytest
 
-from app.api.auth import with_ids
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError, plain
-from app.keys import read_keys
+from app.keys import read_keys, with_ids
 from app.settings import Settings
 from app.worker import plan
 from tests.parts.cards import LABEL, TEXT, write_cards

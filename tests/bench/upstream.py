@@ -54,14 +54,14 @@ class Upstream:
         self.family = family
         self._dtype = dtype or family.dtype
         with torch.inference_mode():
-            self._pipeline = _PIPELINES[family.card.family](family, self._dtype)
+            self.pipeline = _PIPELINES[family.card.family](family, self._dtype)
         # The card says how far CLIP's text is padded; the pipelines pad to what the tokenizer says.
-        self._pipeline.tokenizer_max_length = family.card.text.clip
-        self._pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.tokenizer_max_length = family.card.text.clip
+        self.pipeline.set_progress_bar_config(disable=True)
         if compiled:
             # NOTE: of a copy of the module, for the engine runs the family's own; the tensors stay the same.
-            self._pipeline.transformer = _copied(self._pipeline.transformer)
-            self._pipeline.transformer.compile()
+            self.pipeline.transformer = _copied(self.pipeline.transformer)
+            self.pipeline.transformer.compile()
 
     @torch.inference_mode()
     def draw(self, request: Request, index: int = 0) -> np.ndarray:
@@ -75,9 +75,9 @@ class Upstream:
         if request.recipe.sampler not in SAMPLERS[card.family]:
             known = ", ".join(SAMPLERS[card.family])
             raise InvalidValue(f"sampler: diffusers draws {card.id} with {known}", param="sampler")
-        self._pipeline.scheduler = scheduler_of(card.schedule, request.recipe.sampler)
+        self.pipeline.scheduler = scheduler_of(card.schedule, request.recipe.sampler)
         call = _dit_call if card.draws_classes else self._text_call
-        return np.asarray((self._pipeline(**call(request, image), output_type="np").images[0] * 255).round(), np.uint8)
+        return np.asarray((self.pipeline(**call(request, image), output_type="np").images[0] * 255).round(), np.uint8)
 
     def _text_call(self, request: Request, image: ImageSpec) -> dict[str, Any]:
         """The arguments of SD3's and FLUX's pipelines."""
@@ -111,7 +111,7 @@ class Upstream:
     def _text(self, request: Request, condition: Condition) -> dict[str, Any]:
         """Prompt and negative prompt, or their embeddings where the pipeline misses an encoder."""
         assert isinstance(condition, Prompt)
-        parts = self._pipeline.components
+        parts = self.pipeline.components
         if all(value is not None for name, value in parts.items() if name.startswith("text_encoder")):
             return {"prompt": condition.text, "negative_prompt": condition.negative}
         given = {}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.cards.card import read_card
-from app.checkpoints.convert import BIN, Conversion, convert_dit
+from app.checkpoints.convert import BIN, convert_dit
 from app.errors import CheckpointError
 from app.families import DiT
 from tests.families.plain import load
@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def convert(folder: Path, vae: Path | None = None, **options: object) -> Path:
     to = folder.parent / "my-dit"
-    convert_dit(Conversion(folder, to, vae, torch.float32, **options), lambda line: None)  # type: ignore[arg-type]
+    convert_dit(folder, to, vae, lambda line: None, dtype=torch.float32, **options)  # type: ignore[arg-type]
     return to
 
 

@@ -135,7 +135,10 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a block far away": (renamed(FUSED, FUSED.replace(".0.", ".9999.")), "no transformer of class SD3"),
     "a name of a megabyte": (renamed(f"{UNET}pos_embed", UNET + "x" * 2**20), "unexpected weights: xxx"),
     "whole numbers": (edited(lambda h: h[FUSED].update(dtype="I32")), "holds torch.int32, not floating point"),
-    "eight bits": (edited(lambda h: h[FUSED].update(dtype="F8_E4M3")), "number format F8_E4M3 (8-bit floats), which"),
+    "eight bits": (
+        edited(lambda h: h[FUSED].update(dtype="F8_E4M3", shape=[384, 32])),
+        "number format F8_E4M3 (8-bit floats), which",
+    ),
     "a million layers": (config("transformer", num_layers=10**6), "num_layers = 1000000, but the weights hold"),
     "a huge table": (config("transformer", pos_embed_max_size=10**5), "pos_embed"),
     "a pickle": (lambda m: weights(m).write_bytes(pickle.dumps({"a": Payload(m / "ran")})), "sd3.safetensors: "),

@@ -191,7 +191,7 @@ def test_a_folder_that_exists_is_left_as_it_is(run: Run, pt: Path, tiny: Path) -
 def test_only_a_card_without_weights_is_replaced(run: Run, pt: Path, tiny: Path) -> None:
     folder, vae = converted(run, pt, tiny), tiny / "tiny-dit" / "vae"
     words = ("models", "convert", pt, folder, "--vae", vae, "--heads", 2, "--replace")
-    assert "exists and holds no card without weights" in one_line(run(*words))
+    assert "exists and has no card without weights" in one_line(run(*words))
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     card = folder / "card.toml"

@@ -109,22 +109,22 @@ def test_skip_layer_guidance_is_the_engines(tmp_path: Path) -> None:
 def test_float32_shares_the_weights_and_bfloat16_copies_them(drawing: tuple[Pool, dict[str, Card]]) -> None:
     pool, cards = drawing
     family, request = of(pool, "sd3"), asked(cards, CASES[1])
-    assert Upstream(family)._pipeline.transformer is family.network
+    assert Upstream(family).pipeline.transformer is family.network
     half = Upstream(family, dtype=torch.bfloat16)
     away = np.abs(half.draw(request).astype(int) - Upstream(family).draw(request))
     assert 0 < away.mean() < 5, "the same picture, rounded"
-    assert {value.dtype for value in half._pipeline.vae.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in half.pipeline.vae.parameters()} == {torch.bfloat16}
     assert {value.dtype for value in family.network.parameters()} == {torch.float32}
 
 
 def test_compiled_blocks_of_the_family_are_not_the_baselines(checkpoints: Path) -> None:
     family = load(checkpoints / "sd3")
     compile_blocks(family.network)
-    plain = Upstream(family)._pipeline.transformer
+    plain = Upstream(family).pipeline.transformer
     assert all(module._compiled_call_impl is None for module in plain.modules())
     assert any(module._compiled_call_impl is not None for module in family.network.modules())
     assert next(plain.parameters()) is next(family.network.parameters())
-    whole = Upstream(family, compiled=True)._pipeline.transformer
+    whole = Upstream(family, compiled=True).pipeline.transformer
     assert whole._compiled_call_impl is not None and plain._compiled_call_impl is None
 
 

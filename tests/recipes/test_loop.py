@@ -44,7 +44,7 @@ def test_a_step_is_plain_adamws(tmp_path: Path, threads: int) -> None:
     plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.01, foreach=False)
     for _ in range(3):
         before = ours.weight.detach().clone()
-        loss = training._advance(workers, [partial(ours, part) for part in x.chunk(threads)], 1e-2)
+        loss = training.advance(workers, [partial(ours, part) for part in x.chunk(threads)], 1e-2)
         whole = theirs(x)
         close(loss, whole, FORWARD)
         plain.zero_grad()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.cards.card import read_card
-from app.checkpoints.convert import Conversion, convert_dit
+from app.checkpoints.convert import convert_dit
 from app.engine.slots import Slots
 from app.engine.step import denoise_step, gather
 from app.families import DiT
@@ -207,7 +207,7 @@ def test_a_converted_pt_is_the_same_model(made: tuple[Path, State], tmp_path: Pa
     folder, state = made
     torch.save(state, tmp_path / "DiT.pt")
     converted = tmp_path / "converted"
-    convert_dit(Conversion(tmp_path / "DiT.pt", converted, folder / "vae", torch.float32, HEADS), lambda line: None)
+    convert_dit(tmp_path / "DiT.pt", converted, folder / "vae", lambda line: None, dtype=torch.float32, heads=HEADS)
     ours, theirs = (read_state(one / "transformer") for one in (converted, folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
     card, network = read_card(converted / "card.toml"), load(converted)
