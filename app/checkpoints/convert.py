@@ -92,14 +92,7 @@ def convert_dit(
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
     folder = folder.absolute()
-    # A folder that has the facts alone, as the shipped cards' do.
-    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
-    card = read_card(folder / "card.toml") if bare else None
-    if folder.exists() and card is None:
-        hint = " and has no card without weights" if replace else ": name a folder that does not"
-        raise CheckpointError(f"{folder} exists{hint}")
-    if not re.fullmatch(ID, folder.name):
-        raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    card = _replaced(folder, replace)
     with _whole(folder) as unfinished:
         network = (
             _network_of_bins(file, unfinished, tell) if file.is_dir() else _network_of_pt(file, unfinished, heads, tell)
@@ -113,6 +106,18 @@ def convert_dit(
         _write_weights(unfinished / "transformer", network[0], dtype)
         _write_weights(unfinished / "vae", pixels, None)
     tell(f"wrote {folder}")
+
+
+def _replaced(folder: Path, replace: bool) -> Card | None:
+    """The card in the folder, if it may be replaced. Raises CheckpointError: it may not, or its name is no id."""
+    # A folder that has the facts alone, as the shipped cards' do.
+    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
+    if folder.exists() and not bare:
+        hint = " and has no card without weights" if replace else ": name a folder that does not"
+        raise CheckpointError(f"{folder} exists{hint}")
+    if not re.fullmatch(ID, folder.name):
+        raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    return read_card(folder / "card.toml") if bare else None
 
 
 @contextmanager
