@@ -28,20 +28,20 @@ LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Place = Annotated[Path | None, typer.Option(help="Where this part is: its folder, or a safetensors")]
+Place = Annotated[Path | None, typer.Option(help="Folder or safetensors file of this part")]
 
 
 @with_flags(dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"), Place))
 def add(
     path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
-    like: Annotated[str | None, typer.Option(help="The card whose settings it takes; none: the one that fits")] = None,
-    name: Annotated[str | None, typer.Option("--id", help="Its id; none: made of the file's name")] = None,
+    like: Annotated[str | None, typer.Option(help="Card whose settings it takes; by default the one that fits")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Its id; by default made from the file's name")] = None,
     tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
-    rest: Annotated[str | None, typer.Option(help="The card that gives the parts that are still missing")] = None,
+    rest: Annotated[str | None, typer.Option(help="Card that has the parts that are still missing")] = None,
     models: Folder = None,
     **places: Path | None,
 ) -> None:
-    """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
+    """Make a card for files of yours, which stay where they are. `instep models check PATH` shows what they lack."""
     from app.checkpoints.inventory import identify, new_folder
 
     settings = read_settings(models=models)
@@ -68,21 +68,17 @@ def add(
 
 
 def convert(
-    file: Annotated[
-        Path, typer.Argument(help="The authors' .pt, one of their train.py, or a folder of diffusers' .bin")
-    ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist, or see --replace")],
-    vae: Annotated[Path | None, typer.Option(help="The VAE to copy: sd-vae-ft-ema's folder or safetensors")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Format of the network's weights; none: the file's own")] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, where the width is not the authors'")
+    file: Annotated[Path, typer.Argument(help="A .pt of the authors or of their train.py, or a folder of .bin")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; see --replace if it exists")],
+    vae: Annotated[
+        Path | None, typer.Option(help="VAE to copy: folder of sd-vae-ft-ema, or its ldm safetensors")
     ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="FOLDER is a card without weights; its facts stay")
-    ] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Format of the network's weights; by default the file's")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if not as the authors' widths")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="FOLDER is a card without weights, which is kept")] = False,
     models: Folder = None,
 ) -> None:
-    """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
+    """Convert a DiT's torch files to a model: a card, and safetensors with diffusers' names."""
     import torch
 
     from app.checkpoints.convert import convert_dit
@@ -96,11 +92,11 @@ def convert(
 
 
 def pull(
-    ids: Annotated[list[str] | None, typer.Argument(help="Ids or aliases; none: those the server preloads")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every card that has its files on the Hub")] = False,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids or aliases; by default what the server preloads")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
     models: Folder = None,
 ) -> None:
-    """Download what models need from the Hub: only that, resumed where it broke off, checked. Needs HF_TOKEN if gated.
+    """Download the files that models need from the Hub, and check them. Gated models need HF_TOKEN.
 
     Without ids: the models that INSTEP_PRELOAD and INSTEP_DEFAULT_MODEL name.
     """
