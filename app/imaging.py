@@ -20,6 +20,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from isal import isal_zlib
 from PIL import ExifTags, Image, TiffTags
+from PIL.PngImagePlugin import PngInfo
 
 from app.errors import InvalidValue
 
@@ -65,8 +66,12 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
     empty dict writes neither; `instep:LeftOut` names what a JPEG has no room for. Raises InvalidValue: a wrong format.
     """
     if format == "png":
-        texts = {"parameters": a1111(facts), "instep": json.dumps(facts)} if facts else {}
-        return _png(pixels, texts, _xmp({}, []))
+        texts = PngInfo()
+        texts.add_itxt("XML:com.adobe.xmp", _xmp({}, []).decode())
+        if facts:  # NOTE: NUL would end a field, and UTF-8 has no lone surrogates
+            texts.add_text("parameters", a1111(facts).replace("\0", "\ufffd").encode("utf-8", "replace").decode())
+            texts.add_text("instep", json.dumps(facts))
+        return _png(pixels, texts)
     if format not in FORMATS:
         raise InvalidValue(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
     quality = DEFAULT_QUALITY if compression is None else compression
@@ -123,7 +128,7 @@ def a1111(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _png(pixels: np.ndarray, texts: dict[str, str], xmp: bytes) -> bytes:
+def _png(pixels: np.ndarray, texts: PngInfo) -> bytes:
     """An 8-bit RGB PNG: filter Up on every line, one fast deflate (isa-l, level 1) that releases the interpreter lock.
 
     Twenty-odd times faster than Pillow's default and about an eighth larger; the twin in the tests is Pillow.
@@ -139,8 +144,7 @@ def _png(pixels: np.ndarray, texts: dict[str, str], xmp: bytes) -> bytes:
         [
             _SIGNATURE,
             *_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-            *_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
-            *(part for key, text in texts.items() for part in _text_chunk(key, text)),
+            *(part for kind, text, _ in texts.chunks for part in _chunk(kind, text)),
             *_chunk(b"IDAT", body),
             *_chunk(b"IEND", b""),
         ]
@@ -151,15 +155,6 @@ def _chunk(kind: bytes, body: bytes) -> tuple[bytes, ...]:
     """The parts of one chunk, so that a large body is copied once."""
     check = isal_zlib.crc32(body, isal_zlib.crc32(kind))
     return struct.pack(">I", len(body)), kind, body, struct.pack(">I", check)
-
-
-def _text_chunk(key: str, text: str) -> tuple[bytes, ...]:
-    """tEXt where Latin-1 holds the text, else iTXt. NOTE: NUL ends a field in both, so it is replaced."""
-    text = text.replace("\0", "\ufffd")
-    try:
-        return _chunk(b"tEXt", key.encode() + b"\0" + text.encode("latin-1"))
-    except UnicodeEncodeError:
-        return _chunk(b"iTXt", key.encode() + b"\0\0\0\0\0" + text.encode("utf-8", "replace"))
 
 
 def _file() -> IO[bytes]:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from app.panel import LARGEST, Heading, panel, unreadable
+from app.panel import LARGEST, panel, unreadable
 
 COLOURS = ((200, 30, 40), (20, 160, 60), (30, 60, 210), (240, 190, 20), (150, 20, 160), (20, 170, 190))
 LONG = "Three pears and a tall blue bottle on a table, " * 60
@@ -38,8 +38,8 @@ def grid_of(rows: int, columns: int, width: int = 256, height: int = 256) -> lis
     return [[solid(width, height, row * columns + column) for column in range(columns)] for row in range(rows)]
 
 
-def headings(count: int) -> list[Heading]:
-    return [Heading(f"model-{place}", ("8.06 B parameters", "steps 28, guidance 7")) for place in range(count)]
+def headings(count: int) -> list[list[str]]:
+    return [[f"model-{place}", "8.06 B parameters", "steps 28, guidance 7"] for place in range(count)]
 
 
 def size(box: Box) -> tuple[int, int]:
@@ -72,24 +72,24 @@ def test_every_label_stands_beside_its_cells() -> None:
     for box in (first, second):
         assert words(sheet, box[0], 0, box[2], box[1] - 2)
     assert words(sheet, 0, 0, first[0] - 8, first[1] - 2)
-    bare = panel(grid_of(2, 2), ["", ""], [Heading(""), Heading("")])
+    bare = panel(grid_of(2, 2), ["", ""], [[""], [""]])
     left, top = boxes(bare, 1)[0][:2]
     assert not words(bare, 0, 0, left - 1, len(bare)) and not words(bare, 0, 0, bare.shape[1], top - 1)
 
 
 def test_different_words_are_different_pixels() -> None:
     cells = grid_of(1, 1)
-    one = panel(cells, ["pear"], [Heading("a", ("6.5 M parameters",))])
-    assert (one == panel(cells, ["pear"], [Heading("a", ("6.5 M parameters",))])).all()
+    one = panel(cells, ["pear"], [["a", "6.5 M parameters"]])
+    assert (one == panel(cells, ["pear"], [["a", "6.5 M parameters"]])).all()
     for row, title, count in (("bear", "a", "6.5 M"), ("pear", "b", "6.5 M"), ("pear", "a", "6.6 M")):
-        other = panel(cells, [row], [Heading(title, (f"{count} parameters",))])
+        other = panel(cells, [row], [[title, f"{count} parameters"]])
         assert one.shape != other.shape or (one != other).any()
 
 
 @pytest.mark.parametrize("text", [LONG, "x" * 900, "苹果" * 450, "a " * 5000], ids=["words", "one", "boxes", "short"])
 @pytest.mark.parametrize(("width", "height"), [(256, 256), (512, 128), (96, 640)])
 def test_text_never_leaves_its_cell(text: str, width: int, height: int) -> None:
-    sheet = panel(grid_of(2, 1, width, height), [text, text], [Heading("model-" * 10, ("steps 28, guidance 7",) * 2)])
+    sheet = panel(grid_of(2, 1, width, height), [text, text], [["model-" * 10, *["steps 28, guidance 7"] * 2]])
     first, second = boxes(sheet, 2)
     left = max(0, first[0] - 40) if width < 160 else first[0]  # a narrow picture stands in the middle of its cell
     assert words(sheet, 0, first[1], left - 2, first[3]) and words(sheet, 0, second[1], left - 2, second[3])

@@ -23,7 +23,7 @@ from app.cards.card import Card
 from app.errors import Cancelled, EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
-from app.jobs.compare import cells, panel_answer, read_comparison
+from app.jobs.compare import cells, panel_answer, read_comparison, with_model
 from app.jobs.job import Job
 from app.jobs.replies import Answer, answer, completed_event, partial_event
 from app.logs import logger
@@ -100,7 +100,7 @@ async def compare_images(request: Request) -> Response:
     try:
         return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
-        raise _with_model(jobs, error) from None
+        raise with_model(jobs, error) from None
 
 
 def job_of(
@@ -225,15 +225,6 @@ def _for_good(front: Front, jobs: Sequence[Job], queue: float | None) -> Invalid
     return InvalidValue(
         f"{message}and {limit:.0f} may wait here; ask for fewer, smaller or with fewer steps", param="models"
     )
-
-
-def _with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
-    """The error of one cell with its model as the field, where it names none: `models.<id>`."""
-    guilty = next((job for job in jobs if job.error is error), None)
-    if guilty is None or error.param is not None:
-        return error
-    guilty.facts["model"] = guilty.request.recipe.model
-    return error.again(param=f"models.{guilty.request.recipe.model}")
 
 
 class EventStream(StreamingResponse):

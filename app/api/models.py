@@ -4,7 +4,7 @@ the admin, to load and unload them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
@@ -56,19 +56,14 @@ class ModelEntry(BaseModel):
     downloaded: bool = Field(description="Whether all its files are on this machine")
 
 
-class SkippedCard(BaseModel):
-    """A card that this server left out when it started."""
-
-    card: str = Field(description="Its file, in the server's folder of cards")
-    reason: str
-
-
 class ModelList(BaseModel):
-    """All models. skipped: the cards that are no models, for keys that may use every model."""
+    """All models."""
 
     object: Literal["list"] = "list"
     data: list[ModelEntry]
-    skipped: list[SkippedCard]
+    skipped: list[dict[Literal["card", "reason"], str]] = Field(
+        description="Cards that this server left out when it started, by file, for keys that may use every model"
+    )
 
 
 class ClassEntry(BaseModel):
@@ -91,9 +86,8 @@ async def list_models(request: Request) -> Response:
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
     found = await _entries(front, front.registry.all)
-    skipped = () if key_of(request).models else _skipped(front)
-    listed = b",".join(found[card.id] for card in cards)
-    return _json(b'{"object":"list","data":[', listed, b'],"skipped":[', b",".join(skipped), b"]}")
+    skipped = [] if key_of(request).models else _skipped(front)
+    return _json(ModelList(data=[found[card.id] for card in cards], skipped=skipped))
 
 
 @router.get("/{model:path}/classes", response_model=ClassList, responses=NOT_FOUND)
@@ -102,8 +96,7 @@ async def get_classes(
 ) -> Response:
     """Classes of a label model, by part of the name in any case, or by id; at most 1,000."""
     _, card = _found(request, model)
-    found = [ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]]
-    return _json(ClassList(data=found).model_dump_json().encode())
+    return _json(ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]]))
 
 
 @router.post("/{model:path}/load", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
@@ -146,10 +139,10 @@ def _found(request: Request, name: str) -> tuple[Front, Card]:
     return front, card
 
 
-async def _entries(front: Front, cards: Mapping[str, Card]) -> dict[str, bytes]:
-    """The entry of each model as JSON, by id; the disk is looked at in a thread, once for all who wait for the same."""
+async def _entries(front: Front, cards: Mapping[str, Card]) -> dict[str, ModelEntry]:
+    """The entry of each model, by id; a thread looks at the disk, once for all who wait for the same."""
 
-    async def make() -> dict[str, bytes]:
+    async def make() -> dict[str, ModelEntry]:
         states, every = front.supervisor.states, front.registry.all
         return await front.in_thread(lambda: {one: _entry(card, every, states.get(one)) for one, card in cards.items()})
 
@@ -159,28 +152,32 @@ async def _entries(front: Front, cards: Mapping[str, Card]) -> dict[str, bytes]:
 async def _one(front: Front, card: Card, status: int = 200) -> Response:
     """The answer with one model alone: a slow disk under others does not delay it."""
     found = await _entries(front, {card.id: card})
-    return _json(found[card.id], status=status)
+    return _json(found[card.id], status)
 
 
-def _skipped(front: Front) -> Iterator[bytes]:
+def _skipped(front: Front) -> list[dict[Literal["card", "reason"], str]]:
     folder = front.settings.models
-    for file, error in front.registry.all.skipped.items():
-        reason = error.message.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
-        yield SkippedCard(card=plain(f"{file.parent.name}/{file.name}"), reason=reason).model_dump_json().encode()
+    return [
+        {
+            "card": plain(f"{file.parent.name}/{file.name}"),
+            "reason": error.message.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", ""),
+        }
+        for file, error in front.registry.all.skipped.items()
+    ]
 
 
-def _json(*parts: bytes, status: int = 200) -> Response:
-    return Response(b"".join(parts), status, media_type="application/json")
+def _json(model: BaseModel, status: int = 200) -> Response:
+    return Response(model.model_dump_json(), status, media_type="application/json")
 
 
-def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> bytes:
+def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> ModelEntry:
     state, fault = state or ModelState(card.id, "absent"), ModelFolder(card, cards).fault()
     broken = fault.message if fault and not isinstance(fault, NotDownloaded) else ""
     try:
         created = int((card.folder / "card.toml").stat().st_mtime)
     except OSError:
         created = 0
-    entry = ModelEntry(
+    return ModelEntry(
         **card.model_dump(include=SAME),
         created=created,
         condition="class_label" if card.draws_classes else "prompt",
@@ -192,4 +189,3 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> b
         most_steps=steps,
         downloaded=fault is None,
     )
-    return entry.model_dump_json().encode()

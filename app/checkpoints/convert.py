@@ -1,9 +1,9 @@
 """Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
-The source is a `.pt` in the authors' names, or a folder in diffusers' layout whose weights are `.bin` files, as the Hub
-repositories facebook/DiT-XL-2-256 and -512 are. Of a `.pt` the tensors say depth, width, patch, size and classes; the
-number of heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the
-authors' sample.py.
+The source is a `.pt` in the authors' names, or a folder in diffusers' layout with `.bin` files, as the Hub repositories
+facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the number of
+heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors'
+sample.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,14 +92,7 @@ def convert_dit(
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
     folder = folder.absolute()
-    # A folder that has the facts alone, as the shipped cards' do.
-    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
-    card = read_card(folder / "card.toml") if bare else None
-    if folder.exists() and card is None:
-        hint = " and has no card without weights" if replace else ": name a folder that does not"
-        raise CheckpointError(f"{folder} exists{hint}")
-    if not re.fullmatch(ID, folder.name):
-        raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    card = _replaced(folder, replace)
     with _whole(folder) as unfinished:
         network = (
             _network_of_bins(file, unfinished, tell) if file.is_dir() else _network_of_pt(file, unfinished, heads, tell)
@@ -116,28 +108,39 @@ def convert_dit(
     tell(f"wrote {folder}")
 
 
+def _replaced(folder: Path, replace: bool) -> Card | None:
+    """The card in the folder, if it may be replaced. Raises CheckpointError: it may not, or its name is no id."""
+    # A folder that has the facts alone, as the shipped cards' do.
+    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
+    if folder.exists() and not bare:
+        hint = " and has no card without weights" if replace else ": name a folder that does not"
+        raise CheckpointError(f"{folder} exists{hint}")
+    if not re.fullmatch(ID, folder.name):
+        raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    return read_card(folder / "card.toml") if bare else None
+
+
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write into, which takes its place at the end, and nothing is left of it on an error.
 
-    What stood there before is gone only when the new one stands.
+    What was there before is gone only when the new one is there.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    before = unfinished.with_name(f"{unfinished.name}-before")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        unfinished, before = Path(place, "new"), Path(place, "before")
+        unfinished.mkdir()
         yield unfinished
         for path in (unfinished, *unfinished.rglob("*")):  # of which two libraries would let only the owner read some
             path.chmod(0o755 if path.is_dir() else 0o644)
         if folder.exists():
             os.rename(folder, before)
-        os.rename(unfinished, folder)
-    except BaseException:
-        if before.exists():
-            os.rename(before, folder)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    shutil.rmtree(before, ignore_errors=True)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if before.exists():
+                os.rename(before, folder)
+            raise
 
 
 def _keep_facts(before: Card, file: Path) -> None:
@@ -240,7 +243,7 @@ def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{key} has shape {shape}, not [{', '.join(sides)}]")
     patches, table, places, last = (theirs[key] for key in _SHAPES)
     if table.shape[0] < 2:
-        raise ValueError("y_embedder.embedding_table.weight holds no class beside the null class")
+        raise ValueError("y_embedder.embedding_table.weight has no class beside the null class")
     width, channels, patch, _ = patches.shape
     heads = heads or HEADS.get(width)
     if heads is None or width % heads:

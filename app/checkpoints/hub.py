@@ -15,7 +15,9 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -29,7 +31,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import WeakFileLock, logging  # type: ignore[attr-defined]
+from huggingface_hub.utils import WeakFileLock, logging, tqdm  # type: ignore[attr-defined]
 
 from app.cards.card import Card
 from app.cards.files import INDEX, STEMS, read_classes
@@ -42,6 +44,9 @@ _BIN = "diffusion_pytorch_model.bin"
 _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+_BAR: Any = partial(tqdm, leave=False, disable=None)
+"""The bar of a file that arrives: gone when it is here, and in a terminal only."""
 
 Needs = dict[str, tuple["Repo", set[str]]]
 """The paths of the files that a card needs, with their repository, by its name and commit."""
@@ -121,8 +126,8 @@ class Repo:
             blob.unlink(missing_ok=True)  # of another size
             with WeakFileLock(self.folder / "incoming.lock", timeout=0.1):
                 try:
-                    came = Path(hf_hub_download(self.name, path, revision=self.commit, local_dir=incoming))
-                    if _digest(came, file) != digest_of(file):
+                    came = hf_hub_download(self.name, path, revision=self.commit, local_dir=incoming, tqdm_class=_BAR)
+                    if _digest(Path(came), file) != digest_of(file):
                         listed = f"what came is not what the Hub lists (its digest is not {digest_of(file)[:12]}...)"
                         raise CheckpointError(f"{self.name}: {path}: {listed}: thrown away, try again")
                     os.replace(came, blob)
@@ -208,7 +213,7 @@ def needs(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Nee
             continue
         repo, named = _open(owner, opened)
         parts = {part} if part else named - set(card.components) | {"scheduler"}
-        paths = repo.wanted(parts, owner.files, torch=not part and card.facts.torch_files)
+        paths = repo.wanted(parts, owner.files, torch=not part and card.has("torch_files"))
         key = f"{repo.name}@{repo.commit}"
         before, known = found.get(key, (repo, {INDEX}))
         # Of a pinned card and one that follows a branch, the branch is what `link` has to write down.

@@ -157,7 +157,7 @@ class Fit:
 
     def left_out(self) -> list[str]:
         """A line for each encoder that the model will be without, with the reason where the files have one."""
-        without = self.card.facts.without
+        without = self.card.optional
         odd = {part: f": {short(reason)}" for part, reason in self.odd.items()}
         absent = [part for part in self.missing if part in without]
         return [f"without {part}{odd.get(part, '')} ({without[part]})" for part in absent]
@@ -215,14 +215,14 @@ class Fit:
 class Inventory:
     """The parts of a user's files at `path`, by their names, and the cards that these fit.
 
-    nearest: where no card fits, the one that comes nearest, the part, and how it differs. odd: parts of a file that
+    misfits: of the cards that do not fit, the number of differences and words for the first. odd: parts of a file that
     this server cannot read, and why. others: names in a file that no layout has.
     """
 
     path: Path
     parts: dict[str, Found] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
-    nearest: tuple[Card, str, list[str]] | None = None
+    misfits: list[tuple[int, str]] = field(default_factory=list)
     odd: dict[str, str] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
 
@@ -244,14 +244,12 @@ class Inventory:
             raise CheckpointError(f"{self.path}: {self.odd['transformer']}")
         if self.fits:
             return
-        if self.nearest is None:
-            names = next((list(part.state) for part in self.parts.values() if part.state), ["none"])
-            first = ", ".join(map(short, names[:3]))
-            raise CheckpointError(f"{self.path}: in no layout that is known here; its tensors: {first} ...")
-        card, part, found = self.nearest
-        more = f", and {len(found) - 1} more differences" if len(found) > 1 else ""
-        what = f"the nearest is {card.id}, whose {part} is another: {short(found[0])}{more}"
-        raise CheckpointError(f"{self.path}: fits no card; {what}")
+        if self.misfits:
+            _, nearest = min(self.misfits, key=lambda misfit: misfit[0])
+            raise CheckpointError(f"{self.path}: fits no card; the nearest is {nearest}")
+        names = next((list(part.state) for part in self.parts.values() if part.state), ["none"])
+        first = ", ".join(map(short, names[:3]))
+        raise CheckpointError(f"{self.path}: in no layout that is known here; its tensors: {first} ...")
 
     def choose(self, like: Card | None) -> Fit:
         """The fit of this card, or else the only one, to be written. Raises CheckpointError, LoadError."""
@@ -290,12 +288,14 @@ class Inventory:
         return bool(fit.parts)
 
     def _compare(self, fit: Fit, name: str, part: Found) -> list[str] | None:
-        """The differences; the nearest card, of those with a tensor's name in common, is noted."""
+        """The differences, noted where the card has names of tensors in common with the part."""
         lines = fit.differences(name, part)
-        if lines and (self.nearest is None or len(lines) < len(self.nearest[2])):
+        if lines:
             own = outline_of(fit.configs[name].class_name, fit.configs[name].folder)
             if part.original is not None or own.keys() & part.state.keys():
-                self.nearest = fit.card, name, lines
+                more = f", and {len(lines) - 1} more differences" if len(lines) > 1 else ""
+                words = f"{fit.card.id}, but its {name} is another: {short(lines[0])}{more}"
+                self.misfits.append((len(lines), words))
         return lines
 
 

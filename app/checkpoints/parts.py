@@ -54,7 +54,7 @@ def check_classes(card: Card, parts: Iterable[Part]) -> None:
 
 def part_outline(part: Part) -> State:
     """Names, shapes and number formats, on the meta device, from headers alone. Raises CheckpointError: the files are
-    not whole, or hold no such part (then with the parts they hold), or names of it that nobody knows."""
+    not whole, or have no such part (the message names those they have), or have names that no layout knows."""
     original = _original(part)
     outline = read_outline(part.weights, original.prefix if original else "")
     return _named(part, original, outline)
@@ -144,15 +144,14 @@ def prove(card: Card, cards: Mapping[str, Card]) -> None:
     Raises LoadError: it cannot be built, CardError: its defaults do not fit.
     """
     check_defaults(card)
-    folder = ModelFolder(card, {**cards, card.id: card})
-    own = folder.own()
-    check_classes(card, own)
-    built = {part.name: blank_part(part) for part in own}
     try:
-        built |= {part.name: blank_part(part) for part in read_parts(card, cards) if part.name not in built}
+        parts, complete = read_parts(card, cards), True
     except NotDownloaded:
-        return
-    build_family(card, built, torch.device("cpu"), torch.bfloat16)
+        parts, complete = ModelFolder(card, cards).own(), False
+        check_classes(card, parts)
+    built = {part.name: blank_part(part) for part in parts}
+    if complete:
+        build_family(card, built, torch.device("cpu"), torch.bfloat16)
 
 
 def check_card(card: Card, cards: Mapping[str, Card]) -> tuple[str, str]:

@@ -16,16 +16,16 @@ from rich.progress import Progress
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.bodies import Body, Labels, Out, curl_of, flags, kind_of, labels_of, open_registry
+from app.cli.generate import Body, curl_of, kind_of, labels_of
+from app.cli.options import Folder, Labels, Out, body_flags, open_registry, read_settings, with_flags
 from app.cli.paint import bars_of, draw, follow, say
-from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InstepError
 from app.jobs.body import ImageBody
-from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison
+from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison, with_model
 from app.jobs.job import Job
 
 
-@with_flags(flags(CompareBody, "model", "n"))
+@with_flags(body_flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, a column each")
@@ -47,7 +47,7 @@ def compare(
     try:
         drawn = draw(jobs, settings, registry.cards, bars(jobs, Console(stderr=True)))
     except InstepError as error:
-        raise _with_model(jobs, error) from None
+        raise with_model(jobs, error) from None
     results = [result for (result,) in drawn]
     out.write_bytes(panel_file(comparison, jobs, results)[0])
     for warning in panel_warnings(comparison, jobs, results):
@@ -82,11 +82,3 @@ def bars(jobs: list[Job], console: Console) -> Progress:
     for job in jobs:
         job.future.add_done_callback(partial(tell, job.card.id))
     return made
-
-
-def _with_model(jobs: list[Job], error: InstepError) -> InstepError:
-    """The error of a job with its model before it."""
-    for job in jobs:
-        if job.error is error and job.card.id not in error.message:
-            return type(error)(f"{job.card.id}: {error.message}")
-    return error

@@ -13,9 +13,8 @@ from rich.filesize import decimal
 
 from app.cards.card import Card, read_cards
 from app.cards.folder import ModelFolder
-from app.cli.bodies import find, open_registry
+from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table
-from app.cli.serve import Folder, read_settings
 from app.errors import LoadError, plain
 from app.samplers.table import valid_samplers
 from app.settings import Settings
@@ -193,7 +192,7 @@ def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
     elif part.startswith("tokenizer"):
         state = f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
     else:
-        state = f"missing; {fit.card.facts.without.get(part, 'it can do without')}"
+        state = f"missing; {fit.card.optional.get(part, 'it can do without')}"
     return {
         "part": part,
         "state": state,
@@ -243,7 +242,7 @@ def _print_next(found: Inventory, cards: Mapping[str, Card], settings: Settings)
     if found.pickled:
         words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{like}"), "--vae"]
         dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
-        return typer.echo(f"next: {dit if made.card.facts.torch_files else 'save its tensors as safetensors'}")
+        return typer.echo(f"next: {dit if made.card.has('torch_files') else 'save its tensors as safetensors'}")
     words = ["instep", "models", "add", str(path), "--like", like]
     if not made.whole and made.missing:
         made.take_rest(made.card)

@@ -7,19 +7,10 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
 
 from app.cards.card import Card, Size, parse_size
 from app.cards.catalog import find_label
@@ -56,7 +47,7 @@ _DETAILS = {
 def expects(words: str) -> WrapValidator:
     """One error for a field, where pydantic has one for each type that the field may have."""
 
-    def check(value: object, inner: ValidatorFunctionWrapHandler) -> Any:
+    def check(value: object, inner: Callable[[object], object]) -> object:
         try:
             return inner(value)
         except ValidationError as error:
@@ -85,8 +76,13 @@ Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class
 FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
 Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
 
-IGNORED = ("quality", "background", "moderation", "style", "user", "safety_identifier", "complexity")
-_IGNORED = "Accepted for OpenAI's clients and ignored; a warning names what asks for something that is not done"
+
+def _ignored(why: str, *plain: str) -> Any:
+    """A field of OpenAI's clients that has no effect. plain: the values that ask for what is done anyway."""
+    return Field(None, description=f"is ignored: {why}", examples=list(plain))
+
+
+_UNUSED = "is accepted for OpenAI's clients and not used"
 SKIPPING = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
 
 
@@ -130,13 +126,13 @@ class ImageBody(BaseModel):
     )
     deadline: Real | None = Field(None, description="Seconds from now after which the image is of no use")
     grid: Grid | None = Field(None, description="Return all images as one sheet")
-    quality: Any = Field(None, description=_IGNORED)
-    background: Any = Field(None, description=_IGNORED)
-    moderation: Any = Field(None, description=_IGNORED)
-    style: Any = Field(None, description=_IGNORED)
-    user: Any = Field(None, description=_IGNORED)
-    safety_identifier: Any = Field(None, description=_IGNORED)
-    complexity: Any = Field(None, description=_IGNORED)
+    quality: Any = _ignored("num_inference_steps says how much work goes into a picture", "auto", "standard")
+    background: Any = _ignored("pictures are opaque", "auto", "opaque")
+    moderation: Any = _ignored("nothing is filtered here", "auto", "low")
+    style: Any = _ignored("write the style into the prompt")
+    complexity: Any = _ignored("no model here has such a setting", "auto")
+    user: Any = Field(None, description=_UNUSED)
+    safety_identifier: Any = Field(None, description=_UNUSED)
 
     def to_request(self, card: Card, request_id: str, key: ApiKey = NOBODY, patience: float | None = None) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
@@ -197,7 +193,7 @@ class ImageBody(BaseModel):
         # A scale of 0 is part of the facts only where the card's own is another.
         return Guidance(scale, embedded, skip if scale > 1 and (skip.scale or card.skip_layer_guidance.scale) else None)
 
-    def _conditions(self, card: Card, n: int) -> list[Condition]:
+    def _conditions(self, card: Card, n: int) -> Sequence[Condition]:
         """One condition for each image, in order.
 
         A model of classes takes its label from `prompt` when there is no other, for clients that know only prompts.
@@ -207,20 +203,19 @@ class ImageBody(BaseModel):
         if asked is None:
             field = "class_label" if card.draws_classes else "prompt"
             raise InvalidValue(f"{field}: is required by {card.id}", param=field)
-        if not isinstance(asked, list):
-            return [self._condition(card, field, asked)] * n
-        if not 1 <= len(asked) <= card.limits.n:
-            raise InvalidValue(f"{field}: a list takes 1 to {card.limits.n} entries, not {len(asked)}", param=field)
-        if n != 1:
+        entries = asked if isinstance(asked, list) else [asked]
+        if not 1 <= len(entries) <= card.limits.n:
+            raise InvalidValue(f"{field}: a list takes 1 to {card.limits.n} entries, not {len(entries)}", param=field)
+        if isinstance(asked, list) and n != 1:
             raise InvalidValue(f"n: must be 1 when {field} is a list; repeat the entry instead", param="n")
-        return [self._condition(card, field, one) for one in asked]
-
-    def _condition(self, card: Card, field: str, asked: int | str) -> Condition:
         if card.draws_classes:
-            return ClassLabel(find_label(card, asked, field))
-        _within(card, "prompt", asked, {"maxLength": card.limits.prompt})
-        return Prompt(str(asked), self.negative_prompt)
+            return [ClassLabel(find_label(card, one, field)) for one in entries] * n
+        texts = [_within(card, "prompt", one, {"maxLength": card.limits.prompt}) for one in entries]
+        return [Prompt(text, self.negative_prompt) for text in texts] * n
 
+
+IGNORED = {name: field for name, field in ImageBody.model_fields.items() if field.annotation is Any}
+"""Fields of OpenAI's clients that have no effect."""
 
 _SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
     "class_label": (lambda card: card.draws_classes, "draws a prompt and has no classes"),
@@ -332,18 +327,6 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
         field = ".".join(place[:2])[:64]
         code: Code = "unsupported_parameter" if field in ("response_format", "output_format") else "invalid_value"
         raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
-
-
-def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
-    """Name, type of one value and description of every field of a body that a command line can take as a flag.
-
-    The default of each is None: the default of the model. Objects and ignored fields are left out.
-    """
-    plain = {"string": str, "integer": int, "number": float, "boolean": bool}
-    for name, schema in kind.model_json_schema()["properties"].items():
-        types = {one.get("type") for one in schema.get("anyOf", [schema])}
-        if one := next((plain[word] for word in plain if word in types), None):
-            yield name, one, schema["description"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:

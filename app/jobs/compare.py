@@ -14,27 +14,12 @@ from pydantic import BaseModel, Field, Strict
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.errors import InvalidValue, RequestError
+from app.errors import InstepError, InvalidValue, RequestError
 from app.imaging import encode_image
+from app.jobs import replies
 from app.jobs.body import IGNORED, LONGEST, ImageBody, Text, expects, first_seed, read_as, recipe_facts
 from app.jobs.job import Job
-from app.jobs.replies import (
-    JSON,
-    MARK,
-    Answer,
-    Item,
-    Stages,
-    Usage,
-    body_warnings,
-    file_answer,
-    file_warnings,
-    model_warnings,
-    shown,
-    spliced,
-    stages,
-    usage,
-)
-from app.panel import Heading, panel, unreadable
+from app.panel import panel, unreadable
 from app.report import Result
 
 MODELS, ROWS = 8, 16
@@ -58,10 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Fields of a body by preset, for those that a body leaves out. One prompt asks for colours and places, one for writing
 in the picture."""
 
-_ANY_MODEL = {"response_format", "output_format", "output_compression", "seed", "priority", "deadline"}
-"""Fields with the same bounds for every model: an error about one of them names no model."""
-
-_ASIDE = {"model", "preset", "stream", *_ANY_MODEL - {"seed"}, *IGNORED}
+_FILE = {"response_format", "output_format", "output_compression"}
+_ASIDE = {"model", "preset", "stream", "priority", "deadline", *_FILE, *IGNORED}
 """Fields that do not say what the panel shows."""
 
 Complete = Callable[[Card, ImageBody], Job]
@@ -87,15 +70,10 @@ class CompareBody(ImageBody):
 
     @property
     def rows(self) -> tuple[str, list[int | str]]:
-        """The field that names the rows, and their prompts or class labels. Raises InvalidValue."""
+        """The field that names the rows, and their prompts or class labels."""
         field = "prompt" if self.class_label is None else "class_label"
-        asked = getattr(self, field)
-        if asked is None:
-            raise InvalidValue("prompt: is required, or class_label, or a preset", param="prompt")
-        rows = asked if isinstance(asked, list) else [asked]
-        if not 1 <= len(rows) <= ROWS:
-            raise InvalidValue(f"{field}: a comparison has 1 to {ROWS} rows, not {len(rows)}", param=field)
-        return field, rows
+        rows = getattr(self, field)
+        return field, rows if isinstance(rows, list) else [rows]
 
     def facts(self) -> dict[str, Any]:
         """The body that makes the same panel again, for the text of its file."""
@@ -107,7 +85,7 @@ FIELDS = tuple(field for field in CompareBody.model_fields if field not in ("mod
 
 
 def read_comparison(raw: object, registry: Registry) -> CompareBody:
-    """A parsed JSON body with its preset, models and seed filled in; bounds are checked in `cells`.
+    """A parsed replies.JSON body with its preset, models and seed filled in; bounds are checked in `cells`.
 
     A preset without models looks at the disk. Raises RequestError naming the field, and ModelNotFound.
     """
@@ -115,24 +93,20 @@ def read_comparison(raw: object, registry: Registry) -> CompareBody:
     if body.stream:
         message = "stream: a comparison comes as a whole; leave it out"
         raise RequestError(message, param="stream", code="unsupported_parameter")
-    if body.prompt is not None and body.class_label is not None:
-        raise InvalidValue("class_label: the rows are prompts or classes, not both", param="class_label")
-    if body.preset is not None:
-        body = _filled(body, body.preset)
-    models = [card.id for card in _columns(body, registry)]
-    field, rows = body.rows
-    return body.model_copy(update={"models": models, field: rows, "seed": first_seed(body.seed)})
-
-
-def _filled(body: CompareBody, preset: str) -> CompareBody:
-    """The body with the preset in place of what it leaves out."""
-    if preset not in PRESETS:
+    if body.preset is not None and body.preset not in PRESETS:
         raise InvalidValue(f"preset: expects one of {', '.join(PRESETS)}", param="preset")
-    for field in ("prompt", "class_label"):
-        if getattr(body, field) is not None:
-            raise InvalidValue(f"{field}: the preset {preset} brings its own prompts", param=field)
-    absent = {field: value for field, value in PRESETS[preset].items() if getattr(body, field) is None}
-    return body.model_copy(update=absent)
+    models = [card.id for card in _columns(body, registry)]
+    asked = [field for field in ("prompt", "class_label") if getattr(body, field) is not None]
+    if len(asked) + (body.preset is not None) != 1:
+        field = asked[-1] if asked else "prompt"
+        raise InvalidValue(f"{field}: a comparison has one of prompt, class_label and preset for its rows", param=field)
+    preset = PRESETS.get(body.preset or "", {})
+    filled = {name: value for name, value in preset.items() if getattr(body, name) is None}
+    body = body.model_copy(update={**filled, "models": models, "seed": first_seed(body.seed)})
+    field, rows = body.rows
+    if not 1 <= len(rows) <= ROWS:
+        raise InvalidValue(f"{field}: a comparison has 1 to {ROWS} rows, not {len(rows)}", param=field)
+    return body
 
 
 def takes_preset(card: Card, preset: str) -> bool:
@@ -164,7 +138,7 @@ def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job
     """One job for each row and model, row by row.
 
     complete: makes the job of one cell by `ImageBody.to_request`. Raises what it raises, with the model before the
-    field where the bounds are the model's.
+    field.
     """
     field, rows = body.rows
     jobs = []
@@ -175,12 +149,22 @@ def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job
                     raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
                 jobs.append(complete(card, body.model_copy(update={"model": card.id, field: row})))
             except RequestError as error:
-                raise error if error.param in _ANY_MODEL else error.again(f"{card.id}: {error.message}") from None
+                raise error.again(f"{card.id}: {error.message}") from None
     pixels = sum(job.request.recipe.width * job.request.recipe.height for job in jobs)
     if pixels > PIXELS:
         message = f"size: {len(jobs)} pictures have {pixels / 1e6:.0f} megapixels together"
         raise InvalidValue(f"{message}; a comparison has at most {PIXELS / 1e6:.0f}", param="size")
     return jobs
+
+
+def with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
+    """The error of one job, with its model in the message and as the field, where it has no field."""
+    job = next((job for job in jobs if job.error is error), None)
+    if job is None or error.param is not None:
+        return error
+    model = job.facts["model"] = job.card.id
+    message = error.message if model in error.message else f"{model}: {error.message}"
+    return error.again(message, f"models.{model}")
 
 
 class Cell(BaseModel):
@@ -197,32 +181,32 @@ class Cell(BaseModel):
     sampler: str
     num_inference_steps: int
     guidance_scale: float
-    timings: Stages
+    timings: replies.Stages
 
 
 class CompareReply(BaseModel):
     """One labelled panel, and what is in each cell of it, row by row."""
 
     created: int
-    data: list[Item] = Field(description="The panel alone")
+    data: list[replies.Item] = Field(description="The panel alone")
     models: list[str] = Field(description="Of the columns, by the number of their parameters")
     cells: list[Cell]
     size: str = Field(description="Of the whole panel")
     output_format: str
-    usage: Usage
-    timings: Stages
+    usage: replies.Usage
+    timings: replies.Stages
     warnings: list[str] | None = None
 
 
-def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> Answer:
+def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> replies.Answer:
     """The panel alone, where a client asks for it, else the whole JSON reply. results: of each cell, row by row."""
     file, size = panel_file(body, jobs, results)
     models, warnings, seed = body.models, panel_warnings(body, jobs, results), results[0].seed
     if jobs[0].raw:
-        return file_answer(file, jobs[0].format, models, seed, warnings)
+        return replies.file_answer(file, jobs[0].format, models, seed, warnings)
     reply = CompareReply(
         created=int(time.time()),
-        data=[Item(b64_json=MARK, seed=seed)],
+        data=[replies.Item(b64_json=replies.MARK, seed=seed)],
         models=models,
         cells=[
             Cell(
@@ -230,19 +214,19 @@ def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Resul
                 column=place % len(models),
                 parameters=job.card.parameters,
                 seed=result.seed,
-                timings=stages([result], 0.0, job.estimate),
-                **dict([shown(job.request.images[0].condition)]),
+                timings=replies.stages([result], 0.0, job.estimate),
+                **dict([replies.shown(job.request.images[0].condition)]),
                 **recipe_facts(job.request.recipe),
             )
             for place, (job, result) in enumerate(zip(jobs, results, strict=True))
         ],
         size=size,
         output_format=jobs[0].format,
-        usage=usage([job.request.recipe for job in jobs]),
-        timings=stages(results, sum(job.imaging for job in jobs)),
+        usage=replies.usage([job.request.recipe for job in jobs]),
+        timings=replies.stages(results, sum(job.imaging for job in jobs)),
         warnings=warnings or None,
     )
-    return spliced(reply, [file]), JSON
+    return replies.spliced(reply, [file]), replies.JSON
 
 
 def panel_file(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> tuple[bytes, str]:
@@ -260,19 +244,19 @@ def panel_file(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]
 
 def panel_warnings(body: CompareBody, jobs: Sequence[Job], results: Sequence[Result]) -> list[str]:
     """The body's warnings, those of all cells, the model before each, and letters of the labels that show as boxes."""
-    found = [text for job in jobs for text in body_warnings(job)]
+    found = [text for job in jobs for text in replies.body_warnings(job)]
     for job, result in zip(jobs, results, strict=True):
-        found += [f"{job.card.id}: {text}" for text in (*model_warnings(job), *result.warnings)]
+        found += [f"{job.card.id}: {text}" for text in (*replies.model_warnings(job), *result.warnings)]
     if missing := unreadable([job.shows for job in jobs]):
         found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
-    found += file_warnings(jobs[0].format, body.facts())
+    found += replies.file_warnings(jobs[0].format, body.facts())
     return list(dict.fromkeys(found))
 
 
-def _heading(job: Job) -> Heading:
+def _heading(job: Job) -> list[str]:
     count, recipe = parameters_of(job.card), job.request.recipe
     settings = f"steps {recipe.steps}, guidance {recipe_facts(recipe)['guidance_scale']:g}"
-    return Heading(job.card.id, (*([f"{count} parameters"] if count else []), settings))
+    return [job.card.id, *([f"{count} parameters"] if count else []), settings]
 
 
 def parameters_of(card: Card) -> str | None:

@@ -90,7 +90,7 @@ def test_nothing_fits(run: Run, tiny: Path, single: Path, tmp_path: Path) -> Non
     key = "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.bias"
     file = originals.write({**state, key: torch.zeros(7)}, tmp_path / "odd.safetensors")
     assert one_line(run("models", "check", file)) == (
-        f"{file}: fits no card; the nearest is tiny-sd3, whose transformer is another: "
+        f"{file}: fits no card; the nearest is tiny-sd3, but its transformer is another: "
         "transformer_blocks.0.ff.net.0.proj.bias has shape [7], not [128]"
     )
     file = originals.write({"a\x1b[31m": torch.zeros(2)}, tmp_path / "other.safetensors")

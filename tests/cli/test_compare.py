@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from app.cli import compare, paint
-from app.cli.bodies import open_registry
+from app.cli.options import open_registry
 from app.errors import EngineError
 from app.jobs.compare import parameters_of
 from app.jobs.job import Job
@@ -106,7 +106,7 @@ def test_the_preset_takes_every_model_of_prompts_that_is_here(run: Run) -> None:
     ("words", "said"),
     [
         ((), "models: is required"),
-        (("tiny-sd3",), "prompt: is required"),
+        (("tiny-sd3",), "prompt: a comparison has one of prompt"),
         (("tiny-sd", "--prompt", "a"), 'There is no model "tiny-sd"'),
         (("tiny-sd3", "tiny-dit", "--prompt", "a"), "tiny-dit: prompt: this model draws classes"),
         (("tiny-sd3", "--prompt", "a", "--steps", 101), "tiny-sd3: num_inference_steps: expects 1 to 100"),
