@@ -1,5 +1,5 @@
-"""POST /v1/images/generations, and what its like share: jobs are made of a body, submitted, awaited unless the client
-leaves, counted, logged and answered."""
+"""POST /v1/images/generations and /v1/images/compare: make jobs of a body, submit them, await them unless the client
+leaves, and answer."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
 
 
 async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:
-    """What `encode` makes of the results of each job, in a thread.
+    """Await the jobs, and answer with what `encode` makes of the results of each.
 
     When one job fails, all are cancelled and its error is raised; Cancelled when the client leaves.
     """
@@ -176,16 +176,17 @@ def answered(front: Front, jobs: Sequence[Job]) -> None:
 
 
 def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
-    """Count and log jobs that end without an answer: the one with this error as failed, the others as cancelled.
+    """End jobs that get no answer: the one with this error counts as failed, the others as cancelled.
 
-    The full message is for the log, not for the client. Returns the error to answer with: what is not one of ours is a
-    bug, and logged with its traceback.
+    The log has the full message, which the client may not see. Returns the error to answer with: one that is not ours
+    is a bug, and is logged with its traceback.
     """
     guilty = next((job for job in jobs if job.error is error), jobs[0])
     if not isinstance(error, InstepError):
         log.exception("unhandled", request_id=guilty.id)
         error = InstepError(repr(error))
     for job in jobs:
+        job.cancel()
         front.metrics.failed(job.card.id, error.code if job is guilty else Cancelled.code)
     guilty.facts |= {"error": error.code, "detail": error.message}
     return error
@@ -193,23 +194,17 @@ def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
 
 @asynccontextmanager
 async def _watched(request: Request, jobs: Sequence[Job]) -> AsyncIterator[None]:
-    """Cancels the jobs when the client leaves, or the block fails. NOTE: before the body is read this would eat it."""
+    """Cancel the jobs when the client leaves. NOTE: before the body is read this would take it away."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
-        cancel()
-
-    def cancel() -> None:
         for job in jobs:
             job.cancel()
 
     watcher = asyncio.ensure_future(watch())
     try:
         yield
-    except BaseException:
-        cancel()
-        raise
     finally:
         watcher.cancel()
 
@@ -259,12 +254,10 @@ class EventStream(StreamingResponse):
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """NOTE: the cancelling is here, not in the generator: a client may go before the generator has begun, and
-        then its `finally` never runs."""
+        """NOTE: a client may leave before the generator has begun, and then its `finally` never runs."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.cancel()
             if not self._counted:
                 failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
 
@@ -286,11 +279,11 @@ class EventStream(StreamingResponse):
             answered(self._front, [job])
         except Exception as error:
             self._counted = True
-            told = failed(self._front, [job], error)
-            yield f"data: {envelope(told).model_dump_json()}\n\n".encode()
+            problem = envelope(failed(self._front, [job], error))
+            yield f"data: {problem.model_dump_json()}\n\n".encode()
 
     async def _next(self, seconds: float) -> News:
-        """What happened next, a ping after so many seconds of silence, None at the end."""
+        """The next news, a ping after so many seconds of silence, or None at the end."""
         try:
             return await asyncio.wait_for(self._news.get(), seconds)
         except TimeoutError:
