@@ -7,10 +7,9 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -55,20 +54,19 @@ async def create_image(request: Request) -> Response:
     `warnings`, or X-Warning, has what was asked for without effect.
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
-    with refusals(front, facts):
-        body = read_body(await read_json(request))
-        card = front.registry.find(body.model)
-        facts["model"] = card.id
-        wanted = accepted_format(request, body.output_format)
-        format = wanted or body.output_format or "png"
-        job = job_of(request, started, card, body, format, wanted is not None)
-        images = job.request.images
-        facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
-        if job.raw and not body.stream and len(images) > 1 and not job.columns:
-            message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
-            raise InvalidValue(message, param="grid")
-        events = EventStream(front, job) if body.stream else None
-        submit(front, [job], key_of(request).queue)
+    body = read_body(await read_json(request))
+    card = front.registry.find(body.model)
+    facts["model"] = card.id
+    wanted = accepted_format(request, body.output_format)
+    format = wanted or body.output_format or "png"
+    job = job_of(request, started, card, body, format, wanted is not None)
+    images = job.request.images
+    facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
+    if job.raw and not body.stream and len(images) > 1 and not job.columns:
+        message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
+        raise InvalidValue(message, param="grid")
+    events = EventStream(front, job) if body.stream else None
+    submit(front, [job], key_of(request).queue)
     if events:
         return await events.begin(request)
     return await reply(request, front, [job], lambda results: answer(job, results[0]))
@@ -85,18 +83,17 @@ async def compare_images(request: Request) -> Response:
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
     queue = key_of(request).queue
-    with refusals(front, facts):
-        raw = await read_json(request)
-        body = await front.in_thread(read_comparison, raw, front.registry)
-        wanted = accepted_format(request, body.output_format)
-        format = wanted or body.output_format or "png"
-        complete = partial(job_of, request, started, format=format, raw=wanted is not None)
-        jobs = await front.in_thread(cells, body, front.registry, complete)
-        facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
-        try:
-            submit(front, jobs, queue)
-        except (Unavailable, RateLimited) as error:
-            raise _for_good(front, jobs, queue) or error from None
+    raw = await read_json(request)
+    body = await front.in_thread(read_comparison, raw, front.registry)
+    wanted = accepted_format(request, body.output_format)
+    format = wanted or body.output_format or "png"
+    complete = partial(job_of, request, started, format=format, raw=wanted is not None)
+    jobs = await front.in_thread(cells, body, front.registry, complete)
+    facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
+    try:
+        submit(front, jobs, queue)
+    except (Unavailable, RateLimited) as error:
+        raise _for_good(front, jobs, queue) or error from None
     try:
         return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
@@ -118,17 +115,6 @@ def patience(request: Request) -> float | None:
     values = request.headers.getlist("x-stainless-read-timeout")
     seconds = float(values[0]) if len(values) == 1 and _SECONDS.fullmatch(values[0]) else 0.0
     return seconds if seconds > 0 else None
-
-
-@contextmanager
-def refusals(front: Front, facts: dict[str, Any]) -> Iterator[None]:
-    """Count and log the error by which a request is refused."""
-    try:
-        yield
-    except InstepError as error:
-        front.metrics.rejected(facts.get("model", ""), error.code)
-        facts["error"] = error.code
-        raise
 
 
 def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
