@@ -118,9 +118,9 @@ class Metrics:
                 self._state(report, worker)
             case Evicted(model, to=to):
                 self._of("model_evictions", model, to).inc()
-            case Memory(device, kinds):
+            case Memory(kinds):
                 for kind, size in kinds.items():
-                    self._of("device_memory_bytes", device, kind).set(size)
+                    self._of("device_memory_bytes", worker, kind).set(size)
 
     def answered(self, job: Job, seconds: float, encode_seconds: float) -> None:
         """A job was answered after `seconds` in all, `encode_seconds` of them in imaging."""

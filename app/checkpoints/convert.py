@@ -1,9 +1,9 @@
 """Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
-The source is a `.pt` in the authors' names, or a folder in diffusers' layout whose weights are `.bin` files, as the Hub
-repositories facebook/DiT-XL-2-256 and -512 are. Of a `.pt` the tensors say depth, width, patch, size and classes; the
-number of heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the
-authors' sample.py.
+The source is a `.pt` in the authors' names, or a folder in diffusers' layout with `.bin` files, as the Hub repositories
+facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the number of
+heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors'
+sample.py.
 """
 
 from __future__ import annotations
@@ -92,14 +92,7 @@ def convert_dit(
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
     folder = folder.absolute()
-    # A folder that has the facts alone, as the shipped cards' do.
-    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
-    card = read_card(folder / "card.toml") if bare else None
-    if folder.exists() and card is None:
-        hint = " and has no card without weights" if replace else ": name a folder that does not"
-        raise CheckpointError(f"{folder} exists{hint}")
-    if not re.fullmatch(ID, folder.name):
-        raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    card = _replaced(folder, replace)
     with _whole(folder) as unfinished:
         network = (
             _network_of_bins(file, unfinished, tell) if file.is_dir() else _network_of_pt(file, unfinished, heads, tell)
@@ -113,6 +106,18 @@ def convert_dit(
         _write_weights(unfinished / "transformer", network[0], dtype)
         _write_weights(unfinished / "vae", pixels, None)
     tell(f"wrote {folder}")
+
+
+def _replaced(folder: Path, replace: bool) -> Card | None:
+    """The card in the folder, if it may be replaced. Raises CheckpointError: it may not, or its name is no id."""
+    # A folder that has the facts alone, as the shipped cards' do.
+    bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
+    if folder.exists() and not bare:
+        hint = " and has no card without weights" if replace else ": name a folder that does not"
+        raise CheckpointError(f"{folder} exists{hint}")
+    if not re.fullmatch(ID, folder.name):
+        raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
+    return read_card(folder / "card.toml") if bare else None
 
 
 @contextmanager
@@ -238,7 +243,7 @@ def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{key} has shape {shape}, not [{', '.join(sides)}]")
     patches, table, places, last = (theirs[key] for key in _SHAPES)
     if table.shape[0] < 2:
-        raise ValueError("y_embedder.embedding_table.weight holds no class beside the null class")
+        raise ValueError("y_embedder.embedding_table.weight has no class beside the null class")
     width, channels, patch, _ = patches.shape
     heads = heads or HEADS.get(width)
     if heads is None or width % heads:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
@@ -327,18 +327,6 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
         field = ".".join(place[:2])[:64]
         code: Code = "unsupported_parameter" if field in ("response_format", "output_format") else "invalid_value"
         raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
-
-
-def flags_of(kind: type[BaseModel]) -> Iterator[tuple[str, type, str]]:
-    """Name, type of one value and description of every field of a body that a command line can take as a flag.
-
-    The default of each is None: the default of the model. Objects and ignored fields are left out.
-    """
-    plain = {"string": str, "integer": int, "number": float, "boolean": bool}
-    for name, schema in kind.model_json_schema()["properties"].items():
-        types = {one.get("type") for one in schema.get("anyOf", [schema])}
-        if one := next((plain[word] for word in plain if word in types), None):
-            yield name, one, schema["description"]
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:

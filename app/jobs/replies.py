@@ -118,15 +118,14 @@ class ImagesReply(BaseModel):
 
 def answer(job: Job, results: Sequence[Result]) -> Answer:
     """The one file that these results make, where a job asks for it alone, else the whole JSON reply."""
-    groups = file_groups(job, results)
-    files, seconds = files_of(job, groups)
+    files, seconds = files_of(job, results)
     if job.raw:
         return file_answer(files[0], job.format, [job.card.id], results[0].seed, warnings(job, results))
     reply = ImagesReply(
         created=int(time.time()),
-        data=[Item(b64_json=MARK, **_item(job, group[0])) for group in groups],
+        data=[Item(b64_json=MARK, **_item(job, group[0])) for group in file_groups(job, results)],
         **_cost(job, results, seconds),
-        **effective(job, len(groups[0])),
+        **effective(job, len(results) if job.columns else 1),
     )
     return spliced(reply, files), JSON
 
@@ -147,12 +146,12 @@ def file_groups(job: Job, results: Sequence[Result]) -> Sequence[Sequence[Result
     return [results] if job.columns else [[result] for result in results]
 
 
-def files_of(job: Job, groups: Sequence[Sequence[Result]]) -> tuple[list[bytes], float]:
-    """A file of each group of results, and the seconds they took, which are added to the job's."""
+def files_of(job: Job, results: Sequence[Result]) -> tuple[list[bytes], float]:
+    """The files of these results, and the seconds that they took, which are added to the job's."""
     started, files = time.perf_counter(), []
-    for results in groups:
-        pixels = grid([result.pixels for result in results], job.columns) if job.columns else results[0].pixels
-        text = facts(job, [result.index for result in results])
+    for group in file_groups(job, results):
+        pixels = grid([result.pixels for result in group], job.columns) if job.columns else group[0].pixels
+        text = facts(job, [result.index for result in group])
         files.append(encode_image(np.asarray(pixels), job.format, job.body.output_compression, text))
     seconds = time.perf_counter() - started
     job.imaging += seconds
@@ -168,7 +167,7 @@ def partial_event(job: Job, preview: Preview) -> bytes:
 
 def completed_event(job: Job, results: Sequence[Result]) -> bytes:
     """A finished image (one result) or sheet (all of them) as a server-sent event."""
-    (file,), seconds = files_of(job, [results])
+    (file,), seconds = files_of(job, results)
     image = {"image_index": _place(job, results[0].index), **_item(job, results[0])}
     fields = image | _cost(job, results, seconds) | effective(job, len(results))
     return _event("image_generation.completed", file, fields)
@@ -278,14 +277,10 @@ def warnings(job: Job, results: Sequence[Result]) -> list[str]:
 
 def body_warnings(job: Job) -> list[str]:
     """Warnings for fields that have no effect, whichever model draws."""
-    body, compression = job.body, job.body.output_compression
+    body, png = job.body, job.format == "png"
     table: list[Effectless] = [
         ("output_format", body.output_format not in (None, job.format), f"Accept asks for image/{job.format}"),
-        (
-            "output_compression",
-            compression is not None and job.format == "png",
-            "png is lossless; jpeg and webp are not",
-        ),
+        ("output_compression", png and body.output_compression is not None, "png is lossless; jpeg and webp are not"),
         ("partial_images", body.partial_images and not body.stream, "previews come with stream"),
         ("Accept", body.stream and job.raw, "stream answers with events"),
     ]
@@ -304,21 +299,16 @@ def model_warnings(job: Job) -> list[str]:
     """Warnings for fields that have no effect with the model of the job, or for its key."""
     body, card, recipe, delivery = job.body, job.card, job.request.recipe, job.request.delivery
     guided_by = "true_cfg_scale" if card.guidance == "embedded" else "guidance_scale"
-    scale, skip = getattr(body, guided_by), recipe.guidance.skip
+    scale, guidance = getattr(body, guided_by), recipe.guidance
     without = "" if scale is not None else f", and {card.id} draws without by default"
+    in_vain = body.negative_prompt and not guidance.guided
+    no_skip = guidance.skip is None or not guidance.skip.scale
     lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
     table: list[Effectless] = [
         ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
         (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),
-        (
-            "negative_prompt",
-            body.negative_prompt and not recipe.guidance.guided,
-            f"it takes a {guided_by} over 1{without}",
-        ),
-        *(
-            (field, getattr(body, field) is not None and not (skip and skip.scale), "it takes a scale")
-            for field in SKIPPING[1:]
-        ),
+        ("negative_prompt", in_vain, f"it takes a {guided_by} over 1{without}"),
+        *((field, no_skip and getattr(body, field) is not None, "it takes a scale") for field in SKIPPING[1:]),
     ]
     found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
     if delivery.previews >= lines:
@@ -331,8 +321,5 @@ def model_warnings(job: Job) -> list[str]:
 def file_warnings(format: Format, facts: dict[str, Any]) -> list[str]:
     """A warning where a file has no room for all of these facts."""
     names = ", ".join(left_out(format, facts))
-    return (
-        [f"the request in the file is without {names}: a jpeg holds 64 kB of it, png and webp hold all"]
-        if names
-        else []
-    )
+    words = f"the request in the file is without {names}: a jpeg has room for 64 kB of it, png and webp for all"
+    return [words] if names else []

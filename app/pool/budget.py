@@ -65,21 +65,6 @@ def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[in
     )
 
 
-def text_bytes(settings: Settings) -> int:
-    """Bytes that encoded prompts may take of a device. Raises SettingsError."""
-    return parse_bytes(settings.text_cache, None, "text_cache")
-
-
-def readable(count: int) -> str:
-    """Bytes in words: "1.50 GB"."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
-
-
 def use_threads(count: int) -> None:
     """Let the calling thread compute with so many threads, whatever other threads ask for before or after.
 

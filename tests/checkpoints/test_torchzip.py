@@ -117,16 +117,19 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "asks for posix.mkdir, which is not a tensor; nothing",
     ),
     "a module": (lambda f: save(f, torch.nn.Linear(2, 2)), "asks for torch.nn.modules.linear.Linear"),
-    "a list": (lambda f: save(f, [torch.ones(2)]), "holds list, not tensors"),
-    "nothing": (lambda f: save(f, {}), "holds dict, not tensors"),
-    "numbers": (lambda f: save(f, {"a": 1}), "'a' holds int, not a tensor"),
+    "a list": (lambda f: save(f, [torch.ones(2)]), "is a list, not tensors"),
+    "nothing": (lambda f: save(f, {}), "is a dict, not tensors"),
+    "numbers": (lambda f: save(f, {"a": 1}), "'a' is of type int, not a tensor"),
     "whole numbers": (lambda f: save(f, {"a": torch.ones(2, dtype=torch.int64)}), "a is not a plain tensor"),
     "sparse": (lambda f: save(f, {"a": torch.eye(2).to_sparse()}), "a is not a plain tensor"),
     "no memory": (lambda f: save(f, {"a": torch.empty(9, device="meta")}), "a is not a plain tensor"),
-    "one for a billion": (lambda f: save(f, {"a": torch.ones(1).expand(10**5, 10**5)}), "more than the file holds"),
+    "one for a billion": (
+        lambda f: save(f, {"a": torch.ones(1).expand(10**5, 10**5)}),
+        "more than its bytes in the file",
+    ),
     "one tensor often": (
         lambda f: save(f, {str(n): view for n, view in enumerate([torch.ones(2**16)] * 64)}),
-        "more than the file holds",
+        "more than its bytes in the file",
     ),
 }
 

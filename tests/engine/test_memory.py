@@ -206,7 +206,7 @@ def test_an_unload_waits_for_the_requests_there(
     bench.wait(6)
     assert not [report for report in bench.reports if isinstance(report, Evicted)]
     bench.until(lambda: any(report.state == "absent" for report in bench.of(ModelState)))
-    assert bench.reports[-1] == Memory("cpu", {"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0, "text": 0})
+    assert bench.reports[-1] == Memory({"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0, "text": 0})
 
 
 def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(

@@ -150,7 +150,7 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {one.part.name: one for one in pool.store.components}
+    held = {one.part.name: one for one in pool.policy.components}
     leases = [pool.components(model_id, "encode", "denoise") for model_id in ("tiny-sd3", "tiny-sd3-no-t5")]
     assert all(pool.lease(components) for components in leases)
     counts = {name: one.leases for name, one in held.items()}
@@ -171,7 +171,7 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     file.write_text(whole)
     error = pool.failure("tiny-dit")
     assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
-    assert error.__traceback__ is None and not pool.store.components, "what was loaded before it failed is let go"
+    assert error.__traceback__ is None and not pool.policy.components, "what was loaded before it failed is let go"
     clock.now = RETRY_AFTER - 0.1
     pool.want("tiny-dit")
     assert pool.poll() == [] and pool.failure("tiny-dit") is error and not pool.resident("tiny-dit", "denoise")
@@ -208,7 +208,7 @@ def test_who_polls_hears_that_the_loader_ended(pool: Pool, monkeypatch: pytest.M
 
     monkeypatch.setattr(memory, "part_states", broken)
     if not lost:
-        monkeypatch.setattr(pool.store, "drop", broken)
+        monkeypatch.setattr(pool, "drop", broken)
     pool.want("tiny-dit")
     with pytest.raises(type(error), match=str(error)):
         eventually(lambda: pool.poll() and False)
