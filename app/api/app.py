@@ -33,7 +33,7 @@ Application = FastAPI
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 _ABOUT = """Images from diffusion transformers, batched at every denoising step. The `openai` client works unmodified;
-every bound below is the model's own."""
+the bounds below are those of each model."""
 
 probes = APIRouter(tags=["health"])
 
@@ -41,7 +41,7 @@ probes = APIRouter(tags=["health"])
 @probes.get("/health")
 @probes.get("/healthz")
 async def health(request: Request) -> dict[str, str | bool | int | float]:
-    """Live: 200 whenever this process answers at all, with a few numbers; `ready` says whether it would draw now."""
+    """Live: 200 whenever this process answers at all, with a few numbers; `ready` says whether it can draw now."""
     workers = front_of(request).supervisor
     return {
         "status": "ok",
@@ -54,7 +54,7 @@ async def health(request: Request) -> dict[str, str | bool | int | float]:
 
 @probes.get("/readyz", responses={503: {"model": ErrorReply, "description": "Not ready, or draining"}})
 async def readyz(request: Request) -> Response:
-    """Ready: an engine process lives, every PRELOAD model is loaded, and the server does not drain."""
+    """Ready: an engine process is alive, every PRELOAD model is loaded, and the server does not shut down."""
     if front_of(request).supervisor.ready:
         return JSONResponse({"status": "ready"})
     message = "Not ready: the engine or a preloaded model is still starting, or the server drains."

@@ -94,16 +94,18 @@ def convert_dit(
     folder = folder.absolute()
     card = _replaced(folder, replace)
     with _whole(folder) as unfinished:
-        network = (
-            _network_of_bins(file, unfinished, tell) if file.is_dir() else _network_of_pt(file, unfinished, heads, tell)
-        )
+        if file.is_dir():
+            network, config, parameters = _network_of_bins(file, unfinished, tell)
+        else:
+            network, config, parameters = _network_of_pt(file, unfinished, heads, tell)
         pixels, vae_config = _read_vae(file, vae, unfinished, tell)
-        _write_index(file, labels, unfinished, network[1])
-        write_toml(unfinished / "card.toml", _card_of(folder.name, file, network, vae_config))
+        _write_index(file, labels, unfinished, config)
+        made = _card_of(folder.name, file, config, vae_config)
+        write_toml(unfinished / "card.toml", {**made, "parameters": parameters})
         if card is not None:
             _keep_facts(card, unfinished / "card.toml")
         tell("writing the network and the VAE")
-        _write_weights(unfinished / "transformer", network[0], dtype)
+        _write_weights(unfinished / "transformer", network, dtype)
         _write_weights(unfinished / "vae", pixels, None)
     tell(f"wrote {folder}")
 
@@ -157,9 +159,8 @@ def _keep_facts(before: Card, file: Path) -> None:
     read_card(file)
 
 
-def _card_of(model: str, file: Path, network: Network, vae: dict[str, Any]) -> dict[str, Any]:
+def _card_of(model: str, file: Path, config: dict[str, Any], vae: dict[str, Any]) -> dict[str, Any]:
     """The card of a network and an autoencoder of these configs, with the authors' own arithmetic."""
-    _, config, parameters = network
     classes, halvings = config["num_embeds_ada_norm"], len(vae.get("block_out_channels", (64,))) - 1
     pixels = config["sample_size"] * 2**halvings
     learned = config["out_channels"] == 2 * config["in_channels"]
@@ -177,7 +178,6 @@ def _card_of(model: str, file: Path, network: Network, vae: dict[str, Any]) -> d
         "guided_channels": 3,
         "time_freq_shift": 0,
         "norm_eps": 1e-6,
-        "parameters": parameters,
     }
 
 
