@@ -51,7 +51,7 @@ def kind_of(job: Job) -> Kind:
     return Kind(job.request.delivery.tenant, recipe.key, recipe.passes(lines))
 
 
-class Costs:
+class Rates:
     """Estimated device seconds of an image, from the measured rates of an idle device and from past work.
 
     An encode and a decode count as one pass each until they have been seen; what a pass takes on a shared or a hot
@@ -103,14 +103,14 @@ class Backlog:
     """The jobs of one worker, what their unanswered images take, and what the engine last reported of its models.
 
     Images are counted by kind: a sum over kinds is exact and cheap, however many jobs there are. An image counts whole
-    until it is answered, which overstates the queue by at most what is in the slots. Costs outlive the process: the
+    until it is answered, which overstates the queue by at most what is in the slots. Rates outlive the process: the
     next one has the same device and the same files.
     """
 
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.weights: dict[str, float] = {}  # of the tenants that have images here
-        self.costs = Costs()
+        self.rates = Rates()
         self._images: Counter[Kind] = Counter()
         self._states: dict[str, ModelState] = {}
         self._were_ready: set[str] = set()
@@ -145,7 +145,7 @@ class Backlog:
     def hear(self, report: Report) -> None:
         """Learn from a report of the engine, and hand it to the job in flight that it is about."""
         if isinstance(report, ModelState | Tick):
-            self.costs.hear(report)
+            self.rates.hear(report)
         match report:
             case Result() | Progress() | Preview() | Failure():
                 if job := self.jobs.get(report.request_id):
@@ -206,7 +206,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.costs.image(kind.key, kind.passes)
+        return self.rates.image(kind.key, kind.passes)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -271,7 +271,7 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
     estimate = Estimate(finish - cost, len(chosen.jobs), cost)
-    if delivery.deadline is not None and chosen.costs.measured(kind.key.model):
+    if delivery.deadline is not None and chosen.rates.measured(kind.key.model):
         _check_deadline(estimate, delivery.deadline - time.monotonic())
     job.estimate = estimate
 

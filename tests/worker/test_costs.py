@@ -4,11 +4,11 @@ import pytest
 
 from app.report import ModelState, Tick
 from app.request import Key
-from app.worker.admission import DEFAULT_RATE, OUTLIER, PACE, Costs
+from app.worker.admission import DEFAULT_RATE, OUTLIER, PACE, Rates
 
 
-def measured(**rates: float) -> Costs:
-    costs = Costs()
+def measured(**rates: float) -> Rates:
+    costs = Rates()
     costs.hear(ModelState("fake", "ready", rates=rates))
     return costs
 
