@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.bodies import Model, flags
+from app.cli.options import Folder, Model, body_flags, read_settings, with_flags
 from app.cli.paint import facts_table, show_tables, table
-from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InvalidValue
 from app.jobs.body import ImageBody, recipe_facts
 
@@ -73,7 +72,7 @@ def step(
 
 
 @app.command()
-@with_flags(flags(ImageBody))
+@with_flags(body_flags(ImageBody))
 def image(
     rounds: Rounds = 10,
     random_weights: Random = False,

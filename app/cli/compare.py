@@ -16,16 +16,16 @@ from rich.progress import Progress
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.bodies import Body, Labels, Out, curl_of, flags, kind_of, labels_of, open_registry
+from app.cli.generate import Body, curl_of, kind_of, labels_of
+from app.cli.options import Folder, Labels, Out, body_flags, open_registry, read_settings, with_flags
 from app.cli.paint import bars_of, draw, follow, say
-from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InstepError
 from app.jobs.body import ImageBody
 from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison, with_model
 from app.jobs.job import Job
 
 
-@with_flags(flags(CompareBody, "model", "n"))
+@with_flags(body_flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, a column each")

@@ -16,8 +16,7 @@ from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_labels
 from app.cards.folder import ModelFolder
-from app.cli.bodies import open_registry
-from app.cli.serve import Folder, read_settings
+from app.cli.options import Folder, open_registry, read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
@@ -128,26 +127,26 @@ def pull(
     chosen = _choose(ids or (), everything, registry, settings)
     from app.checkpoints.hub import bytes_left, cache, needs
 
-    found: list[tuple[Card, Needs]] = []
-    failed = []
+    found: dict[str, Needs] = {}
+    failed: dict[str, str] = {}
     opened: dict[str, Repo] = {}
     for card in chosen:
         try:
-            found.append((card, needs(card, registry.cards, opened)))
+            found[card.id] = needs(card, registry.cards, opened)
         except CheckpointError as error:
-            failed.append(f"{card.id}: {error.message}")
-    left = bytes_left(chain.from_iterable(files.values() for _, files in found))
+            failed[card.id] = error.message
+    left = bytes_left(chain.from_iterable(files.values() for files in found.values()))
     if left > (free := _free_bytes(cache())):
         where = f"{cache()} (HF_HOME may name a larger disk)"
         raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
-    for card, files in found:
+    for model, files in found.items():
         try:
-            _download(card, files, settings.models)
+            _download(registry.cards[model], files, settings.models)
         except CheckpointError as error:
-            failed.append(f"{card.id}: {error.message}")
+            failed[model] = error.message
     if failed:
         many = f"{len(failed)} of {len(chosen)} models were not pulled: " if len(chosen) > 1 else ""
-        raise LoadError(many + "; ".join(failed))
+        raise LoadError(many + "; ".join(f"{model}: {reason}" for model, reason in failed.items()))
 
 
 def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
@@ -155,10 +154,9 @@ def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: 
     on_hub = [card for card in registry.cards.values() if card.source.repo]
     if everything:
         return on_hub
-    named = list(ids)
-    if not named:
-        words = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
-        named = [word for word in words if word not in ("", "all")]  # to the server, all are those that are here
+    # NOTE: to the server, "all" are the models that are here: there is nothing to pull.
+    preloaded = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
+    named = ids or [word for word in preloaded if word not in ("", "all")]
     if not named:
         known = ", ".join(card.id for card in on_hub) or "none"
         raise LoadError(f"which models? Name them, or set INSTEP_PRELOAD, or --all. On the Hub: {known}")

@@ -13,9 +13,8 @@ from rich.filesize import decimal
 
 from app.cards.card import Card, read_cards
 from app.cards.folder import ModelFolder
-from app.cli.bodies import find, open_registry
+from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table
-from app.cli.serve import Folder, read_settings
 from app.errors import LoadError, plain
 from app.samplers.table import valid_samplers
 from app.settings import Settings
