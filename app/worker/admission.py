@@ -26,9 +26,6 @@ DEFAULT_RATE = 0.05
 PACE = 0.1
 """How far an average moves towards what was just measured."""
 
-FULL = 0.75
-"""Forwards of at least this part of the key's cap teach what a pass takes: a narrow one costs more a pass."""
-
 OUTLIER = 4.0
 """A measurement over so many times the average counts as that: the first decode after a load also loads."""
 
@@ -52,10 +49,10 @@ def kind_of(job: Job) -> Kind:
 
 
 class Rates:
-    """Estimated device seconds of an image, from the measured rates of an idle device and from past work.
+    """Estimated device seconds of an image, from what the engine has learned of a pass and from past work.
 
-    An encode and a decode count as one pass each until they have been seen; what a pass takes on a shared or a hot
-    device is learned from full forwards. Sizes of the same area have the same number of tokens, and one rate.
+    An encode and a decode count as one pass each until they have been seen. Sizes of the same area have the same number
+    of tokens, and one rate.
     """
 
     def __init__(self) -> None:
@@ -67,14 +64,12 @@ class Rates:
         rates = self._rates.setdefault(report.model, {})
         if isinstance(report, ModelState):
             rates.update((math.prod(parse_size(size)), rate) for size, rate in report.rates.items())
-        elif report.phase == "denoise":
-            area, passes = report.width * report.height, report.passes - report.padding
-            if area in rates and 0 < report.cap * FULL <= passes:
-                rates[area] = _nearer(rates[area], report.seconds / passes)
-        elif report.rows and report.width:
+        elif report.phase == "denoise" and report.rate:
+            rates[report.width * report.height] = report.rate
+        elif report.phase != "denoise" and report.width:
             place = (report.model, report.phase, report.width, report.height)
             known = self._seen.get(place, self.rate(report.model, report.width, report.height))
-            self._seen[place] = _nearer(known, report.seconds / report.rows)
+            self._seen[place] = known + PACE * (min(report.seconds / report.rows, OUTLIER * known) - known)
 
     def measured(self, model: str) -> bool:
         """Whether the estimates for this model are more than a guess."""
@@ -93,10 +88,6 @@ class Rates:
             return DEFAULT_RATE
         nearest = area if area in rates else min(rates, key=lambda known: (abs(known - area), known))
         return rates[nearest] * area / nearest
-
-
-def _nearer(known: float, taken: float) -> float:
-    return known + PACE * (min(taken, OUTLIER * known) - known)
 
 
 class Backlog:
