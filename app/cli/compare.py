@@ -28,15 +28,15 @@ from app.jobs.job import Job
 @with_flags(body_flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, a column each")
+        list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, one for each column")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; again for another row")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat it for another row")] = None,
     class_label: Labels = None,
     out: Out = None,
     models: Folder = None,
     **fields: Any,
 ) -> None:
-    """Draw the same prompts or classes by several models, one panel: rows prompts, columns models by parameters."""
+    """Draw the same prompts or classes with several models, as one panel with a column for each model."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
     fields |= {"models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label)}

@@ -79,7 +79,7 @@ class Tally:
 
 
 def demo(models: Folder = None) -> None:
-    """Twelve requests of 1 to 50 steps, guided and not, in one engine at once."""
+    """Run twelve requests of 1 to 50 steps, guided and unguided, in one engine at once."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
     script = write_script(registry)

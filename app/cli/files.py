@@ -27,24 +27,22 @@ if TYPE_CHECKING:
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
 
-Place = Annotated[
-    Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
-]
+Place = Annotated[Path | None, typer.Option(show_default=False, help="Folder or safetensors file of this part")]
 
 
 def add(
     path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
-    like: Annotated[str | None, typer.Option(help="The card whose settings it takes; none: the one that fits")] = None,
-    name: Annotated[str | None, typer.Option("--id", help="Its id; none: made of the file's name")] = None,
+    like: Annotated[str | None, typer.Option(help="Card whose settings it takes; by default the one that fits")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Its id; by default made from the file's name")] = None,
     vae: Place = None,
     text_encoder: Place = None,
     text_encoder_2: Place = None,
     text_encoder_3: Place = None,
     tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
-    rest: Annotated[str | None, typer.Option(help="The card that gives the parts that are still missing")] = None,
+    rest: Annotated[str | None, typer.Option(help="Card that has the parts that are still missing")] = None,
     models: Folder = None,
 ) -> None:
-    """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
+    """Make a card for files of yours, which stay where they are. `instep models check PATH` shows what they lack."""
     from app.checkpoints.inventory import identify, new_folder
 
     settings = read_settings(models=models)
@@ -75,30 +73,30 @@ def convert(
     file: Annotated[
         Path,
         typer.Argument(
-            help="The authors' .pt, or one that their train.py saved (its EMA is taken); or a folder of diffusers' .bin"
+            help="The authors' .pt, or one that their train.py saved (its EMA is used), or a folder of diffusers' .bin"
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist, or see --replace")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; see --replace if it exists")],
     vae: Annotated[
         Path | None,
         typer.Option(
             show_default=False,
-            help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names; a .pt has none",
+            help="VAE to copy, which a .pt lacks: the folder of sd-vae-ft-ema, or its safetensors in ldm names",
         ),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Number format of the network's weights; none: the file's own", show_default=False),
+        typer.Option(help="Number format of the network's weights; by default the file's", show_default=False),
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
+        int | None, typer.Option(min=1, help="Attention heads, if the width is not one of the authors'")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="FOLDER may be a card without weights; its facts are kept")
+        bool, typer.Option("--replace", help="FOLDER may be a card without weights; the card is kept")
     ] = False,
     models: Folder = None,
 ) -> None:
-    """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
+    """Convert a DiT's torch files to a model: a card, and safetensors with diffusers' names."""
     import torch
 
     from app.checkpoints.convert import convert_dit
@@ -113,12 +111,12 @@ def convert(
 
 def pull(
     ids: Annotated[
-        list[str] | None, typer.Argument(help="Model ids or aliases; none: those the server preloads")
+        list[str] | None, typer.Argument(help="Model ids or aliases; by default those that the server preloads")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
     models: Folder = None,
 ) -> None:
-    """Download what models need from the Hub: only that, resumed where it broke off, checked. Needs HF_TOKEN if gated.
+    """Download the files that models need from the Hub, and check them. Gated models need HF_TOKEN.
 
     Without ids: the models that INSTEP_PRELOAD and INSTEP_DEFAULT_MODEL name.
     """

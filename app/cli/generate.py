@@ -37,7 +37,7 @@ KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".we
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw")] = None,
     class_label: Labels = None,
-    columns: Annotated[int | None, typer.Option(help="One file of all images, so many in a row")] = None,
+    columns: Annotated[int | None, typer.Option(help="One file with all images, this many in a row")] = None,
     out: Out = None,
     save_latents: Annotated[Path | None, typer.Option(help="Also write the final float32 latents here")] = None,
     models: Folder = None,

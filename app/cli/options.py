@@ -23,7 +23,7 @@ Folder = Annotated[str | None, typer.Option(help="Folder of cards (INSTEP_MODELS
 
 Model = Annotated[str | None, typer.Option(help="A model id or alias")]
 Labels = Annotated[
-    list[str] | None, typer.Option(help="A class id or name, for a model of classes; again for more, or 162,247")
+    list[str] | None, typer.Option(help="Class id or name, for a model of classes; repeat it for more, or 162,247")
 ]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")]
 
