@@ -30,20 +30,20 @@ INSTRUMENTS: dict[str, tuple[type[Gauge | Histogram | Counter], str, tuple[str, 
     "num_requests_running": (Gauge, "Images in the last batch that are not yet answered", ("model",)),
     "num_requests_waiting": (Gauge, "Images accepted, not yet answered and not in a batch", ("model",)),
     "model_loaded": (Gauge, "1 while a worker has the model ready", ("model",)),
-    "model_load_seconds": (Gauge, "How long the last load took", ("model",)),
+    "model_load_seconds": (Gauge, "Seconds that the last load took", ("model",)),
     "device_memory_bytes": (
         Gauge,
-        "weights, slots, text: on the device; parked: held in host memory; budget: what weights may take",
+        "weights, slots, text: on the device; parked: in host memory; budget: the limit for weights",
         ("device", "kind"),
     ),
-    "ready": (Gauge, "1 while /readyz says so", ()),
+    "ready": (Gauge, "1 while /readyz answers 200", ()),
     "workers_live": (Gauge, "Engine processes that are able to work", ()),
-    "workers": (Gauge, "Engine processes that there should be: the entries of DEVICES", ()),
-    "worker_restarts": (Counter, "Engine processes started again", ()),
-    "queue_device_seconds": (Gauge, "Estimated device time of what is not yet answered", ("worker",)),
+    "workers": (Gauge, "Engine processes that should run: the entries of DEVICES", ()),
+    "worker_restarts": (Counter, "Engine processes that were started again", ()),
+    "queue_device_seconds": (Gauge, "Estimated device time of the unanswered requests", ("worker",)),
     "build_info": (Gauge, "Always 1", ("version",)),
     "request_queue_time_seconds": (
-        Histogram, "From acceptance to the first step of an image, less its encode", ("model",)
+        Histogram, "From acceptance to the first step of an image, without text encoding", ("model",)
     ),
     "e2e_request_latency_seconds": (Histogram, "From the request to its encoded images", ("model",)),
     "image_encode_seconds": (Histogram, "PNG, JPEG or WebP encoding of one request", ("model",)),
@@ -53,17 +53,17 @@ INSTRUMENTS: dict[str, tuple[type[Gauge | Histogram | Counter], str, tuple[str, 
     "batch_rows": (Histogram, "Images that shared a denoising forward", ("model",)),
     "batch_passes": (Histogram, "Passes of a denoising forward, without padding", ("model",)),
     "batch_occupancy_ratio": (
-        Histogram, "Passes of a denoising forward, without padding, over the most that pay on this device", ("model",)
+        Histogram, "Passes of a denoising forward, without padding, as a share of the widest that pays here", ("model",)
     ),
     "images": (Counter, "Images answered", ("model",)),
-    "requests": (Counter, "Requests by how they ended", ("model", "outcome")),
+    "requests": (Counter, "Requests by their outcome", ("model", "outcome")),
     "requests_failed": (Counter, "Requests that were accepted and failed", ("model", "reason")),
     "requests_rejected": (Counter, "Requests that were refused", ("model", "reason")),
     "padding_passes": (Counter, "Passes of denoising forwards that only filled a bucket", ("model",)),
     "oom": (Counter, "Forwards that ran out of memory and were split or failed", ("model",)),
-    "text_cache_hits": (Counter, "Texts that a text encoder had encoded before, by encoder", ("model",)),
+    "text_cache_hits": (Counter, "Texts found in the cache of encoded prompts, by encoder", ("model",)),
     "text_cache_misses": (Counter, "Texts that a text encoder had to encode, by encoder", ("model",)),
-    "model_loads": (Counter, "Loads of a model by how they ended", ("model", "result")),
+    "model_loads": (Counter, "Loads of a model by their result", ("model", "result")),
     "model_evictions": (Counter, "Parts of a model that left the device", ("model", "to")),
 }  # fmt: skip
 """Name to kind, help and labels."""
@@ -118,9 +118,9 @@ class Metrics:
                 self._state(report, worker)
             case Evicted(model, to=to):
                 self._of("model_evictions", model, to).inc()
-            case Memory(device, kinds):
+            case Memory(kinds):
                 for kind, size in kinds.items():
-                    self._of("device_memory_bytes", device, kind).set(size)
+                    self._of("device_memory_bytes", worker, kind).set(size)
 
     def answered(self, job: Job, seconds: float, encode_seconds: float) -> None:
         """A job was answered after `seconds` in all, `encode_seconds` of them in imaging."""

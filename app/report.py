@@ -121,7 +121,6 @@ class Memory:
     take of the device.
     """
 
-    device: str
     bytes: dict[str, int]
 
 

@@ -1,4 +1,4 @@
-"""A request = what to draw (Recipe) + whose noise and words (images) + how to deliver it (Delivery).
+"""Request: what to draw (Recipe), the condition and the seed of each image, and how to deliver them (Delivery).
 
 All of it is validated, complete, frozen, hashable and picklable; the HTTP body is `app/jobs/body.py`.
 """
@@ -47,15 +47,11 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SkipGuidance:
-    """Skip-layer guidance: its scale, and the share of the steps between which it acts."""
+    """Skip-layer guidance of a scale, on those steps i, counted from 0, with start * steps < i < stop * steps."""
 
     scale: float
     start: float
     stop: float
-
-    def steps(self, steps: int) -> range:
-        """Steps of so many on which it acts: those i with start * steps < i < stop * steps, counted from 0."""
-        return range(math.floor(self.start * steps) + 1, math.ceil(self.stop * steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +94,20 @@ class Recipe:
 
     def skipping(self, lines: int) -> range:
         """Lines of its table, of so many, that take a pass more, for skip-layer guidance. Heun has two lines a step."""
-        skip = self.guidance.skip
+        skip, each = self.guidance.skip, -(-lines // self.steps)
         if skip is None or not skip.scale or not self.guidance.guided:
             return range(0)
-        acts, each = skip.steps(self.steps), -(-lines // self.steps)
-        return range(acts.start * each, min(acts.stop * each, lines))
+        first, end = math.floor(skip.start * self.steps) + 1, math.ceil(skip.stop * self.steps)
+        return range(first * each, min(end * each, lines))
 
     def passes(self, lines: int) -> int:
-        """Passes through the network that one image takes, whose table has so many lines."""
+        """Passes through the network of one image with so many lines in its table."""
         return lines * (2 if self.guidance.guided else 1) + len(self.skipping(lines))
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Whose request it is and how it is answered; none of it changes a picture.
+    """Who asks and how the request is answered; none of it changes a picture.
 
     tenant, weight: the API key's name, and its share of the device beside other keys'. priority: breaks ties.
     deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.

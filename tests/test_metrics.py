@@ -172,10 +172,10 @@ def test_a_load_counts_on_each_worker() -> None:
 def test_evictions_and_memory() -> None:
     metrics = Metrics()
     assert read(metrics)["instep_model_evictions_total", "a", "away"] == 0
-    metrics.observe(Memory("cuda:0", {"weights": 7, "slots": 2, "parked": 0, "budget": 10}))
+    metrics.observe(Memory({"weights": 7, "slots": 2, "parked": 0, "budget": 10}), "cuda:0")
     for one in (Evicted("a", "transformer", "host", 5), Evicted("a", "vae", "host", 1), Evicted("a", "vae", "away", 1)):
         metrics.observe(one)
-    metrics.observe(Memory("cuda:0", {"weights": 0, "slots": 0, "parked": 5, "budget": 10}))
+    metrics.observe(Memory({"weights": 0, "slots": 0, "parked": 5, "budget": 10}), "cuda:0")
     seen = read(metrics)
     assert (seen["instep_model_evictions_total", "a", "host"], seen["instep_model_evictions_total", "a", "away"]) == (
         2,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,36 +25,32 @@ _ROUTES = ("classes", "load", "unload")
 """Last words of /v1/models/{model}/..., so no name of a model may end in them."""
 
 
-@dataclass(frozen=True)
-class FamilyFacts:
-    """Facts of a family of networks, for modules that do not import torch.
-
-    draws: the condition of a picture. embedded_guidance: the network may take the guidance scale as an input.
-    skip_layers: skip-layer guidance is possible. torch_files: the authors publish pickled .pt files, to be converted.
-    without: the parts that a model can do without, with what it loses.
-    """
-
-    draws: Literal["class", "prompt"]
-    embedded_guidance: bool = False
-    skip_layers: bool = False
-    torch_files: bool = False
-    without: Mapping[str, str] = field(default_factory=dict)
-
-
-_SD3_WITHOUT = {
-    "text_encoder": "it is zeros without: prompts are followed less well",
-    "text_encoder_2": "it is zeros without: prompts are followed less well",
-    "text_encoder_3": "it is zeros without: long prompts and written words are followed less well",
+Trait = Literal["classes", "embedded_guidance", "skip_layers", "torch_files"]
+TRAITS: dict[str, set[Trait]] = {
+    "dit": {"classes", "torch_files"},
+    "sd3": {"skip_layers"},
+    "flux": {"embedded_guidance"},
 }
-_FLUX_WITHOUT = {
-    "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
-    "text_encoder_2": "it is zeros without: prompts are hardly followed",
+"""Facts of a family of networks, for modules that do not import torch.
+
+classes: pictures are drawn from a class label, and not from a prompt. embedded_guidance: the network may take the
+guidance scale as an input. skip_layers: skip-layer guidance is possible. torch_files: the authors publish pickled .pt
+files, to be converted.
+"""
+
+WITHOUT: dict[str, dict[str, str]] = {
+    "dit": {},
+    "sd3": {
+        "text_encoder": "it is zeros without: prompts are followed less well",
+        "text_encoder_2": "it is zeros without: prompts are followed less well",
+        "text_encoder_3": "it is zeros without: long prompts and written words are followed less well",
+    },
+    "flux": {
+        "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
+        "text_encoder_2": "it is zeros without: prompts are hardly followed",
+    },
 }
-FACTS = {
-    "dit": FamilyFacts("class", torch_files=True),
-    "sd3": FamilyFacts("prompt", skip_layers=True, without=_SD3_WITHOUT),
-    "flux": FamilyFacts("prompt", embedded_guidance=True, without=_FLUX_WITHOUT),
-}
+"""The parts that a model of a family can do without, and what it loses."""
 
 
 def parse_size(text: str) -> Size:
@@ -161,7 +156,7 @@ class SkipLayers(Section):
 
 
 class Bucket(Section):
-    """The fixed batch sizes of deterministic mode: every forward is padded to these."""
+    """The fixed batch sizes of deterministic mode, to which forwards are padded; a VAE needs small ones at 1024 px."""
 
     passes: Annotated[int, Field(ge=8)] = 8
     encode: Annotated[int, Field(ge=1)] = 1
@@ -218,14 +213,18 @@ class Card(Section):
         return parse_size(self.defaults.size)
 
     @property
-    def facts(self) -> FamilyFacts:
-        """The facts of its family."""
-        return FACTS[self.family]
+    def optional(self) -> Mapping[str, str]:
+        """The parts that it can do without, with what it loses."""
+        return WITHOUT[self.family]
+
+    def has(self, trait: Trait) -> bool:
+        """Whether its family has this trait."""
+        return trait in TRAITS[self.family]
 
     @property
     def draws_classes(self) -> bool:
         """Whether pictures are drawn from a class label instead of a prompt."""
-        return self.facts.draws == "class"
+        return self.has("classes")
 
     @property
     def text_length(self) -> int:
@@ -243,9 +242,9 @@ class Card(Section):
             raise ValueError("defaults.num_inference_steps is over limits.num_inference_steps")
         if self.classes is not None and not self.draws_classes:
             raise ValueError(f"classes: {self.family} draws prompts")
-        if self.guidance == "embedded" and not self.facts.embedded_guidance:
+        if self.guidance == "embedded" and not self.has("embedded_guidance"):
             raise ValueError(f"guidance: {self.family} has no embedded guidance")
-        if self.skip_layer_guidance is not None and not self.facts.skip_layers:
+        if self.skip_layer_guidance is not None and not self.has("skip_layers"):
             raise ValueError(f"skip_layer_guidance: {self.family} has none")
         twice = sorted(self.components.keys() & self.files.keys())
         if twice:

@@ -1,4 +1,4 @@
-"""Catalog: from a name that a user writes to a model or to a class of one, and the nearest name where none has it."""
+"""Catalog: find a model, or a class of one, by the name that a user writes; suggest the nearest name otherwise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPARED = 32
 
 
 class Registry:
-    """Cards by id and alias, and the default card. all: those too that a key may not use."""
+    """Cards by id and alias, and the default card. `all` has the cards too that a key may not use."""
 
     def __init__(self, cards: Mapping[str, Card], settings: Settings) -> None:
         """Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one."""
@@ -127,7 +127,7 @@ def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
 
 
 def search(card: Card, query: str | None) -> list[tuple[int, str]]:
-    """(id, name) of the classes whose name contains the query in any case, or whose id it is; all without a query."""
+    """(id, name) of the classes with the query in their names, in any case, or as their id; all without a query."""
     words = (query or "").strip().casefold()
     return [(i, name) for i, name in enumerate(card.labels) if words in name.casefold() or words == str(i)]
 

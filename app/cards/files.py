@@ -1,4 +1,4 @@
-"""Files of a checkpoint, read as a stranger's: regular ones only, up to a bound, and nothing in them is trusted.
+"""Read files that may come from a stranger: regular ones only, up to a bound, and nothing in them is trusted.
 
 Of weights only names and first bytes are read here; `app/checkpoints/tensors.py` reads their headers.
 """
@@ -55,7 +55,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ),
     (r"\x1f\x8b\x08|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive: unpack it first"),
 )
-"""How files begin that people have in place of a checkpoint, and what an error calls them."""
+"""The first bytes of files that people have in place of a checkpoint, with the words for an error."""
 
 _NO_SAFETENSORS = (
     (
@@ -65,7 +65,7 @@ _NO_SAFETENSORS = (
     (r"[\t\n\r\x20-\x7e]{16}", "a text, not a checkpoint; it begins {first!r}"),
     (r"\Z", "an empty file"),
 )
-"""How files begin that are no safetensors, but may be another file of a checkpoint."""
+"""The first bytes of files that are no safetensors, but may be another file of a checkpoint."""
 
 
 def open_file(file: Path) -> BinaryIO:
@@ -124,7 +124,7 @@ def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:
 
 
 def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
-    """Raises CheckpointError for a file that cannot be read, or whose first bytes are those of another kind of file."""
+    """Raises CheckpointError for a file that cannot be read, or begins like another kind of file."""
     try:
         with open_file(file) as stream:
             first = stream.read(_FIRST).decode("latin-1")

@@ -38,7 +38,6 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """The classes of tokenizers with the sets of files of which one is enough. Every other class is a network."""
 
-
 FILE = "scheduler/scheduler_config.json"
 
 CLIPS_BY_DEFAULT = frozenset(
@@ -55,7 +54,7 @@ DIFFUSION = tuple(
         *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE"),
     )
 )
-"""The classes whose noise process a card can hold; flow ones among the second say `use_flow_sigmas`."""
+"""The schedulers that a card can describe the noise of; a flow among the second has `use_flow_sigmas`."""
 
 _WORDS = {
     "prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"},
@@ -87,7 +86,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "time_shift_type": ("exponential",),
 }
-"""Values that change nothing, besides none and false, of keys that no table of coefficients can hold."""
+"""Values that change nothing, besides none and false, of keys that no table of coefficients has a place for."""
 
 _SOLVERS = frozenset(
     (
@@ -113,7 +112,7 @@ class Part:
 
     @property
     def weights(self) -> Path:
-        """The path that errors about its weights name."""
+        """The path to name in errors about its weights."""
         return self.file or self.folder
 
     def check(self) -> None:
@@ -260,18 +259,18 @@ class ModelFolder:
 def schedule_of(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     """A card's `schedule` for a diffusers folder: `like`, with each fact of the folder in its place.
 
-    like: the `schedule` of the most similar card, as its TOML says it. Raises CheckpointError naming file and key:
-    clipped samples, another kind of noise process, a key or a value that no table of coefficients can hold.
+    like: the `schedule` of the most similar card, as in its TOML. Raises CheckpointError naming file and key:
+    clipped samples, another kind of noise process, a key or a value that no table of coefficients has a place for.
     """
     file, config = folder / FILE, check_schedule(folder)
     if config is None:
         return dict(like)
     name, flows = str(config.get("_class_name", "")), bool(config.get("use_flow_sigmas"))
     if name and name not in (*FLOW, *DIFFUSION):
-        raise CheckpointError(f"{file}: {name} is not a scheduler that a card can say the noise of")
+        raise CheckpointError(f"{file}: {name} is a scheduler that no card can describe the noise of")
     kind = "flow" if name in FLOW or flows else "diffusion" if name else like["kind"]
     if kind != like["kind"]:
-        raise CheckpointError(f"{file}: {name} is for a {kind} model, and such networks are of {like['kind']}")
+        raise CheckpointError(f"{file}: {name} is for a {kind} model, but this network is a {like['kind']} model")
     _refuse_others(file, config)
     predicts = config.get("prediction_type", "epsilon")
     if flows and predicts != "flow_prediction":
@@ -289,7 +288,7 @@ def changes(before: Schedule, after: Mapping[str, Any]) -> list[str]:
 def check_schedule(folder: Path) -> dict[str, Any] | None:
     """Read scheduler_config.json, None where there is none.
 
-    Raises CheckpointError for clipped or thresholded samples: they are not affine, so no table can hold them.
+    Raises CheckpointError for clipped or thresholded samples: they are not affine, so no table describes them.
     """
     file = folder / FILE
     if not file.exists():

@@ -1,9 +1,9 @@
 """Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
-The source is a `.pt` in the authors' names, or a folder in diffusers' layout whose weights are `.bin` files, as the Hub
-repositories facebook/DiT-XL-2-256 and -512 are. Of a `.pt` the tensors say depth, width, patch, size and classes; the
-number of heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the
-authors' sample.py.
+The source is a `.pt` in the authors' names, or a folder in diffusers' layout with `.bin` files, as the Hub repositories
+facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the number of
+heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors'
+sample.py.
 """
 
 from __future__ import annotations
@@ -92,27 +92,34 @@ def convert_dit(
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
     folder = folder.absolute()
+    card = _replaced(folder, replace)
+    with _whole(folder) as unfinished:
+        if file.is_dir():
+            network, config, parameters = _network_of_bins(file, unfinished, tell)
+        else:
+            network, config, parameters = _network_of_pt(file, unfinished, heads, tell)
+        pixels, vae_config = _read_vae(file, vae, unfinished, tell)
+        _write_index(file, labels, unfinished, config)
+        made = _card_of(folder.name, file, config, vae_config)
+        write_toml(unfinished / "card.toml", {**made, "parameters": parameters})
+        if card is not None:
+            _keep_facts(card, unfinished / "card.toml")
+        tell("writing the network and the VAE")
+        _write_weights(unfinished / "transformer", network, dtype)
+        _write_weights(unfinished / "vae", pixels, None)
+    tell(f"wrote {folder}")
+
+
+def _replaced(folder: Path, replace: bool) -> Card | None:
+    """The card in the folder, if it may be replaced. Raises CheckpointError: it may not, or its name is no id."""
     # A folder that has the facts alone, as the shipped cards' do.
     bare = replace and (folder / "card.toml").is_file() and not any(folder.rglob("*.safetensors"))
-    card = read_card(folder / "card.toml") if bare else None
-    if folder.exists() and card is None:
+    if folder.exists() and not bare:
         hint = " and has no card without weights" if replace else ": name a folder that does not"
         raise CheckpointError(f"{folder} exists{hint}")
     if not re.fullmatch(ID, folder.name):
         raise CheckpointError(f'{folder}: "{folder.name}" cannot be the id of a model: letters, digits, ".", "_", "-"')
-    with _whole(folder) as unfinished:
-        network = (
-            _network_of_bins(file, unfinished, tell) if file.is_dir() else _network_of_pt(file, unfinished, heads, tell)
-        )
-        pixels, vae_config = _read_vae(file, vae, unfinished, tell)
-        _write_index(file, labels, unfinished, network[1])
-        write_toml(unfinished / "card.toml", _card_of(folder.name, file, network, vae_config))
-        if card is not None:
-            _keep_facts(card, unfinished / "card.toml")
-        tell("writing the network and the VAE")
-        _write_weights(unfinished / "transformer", network[0], dtype)
-        _write_weights(unfinished / "vae", pixels, None)
-    tell(f"wrote {folder}")
+    return read_card(folder / "card.toml") if bare else None
 
 
 @contextmanager
@@ -152,9 +159,8 @@ def _keep_facts(before: Card, file: Path) -> None:
     read_card(file)
 
 
-def _card_of(model: str, file: Path, network: Network, vae: dict[str, Any]) -> dict[str, Any]:
+def _card_of(model: str, file: Path, config: dict[str, Any], vae: dict[str, Any]) -> dict[str, Any]:
     """The card of a network and an autoencoder of these configs, with the authors' own arithmetic."""
-    _, config, parameters = network
     classes, halvings = config["num_embeds_ada_norm"], len(vae.get("block_out_channels", (64,))) - 1
     pixels = config["sample_size"] * 2**halvings
     learned = config["out_channels"] == 2 * config["in_channels"]
@@ -172,7 +178,6 @@ def _card_of(model: str, file: Path, network: Network, vae: dict[str, Any]) -> d
         "guided_channels": 3,
         "time_freq_shift": 0,
         "norm_eps": 1e-6,
-        "parameters": parameters,
     }
 
 
@@ -238,7 +243,7 @@ def dit_config(theirs: State, heads: int | None = None) -> dict[str, Any]:
             raise ValueError(f"{key} has shape {shape}, not [{', '.join(sides)}]")
     patches, table, places, last = (theirs[key] for key in _SHAPES)
     if table.shape[0] < 2:
-        raise ValueError("y_embedder.embedding_table.weight holds no class beside the null class")
+        raise ValueError("y_embedder.embedding_table.weight has no class beside the null class")
     width, channels, patch, _ = patches.shape
     heads = heads or HEADS.get(width)
     if heads is None or width % heads:

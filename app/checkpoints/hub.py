@@ -213,7 +213,7 @@ def needs(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Nee
             continue
         repo, named = _open(owner, opened)
         parts = {part} if part else named - set(card.components) | {"scheduler"}
-        paths = repo.wanted(parts, owner.files, torch=not part and card.facts.torch_files)
+        paths = repo.wanted(parts, owner.files, torch=not part and card.has("torch_files"))
         key = f"{repo.name}@{repo.commit}"
         before, known = found.get(key, (repo, {INDEX}))
         # Of a pinned card and one that follows a branch, the branch is what `link` has to write down.

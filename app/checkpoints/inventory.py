@@ -157,7 +157,7 @@ class Fit:
 
     def left_out(self) -> list[str]:
         """A line for each encoder that the model will be without, with the reason where the files have one."""
-        without = self.card.facts.without
+        without = self.card.optional
         odd = {part: f": {short(reason)}" for part, reason in self.odd.items()}
         absent = [part for part in self.missing if part in without]
         return [f"without {part}{odd.get(part, '')} ({without[part]})" for part in absent]

@@ -54,7 +54,7 @@ def check_classes(card: Card, parts: Iterable[Part]) -> None:
 
 def part_outline(part: Part) -> State:
     """Names, shapes and number formats, on the meta device, from headers alone. Raises CheckpointError: the files are
-    not whole, or hold no such part (then with the parts they hold), or names of it that nobody knows."""
+    not whole, or have no such part (the message names those they have), or have names that no layout knows."""
     original = _original(part)
     outline = read_outline(part.weights, original.prefix if original else "")
     return _named(part, original, outline)

@@ -114,7 +114,7 @@ def read_torch_zip(file: Path) -> State:
             raise CheckpointError(f"{file}: not a whole torch zip (torch.save of version 1.6 or later writes one)")
         with zipfile.ZipFile(io.BytesIO(tail)) as archive:
             _check_entries(file, archive.infolist())
-        # NOTE: Namespace holds the options of train.py; it is plain data, and nothing of it is called.
+        # NOTE: Namespace has the options of train.py; it is plain data, and nothing of it is called.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -210,17 +210,17 @@ def _unwrapped(file: Path, loaded: Any) -> State:
             loaded = loaded[wrapper]
             break
     if not isinstance(loaded, dict) or not loaded:
-        raise CheckpointError(f"{file}: holds {type(loaded).__name__}, not tensors by their names")
+        raise CheckpointError(f"{file}: is a {type(loaded).__name__}, not tensors by their names")
     state: State = {}
     total = 0
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(f"{file}: {str(key)[:80]!r} holds {type(value).__name__}, not a tensor")
+            raise CheckpointError(f"{file}: {str(key)[:80]!r} is of type {type(value).__name__}, not a tensor")
         if value.layout != torch.strided or value.device.type != "cpu" or not value.is_floating_point():
             raise CheckpointError(f"{file}: {key} is not a plain tensor of numbers")
         total += value.numel() * value.itemsize
         if not value.is_contiguous() or total > file.stat().st_size:
-            raise CheckpointError(f"{file}: {key} has shape {list(value.shape)}, more than the file holds of it")
+            raise CheckpointError(f"{file}: {key} has shape {list(value.shape)}, more than its bytes in the file")
         # A state dict of a distributed run names every weight after the module that wrapped the network.
         state[key.removeprefix("module.")] = value.detach()
     return state

@@ -11,24 +11,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.cli.bodies import Model, flags
+from app.cli.options import Folder, Model, body_flags, read_settings, with_flags
 from app.cli.paint import facts_table, show_tables, table
-from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InvalidValue
 from app.jobs.body import ImageBody, recipe_facts
 
 app = typer.Typer(help="Measure this machine: a step, an image, a server under load.", no_args_is_help=True)
 
-Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, in turns, after two that do not count")]
-Random = Annotated[bool, typer.Option("--random-weights", help="The card's networks at true size, without files")]
-Json = Annotated[bool, typer.Option("--json", help="The line of JSON alone")]
+Rounds = Annotated[int, typer.Option(min=1, help="Measurements of each, after two that do not count")]
+Random = Annotated[bool, typer.Option("--random-weights", help="Networks at true size with random weights")]
+Json = Annotated[bool, typer.Option("--json", help="Print only the line of JSON")]
 AtCapacity = Annotated[float, typer.Option(min=0.01, max=100, help="Mean rate of arrivals, times the capacity")]
 Queued = Annotated[int, typer.Option(min=1, help="Requests of the closed loop that measures the capacity")]
 Seconds = Annotated[float, typer.Option(min=0.1, max=86_400, help="Length of each round of arrivals")]
 Loops = Annotated[int, typer.Option(min=1, help="Rounds of both loops")]
 Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16 or float32 (INSTEP_DTYPE)")]
 MixName = Annotated[Literal["mixed", "homogeneous"], typer.Option(help="Requests of 13 kinds of work, or of one")]
-Seed = Annotated[int, typer.Option(help="Seed of what is drawn")]
+Seed = Annotated[int, typer.Option(help="Seed of the requests")]
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -55,7 +54,7 @@ def step(
     only_json: Json = False,
     models: Folder = None,
 ) -> None:
-    """Milliseconds a step against passes, beside the least that the counted work takes on this machine."""
+    """Measure a step by its passes, next to the least time that its work can take on this machine."""
     widths = _widths(passes)
     settings = read_settings(models=models)
     # NOTE: imported late: torch and the model libraries take seconds.
@@ -73,7 +72,7 @@ def step(
 
 
 @app.command()
-@with_flags(flags(ImageBody))
+@with_flags(body_flags(ImageBody))
 def image(
     rounds: Rounds = 10,
     random_weights: Random = False,
@@ -81,7 +80,7 @@ def image(
     models: Folder = None,
     **fields: Any,
 ) -> None:
-    """One image, stage by stage, and whole with its prompt encoded anew or not."""
+    """Measure one image, stage by stage and as a whole, with its prompt encoded again or cached."""
     settings = read_settings(models=models)
     from app.bench.engine import ask, measure_image
     from app.bench.machine import facts, milliseconds

@@ -12,8 +12,11 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from app.cli import bench, compare, demo, files, generate, models, serve
+from app import logs
+from app.cli import bench, compare, demo, files, generate, models
+from app.cli.options import read_settings, settings_flags, with_flags
 from app.errors import InstepError
+from app.settings import doubts
 
 
 class OneLine(TyperGroup):
@@ -53,7 +56,22 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
 )
-app.command()(serve.serve)
+
+
+@app.command()
+@with_flags(settings_flags())
+def serve(**flags: Any) -> None:
+    """Start the server. Every flag is an environment variable too (--max-wait: INSTEP_MAX_WAIT); the flag wins."""
+    flags = {name: ",".join(value) if isinstance(value, list) else value for name, value in flags.items()}
+    settings = read_settings(**flags)
+    from app import main  # fastapi takes half a second, which the other commands need not wait for
+
+    logs.setup(settings.log_level)
+    for doubt in doubts(settings, flags, os.environ):
+        logs.logger("instep").warning(doubt)
+    main.serve(settings)
+
+
 app.command()(generate.generate)
 app.command()(compare.compare)
 models.app.command()(files.pull)

@@ -16,27 +16,27 @@ from rich.progress import Progress
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.bodies import Body, Labels, Out, curl_of, flags, kind_of, labels_of, open_registry
+from app.cli.generate import Body, curl_of, kind_of, labels_of
+from app.cli.options import Folder, Labels, Out, body_flags, open_registry, read_settings, with_flags
 from app.cli.paint import bars_of, draw, follow, say
-from app.cli.serve import Folder, read_settings, with_flags
 from app.errors import InstepError
 from app.jobs.body import ImageBody
 from app.jobs.compare import CompareBody, cells, panel_file, panel_warnings, read_comparison, with_model
 from app.jobs.job import Job
 
 
-@with_flags(flags(CompareBody, "model", "n"))
+@with_flags(body_flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, a column each")
+        list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, one for each column")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; again for another row")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat it for another row")] = None,
     class_label: Labels = None,
     out: Out = None,
     models: Folder = None,
     **fields: Any,
 ) -> None:
-    """Draw the same prompts or classes by several models, one panel: rows prompts, columns models by parameters."""
+    """Draw the same prompts or classes with several models, as one panel with a column for each model."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
     fields |= {"models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label)}

@@ -12,9 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
-from app.cli.bodies import build, open_registry
+from app.cli.generate import build
+from app.cli.options import Folder, open_registry, read_settings
 from app.cli.paint import follow, half_blocks, results, shrink
-from app.cli.serve import Folder, read_settings
 from app.errors import NotDownloaded
 from app.imaging import grid
 from app.jobs.job import Job
@@ -27,6 +27,9 @@ WORDS = (
     "red apple", "blue heart", "yellow star", "green tree", "orange cat", "purple umbrella",
     "pizza", "red car", "sun", "brown dog", "pink flower", "white snowman",
 )  # fmt: skip
+
+KINDS = ("text", "turbo", "labels")
+"""Kinds of cards, the one that stands for an absent kind first."""
 
 SCRIPT = (
     # kind, steps, guided, which sampler of the card's, forwards that have run when it arrives
@@ -76,7 +79,7 @@ class Tally:
 
 
 def demo(models: Folder = None) -> None:
-    """Twelve requests of 1 to 50 steps, guided and not, in one engine at once."""
+    """Run twelve requests of 1 to 50 steps, guided and unguided, in one engine at once."""
     settings = read_settings(models=models)
     registry = open_registry(settings)
     script = write_script(registry)
@@ -118,20 +121,25 @@ def line_of(job: Job) -> str:
 
 
 def cast_cards(registry: Registry) -> dict[str, Card]:
-    """The card for each kind of request, of those whose files are here; the main one plays a kind that no card fits.
+    """A card for each kind of request, of those whose files are here; a kind without a card is drawn by another's.
 
     Raises NotDownloaded: there is no model here.
     """
-    here = [card for card in registry.cards.values() if ModelFolder(card, registry.all).here()]
-    here.sort(key=lambda card: card.parameters or 0)
-    texts = [card for card in here if not card.draws_classes]
-    turbos = [card for card in texts if card.defaults.guidance_scale <= 1 and card.defaults.num_inference_steps <= 8]
-    labels = [card for card in here if card.draws_classes and card.labels]
-    plain = [card for card in texts if card not in turbos]
-    main = registry.default if registry.default in plain else next(iter(plain or texts or labels), None)
-    if main is None:
+    found: dict[str, Card] = {}
+    for card in sorted(registry.cards.values(), key=lambda card: card.parameters or 0):
+        if ModelFolder(card, registry.all).here() and (card.labels or not card.draws_classes):
+            found.setdefault(_kind(card), card)
+            if card is registry.default:
+                found[_kind(card)] = card
+    if not found:
         raise NotDownloaded("the demo draws with models that are here, and none is; `instep models list` shows them")
-    return {"text": main, "turbo": next(iter(turbos), main), "labels": next(iter(labels), main)}
+    main = next(found[kind] for kind in KINDS if kind in found)
+    return {kind: found.get(kind, main) for kind in KINDS}
+
+
+def _kind(card: Card) -> str:
+    quick = card.defaults.guidance_scale <= 1 and card.defaults.num_inference_steps <= 8
+    return "labels" if card.draws_classes else "turbo" if quick else "text"
 
 
 def sheet(pictures: list[np.ndarray]) -> np.ndarray:

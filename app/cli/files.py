@@ -16,8 +16,7 @@ from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_labels
 from app.cards.folder import ModelFolder
-from app.cli.bodies import open_registry
-from app.cli.serve import Folder, read_settings
+from app.cli.options import Folder, open_registry, read_settings
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
@@ -28,24 +27,22 @@ if TYPE_CHECKING:
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
 
-Place = Annotated[
-    Path | None, typer.Option(show_default=False, help="Where this part is: its folder, or a safetensors")
-]
+Place = Annotated[Path | None, typer.Option(show_default=False, help="Folder or safetensors file of this part")]
 
 
 def add(
     path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
-    like: Annotated[str | None, typer.Option(help="The card whose settings it takes; none: the one that fits")] = None,
-    name: Annotated[str | None, typer.Option("--id", help="Its id; none: made of the file's name")] = None,
+    like: Annotated[str | None, typer.Option(help="Card whose settings it takes; by default the one that fits")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="Its id; by default made from the file's name")] = None,
     vae: Place = None,
     text_encoder: Place = None,
     text_encoder_2: Place = None,
     text_encoder_3: Place = None,
     tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
-    rest: Annotated[str | None, typer.Option(help="The card that gives the parts that are still missing")] = None,
+    rest: Annotated[str | None, typer.Option(help="Card that has the parts that are still missing")] = None,
     models: Folder = None,
 ) -> None:
-    """Make a card for files of yours, where they are; `instep models check PATH` tells what they are and lack."""
+    """Make a card for files of yours, which stay where they are. `instep models check PATH` shows what they lack."""
     from app.checkpoints.inventory import identify, new_folder
 
     settings = read_settings(models=models)
@@ -76,30 +73,30 @@ def convert(
     file: Annotated[
         Path,
         typer.Argument(
-            help="The authors' .pt, or one that their train.py saved (its EMA is taken); or a folder of diffusers' .bin"
+            help="The authors' .pt, or one that their train.py saved (its EMA is used), or a folder of diffusers' .bin"
         ),
     ],
-    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; it must not exist, or see --replace")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; see --replace if it exists")],
     vae: Annotated[
         Path | None,
         typer.Option(
             show_default=False,
-            help="The VAE, which is copied: sd-vae-ft-ema's folder, or its safetensors in ldm names; a .pt has none",
+            help="VAE to copy, which a .pt lacks: the folder of sd-vae-ft-ema, or its safetensors in ldm names",
         ),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Number format of the network's weights; none: the file's own", show_default=False),
+        typer.Option(help="Number format of the network's weights; by default the file's", show_default=False),
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, for a width that is not the authors'")
+        int | None, typer.Option(min=1, help="Attention heads, if the width is not one of the authors'")
     ] = None,
     replace: Annotated[
-        bool, typer.Option("--replace", help="FOLDER may be a card without weights; its facts are kept")
+        bool, typer.Option("--replace", help="FOLDER may be a card without weights; the card is kept")
     ] = False,
     models: Folder = None,
 ) -> None:
-    """Convert a DiT's torch files to a model: a card and safetensors in diffusers' names."""
+    """Convert a DiT's torch files to a model: a card, and safetensors with diffusers' names."""
     import torch
 
     from app.checkpoints.convert import convert_dit
@@ -114,12 +111,12 @@ def convert(
 
 def pull(
     ids: Annotated[
-        list[str] | None, typer.Argument(help="Model ids or aliases; none: those the server preloads")
+        list[str] | None, typer.Argument(help="Model ids or aliases; by default those that the server preloads")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
     models: Folder = None,
 ) -> None:
-    """Download what models need from the Hub: only that, resumed where it broke off, checked. Needs HF_TOKEN if gated.
+    """Download the files that models need from the Hub, and check them. Gated models need HF_TOKEN.
 
     Without ids: the models that INSTEP_PRELOAD and INSTEP_DEFAULT_MODEL name.
     """
@@ -128,26 +125,26 @@ def pull(
     chosen = _choose(ids or (), everything, registry, settings)
     from app.checkpoints.hub import bytes_left, cache, needs
 
-    found: list[tuple[Card, Needs]] = []
-    failed = []
+    found: dict[str, Needs] = {}
+    failed: dict[str, str] = {}
     opened: dict[str, Repo] = {}
     for card in chosen:
         try:
-            found.append((card, needs(card, registry.cards, opened)))
+            found[card.id] = needs(card, registry.cards, opened)
         except CheckpointError as error:
-            failed.append(f"{card.id}: {error.message}")
-    left = bytes_left(chain.from_iterable(files.values() for _, files in found))
+            failed[card.id] = error.message
+    left = bytes_left(chain.from_iterable(files.values() for files in found.values()))
     if left > (free := _free_bytes(cache())):
         where = f"{cache()} (HF_HOME may name a larger disk)"
         raise LoadError(f"no room: {decimal(left)} to come, {decimal(free)} free in {where}")
-    for card, files in found:
+    for model, files in found.items():
         try:
-            _download(card, files, settings.models)
+            _download(registry.cards[model], files, settings.models)
         except CheckpointError as error:
-            failed.append(f"{card.id}: {error.message}")
+            failed[model] = error.message
     if failed:
         many = f"{len(failed)} of {len(chosen)} models were not pulled: " if len(chosen) > 1 else ""
-        raise LoadError(many + "; ".join(failed))
+        raise LoadError(many + "; ".join(f"{model}: {reason}" for model, reason in failed.items()))
 
 
 def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
@@ -155,10 +152,9 @@ def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: 
     on_hub = [card for card in registry.cards.values() if card.source.repo]
     if everything:
         return on_hub
-    named = list(ids)
-    if not named:
-        words = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
-        named = [word for word in words if word not in ("", "all")]  # to the server, all are those that are here
+    # NOTE: to the server, "all" are the models that are here: there is nothing to pull.
+    preloaded = (word.strip() for word in (*settings.preload.split(","), settings.default_model))
+    named = ids or [word for word in preloaded if word not in ("", "all")]
     if not named:
         known = ", ".join(card.id for card in on_hub) or "none"
         raise LoadError(f"which models? Name them, or set INSTEP_PRELOAD, or --all. On the Hub: {known}")

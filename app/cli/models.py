@@ -13,9 +13,8 @@ from rich.filesize import decimal
 
 from app.cards.card import Card, read_cards
 from app.cards.folder import ModelFolder
-from app.cli.bodies import find, open_registry
+from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table
-from app.cli.serve import Folder, read_settings
 from app.errors import LoadError, plain
 from app.samplers.table import valid_samplers
 from app.settings import Settings
@@ -25,12 +24,12 @@ from app.worker import plan
 if TYPE_CHECKING:
     from app.checkpoints.inventory import Fit, Inventory
 
-app = typer.Typer(help="The models of the folder of cards.", no_args_is_help=True)
+app = typer.Typer(help="List, check, download and add models.", no_args_is_help=True)
 
 
 @app.command("list")
 def list_models(models: Folder = None) -> None:
-    """One line for each card. files: here; or to pull, `gated` where a licence must be accepted first."""
+    """Print a line for each card. files: here, or to pull; `gated` if you have to accept a licence first."""
     cards = open_registry(read_settings(models=models)).all
     rows = []
     for card in cards.values():
@@ -55,7 +54,7 @@ def list_models(models: Folder = None) -> None:
 
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="A model id or alias")], models: Folder = None) -> None:
-    """Everything one card says."""
+    """Print everything that a card says."""
     registry = open_registry(read_settings(models=models))
     card = find(registry, model)
     words = {"here": "here", "pull": f"not here: instep models pull {card.id}", "none": "missing"}
@@ -107,10 +106,10 @@ def _draws(card: Card) -> str:
 
 
 def check(
-    path: Annotated[Path | None, typer.Argument(help="Files of yours: which card fits them? None: the cards")] = None,
+    path: Annotated[Path | None, typer.Argument(help="Files of yours; without them, all cards are checked")] = None,
     models: Folder = None,
 ) -> None:
-    """Whether the cards and their files are sound; with PATH, which card fits these files and what is missing.
+    """Check the cards and their files, or with PATH, say which card fits these files and what is missing.
 
     PATH is a folder of cards, a diffusers folder, a safetensors file (in the authors' own layout too) or a .pt. Exit
     code 1 when a model is broken or nothing fits.
@@ -193,7 +192,7 @@ def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
     elif part.startswith("tokenizer"):
         state = f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
     else:
-        state = f"missing; {fit.card.facts.without.get(part, 'it can do without')}"
+        state = f"missing; {fit.card.optional.get(part, 'it can do without')}"
     return {
         "part": part,
         "state": state,
@@ -243,7 +242,7 @@ def _print_next(found: Inventory, cards: Mapping[str, Card], settings: Settings)
     if found.pickled:
         words = ["instep", "models", "convert", str(path), str(settings.models / f"my-{like}"), "--vae"]
         dit = f"{shlex.join(words)} SD-VAE-FT-EMA"
-        return typer.echo(f"next: {dit if made.card.facts.torch_files else 'save its tensors as safetensors'}")
+        return typer.echo(f"next: {dit if made.card.has('torch_files') else 'save its tensors as safetensors'}")
     words = ["instep", "models", "add", str(path), "--like", like]
     if not made.whole and made.missing:
         made.take_rest(made.card)

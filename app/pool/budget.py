@@ -50,7 +50,9 @@ def host_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[int, int]:
-    """Bytes that weights may take of this device, and of host memory beside it. Raises SettingsError.
+    """Bytes that weights may take of this device, and of host memory besides. Raises SettingsError.
+
+    On a CPU the device's memory is the host's, so nothing is parked: a part that leaves is read from its files again.
 
     devices: of every engine process; they share the host's memory, and a device that is named twice.
     """
@@ -63,21 +65,6 @@ def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[in
         parse_bytes(settings.device_memory, total, "device_memory"),
         parse_bytes(settings.host_memory, host, "host_memory"),
     )
-
-
-def text_bytes(settings: Settings) -> int:
-    """Bytes that encoded prompts may take of a device. Raises SettingsError."""
-    return parse_bytes(settings.text_cache, None, "text_cache")
-
-
-def readable(count: int) -> str:
-    """Bytes in words: "1.50 GB"."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def use_threads(count: int) -> None:

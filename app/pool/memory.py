@@ -1,10 +1,9 @@
-"""Memory: the parts of models, the place of their weights, and which of them leave so that others fit."""
+"""Memory: the parts of models, and the moves of their weights between files, host memory and the device."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import Literal
 
 import torch
@@ -82,96 +81,3 @@ def _move(network: torch.nn.Module, device: torch.device, pin: bool = False) -> 
     for tensor in _tensors(network):
         moved = tensor.data.to(device)
         tensor.data = moved.pin_memory() if pin else moved
-
-
-class Store:
-    """All components. budget, host: bytes that weights may take of the device, and parked in host memory.
-
-    Choices are made under `lock`, moves happen outside of it: a component that moves cannot be leased.
-    """
-
-    def __init__(self, budget: int, host: int) -> None:
-        self.budget, self.host = budget, host
-        self.lock = threading.Condition()
-        self.components: list[Component] = []
-
-    @property
-    def used(self) -> int:
-        """Bytes on the device, with those that are leaving it."""
-        return sum(one.bytes for one in self.components if one.place == "device")
-
-    @property
-    def parked(self) -> int:
-        """Bytes in host memory, with those on their way from there to the device."""
-        return sum(one.bytes for one in self.components if one.place == "host")
-
-    def room_for(self, wanted: Sequence[Component], kept: Callable[[Component], bool]) -> list[Component] | None:
-        """Components that must leave the device so that all of `wanted` fit, longest unused first; None when what is
-        leased or `kept` stands in the way."""
-        missing = sum(one.bytes for one in wanted if one.place != "device")
-        idle = (one for one in self.components if one.here and not one.leases and one.bytes)
-        able = (one for one in idle if one not in wanted and not kept(one))
-        return _longest_unused(able, self.used + missing - self.budget)
-
-    def claim(self, components: Iterable[Component]) -> None:
-        """Mark these as moving, so that nobody leases them. Under the lock."""
-        for one in components:
-            one.moving = True
-
-    def bring(self, wanted: Sequence[Component], leaving: Sequence[Component]) -> None:
-        """Move claimed components out and in, on the loader's thread.
-
-        Raises what loading raises; what did not arrive is then away.
-        """
-        try:
-            for one in leaving:
-                self.put_aside(one)
-            for one in wanted:
-                if one.moving:
-                    one.arrive()
-                    self._end(one, "device")
-        finally:
-            self.settle((*leaving, *wanted))
-
-    def settle(self, claimed: Iterable[Component]) -> None:
-        """Free what is still on its way, after an error."""
-        for one in claimed:
-            if one.moving:
-                self.drop(one)
-
-    def put_aside(self, one: Component) -> None:
-        """Move a claimed component off the device: to host memory when it fits there, else away."""
-        with self.lock:
-            parked = (other for other in self.components if other.place == "host" and not other.moving)
-            parting = _longest_unused(parked, self.parked + one.bytes - self.host)
-            self.claim(parting or ())
-        for other in parting or ():
-            self.drop(other)
-        if parting is not None and one.park():
-            self._end(one, "host")
-        else:
-            self.drop(one)
-
-    def drop(self, one: Component) -> None:
-        """Free a claimed component, wherever it was."""
-        one.leave()
-        self._end(one, "away")
-
-    def _end(self, one: Component, place: Place) -> None:
-        with self.lock:
-            one.place, one.moving = place, False
-
-    def forget(self) -> None:
-        """Remove the components without owners. One that is still leased counts on until then."""
-        self.components = [one for one in self.components if one.owners or one.leases]
-
-
-def _longest_unused(components: Iterable[Component], excess: int) -> list[Component] | None:
-    """As few components as free `excess` bytes, longest unused first; None when all together do not."""
-    leaving: list[Component] = []
-    for one in sorted(components, key=lambda one: one.used):
-        if excess <= 0:
-            break
-        leaving.append(one)
-        excess -= one.bytes
-    return leaving if excess <= 0 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -11,7 +11,7 @@ from app.report import Phase, State
 
 if TYPE_CHECKING:
     from app.families.base import Family
-    from app.pool.memory import Component, Store
+    from app.pool.memory import Component
 
 PHASES: tuple[Phase, ...] = ("decode", "encode", "denoise")
 """The order of a first load: the VAE first, because the map of previews is fitted with it."""
@@ -68,21 +68,34 @@ class Model:
 
 
 class Policy:
-    """What is wanted of the models, and what the loader does about it. The pool calls it under its lock.
+    """Which components there are, what is wanted of the models, and what the loader does about it.
 
-    loads: models to load for a first time, or again. dropped: models to unload. needs: what rows wait for, in order,
-    and the models whose components stay meanwhile. kept: the same models, for loads. fresh: no need was acted on since
-    the last call of `Pool.need`. blocked: the first need that is not met waits for something that is leased or kept.
+    The pool calls it under its lock. budget, host: bytes that weights may take of the device, and put aside in host
+    memory. loads: models to load for a first time, or again. dropped: models to unload. needs: what rows wait for, in
+    order, and the models whose components stay meanwhile. kept: the same models, for loads. fresh: no need was acted on
+    since the last call of `Pool.need`. blocked: the first need that is not met waits for something that is leased or
+    kept.
     """
 
-    def __init__(self, models: dict[str, Model], store: Store) -> None:
-        self.models, self.store = models, store
+    def __init__(self, models: dict[str, Model], budget: int, host: int) -> None:
+        self.models, self.budget, self.host = models, budget, host
+        self.components: list[Component] = []
         self.loads: list[str] = []
         self.dropped: set[str] = set()
         self.needs: list[tuple[str, tuple[Phase, ...], frozenset[str]]] = []
         self.kept = frozenset[str]()
         self.fresh = True
         self.blocked = False
+
+    @property
+    def used(self) -> int:
+        """Bytes on the device, with those that are leaving it."""
+        return sum(one.bytes for one in self.components if one.place == "device")
+
+    @property
+    def parked(self) -> int:
+        """Bytes in host memory, with those on their way from there to the device."""
+        return sum(one.bytes for one in self.components if one.place == "host")
 
     def next(self) -> Task | None:
         """The next task; None when there is nothing to do, or what must stay stands in the way."""
@@ -92,6 +105,25 @@ class Policy:
     def loaded(self, model_id: str) -> None:
         """Forget a load that has ended, well or badly."""
         self.loads = [other for other in self.loads if other != model_id]
+
+    def room_for(
+        self, wanted: Sequence[Component], kept: Callable[[Component], bool] = lambda one: False
+    ) -> list[Component] | None:
+        """Components that must leave the device so that all of `wanted` fit, longest unused first; None when what is
+        leased or `kept` stands in the way."""
+        missing = sum(one.bytes for one in wanted if one.place != "device")
+        idle = (one for one in self.components if one.here and not one.leases and one.bytes)
+        able = (one for one in idle if one not in wanted and not kept(one))
+        return _longest_unused(able, self.used + missing - self.budget)
+
+    def room_aside(self, one: Component) -> list[Component] | None:
+        """Components that must leave host memory so that this one can be put aside there; None when it cannot."""
+        parked = (other for other in self.components if other.place == "host" and not other.moving)
+        return _longest_unused(parked, self.parked + one.bytes - self.host)
+
+    def forget(self) -> None:
+        """Remove the components without owners. One that is still leased counts on until then."""
+        self.components = [one for one in self.components if one.owners or one.leases]
 
     def _drop(self) -> Task | None:
         """Free what no other model uses; a last task, without components, tells that nothing more is to be freed."""
@@ -103,7 +135,7 @@ class Policy:
                 self.dropped.discard(model_id)
             elif not idle:
                 continue
-            self.store.claim(idle)
+            claim(idle)
             return Task("drop", model_id, leaving=idle)
         return None
 
@@ -133,7 +165,7 @@ class Policy:
 
     def _first(self, model: Model) -> tuple[Phase, ...]:
         """The phases that a load brings next: all, or one after the other when they do not fit together."""
-        if model.bytes <= self.store.budget:
+        if model.bytes <= self.budget:
             return PHASES
         return next(((phase,) for phase in PHASES if phase not in model.brought), ("denoise",))
 
@@ -141,8 +173,25 @@ class Policy:
         self, model_id: str, phases: tuple[Phase, ...], kept: frozenset[str], met: Collection[int]
     ) -> Task | None:
         wanted, spared = self.models[model_id].components(phases), kept - {model_id}
-        leaving = self.store.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.owners))
+        leaving = self.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.owners))
         if leaving is None:
             return None
-        self.store.claim([*(one for one in wanted if one.place != "device"), *leaving])
+        claim([*(one for one in wanted if one.place != "device"), *leaving])
         return Task("bring", model_id, phases, wanted, leaving)
+
+
+def claim(components: Iterable[Component]) -> None:
+    """Mark these as moving, so that nobody leases them."""
+    for one in components:
+        one.moving = True
+
+
+def _longest_unused(components: Iterable[Component], excess: int) -> list[Component] | None:
+    """As few components as free `excess` bytes, longest unused first; None when all together do not."""
+    leaving: list[Component] = []
+    for one in sorted(components, key=lambda one: one.used):
+        if excess <= 0:
+            break
+        leaving.append(one)
+        excess -= one.bytes
+    return leaving if excess <= 0 else None

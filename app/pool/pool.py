@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
+from pydantic import ByteSize
 
 from app.cards.card import Card
 from app.cards.folder import Part
@@ -23,9 +24,9 @@ from app.families import FAMILIES
 from app.families.base import Family
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
-from app.pool.budget import readable, use_threads
-from app.pool.memory import Component, Store
-from app.pool.policy import PHASES, Model, Parts, Policy, Task
+from app.pool.budget import use_threads
+from app.pool.memory import Component, Place
+from app.pool.policy import PHASES, Model, Parts, Policy, Task, claim
 from app.report import Evicted, ModelState, Phase, State
 
 RETRY_AFTER = 30.0
@@ -58,9 +59,8 @@ class Pool:
         self.cards, self.device, self.dtype = dict(cards), torch.device(device), dtype
         self.models = {model_id: Model() for model_id in cards}
         # On a CPU the host's memory is the device's: there is nowhere to put weights aside.
-        self.store = Store(budget, host if self.device.type != "cpu" else 0)
-        self.lock = self.store.lock
-        self._policy = Policy(self.models, self.store)
+        self.policy = Policy(self.models, budget, host if self.device.type != "cpu" else 0)
+        self.lock = threading.Condition()
         self._compiled, self._clock = compiled, clock
         self._changes: list[ModelState | Evicted] = []
         self._closed = False
@@ -77,12 +77,12 @@ class Pool:
 
     def want(self, model_id: str) -> None:
         """Start loading in the background if absent, in part or whole, or if the last load failed over 30 s ago."""
-        policy = self._policy
+        policy = self.policy
         with self.lock:
             model = self._model(model_id)
             policy.dropped.discard(model_id)
             retry = model.state == "failed" and self._clock() - model.since >= RETRY_AFTER
-            robbed = model.state == "ready" and model.on_device < model.bytes <= self.store.budget
+            robbed = model.state == "ready" and model.on_device < model.bytes <= self.policy.budget
             if model.state == "absent" or retry:
                 model.error, model.spent = None, 0.0
                 self._change(model_id, "loading")
@@ -95,17 +95,17 @@ class Pool:
         """Take the model off the device and out of host memory, once nobody leases it."""
         with self.lock:
             if self._model(model_id).state == "loading":
-                self._policy.loaded(model_id)
+                self.policy.loaded(model_id)
                 self._change(model_id, "absent")
-            self._policy.dropped.add(model_id)
-            self._policy.needs = []  # rows that wait for it ask again
+            self.policy.dropped.add(model_id)
+            self.policy.needs = []  # rows that wait for it ask again
             self.lock.notify()
 
     def need(self, waiting: Sequence[Parts], kept: Collection[str] = (), urgent: Sequence[Parts] = ()) -> None:
         """Replace what rows wait for. kept: models whose components stay. urgent: needs of rows that hold memory on
         the device, which come first and spare no model. What is needed is brought in order, one each call; until the
         next call nothing else moves."""
-        policy, stays = self._policy, frozenset(kept)
+        policy, stays = self.policy, frozenset(kept)
         needs = [(*parts, frozenset[str]()) for parts in urgent] + [(*parts, stays) for parts in waiting]
         with self.lock:
             if policy.fresh and (needs, stays) == (policy.needs, policy.kept):
@@ -146,13 +146,13 @@ class Pool:
     @property
     def blocked(self) -> bool:
         """Whether the first need that is not met waits for something that is leased or kept."""
-        return self._policy.blocked
+        return self.policy.blocked
 
     @property
     def bytes(self) -> dict[str, int]:
         """Bytes of weights on the device and put aside in host memory, and what they may take of the device."""
         with self.lock:
-            return {"weights": self.store.used, "parked": self.store.parked, "budget": self.store.budget}
+            return {"weights": self.policy.used, "parked": self.policy.parked, "budget": self.policy.budget}
 
     def family(self, model_id: str) -> Family | None:
         """The model as code and configuration, wherever its weights are; None until it was built."""
@@ -161,11 +161,11 @@ class Pool:
     def version(self, network: object) -> int:
         """The version of the weights of a leased network; another number once their files had changed."""
         with self.lock:
-            return next((one.version for one in self.store.components if one.value is network), 0)
+            return next((one.version for one in self.policy.components if one.value is network), 0)
 
     def fits(self, model_id: str) -> bool:
         """Whether all components of a built model can be on the device together."""
-        return self.size(model_id) <= self.store.budget
+        return self.size(model_id) <= self.policy.budget
 
     def size(self, model_id: str) -> int:
         """Bytes of the weights of all components; 0 until the model was built."""
@@ -189,15 +189,15 @@ class Pool:
         model = self.models[model_id]
         with self.lock:
             alone = [one for one in model.parts.values() if one.owners == {model_id} and not one.leases and one.bytes]
-            self.store.claim(alone)
+            claim(alone)
         for one in alone:
-            self.store.drop(one)
+            self.drop(one)
         with self.lock:
             for one in model.parts.values():
                 one.owners.discard(model_id)
-            self.store.forget()
+            self.policy.forget()
             model.family, model.parts, model.brought, model.error = None, {}, set(), reason
-            self._policy.loaded(model_id)
+            self.policy.loaded(model_id)
             self._change(model_id, "failed", detail=reason.message)
 
     def _model(self, model_id: str) -> Model:
@@ -235,7 +235,7 @@ class Pool:
         """Wait for the next task; None when the pool is closed."""
         with self.lock:
             while not self._closed:
-                if task := self._policy.next():
+                if task := self.policy.next():
                     return task
                 self.lock.wait()
         return None
@@ -249,7 +249,7 @@ class Pool:
         except Exception as error:
             if task.kind == "drop":  # an error while weights are freed is no model's failure
                 _log.exception("dropping weights")
-                self.store.settle(task.leaving)
+                self._settle(task.leaving)
             else:
                 self.fail(task.model, error)
 
@@ -273,10 +273,11 @@ class Pool:
                 one.owners.add(task.model)
         sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
         phase = max(PHASES, key=lambda phase: sizes[phase])
-        if sizes[phase] > self.store.budget:
+        if sizes[phase] > self.policy.budget:
+            needed, budget = (ByteSize(size).human_readable(True) for size in (sizes[phase], self.policy.budget))
             raise LoadError(
-                f"{task.model}: what it needs to {phase} takes {readable(sizes[phase])}, and weights may take "
-                f"{readable(self.store.budget)} of {self.device} (INSTEP_DEVICE_MEMORY)",
+                f"{task.model}: what it needs to {phase} takes {needed}, and weights may take {budget} of "
+                f"{self.device} (INSTEP_DEVICE_MEMORY)",
                 code="insufficient_gpu_memory",
             )
 
@@ -285,12 +286,12 @@ class Pool:
         dtype = part_dtype(part.name, self.device, self.dtype)
         key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
         # One that is leased but has no owners belongs to a model that failed.
-        known = (one for one in self.store.components if one.key == key and (one.owners or not one.leases))
+        known = (one for one in self.policy.components if one.key == key and (one.owners or not one.leases))
         found = next(known, None)
         if found is None:
             found = Component(part, self.device, dtype, key)
             with self.lock:
-                self.store.components.append(found)
+                self.policy.components.append(found)
         return found
 
     def _bring(self, task: Task) -> None:
@@ -299,7 +300,7 @@ class Pool:
             with self.lock:
                 model.spent = 0.0
                 self._change(task.model, "loading")
-        self.store.bring(task.wanted, task.leaving)
+        self.move(task.wanted, task.leaving)
         if "decode" in task.phases and "decode" not in model.brought and model.family is not None:
             with torch.inference_mode():
                 model.family.prepare()
@@ -307,18 +308,57 @@ class Pool:
             model.brought.update(task.phases)
             model.spent += time.monotonic() - start
             if model.brought.issuperset(PHASES):
-                self._policy.loaded(task.model)
+                self.policy.loaded(task.model)
                 if model.state != "ready":
                     self._change(task.model, "ready", seconds=model.spent)
             self._left(task.leaving)
 
     def _drop(self, task: Task) -> None:
         for one in task.leaving:
-            self.store.drop(one)
+            self.drop(one)
         with self.lock:
             self._left(task.leaving)
             if not task.leaving and self.models[task.model].state == "ready":  # what it shares with others stays
                 self._change(task.model, "absent", detail="unloaded")
+
+    def move(self, wanted: Sequence[Component], leaving: Sequence[Component]) -> None:
+        """Move claimed components out and in. Raises what loading raises; what did not arrive is then away."""
+        try:
+            for one in leaving:
+                self.put_aside(one)
+            for one in wanted:
+                if one.moving:
+                    one.arrive()
+                    self._moved(one, "device")
+        finally:
+            self._settle((*leaving, *wanted))
+
+    def put_aside(self, one: Component) -> None:
+        """Move a claimed component off the device: to host memory when it fits there, else away."""
+        with self.lock:
+            parting = self.policy.room_aside(one)
+            claim(parting or ())
+        for other in parting or ():
+            self.drop(other)
+        if parting is not None and one.park():
+            self._moved(one, "host")
+        else:
+            self.drop(one)
+
+    def drop(self, one: Component) -> None:
+        """Free a claimed component, wherever it was."""
+        one.leave()
+        self._moved(one, "away")
+
+    def _moved(self, one: Component, place: Place) -> None:
+        with self.lock:
+            one.place, one.moving = place, False
+
+    def _settle(self, claimed: Iterable[Component]) -> None:
+        """Free what is still on its way, after an error."""
+        for one in claimed:
+            if one.moving:
+                self.drop(one)
 
     def _reason(self, model_id: str, error: Exception) -> LoadError:
         """A new error for users: the traceback of the caught one holds all that was loaded until it was raised."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, RateLimited, Unavailable
 from app.jobs.job import Estimate, Job
-from app.report import Failure, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
+from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
 from app.request import Delivery, Key
 from app.samplers.table import compile_table
 
@@ -114,6 +114,7 @@ class Backlog:
         self._images: Counter[Kind] = Counter()
         self._states: dict[str, ModelState] = {}
         self._were_ready: set[str] = set()
+        self._memory: dict[str, int] = {}
         self._running = 0
         self._rows: dict[str, int] = {}
 
@@ -155,16 +156,19 @@ class Backlog:
                 self._states[report.model] = merge(self.state(report.model), report)
                 if report.state == "ready":
                     self._were_ready.add(report.model)
+            case Memory():
+                self._memory = report.bytes
             case Tick():
                 self._running = report.running
                 if report.phase == "denoise" and report.rows:
                     self._rows[report.model] = report.rows
 
-    def forget(self) -> list[str]:
-        """The process is dead, and what it had loaded is gone. Returns the models that it knew."""
-        known, self._states, self._running = list(self._states), {}, 0
+    def forget(self) -> list[Memory | ModelState]:
+        """The process is dead, and what it had loaded is gone. Returns the reports of that."""
+        absent = [ModelState(model, "absent") for model in self._states]
+        self._states, self._running = {}, 0
         self._were_ready.clear()
-        return known
+        return [Memory(dict.fromkeys(self._memory, 0)), *absent]
 
     def state(self, model: str) -> ModelState:
         """How the model stands here."""
@@ -253,17 +257,16 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
     The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
-    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Overloaded when the wait
-    is over max_wait seconds, or too long for the deadline; DeadlineExceeded when even an idle device misses that.
+    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Unavailable when the
+    wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when an idle device would miss that.
     """
     kind, delivery = kind_of(job), job.request.delivery
     _check_share(delivery, chosen, backlogs, max_wait, limit)
     own = chosen.tenants().get(delivery.tenant, 0.0)
     wait = chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
-        raise Unavailable(
-            f"The queue is about {wait:.0f} seconds long.", retry_after=after(wait - max_wait), code="overloaded"
-        )
+        words = f"The queue is about {wait:.0f} seconds long."
+        raise Unavailable(words, retry_after=after(wait - max_wait), code="overloaded")
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.errors import InstepError, Unavailable
-from app.report import Memory, Report
+from app.report import Report
 from app.worker import wire
 from app.worker.admission import Backlog
 
@@ -37,7 +37,7 @@ log = logging.getLogger("instep.worker")
 class Child:
     """One entry of DEVICES: its process, and the backlog of jobs that it has.
 
-    start: the first order to each process. `hear(child, report)` gets the reports, `bury(child, reason)` each death.
+    start: the first order to each process. `hear(report, name)` gets the reports, `bury(child, reason)` each death.
     back_in: seconds from a death until the next process is expected to be ready.
     """
 
@@ -46,12 +46,11 @@ class Child:
         name: str,
         command: Sequence[str],
         start: wire.Order,
-        hear: Callable[[Child, Report], None],
+        hear: Callable[[Report, str], None],
         bury: Callable[[Child, str], None],
     ) -> None:
         self.name = name
         self.backlog = Backlog()
-        self.memory = Memory(name, {})
         self.live = False  # it has said Hello and is not known to be gone
         self.restarts = 0
         self.back_in = 5.0
@@ -175,7 +174,7 @@ class Child:
     def _receive(self, message: wire.Word) -> None:
         if not isinstance(message, wire.Hello):
             self.backlog.hear(message)
-            self._hear(self, message)
+            self._hear(message, self.name)
         elif message.error:
             self._refusal = message.error
             log.error("engine process on %s refuses: %s", self.name, message.error.message)

@@ -15,7 +15,7 @@ from typing import Literal
 from app.cards.card import Card
 from app.errors import EngineError, InvalidValue, ModelNotFound, Unavailable
 from app.jobs.job import Job
-from app.report import Memory, ModelState, Report, Result
+from app.report import ModelState, Report, Result
 from app.request import Condition, Recipe, Request
 from app.settings import Settings
 from app.worker import plan
@@ -34,8 +34,8 @@ Fingerprint = tuple[Recipe, tuple[Condition, ...]]
 class Supervisor:
     """Gives jobs to the engine processes, on the event loop that ran `start`.
 
-    `observe` gets every report of every worker, with its name; models of a dead one are reported as absent. Raises
-    SettingsError on DEVICES or PRELOAD that make no sense.
+    `observe` gets every report of every worker, with its name; a dead one holds no memory and its models are absent.
+    Raises SettingsError on DEVICES or PRELOAD that make no sense.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Supervisor:
         self._preloads = plan.preloads(settings, cards)
         self._crashes = CrashHistory()
         self.children = [
-            Child(name, command, ("start", settings, cards, device), self._hear, self._bury)
+            Child(name, command, ("start", settings, cards, device), observe, self._bury)
             for name, device in plan.named(plan.devices(settings.devices))
         ]
 
@@ -182,11 +182,6 @@ class Supervisor:
         if model not in self._cards:
             raise ModelNotFound(f'There is no model "{model}".', param="model")
 
-    def _hear(self, child: Child, report: Report) -> None:
-        if isinstance(report, Memory):
-            report = child.memory = Memory(child.name, report.bytes)
-        self._observe(report, child.name)
-
     def _bury(self, child: Child, reason: str) -> None:
         """Answer the jobs of a worker that is gone, and report that what it had loaded is absent."""
         lost = list(child.backlog.jobs.values())
@@ -198,9 +193,8 @@ class Supervisor:
             job.fail(EngineError(_POISON) if poison else Unavailable(_DIED, retry_after=retry_after, code="no_worker"))
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
-        self._hear(child, Memory(child.name, dict.fromkeys(child.memory.bytes, 0)))
-        for model in child.backlog.forget():
-            self._hear(child, ModelState(model, "absent"))
+        for report in child.backlog.forget():
+            self._observe(report, child.name)
 
 
 class CrashHistory:

@@ -44,8 +44,7 @@ from app.cli.bench import (
     show,
     times_table,
 )
-from app.cli.bodies import Model, flags, open_registry
-from app.cli.serve import Folder, read_settings, with_flags
+from app.cli.options import Folder, Model, body_flags, open_registry, read_settings, with_flags
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import allow_compiling
@@ -197,7 +196,7 @@ def ratios_table(found: Mapping[str, Any]) -> Table:
 
 
 @app.command()
-@with_flags(flags(ImageBody))
+@with_flags(body_flags(ImageBody))
 def image(
     baselines: Annotated[str, typer.Option(help=f"{', '.join(BASELINES)}; or none")] = "eager-float32,eager-bfloat16",
     rounds: Rounds = 10,

@@ -86,7 +86,7 @@ class Static(Batcher):
         return batch
 
     def _free(self, row: Row) -> bool:
-        return row.key.model not in self.held and self._resident(row.key.model, "encode")
+        return row.key.model not in self.paused and self._resident(row.key.model, "encode")
 
     def _joins(self, row: Row, first: Row) -> bool:
         return likeness(row) == likeness(first)

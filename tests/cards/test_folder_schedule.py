@@ -153,7 +153,7 @@ REFUSED = [
     (EULER, DIT, {"shift": 1.0}, "is for a flow model"),
     ("DPMSolverMultistepScheduler", SD3, {"use_flow_sigmas": True}, 'prediction_type is "epsilon", which no flow has'),
     ("DDIMScheduler", SD3, {"clip_sample": False}, "is for a diffusion model"),
-    ("LCMScheduler", DIT, {}, "LCMScheduler is not a scheduler"),
+    ("LCMScheduler", DIT, {}, "LCMScheduler is a scheduler that no card"),
 ]
 
 

@@ -20,8 +20,8 @@ def test_a_branch_is_linked_before_a_pinned_commit(
         return hub.Repo("o/r", card.source.revision, COMMIT, {}), set()
 
     def card(revision: str | None, components: dict[str, str]) -> Any:
-        source, facts = SimpleNamespace(repo="o/r", revision=revision), SimpleNamespace(torch_files=False)
-        return SimpleNamespace(source=source, facts=facts, components=components, files={})
+        source = SimpleNamespace(repo="o/r", revision=revision)
+        return SimpleNamespace(source=source, has=lambda trait: False, components=components, files={})
 
     monkeypatch.setattr(hub, "_open", opened)
     found = hub.needs(card(own, {"vae": "other/vae"}), {"other": card(shared, {})}, {})

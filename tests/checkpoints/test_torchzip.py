@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import os
 import pickle
 import random
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from app.checkpoints.tensors import PICKLE_LIMIT, read_torch_zip
 from app.errors import CheckpointError
 from tests.parts.measured import peak
+from tests.parts.tiny_parts import Payload
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.ones(3, dtype=torch.bfloat16)}
 
@@ -53,16 +53,6 @@ def test_what_the_authors_save(tmp_path: Path) -> None:
     assert torch.equal(read_torch_zip(save(tmp_path / "c.pt", {"model": worse}))["a.weight"], worse["a.weight"])
     distributed = {f"module.{key}": value for key, value in STATE.items()}
     assert read_torch_zip(save(tmp_path / "d.pt", distributed)).keys() == STATE.keys()
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def overlapping(file: Path) -> None:
@@ -117,16 +107,19 @@ LIES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "asks for posix.mkdir, which is not a tensor; nothing",
     ),
     "a module": (lambda f: save(f, torch.nn.Linear(2, 2)), "asks for torch.nn.modules.linear.Linear"),
-    "a list": (lambda f: save(f, [torch.ones(2)]), "holds list, not tensors"),
-    "nothing": (lambda f: save(f, {}), "holds dict, not tensors"),
-    "numbers": (lambda f: save(f, {"a": 1}), "'a' holds int, not a tensor"),
+    "a list": (lambda f: save(f, [torch.ones(2)]), "is a list, not tensors"),
+    "nothing": (lambda f: save(f, {}), "is a dict, not tensors"),
+    "numbers": (lambda f: save(f, {"a": 1}), "'a' is of type int, not a tensor"),
     "whole numbers": (lambda f: save(f, {"a": torch.ones(2, dtype=torch.int64)}), "a is not a plain tensor"),
     "sparse": (lambda f: save(f, {"a": torch.eye(2).to_sparse()}), "a is not a plain tensor"),
     "no memory": (lambda f: save(f, {"a": torch.empty(9, device="meta")}), "a is not a plain tensor"),
-    "one for a billion": (lambda f: save(f, {"a": torch.ones(1).expand(10**5, 10**5)}), "more than the file holds"),
+    "one for a billion": (
+        lambda f: save(f, {"a": torch.ones(1).expand(10**5, 10**5)}),
+        "more than its bytes in the file",
+    ),
     "one tensor often": (
         lambda f: save(f, {str(n): view for n, view in enumerate([torch.ones(2**16)] * 64)}),
-        "more than the file holds",
+        "more than its bytes in the file",
     ),
 }
 

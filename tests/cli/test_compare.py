@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from app.cli import compare, paint
-from app.cli.bodies import open_registry
+from app.cli.options import open_registry
 from app.errors import EngineError
 from app.jobs.compare import parameters_of
 from app.jobs.job import Job

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from app.cli import demo
-from app.cli.bodies import open_registry
+from app.cli.options import open_registry
 from app.errors import NotDownloaded
 from app.jobs.job import Job
 from app.report import Progress, Result, Tick, Timings

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,13 @@ from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import Result
 
+from app.cards.catalog import Registry
 from app.cli import generate, paint
-from app.cli.bodies import build, open_registry
-from app.errors import EngineError
-from app.jobs.job import Job
+from app.cli.generate import build, curl, file_name, kind_of
+from app.cli.options import open_registry
+from app.engine.runner import Runner
+from app.errors import EngineError, InvalidValue
+from app.jobs.body import read_body
 from app.report import Progress, Timings
 from app.report import Result as Drawn
 from app.settings import Settings
@@ -25,6 +30,52 @@ from app.worker.process import Local
 from tests.parts.close import SAME, apart, close, furthest
 from tests.parts.commands import Run, one_line
 from tests.parts.tiny_parts import spoil
+
+
+@pytest.fixture
+def registry(tiny: Path) -> Registry:
+    return open_registry(Settings(models=tiny, default_model="tiny-sd3"))
+
+
+BODIES: list[dict[str, Any]] = [
+    {"prompt": 'it\'s a "red" $HOME & `cat`', "model": "tiny-sd3", "size": "32x16", "negative_prompt": "blue"},
+    {"class_label": "green", "model": "tiny-dit", "seed": 5, "sampler": "heun", "num_inference_steps": 3},
+    {"prompt": "a", "model": "tiny-sd3-turbo", "n": 3, "guidance_scale": 2.5},
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_the_curl_asks_for_the_same(registry: Registry, body: dict[str, Any]) -> None:
+    ask = build(body, registry, "a")
+    words = shlex.split(curl(ask, Settings(port=81), Path("my file.png")))
+    assert words[:2] == ["curl", "localhost:81/v1/images/generations"] and words[-2:] == ["-o", "my file.png"]
+    told = json.loads(words[words.index("-d") + 1])
+    again = read_body(told).to_request(registry.find(told["model"]), "a")
+    assert (again.recipe, again.images) == (ask.request.recipe, ask.request.images)
+    assert ("grid" in told) == (body.get("n", 1) > 1)
+
+
+def test_nothing_given_is_given_to_the_curl(registry: Registry) -> None:
+    ask = build({"prompt": "a", "model": None, "size": None, "seed": 1}, registry, "a")
+    words = shlex.split(curl(ask, Settings(host="::1"), Path("a.webp")))
+    assert json.loads(words[words.index("-d") + 1]) == {"model": registry.default.id, "prompt": "a", "seed": 1}
+    assert words[1] == "[::1]:8000/v1/images/generations"
+
+
+def test_files_are_named_after_what_they_show(registry: Registry) -> None:
+    names = [file_name(build({**body, "seed": 7}, registry, "a")).name for body in BODIES]
+    assert names == ["it-s-a-red-home-cat-7.png", "green-7.png", "a-7.png"]
+    assert file_name(build({"prompt": "../..", "seed": 7, "model": "tiny-sd3"}, registry, "a")) == Path(
+        "tiny-sd3-7.png"
+    )
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    assert [kind_of(tmp_path / name) for name in ("a.png", "b.JPG", "c.webp")] == [None, "jpeg", "webp"]
+    with pytest.raises(InvalidValue, match="must end in"):
+        kind_of(tmp_path / "a.gif")
+    with pytest.raises(InvalidValue, match="there is no folder"):
+        kind_of(tmp_path / "no" / "a.png")
 
 
 def direct(body: dict[str, object]) -> list[Drawn]:
@@ -146,14 +197,7 @@ def test_a_picture_that_is_not_finite_is_no_file(run: Run, tiny: Path, tmp_path:
 
 
 def test_an_engine_that_dies_is_not_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = Local.submit
-
-    def crash(local: Local, job: Job) -> Job:
-        submit(local, job)
-        local._engine._inbox.put(lambda: [][1])
-        return job
-
-    monkeypatch.setattr(Local, "submit", crash)
+    monkeypatch.setattr(Runner, "run", lambda *_: [][1])
     assert "the engine stopped: IndexError" in one_line(run("generate", "red", "--model", "tiny-sd3"))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from app import main
-from app.cli.serve import read_settings
+from app.cli.options import read_settings
 from app.errors import SettingsError
 from app.settings import Settings
 from tests.parts.commands import Run, one_line

@@ -22,6 +22,7 @@ from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from tests.parts.engine import Bench, load_all
 from tests.parts.requests import changed, flat
+from tests.parts.waiting import Clock
 
 MODELS = ("tiny-dit", "tiny-sd3", "copy")
 
@@ -80,15 +81,6 @@ def bound(cards: dict[str, Card]) -> Iterator[list[Pool]]:
     yield pools
     for pool in pools:
         pool.close()
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def resident() -> int:
@@ -206,7 +198,7 @@ def test_an_unload_waits_for_the_requests_there(
     bench.wait(6)
     assert not [report for report in bench.reports if isinstance(report, Evicted)]
     bench.until(lambda: any(report.state == "absent" for report in bench.of(ModelState)))
-    assert bench.reports[-1] == Memory("cpu", {"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0, "text": 0})
+    assert bench.reports[-1] == Memory({"weights": 0, "parked": 0, "budget": sys.maxsize, "slots": 0, "text": 0})
 
 
 def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(

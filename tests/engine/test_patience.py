@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.patience import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
+from app.engine.engine import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
 from app.engine.row import Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report

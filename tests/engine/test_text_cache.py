@@ -13,6 +13,7 @@ import torch
 
 from app.cards.card import Card, read_card
 from app.errors import SettingsError
+from app.pool.policy import claim
 from app.pool.pool import Pool
 from app.report import Memory, ModelState, Result, Tick
 from app.request import ImageSpec, Prompt, Request
@@ -85,9 +86,9 @@ def take_away(pool: Pool, *parts: str) -> None:
     """These parts of the SD3 off the device, as for others that need the room; the model stays."""
     leaving = [pool.models["sd3"].parts[part] for part in parts]
     with pool.lock:
-        pool.store.claim(leaving)
+        claim(leaving)
     for one in leaving:
-        pool.store.drop(one)
+        pool.drop(one)
 
 
 def held(bench: Bench) -> int:

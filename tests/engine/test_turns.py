@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from app.engine.batcher import ALL, Turns
 from app.engine.row import Row
-from app.engine.turns import ALL, Turns
 from app.pool.policy import Parts
 from app.report import Phase
 from app.request import Key

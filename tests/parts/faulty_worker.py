@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from app.engine import costs, patience, runner
+from app.engine import costs, engine, runner
 from app.engine.row import Row, Work
 from app.families.base import Family
 from app.request import Key, Prompt
@@ -59,7 +59,7 @@ def poisoned(self: runner.Runner, rows: list[Row], work: Work) -> None:
 
 def plant(fault: str) -> None:
     if fault in ("hang", "unmeasured"):
-        patience.LEAST, patience.MOST = 4.0, 5.0
+        engine.LEAST, engine.MOST = 4.0, 5.0
     match fault:
         case "hang":
             runner.Runner.denoise = hanging  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.errors import SettingsError
-from app.pool.budget import budgets, host_bytes, parse_bytes, readable, text_bytes
+from app.pool.budget import budgets, host_bytes, parse_bytes
 from app.settings import Settings
 
 
@@ -33,9 +33,9 @@ def test_what_is_neither(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["10%", "100 %", "lots", ""])
 def test_encoded_prompts_take_bytes_and_no_share(text: str) -> None:
-    assert (text_bytes(Settings(text_cache="64 MB")), text_bytes(Settings())) == (64 * 10**6, 256 * 10**6)
+    assert parse_bytes(Settings().text_cache, None, "text_cache") == 256 * 10**6
     with pytest.raises(SettingsError, match=r"INSTEP_TEXT_CACHE: .* is not bytes") as caught:
-        text_bytes(Settings(text_cache=text))
+        parse_bytes(text, None, "text_cache")
     assert caught.value.param == "text_cache"
 
 
@@ -52,15 +52,6 @@ def test_processes_on_the_cpu_share_its_memory() -> None:
     alone, shared = budgets(settings, "cpu", ["cpu"]), budgets(settings, "cpu", ["cpu", "cuda:0"])
     assert abs(alone[0] - 2 * shared[0]) <= 2 and alone[1] == shared[1] == 1_000_000
     assert abs(alone[0] - host_bytes() // 2) <= 1
-
-
-def test_bytes_in_words() -> None:
-    assert [readable(count) for count in (7, 1500, 2_340_000, 16_100_000_000)] == [
-        "7 B",
-        "1.50 kB",
-        "2.34 MB",
-        "16.10 GB",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,11 @@ def ready(pool: Pool, model_id: str) -> None:
     """Load the model; all of it where it fits."""
     pool.want(model_id)
     model = pool.models[model_id]
-    eventually(lambda: model.state == "ready" and model.on_device == min(model.bytes, pool.store.budget))
+    eventually(lambda: model.state == "ready" and model.on_device == min(model.bytes, pool.policy.budget))
 
 
 def held_now(pool: Pool) -> int:
-    return sum(one.bytes for one in pool.store.components if one.place == "device")
+    return sum(one.bytes for one in pool.policy.components if one.place == "device")
 
 
 def test_the_one_that_was_leased_longest_ago_leaves(
@@ -153,7 +153,7 @@ def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
     eventually(lambda: pool.failure("tiny-sd3"))
     error = pool.failure("tiny-sd3")
     assert error.code == "insufficient_gpu_memory" and "INSTEP_DEVICE_MEMORY" in error.message
-    assert error.message.count("MB") + error.message.count("kB") == 2
+    assert error.message.count("MB") + error.message.count("KB") == 2
 
 
 def test_needs_are_met_in_order_and_one_at_a_time(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
@@ -273,7 +273,7 @@ def test_weights_put_aside_come_back_the_same(
     """Host memory, played on the CPU: the moves are real, and the two tiers are the same memory."""
     budget = max(sum(size.values()) for size in sizes.values())
     pool = made(budget)
-    pool.store.host = 10**9
+    pool.policy.host = 10**9
     ready(pool, "tiny-sd3")
     family: Any = pool.family("tiny-sd3")
     assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
@@ -281,7 +281,7 @@ def test_weights_put_aside_come_back_the_same(
         before = family.encode([Prompt("red")], 24)
     monkeypatch.setattr("app.pool.memory.part_states", Counting(part_states))
     ready(pool, "tiny-dit")
-    assert pool.store.parked and not pool.resident("tiny-sd3", "encode")
+    assert pool.policy.parked and not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")
     with torch.inference_mode():
         after = family.encode([Prompt("red")], 24)

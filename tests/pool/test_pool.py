@@ -18,24 +18,7 @@ from app.pool import memory
 from app.pool.pool import RETRY_AFTER, Pool
 from app.report import ModelState
 from app.request import ClassLabel
-from tests.parts.tiny import write_models
-from tests.parts.waiting import eventually
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
-    return folder
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.parts.waiting import Clock, eventually
 
 
 @pytest.fixture
@@ -44,8 +27,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def cards(folder: Path) -> dict[str, Card]:
-    return read_cards(folder)
+def cards(tiny: Path) -> dict[str, Card]:
+    return read_cards(tiny)
 
 
 @pytest.fixture
@@ -150,7 +133,7 @@ def test_a_link_to_the_same_folder_is_the_same_component(cards: dict[str, Card],
 
 def test_leases_count_on_the_components_of_their_phase(pool: Pool) -> None:
     load(pool, "tiny-sd3", "tiny-sd3-no-t5")
-    held = {one.part.name: one for one in pool.store.components}
+    held = {one.part.name: one for one in pool.policy.components}
     leases = [pool.components(model_id, "encode", "denoise") for model_id in ("tiny-sd3", "tiny-sd3-no-t5")]
     assert all(pool.lease(components) for components in leases)
     counts = {name: one.leases for name, one in held.items()}
@@ -171,7 +154,7 @@ def test_a_failed_load_is_not_tried_again_for_thirty_seconds(
     file.write_text(whole)
     error = pool.failure("tiny-dit")
     assert isinstance(error, CheckpointError) and str(file) in failed.detail == error.message
-    assert error.__traceback__ is None and not pool.store.components, "what was loaded before it failed is let go"
+    assert error.__traceback__ is None and not pool.policy.components, "what was loaded before it failed is let go"
     clock.now = RETRY_AFTER - 0.1
     pool.want("tiny-dit")
     assert pool.poll() == [] and pool.failure("tiny-dit") is error and not pool.resident("tiny-dit", "denoise")
@@ -208,7 +191,7 @@ def test_who_polls_hears_that_the_loader_ended(pool: Pool, monkeypatch: pytest.M
 
     monkeypatch.setattr(memory, "part_states", broken)
     if not lost:
-        monkeypatch.setattr(pool.store, "drop", broken)
+        monkeypatch.setattr(pool, "drop", broken)
     pool.want("tiny-dit")
     with pytest.raises(type(error), match=str(error)):
         eventually(lambda: pool.poll() and False)

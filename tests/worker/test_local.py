@@ -10,7 +10,7 @@ import torch
 
 from app.cards.card import Card
 from app.cards.folder import Part
-from app.cli.bodies import open_registry
+from app.cli.options import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
 from app.pool import pool

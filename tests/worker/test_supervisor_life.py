@@ -247,7 +247,7 @@ def test_settings_that_make_no_sense():
 
 
 def test_a_dead_worker_holds_no_memory():
-    memory = wire.pack(Memory("cpu", {"weights": 5, "budget": 9}))
+    memory = wire.pack(Memory({"weights": 5, "budget": 9}))
     command = script(f"say({HELLO}); say({memory}); time.sleep(60)")
 
     async def scenario():
@@ -255,7 +255,7 @@ def test_a_dead_worker_holds_no_memory():
             await until(lambda: len(here.told(Memory)) == 2)
             os.kill(here.supervisor.pids[1], signal.SIGKILL)
             await until(lambda: len(here.told(Memory)) > 2)
-            told = {report.device: report.bytes for report in here.told(Memory)[:3]}
+            told = {worker: report.bytes for report, worker in here.reports[:3]}
             assert told == {"cpu": {"weights": 5, "budget": 9}, "cpu#1": {"weights": 0, "budget": 0}}
 
     run(scenario)

@@ -1,12 +1,15 @@
-"""The store: what leaves so that others fit, and where it goes, with components that only count."""
+"""The policy: what leaves so that others fit, and where it goes, with components that only count."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
 import pytest
+import torch
 
-from app.pool.memory import Component, Place, Store
+from app.pool.memory import Component, Place
+from app.pool.policy import claim
+from app.pool.pool import Pool
 
 
 class Counted:
@@ -35,9 +38,10 @@ class Counted:
         self.moves.append("leave")
 
 
-def store(budget: int, host: int, *components: Counted) -> Store:
-    made = Store(budget, host)
-    made.components = [cast(Component, one) for one in components]
+def store(budget: int, host: int, *components: Counted) -> Pool:
+    made = Pool({}, "cpu", torch.float32, budget=budget)
+    made.policy.host = host
+    made.policy.components = [cast(Component, one) for one in components]
     return made
 
 
@@ -49,19 +53,15 @@ def everything(one: Component) -> bool:
     return True
 
 
-def nothing(one: Component) -> bool:
-    return False
-
-
 def test_the_longest_unused_leave_and_no_more_than_needed() -> None:
     old, older, new = Counted("old", 30, 2), Counted("older", 30, 1), Counted("new", 30, 3)
     fresh = Counted("fresh", 40, 0, "away")
     shelf = store(100, 0, old, older, new, fresh)
-    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == ["older"]
+    assert names(shelf.policy.room_for([cast(Component, fresh)])) == ["older"]
     fresh.bytes = 60
-    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == ["older", "old"]
+    assert names(shelf.policy.room_for([cast(Component, fresh)])) == ["older", "old"]
     fresh.bytes = 10
-    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == []
+    assert names(shelf.policy.room_for([cast(Component, fresh)])) == []
 
 
 def test_what_is_leased_kept_or_wanted_itself_stays() -> None:
@@ -69,30 +69,30 @@ def test_what_is_leased_kept_or_wanted_itself_stays() -> None:
     fresh = Counted("fresh", 50, 0, "away")
     leased.leases = 1
     shelf = store(100, 0, leased, idle, fresh)
-    assert names(shelf.room_for([cast(Component, fresh)], nothing)) == ["idle"]
-    assert shelf.room_for([cast(Component, fresh)], everything) is None
-    assert shelf.room_for([cast(Component, fresh), cast(Component, idle)], nothing) is None
+    assert names(shelf.policy.room_for([cast(Component, fresh)])) == ["idle"]
+    assert shelf.policy.room_for([cast(Component, fresh)], everything) is None
+    assert shelf.policy.room_for([cast(Component, fresh), cast(Component, idle)]) is None
 
 
 def test_what_moves_counts_until_it_has_moved() -> None:
     going, fresh = Counted("going", 60, 1), Counted("fresh", 60, 0, "away")
     shelf = store(100, 0, going, fresh)
-    shelf.claim([cast(Component, going)])
-    assert not going.here and shelf.used == 60
-    assert shelf.room_for([cast(Component, fresh)], nothing) is None
+    claim([cast(Component, going)])
+    assert not going.here and shelf.policy.used == 60
+    assert shelf.policy.room_for([cast(Component, fresh)]) is None
 
 
 def test_host_memory_before_the_files_and_its_oldest_give_way() -> None:
     a, b, c = Counted("a", 40, 1), Counted("b", 40, 2), Counted("c", 40, 3)
     shelf = store(1000, 100, a, b, c)
     for one in (a, b, c):
-        shelf.claim([cast(Component, one)])
+        claim([cast(Component, one)])
         shelf.put_aside(cast(Component, one))
         assert one.place == "host"
-    assert [one.place for one in (a, b, c)] == ["away", "host", "host"] and shelf.parked == 80
+    assert [one.place for one in (a, b, c)] == ["away", "host", "host"] and shelf.policy.parked == 80
     assert a.moves == ["park", "leave"] and b.moves == c.moves == ["park"]
     whale = Counted("whale", 101, 4)
-    shelf.components.append(cast(Component, whale))
+    shelf.policy.components.append(cast(Component, whale))
     shelf.put_aside(cast(Component, whale))
     assert whale.place == "away" and whale.moves == ["leave"] and b.place == "host"
 
@@ -101,8 +101,8 @@ def test_bringing_moves_out_then_in_and_says_where_to() -> None:
     old, parked, filed = Counted("old", 50, 1), Counted("parked", 30, 0, "host"), Counted("filed", 20, 0, "away")
     shelf = store(50, 100, old, parked, filed)
     wanted, leaving = [cast(Component, parked), cast(Component, filed)], [cast(Component, old)]
-    shelf.claim(wanted + leaving)
-    shelf.bring(wanted, leaving)
+    claim(wanted + leaving)
+    shelf.move(wanted, leaving)
     assert parked.moves == ["from host"] and filed.moves == ["from away"]
     assert [one.place for one in (old, parked, filed)] == ["host", "device", "device"]
 
@@ -111,16 +111,16 @@ def test_what_does_not_fit_into_host_memory_after_all_goes_away() -> None:
     old, fresh = Counted("old", 50, 1, breaks=True), Counted("fresh", 50, 0, "away")
     shelf = store(50, 100, old, fresh)
     wanted, leaving = [cast(Component, fresh)], [cast(Component, old)]
-    shelf.claim(wanted + leaving)
-    shelf.bring(wanted, leaving)
+    claim(wanted + leaving)
+    shelf.move(wanted, leaving)
     assert old.moves == ["park", "leave"] and (old.place, fresh.place) == ("away", "device")
 
 
 def test_host_memory_counts_what_is_on_its_way_from_it() -> None:
     old, parked = Counted("old", 50, 1), Counted("parked", 60, 0, "host")
     shelf = store(60, 100, old, parked)
-    shelf.claim([cast(Component, parked), cast(Component, old)])
-    assert shelf.parked == 60
+    claim([cast(Component, parked), cast(Component, old)])
+    assert shelf.policy.parked == 60
     shelf.put_aside(cast(Component, old))
     assert old.place == "away", "60 of 100 are taken until they have come"
 
@@ -130,15 +130,15 @@ def test_a_part_of_a_model_that_failed_counts_while_it_is_leased() -> None:
     leased.leases = 1
     shelf = store(100, 0, leased, idle)
     leased.owners, idle.owners = set(), set()
-    shelf.forget()
-    assert shelf.used == 50
+    shelf.policy.forget()
+    assert shelf.policy.used == 50
 
 
 def test_a_load_that_breaks_leaves_nothing_moving() -> None:
     good, bad, later = Counted("g", 1, 0, "away"), Counted("b", 1, 0, "away", breaks=True), Counted("l", 1, 0, "away")
     shelf = store(10, 0, good, bad, later)
     wanted = [cast(Component, one) for one in (good, bad, later)]
-    shelf.claim(wanted)
+    claim(wanted)
     with pytest.raises(OSError, match="the disk is gone"):
-        shelf.bring(wanted, [])
-    assert [one.place for one in (good, bad, later)] == ["device", "away", "away"] and shelf.used == 1
+        shelf.move(wanted, [])
+    assert [one.place for one in (good, bad, later)] == ["device", "away", "away"] and shelf.policy.used == 1
