@@ -225,6 +225,7 @@ class Engine:
                 work.key.model, work.phase, len(work.rows), work.passes + work.padding, work.padding,
                 caps.passes if caps else 0, work.seconds, self.batcher.running, self.batcher.waiting,
                 work.key.width, work.key.height, work.out_of_memory, work.text_hits, work.text_misses,
+                caps.rate if caps else 0.0,
             )
         )  # fmt: skip
 
