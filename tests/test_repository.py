@@ -24,7 +24,7 @@ from tests.readme import FILES, TABLES, remade
 from tests.test_floors import FLOORS, read
 
 ROOT = Path(__file__).parent.parent
-README, TOUR, GUIDE, API = PAGES = tuple(file.read_text(encoding="utf-8") for file in FILES)
+README, TOUR, _, API = PAGES = tuple(file.read_text(encoding="utf-8") for file in FILES)
 TARGETS = ("setup", "serve", "test", "test-all", "check", "fix")
 
 

@@ -22,13 +22,13 @@ Application = FastAPI
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 _ABOUT = """Images from diffusion transformers, batched at every denoising step. The `openai` client works unmodified;
-every bound below is the model's own."""
+the bounds below are those of each model."""
 
 probes = APIRouter(tags=["health"])
 
 
 class Health(BaseModel):
-    """The process answers; `ready` tells whether it would serve an image now."""
+    """The process answers; `ready` says whether it can draw an image now."""
 
     status: str
     ready: bool
@@ -53,7 +53,7 @@ async def health(request: Request) -> Health:
 
 @probes.get("/readyz", responses={503: {"model": ErrorReply, "description": "Not ready, or draining"}})
 async def readyz(request: Request) -> dict[str, str]:
-    """Ready: an engine process lives, every PRELOAD model is loaded, and the server does not drain."""
+    """Ready: an engine process is alive, every PRELOAD model is loaded, and the server does not shut down."""
     if not front_of(request).supervisor.ready:
         raise Unavailable("Not ready: the engine or a preloaded model is still starting, or the server drains.")
     return {"status": "ready"}

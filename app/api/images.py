@@ -51,8 +51,8 @@ async def create_image(request: Request) -> Response:
 
     OpenAI's `images.generate` with extensions. Send `Accept: image/png` (image/jpeg, image/webp, image/*) for the
     bytes of a single image or sheet instead of JSON; `stream: true` for server-sent events. `usage` counts padded text
-    tokens and 16 x 16 pixels for an image token. `model`, or the header X-Model beside bytes, says who drew;
-    `warnings`, or X-Warning, has what was asked for without effect.
+    tokens and 16 x 16 pixels for an image token. `model` names the model that drew, and `warnings` the fields
+    without effect; beside bytes they are the headers X-Model and X-Warning.
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
     with refusals(front, facts):
@@ -76,12 +76,13 @@ async def create_image(request: Request) -> Response:
 
 @router.post("/v1/images/compare", **COMPARE_ROUTE)
 async def compare_images(request: Request) -> Response:
-    """Draw the same prompts or class labels by several models, with one seed.
+    """Draw the same prompts or class labels with several models and one seed.
 
-    One labelled panel: a row for each prompt or label, a column for each model, in order of their parameters. What is
-    absent is each model's own default. `preset: "two_prompts"` brings two prompts, 28 steps and guidance 7. Send
-    `Accept: image/png` (image/jpeg, image/webp, image/*) for the bytes of the panel instead of JSON. At most 8 models,
-    16 rows and 67 megapixels in all. Every picture is accepted before one is drawn; when one fails, that is the answer.
+    One labelled panel: a row for each prompt or label, a column for each model, in order of their parameters. A field
+    that is absent is each model's own default. `preset: "two_prompts"` fills in two prompts, 28 steps and guidance 7.
+    Send `Accept: image/png` (image/jpeg, image/webp, image/*) for the bytes of the panel instead of JSON. At most 8
+    models, 16 rows and 67 megapixels in all. All pictures are accepted before one is drawn; if one fails, its error is
+    the answer.
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
     queue = key_of(request).queue

@@ -31,7 +31,7 @@ SAME = {"id", "aliases", "description", "family", "defaults", "limits", "license
 
 
 class ModelEntry(BaseModel):
-    """OpenAI's model object, and ours beside it."""
+    """OpenAI's model object with fields of ours."""
 
     id: str
     object: Literal["model"] = "model"
@@ -50,7 +50,7 @@ class ModelEntry(BaseModel):
     samplers: list[str]
     most_steps: dict[str, int] = Field(description="The most num_inference_steps of each sampler")
     license: str
-    gated: bool = Field(description="Whether its authors' repository gives its files to those alone who took its terms")
+    gated: bool = Field(description="Whether its repository requires that you accept its terms")
     parameters: int | None = Field(description="Of the denoising network; null where the card does not say")
     bytes: int | None = Field(description="Of all weights as they are downloaded; null where the card does not say")
     downloaded: bool = Field(description="Whether all its files are on this machine")
@@ -67,7 +67,7 @@ class ModelList(BaseModel):
 
 
 class ClassEntry(BaseModel):
-    """One class of a label model."""
+    """One class of a model of classes."""
 
     id: int
     name: str
@@ -94,14 +94,14 @@ async def list_models(request: Request) -> Response:
 async def get_classes(
     request: Request, model: str, q: Annotated[str | None, Query(description="Part of a name, or an id")] = None
 ) -> Response:
-    """Classes of a label model, by part of the name in any case, or by id; at most 1,000."""
+    """Find classes of a model by part of the name, in any case, or by id; at most 1,000."""
     _, card = _found(request, model)
     return _json(ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]]))
 
 
 @router.post("/{model:path}/load", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
 async def load_model(request: Request, model: str) -> Response:
-    """Begin to load a model on every device. The answer tells how it stands now; GET tells when it is ready."""
+    """Begin to load a model on every device. The answer has its state now; GET the model to see when it is ready."""
     front, card = _working(request, model)
     front.supervisor.call("load", card.id)
     return await _one(front, card, 202)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from app.cards.card import Card
 from app.errors import CheckpointError
 from app.families import vae
-from app.families.text import Encoder, Read, States, cut_text, prompt_text, read_texts
+from app.families.text import Encoder, Read, States, cut_text, prompt_text, read_texts, t5_states
 from app.report import Phase
 from app.request import Condition, Prompt
 
@@ -22,10 +22,7 @@ Denoised = tuple[torch.Tensor, torch.Tensor | None]
 """(out, frac) of a forward: see `Family.denoise`."""
 
 Outputs = Callable[..., States]
-"""(encoder, its length in tokens, the shapes of its outputs for one text) -> its outputs for all texts of a forward.
-
-Those of an absent encoder (None) are zeros of these shapes.
-"""
+"""(name of a text encoder, the shapes of its outputs for one text) -> its outputs for all texts, or zeros."""
 
 CLIP_TOKENIZER = ("CLIPTokenizer", "CLIPTokenizerFast")
 T5_TOKENIZER = ("T5Tokenizer", "T5TokenizerFast")
@@ -41,6 +38,8 @@ class Family(ABC):
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
     """The classes that each part may have, by its name in model_index.json."""
+    reads: ClassVar[Mapping[str, Callable[[Any, torch.Tensor], States]]] = {}
+    """The functions that run the text encoders, by the encoders' names in model_index.json."""
     required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
     """The parts that the model cannot do without."""
     phases: ClassVar[Mapping[Phase, tuple[str, ...]]]
@@ -57,8 +56,7 @@ class Family(ABC):
     dtype: torch.dtype
 
     def __init_subclass__(cls) -> None:
-        encoders = tuple(name for name in cls.parts if name.startswith("text_encoder"))
-        cls.phases = {"encode": encoders, "denoise": ("transformer",), "decode": ("vae",)}
+        cls.phases = {"encode": tuple(cls.reads), "denoise": ("transformer",), "decode": ("vae",)}
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
         """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
@@ -67,6 +65,7 @@ class Family(ABC):
         self.config = self.network.config
         self.channels: int = self.vae.config.latent_channels
         self.scale = vae.pixels_per_latent(self.vae)
+        self.encoders = {name: self._encoder(parts, name) for name in self.reads}
 
     @staticmethod
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
@@ -97,7 +96,8 @@ class Family(ABC):
         """
         texts = [prompt_text(condition) for condition in conditions]
 
-        def outputs(encoder: Encoder | None, length: int, *shapes: tuple[int, ...]) -> States:
+        def outputs(name: str, *shapes: tuple[int, ...]) -> States:
+            encoder, length = self.encoders[name], self._length(name, text_length)
             states = read(encoder, texts, length, batch) if encoder else self._zeros(len(texts), *shapes)
             return tuple(state.to(self.dtype) for state in states)
 
@@ -109,17 +109,13 @@ class Family(ABC):
 
     def blank(self, text_length: int) -> Conditions:
         """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
-        return self.join(text_length, lambda encoder, length, *shapes: self._zeros(1, *shapes))
-
-    def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
-        """The text encoders, None for an absent one, each with its padded length in tokens."""
-        return []
+        return self.join(text_length, lambda name, *shapes: self._zeros(1, *shapes))
 
     def truncated(self, condition: Condition, text_length: int) -> str | None:
         """The end of the prompt that no encoder sees, as the user wrote it; None for a label, or when one sees all."""
         cuts = [
-            cut_text(encoder.tokenizer, prompt_text(condition), length)
-            for encoder, length in self.encoders(text_length)
+            cut_text(encoder.tokenizer, prompt_text(condition), self._length(name, text_length))
+            for name, encoder in self.encoders.items()
             if encoder
         ]
         return min(cuts, key=len, default="") or None
@@ -158,22 +154,24 @@ class Family(ABC):
         for name, pixels in (("multiple", sizes.multiple), ("min", sizes.min)):
             self._require(pixels % cell == 0, f"limits.sizes.{name}: not a multiple of the network's patches")
 
-    def _check_encoders(self, clips: Iterable[Encoder | None], t5: Encoder | None) -> None:
-        """Raises CheckpointError: the card's text is too long for a CLIP, or the T5 is another network's."""
-        for clip in clips:
-            longest = clip.network.config.max_position_embeddings if clip else self.card.text.clip
-            self._require(self.card.text.clip <= longest, "text.clip: longer than the CLIP's position table")
-        fits = t5 is None or t5.network.config.d_model == self.config.joint_attention_dim
-        self._require(fits, "the T5 is not as wide as the network")
+    def _encoder(self, parts: Mapping[str, Any], name: str) -> Encoder | None:
+        """A text encoder with its tokenizer; None for an absent one. Raises CheckpointError: they do not fit."""
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if parts.get(name) is None:
+            return None
+        if parts.get(tokenizer) is None:
+            raise CheckpointError(f"{self.card.id}: {name} needs a {tokenizer}")
+        config = parts[name].config
+        if self.reads[name] is t5_states:
+            self._require(config.d_model == self.config.joint_attention_dim, "the T5 is not as wide as the network")
+        else:
+            fits = self.card.text.clip <= config.max_position_embeddings
+            self._require(fits, "text.clip: longer than the CLIP's position table")
+        return Encoder(parts[name], parts[tokenizer], self.reads[name])
 
-    def _encoder(
-        self, parts: Mapping[str, Any], suffix: str, states: Callable[[Any, torch.Tensor], States]
-    ) -> Encoder | None:
-        """`text_encoder` + suffix with its tokenizer, None if it is absent. Raises CheckpointError: no tokenizer."""
-        network, tokenizer = parts.get(f"text_encoder{suffix}"), parts.get(f"tokenizer{suffix}")
-        if network is not None and tokenizer is None:
-            raise CheckpointError(f"{self.card.id}: text_encoder{suffix} needs a tokenizer{suffix}")
-        return None if network is None else Encoder(network, tokenizer, states)
+    def _length(self, name: str, text_length: int) -> int:
+        """The padded length of a text encoder in tokens."""
+        return text_length if self.reads[name] is t5_states else self.card.text.clip
 
     def _zeros(self, count: int, *shapes: tuple[int, ...]) -> States:
         return tuple(torch.zeros((count, *shape), device=self.device, dtype=self.dtype) for shape in shapes)

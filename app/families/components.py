@@ -37,7 +37,6 @@ DEPTH = 1000
 _BUFFER_LIMIT = 2**26
 """Elements of one computed buffer: a DiT-XL at 2048 px has 2^24."""
 
-
 _NETWORKS: dict[str, Any] = {
     "DiTTransformer2DModel": DiTTransformer2DModel,
     "Transformer2DModel": DiTTransformer2DModel,

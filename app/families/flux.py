@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from app.cards.card import Card
 from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family, Outputs
-from app.families.text import Encoder, clip_pooled, t5_states
+from app.families.text import clip_pooled, t5_states
 
 PATCH = 2
 """Latent pixels along a side of what is packed into one token."""
@@ -34,24 +34,20 @@ class Flux(Family):
         "tokenizer": CLIP_TOKENIZER,
         "tokenizer_2": T5_TOKENIZER,
     }
+    reads: ClassVar = {"text_encoder": clip_pooled, "text_encoder_2": t5_states}
     patch = PATCH
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
         """Raises CheckpointError: the parts do not fit."""
         super().__init__(card, parts, device, dtype)
-        self.clip = self._encoder(parts, "", clip_pooled)
-        self.t5 = self._encoder(parts, "_2", t5_states)
+        self.clip, self.t5 = self.encoders.values()
         self.embedded = card.guidance == "embedded"
         self._check()
 
-    def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
-        """The T5 and the CLIP."""
-        return [(self.t5, text_length), (self.clip, self.card.text.clip)]
-
     def join(self, text_length: int, outputs: Outputs) -> Conditions:
         """As FluxPipeline.encode_prompt."""
-        (text,) = outputs(self.t5, text_length, (text_length, self.config.joint_attention_dim))
-        (pooled,) = outputs(self.clip, self.card.text.clip, (self.config.pooled_projection_dim,))
+        (text,) = outputs("text_encoder_2", (text_length, self.config.joint_attention_dim))
+        (pooled,) = outputs("text_encoder", (self.config.pooled_projection_dim,))
         return {"text": text, "pooled": pooled}
 
     def blank(self, text_length: int) -> Conditions:
@@ -101,7 +97,6 @@ class Flux(Family):
             self.clip is None or self.clip.network.config.hidden_size == config.pooled_projection_dim,
             "the CLIP is not as wide as the network's pooled input",
         )
-        self._check_encoders([self.clip], self.t5)
 
 
 def _turns(axes: Any, width: int) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from app.cards.card import Card
 from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family, Outputs
 from app.families.compiling import as_written
-from app.families.text import Encoder, clip_states, t5_states
+from app.families.text import clip_states, t5_states
 
 
 class SD3(Family):
@@ -34,29 +34,25 @@ class SD3(Family):
         "tokenizer_2": CLIP_TOKENIZER,
         "tokenizer_3": T5_TOKENIZER,
     }
+    reads: ClassVar = {"text_encoder": clip_states, "text_encoder_2": clip_states, "text_encoder_3": t5_states}
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
         """Raises CheckpointError: the parts do not fit."""
         super().__init__(card, parts, device, dtype)
         self.patch: int = self.config.patch_size
-        self.clips = self._encoder(parts, "", clip_states), self._encoder(parts, "_2", clip_states)
-        self.t5 = self._encoder(parts, "_3", t5_states)
+        *self.clips, self.t5 = self.encoders.values()
         self.shares = self._clip_shares()
         self._check()
-
-    def encoders(self, text_length: int) -> list[tuple[Encoder | None, int]]:
-        """Both CLIPs and the T5."""
-        return [*((clip, self.card.text.clip) for clip in self.clips), (self.t5, text_length)]
 
     def join(self, text_length: int, outputs: Outputs) -> Conditions:
         """As StableDiffusion3Pipeline.encode_prompt."""
         length, joint = self.card.text.clip, self.config.joint_attention_dim
         both = [
-            outputs(clip, length, (length, width), (projection,))
-            for clip, (width, projection) in zip(self.clips, self.shares, strict=True)
+            outputs(name, (length, width), (projection,))
+            for name, (width, projection) in zip(("text_encoder", "text_encoder_2"), self.shares, strict=True)
         ]
         hidden, pooled = (torch.cat(states, dim=-1) for states in zip(*both, strict=True))
-        (t5,) = outputs(self.t5, text_length, (text_length, joint))
+        (t5,) = outputs("text_encoder_3", (text_length, joint))
         return {"text": torch.cat([pad(hidden, (0, joint - hidden.shape[-1])), t5], dim=-2), "pooled": pooled}
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
@@ -113,7 +109,6 @@ class SD3(Family):
         self._require(self.card.limits.sizes.max <= largest, "limits.sizes.max: over the network's position table")
         self._require(pooled == config.pooled_projection_dim, "the CLIPs' pooled widths are not the network's")
         self._require(hidden <= config.joint_attention_dim, "the CLIPs are wider than the network")
-        self._check_encoders(self.clips, self.t5)
         self._require(self.channels == config.in_channels, "the VAE has another number of latent channels")
         self._require(
             skipped is None or max(skipped.layers) < config.num_layers - 1,

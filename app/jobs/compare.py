@@ -185,7 +185,7 @@ class Cell(BaseModel):
 
 
 class CompareReply(BaseModel):
-    """One labelled panel, and what is in each cell of it, row by row."""
+    """One labelled panel, and the cells of it, row by row."""
 
     created: int
     data: list[replies.Item] = Field(description="The panel alone")

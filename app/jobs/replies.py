@@ -63,7 +63,7 @@ class Item(BaseModel):
 
 
 class TokenDetails(BaseModel):
-    """What the input tokens were."""
+    """The kinds of the input tokens."""
 
     text_tokens: int
     image_tokens: int = 0
@@ -94,7 +94,7 @@ class Stages(BaseModel):
 
 
 class ImagesReply(BaseModel):
-    """OpenAI's images reply with the effective parameters, timings and warnings beside it."""
+    """OpenAI's images reply, with the effective parameters, timings and warnings."""
 
     created: int
     data: list[Item]

@@ -16,12 +16,9 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
-import torch
-
 from app.engine.costs import Curve, caps_of
-from app.families.base import Conditions
 from app.report import Result
-from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
+from tests.parts.engine import Bench, Costly, FakeCosts, FakePool, card, request
 
 SHORT, LONG = ("flow_euler", 4, True), ("flow_euler", 50, True)
 PAIR = (SHORT, LONG)
@@ -65,18 +62,6 @@ class Job(NamedTuple):
     @property
     def passes(self) -> int:
         return 2 if self.kind[2] else 1
-
-
-class Costly(FakeFamily):
-    """A network that takes its time on the clock of `clock`, a list of one number."""
-
-    def __init__(self, cost: Cost, clock: list[float]) -> None:
-        super().__init__(card(limits={"num_inference_steps": 50, "sizes": {"min": 16, "max": 64}}))
-        self.cost, self.clock = cost, clock
-
-    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> tuple[torch.Tensor, None]:
-        self.clock[0] += self.cost(len(x))
-        return x, None
 
 
 def curve(cost: Cost) -> dict[int, float]:

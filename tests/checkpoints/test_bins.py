@@ -16,7 +16,7 @@ from app.errors import CheckpointError
 from app.families import DiT
 from tests.families.plain import load
 from tests.parts.tiny import write_dit
-from tests.parts.tiny_parts import read_state
+from tests.parts.tiny_parts import Payload, read_state
 
 STEM = "diffusion_pytorch_model.safetensors"
 
@@ -99,11 +99,7 @@ def test_a_bomb_and_a_payload_are_refused(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="compressed"):
         convert(folder)
 
-    class Payload:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path(folder / "ran").write_text, ("x",)
-
-    torch.save({"a": Payload()}, network)
+    torch.save({"a": Payload(folder / "ran")}, network)
     with pytest.raises(CheckpointError):
         convert(folder)
     assert not (folder / "ran").exists()

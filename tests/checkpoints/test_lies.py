@@ -23,6 +23,7 @@ from tests.checkpoints.test_parts import name_files
 from tests.parts import originals
 from tests.parts.measured import peak
 from tests.parts.tiny import write_sd3
+from tests.parts.tiny_parts import Payload
 from tests.pool.test_pool import states_until
 
 UNET = "model.diffusion_model."
@@ -103,16 +104,6 @@ def config(part: str, **fields: Any) -> Callable[[Path], Any]:
         file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
     return spoil
-
-
-class Payload:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.file,)
 
 
 def reshape(shape: list[int]) -> Callable[[Path], Any]:

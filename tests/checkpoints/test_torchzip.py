@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import os
 import pickle
 import random
 import zipfile
@@ -20,6 +19,7 @@ import torch
 from app.checkpoints.tensors import PICKLE_LIMIT, read_torch_zip
 from app.errors import CheckpointError
 from tests.parts.measured import peak
+from tests.parts.tiny_parts import Payload
 
 STATE = {"a.weight": torch.arange(12.0).reshape(3, 4), "a.bias": torch.ones(3, dtype=torch.bfloat16)}
 
@@ -53,16 +53,6 @@ def test_what_the_authors_save(tmp_path: Path) -> None:
     assert torch.equal(read_torch_zip(save(tmp_path / "c.pt", {"model": worse}))["a.weight"], worse["a.weight"])
     distributed = {f"module.{key}": value for key, value in STATE.items()}
     assert read_torch_zip(save(tmp_path / "d.pt", distributed)).keys() == STATE.keys()
-
-
-class Payload:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.folder),)
 
 
 def overlapping(file: Path) -> None:

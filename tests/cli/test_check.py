@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from tests.parts import originals
 from tests.parts.commands import Run, one_line
+from tests.parts.tiny_parts import Payload
 from tests.seeds.plain_dit import original_state
 
 SHIPPED = Path(__file__).parent.parent.parent / "models"
@@ -196,18 +196,11 @@ def test_a_torch_file_of_the_dit_authors(run: Run, tiny: Path, tmp_path: Path) -
     assert "first: instep models convert" in one_line(run("models", "add", file))
 
 
-class Payload:
-    """What a pickle would run."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, ("touch /tmp/instep-was-here",)
-
-
 @pytest.mark.parametrize("kind", ["code", "bomb", "text"])
 def test_torch_files_that_lie_are_one_line(run: Run, tmp_path: Path, kind: str) -> None:
     """Code in the pickle, entries that are compressed, no zip at all."""
     file, whole = tmp_path / "bad.pt", tmp_path / "whole.pt"
-    torch.save({"x": torch.zeros(2**20)} if kind == "bomb" else Payload(), whole)
+    torch.save({"x": torch.zeros(2**20)} if kind == "bomb" else Payload(tmp_path / "ran"), whole)
     if kind == "bomb":
         with zipfile.ZipFile(whole) as theirs, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as ours:
             for name in theirs.namelist():
@@ -216,7 +209,7 @@ def test_torch_files_that_lie_are_one_line(run: Run, tmp_path: Path, kind: str) 
     else:
         file.write_bytes(whole.read_bytes() if kind == "code" else b"text" * 100)
     assert one_line(run("models", "check", file)).startswith(f"{file}: ")
-    assert not Path("/tmp/instep-was-here").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_folders_that_lie_are_one_line(run: Run, tiny: Path, tmp_path: Path) -> None:

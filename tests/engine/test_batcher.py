@@ -10,7 +10,7 @@ import pytest
 from app.engine.queue import AGE_LIMIT
 from app.engine.row import Caps, Row
 from app.request import Key
-from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
+from tests.parts.simulation import OTHER, Simulation, fixed, row
 
 
 def test_seven_requests_share_their_forwards() -> None:
@@ -283,16 +283,4 @@ def test_ten_thousand_waiting_rows_do_not_make_a_choice_slower_by_rows() -> None
     simulation = Simulation(fixed(4))
     simulation.add(*(row(3 + number % 40) for number in range(10_000)))
     simulation.turn()
-    touched = 0
-    original = type(simulation.batcher.queues[KEY]).order
-
-    def counting(self: object, each: Row, now: float) -> object:
-        nonlocal touched
-        touched += 1
-        return original(self, each, now)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.engine.queue.Queue.order", counting)
-        for _ in range(10):
-            simulation.turn()
-    assert touched <= 10 * 64
+    assert simulation.ordered(turns=10) <= 10 * 64

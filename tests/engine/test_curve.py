@@ -14,8 +14,7 @@ import torch
 
 from app.engine.costs import PATIENCE, WIDEST, Costs, Curve
 from app.engine.row import default_key
-from app.families.base import Conditions
-from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
+from tests.parts.engine import Bench, Costly, FakeFamily, FakePool, card, request
 
 Cost = Callable[[int], float]
 
@@ -40,19 +39,6 @@ def affine(passes: int) -> float:
     return 0.015 + 0.004 * passes
 
 
-class Costly(FakeFamily):
-    """A network whose forward takes `cost(passes)` seconds of a clock of its own."""
-
-    def __init__(self, cost: Cost, clock: list[float]) -> None:
-        super().__init__(card(limits={"num_inference_steps": 50, "sizes": {"min": 16, "max": 64}}))
-        self.cost, self.clock = cost, clock
-
-    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> tuple[torch.Tensor, None]:
-        self.clock[0] += self.cost(len(x)) * (1 if len(x) in self.widths else COLD)
-        self.widths.append(len(x))
-        return x, None
-
-
 def spoiled(folder: Path, family: FakeFamily, seconds: dict[int, float]) -> Costs:
     """Costs that read this for the family's default key."""
     measured, key = Costs(folder), default_key(family.card)
@@ -66,7 +52,7 @@ def spoiled(folder: Path, family: FakeFamily, seconds: dict[int, float]) -> Cost
 def rounds(folder: Path, cost: Cost, seconds: dict[int, float], count: int, **changes: Any) -> list[int]:
     """Forwards that each round of the seven requests takes, all of a round there at once."""
     clock = [0.0]
-    family = Costly(cost, clock)
+    family = Costly(cost, clock, COLD)
     bench = Bench(FakePool(family), costs=spoiled(folder, family, seconds), clock=lambda: clock[0])
     found = []
     for turn in range(count):
@@ -157,7 +143,7 @@ def test_a_trial_that_does_not_fit_in_memory_costs_no_row(tmp_path: Path) -> Non
 
 def test_no_forward_is_tried_wider_where_a_deadline_is_near(tmp_path: Path) -> None:
     clock = [0.0]
-    family = Costly(affine, clock)
+    family = Costly(affine, clock, COLD)
     bench = Bench(FakePool(family), costs=spoiled(tmp_path, family, {1: 0.019}), clock=lambda: clock[0])
     bench.run([request(f"r{n}", steps=4, guided=False, deadline=0.34) for n in range(4)])
     assert set(family.widths) == {1} and not bench.failures
@@ -167,7 +153,7 @@ def test_no_forward_is_tried_wider_where_a_deadline_is_near(tmp_path: Path) -> N
 
 def test_deterministic_mode_learns_nothing(tmp_path: Path) -> None:
     clock = [0.0]
-    family = Costly(affine, clock)
+    family = Costly(affine, clock, COLD)
     costs = spoiled(tmp_path, family, {1: 0.98})
     bench = Bench(FakePool(family), costs=costs, clock=lambda: clock[0], deterministic=True)
     bench.run([request(f"r{n}", steps=8) for n in range(40)])
@@ -177,7 +163,7 @@ def test_deterministic_mode_learns_nothing(tmp_path: Path) -> None:
 def test_guided_rows_alone_heal_a_cap_of_one_pass(tmp_path: Path) -> None:
     """No forward of one pass ever runs, so nothing real corrects what the profile says of two."""
     clock = [0.0]
-    family = Costly(affine, clock)
+    family = Costly(affine, clock, COLD)
     bench = Bench(FakePool(family), costs=spoiled(tmp_path, family, {1: 0.02, 2: 0.9}), clock=lambda: clock[0])
     for turn in range(2):
         family.widths.clear()

@@ -9,16 +9,10 @@ from app.engine.queue import QUANTUM
 from app.errors import DeadlineExceeded
 from app.families.base import Conditions
 from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
+from tests.parts.waiting import Clock
 
 RATE = 0.01
 """Seconds a pass; the widest forward has four."""
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class TimedFamily(FakeFamily):

@@ -22,6 +22,7 @@ from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
 from tests.parts.engine import Bench, load_all
 from tests.parts.requests import changed, flat
+from tests.parts.waiting import Clock
 
 MODELS = ("tiny-dit", "tiny-sd3", "copy")
 
@@ -80,15 +81,6 @@ def bound(cards: dict[str, Card]) -> Iterator[list[Pool]]:
     yield pools
     for pool in pools:
         pool.close()
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def resident() -> int:

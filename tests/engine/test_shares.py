@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.engine.queue import DEBT, FairShares
-from app.engine.row import Caps, Row
+from app.engine.row import Caps
 from app.request import Key
-from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
+from tests.parts.simulation import OTHER, Simulation, fixed, row
 
 
 def service(simulation: Simulation, since: int = 0) -> Counter[str]:
@@ -237,16 +237,4 @@ def test_a_choice_looks_at_some_of_ten_thousand_rows_of_a_hundred_tenants() -> N
     simulation = Simulation(fixed(4))
     simulation.add(*(row(3, tenant=f"t{number % 100}") for number in range(10_000)))
     simulation.turn()
-    touched = 0
-    original = type(simulation.batcher.queues[KEY]).order
-
-    def counting(self: object, each: Row, now: float) -> object:
-        nonlocal touched
-        touched += 1
-        return original(self, each, now)  # type: ignore[arg-type]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("app.engine.queue.Queue.order", counting)
-        for _ in range(10):
-            simulation.turn()
-    assert touched <= 2 * 10 * 100
+    assert simulation.ordered(turns=10) <= 2 * 10 * 100

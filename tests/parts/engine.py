@@ -107,6 +107,22 @@ class FakeFamily:
     preview = decode
 
 
+class Costly(FakeFamily):
+    """A network whose forward takes `cost(passes)` seconds of a clock, a list of one number.
+
+    cold: how many times that takes the first forward of each number of passes.
+    """
+
+    def __init__(self, cost: Callable[[int], float], clock: list[float], cold: float = 1.0) -> None:
+        super().__init__(card(limits={"num_inference_steps": 50, "sizes": {"min": 16, "max": 64}}))
+        self.cost, self.clock, self.cold = cost, clock, cold
+
+    def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> tuple[torch.Tensor, None]:
+        self.clock[0] += self.cost(len(x)) * (1.0 if len(x) in self.widths else self.cold)
+        self.widths.append(len(x))
+        return x, None
+
+
 class _Codes(torch.nn.Linear):
     """Stands for a network with weights."""
 

@@ -9,7 +9,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from app.engine.batcher import Batcher
+from app.engine.queue import Queue
 from app.engine.row import Caps, Row, Work
 from app.request import ImageSpec, Key, Prompt
 from tests.parts.requests import flat
@@ -78,6 +81,21 @@ class Simulation:
             if self.turn() is None:
                 return
         raise AssertionError("the simulation does not end")
+
+    def ordered(self, turns: int) -> int:
+        """How many rows the batcher compares in so many turns."""
+        touched, original = 0, Queue.order
+
+        def counting(queue: Queue, each: Row, now: float) -> Any:
+            nonlocal touched
+            touched += 1
+            return original(queue, each, now)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Queue, "order", counting)
+            for _ in range(turns):
+                self.turn()
+        return touched
 
 
 def fixed(passes: int, *, slots: int = 64, rate: float = 1.0, encode: int = 8) -> Callable[[Key], Caps]:

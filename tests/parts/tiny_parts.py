@@ -6,6 +6,7 @@ Knows nothing of cards or of whole models (tests/parts/tiny.py).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ WORDS = (
     "a an and at big in of on the with background face heart flower"
 )
 TEXT = 24
+
+
+class Payload:
+    """What a pickle may hold: it makes a folder when it is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 def write_vae(folder: Path, seed: int, **changes: Any) -> None:

@@ -10,6 +10,15 @@ PATIENCE = 30.0
 """Seconds after which a test gives up; no test measures time."""
 
 
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def eventually(
     what: Callable[[], object],
     patience: float = PATIENCE,

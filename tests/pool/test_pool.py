@@ -18,24 +18,7 @@ from app.pool import memory
 from app.pool.pool import RETRY_AFTER, Pool
 from app.report import ModelState
 from app.request import ClassLabel
-from tests.parts.tiny import write_models
-from tests.parts.waiting import eventually
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    write_models(folder)
-    return folder
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.parts.waiting import Clock, eventually
 
 
 @pytest.fixture
@@ -44,8 +27,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def cards(folder: Path) -> dict[str, Card]:
-    return read_cards(folder)
+def cards(tiny: Path) -> dict[str, Card]:
+    return read_cards(tiny)
 
 
 @pytest.fixture

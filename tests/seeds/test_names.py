@@ -26,7 +26,6 @@ SIZES = {"S": (6, 64, 12), "B": (12, 64, 12), "L": (16, 64, 24), "XL": (16, 72, 
 """heads, width of a head, blocks"""
 
 DIT = {name: name for name in read_lists("dit")}
-DIT_CLASS = "Transformer2DModel"
 BIG = {
     "sd3-medium": ("sd3", "sd3-medium", 2_028_328_000),
     "sd3.5-large": ("sd3", "sd3.5-large", 8_056_627_520),
