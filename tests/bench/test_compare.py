@@ -60,12 +60,12 @@ def last(result: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_request_is_answered_under_every_policy(compare: Run) -> None:
     words = ("--model", "tiny-sd3", "--mix", "homogeneous", "--policies", "continuous,static")
-    found = last(compare("serve", *words, "--queued", 4, "--rounds", 1, "--seconds", 0.5))
+    found = last(compare("serve", *words, "--queued", 4, "--rounds", 1, "--seconds", 3))
     assert found["bench"] == "serve" and set(found["policies"]) == {"continuous", "static"}
     for one in found["policies"].values():
         assert one["statuses"] == {"200": 4 + found["requests"]}
         assert one["latency"]["all"]["count"] == found["requests"] and one["capacity"]["median"] > 0
-        assert 1 <= one["rows"] <= 4
+        assert 1 <= one["rows"] <= max(4, found["requests"])
     assert set(found["ratios"]) == {"continuous"} and found["commit"] is not None
 
 

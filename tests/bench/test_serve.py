@@ -77,11 +77,13 @@ def test_latencies_by_class_and_what_was_in_time() -> None:
 
 @pytest.mark.slow
 def test_the_command_answers_every_request(run: Run) -> None:
-    words = ("--model", "tiny-sd3", "--mix", "homogeneous", "--queued", 4, "--rounds", 1, "--seconds", 0.5)
+    words = ("--model", "tiny-sd3", "--mix", "homogeneous", "--queued", 4, "--rounds", 1, "--seconds", 3)
     result = run("bench", "serve", *words)
     assert result.exit_code == 0, (result.output, result.exception)
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["bench"] == "serve" and found["statuses"] == {"200": 4 + found["requests"]}
     assert found["latency"]["all"]["count"] == found["requests"] and found["capacity"]["median"] > 0
-    assert 1 <= found["rows"] <= 4 and found["rate"] == pytest.approx(0.9 * found["capacity"]["median"])
+    assert 1 <= found["rows"] <= max(4, found["requests"]) and found["rate"] == pytest.approx(
+        0.9 * found["capacity"]["median"]
+    )
     assert found["commit"] is not None and "images/s" in result.stdout
