@@ -1,7 +1,7 @@
 """Imaging: finished pixels to PNG, JPEG or WebP bytes with the facts of the request inside, and sheets of several.
 
-Every file says in XMP that a trained model made it, a preview too: EU AI Act Art. 50(2) asks for a mark that machines
-read on whatever synthetic image is given out, and a preview is given out. There is no switch.
+Every file says in XMP that a trained model made it: EU AI Act Art. 50(2) asks for a mark that machines
+read on every synthetic image that a service returns, a preview too. There is no switch.
 """
 
 from __future__ import annotations
@@ -175,13 +175,13 @@ def _xmp(facts: dict[str, Any], without: Sequence[str]) -> bytes:
 
     NOTE: XML cannot hold every character, escaped or not: a value from outside is JSON in ASCII.
     """
-    told = {"Iptc4xmpExt:DigitalSourceType": GENERATED, "xmp:CreatorTool": _creator()}
+    fields = {"Iptc4xmpExt:DigitalSourceType": GENERATED, "xmp:CreatorTool": _creator()}
     if facts:
-        told["instep:Request"] = json.dumps({name: value for name, value in facts.items() if name not in without})
+        fields["instep:Request"] = json.dumps({name: value for name, value in facts.items() if name not in without})
     if without:
-        told["instep:LeftOut"] = ", ".join(without)
-    spaces = "".join(f' xmlns:{name}="{_NAMESPACES[name]}"' for name in {key.split(":")[0]: None for key in told})
-    values = "".join(f"<{key}>{escape(value)}</{key}>" for key, value in told.items())
+        fields["instep:LeftOut"] = ", ".join(without)
+    spaces = "".join(f' xmlns:{name}="{_NAMESPACES[name]}"' for name in {key.split(":")[0]: None for key in fields})
+    values = "".join(f"<{key}>{escape(value)}</{key}>" for key, value in fields.items())
     text = (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         f'<rdf:Description rdf:about=""{spaces}>{values}</rdf:Description></rdf:RDF></x:xmpmeta>'

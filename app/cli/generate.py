@@ -111,11 +111,11 @@ def curl_of(route: str, body: Body, format: Format, settings: Settings, out: Pat
     return post(f"{f'[{host}]' if ':' in host else host}:{settings.port}", route, body, format, out)
 
 
-def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None:
+def labels_of(labels: Sequence[str] | None) -> str | list[str] | list[int] | None:
     """The class labels of --class-label: none, one, or several; "162,247" is a list of ids."""
-    if given and _IDS.fullmatch(given[0]):
-        return [int(index) for index in given[0].split(",")]
-    return list(given) if given and len(given) > 1 else next(iter(given or ()), None)
+    if labels and _IDS.fullmatch(labels[0]):
+        return [int(index) for index in labels[0].split(",")]
+    return list(labels) if labels and len(labels) > 1 else next(iter(labels or ()), None)
 
 
 def file_name(job: Job) -> Path:
