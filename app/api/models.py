@@ -1,6 +1,4 @@
-"""/v1/models: the cards as OpenAI's model objects, with what this server knows beside them; their classes; and for
-the admin, to load and unload them.
-"""
+"""/v1/models: the cards as OpenAI's model objects, their classes, and for the admin, to load and unload them."""
 
 from __future__ import annotations
 
