@@ -55,7 +55,7 @@ class Model:
 
     @property
     def on_device(self) -> int:
-        return sum(one.bytes for one in self.parts.values() if one.here)
+        return sum(one.bytes for one in self.parts.values() if here(one))
 
     def components(self, phases: Collection[Phase] = PHASES) -> list[Component]:
         """The components with weights that these phases need; none before the model is built."""
@@ -64,7 +64,7 @@ class Model:
 
     def has(self, phases: Collection[Phase]) -> bool:
         """Whether the model is ready and all components of these phases are on the device."""
-        return self.state == "ready" and all(one.here for one in self.components(phases))
+        return self.state == "ready" and all(here(one) for one in self.components(phases))
 
 
 class Policy:
@@ -112,7 +112,7 @@ class Policy:
         """Components that must leave the device so that all of `wanted` fit, longest unused first; None when what is
         leased or `kept` stands in the way."""
         missing = sum(one.bytes for one in wanted if one.place != "device")
-        idle = (one for one in self.components if one.here and not one.leases and one.bytes)
+        idle = (one for one in self.components if here(one) and not one.leases and one.bytes)
         able = (one for one in idle if one not in wanted and not kept(one))
         return _longest_unused(able, self.used + missing - self.budget)
 
@@ -178,6 +178,11 @@ class Policy:
             return None
         claim([*(one for one in wanted if one.place != "device"), *leaving])
         return Task("bring", model_id, phases, wanted, leaving)
+
+
+def here(one: Component) -> bool:
+    """Whether a component is on the device, and stays for now."""
+    return one.place == "device" and not one.moving
 
 
 def claim(components: Iterable[Component]) -> None:

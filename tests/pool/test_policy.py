@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.pool.memory import Component, Place
-from app.pool.policy import claim
+from app.pool.policy import claim, here
 from app.pool.pool import Pool
 
 
@@ -20,10 +20,6 @@ class Counted:
         self.moving, self.leases = False, 0
         self.owners = {name}
         self.moves: list[str] = []
-
-    @property
-    def here(self) -> bool:
-        return self.place == "device" and not self.moving
 
     def arrive(self) -> None:
         self.moves.append(f"from {self.place}")
@@ -78,7 +74,7 @@ def test_what_moves_counts_until_it_has_moved() -> None:
     going, fresh = Counted("going", 60, 1), Counted("fresh", 60, 0, "away")
     shelf = store(100, 0, going, fresh)
     claim([cast(Component, going)])
-    assert not going.here and shelf.policy.used == 60
+    assert not here(cast(Component, going)) and shelf.policy.used == 60
     assert shelf.policy.room_for([cast(Component, fresh)]) is None
 
 
