@@ -52,8 +52,6 @@ def host_bytes(cgroup: Path = _CGROUP) -> int:
 def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[int, int]:
     """Bytes that weights may take of this device, and of host memory besides. Raises SettingsError.
 
-    On a CPU the device's memory is the host's, so nothing is parked: a part that leaves is read from its files again.
-
     devices: of every engine process; they share the host's memory, and a device that is named twice.
     """
     total = host = host_bytes() // len(devices)
