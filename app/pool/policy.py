@@ -122,8 +122,10 @@ class Policy:
         return _longest_unused(parked, self.parked + one.bytes - self.host)
 
     def forget(self) -> None:
-        """Remove the components without owners. One that is still leased counts on until then."""
+        """Remove the components without owners. One that is still leased counts on, but no new load finds it."""
         self.components = [one for one in self.components if one.owners or one.leases]
+        for one in self.components:
+            one.key = one.key if one.owners else None
 
     def _drop(self) -> Task | None:
         """Free what no other model uses; a last task, without components, tells that nothing more is to be freed."""

@@ -285,9 +285,7 @@ class Pool:
         """The component of a part, which cards share that differ in nothing that changes it."""
         dtype = part_dtype(part.name, self.device, self.dtype)
         key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
-        # One that is leased but has no owners belongs to a model that failed.
-        known = (one for one in self.policy.components if one.key == key and (one.owners or not one.leases))
-        found = next(known, None)
+        found = next((one for one in self.policy.components if one.key == key), None)
         if found is None:
             found = Component(part, self.device, dtype, key)
             with self.lock:

@@ -17,7 +17,7 @@ class Counted:
 
     def __init__(self, name: str, size: int, used: float, place: Place = "device", *, breaks: bool = False) -> None:
         self.name, self.bytes, self.used, self.place, self.breaks = name, size, used, place, breaks
-        self.moving, self.leases = False, 0
+        self.moving, self.leases, self.key = False, 0, name
         self.owners = {name}
         self.moves: list[str] = []
 
@@ -128,6 +128,7 @@ def test_a_part_of_a_model_that_failed_counts_while_it_is_leased() -> None:
     leased.owners, idle.owners = set(), set()
     shelf.policy.forget()
     assert shelf.policy.used == 50
+    assert leased.key is None, "a new load does not take it for its own"
 
 
 def test_a_load_that_breaks_leaves_nothing_moving() -> None:
