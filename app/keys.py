@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from app.cards.catalog import Registry
 from app.cards.files import read_toml
@@ -60,11 +60,10 @@ class Keyring:
 
     def find(self, token: bytes) -> ApiKey | None:
         """The key that this is. Every digest is compared, and in constant time: how long it takes tells nothing."""
-        digest, found = sha256(token).digest(), None
-        for key in (*self.clients, *([self.admin] if self.admin else [])):
-            if hmac.compare_digest(key.digest, digest):
-                found = key
-        return found
+        digest = sha256(token).digest()
+        keys = (*self.clients, self.admin) if self.admin else self.clients
+        found = [key for key in keys if hmac.compare_digest(key.digest, digest)]
+        return found[0] if found else None
 
 
 def read_keys(settings: Settings) -> Keyring:
@@ -148,27 +147,25 @@ class _Entry(BaseModel):
         return bytes.fromhex(self.sha256) if self.sha256 else _digest(self.key or "")
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-
-    keys: Annotated[dict[Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")], _Entry], Field(min_length=1)]
+_Entries = Annotated[dict[Annotated[str, Field(pattern=rf"^{_NAME.pattern}$")], _Entry], Field(min_length=1)]
+_FILE = TypeAdapter(dict[Literal["keys"], _Entries], config=ConfigDict(strict=True, hide_input_in_errors=True))
 
 
 def _from_file(file: Path) -> Iterator[tuple[str, ApiKey]]:
     """The keys of a TOML file. NOTE: `from None`: an error about it may have the keys in it."""
     try:
-        read = _File.model_validate(read_toml(file, partial(_refuse_open, file), FILE_LIMIT))
+        tables = read_toml(file, partial(_refuse_open, file), FILE_LIMIT)
+        read = _FILE.validate_python(tables or {"keys": {}})["keys"]
     except ValidationError as error:
         place, reason = first_problem(error.errors(include_input=False))
         # NOTE: a key may stand where a name belongs; what is shorter than any key is none.
-        parts = (part for part in place if part != "[key]")
-        where = ".".join(part if len(part) < KEY_LENGTH else "..." for part in parts) or "file"
+        where = ".".join(part if len(part) < KEY_LENGTH else "..." for part in place if part != "[key]")
         raise _refused(f"{file}: {where}: {reason}") from None
     except UnicodeDecodeError:
         raise _refused(f"{file}: not UTF-8") from None
     except (OSError, ValueError, RecursionError) as error:
         raise _refused(f"{file}: {(isinstance(error, OSError) and error.strerror) or error}") from None
-    for name, entry in read.keys.items():
+    for name, entry in read.items():
         models = frozenset(entry.models or ())
         yield f"{file}: keys.{name}", ApiKey(name, entry.digest(), entry.weight, entry.priority, models, entry.queue)
 

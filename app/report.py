@@ -29,6 +29,7 @@ class Timings:
 class Tick:
     """One unit of work done: a forward of `passes` (of which `padding` were padding) for `rows` rows.
 
+    cap, rate: the passes that pay at once, and the seconds that each takes then, as the engine has learned so far.
     width, height: pixels of its images. out_of_memory: forwards of it that were split because they did not fit; where
     there are no rows, the first forward of this size did not, which tried it alone.
     text_hits, text_misses: texts that each text encoder had encoded before, or encoded now.
@@ -48,6 +49,7 @@ class Tick:
     out_of_memory: int = 0
     text_hits: int = 0
     text_misses: int = 0
+    rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,9 +124,9 @@ def test_a_bad_setting_is_named_and_its_key_is_not(fields: dict[str, str], said:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "keys: Field required"),
+        ("", "keys: Dictionary should have at least 1 item"),
         ("[keys]", "keys: Dictionary should have at least 1 item"),
-        (f'[key.a]\nkey = "{KEY}"', "keys: Field required"),
+        (f'[key.a]\nkey = "{KEY}"', "key: Input should be 'keys'"),
         ("[keys.a]", "keys.a: give either key or sha256"),
         (f'[keys.a]\nkey = "{KEY}"\nsha256 = "{HEX}"', "keys.a: give either key or sha256"),
         ('[keys.a]\nkey = "short"', f"keys.a: {RULE}"),

@@ -1,4 +1,4 @@
-"""What stands between the wire and a route: CORS, a request's id, limits, turn and log line, and its key.
+"""What stands between the wire and a route: a request's id, limits, turn and log line, and its key.
 
 The layers are plain ASGI: FastAPI's own middleware would hide that a client has left.
 """
@@ -11,15 +11,14 @@ import uuid
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
 from app.api.front import Front
-from app.errors import Cancelled, InstepError, RequestError, SettingsError, Unavailable
-from app.keys import KEY_LENGTH, NOBODY, ApiKey, Keyring
+from app.errors import Cancelled, InstepError, RequestError, Unavailable
+from app.keys import KEY_LENGTH, NOBODY, Keyring
 from app.logs import logger
 
 PROBES = ("/health", "/healthz", "/readyz")
@@ -40,13 +39,6 @@ CLIENT_GONE = 499
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = (*PROBES, "/metrics")
-_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
-_EXPOSED = (
-    *("Location", "Retry-After", "WWW-Authenticate"),
-    *("X-Model", "X-Request-ID", "X-Seed", "X-Should-Retry", "X-Warning"),
-)
-"""Headers of our answers that a page may read, besides those that every page may."""
-
 log = logger("instep.access")
 
 
@@ -96,75 +88,25 @@ class Access:
             _write(scope, method, status, time.perf_counter() - started)
 
 
-class Cors(CORSMiddleware):
-    """The outermost layer: a page may read every answer, also a 401 and a 500. No cookies: a key is a header here."""
-
-    def __init__(self, app: ASGIApp, origins: tuple[str, ...]) -> None:
-        super().__init__(
-            app,
-            allow_origins=origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            allow_private_network=True,
-            expose_headers=_EXPOSED,
-        )
-
-    def preflight_response(self, request_headers: Headers) -> Response:
-        """Starlette's answer, with a refusal in our own envelope. A preflight needs no key."""
-        response = super().preflight_response(request_headers)
-        if response.status_code < 400:
-            return response
-        refusal = error_response(RequestError("CORS_ORIGINS of this server has no such origin.", code="not_allowed"))
-        refusal.headers["Vary"] = response.headers["Vary"]
-        return refusal
-
-    def mark(self, response: Response, origin: str) -> None:
-        """Add the headers for a page of this origin to an answer that no route made."""
-        headers = MutableHeaders(raw=response.raw_headers)
-        headers.update(self.simple_headers)
-        if not self.allow_all_origins and self.is_allowed_origin(origin):
-            self.allow_explicit_origin(headers, origin)
-
-
-def read_origins(setting: str) -> tuple[str, ...]:
-    """The entries of CORS_ORIGINS. Raises SettingsError for one that no browser would send."""
-    origins = tuple(filter(None, (part.strip() for part in setting.split(","))))
-    for origin in origins:
-        if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
-            wanted = 'an origin is scheme://host or scheme://host:port, in lower case and with nothing after it, or "*"'
-            raise SettingsError(f'cors_origins: "{origin[:128]}": {wanted}', param="cors_origins")
-    return origins
-
-
 async def authorize(request: Request) -> None:
     """Put the request's key into its state: the dependency of the whole application. Raises RequestError.
 
     NOTE: it reads the template of the chosen route, never request.url, which is made from the Host header. A route
     without a template is none of the open ones.
     """
-    front: Front = request.app.state.front
+    keys: Keyring = request.app.state.front.keys
     path = getattr(request.scope.get("route"), "path_format", "")
-    try:
-        request.state.key = _key_for(path, front.keys, request)
-    except InstepError as error:
-        front.metrics.rejected("", error.code)
-        raise
-
-
-def _key_for(path: str, keys: Keyring, request: Request) -> ApiKey:
-    if path in OPEN:
-        return NOBODY
     if path in ADMIN and keys.admin is None:
         message = "This server has no admin key, so nobody may load and unload its models by hand."
         raise RequestError(message, code="not_allowed")
-    if path not in ADMIN and not keys.clients:
-        return NOBODY
+    if path in OPEN or (path not in ADMIN and not keys.clients):
+        return
     key = keys.find(_token(request))
     if key is None:
         raise RequestError("This server does not know this key.", code="invalid_api_key")
     if path in ADMIN and key is not keys.admin:
         raise RequestError("This route takes the admin key.", code="not_allowed")
-    return key
+    request.state.key = key
 
 
 def _token(request: Request) -> bytes:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
-from pydantic import BaseModel
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from app.api import docs, images, models
-from app.api.access import Access, Cors, authorize, read_origins
+from app.api.access import Access, authorize
 from app.api.errors import ErrorReply, error_response, on_error, on_http_error, on_invalid
 from app.api.front import Front, front_of
-from app.errors import InstepError, Unavailable
+from app.errors import InstepError, SettingsError, Unavailable
 from app.metrics import CONTENT_TYPE
+from app.settings import Settings
+
+EXPOSED = (
+    *("Location", "Retry-After", "WWW-Authenticate"),
+    *("X-Model", "X-Request-ID", "X-Seed", "X-Should-Retry", "X-Warning"),
+)
+"""Headers of our answers that a page may read, besides those that every page may."""
+
+_ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 
 Application = FastAPI
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
@@ -27,36 +38,27 @@ the bounds below are those of each model."""
 probes = APIRouter(tags=["health"])
 
 
-class Health(BaseModel):
-    """The process answers; `ready` says whether it can draw an image now."""
-
-    status: str
-    ready: bool
-    running: int
-    waiting: int
-    queue_device_seconds: float
-
-
 @probes.get("/health")
 @probes.get("/healthz")
-async def health(request: Request) -> Health:
-    """Live: 200 whenever this process answers at all, with a few numbers."""
+async def health(request: Request) -> dict[str, str | bool | int | float]:
+    """Live: 200 whenever this process answers at all, with a few numbers; `ready` says whether it can draw now."""
     workers = front_of(request).supervisor
-    return Health(
-        status="ok",
-        ready=workers.ready,
-        running=workers.running,
-        waiting=workers.waiting,
-        queue_device_seconds=round(sum(workers.queues), 3),
-    )
+    return {
+        "status": "ok",
+        "ready": workers.ready,
+        "running": workers.running,
+        "waiting": workers.waiting,
+        "queue_device_seconds": round(sum(workers.queues), 3),
+    }
 
 
 @probes.get("/readyz", responses={503: {"model": ErrorReply, "description": "Not ready, or draining"}})
-async def readyz(request: Request) -> dict[str, str]:
+async def readyz(request: Request) -> Response:
     """Ready: an engine process is alive, every PRELOAD model is loaded, and the server does not shut down."""
-    if not front_of(request).supervisor.ready:
-        raise Unavailable("Not ready: the engine or a preloaded model is still starting, or the server drains.")
-    return {"status": "ready"}
+    if front_of(request).supervisor.ready:
+        return JSONResponse({"status": "ready"})
+    message = "Not ready: the engine or a preloaded model is still starting, or the server drains."
+    return error_response(Unavailable(message))
 
 
 @probes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
@@ -92,22 +94,42 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
     for router in (images.router, models.router, probes, docs.router):
         app.include_router(router)
     app.add_middleware(Access)
-    if origins := read_origins(front.settings.cors_origins):
-        app.add_middleware(Cors, origins=origins)
+    if front.settings.cors_origins:
+        app.add_middleware(CORSMiddleware, **_cors(front.settings))
     return app
 
 
 def refuser(app: Application) -> Callable[[InstepError, str], Response]:
     """Makes the answer to a request that reaches no route: counted as all errors, and readable to the same pages."""
     front: Front = app.state.front
-    origins = read_origins(front.settings.cors_origins)
-    cors = Cors(app, origins)
+    cors = CORSMiddleware(app, **_cors(front.settings))
 
     def refuse(error: InstepError, origin: str) -> Response:
         front.metrics.rejected("", error.code)
         response = error_response(error)
-        if origin and origins:
-            cors.mark(response, origin)
+        if origin and front.settings.cors_origins:
+            response.headers.update(cors.simple_headers)
+            if cors.is_allowed_origin(origin):
+                cors.allow_explicit_origin(response.headers, origin)
         return response
 
     return refuse
+
+
+def _cors(settings: Settings) -> dict[str, Any]:
+    """Starlette's options for the pages of CORS_ORIGINS. No cookies: a key is a header here.
+
+    Raises SettingsError for an origin that no browser would send.
+    """
+    origins = tuple(filter(None, (part.strip() for part in settings.cors_origins.split(","))))
+    for origin in origins:
+        if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+            wanted = 'an origin is scheme://host or scheme://host:port, in lower case and with nothing after it, or "*"'
+            raise SettingsError(f'cors_origins: "{origin[:128]}": {wanted}', param="cors_origins")
+    return {
+        "allow_origins": origins,
+        "allow_methods": ["*"],
+        "allow_headers": ["*"],
+        "allow_private_network": True,
+        "expose_headers": EXPOSED,
+    }

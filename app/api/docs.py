@@ -5,6 +5,7 @@ Both are routes of our own, so that they take a key as all others; Swagger UI's 
 
 from __future__ import annotations
 
+import asyncio
 import json
 from functools import cache
 from importlib.resources import files
@@ -95,18 +96,15 @@ def _file(name: str) -> bytes:
 
 async def written(app: FastAPI, front: Front) -> bytes:
     """The document as it is sent, made once for each set of models that a key may use."""
-    kept: dict[tuple[str, ...], bytes] = app.state.documents
+    kept: dict[tuple[str, ...], asyncio.Future[bytes]] = app.state.documents
     models = tuple(front.registry.cards)
 
     def write() -> bytes:
         return json.dumps(document(app, front), ensure_ascii=False, separators=(",", ":")).encode()
 
-    async def make() -> bytes:
-        if models not in kept:
-            kept[models] = await front.in_thread(write)
-        return kept[models]
-
-    return kept[models] if models in kept else await front.shared(("document", models), make)
+    if models not in kept:
+        kept[models] = asyncio.ensure_future(front.in_thread(write))
+    return await asyncio.shield(kept[models])
 
 
 _STATUSES = {
@@ -124,25 +122,18 @@ _STATUSES = {
     504: "The deadline passed",
     507: "One image alone does not fit in the device's memory",
 }
-_REFUSALS = {"401": "No key, or one that this server does not know"}
-_ADMIN_REFUSALS = {**_REFUSALS, "403": "Not the admin key, or this server has none"}
-_KEYS = {
-    "key": {"type": "http", "scheme": "bearer", "description": "One of API_KEYS"},
-    "admin_key": {"type": "http", "scheme": "bearer", "description": "ADMIN_KEY"},
-}
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 def _route(model: type[BaseModel], description: str, *media: str) -> Json:
-    """What FastAPI is told of a route that draws: its JSON reply, which may be a file instead, and its refusals."""
-    files: Json = {f"image/{name}": _BINARY for name in FORMATS}
-    reply = {"model": model, "description": description, "content": files | {name: {"schema": {}} for name in media}}
+    """FastAPI's options of a route that draws: its JSON reply, the files that may come instead of it, its errors."""
+    content = {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
+    content |= {name: {"schema": {}} for name in media}
     errors = {status: {"model": ErrorReply, "description": text} for status, text in _STATUSES.items()}
     body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
     return {
         "tags": ["images"],
         "response_model": None,
-        "responses": {200: reply, **errors},
+        "responses": {200: {"model": model, "description": description, "content": content}, **errors},
         "openapi_extra": {"requestBody": body},
     }
 
@@ -180,13 +171,16 @@ def _place_bodies(document: Json, registry: Registry) -> None:
 
 
 def _place_keys(document: Json, keys: Keyring) -> None:
-    document["components"]["securitySchemes"] = _KEYS
+    schemes = {"key": "One of API_KEYS", "admin_key": "ADMIN_KEY"}
+    document["components"]["securitySchemes"] = {
+        name: {"type": "http", "scheme": "bearer", "description": text} for name, text in schemes.items()
+    }
     reply = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
     for path, operations in document["paths"].items():
-        refusals = _ADMIN_REFUSALS if path in ADMIN else _REFUSALS
+        refusals = {"401": "No key, or one that this server does not know"}
+        if path in ADMIN:
+            refusals["403"] = "Not the admin key, or this server has none"
         for operation in operations.values() if path not in OPEN else ():
             operation["responses"] |= {code: {"description": text, "content": reply} for code, text in refusals.items()}
-            if path in ADMIN and keys.admin:
-                operation["security"] = [{"admin_key": []}]
-            elif path not in ADMIN and keys.clients:
-                operation["security"] = [{"key": []}]
+            if keys.admin if path in ADMIN else keys.clients:
+                operation["security"] = [{"admin_key" if path in ADMIN else "key": []}]

@@ -85,9 +85,12 @@ def error_response(error: e.InstepError) -> Response:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """FastAPI's handler of errors that a route raised."""
+    """FastAPI's handler of errors that a route raised: a request that no job failed for counts as rejected."""
     assert isinstance(error, e.InstepError)
-    facts_of(request).setdefault("error", error.code)
+    facts = facts_of(request)
+    if "error" not in facts:
+        facts["error"] = error.code
+        request.app.state.front.metrics.rejected(facts.get("model", ""), error.code)
     return error_response(error)
 
 

@@ -29,8 +29,6 @@ VALUES_LIMIT = 4096
 """Values, names and brackets in its JSON. Half a million small lists take 60 ms to parse, and a thread does not help:
 the parser holds the interpreter's lock."""
 
-_GZIP = b"\x1f\x8b"
-
 
 @dataclass(frozen=True)
 class Front:
@@ -103,10 +101,6 @@ async def read_json(request: Request) -> object:
         if coding.lower() not in ("", "identity"):
             message = f'Content-Encoding: "{coding[:40]}" is not decoded here; send the JSON as it is'
             raise RequestError(message, code="unsupported_encoding")
-    if data.startswith(_GZIP):
-        raise RequestError(
-            "The body is compressed, which is not understood here: send the JSON as it is", code="invalid_json"
-        )
     return parse_json(data)
 
 
@@ -132,16 +126,15 @@ def accepted_format(request: Request, preferred: str | None = None) -> Format | 
     when Accept names images alone, and none that this server writes.
     """
     ranges = _ranges(",".join(request.headers.getlist("accept")))
-    offers: list[Format | None] = [None, *sorted(FORMATS, key=lambda format: format != preferred)]
-    ranked = [(*_rank(ranges, offer), order) for order, offer in enumerate(offers)]
-    weight, _, order = min(ranked)
-    if weight < 0:
-        return offers[order]
+    images = sorted(FORMATS, key=lambda format: format != preferred)
+    offers: dict[str, Format | None] = {"application/json": None, **{f"image/{format}": format for format in images}}
+    best = min(offers, key=lambda media: _rank(ranges, media))
+    if _rank(ranges, best)[0] < 0:
+        return offers[best]
     if any(media.startswith("image/") and weight < 0 for media, (weight, _) in ranges.items()):
         types = ", ".join(f"image/{format}" for format in FORMATS)
-        raise RequestError(
-            f"Accept: no such image type is written here; there are {types} and application/json", code="not_acceptable"
-        )
+        message = f"Accept: no such image type is written here; there are {types} and application/json"
+        raise RequestError(message, code="not_acceptable")
     return None
 
 
@@ -182,10 +175,10 @@ def _ranges(accept: str) -> dict[str, tuple[float, int]]:
     return found
 
 
-def _rank(ranges: Mapping[str, tuple[float, int]], offer: Format | None) -> tuple[float, int]:
-    """(minus weight, place) of the most specific range that takes this offer; a weight of 0 where none does."""
-    kind, name = ("image", offer) if offer else ("application", "json")
-    return next((ranges[media] for media in (f"{kind}/{name}", f"{kind}/*", "*/*") if media in ranges), (0.0, 0))
+def _rank(ranges: Mapping[str, tuple[float, int]], media: str) -> tuple[float, int]:
+    """(minus weight, place) of the most specific range that takes this type; a weight of 0 where none does."""
+    broader = f"{media.partition('/')[0]}/*"
+    return next((ranges[name] for name in (media, broader, "*/*") if name in ranges), (0.0, 0))
 
 
 def _quality(text: str) -> float:

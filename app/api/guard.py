@@ -148,8 +148,8 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the transport when the connection is closed."""
         self._door.leave(self)
-        self._stop_clock()
-        self._stop_watch()
+        for timer in filter(None, (self._clock, self._watch)):
+            timer.cancel()
         super().connection_lost(exc)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -170,7 +170,8 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """Called by the transport when the client has taken everything."""
         super().resume_writing()
-        self._stop_watch()
+        if self._watch:
+            self._watch.cancel()
         self._settle()
 
     def on_response_complete(self) -> None:
@@ -228,11 +229,6 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
         if self._clock:
             self._clock.cancel()
             self._clock = None
-
-    def _stop_watch(self) -> None:
-        if self._watch:
-            self._watch.cancel()
-            self._watch = None
 
     def _late(self) -> None:
         headed = self.conn.their_state is h11.SEND_BODY

@@ -1,5 +1,5 @@
-"""POST /v1/images/generations, and what its like share: jobs are made of a body, submitted, awaited unless the client
-leaves, counted, logged and answered."""
+"""POST /v1/images/generations and /v1/images/compare: make jobs of a body, submit them, await them unless the client
+leaves, and answer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
@@ -55,20 +54,19 @@ async def create_image(request: Request) -> Response:
     without effect; beside bytes they are the headers X-Model and X-Warning.
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
-    with refusals(front, facts):
-        body = read_body(await read_json(request))
-        card = front.registry.find(body.model)
-        facts["model"] = card.id
-        wanted = accepted_format(request, body.output_format)
-        format = wanted or body.output_format or "png"
-        job = job_of(request, started, card, body, format, wanted is not None)
-        images = job.request.images
-        facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
-        if job.raw and not body.stream and len(images) > 1 and not job.columns:
-            message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
-            raise InvalidValue(message, param="grid")
-        events = EventStream(front, job) if body.stream else None
-        submit(front, [job], key_of(request).queue)
+    body = read_body(await read_json(request))
+    card = front.registry.find(body.model)
+    facts["model"] = card.id
+    wanted = accepted_format(request, body.output_format)
+    format = wanted or body.output_format or "png"
+    job = job_of(request, started, card, body, format, wanted is not None)
+    images = job.request.images
+    facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
+    if job.raw and not body.stream and len(images) > 1 and not job.columns:
+        message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
+        raise InvalidValue(message, param="grid")
+    events = EventStream(front, job) if body.stream else None
+    submit(front, [job], key_of(request).queue)
     if events:
         return await events.begin(request)
     return await reply(request, front, [job], lambda results: answer(job, results[0]))
@@ -86,18 +84,17 @@ async def compare_images(request: Request) -> Response:
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
     queue = key_of(request).queue
-    with refusals(front, facts):
-        raw = await read_json(request)
-        body = await front.in_thread(read_comparison, raw, front.registry)
-        wanted = accepted_format(request, body.output_format)
-        format = wanted or body.output_format or "png"
-        complete = partial(job_of, request, started, format=format, raw=wanted is not None)
-        jobs = await front.in_thread(cells, body, front.registry, complete)
-        facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
-        try:
-            submit(front, jobs, queue)
-        except (Unavailable, RateLimited) as error:
-            raise _for_good(front, jobs, queue) or error from None
+    raw = await read_json(request)
+    body = await front.in_thread(read_comparison, raw, front.registry)
+    wanted = accepted_format(request, body.output_format)
+    format = wanted or body.output_format or "png"
+    complete = partial(job_of, request, started, format=format, raw=wanted is not None)
+    jobs = await front.in_thread(cells, body, front.registry, complete)
+    facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
+    try:
+        submit(front, jobs, queue)
+    except (Unavailable, RateLimited) as error:
+        raise _for_good(front, jobs, queue) or error from None
     try:
         return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
@@ -121,17 +118,6 @@ def patience(request: Request) -> float | None:
     return seconds if seconds > 0 else None
 
 
-@contextmanager
-def refusals(front: Front, facts: dict[str, Any]) -> Iterator[None]:
-    """Count and log the error by which a request is refused."""
-    try:
-        yield
-    except InstepError as error:
-        front.metrics.rejected(facts.get("model", ""), error.code)
-        facts["error"] = error.code
-        raise
-
-
 def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
     """Submit all of these jobs; when one is refused, none is in flight. limit: as in `Supervisor.submit`.
 
@@ -149,7 +135,7 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
 
 
 async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:
-    """What `encode` makes of the results of each job, in a thread.
+    """Await the jobs, and answer with what `encode` makes of the results of each.
 
     When one job fails, all are cancelled and its error is raised; Cancelled when the client leaves.
     """
@@ -177,16 +163,17 @@ def answered(front: Front, jobs: Sequence[Job]) -> None:
 
 
 def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
-    """Count and log jobs that end without an answer: the one with this error as failed, the others as cancelled.
+    """End jobs that get no answer: the one with this error counts as failed, the others as cancelled.
 
-    The full message is for the log, not for the client. Returns the error to answer with: what is not one of ours is a
-    bug, and logged with its traceback.
+    The log has the full message, which the client may not see. Returns the error to answer with: one that is not ours
+    is a bug, and is logged with its traceback.
     """
     guilty = next((job for job in jobs if job.error is error), jobs[0])
     if not isinstance(error, InstepError):
         log.exception("unhandled", request_id=guilty.id)
         error = InstepError(repr(error))
     for job in jobs:
+        job.cancel()
         front.metrics.failed(job.card.id, error.code if job is guilty else Cancelled.code)
     guilty.facts |= {"error": error.code, "detail": error.message}
     return error
@@ -194,23 +181,17 @@ def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
 
 @asynccontextmanager
 async def _watched(request: Request, jobs: Sequence[Job]) -> AsyncIterator[None]:
-    """Cancels the jobs when the client leaves, or the block fails. NOTE: before the body is read this would eat it."""
+    """Cancel the jobs when the client leaves. NOTE: before the body is read this would take it away."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
-        cancel()
-
-    def cancel() -> None:
         for job in jobs:
             job.cancel()
 
     watcher = asyncio.ensure_future(watch())
     try:
         yield
-    except BaseException:
-        cancel()
-        raise
     finally:
         watcher.cancel()
 
@@ -260,12 +241,10 @@ class EventStream(StreamingResponse):
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """NOTE: the cancelling is here, not in the generator: a client may go before the generator has begun, and
-        then its `finally` never runs."""
+        """NOTE: a client may leave before the generator has begun, and then its `finally` never runs."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.cancel()
             if not self._counted:
                 failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
 
@@ -287,11 +266,11 @@ class EventStream(StreamingResponse):
             answered(self._front, [job])
         except Exception as error:
             self._counted = True
-            told = failed(self._front, [job], error)
-            yield f"data: {envelope(told).model_dump_json()}\n\n".encode()
+            problem = envelope(failed(self._front, [job], error))
+            yield f"data: {problem.model_dump_json()}\n\n".encode()
 
     async def _next(self, seconds: float) -> News:
-        """What happened next, a ping after so many seconds of silence, None at the end."""
+        """The next news, a ping after so many seconds of silence, or None at the end."""
         try:
             return await asyncio.wait_for(self._news.get(), seconds)
         except TimeoutError:

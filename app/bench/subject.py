@@ -16,12 +16,13 @@ from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card, read_cards
 from app.cards.catalog import Registry
-from app.cards.files import INDEX, read_toml, to_toml
+from app.cards.files import INDEX, read_toml, write_toml
 from app.cards.folder import ModelFolder, Part
 from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
 from app.families.base import Family
 from app.families.components import has_weights, outline_of
+from app.pool.policy import PHASES
 from app.pool.pool import Pool
 from app.settings import Settings
 from app.worker import plan
@@ -41,7 +42,7 @@ def loaded(settings: Settings, model: str | None, *, random_weights: bool = Fals
     Raises InstepError: there is no such card, or its files are not here.
     """
     with chosen(settings, model, random_weights=random_weights) as (settings, card):
-        cards = {card.id: card} if random_weights else dict(read_cards(settings.models, settings.alias))
+        cards = dict(read_cards(settings.models, settings.alias))
         pool, _ = build(settings, cards, plan.devices(settings.devices)[0], lambda report: None)
         try:
             yield pool, _load(pool, card)
@@ -63,24 +64,19 @@ def chosen(settings: Settings, model: str | None, *, random_weights: bool) -> It
     with tempfile.TemporaryDirectory(prefix="instep-bench-") as folder:
         dtype = resolve_dtype(settings, plan.devices(settings.devices)[0])
         made = write_random(card, cards, Path(folder), dtype)
-        yield settings.model_copy(update={"models": Path(folder)}), made
+        yield settings.model_copy(update={"models": Path(folder), "alias": ""}), made
 
 
 def _load(pool: Pool, card: Card) -> Family:
     """Wait until all parts of the family are on the device."""
     pool.want(card.id)
-    while not all(pool.resident(card.id, phase) for phase in ("encode", "denoise", "decode")):
+    while (family := pool.family(card.id)) is None or not all(pool.resident(card.id, phase) for phase in PHASES):
         if error := pool.failure(card.id):
             raise error
-        if pool.family(card.id) is not None and not pool.fits(card.id):
-            raise LoadError(
-                f"{card.id}: its parts do not fit the device together (INSTEP_DEVICE_MEMORY)",
-                code="insufficient_gpu_memory",
-            )
+        if family is not None and not pool.fits(card.id):
+            why = f"{card.id}: its parts do not fit the device together (INSTEP_DEVICE_MEMORY)"
+            raise LoadError(why, code="insufficient_gpu_memory")
         time.sleep(0.01)
-    family = pool.family(card.id)
-    if family is None:
-        raise CheckpointError(f"{card.id}: gone while it loaded")
     return family
 
 
@@ -101,8 +97,7 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
     index = {key: [None, None] if key not in parts and isinstance(value, list) else value for key, value in own}
     (made / INDEX).write_text(json.dumps(index), encoding="utf-8")
     facts = read_toml(card.file) | {"source": {"path": "."}}
-    lines = [f"{key} = {to_toml(value)}\n" for key, value in facts.items() if key not in ("components", "files")]
-    (made / "card.toml").write_text("".join(lines), encoding="utf-8")
+    write_toml(made / "card.toml", {key: value for key, value in facts.items() if key not in ("components", "files")})
     return read_card(made / "card.toml")
 
 

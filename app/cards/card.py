@@ -156,7 +156,7 @@ class SkipLayers(Section):
 
 
 class Bucket(Section):
-    """The fixed batch sizes of deterministic mode: every forward is padded to these."""
+    """The fixed batch sizes of deterministic mode, to which forwards are padded; a VAE needs small ones at 1024 px."""
 
     passes: Annotated[int, Field(ge=8)] = 8
     encode: Annotated[int, Field(ge=1)] = 1

@@ -16,7 +16,7 @@ from app.cards.card import Card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_labels
 from app.cards.folder import ModelFolder
-from app.cli.options import Folder, open_registry, read_settings
+from app.cli.options import Folder, open_registry, read_settings, with_flags
 from app.errors import CheckpointError, LoadError
 from app.settings import Settings
 
@@ -27,20 +27,19 @@ if TYPE_CHECKING:
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
 
-Place = Annotated[Path | None, typer.Option(show_default=False, help="Folder or safetensors file of this part")]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Place = Annotated[Path | None, typer.Option(help="Folder or safetensors file of this part")]
 
 
+@with_flags(dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3"), Place))
 def add(
     path: Annotated[Path, typer.Argument(help="A diffusers folder, or a safetensors file in its authors' layout")],
     like: Annotated[str | None, typer.Option(help="Card whose settings it takes; by default the one that fits")] = None,
     name: Annotated[str | None, typer.Option("--id", help="Its id; by default made from the file's name")] = None,
-    vae: Place = None,
-    text_encoder: Place = None,
-    text_encoder_2: Place = None,
-    text_encoder_3: Place = None,
     tokenizers: Annotated[Path | None, typer.Option(help="Folder with tokenizer, tokenizer_2 ... in it")] = None,
     rest: Annotated[str | None, typer.Option(help="Card that has the parts that are still missing")] = None,
     models: Folder = None,
+    **places: Path | None,
 ) -> None:
     """Make a card for files of yours, which stay where they are. `instep models check PATH` shows what they lack."""
     from app.checkpoints.inventory import identify, new_folder
@@ -49,8 +48,7 @@ def add(
     registry = open_registry(settings)
     path = path.absolute()
     made = identify(path, registry.cards).choose(registry.find(like) if like else None)
-    encoders = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2, "text_encoder_3": text_encoder_3}
-    for part, place in {"vae": vae, **encoders}.items():
+    for part, place in places.items():
         if place is not None:
             made.take(part, place.absolute())
     if tokenizers is not None:
@@ -70,30 +68,14 @@ def add(
 
 
 def convert(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="The authors' .pt, or one that their train.py saved (its EMA is used), or a folder of diffusers' .bin"
-        ),
-    ],
+    file: Annotated[Path, typer.Argument(help="A .pt of the authors or of their train.py, or a folder of .bin")],
     folder: Annotated[Path, typer.Argument(help="Folder to write, <models>/<id>; see --replace if it exists")],
     vae: Annotated[
-        Path | None,
-        typer.Option(
-            show_default=False,
-            help="VAE to copy, which a .pt lacks: the folder of sd-vae-ft-ema, or its safetensors in ldm names",
-        ),
+        Path | None, typer.Option(help="VAE to copy: folder of sd-vae-ft-ema, or its ldm safetensors")
     ] = None,
-    dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Number format of the network's weights; by default the file's", show_default=False),
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, if the width is not one of the authors'")
-    ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="FOLDER may be a card without weights; the card is kept")
-    ] = False,
+    dtype: Annotated[Dtype | None, typer.Option(help="Format of the network's weights; by default the file's")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads, if not as the authors' widths")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="FOLDER is a card without weights, which is kept")] = False,
     models: Folder = None,
 ) -> None:
     """Convert a DiT's torch files to a model: a card, and safetensors with diffusers' names."""
@@ -110,9 +92,7 @@ def convert(
 
 
 def pull(
-    ids: Annotated[
-        list[str] | None, typer.Argument(help="Model ids or aliases; by default those that the server preloads")
-    ] = None,
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids or aliases; by default what the server preloads")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every card whose files are on the Hub")] = False,
     models: Folder = None,
 ) -> None:

@@ -60,9 +60,9 @@ def generate(
 
 
 def bars(job: Job, console: Console) -> Progress:
-    """A bar for each image, seen from its first step on."""
+    """A bar for each image."""
     made = bars_of(console)
-    follow([job], lambda _, index: f"image {index + 1}", made, ahead=False)
+    follow([job], lambda _, index: f"image {index + 1}", made)
     return made
 
 
@@ -111,11 +111,11 @@ def curl_of(route: str, body: Body, format: Format, settings: Settings, out: Pat
     return post(f"{f'[{host}]' if ':' in host else host}:{settings.port}", route, body, format, out)
 
 
-def labels_of(given: Sequence[str] | None) -> str | list[str] | list[int] | None:
+def labels_of(words: Sequence[str] | None) -> str | list[str] | list[int] | None:
     """The class labels of --class-label: none, one, or several; "162,247" is a list of ids."""
-    if given and _IDS.fullmatch(given[0]):
-        return [int(index) for index in given[0].split(",")]
-    return list(given) if given and len(given) > 1 else next(iter(given or ()), None)
+    if words and _IDS.fullmatch(words[0]):
+        return [int(index) for index in words[0].split(",")]
+    return list(words) if words and len(words) > 1 else next(iter(words or ()), None)
 
 
 def file_name(job: Job) -> Path:

@@ -81,12 +81,12 @@ def _facts_of(card: Card, files: str) -> dict[str, str]:
         "id": card.id,
         "aliases": ", ".join(card.aliases) or "none",
         "description": card.description or "none",
-        "license": card.license or "not said",
+        "license": card.license or "unknown",
         **gated,
         "family": card.family,
         "draws": _draws(card),
-        "parameters": f"{card.parameters:,} in the network" if card.parameters else "not said",
-        "bytes": f"{decimal(card.bytes)} of weights" if card.bytes else "not said",
+        "parameters": f"{card.parameters:,} in the network" if card.parameters else "unknown",
+        "bytes": f"{decimal(card.bytes)} of weights" if card.bytes else "unknown",
         "card": str(card.file),
         "source": source.path if source.path is not None else f"{source.repo}@{source.revision or 'main'}",
         "files": files,
@@ -172,7 +172,9 @@ def _print_found(found: Inventory, settings: Settings) -> None:
         typer.echo(_budget(fit, networks, memory, settings))
         return
     if found.others:
-        typer.echo(f"besides, {len(found.others)} tensors that no layout has, the first {short(found.others[0])}")
+        typer.echo(
+            f"{len(found.others)} tensors belong to no layout that is known here, the first: {short(found.others[0])}"
+        )
     typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, networks))})")
 
 

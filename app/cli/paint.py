@@ -36,21 +36,17 @@ def bars_of(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def follow(jobs: Sequence[Job], name: Callable[[Job, int], str], bars: Progress, *, ahead: bool = True) -> None:
-    """Show the steps of jobs in bars.
-
-    name: of the bar of one image of a job; images with the same name share a bar. ahead: whether a bar is seen before
-    its first step.
-    """
+def follow(jobs: Sequence[Job], name: Callable[[Job, int], str], bars: Progress) -> None:
+    """Show the steps of jobs in bars. name: of the bar of one image of a job; images with the same name share one."""
     names = [(job, name(job, index)) for job in jobs for index in range(len(job.request.images))]
     images = Counter(one for _, one in names)
     totals = {one: images[one] * job.request.recipe.steps for job, one in names}
-    tasks = {one: bars.add_task(one, total=total, visible=ahead) for one, total in totals.items()}
+    tasks = {one: bars.add_task(one, total=total) for one, total in totals.items()}
 
     def hear(job: Job, report: object) -> None:
         if isinstance(report, Step):
             one = name(job, report.index)
-            bars.update(tasks[one], advance=1, total=images[one] * report.steps, visible=True)
+            bars.update(tasks[one], advance=1, total=images[one] * report.steps)
 
     for job in jobs:
         job.on_report = partial(hear, job)

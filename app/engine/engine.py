@@ -70,9 +70,13 @@ class Patience:
     def end(self, work: Work) -> None:
         """Learn from a work; one that failed, or found all of its texts encoded, says nothing of the next."""
         known = work.text_hits > 0
-        if not (work.failed or work.error or work.idle or (known and not work.text_misses)):
-            least = known or work.phase == "profile"
-            self._learn(work.key, work.phase, 1 if least else work.passes, work.seconds)
+        if work.failed or work.error or work.idle or (known and not work.text_misses):
+            return
+        size = 1 if known or work.phase == "profile" else work.passes
+        longest, widest = self._longest.get((work.key, work.phase), (0.0, size))
+        faded = FADING * longest
+        latest = (work.seconds, size) if work.seconds >= faded else (faded, widest)
+        self._longest[work.key, work.phase] = latest
 
     def _limit(self, key: Key, phase: str, size: int) -> float:
         longest = self._longest.get((key, phase))
@@ -85,11 +89,6 @@ class Patience:
         estimate = longest[0] * max(1.0, size / longest[1])
         least = LEAST * large if self._plain else MOST
         return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
-
-    def _learn(self, key: Key, phase: str, size: int, seconds: float) -> None:
-        longest, widest = self._longest.get((key, phase), (0.0, size))
-        faded = FADING * longest
-        self._longest[key, phase] = (seconds, size) if seconds >= faded else (faded, widest)
 
     def _announce(self, phase: str, seconds: float) -> None:
         """Emit a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
@@ -208,9 +207,12 @@ class Engine:
         if work.idle:
             return
         rows = [row for row in work.rows if row.stage != "gone"]
-        if work.phase == "encode":
-            self._settle_encode(work, rows)
-        elif work.phase == "denoise":
+        for row in rows if work.phase == "encode" else ():
+            if row.slot >= 0:
+                row.encode_start, row.denoise_start = work.start, work.start + work.seconds
+                self.batcher.start(row)
+                self.runner.hold(row)
+        if work.phase == "denoise":
             self._settle_denoise(work, rows)
         for row, pixels, latents in work.images:
             if row.stage != "gone":
@@ -223,6 +225,7 @@ class Engine:
                 work.key.model, work.phase, len(work.rows), work.passes + work.padding, work.padding,
                 caps.passes if caps else 0, work.seconds, self.batcher.running, self.batcher.waiting,
                 work.key.width, work.key.height, work.out_of_memory, work.text_hits, work.text_misses,
+                caps.rate if caps else 0.0,
             )
         )  # fmt: skip
 
@@ -237,13 +240,6 @@ class Engine:
                 self._emit(replace(state, state="failed", detail=error.message))
         elif caps := self._costs.caps.get(key):
             self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
-
-    def _settle_encode(self, work: Work, rows: list[Row]) -> None:
-        for row in rows:
-            if row.slot >= 0:
-                row.encode_start, row.denoise_start = work.start, work.start + work.seconds
-                self.batcher.start(row)
-                self.runner.hold(row)
 
     def _settle_denoise(self, work: Work, rows: list[Row]) -> None:
         if work.out_of_memory:

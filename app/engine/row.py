@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
 from app.report import Phase, Result, Timings
-from app.request import Condition, Key, Request
+from app.request import ImageSpec, Key, Request
 from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Row:
     lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
     each: passes of a line without that; total: passes of all lines.
     slot: its place in the key's `Slots` once started. lease: the components of its network, which stay meanwhile.
-    Times are on the engine's clock, in seconds. idled: the wait between its encode and its first step.
+    Times are on the engine's clock, in seconds. ages_at: it counts as aged from then on, while it waits. idled: the
+    wait between its encode and its first step.
     """
 
     request: Request
@@ -46,6 +47,7 @@ class Row:
     lease: list[Component] | None = None
     skipping: range = range(0)
     warnings: tuple[str, ...] = ()
+    ages_at: float = math.inf
     served: float = 0.0
     idled: float = 0.0
     encode_start: float = 0.0
@@ -78,12 +80,8 @@ class Row:
         return self.request.delivery.tenant
 
     @property
-    def condition(self) -> Condition:
-        return self.request.images[self.index].condition
-
-    @property
-    def seed(self) -> int:
-        return self.request.images[self.index].seed
+    def image(self) -> ImageSpec:
+        return self.request.images[self.index]
 
     @property
     def deadline(self) -> float:
@@ -114,7 +112,7 @@ class Row:
             steps=self.lines,
             shared=self.neighbours / self.lines,
         )
-        return Result(self.request.id, self.index, self.seed, pixels, timings, latents, self.warnings)
+        return Result(self.request.id, self.index, self.image.seed, pixels, timings, latents, self.warnings)
 
 
 @dataclass(slots=True)

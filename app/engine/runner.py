@@ -153,7 +153,7 @@ class Runner:
         shape = family.latent_shape(recipe.width, recipe.height)
         tokens = family.image_tokens(recipe.width, recipe.height)
         table = compile_table(family.card.schedule, recipe.sampler, recipe.steps, tokens=tokens)
-        dice = torch.Generator("cpu").manual_seed(row.seed)
+        dice = torch.Generator("cpu").manual_seed(row.image.seed)
         first = torch.randn((1, *shape), generator=dice)[0] * table.init
         slots = self.slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cuts = zip(("prompt", "negative prompt"), self.texts.cuts(family, row), strict=False)

@@ -124,11 +124,6 @@ class Slots:
         lines: np.ndarray = self.plan[rows, self.line[rows]]
         return lines
 
-    def skipping(self, rows: np.ndarray) -> np.ndarray:
-        """Which of these slots make a pass more on the line they run next: int64 [R], 0 or 1."""
-        extra: np.ndarray = (self.plan[rows, self.line[rows], _SKIP] != 0).astype(np.int64)
-        return extra
-
     def _empty_plan(self, lines: int) -> np.ndarray:
         plan = np.zeros((self.capacity + 1, lines, len(LINE)), np.float32)
         plan[self.spare, :, _XX] = 1.0

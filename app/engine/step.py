@@ -10,7 +10,7 @@ import torch
 from app.engine.slots import LINE, PASSES, Gather, Slots
 from app.families.base import Family
 
-_NOISE = LINE.index("xz")
+_NOISE, _SKIP = LINE.index("xz"), LINE.index("skip")
 
 
 class Indices(NamedTuple):
@@ -35,7 +35,7 @@ def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
 
     The slots keep it: while the same rows run together, in the same order, it is the same object.
     """
-    skipping = slots.skipping(rows)
+    skipping = (slots.plan[rows, slots.line[rows], _SKIP] != 0).astype(np.int64)  # rows with a pass more on their line
     key = (rows.tobytes(), skipping.tobytes(), bucket)
     kept = slots.gathered
     if kept is None or kept.key != key:

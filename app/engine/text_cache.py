@@ -108,5 +108,6 @@ def _bytes(states: States) -> int:
 
 
 def _conditions(family: Family, row: Row) -> list[Condition]:
-    own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
-    return [own, family.opposite(row.condition)] if row.request.recipe.guidance.guided else [own]
+    condition = row.image.condition
+    own = Prompt(condition.text) if isinstance(condition, Prompt) else condition
+    return [own, family.opposite(condition)] if row.request.recipe.guidance.guided else [own]

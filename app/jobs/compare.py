@@ -85,7 +85,7 @@ FIELDS = tuple(field for field in CompareBody.model_fields if field not in ("mod
 
 
 def read_comparison(raw: object, registry: Registry) -> CompareBody:
-    """A parsed replies.JSON body with its preset, models and seed filled in; bounds are checked in `cells`.
+    """A parsed JSON body with its preset, models and seed filled in; bounds are checked in `cells`.
 
     A preset without models looks at the disk. Raises RequestError naming the field, and ModelNotFound.
     """

@@ -50,7 +50,7 @@ def host_bytes(cgroup: Path = _CGROUP) -> int:
 
 
 def budgets(settings: Settings, device: str, devices: Sequence[str]) -> tuple[int, int]:
-    """Bytes that weights may take of this device, and of host memory beside it. Raises SettingsError.
+    """Bytes that weights may take of this device, and of host memory besides. Raises SettingsError.
 
     devices: of every engine process; they share the host's memory, and a device that is named twice.
     """

@@ -41,11 +41,6 @@ class Component:
             self.bytes = sum(tensor.numel() for tensor in _tensors(self.value)) * dtype.itemsize
             self.place = "away"
 
-    @property
-    def here(self) -> bool:
-        """Whether it is on the device, and stays for now."""
-        return self.place == "device" and not self.moving
-
     def arrive(self) -> None:
         """Bring the weights to the device, from host memory or from the files. Raises CheckpointError."""
         if self.place == "host":

@@ -55,7 +55,7 @@ class Model:
 
     @property
     def on_device(self) -> int:
-        return sum(one.bytes for one in self.parts.values() if one.here)
+        return sum(one.bytes for one in self.parts.values() if here(one))
 
     def components(self, phases: Collection[Phase] = PHASES) -> list[Component]:
         """The components with weights that these phases need; none before the model is built."""
@@ -64,7 +64,7 @@ class Model:
 
     def has(self, phases: Collection[Phase]) -> bool:
         """Whether the model is ready and all components of these phases are on the device."""
-        return self.state == "ready" and all(one.here for one in self.components(phases))
+        return self.state == "ready" and all(here(one) for one in self.components(phases))
 
 
 class Policy:
@@ -112,7 +112,7 @@ class Policy:
         """Components that must leave the device so that all of `wanted` fit, longest unused first; None when what is
         leased or `kept` stands in the way."""
         missing = sum(one.bytes for one in wanted if one.place != "device")
-        idle = (one for one in self.components if one.here and not one.leases and one.bytes)
+        idle = (one for one in self.components if here(one) and not one.leases and one.bytes)
         able = (one for one in idle if one not in wanted and not kept(one))
         return _longest_unused(able, self.used + missing - self.budget)
 
@@ -122,8 +122,10 @@ class Policy:
         return _longest_unused(parked, self.parked + one.bytes - self.host)
 
     def forget(self) -> None:
-        """Remove the components without owners. One that is still leased counts on until then."""
+        """Remove the components without owners. One that is still leased counts on, but no new load finds it."""
         self.components = [one for one in self.components if one.owners or one.leases]
+        for one in self.components:
+            one.key = one.key if one.owners else None
 
     def _drop(self) -> Task | None:
         """Free what no other model uses; a last task, without components, tells that nothing more is to be freed."""
@@ -178,6 +180,11 @@ class Policy:
             return None
         claim([*(one for one in wanted if one.place != "device"), *leaving])
         return Task("bring", model_id, phases, wanted, leaving)
+
+
+def here(one: Component) -> bool:
+    """Whether a component is on the device, and stays for now."""
+    return one.place == "device" and not one.moving
 
 
 def claim(components: Iterable[Component]) -> None:

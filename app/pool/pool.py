@@ -26,7 +26,7 @@ from app.families.compiling import compile_blocks
 from app.families.components import has_weights
 from app.pool.budget import use_threads
 from app.pool.memory import Component, Place
-from app.pool.policy import PHASES, Model, Parts, Policy, Task, claim
+from app.pool.policy import PHASES, Model, Parts, Policy, Task, claim, here
 from app.report import Evicted, ModelState, Phase, State
 
 RETRY_AFTER = 30.0
@@ -124,7 +124,7 @@ class Pool:
     def lease(self, components: Collection[Component]) -> bool:
         """Forbid these to move until they are released; False, and nothing is leased, while one is not here."""
         with self.lock:
-            if not all(one.here for one in components):
+            if not all(here(one) for one in components):
                 return False
             for one in components:
                 one.leases += 1
@@ -285,9 +285,7 @@ class Pool:
         """The component of a part, which cards share that differ in nothing that changes it."""
         dtype = part_dtype(part.name, self.device, self.dtype)
         key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
-        # One that is leased but has no owners belongs to a model that failed.
-        known = (one for one in self.policy.components if one.key == key and (one.owners or not one.leases))
-        found = next(known, None)
+        found = next((one for one in self.policy.components if one.key == key), None)
         if found is None:
             found = Component(part, self.device, dtype, key)
             with self.lock:

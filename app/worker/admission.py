@@ -26,9 +26,6 @@ DEFAULT_RATE = 0.05
 PACE = 0.1
 """How far an average moves towards what was just measured."""
 
-FULL = 0.75
-"""Forwards of at least this part of the key's cap teach what a pass takes: a narrow one costs more a pass."""
-
 OUTLIER = 4.0
 """A measurement over so many times the average counts as that: the first decode after a load also loads."""
 
@@ -51,11 +48,11 @@ def kind_of(job: Job) -> Kind:
     return Kind(job.request.delivery.tenant, recipe.key, recipe.passes(lines))
 
 
-class Costs:
-    """Estimated device seconds of an image, from the measured rates of an idle device and from past work.
+class Rates:
+    """Estimated device seconds of an image, from what the engine has learned of a pass and from past work.
 
-    An encode and a decode count as one pass each until they have been seen; what a pass takes on a shared or a hot
-    device is learned from full forwards. Sizes of the same area have the same number of tokens, and one rate.
+    An encode and a decode count as one pass each until they have been seen. Sizes of the same area have the same number
+    of tokens, and one rate.
     """
 
     def __init__(self) -> None:
@@ -67,14 +64,12 @@ class Costs:
         rates = self._rates.setdefault(report.model, {})
         if isinstance(report, ModelState):
             rates.update((math.prod(parse_size(size)), rate) for size, rate in report.rates.items())
-        elif report.phase == "denoise":
-            area, passes = report.width * report.height, report.passes - report.padding
-            if area in rates and 0 < report.cap * FULL <= passes:
-                rates[area] = _nearer(rates[area], report.seconds / passes)
-        elif report.rows and report.width:
+        elif report.phase == "denoise" and report.rate:
+            rates[report.width * report.height] = report.rate
+        elif report.phase != "denoise" and report.width:
             place = (report.model, report.phase, report.width, report.height)
             known = self._seen.get(place, self.rate(report.model, report.width, report.height))
-            self._seen[place] = _nearer(known, report.seconds / report.rows)
+            self._seen[place] = known + PACE * (min(report.seconds / report.rows, OUTLIER * known) - known)
 
     def measured(self, model: str) -> bool:
         """Whether the estimates for this model are more than a guess."""
@@ -95,22 +90,18 @@ class Costs:
         return rates[nearest] * area / nearest
 
 
-def _nearer(known: float, taken: float) -> float:
-    return known + PACE * (min(taken, OUTLIER * known) - known)
-
-
 class Backlog:
     """The jobs of one worker, what their unanswered images take, and what the engine last reported of its models.
 
     Images are counted by kind: a sum over kinds is exact and cheap, however many jobs there are. An image counts whole
-    until it is answered, which overstates the queue by at most what is in the slots. Costs outlive the process: the
+    until it is answered, which overstates the queue by at most what is in the slots. Rates outlive the process: the
     next one has the same device and the same files.
     """
 
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.weights: dict[str, float] = {}  # of the tenants that have images here
-        self.costs = Costs()
+        self.rates = Rates()
         self._images: Counter[Kind] = Counter()
         self._states: dict[str, ModelState] = {}
         self._were_ready: set[str] = set()
@@ -145,7 +136,7 @@ class Backlog:
     def hear(self, report: Report) -> None:
         """Learn from a report of the engine, and hand it to the job in flight that it is about."""
         if isinstance(report, ModelState | Tick):
-            self.costs.hear(report)
+            self.rates.hear(report)
         match report:
             case Result() | Progress() | Preview() | Failure():
                 if job := self.jobs.get(report.request_id):
@@ -206,7 +197,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.costs.image(kind.key, kind.passes)
+        return self.rates.image(kind.key, kind.passes)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -271,7 +262,7 @@ def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: f
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
     estimate = Estimate(finish - cost, len(chosen.jobs), cost)
-    if delivery.deadline is not None and chosen.costs.measured(kind.key.model):
+    if delivery.deadline is not None and chosen.rates.measured(kind.key.model):
         _check_deadline(estimate, delivery.deadline - time.monotonic())
     job.estimate = estimate
 

@@ -1,7 +1,4 @@
-"""What the tests of `instep models pull` share: what stands on their Hub, and what came of it.
-
-Knows nothing of the command.
-"""
+"""What the tests of `instep models pull` share: the files on their Hub, and where they are downloaded to."""
 
 from __future__ import annotations
 

@@ -193,6 +193,7 @@ def test_a_device_that_is_not_there_is_one_line(run: Run) -> None:
     assert "toaster" in one_line(run("serve", "--port", 0, "--devices", "toaster"))
 
 
+@pytest.mark.slow
 def test_a_server_starts_answers_and_ends_on_sigterm(tiny: Path, cache: Path) -> None:
     flags = ("--port", "0", "--devices", "cpu", "--models", str(tiny), "--cache", str(cache), "--drain", "5")
     with Process((*INSTEP, "serve", *flags), CI="1") as server:

@@ -9,9 +9,9 @@ import pytest
 
 from app.cards.card import read_cards
 from app.cards.catalog import Registry
-from app.jobs.body import read_body
+from app.jobs.body import SKIPPING, read_body
 from app.jobs.job import Estimate, Job
-from app.jobs.replies import effective, facts, stages, usage, warnings
+from app.jobs.replies import ImagesReply, effective, facts, stages, usage, warnings
 from app.report import Result, Timings
 from app.settings import Settings
 
@@ -79,6 +79,11 @@ def test_the_size_is_that_of_the_file(registry: Registry) -> None:
     assert effective(sheet, 3)["size"] == "64x64"
     assert effective(sheet, 1)["size"] == "32x32"
     assert effective(asked(registry, n=3), 1)["size"] == "32x32"
+
+
+def test_a_reply_repeats_every_parameter_that_was_used(registry: Registry) -> None:
+    assert "max_sequence_length" in effective(asked(registry), 1)
+    assert {*SKIPPING, "true_cfg_scale", *effective(asked(registry), 1)} <= ImagesReply.model_fields.keys()
 
 
 def test_facts_of_one_image_among_several_have_its_own_seed(registry: Registry) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.pool.memory import Component, Place
-from app.pool.policy import claim
+from app.pool.policy import claim, here
 from app.pool.pool import Pool
 
 
@@ -17,13 +17,9 @@ class Counted:
 
     def __init__(self, name: str, size: int, used: float, place: Place = "device", *, breaks: bool = False) -> None:
         self.name, self.bytes, self.used, self.place, self.breaks = name, size, used, place, breaks
-        self.moving, self.leases = False, 0
+        self.moving, self.leases, self.key = False, 0, name
         self.owners = {name}
         self.moves: list[str] = []
-
-    @property
-    def here(self) -> bool:
-        return self.place == "device" and not self.moving
 
     def arrive(self) -> None:
         self.moves.append(f"from {self.place}")
@@ -78,7 +74,7 @@ def test_what_moves_counts_until_it_has_moved() -> None:
     going, fresh = Counted("going", 60, 1), Counted("fresh", 60, 0, "away")
     shelf = store(100, 0, going, fresh)
     claim([cast(Component, going)])
-    assert not going.here and shelf.policy.used == 60
+    assert not here(cast(Component, going)) and shelf.policy.used == 60
     assert shelf.policy.room_for([cast(Component, fresh)]) is None
 
 
@@ -132,6 +128,7 @@ def test_a_part_of_a_model_that_failed_counts_while_it_is_leased() -> None:
     leased.owners, idle.owners = set(), set()
     shelf.policy.forget()
     assert shelf.policy.used == 50
+    assert leased.key is None, "a new load does not take it for its own"
 
 
 def test_a_load_that_breaks_leaves_nothing_moving() -> None:
