@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card, read_cards
 from app.cards.catalog import Registry
-from app.cards.files import INDEX, read_toml, to_toml
+from app.cards.files import INDEX, read_toml, write_toml
 from app.cards.folder import ModelFolder, Part
 from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
@@ -97,8 +97,7 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
     index = {key: [None, None] if key not in parts and isinstance(value, list) else value for key, value in own}
     (made / INDEX).write_text(json.dumps(index), encoding="utf-8")
     facts = read_toml(card.file) | {"source": {"path": "."}}
-    lines = [f"{key} = {to_toml(value)}\n" for key, value in facts.items() if key not in ("components", "files")]
-    (made / "card.toml").write_text("".join(lines), encoding="utf-8")
+    write_toml(made / "card.toml", {key: value for key, value in facts.items() if key not in ("components", "files")})
     return read_card(made / "card.toml")
 
 

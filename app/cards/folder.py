@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from app.cards.card import Card, Source
 from app.cards.files import (
@@ -55,14 +55,6 @@ DIFFUSION = tuple(
     )
 )
 """The schedulers that a card can describe the noise of; a flow among the second has `use_flow_sigmas`."""
-
-_WORDS = {
-    "prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"},
-    "beta_schedule": {word: word for word in ("linear", "scaled_linear")},
-    "timestep_spacing": {word: word for word in ("leading", "linspace", "trailing")},
-    "variance_type": {word: word for word in ("fixed_small", "fixed_large", "learned_range")},
-}
-"""The values that a table of coefficients can be made of, by diffusers' word and by a card's."""
 
 _FIELDS = {
     "num_train_timesteps": ("train_steps", 1000),
@@ -327,10 +319,10 @@ def _diffusion(file: Path, config: Mapping[str, Any], like: Mapping[str, Any]) -
         value = config.get(key, absent)
         if value is None:
             continue
-        words = _WORDS.get(key)
-        if words is not None and value not in words:
+        word, words = "v" if value == "v_prediction" else value, get_args(Schedule.model_fields[field].annotation)
+        if words and word not in words:
             raise CheckpointError(f"{file}: {key} is {_word(value)}, which no schedule here has")
-        made[field] = value if words is None else words[value]
+        made[field] = word
     return made
 
 

@@ -280,6 +280,8 @@ class Inventory:
                         del fit.parts[name]
             return True
         for own, part in self.parts.items():
+            if not part.state:
+                continue
             names = [name for name in sorted(fit.configs, key=lambda name: name != own) if name not in fit.parts]
             fitting = next((name for name in names if self._compare(fit, name, part) == []), None)
             if fitting is None:
