@@ -100,7 +100,7 @@ def warn_of(cards: Cards) -> None:
             log.error("model cannot be loaded", model=card.id, reason=fault.message)
 
 
-def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
+def find_label(card: Card, label: int | str, field: str = "class_label") -> int:
     """The index of a class by id, full name, or one of the synonyms of an ImageNet-like "tench, Tinca".
 
     Raises InvalidValue naming the range, the ids of an ambiguous name, or the nearest names.
@@ -108,22 +108,22 @@ def find_label(card: Card, given: int | str, field: str = "class_label") -> int:
     last = len(card.labels) - 1
     if last < 0:
         raise InvalidValue(f"{field}: {card.id} has no class names; its model_index.json lacks id2label", param=field)
-    if isinstance(given, str):
+    if isinstance(label, str):
         full, synonyms = _ids(card.labels)
-        wanted = given.strip().casefold()
+        wanted = label.strip().casefold()
         found = full.get(wanted) or synonyms.get(wanted, [])
         if len(found) == 1:
             return found[0]
         if found:
             ids = ", ".join(map(str, found))
             raise InvalidValue(f"{field}: several classes of {card.id} have this name; use an id: {ids}", param=field)
-        if not (given.isascii() and given.isdigit() and len(given) < 10):
-            hint = did_you_mean(given, card.labels, most=3, otherwise=f"; see /v1/models/{card.id}/classes?q=")
+        if not (label.isascii() and label.isdigit() and len(label) < 10):
+            hint = did_you_mean(label, card.labels, most=3, otherwise=f"; see /v1/models/{card.id}/classes?q=")
             raise InvalidValue(f"{field}: {card.id} has no such class{hint}", param=field)
-        given = int(given)
-    if not 0 <= given <= last:
+        label = int(label)
+    if not 0 <= label <= last:
         raise InvalidValue(f"{field}: expects a class id from 0 to {last}, or a name", param=field)
-    return given
+    return label
 
 
 def search(card: Card, query: str | None) -> list[tuple[int, str]]:
