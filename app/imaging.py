@@ -1,7 +1,7 @@
-"""Imaging: finished pixels to PNG, JPEG or WebP bytes with the facts of the request inside, and sheets of several.
+"""Imaging: finished pixels to PNG, JPEG or WebP bytes with the request inside, and sheets of several pictures.
 
-Every file says in XMP that a trained model made it, a preview too: EU AI Act Art. 50(2) asks for a mark that machines
-read on whatever synthetic image is given out, and a preview is given out. There is no switch.
+Every file, a preview too, says in XMP that a trained model made it: EU AI Act Art. 50(2) asks for a mark that machines
+can read on every synthetic image. There is no switch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from app.errors import InvalidValue
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
 LONGEST: dict[Format, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
-"""Pixels of a side at which a format, or what writes it, ends."""
+"""Most pixels of a side that a format, or its encoder, can have."""
 DEFAULT_QUALITY = 90
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -61,9 +61,9 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
     """One picture as a file, marked as made by a trained model (XMP `Iptc4xmpExt:DigitalSourceType`).
 
     pixels: uint8 [height, width, 3]. compression: quality 0..100 of JPEG and WebP (OpenAI's field name), None for the
-    default; PNG is lossless and ignores it. facts: the effective request, as A1111's line and as JSON: the text chunks
-    `parameters` and `instep` of a PNG, the EXIF UserComment and the XMP property `instep:Request` of the others; an
-    empty dict writes neither; `instep:LeftOut` names what a JPEG has no room for. Raises InvalidValue: a wrong format.
+    default. facts: the effective request; an empty dict writes none. A PNG has it as A1111's line (`parameters`) and as
+    JSON (`instep`) in text chunks, the others in the EXIF UserComment and the XMP property `instep:Request`, and
+    `instep:LeftOut` names what a JPEG has no room for. Raises InvalidValue for another format.
     """
     if format == "png":
         texts = PngInfo()
@@ -171,20 +171,20 @@ def _creator() -> str:
 
 
 def _xmp(facts: dict[str, Any], without: Sequence[str]) -> bytes:
-    """The XMP packet (ISO 16684-1) of a file: the mark, the maker, and the request less what it is without.
+    """The XMP packet (ISO 16684-1) of a file: the mark, the maker, and the request without the fields of `without`.
 
     NOTE: XML cannot hold every character, escaped or not: a value from outside is JSON in ASCII.
     """
-    told = {"Iptc4xmpExt:DigitalSourceType": GENERATED, "xmp:CreatorTool": _creator()}
+    values = {"Iptc4xmpExt:DigitalSourceType": GENERATED, "xmp:CreatorTool": _creator()}
     if facts:
-        told["instep:Request"] = json.dumps({name: value for name, value in facts.items() if name not in without})
+        values["instep:Request"] = json.dumps({name: value for name, value in facts.items() if name not in without})
     if without:
-        told["instep:LeftOut"] = ", ".join(without)
-    spaces = "".join(f' xmlns:{name}="{_NAMESPACES[name]}"' for name in {key.split(":")[0]: None for key in told})
-    values = "".join(f"<{key}>{escape(value)}</{key}>" for key, value in told.items())
+        values["instep:LeftOut"] = ", ".join(without)
+    spaces = "".join(f' xmlns:{name}="{uri}"' for name, uri in _NAMESPACES.items())
+    elements = "".join(f"<{key}>{escape(value)}</{key}>" for key, value in values.items())
     text = (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
-        f'<rdf:Description rdf:about=""{spaces}>{values}</rdf:Description></rdf:RDF></x:xmpmeta>'
+        f'<rdf:Description rdf:about=""{spaces}>{elements}</rdf:Description></rdf:RDF></x:xmpmeta>'
     )
     return f'<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>{text}<?xpacket end="r"?>'.encode()
 

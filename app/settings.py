@@ -20,7 +20,7 @@ SECRETS = ("api_keys", "admin_key")
 LISTS = ("devices", "preload", "alias", "api_keys", "cors_origins")
 """Fields with several entries, comma separated: each may also be a flag of its own."""
 
-_SERVICE_LINK = re.compile(r"[a-z]+://", re.IGNORECASE)
+_LINK = re.compile(r"[a-z]+://", re.IGNORECASE)
 """Kubernetes and Docker's links set INSTEP_PORT=tcp://10.96.12.7:8000 beside a service named instep."""
 
 
@@ -29,7 +29,7 @@ class _Environment(EnvSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         found = super().__call__().items()
-        return {name: value for name, value in found if value.strip() and not _is_link(name, value)}
+        return {name: value for name, value in found if value.strip() and not (name == "port" and _LINK.match(value))}
 
 
 class Settings(BaseSettings):
@@ -114,7 +114,7 @@ def doubts(settings: Settings, flags: Mapping[str, Any], environment: Mapping[st
     variables = {name.upper(): value for name, value in environment.items()}
     port, keys = variables.get("INSTEP_PORT", ""), variables.get("INSTEP_API_KEYS", "unset")
     found = []
-    if _is_link("port", port) and not flags.get("port"):
+    if _LINK.match(port) and not flags.get("port"):
         found.append(
             f"INSTEP_PORT={port} is ignored: a platform sets this beside a service named instep. "
             f"The port is {settings.port}; --port sets another."
@@ -122,7 +122,3 @@ def doubts(settings: Settings, flags: Mapping[str, Any], environment: Mapping[st
     if not settings.api_keys and not settings.api_keys_file and "" in (flags.get("api_keys"), keys.strip()):
         found.append("API_KEYS is set and empty: this server wants no key, so all who reach it may use it.")
     return found
-
-
-def _is_link(name: str, value: str) -> bool:
-    return name == "port" and _SERVICE_LINK.match(value) is not None

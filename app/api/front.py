@@ -1,5 +1,4 @@
-"""What every route works with: the server's parts in one bundle, and what a request brings: its key, its body as strict
-JSON with limits, the formats that it accepts, and the facts gathered for its log."""
+"""What every route works with: the server's parts, and a request's key, facts for the log, JSON body and Accept."""
 
 from __future__ import annotations
 

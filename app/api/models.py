@@ -1,6 +1,4 @@
-"""/v1/models: the cards as OpenAI's model objects, with what this server knows beside them; their classes; and for
-the admin, to load and unload them.
-"""
+"""/v1/models: the cards as OpenAI's model objects, their classes, and for the admin, to load and unload them."""
 
 from __future__ import annotations
 
@@ -102,17 +100,13 @@ async def get_classes(
 @router.post("/{model:path}/load", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
 async def load_model(request: Request, model: str) -> Response:
     """Begin to load a model on every device. The answer has its state now; GET the model to see when it is ready."""
-    front, card = _working(request, model)
-    front.supervisor.call("load", card.id)
-    return await _one(front, card, 202)
+    return await _ordered(request, model, "load")
 
 
 @router.post("/{model:path}/unload", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
 async def unload_model(request: Request, model: str) -> Response:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
-    front, card = _working(request, model)
-    front.supervisor.call("unload", card.id)
-    return await _one(front, card, 202)
+    return await _ordered(request, model, "unload")
 
 
 # NOTE: the last of them: before the others it would take "a/load" for a name.
@@ -122,11 +116,12 @@ async def get_model(request: Request, model: str) -> Response:
     return await _one(*_found(request, model))
 
 
-def _working(request: Request, name: str) -> tuple[Front, Card]:
+async def _ordered(request: Request, name: str, order: Literal["load", "unload"]) -> Response:
     front, card = _found(request, name)
     if not front.supervisor.live:
         raise Unavailable("No engine process is alive.", retry_after=5.0, code="no_worker")
-    return front, card
+    front.supervisor.call(order, card.id)
+    return await _one(front, card, 202)
 
 
 def _found(request: Request, name: str) -> tuple[Front, Card]:

@@ -110,11 +110,12 @@ class Load:
                 reply = http.post(PATH, json=arrival.body, timeout=None)
                 if reply.status_code != 200:
                     raise EngineError(f"{name}: {reply.status_code} for {arrival.work}: {reply.text[:300]}")
+        self._before = self._forwards()
 
     def time_alone(self) -> None:
         """Time one request of each kind of work on the idle server."""
         for arrival in self.kinds:
-            (answer,) = asyncio.run(open_loop(self.url, [arrival]))
+            (answer,) = asyncio.run(open_loop(self.url, [arrival._replace(at=0.0)]))
             self.times[arrival.work].append(answer.seconds)
         self._before = self._forwards()
 

@@ -110,8 +110,8 @@ def find_label(card: Card, label: int | str, field: str = "class_label") -> int:
         raise InvalidValue(f"{field}: {card.id} has no class names; its model_index.json lacks id2label", param=field)
     if isinstance(label, str):
         full, synonyms = _ids(card.labels)
-        wanted = label.strip().casefold()
-        found = full.get(wanted) or synonyms.get(wanted, [])
+        name = label.strip().casefold()
+        found = full.get(name) or synonyms.get(name, [])
         if len(found) == 1:
             return found[0]
         if found:

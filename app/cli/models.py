@@ -31,34 +31,31 @@ app = typer.Typer(help="List, check, download and add models.", no_args_is_help=
 def list_models(models: Folder = None) -> None:
     """Print a line for each card. files: here, or to pull; `gated` if you have to accept a licence first."""
     cards = open_registry(read_settings(models=models)).all
-    rows = []
-    for card in cards.values():
-        here = _files(card, cards)
-        rows.append(
-            {
-                "model": "\n".join((card.id, *(f"= {alias}" for alias in card.aliases))),
-                "family": card.family,
-                "parameters": _count(card.parameters),
-                "bytes": decimal(card.bytes) if card.bytes else "-",
-                "files": "gated" if card.gated and here != "here" else here,
-                "draws": _draws(card),
-                "size": card.defaults.size,
-                "steps": str(card.defaults.num_inference_steps),
-                "guidance": f"{card.defaults.guidance_scale:g}",
-            }
-        )
-    show_tables(table(rows, ("model", "family", "files", "draws", "size")))
+    show_tables(table([_line(card, cards) for card in cards.values()], ("model", "family", "files", "draws", "size")))
     for error in cards.skipped.values():
         typer.echo(f"skipped: {error.message}", err=True)
+
+
+def _line(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
+    here = _files(card, cards)
+    return {
+        "model": "\n".join((card.id, *(f"= {alias}" for alias in card.aliases))),
+        "family": card.family,
+        "parameters": _count(card.parameters),
+        "bytes": decimal(card.bytes) if card.bytes else "-",
+        "files": "gated" if card.gated and here != "here" else here,
+        "draws": _draws(card),
+        "size": card.defaults.size,
+        "steps": str(card.defaults.num_inference_steps),
+        "guidance": f"{card.defaults.guidance_scale:g}",
+    }
 
 
 @app.command()
 def show(model: Annotated[str, typer.Argument(help="A model id or alias")], models: Folder = None) -> None:
     """Print everything that a card says."""
     registry = open_registry(read_settings(models=models))
-    card = find(registry, model)
-    words = {"here": "here", "pull": f"not here: instep models pull {card.id}", "none": "missing"}
-    show_tables(facts_table(_facts_of(card, words[_files(card, registry.cards)])))
+    show_tables(facts_table(_facts_of(find(registry, model), registry.cards)))
 
 
 def _files(card: Card, cards: Mapping[str, Card]) -> Literal["here", "pull", "none"]:
@@ -69,9 +66,10 @@ def _files(card: Card, cards: Mapping[str, Card]) -> Literal["here", "pull", "no
     return "pull" if any(one.source.repo for one in (card, *owners)) else "none"
 
 
-def _facts_of(card: Card, files: str) -> dict[str, str]:
-    """A card in words, by the name of the fact. files: where they are."""
+def _facts_of(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
+    """A card in words, by the name of the fact."""
     usual, limits, schedule, source = card.defaults, card.limits, card.schedule, card.source
+    words = {"here": "here", "pull": f"not here: instep models pull {card.id}", "none": "missing"}
     gated = {}
     if card.gated:
         from app.checkpoints.hub import page  # late: the Hub library takes a third of a second
@@ -89,7 +87,7 @@ def _facts_of(card: Card, files: str) -> dict[str, str]:
         "bytes": f"{decimal(card.bytes)} of weights" if card.bytes else "unknown",
         "card": str(card.file),
         "source": source.path if source.path is not None else f"{source.repo}@{source.revision or 'main'}",
-        "files": files,
+        "files": words[_files(card, cards)],
         **{f"file {part}": file for part, file in card.files.items()},
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",

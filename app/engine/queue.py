@@ -94,32 +94,32 @@ def _arrival(row: Row) -> tuple[float, int]:
     return row.arrived, row.sequence
 
 
+def _aging(row: Row) -> tuple[float, int]:
+    return row.ages_at, row.sequence
+
+
 class Lane:
-    """The waiting rows of one tenant and one key in sorted lists: by remaining work, by when they age, and the aged by
-    arrival."""
+    """The waiting rows of one tenant and one key in sorted lists: by remaining work and by when they age, those that
+    have aged by arrival."""
 
     def __init__(self) -> None:
-        self._ages_at: dict[Row, float] = {}
         self._shortest: list[Row] = []
-        self._aging: list[tuple[float, int, Row]] = []
+        self._aging: list[Row] = []
         self._aged: list[Row] = []
 
-    def push(self, row: Row, ages_at: float) -> None:
-        """Add a row that counts as aged after `ages_at`, on the engine's clock."""
-        self._ages_at[row] = ages_at
+    def push(self, row: Row) -> None:
         insort(self._shortest, row, key=_shortness)
-        insort(self._aging, (ages_at, row.sequence, row))
+        insort(self._aging, row, key=_aging)
 
-    def remove(self, row: Row) -> int:
-        """Remove a row; returns how many are left."""
+    def remove(self, row: Row) -> bool:
+        """Remove a row; returns whether some are left."""
         place = bisect_left(self._aged, _arrival(row), key=_arrival)
         if self._aged[place : place + 1] == [row]:
             del self._aged[place]
         else:
             del self._shortest[bisect_left(self._shortest, _shortness(row), key=_shortness)]
-            del self._aging[bisect_left(self._aging, (self._ages_at[row], row.sequence))]
-        del self._ages_at[row]
-        return len(self._ages_at)
+            del self._aging[bisect_left(self._aging, _aging(row), key=_aging)]
+        return bool(self._shortest or self._aged)
 
     def best(self, now: float) -> Iterator[Row]:
         """Rows in the order in which they would start: the aged by arrival first."""
@@ -127,11 +127,10 @@ class Lane:
 
     def aged(self, now: float) -> list[Row]:
         """The aged rows, by arrival."""
-        count = bisect_left(self._aging, (now,))
-        for _, _, row in self._aging[:count]:
+        while self._aging and self._aging[0].ages_at < now:
+            row = self._aging.pop(0)
             del self._shortest[bisect_left(self._shortest, _shortness(row), key=_shortness)]
             insort(self._aged, row, key=_arrival)
-        del self._aging[:count]
         return self._aged
 
 
@@ -173,8 +172,8 @@ class Queue:
         """Move arrivals into the lanes, now that the caps are known; returns them."""
         admitted = list(self.arrivals)
         for row in admitted:
-            lane = self._lanes.setdefault(row.tenant, Lane())
-            lane.push(row, row.arrived + AGE_LIMIT * row.remaining * self.caps.rate)
+            row.ages_at = row.arrived + AGE_LIMIT * row.remaining * self.caps.rate
+            self._lanes.setdefault(row.tenant, Lane()).push(row)
         self.arrivals.clear()
         return admitted
 

@@ -31,7 +31,8 @@ class Row:
     lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
     each: passes of a line without that; total: passes of all lines.
     slot: its place in the key's `Slots` once started. lease: the components of its network, which stay meanwhile.
-    Times are on the engine's clock, in seconds. idled: the wait between its encode and its first step.
+    Times are on the engine's clock, in seconds. ages_at: it counts as aged from then on, while it waits. idled: the
+    wait between its encode and its first step.
     """
 
     request: Request
@@ -46,6 +47,7 @@ class Row:
     lease: list[Component] | None = None
     skipping: range = range(0)
     warnings: tuple[str, ...] = ()
+    ages_at: float = math.inf
     served: float = 0.0
     idled: float = 0.0
     encode_start: float = 0.0

@@ -12,7 +12,7 @@ read; `~` is the first index counted from the highest; `%` is every index of the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import isqrt
@@ -26,19 +26,14 @@ Tensors = Mapping[str, torch.Tensor]
 Change = Callable[[torch.Tensor, Tensors], Iterable[torch.Tensor]]
 """(tensor, all tensors by the authors' names) -> the tensors of the rule's names. Raises when the shape is wrong."""
 
-Rule = tuple[str, tuple[str, ...], Change]
-"""A key, the names that its tensor gets, and how the tensors of these names are made of it."""
+Rule = tuple[str, tuple[str, ...], Change | None]
+"""A key, the names that its tensor gets, and how it is changed; None: it stays as it is."""
 
 POSITIONS_TOLERANCE = 1e-2
 """Bound of the error of a stored position embedding, which has sines: bfloat16 keeps them to 4e-3."""
 
 _INDEX = r"(0|[1-9][0-9]{0,3})"
 _TOKENS = {"#": _INDEX, "$": _INDEX, "*": r"(weight|bias)", "**": r"(.*)"}
-
-
-def same(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
-    """The tensor as it is."""
-    return (tensor,)
 
 
 def thirds(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
@@ -83,7 +78,7 @@ _NOT: dict[Change, str] = {
 """The error where a tensor's shape does not allow a change."""
 
 
-def rule(key: str, *names: str, change: Change = same) -> Rule:
+def rule(key: str, *names: str, change: Change | None = None) -> Rule:
     """A rule that renames or splits a tensor; without names it drops it."""
     return key, names, change
 
@@ -93,28 +88,31 @@ def each(words: Mapping[str, str], key: str, name: str) -> tuple[Rule, ...]:
     return tuple(rule(key.format(theirs), name.format(ours)) for theirs, ours in words.items())
 
 
-def apply(rules: Iterable[Rule], state: Tensors) -> State:
+def apply(rules: Sequence[Rule], state: Tensors) -> State:
     """The state by the names that the rules give: views, but for what is swapped. On the meta device too.
 
     Raises ValueError naming the key: one that no rule reads, a shape that cannot be split, two tensors of one name.
     """
-    compiled = [(_pattern(one[0]), one) for one in rules]
     highest = cache(lambda head: _highest(head, state))
     found: State = {}
     for key, tensor in state.items():
-        match, (pattern, names, change) = _rule(compiled, key, highest)
-        try:
-            pieces = change(tensor, state)
-        except (RuntimeError, LookupError) as error:
-            raise ValueError(f"{key} has shape {list(tensor.shape)}, which {_NOT[change]}") from error
-        except ValueError as error:
-            raise ValueError(f"{key} {error}") from error
+        match, (pattern, names, change) = _rule(rules, key, highest)
+        pieces = _pieces(key, tensor, change, state) if change else [tensor]
         for name, piece in zip(names, pieces, strict=bool(names)):
             for full in _named(pattern, name, match, highest):
                 if full in found:
                     raise ValueError(f"{key}: {full} stands in the file twice")
                 found[full] = piece
     return found
+
+
+def _pieces(key: str, tensor: torch.Tensor, change: Change, state: Tensors) -> Iterable[torch.Tensor]:
+    try:
+        return change(tensor, state)
+    except (RuntimeError, LookupError) as error:
+        raise ValueError(f"{key} has shape {list(tensor.shape)}, which {_NOT[change]}") from error
+    except ValueError as error:
+        raise ValueError(f"{key} {error}") from error
 
 
 @cache
@@ -124,12 +122,10 @@ def _pattern(key: str) -> re.Pattern[str]:
     return re.compile("".join(_TOKENS.get(one) or (one if one[:1] == "(" else re.escape(one)) for one in pieces))
 
 
-def _rule(
-    rules: list[tuple[re.Pattern[str], Rule]], key: str, highest: Callable[[str], int]
-) -> tuple[re.Match[str], Rule]:
+def _rule(rules: Sequence[Rule], key: str, highest: Callable[[str], int]) -> tuple[re.Match[str], Rule]:
     """The first rule that reads this key."""
-    for pattern, one in rules:
-        match = pattern.fullmatch(key)
+    for one in rules:
+        match = _pattern(one[0]).fullmatch(key)
         head, marked, _ = one[0].partition("$")
         if match and (not marked or int(match[1]) == highest(head)):
             return match, one
@@ -253,8 +249,8 @@ VAE = (
     rule("model_ema.**"),
 )
 
-# The text encoders have transformers' names already. Of SD3's CLIP-L the authors' code (sd3_infer.py) takes the pooled
-# state before any projection; diffusers, which always projects, gets the identity.
+# The text encoders have transformers' names already. SD3's authors (sd3_infer.py) use the pooled state of CLIP-L before
+# any projection. diffusers always projects, so it gets the identity.
 TEXT = (rule("**", "**"),)
 CLIP_L = (rule("text_projection.weight"), rule("logit_scale"), *TEXT)
 
@@ -263,8 +259,9 @@ CLIP_L = (rule("text_projection.weight"), rule("logit_scale"), *TEXT)
 class Layout:
     """One part as its authors' files name it.
 
-    parts: its names in a model_index.json. classes: it may have. prefixes: that files put before its names. signs:
-    names that all of its files have, and no other layout's. family: of a transformer. prefix: in the file at hand.
+    parts: names of the part in a model_index.json. classes: classes that it may have. prefixes: what files put before
+    the names. signs: names that all files with this layout have, and no others. family: the family of a transformer.
+    prefix: the one of `prefixes` that the file at hand uses.
     """
 
     name: str
@@ -345,7 +342,7 @@ def find_part(part: str, class_name: str, keys: Collection[str]) -> Layout:
 def from_original(class_name: str, state: Tensors, part: str = "transformer") -> State:
     """The tensors of one part by diffusers' names, from all tensors of a file in its authors' layout.
 
-    part: its name in a model_index.json. Views, but for what diffusers has in another order; on the meta device too.
-    Raises ValueError naming the key, or what the file holds.
+    part: its name in a model_index.json. The tensors are views, but for those that diffusers has in another order; they
+    may be on the meta device. Raises ValueError naming the key, or the parts that the file has.
     """
     return find_part(part, class_name, state.keys()).read(class_name, state)

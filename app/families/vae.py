@@ -111,9 +111,9 @@ def shapes(count: int, side: int) -> torch.Tensor:
 def _to_pixels(image: torch.Tensor) -> torch.Tensor:
     """image [B, 3, H, W] in -1..1 -> uint8 [B, H, W, 3], rounded as diffusers' pipelines round.
 
-    Raises EngineError when any number of the batch is not finite, of which rounding would make a black picture.
+    Raises EngineError when any number of the batch is not finite; rounding would turn it into a black picture.
     """
     if not torch.isfinite(image).all():
-        raise EngineError("the decoder gave numbers that are not finite", code="non_finite_output")
+        raise EngineError("the decoder returned numbers that are not finite", code="non_finite_output")
     pixels: torch.Tensor = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous()

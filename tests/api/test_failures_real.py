@@ -59,7 +59,7 @@ def test_it_is_an_error_however_it_is_asked_for(broken: httpx.Client, rest: dict
     ("model", "status", "code", "words"),
     [
         ("absent", 503, "model_not_downloaded", "instep models pull absent"),
-        ("too-large", 507, "insufficient_gpu_memory", "weights may take 1.50 MB"),
+        ("too-large", 507, "insufficient_gpu_memory", "weights may take 1.5MB"),
     ],
 )
 def test_what_is_known_at_once_is_a_status_also_of_a_stream(

@@ -23,7 +23,7 @@ import pytest
 from app.api import docs
 from app.api.access import SLICE
 from app.api.front import Front
-from app.api.guard import AHEAD, READ, Guarded
+from app.api.guard import AHEAD, READ, READ_BODY, Guarded
 from app.cards.catalog import COMPARED, did_you_mean
 from app.cards.folder import ModelFolder
 from app.jobs.body import LONGEST, MOST
@@ -247,7 +247,7 @@ def test_pipelined_requests_are_not_read_without_end(url: str, monkeypatch: pyte
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(client, range(4))) == [2000] * 4
-    assert max(ahead) <= AHEAD + READ
+    assert max(ahead) <= AHEAD + READ_BODY
 
 
 @pytest.mark.slow
