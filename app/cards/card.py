@@ -168,7 +168,7 @@ class Card(Section):
 
     like: the card that `instep models add` copied settings from. classes: their number where model_index.json names
     none, or is not downloaded yet. components: parts that another card shares, as "<card id>/<folder>". files: parts
-    whose tensors are in one safetensors file of the authors' own layout. guidance: "cfg" takes two passes above a
+    with their tensors in one safetensors file of the authors' own layout. guidance: "cfg" takes two passes above a
     scale of 1; "embedded" (FLUX.1-dev) is an input of the network, where 1 is a scale like others. parameters: of the
     denoising network. bytes: of all weights as downloaded.
     """
@@ -274,7 +274,7 @@ class Cards(dict[str, Card]):
             self.check_components()
 
     def check_components(self) -> None:
-        """Skip every card whose `components` name a card or a folder that does not exist."""
+        """Skip every card with `components` that name a card or a folder that does not exist."""
         for card in list(self.values()):
             for part, target in card.components.items():
                 owner, _, rest = target.partition("/")

@@ -2,7 +2,7 @@
 
 It opens no weights beyond their first bytes; of a Hub repository it sees what is in the local cache. Nothing in a
 downloaded folder is trusted: names of parts cannot leave it, and class names are looked up in an allowlist
-(`app/families/components.py`). The schedule comes from scheduler_config.json, whose names are those of diffusers'
+(`app/families/components.py`). The schedule comes from scheduler_config.json, in the words of diffusers'
 schedulers. Keys of how a solver steps are ignored: that is a choice of a request.
 """
 

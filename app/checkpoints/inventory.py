@@ -133,7 +133,7 @@ class Fit:
 
     def _add(self, part: str, found: Found) -> None:
         if self.whole:
-            raise LoadError(f"{self.path}: is a whole model; parts of it cannot be given beside it")
+            raise LoadError(f"{self.path}: is a whole model; no part of it can come from elsewhere")
         self.parts[part] = found
 
     def take_rest(self, owner: Card) -> None:
