@@ -154,9 +154,8 @@ class Batcher:
     def _step(self, now: float) -> Work | None:
         """The best row of all keys decides which key runs; waiting rows it takes along are encoded first."""
         offers = self._offers(now)
-        tenants = {row.tenant for rows in offers.values() for row in rows}
-        if offers and not any(map(self.shares.has, tenants)):
-            self.shares.begin_round(tenants)
+        if offers and not any(self.shares.has(row.tenant) for rows in offers.values() for row in rows):
+            self.shares.begin_round({row.tenant for rows in offers.values() for row in rows})
             offers = self._offers(now)
         if self._encoded_last and any(row.stage == "started" for rows in offers.values() for row in rows):
             # Never two encodes in a row while rows wait to be denoised: those who run must not stand behind arrivals.

@@ -81,8 +81,9 @@ class Curve:
     slows both. The measured profile, which may be from a bad moment, is the first sample of each doubling.
     """
 
-    def __init__(self, seconds: Mapping[int, float]) -> None:
-        """seconds: of a forward by its passes, at least one."""
+    def __init__(self, seconds: Mapping[int, float], scaled: bool = False) -> None:
+        """seconds: of a forward by its passes, at least one. scaled: they are guessed from those of another size."""
+        self.scaled = scaled
         self._base = min(seconds)
         self._pace = seconds[self._base]
         places = range(math.floor(math.log2(max(WIDEST, self._base) / self._base)))
@@ -230,8 +231,8 @@ class Costs:
 
     A file is valid for one card, size, device, dtype, torch version and thread count; text is as long as the card's. A
     size near one already measured is scaled by area, so that a client who asks for every size there is does not stop
-    the others each time. A file is a first guess, perhaps of a busy machine: its curve learns from real forwards, but
-    not in deterministic mode.
+    the others each time. A file is a first guess, perhaps of a busy machine: its curve learns from real forwards. In
+    deterministic mode only the rate does.
 
     compiled: networks compile in their first forwards, so a key is measured at every start, from no file: the compiling
     happens while measuring, which announces itself, and not in the midst of a request. budget: seconds that a
@@ -253,10 +254,12 @@ class Costs:
     def stored(self, family: Family, key: Key) -> Curve | None:
         """A curve scaled from a near size, or from disk; None when the key must be measured."""
         area = key.width * key.height
-        areas = {one.width * one.height: one for one in self.curves if one.model == key.model}
+        # Only from sizes with times of their own: a chain of guesses would lead from any size to any other.
+        own = ((one, curve) for one, curve in self.curves.items() if one.model == key.model and not curve.scaled)
+        areas = {one.width * one.height: curve for one, curve in own}
         near = min(areas, key=lambda other: abs(math.log(other / area)), default=None)
         if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
-            return Curve({passes: cost * area / near for passes, cost in self.curves[areas[near]].widths.items()})
+            return Curve({passes: cost * area / near for passes, cost in areas[near].widths.items()}, scaled=True)
         seconds = _read(file) if (file := self._file(family, key)) else None
         return Curve(seconds) if seconds else None
 
@@ -294,7 +297,11 @@ class Costs:
         """
         for timed, width, took in self._ended() if self._timed else [(key, passes, seconds)]:
             curve, caps = self.curves.get(timed), self.caps.get(timed)
-            if curve is None or caps is None or self.deterministic:
+            if curve is None or caps is None:
+                continue
+            if self.deterministic:  # every forward is as wide as the bucket, but takes what the machine makes of it
+                each = took / max(width, caps.passes)
+                caps.rate += PACE * (min(each, OUTLIER * caps.rate) - caps.rate)
                 continue
             if curve.learn(width, took, now):
                 self.keep(timed)
@@ -333,6 +340,7 @@ class Costs:
 
     def keep(self, key: Key) -> None:
         """Write a profile. Where the folder cannot be written, the next start measures again."""
+        self.curves[key].scaled = False
         if file := self._files[key]:
             with contextlib.suppress(OSError):
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -198,12 +198,12 @@ class Engine:
 
     def _settle(self, work: Work) -> None:
         """Move the rows of a work on, emit its images, answer what failed."""
+        for row, error in work.failed:  # those of earlier forwards too, whatever this work is
+            self._fail(row.request.id, error)
         if work.phase == "profile":
             self._settle_profile(work.key, work.error)
             return
         self.batcher.charge(work, work.seconds)
-        for row, error in work.failed:
-            self._fail(row.request.id, error)
         if work.idle:
             return
         rows = [row for row in work.rows if row.stage != "gone"]
@@ -269,9 +269,10 @@ class Engine:
         rows = self.batcher.started
         for row in rows:
             self.runner.hold(row)
-        for model in self._leaving - {rows[0].key.model for rows in self._open.values()}:
-            self._leaving.discard(model)
-            self._pool.unload(model)
+        if self._leaving:
+            for model in self._leaving - {rows[0].key.model for rows in self._open.values()}:
+                self._leaving.discard(model)
+                self._pool.unload(model)
         self.batcher.paused = self._turns.ask(self.batcher.heads(), self.batcher.finished, rows, self._clock())
 
     def _ready(self, model: str, phase: Phase) -> bool:
@@ -358,12 +359,12 @@ class Engine:
         if state.state == "ready":
             self._turns.loaded(state.model, state.seconds)
             self._patience.forget(state.model)
-        elif state.state in ("failed", "absent"):
-            self.runner.texts.forget(state.model)
-            self.runner.slots.forget(state.model)
         if state.state == "failed" and (error := self._pool.failure(state.model)):
             self._fail_all(state.model, error)
             self._costs.forget(state.model)
+        if state.state in ("failed", "absent"):  # now that its rows have left their slots
+            self.runner.texts.forget(state.model)
+            self.runner.slots.forget(state.model)
 
     def _used(self) -> Memory:
         return Memory({**self._pool.bytes, **self.runner.bytes})

@@ -55,10 +55,12 @@ class Row:
     decode_start: float = 0.0
     neighbours: int = 0
     previews: int = 0
+    tenant: str = field(init=False)
     each: int = field(init=False)
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.tenant = self.request.delivery.tenant
         self.each = 2 if self.request.recipe.guidance.guided else 1
         self.total = self.request.recipe.passes(self.lines)
 
@@ -74,10 +76,6 @@ class Row:
         if not self.skipping:
             return plain
         return plain + max(0, self.skipping.stop - max(self.line, self.skipping.start))
-
-    @property
-    def tenant(self) -> str:
-        return self.request.delivery.tenant
 
     @property
     def image(self) -> ImageSpec:

@@ -119,7 +119,8 @@ class Pool:
 
     def components(self, model_id: str, *phases: Phase) -> list[Component]:
         """What these phases of a model need on the device; nothing until the model was built."""
-        return self._model(model_id).components(phases)
+        with self.lock:  # the loader takes the parts of a model away when it fails
+            return self._model(model_id).components(phases)
 
     def lease(self, components: Collection[Component]) -> bool:
         """Forbid these to move until they are released; False, and nothing is leased, while one is not here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from bisect import bisect, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -57,19 +58,26 @@ class Rates:
 
     def __init__(self) -> None:
         self._rates: dict[str, dict[int, float]] = {}
+        self._areas: dict[str, list[int]] = {}  # of the rates, in order
         self._seen: dict[tuple[str, Phase, int, int], float] = {}
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
-        rates = self._rates.setdefault(report.model, {})
         if isinstance(report, ModelState):
-            rates.update((math.prod(parse_size(size)), rate) for size, rate in report.rates.items())
+            for size, rate in report.rates.items():
+                self._set(report.model, math.prod(parse_size(size)), rate)
         elif report.phase == "denoise" and report.rate:
-            rates[report.width * report.height] = report.rate
+            self._set(report.model, report.width * report.height, report.rate)
         elif report.phase != "denoise" and report.width:
             place = (report.model, report.phase, report.width, report.height)
             known = self._seen.get(place, self.rate(report.model, report.width, report.height))
             self._seen[place] = known + PACE * (min(report.seconds / report.rows, OUTLIER * known) - known)
+
+    def _set(self, model: str, area: int, rate: float) -> None:
+        rates = self._rates.setdefault(model, {})
+        if area not in rates:
+            insort(self._areas.setdefault(model, []), area)
+        rates[area] = rate
 
     def measured(self, model: str) -> bool:
         """Whether the estimates for this model are more than a guess."""
@@ -83,10 +91,12 @@ class Rates:
 
     def rate(self, model: str, width: int, height: int) -> float:
         """Seconds a pass at width x height pixels: measured, or scaled by area from the nearest size, or a guess."""
-        rates, area = self._rates.get(model), width * height
+        rates = self._rates.get(model)
         if not rates:
             return DEFAULT_RATE
-        nearest = area if area in rates else min(rates, key=lambda known: (abs(known - area), known))
+        area, areas = width * height, self._areas[model]
+        above = bisect(areas, area)
+        nearest = min(areas[max(0, above - 1) : above + 1], key=lambda known: abs(known - area))
         return rates[nearest] * area / nearest
 
 

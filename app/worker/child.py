@@ -12,6 +12,7 @@ import time
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 from app.errors import InstepError, Unavailable
 from app.report import Report
@@ -51,11 +52,11 @@ class Child:
     ) -> None:
         self.name = name
         self.backlog = Backlog()
-        self.live = False  # it has said Hello and is not known to be gone
         self.restarts = 0
         self.back_in = 5.0
         self._command, self._start = command, start
         self._hear, self._bury = hear, bury
+        self._state: Literal["start", "live", "gone"] = "gone"
         self._process: Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
@@ -64,6 +65,11 @@ class Child:
         self._born = 0.0
         self._startup = 5.0
         self._stopping = False
+
+    @property
+    def live(self) -> bool:
+        """Whether the process has said Hello and is not known to be gone."""
+        return self._state == "live"
 
     @property
     def pid(self) -> int:
@@ -101,7 +107,7 @@ class Child:
         """Live, die, wait, live again; ends when stopped, or when the very first process never says Hello."""
         delay = FIRST_DELAY
         while not self._stopping:
-            self._born = time.monotonic()
+            self._born, self._state = time.monotonic(), "start"
             try:
                 reason = await self._live()
             except OSError as error:
@@ -111,7 +117,7 @@ class Child:
                 log.exception("the watch over the engine process on %s broke", self.name)
                 reason = f"lost its watch ({type(error).__name__}): killed"
             finally:
-                self.live, self._process = False, None
+                self._state, self._process = "gone", None
             if time.monotonic() - self._born > HEALTHY:
                 delay = FIRST_DELAY
             self.back_in = delay + self._startup
@@ -158,7 +164,7 @@ class Child:
 
     def _kill(self, process: Process) -> None:
         """SIGKILL, if it still runs."""
-        self.live = False
+        self._state = "gone"
         with contextlib.suppress(ProcessLookupError):
             process.kill()
 
@@ -178,8 +184,8 @@ class Child:
         elif message.error:
             self._refusal = message.error
             log.error("engine process on %s refuses: %s", self.name, message.error.message)
-        else:
-            self.live = True
+        elif self._state == "start":  # else it comes too late
+            self._state = "live"
             self._startup = time.monotonic() - self._born
             log.info("engine process %d on %s ready in %.1f s", self.pid, self.name, self._startup)
             if self._greeted and not self._greeted.done():
@@ -192,7 +198,7 @@ class Child:
         both, hang = {listening, ended}, None
         while not hang and not (await asyncio.wait(both, timeout=_CHECK, return_when="FIRST_COMPLETED"))[0]:
             hang = pulse.hang()
-        self.live = False
+        self._state = "gone"
         # The stream may still have the last words of a process that ended; one that closed its end is of no more use.
         if not hang:
             await asyncio.wait(both, timeout=_LINGER)

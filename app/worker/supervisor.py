@@ -194,7 +194,10 @@ class Supervisor:
         if lost:
             log.error("%s: %d requests lost: %s", child.name, len(lost), reason)
         for report in child.backlog.forget():
-            self._observe(report, child.name)
+            try:
+                self._observe(report, child.name)
+            except Exception:  # the worker must come back, whatever the observer makes of its death
+                log.exception("the observer failed on %s", type(report).__name__)
 
 
 class CrashHistory:

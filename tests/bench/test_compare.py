@@ -65,7 +65,8 @@ def test_every_request_is_answered_under_every_policy(compare: Run) -> None:
     for one in found["policies"].values():
         assert one["statuses"] == {"200": 4 + found["requests"]}
         assert one["latency"]["all"]["count"] == found["requests"] and one["capacity"]["median"] > 0
-        assert 1 <= one["rows"] <= max(4, found["requests"])
+        forwards = 20 * (4 + found["requests"]) / one["rows"]
+        assert forwards == pytest.approx(round(forwards)) and one["rows"] >= 1, "the 20 steps of these, and no others"
     assert set(found["ratios"]) == {"continuous"} and found["commit"] is not None
 
 

@@ -365,6 +365,17 @@ def test_a_phase_whose_parts_left_in_that_moment_is_no_work(pool: FakePool, monk
     assert [tick.phase for tick in bench.of(Tick) if tick.phase != "denoise"] == ["encode", "decode"]
 
 
+def test_the_slots_of_a_model_that_fails_while_its_rows_run_are_given_back(pool: FakePool) -> None:
+    bench = Bench(pool)
+    bench.engine.submit(request("open"))
+    bench.turn(3)
+    assert bench.engine.runner.bytes["slots"]
+    pool.errors["fake"] = CheckpointError("the disk is gone")
+    pool.states.append(ModelState("fake", "failed"))
+    bench.run()
+    assert bench.failures["open"].error.code == "model_load_failed" and not bench.engine.runner.bytes["slots"]
+
+
 def test_slots_of_sizes_that_nobody_uses_are_given_back(pool: FakePool) -> None:
     sizes = [(width, height) for width in (16, 32, 48, 64) for height in (16, 32, 64)]
     requests = [request(f"{w}x{h}", width=w, height=h, steps=2) for w, h in sizes]

@@ -129,8 +129,12 @@ def test_a_word_that_is_not_finite_fails_the_prompts_that_have_it(tiny_pool: Poo
     assert [name for name, _ in bench.results] == ["fine"] and bench.results["fine", 0].pixels.std() > 1
 
 
-def test_the_last_step_is_watched_too(tiny_pool: Pool, family: Any) -> None:
-    """Fine until its last forward: a row is found one step late, and there is no later step."""
+@pytest.mark.parametrize("between", [False, True])
+def test_the_last_step_is_watched_too(tiny_pool: Pool, family: Any, between: bool) -> None:
+    """Fine until its last forward: a row is found one step late, and there is no later step.
+
+    between: what comes next is the measurement of another size.
+    """
     calls = 0
 
     def spoil(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
@@ -139,9 +143,15 @@ def test_the_last_step_is_watched_too(tiny_pool: Pool, family: Any) -> None:
         return output * NAN if calls == 3 else output
 
     hook = family.network.proj_out.register_forward_hook(spoil)
-    bench = Bench(tiny_pool).run([draw("late", steps=3)])
+    bench = Bench(tiny_pool)
+    bench.engine.submit(draw("late", steps=3))
+    while calls < 3:
+        bench.engine.tick()
     hook.remove()
-    assert calls == 3 and not bench.results and bench.failures["late"].error.code == "non_finite_output"
+    bench.run([changed(draw("large"), width=48)] if between else [])
+    error = bench.failures["late"].error
+    assert error.code == "non_finite_output" and "the network gave" in error.message, "told before the decoder sees it"
+    assert list(bench.results) == [("large", 0)] * between
 
 
 def test_a_preview_that_is_not_finite_is_left_out(

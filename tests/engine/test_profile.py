@@ -145,6 +145,17 @@ def test_a_size_near_a_measured_one_is_scaled_by_area(tmp_path: Path) -> None:
     assert len(family.widths) > forwards
 
 
+def test_a_guess_is_not_scaled_again(tmp_path: Path) -> None:
+    """Else a client would lead from size to size to times that have nothing to do with the measured ones."""
+    family, costs = FakeFamily(card()), Costs(tmp_path)
+    seconds_of(costs, family, Key("fake", 64, 64, 24))
+    forwards = len(family.widths)
+    seconds_of(costs, family, Key("fake", 64, 56, 24))
+    assert len(family.widths) == forwards
+    seconds_of(costs, family, Key("fake", 64, 48, 24))
+    assert len(family.widths) > forwards, "48 is near 56, which is a guess, and not near 64"
+
+
 def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> None:
     family = FakeFamily(card())
     seconds_of(Costs(tmp_path), family, KEY)
@@ -156,3 +167,14 @@ def test_a_damaged_or_unwritable_profile_is_measured_again(tmp_path: Path) -> No
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert min(seconds_of(Costs(blocked), family, KEY)) == 1
+
+
+def test_in_deterministic_mode_the_rate_follows_the_machine_and_the_widths_stay(tmp_path: Path) -> None:
+    """Admission goes by the rate; it may not stay for ever where a profile from a bad moment has put it."""
+    family: Any = FakeFamily(card(bucket={"passes": 12, "encode": 4, "decode": 2}))
+    costs = Costs(tmp_path, deterministic=True)
+    costs.add(family, KEY, Curve({1: 1.0, 16: 16.0}))
+    for now in range(300):
+        costs.learn(KEY, 2, 0.24, float(now))  # two rows, and ten places of padding
+    caps = costs.caps[KEY]
+    assert caps.rate == pytest.approx(0.02, rel=0.01) and (caps.passes, caps.encode, caps.trial) == (12, 4, 0)

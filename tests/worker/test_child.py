@@ -79,6 +79,18 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(body, code, words):
     run(scenario)
 
 
+def test_a_hello_after_the_death_is_no_start():
+    """From a child of the process that has its stream."""
+    command = script(f"if os.fork(): os._exit(7)\ntime.sleep(0.25); say({HELLO}); time.sleep(1)")
+
+    async def scenario():
+        supervisor = Supervisor(Settings(devices="cpu"), CARDS, command=command)
+        with refused("no_worker", match="ended with exit code 7"):
+            await supervisor.start()
+
+    run(scenario)
+
+
 def test_a_program_that_is_not_there():
     async def scenario():
         supervisor = Supervisor(Settings(devices="cpu"), CARDS, command=("/nowhere/python",))

@@ -259,3 +259,24 @@ def test_a_dead_worker_holds_no_memory():
             assert told == {"cpu": {"weights": 5, "budget": 9}, "cpu#1": {"weights": 0, "budget": 0}}
 
     run(scenario)
+
+
+def test_an_observer_that_fails_at_a_death_does_not_keep_the_worker_away(quick_restarts):
+    dead = False
+
+    def observe(report, worker):
+        if dead:
+            raise RuntimeError("a bug in the figures")
+
+    async def scenario():
+        nonlocal dead
+        supervisor = Supervisor(
+            Settings(devices="cpu", preload=""), CARDS, observe=observe, command=script(f"say({HELLO}); time.sleep(60)")
+        )
+        await supervisor.start()
+        dead = True
+        os.kill(supervisor.pids[0], signal.SIGKILL)
+        await until(lambda: supervisor.restarts == 1 and supervisor.live)
+        await supervisor.stop(0)
+
+    run(scenario)
