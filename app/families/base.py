@@ -11,7 +11,7 @@ import torch
 from app.cards.card import Card
 from app.errors import CheckpointError
 from app.families import vae
-from app.families.text import Encoder, Read, States, cut_text, prompt_text, read_texts, t5_states
+from app.families.text import Cut, Encoder, Read, States, cut_text, prompt_text, read_texts, t5_states
 from app.report import Phase
 from app.request import Condition, Prompt
 
@@ -111,10 +111,10 @@ class Family(ABC):
         """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
         return self.join(text_length, lambda name, *shapes: self._zeros(1, *shapes))
 
-    def truncated(self, condition: Condition, text_length: int) -> str | None:
+    def truncated(self, condition: Condition, text_length: int, cut: Cut = cut_text) -> str | None:
         """The end of the prompt that no encoder sees, as the user wrote it; None for a label, or when one sees all."""
         cuts = [
-            cut_text(encoder.tokenizer, prompt_text(condition), self._length(name, text_length))
+            cut(encoder.tokenizer, prompt_text(condition), self._length(name, text_length))
             for name, encoder in self.encoders.items()
             if encoder
         ]
