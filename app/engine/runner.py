@@ -17,15 +17,14 @@ import torch
 
 from app.engine.costs import Costs
 from app.engine.row import Row, Work
-from app.engine.slots import SlotPool
-from app.engine.step import denoise_step, gather
+from app.engine.step import LINE, SKIP, SlotPool, denoise_step
 from app.errors import EngineError, InstepError, OutOfMemory
 from app.families.base import Conditions, Family
 from app.families.text import TextCache
 from app.pool.memory import Component
 from app.pool.pool import Pool, use_threads
-from app.request import Condition, Prompt
-from app.samplers.table import compile_table
+from app.request import Condition, Guidance, Prompt
+from app.samplers.table import COLUMNS, Table, compile_table
 
 _STAT = Path("/proc/stat")
 
@@ -92,6 +91,16 @@ def encode_rows(family: Family, rows: list[Row], batch: int | None, texts: TextC
     encoded = family.encode(list(places), rows[0].key.text_length, batch, partial(texts.read, family.card.id))
     parts = {name: value.chunk(len(places)) for name, value in encoded.items()}
     return [{name: torch.cat([part[places[one]] for one in both]) for name, part in parts.items()} for both in wanted]
+
+
+def plan_of(table: Table, guidance: Guidance, skipping: range = range(0)) -> np.ndarray:
+    """The plan of a row for its slot, float32 [lines, len(LINE)]. skipping: its lines with skip-layer guidance."""
+    plan = np.zeros((table.lines, len(LINE)), np.float32)
+    plan[:, : len(COLUMNS)] = table.coefficients()
+    plan[:, len(COLUMNS) :] = guidance.scale - 1 if guidance.guided else 0.0, 0.0, guidance.embedded or 0.0
+    if guidance.skip:
+        plan[skipping.start : skipping.stop, SKIP] = guidance.skip.scale
+    return plan
 
 
 class Runner:
@@ -196,7 +205,7 @@ class Runner:
             for name, cut in zip(("prompt", "negative prompt"), cuts, strict=False)
             if cut
         )
-        row.slot = slots.take(table, first, conditions, recipe.guidance, row.skipping, dice)
+        row.slot = slots.take(plan_of(table, recipe.guidance, row.skipping), first, conditions, dice)
 
     def denoise(self, rows: list[Row], work: Work) -> None:
         """Run the next line of the rows' tables, in one forward."""
@@ -205,10 +214,12 @@ class Runner:
         index = _slots_of(rows)
         slots.line[index] = [row.line for row in rows]
         slots.draw(index)
-        plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
-        with self._costs.timing(work.key, len(plan.owner), family.device):
-            self._unread.append((rows, denoise_step(family, slots, plan)[: len(rows)]))
-        work.padding += plan.padding
+        passes = sum(row.passes for row in rows)
+        bucket = family.card.bucket.passes if self._deterministic else None
+        width = bucket or passes
+        with self._costs.timing(work.key, width, family.device):
+            self._unread.append((rows, denoise_step(family, slots, index, bucket)[: len(rows)]))
+        work.padding += width - passes
 
     def decode(self, rows: list[Row], work: Work) -> None:
         """Decode the rows' latents into the images of the work."""
