@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
 from app.report import Phase, Result, Timings
-from app.request import ImageSpec, Key, Request
+from app.request import Condition, Key, Request
 from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
@@ -78,8 +78,12 @@ class Row:
         return plain + max(0, self.skipping.stop - max(self.line, self.skipping.start))
 
     @property
-    def image(self) -> ImageSpec:
-        return self.request.images[self.index]
+    def condition(self) -> Condition:
+        return self.request.images[self.index].condition
+
+    @property
+    def seed(self) -> int:
+        return self.request.images[self.index].seed
 
     @property
     def deadline(self) -> float:
@@ -110,7 +114,7 @@ class Row:
             steps=self.lines,
             shared=self.neighbours / self.lines,
         )
-        return Result(self.request.id, self.index, self.image.seed, pixels, timings, latents, self.warnings)
+        return Result(self.request.id, self.index, self.seed, pixels, timings, latents, self.warnings)
 
 
 @dataclass(slots=True)
