@@ -15,7 +15,7 @@ from tests.parts.tracing import Tracer
 from tests.parts.waiting import eventually
 
 ROOT = Path(__file__).parent.parent
-FILES, CLASSES = 40, 18
+FILES, CLASSES = 30, 12
 
 pytestmark = pytest.mark.slow
 

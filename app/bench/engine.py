@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from app.bench.machine import Samples, alternate, milliseconds, seconds
 from app.cards.card import Card
 from app.engine.engine import Engine
-from app.engine.slots import Slots
-from app.engine.step import denoise_step, gather
+from app.engine.runner import plan_of
+from app.engine.step import Slots, denoise_step
 from app.families.base import Family
 from app.families.compiling import as_written
 from app.imaging import encode_image
@@ -64,12 +64,13 @@ def _way(family: Family, width: int, height: int, passes: int) -> Callable[[], f
     scale = card.defaults.guidance_scale if card.guidance == "embedded" else 0.0
     conditions = {name: value for name, value in family.blank(card.text_length).items() if name != "guidance"}
     first = torch.randn(passes, *shape, generator=torch.Generator().manual_seed(0)) * table.init
-    rows = np.array([slots.take(table, noise, conditions, Guidance(embedded=scale)) for noise in first], np.int64)
+    plan = plan_of(table, Guidance(embedded=scale))
+    rows = np.array([slots.take(plan, noise, conditions) for noise in first], np.int64)
     start = slots.x.clone()
 
     def step() -> float:
         slots.x.copy_(start)  # a network of random weights would leave the range of floats
-        return seconds(lambda: denoise_step(family, slots, gather(slots, rows)), family.device)
+        return seconds(lambda: denoise_step(family, slots, rows), family.device)
 
     return step
 

@@ -25,7 +25,7 @@ from pydantic import Field, TypeAdapter
 from app.cards.card import Card
 from app.cards.files import read_file
 from app.engine.row import Caps
-from app.engine.slots import PASSES
+from app.engine.step import PASSES
 from app.families.base import Family
 from app.request import Key
 

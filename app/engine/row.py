@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
 from app.report import Phase, Result, Timings
-from app.request import ImageSpec, Key, Request
+from app.request import Condition, Key, Request
 from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
@@ -80,8 +80,12 @@ class Row:
         return self.request.delivery.tenant
 
     @property
-    def image(self) -> ImageSpec:
-        return self.request.images[self.index]
+    def condition(self) -> Condition:
+        return self.request.images[self.index].condition
+
+    @property
+    def seed(self) -> int:
+        return self.request.images[self.index].seed
 
     @property
     def deadline(self) -> float:
@@ -112,7 +116,7 @@ class Row:
             steps=self.lines,
             shared=self.neighbours / self.lines,
         )
-        return Result(self.request.id, self.index, self.image.seed, pixels, timings, latents, self.warnings)
+        return Result(self.request.id, self.index, self.seed, pixels, timings, latents, self.warnings)
 
 
 @dataclass(slots=True)

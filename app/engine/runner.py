@@ -1,24 +1,38 @@
-"""Runner: computes a Work on the device. Encodes rows into slots, runs their steps, decodes their latents."""
+"""Runner: computes a Work on the device. Encodes rows into slots, runs their steps, decodes their latents.
+
+Cores: how many threads a forward on a CPU may use beside other processes.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from app.engine.costs import Costs
 from app.engine.row import Row, Work
-from app.engine.slots import SlotPool
-from app.engine.step import denoise_step, gather
-from app.engine.text_cache import TextCache
+from app.engine.step import LINE, SKIP, SlotPool, denoise_step
 from app.errors import EngineError, InstepError, OutOfMemory
 from app.families.base import Conditions, Family
-from app.pool.budget import Cores
+from app.families.text import TextCache
 from app.pool.memory import Component
-from app.pool.pool import Pool
-from app.samplers.table import compile_table
+from app.pool.pool import Pool, use_threads
+from app.request import Condition, Guidance, Prompt
+from app.samplers.table import COLUMNS, Table, compile_table
+
+_STAT = Path("/proc/stat")
+
+LOOK = 0.2
+"""Seconds between two looks at the other processes, and the span that a look is about."""
+
+SLACK = 0.4
+"""Cores that others may use in all before a thread is given up: below this, all threads are still faster."""
 
 ALONE = "this image alone does not fit in the device's memory"
 
@@ -58,6 +72,35 @@ def attempt(call: Callable[[], None], where: str) -> InstepError | None:
     except BaseException as error:  # one row must not end the others: tokenizers panic as BaseException
         return EngineError(f"{type(error).__name__} in {where}")
     return None
+
+
+def conditions_of(family: Family, row: Row) -> list[Condition]:
+    """The row's own condition, and where it is guided the one that guidance moves away from."""
+    own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
+    return [own, family.opposite(row.condition)] if row.request.recipe.guidance.guided else [own]
+
+
+def encode_rows(family: Family, rows: list[Row], batch: int | None, texts: TextCache) -> list[Conditions]:
+    """The conditions of each of these rows of one key, [1 or 2, ...] by name, in the order of `conditions_of`.
+
+    Texts that are not cached are encoded, in one batch for each encoder; the encoders must be on the device.
+    batch: as `Family.encode`.
+    """
+    wanted = [conditions_of(family, row) for row in rows]
+    places = {one: place for place, one in enumerate(dict.fromkeys(one for both in wanted for one in both))}
+    encoded = family.encode(list(places), rows[0].key.text_length, batch, partial(texts.read, family.card.id))
+    parts = {name: value.chunk(len(places)) for name, value in encoded.items()}
+    return [{name: torch.cat([part[places[one]] for one in both]) for name, part in parts.items()} for both in wanted]
+
+
+def plan_of(table: Table, guidance: Guidance, skipping: range = range(0)) -> np.ndarray:
+    """The plan of a row for its slot, float32 [lines, len(LINE)]. skipping: its lines with skip-layer guidance."""
+    plan = np.zeros((table.lines, len(LINE)), np.float32)
+    plan[:, : len(COLUMNS)] = table.coefficients()
+    plan[:, len(COLUMNS) :] = guidance.scale - 1 if guidance.guided else 0.0, 0.0, guidance.embedded or 0.0
+    if guidance.skip:
+        plan[skipping.start : skipping.stop, SKIP] = guidance.skip.scale
+    return plan
 
 
 class Runner:
@@ -142,7 +185,7 @@ class Runner:
         """Encode the rows' conditions, and give each row its slot."""
         family = self._family(work.key.model)
         batch = family.card.bucket.encode if self._deterministic else None
-        encoded = self.texts.encode(family, rows, batch)
+        encoded = encode_rows(family, rows, batch, self.texts)
         for row, conditions in zip(rows, encoded, strict=True):
             if row.slot < 0:  # else placed by an attempt that failed at a later row
                 self._place(family, row, conditions)
@@ -153,12 +196,16 @@ class Runner:
         shape = family.latent_shape(recipe.width, recipe.height)
         tokens = family.image_tokens(recipe.width, recipe.height)
         table = compile_table(family.card.schedule, recipe.sampler, recipe.steps, tokens=tokens)
-        dice = torch.Generator("cpu").manual_seed(row.image.seed)
+        dice = torch.Generator("cpu").manual_seed(row.seed)
         first = torch.randn((1, *shape), generator=dice)[0] * table.init
         slots = self.slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
-        cuts = zip(("prompt", "negative prompt"), self.texts.cuts(family, row), strict=False)
-        row.warnings = tuple(f'the {it} is too long for the text encoder; not seen: "{cut}"' for it, cut in cuts if cut)
-        row.slot = slots.take(table, first, conditions, recipe.guidance, row.skipping, dice)
+        cuts = [family.truncated(one, row.key.text_length, self.texts.cut) for one in conditions_of(family, row)]
+        row.warnings = tuple(
+            f'the {name} is too long for the text encoder; not seen: "{cut}"'
+            for name, cut in zip(("prompt", "negative prompt"), cuts, strict=False)
+            if cut
+        )
+        row.slot = slots.take(plan_of(table, recipe.guidance, row.skipping), first, conditions, dice)
 
     def denoise(self, rows: list[Row], work: Work) -> None:
         """Run the next line of the rows' tables, in one forward."""
@@ -167,10 +214,12 @@ class Runner:
         index = _slots_of(rows)
         slots.line[index] = [row.line for row in rows]
         slots.draw(index)
-        plan = gather(slots, index, family.card.bucket.passes if self._deterministic else None)
-        with self._costs.timing(work.key, len(plan.owner), family.device):
-            self._unread.append((rows, denoise_step(family, slots, plan)[: len(rows)]))
-        work.padding += plan.padding
+        passes = sum(row.passes for row in rows)
+        bucket = family.card.bucket.passes if self._deterministic else None
+        width = bucket or passes
+        with self._costs.timing(work.key, width, family.device):
+            self._unread.append((rows, denoise_step(family, slots, index, bucket)[: len(rows)]))
+        work.padding += width - passes
 
     def decode(self, rows: list[Row], work: Work) -> None:
         """Decode the rows' latents into the images of the work."""
@@ -210,3 +259,61 @@ class Runner:
 
 def _slots_of(rows: list[Row]) -> np.ndarray:
     return np.array([row.slot for row in rows], np.int64)
+
+
+class Cores:
+    """Keeps the calling thread's number of torch threads at what other processes leave free.
+
+    OpenMP's threads spin where they wait for each other. If one shares its core with another process, all spin until it
+    has had its turn: on 2 cores an image took 4 times as long beside one busy process, and 1.3 times with one thread
+    less (`python -m tests.bench.neighbours`). Processes with a niceness above 0 give way by themselves, and do not
+    count while this one has none.
+
+    most: the threads where nobody else computes. clock: seconds. used: processor seconds of this process.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        clock: Callable[[], float] = time.monotonic,
+        used: Callable[[], float] = time.process_time,
+        stat: Path = _STAT,
+    ) -> None:
+        self.threads = self._most = most
+        self._clock, self._used, self._stat = clock, used, stat
+        self._last = self._look()
+
+    def adapt(self) -> None:
+        """Look at the other processes, if the last look is long enough ago, and set the number of threads."""
+        if self._last is None or self._clock() - self._last[0] < LOOK:
+            return
+        before, self._last = self._last, self._look()
+        if self._last is None:
+            return
+        seconds, all_used, own = (now - then for now, then in zip(self._last, before, strict=True))
+        others = (all_used - own) / seconds
+        free = len(os.sched_getaffinity(0)) - max(0, math.ceil(others - SLACK))
+        threads = max(1, min(self._most, free))
+        if threads != self.threads:
+            self.threads = threads
+            use_threads(threads)
+
+    def _look(self) -> tuple[float, float, float] | None:
+        """Seconds on the clock, of all processes on our cores, and of this one; None where the system does not say."""
+        try:
+            lines = self._stat.read_text().splitlines()
+            ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+            niced = os.nice(0) > 0
+            busy = sum(_ticks(line, niced) for line in lines if line.partition(" ")[0] in ours)
+            return self._clock(), busy / os.sysconf("SC_CLK_TCK"), self._used()
+        except (OSError, AttributeError, ValueError, IndexError):
+            return None
+
+
+def _ticks(line: str, niced: bool) -> int:
+    """The busy time of a core in a line of /proc/stat, with what the hypervisor gave to others.
+
+    niced: count processes with a niceness above 0 too.
+    """
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, line.split()[1:])
+    return user + system + irq + softirq + steal + (nice if niced else 0)

@@ -1,16 +1,118 @@
-"""Step: one forward of the network and one affine update, for rows of any sampler, step and guidance."""
+"""Step: the tensors of the rows of one key (Slots), and one forward of the network with one affine update on them.
+
+Rows of any sampler, step and guidance share it. They never move: a forward gathers them by index.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from app.engine.slots import LINE, PASSES, Gather, Slots
-from app.families.base import Family
+from app.families.base import Conditions, Family
+from app.request import Key
+from app.samplers.table import COLUMNS
 
-_NOISE, _SKIP = LINE.index("xz"), LINE.index("skip")
+IDLE_KEYS = 4
+"""Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
+
+POOL_BYTES = 1 << 30
+"""Most bytes that the slots of all keys take together."""
+
+PASSES = 2
+"""Condition places a slot has: its own and the one that guidance moves away from."""
+
+LINE = (*COLUMNS, "weight", "skip", "scale")
+"""Columns of a row's plan: the sampler's table; the weights of guidance (its scale - 1) and of skip-layer guidance on
+that line; the scale for a network with embedded guidance."""
+
+_XX, _XZ, SKIP = LINE.index("xx"), LINE.index("xz"), LINE.index("skip")
+
+
+class Slots:
+    """Buffers for `capacity` rows and one spare, which is all that padding reads and writes.
+
+    x, mem, noise: float32 [capacity + 1, C, h, w]. conditions: by name, [PASSES * (capacity + 1), ...].
+    plan: float32 [capacity + 1, lines, len(LINE)] on the host, the rows' tables. line, guided: [capacity + 1].
+    gathered: what the last forward gathered by, until a row comes or goes. bytes: as their pool counts them.
+    """
+
+    def __init__(self, capacity: int, shape: Sequence[int], device: torch.device, size: int = 0) -> None:
+        self.capacity = self.spare = capacity
+        self.bytes = size
+        self.x = torch.zeros(capacity + 1, *shape, device=device)
+        self.mem = torch.zeros_like(self.x)
+        self.noise = torch.zeros_like(self.x)
+        self.conditions: Conditions = {}
+        self.plan = self._empty_plan(64)
+        self.line = np.zeros(capacity + 1, np.int64)
+        self.guided = np.zeros(capacity + 1, np.int64)
+        self.gathered: Gather | None = None
+        self._drawn = np.zeros(capacity + 1, np.int64)  # lines that have had their noise
+        self._dice: dict[int, torch.Generator] = {}
+        self._free = list(range(capacity))[::-1]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no row is here."""
+        return len(self._free) == self.capacity
+
+    def take(
+        self, plan: np.ndarray, x: torch.Tensor, conditions: Conditions, dice: torch.Generator | None = None
+    ) -> int:
+        """Add a row and return its slot. plan: float32 [lines, len(LINE)]. x: [C, h, w], the first noise.
+
+        conditions: by name, [1 or 2, ...]: the row's own first, then the one that guidance moves away from. dice: draws
+        the noise of its steps. mem and noise start at zero (0 * NaN is NaN).
+        """
+        slot = self._free[-1]
+        self.gathered = None
+        self.x[slot] = x
+        self.mem[slot] = self.noise[slot] = 0
+        self.line[slot] = self._drawn[slot] = 0
+        if dice is not None:
+            self._dice[slot] = dice
+        self._write_plan(slot, plan)
+        for name, value in conditions.items():
+            if name not in self.conditions:
+                self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
+            self.conditions[name][PASSES * slot : PASSES * slot + len(value)] = value
+            self.guided[slot] = len(value) - 1
+        return self._free.pop()
+
+    def release(self, slot: int) -> None:
+        self.gathered = None
+        self._dice.pop(slot, None)
+        self._free.append(slot)
+
+    def draw(self, rows: np.ndarray) -> None:
+        """Draw the noise of these slots [R] whose line adds some, once a line: a replayed step must see the same."""
+        lines = self.line[rows]
+        due = rows[(self.plan[rows, lines, _XZ] != 0) & (self._drawn[rows] <= lines)]
+        if len(due):
+            drawn = [torch.randn((1, *self.noise.shape[1:]), generator=self._dice[slot]) for slot in due.tolist()]
+            index = torch.from_numpy(due).to(self.noise.device)
+            self.noise.index_copy_(0, index, torch.cat(drawn).to(self.noise.device))
+            self._drawn[due] = self.line[due] + 1
+
+    def lines(self, rows: np.ndarray) -> np.ndarray:
+        """The line each of these slots runs next: float32 [R, len(LINE)]."""
+        lines: np.ndarray = self.plan[rows, self.line[rows]]
+        return lines
+
+    def _empty_plan(self, lines: int) -> np.ndarray:
+        plan = np.zeros((self.capacity + 1, lines, len(LINE)), np.float32)
+        plan[self.spare, :, _XX] = 1.0
+        return plan
+
+    def _write_plan(self, slot: int, plan: np.ndarray) -> None:
+        if len(plan) > self.plan.shape[1]:
+            longer = self._empty_plan(len(plan))
+            longer[:, : self.plan.shape[1]] = self.plan
+            self.plan = longer
+        self.plan[slot, : len(plan)] = plan
 
 
 class Indices(NamedTuple):
@@ -30,12 +132,30 @@ class Indices(NamedTuple):
     skips: np.ndarray
 
 
+class Gather(NamedTuple):
+    """Indices that are on the device, and the conditions of their passes there. at: the slots, on the host.
+
+    alone: every row makes the one pass that it owns. skips: None when no pass does.
+    """
+
+    key: tuple[bytes, bytes, int | None]
+    at: np.ndarray
+    rows: torch.Tensor
+    owner: torch.Tensor
+    cond: torch.Tensor
+    other: torch.Tensor
+    skip: torch.Tensor
+    skips: torch.Tensor | None
+    conditions: Conditions
+    alone: bool
+
+
 def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
     """What a forward of these slots [R] gathers; with a bucket, every axis is padded to it by the spare slot.
 
     The slots keep it: while the same rows run together, in the same order, it is the same object.
     """
-    skipping = (slots.plan[rows, slots.line[rows], _SKIP] != 0).astype(np.int64)  # rows with a pass more on their line
+    skipping = (slots.plan[rows, slots.line[rows], SKIP] != 0).astype(np.int64)  # rows with a pass more on their line
     key = (rows.tobytes(), skipping.tobytes(), bucket)
     kept = slots.gathered
     if kept is None or kept.key != key:
@@ -76,12 +196,13 @@ def _upload(slots: Slots, key: tuple[bytes, bytes, int | None], plan: Indices) -
         skips.bool() if plan.skips.any() else None,
         {name: value.index_select(0, places) for name, value in slots.conditions.items()},
         alone=len(plan.owner) == len(plan.rows) and bool((plan.owner == np.arange(len(plan.rows))).all()),
-        padding=int((plan.places >= PASSES * slots.spare).sum()),
     )  # fmt: skip
 
 
-def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
-    """Run one line of the table of every row and return float32 [R]: `totals` of the new latents.
+def denoise_step(family: Family, slots: Slots, rows: np.ndarray, bucket: int | None = None) -> torch.Tensor:
+    """Run one line of the plan of every row, those of slots [R], and return float32 [R]: `totals` of the new latents.
+
+    bucket: pad rows and passes to so many, by the spare slot; the result has them too.
 
     x' = xx x + xo out + xm mem + xz exp(zf frac / 2) noise;  mem' = mx x + mo out, the predicted clean latent.
     out = cond + weight (cond - other) is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) with
@@ -89,6 +210,7 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
     likewise (sd3_infer.py of Stability-AI/sd3.5). Buffers change last, so a step that raises can be run again from
     where it started.
     """
+    plan = gather(slots, rows, bucket)
     lines = slots.lines(plan.at)[:, :, None, None, None]
     columns = torch.from_numpy(lines).to(slots.x.device).unbind(1)
     t, c_in, xx, xo, xm, xz, zf, mx, mo, weight, skip_weight, scale = columns
@@ -107,7 +229,7 @@ def denoise_step(family: Family, slots: Slots, plan: Gather) -> torch.Tensor:
     # A multiply and then a fused multiply-add a term, in place: one call and one walk over the latents for each.
     clean = (mx * x).addcmul_(mo, out)
     new = x.mul_(xx).addcmul_(xo, out).addcmul_(xm, mem)
-    if lines[:, _NOISE].any():
+    if lines[:, _XZ].any():
         spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[plan.cond])
         new.addcmul_(spread, slots.noise.index_select(0, plan.rows))
     sums = totals(new)
@@ -140,3 +262,44 @@ def guide(
         return own.lerp_(away, -weight)  # exact where the two are the same
     own[:, :channels].lerp_(away[:, :channels], -weight)
     return own
+
+
+class SlotPool:
+    """The slots of all keys of one device, within a budget of bytes."""
+
+    def __init__(self, budget: int = POOL_BYTES) -> None:
+        self._budget = budget
+        self.by_key: dict[Key, Slots] = {}
+
+    def __getitem__(self, key: Key) -> Slots:
+        return self.by_key[key]
+
+    @property
+    def bytes(self) -> int:
+        return sum(slots.bytes for slots in self.by_key.values())
+
+    def has_room(self, key: Key, size: int) -> bool:
+        """Whether slots of `size` bytes can be opened; a key is never refused while no other has rows."""
+        if key in self.by_key:
+            return True
+        used = sum(slots.bytes for slots in self.by_key.values() if not slots.idle)
+        return used == 0 or used + size <= self._budget
+
+    def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
+        """The key's slots, made on first need with so many bytes; the longest unused slots without rows make room."""
+        slots = self.by_key.pop(key, None)
+        if slots is None:
+            self._close_idle(size)
+            slots = Slots(capacity, shape, device, size)
+        self.by_key[key] = slots
+        return slots
+
+    def forget(self, model: str) -> None:
+        """Close the slots of this model that have no rows."""
+        for key in [key for key, slots in self.by_key.items() if key.model == model and slots.idle]:
+            del self.by_key[key]
+
+    def _close_idle(self, size: int) -> None:
+        idle = [key for key, slots in self.by_key.items() if slots.idle]
+        while idle and (len(idle) > IDLE_KEYS or self.bytes + size > self._budget):
+            del self.by_key[idle.pop(0)]

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 
 from app.cards.card import Card
-from app.errors import CheckpointError
+from app.errors import CheckpointError, EngineError
 from app.families import vae
-from app.families.text import Encoder, Read, States, cut_text, prompt_text, read_texts, t5_states
+from app.families.text import Cut, Encoder, Read, States, cut_text, prompt_text, read_texts, t5_states
 from app.report import Phase
 from app.request import Condition, Prompt
 
@@ -111,10 +111,10 @@ class Family(ABC):
         """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
         return self.join(text_length, lambda name, *shapes: self._zeros(1, *shapes))
 
-    def truncated(self, condition: Condition, text_length: int) -> str | None:
+    def truncated(self, condition: Condition, text_length: int, cut: Cut = cut_text) -> str | None:
         """The end of the prompt that no encoder sees, as the user wrote it; None for a label, or when one sees all."""
         cuts = [
-            cut_text(encoder.tokenizer, prompt_text(condition), self._length(name, text_length))
+            cut(encoder.tokenizer, prompt_text(condition), self._length(name, text_length))
             for name, encoder in self.encoders.items()
             if encoder
         ]
@@ -131,9 +131,11 @@ class Family(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """latents [B, C, h, w] float32, as the sampler leaves them -> uint8 [B, H, W, 3] on the same device.
 
-        Raises EngineError when any image of the batch comes out as numbers that are not finite.
+        The maths of diffusers' pipelines: z = latents / scaling_factor + shift_factor, either of which a config may
+        leave out. Raises EngineError when any image of the batch comes out as numbers that are not finite.
         """
-        return vae.decode(self.vae, latents)
+        z = latents / (self.vae.config.scaling_factor or 1.0) + (self.vae.config.shift_factor or 0.0)
+        return to_pixels(self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float())
 
     def prepare(self) -> None:
         """Fit the linear map of `preview` to the VAE, whose weights must be there."""
@@ -141,7 +143,7 @@ class Family(ABC):
 
     def preview(self, latents: torch.Tensor) -> torch.Tensor:
         """A quick look at predicted clean latents, much cheaper than `decode`; same shapes, same error."""
-        return vae.preview(self.vae, latents)
+        return to_pixels(vae.preview(self.vae, latents))
 
     def _require(self, fits: Any, problem: str) -> None:
         """Raises CheckpointError with the card and the problem, unless it `fits`."""
@@ -175,3 +177,14 @@ class Family(ABC):
 
     def _zeros(self, count: int, *shapes: tuple[int, ...]) -> States:
         return tuple(torch.zeros((count, *shape), device=self.device, dtype=self.dtype) for shape in shapes)
+
+
+def to_pixels(image: torch.Tensor) -> torch.Tensor:
+    """image [B, 3, H, W] in -1..1 -> uint8 [B, H, W, 3], rounded as diffusers' pipelines round.
+
+    Raises EngineError when any number of the batch is not finite; rounding would turn it into a black picture.
+    """
+    if not torch.isfinite(image).all():
+        raise EngineError("the decoder returned numbers that are not finite", code="non_finite_output")
+    pixels: torch.Tensor = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous()

@@ -1,11 +1,13 @@
-"""Text: prompts to embeddings, padded as diffusers pads them, each different text once.
+"""Text: prompts to embeddings, padded as diffusers pads them, each different text once; and the cache of them.
 
 How a network joins the encoders' outputs is in sd3.py and flux.py.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,12 @@ class Encoder(NamedTuple):
 
 Read = Callable[[Encoder, Sequence[str], int, int | None], States]
 """How a family gets an encoder's outputs: `read_texts`, or a cache in front of it."""
+
+Cut = Callable[[Any, str, int], str]
+"""How a family finds the end of a text that an encoder does not see: `cut_text`, or a cache in front of it."""
+
+CUTS = 1024
+"""Texts whose cut ends are kept, counted for each tokenizer."""
 
 
 def clip_keys(state: State, expected: Mapping[str, object]) -> State:
@@ -101,3 +109,75 @@ def prompt_text(condition: Condition) -> str:
     if not isinstance(condition, Prompt):
         raise InvalidValue("this model takes a prompt, not a class label", param="class_label")
     return condition.text
+
+
+class TextCache:
+    """Outputs by (encoder, text, length) in at most `budget` bytes of the device; the least recently used leaves first.
+
+    Models that share an encoder share its outputs. The empty prompt of each encoder, at the length it was last asked
+    for, stays whatever the budget. version: of a network's weights, which may have changed while they were away.
+    cut: `cut_text`, cached too.
+    """
+
+    def __init__(self, budget: int, version: Callable[[object], int]) -> None:
+        self.bytes = self._hits = self._misses = 0
+        self._budget, self._version = budget, version
+        self.kept: OrderedDict[tuple[Encoder, str, int], States] = OrderedDict()
+        self._versions: dict[Encoder, int] = {}
+        self._models: dict[Encoder, set[str]] = {}  # that asked for it
+        self._empty: dict[Encoder, int] = {}  # the length at which its empty prompt was last asked for
+        self.cut = lru_cache(CUTS)(cut_text)
+
+    def read(self, model: str, encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
+        """As `read_texts`, but encodes only the texts that are not cached. model: the id of the one that asks."""
+        version = self._version(encoder.network)
+        if self._versions.setdefault(encoder, version) != version:
+            self._drop(encoder)
+            self._versions[encoder] = version
+        self._models.setdefault(encoder, set()).add(model)
+        unique = dict.fromkeys(texts)
+        fresh = [text for text in unique if (encoder, text, length) not in self.kept]
+        if fresh:
+            outputs = read_texts(encoder, fresh, length, batch)
+            for text, *states in zip(fresh, *(output.chunk(len(fresh)) for output in outputs), strict=True):
+                kept = self.kept[encoder, text, length] = tuple(state.clone() for state in states)
+                self.bytes += _bytes(kept)
+        self._hits += len(unique) - len(fresh)
+        self._misses += len(fresh)
+        for text in unique:
+            self.kept.move_to_end((encoder, text, length))
+        if "" in unique:
+            self._empty[encoder] = length
+        found = [self.kept[encoder, text, length] for text in texts]
+        self._trim()
+        return tuple(torch.cat(states) for states in zip(*found, strict=True))
+
+    def forget(self, model: str) -> None:
+        """Drop what is kept of a model; outputs of its encoders stay where other models asked for them too."""
+        self.cut.cache_clear()
+        for encoder, models in list(self._models.items()):
+            models.discard(model)
+            if not models:
+                del self._models[encoder]
+                self._drop(encoder)
+
+    def count(self) -> tuple[int, int]:
+        """(hits, misses) since the last call, counted for each encoder and each text of a batch."""
+        counted, self._hits, self._misses = (self._hits, self._misses), 0, 0
+        return counted
+
+    def _trim(self) -> None:
+        for name in list(self.kept) if self.bytes > self._budget else ():
+            encoder, text, length = name
+            if self.bytes > self._budget and (text or self._empty.get(encoder) != length):
+                self.bytes -= _bytes(self.kept.pop(name))
+
+    def _drop(self, encoder: Encoder) -> None:
+        self._versions.pop(encoder, None)
+        self._empty.pop(encoder, None)
+        for name in [name for name in self.kept if name[0] == encoder]:
+            self.bytes -= _bytes(self.kept.pop(name))
+
+
+def _bytes(states: States) -> int:
+    return sum(state.nbytes for state in states)

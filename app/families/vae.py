@@ -1,4 +1,4 @@
-"""VAE: latents to pixels, exactly by the decoder, and quickly by the linear map that is nearest to it."""
+"""VAE: the names of its tensors, and previews by the linear map that is nearest to its decoder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
-
-from app.errors import EngineError
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -38,23 +36,14 @@ def pixels_per_latent(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3]; the maths and the rounding of diffusers' pipelines.
-
-    z = latents / scaling_factor + shift_factor, either of which a config may leave out. Raises EngineError.
-    """
-    z = latents / (vae.config.scaling_factor or 1.0) + (vae.config.shift_factor or 0.0)
-    return _to_pixels(vae.decode(z.to(vae.dtype), return_dict=False)[0].float())
-
-
 def preview(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """latents [B, C, h, w] float32 -> uint8 [B, H, W, 3] by the linear map of the VAE. Raises EngineError.
+    """latents [B, C, h, w] float32 -> [B, 3, H, W] in -1..1, by the linear map of the VAE.
 
     One small matrix product, where the decoder costs as much as several steps of the network. The one-pixel form is
     known as latent2rgb; a patch from a neighbourhood keeps edges.
     """
     patches = torch.einsum("bkhw,kp->bphw", neighbourhoods(latents), linear_map(vae))
-    return _to_pixels(functional.pixel_shuffle(patches, pixels_per_latent(vae)))
+    return functional.pixel_shuffle(patches, pixels_per_latent(vae))
 
 
 def linear_map(vae: Any) -> torch.Tensor:
@@ -106,14 +95,3 @@ def shapes(count: int, side: int) -> torch.Tensor:
         inside = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 < 1
         images = torch.where(inside[:, None], draw(count, 3, 1, 1), images)
     return images.clamp(0, 1) * 2 - 1
-
-
-def _to_pixels(image: torch.Tensor) -> torch.Tensor:
-    """image [B, 3, H, W] in -1..1 -> uint8 [B, H, W, 3], rounded as diffusers' pipelines round.
-
-    Raises EngineError when any number of the batch is not finite; rounding would turn it into a black picture.
-    """
-    if not torch.isfinite(image).all():
-        raise EngineError("the decoder returned numbers that are not finite", code="non_finite_output")
-    pixels: torch.Tensor = ((image / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous()

@@ -110,7 +110,9 @@ class ImageBody(BaseModel):
     partial_images: Whole | None = Field(None, description="Previews of each image while it is drawn, with stream")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from")
     num_inference_steps: Whole | None = Field(None, description="Denoising steps")
-    guidance_scale: Real | None = Field(None, description="Classifier-free guidance; 1 or less draws without it")
+    guidance_scale: Real | None = Field(
+        None, description="Guidance; 1 or less draws without it, but FLUX.1-dev takes any number as an input"
+    )
     true_cfg_scale: Real | None = Field(
         None, description="Guidance away from negative_prompt, where guidance_scale is an input (FLUX.1-dev)"
     )

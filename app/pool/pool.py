@@ -24,7 +24,6 @@ from app.families import FAMILIES
 from app.families.base import Family
 from app.families.compiling import compile_blocks
 from app.families.components import has_weights
-from app.pool.budget import use_threads
 from app.pool.memory import Component, Place
 from app.pool.policy import PHASES, Model, Parts, Policy, Task, claim, here
 from app.report import Evicted, ModelState, Phase, State
@@ -366,3 +365,14 @@ class Pool:
             return LoadError(f"{model_id}: not enough memory on {self.device}")
         _log.error("loading %s", model_id, exc_info=error)
         return LoadError(f"{model_id}: cannot be loaded ({type(error).__name__})")
+
+
+def use_threads(count: int) -> None:
+    """Let the calling thread compute with so many threads, whatever other threads ask for before or after.
+
+    NOTE: a thread takes the number that was set last anywhere in the process when it first computes or asks for it,
+    hence the question here. With more threads than cores in all, an engine drew at half its speed: OpenMP lets each
+    thread fall asleep after every parallel region.
+    """
+    torch.set_num_threads(count)
+    torch.get_num_threads()

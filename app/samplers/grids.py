@@ -155,20 +155,6 @@ def exploding_path(schedule: Schedule, steps: int) -> Path:
 # ---- rectified flow: sigma is the time itself ----------------------------------------------------------------------
 
 
-def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
-    """The schedule with `shift` set for an image of this many tokens; itself where the shift is static.
-
-    pipeline_flux.py, `calculate_shift` (Esser et al. 2024, section 5.3.2). Raises InvalidValue when tokens is None.
-    """
-    line = schedule.dynamic_shift
-    if line is None:
-        return schedule
-    if tokens is None:
-        raise InvalidValue("this model's noise schedule depends on the image size, so it needs one", param="size")
-    slope = (line.max - line.base) / (line.max_tokens - line.base_tokens)
-    return schedule.model_copy(update={"shift": math.exp(line.base + slope * (tokens - line.base_tokens))})
-
-
 def shifted(sigma: Array, shift: float) -> Array:
     """The noise level moved towards pure noise by `shift` (Esser et al. 2024, eq. 23); never past it, by rounding."""
     return np.minimum(shift * sigma / (1 + (shift - 1) * sigma), 1.0)

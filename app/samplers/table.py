@@ -8,6 +8,7 @@ solver: the prediction says x0 = p*(c_in*x) + q*out, the solver x' = a*x + b*x0 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from app.errors import CardError, InvalidValue
 from app.samplers import grids, solvers
-from app.samplers.grids import Array, Path, Walk, at_size
+from app.samplers.grids import Array, Path, Walk
 from app.samplers.schedule import Schedule
 from app.samplers.solvers import Lines, Rule
 
@@ -98,6 +99,20 @@ def compile_table(schedule: Schedule, sampler: str, steps: int, *, tokens: int |
     has room for; "size", where the shift depends on it and tokens is None. CardError for betas that leave no signal.
     """
     return _compiled(at_size(schedule, tokens), sampler, steps)
+
+
+def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
+    """The schedule with `shift` set for an image of this many tokens; itself where the shift is static.
+
+    pipeline_flux.py, `calculate_shift` (Esser et al. 2024, section 5.3.2). Raises InvalidValue when tokens is None.
+    """
+    line = schedule.dynamic_shift
+    if line is None:
+        return schedule
+    if tokens is None:
+        raise InvalidValue("this model's noise schedule depends on the image size, so it needs one", param="size")
+    slope = (line.max - line.base) / (line.max_tokens - line.base_tokens)
+    return schedule.model_copy(update={"shift": math.exp(line.base + slope * (tokens - line.base_tokens))})
 
 
 @lru_cache(maxsize=256)

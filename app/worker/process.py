@@ -147,8 +147,8 @@ def build(
 
     from app.engine.engine import Engine
     from app.families.compiling import allow_compiling
-    from app.pool.budget import budgets, use_threads
-    from app.pool.pool import Pool
+    from app.pool.budget import budgets
+    from app.pool.pool import Pool, use_threads
 
     if device != "cpu":
         _use_gpu(device)
@@ -238,7 +238,7 @@ class Local:
             job.hear(report)
 
     def _run(self) -> None:
-        from app.pool.budget import use_threads
+        from app.pool.pool import use_threads
 
         use_threads(self._cores)
         try:

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 
 from app.engine.costs import processor
-from app.engine.slots import Slots
-from app.engine.step import denoise_step, gather
+from app.engine.step import Slots, denoise_step, gather
 from app.families.base import Conditions
 from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
 
@@ -75,10 +74,9 @@ def main() -> None:
     index = np.array([row.slot for row in work.rows])
     layout = milliseconds(lambda: (gather(slots, index), slots.lines(index)))
     anew = milliseconds(lambda: _gather_anew(slots, index))
-    plan = gather(slots, index)
     family = pool.families[work.key.model]
     with torch.inference_mode():
-        update = milliseconds(lambda: denoise_step(family, slots, plan))
+        update = milliseconds(lambda: denoise_step(family, slots, index))
     charge = milliseconds(lambda: engine.batcher.charge(work, 0.0))
     parts = {"tick": whole, "batcher": choice, "charge": charge, "tables": layout, "update": update}
     parts["gather anew"] = anew

@@ -17,8 +17,8 @@ from tests.parts.tiny import write_flux
 def test_every_width_is_measured_by_the_engines_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family, plain, seen = load(tiny / "tiny-sd3"), engine.denoise_step, []
 
-    def spied(family, slots, plan):
-        sums = plain(family, slots, plan)
+    def spied(family, slots, rows):
+        sums = plain(family, slots, rows)
         seen.append((len(sums), bool(sums.isfinite().all())))
         return sums
 

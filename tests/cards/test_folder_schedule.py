@@ -13,8 +13,9 @@ import pytest
 
 from app.cards.folder import DIFFUSION, FLOW, changes, schedule_of
 from app.errors import CheckpointError
-from app.samplers.grids import alpha_bar, at_size, ddim_path, exploding_path, flow_path
+from app.samplers.grids import alpha_bar, ddim_path, exploding_path, flow_path
 from app.samplers.schedule import Schedule
+from app.samplers.table import at_size
 
 SD3 = {"kind": "flow", "spacing": "sd3", "shift": 3.0}
 FLUX = {"kind": "flow", "spacing": "flux", "dynamic_shift": {"max": 1.15}}

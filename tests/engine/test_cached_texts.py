@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.text_cache import TextCache
+from app.engine.row import Row
+from app.engine.runner import conditions_of, encode_rows
 from app.families.base import Family
+from app.families.text import TextCache, cut_text
 from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
 from tests.engine.texts import Plain, anew, encoders, equal, forwards, row
@@ -41,9 +43,9 @@ def test_what_is_kept_is_what_was_encoded_bit_for_bit(sd3: Family) -> None:
     encodings, texts = fresh(AMPLE), ["red apple", "", "a cat and a dog", "moon"]
     theirs = anew(sd3, texts)
     with forwards(sd3) as seen:
-        first = encodings.encode(sd3, [row(text) for text in texts], None)
-        again = encodings.encode(sd3, [row(text) for text in reversed(texts)], None)
-        alone = [encodings.encode(sd3, [row(text)], None)[0] for text in texts]
+        first = encode_rows(sd3, [row(text) for text in texts], None, encodings)
+        again = encode_rows(sd3, [row(text) for text in reversed(texts)], None, encodings)
+        alone = [encode_rows(sd3, [row(text)], None, encodings)[0] for text in texts]
     assert seen == [4, 4, 4], "each encoder, all four in one batch, once"
     for place in range(4):
         expected = {name: value[place : place + 1] for name, value in theirs.items()}
@@ -53,13 +55,13 @@ def test_what_is_kept_is_what_was_encoded_bit_for_bit(sd3: Family) -> None:
 
 def test_only_what_is_missing_is_encoded_each_text_once(sd3: Family) -> None:
     encodings = fresh(AMPLE)
-    encodings.encode(sd3, [row("red", guided=True)], None)
+    encode_rows(sd3, [row("red", guided=True)], None, encodings)
     rows = [row(text, guided=True) for text in ("red", "blue", "green", "blue")]
     with forwards(sd3) as seen:
-        encodings.encode(sd3, rows, None)
+        encode_rows(sd3, rows, None, encodings)
     assert seen == [2, 2, 2] and encodings.count() == (3 * 2, 3 * 2 + 3 * 2)
     with forwards(sd3) as seen:
-        encodings.encode(sd3, [row("red", length=30)], None)
+        encode_rows(sd3, [row("red", length=30)], None, encodings)
     assert seen == [1], "the CLIPs' length is the card's, whatever the T5's is"
     assert encodings.count() == (2, 1)
 
@@ -69,7 +71,7 @@ def test_a_rows_conditions_are_its_own_and_what_it_is_guided_away_from(sd3: Fami
     one, other = Prompt("red apple", negative="green dog"), Prompt("green dog", negative="red apple")
     with forwards(sd3) as seen:
         rows = [row(one, guided=True), row(other, guided=True), row(one), row("moon", guided=True)]
-        ours = encodings.encode(sd3, rows, 8)
+        ours = encode_rows(sd3, rows, 8, encodings)
     assert seen == [8, 8, 8]
     expected = (["red apple", "green dog"], ["green dog", "red apple"], ["red apple"], ["moon", ""])
     for conditions, texts in zip(ours, expected, strict=True):
@@ -79,8 +81,8 @@ def test_a_rows_conditions_are_its_own_and_what_it_is_guided_away_from(sd3: Fami
 def test_class_labels_pass_through(tiny_pool: Pool) -> None:
     family, encodings = tiny_pool.family("tiny-dit"), fresh(AMPLE)
     assert family is not None
-    guided, plain = encodings.encode(
-        family, [row(ClassLabel(3), "tiny-dit", guided=True), row(ClassLabel(7), "tiny-dit")], 8
+    guided, plain = encode_rows(
+        family, [row(ClassLabel(3), "tiny-dit", guided=True), row(ClassLabel(7), "tiny-dit")], 8, encodings
     )
     assert guided["label"].tolist() == [3, 10] and plain["label"].tolist() == [7]
     assert encodings.bytes == 0 and encodings.count() == (0, 0)
@@ -97,7 +99,7 @@ def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
         batches.append((length, texts))
         asked += len(texts)
     for length, texts in batches:
-        encodings.encode(sd3, [row(text, length=length) for text in texts], None)
+        encode_rows(sd3, [row(text, length=length) for text in texts], None, encodings)
         for encoder in encoders(sd3):
             own = length if encoder is sd3.t5 else 24
             size = 4 * 48 * own if encoder is sd3.t5 else 4 * encoder.network.config.hidden_size * (own + 1)
@@ -109,7 +111,7 @@ def test_a_thousand_prompts_of_any_length_within_the_budget(sd3: Any) -> None:
     stores = [state.untyped_storage() for states in encodings.kept.values() for state in states]
     assert sum(store.nbytes() for store in stores) == encodings.bytes, "no batch is held by a part of it"
     with forwards(sd3) as seen:
-        (ours,) = encodings.encode(sd3, [row("")], None)
+        (ours,) = encode_rows(sd3, [row("")], None, encodings)
     assert not seen and equal(ours, anew(sd3, [""]))
 
 
@@ -121,7 +123,9 @@ def test_random_batches_are_each_text_encoded_anew(sd3: Family) -> None:
         alone = {text: anew(sd3, [text], batch=batch) for text in texts}
         for _ in range(30):
             chosen = dice.choices(texts, k=dice.randrange(1, 6))
-            for text, ours in zip(chosen, encodings.encode(sd3, [row(text) for text in chosen], batch), strict=True):
+            for text, ours in zip(
+                chosen, encode_rows(sd3, [row(text) for text in chosen], batch, encodings), strict=True
+            ):
                 for name in ours:
                     assert batch is None or torch.equal(ours[name], alone[text][name])
                     close(ours[name], alone[text][name], FORWARD)
@@ -134,7 +138,7 @@ def test_a_prompt_wider_than_the_budget_is_kept_while_it_is_needed(sd3: Family) 
     encodings = fresh(0)
     rows = [row("a red apple", guided=True), row("moon")]
     for _ in range(2):
-        ours = encodings.encode(sd3, rows, 8)
+        ours = encode_rows(sd3, rows, 8, encodings)
         assert equal(ours[0], anew(sd3, ["a red apple", ""], batch=8)) and equal(ours[1], anew(sd3, ["moon"], batch=8))
     empty = sum(value.nbytes for value in anew(sd3, [""]).values())
     assert 0 < encodings.bytes <= empty, "the empty prompt stays, before it is padded to the network's width"
@@ -145,7 +149,7 @@ def test_the_empty_prompt_stays_at_one_length_alone(sd3: Family) -> None:
     """A client may ask for any: at every length it would fill the budget for good."""
     encodings = fresh(0)
     for length in (24, 30, 40, 24):
-        encodings.encode(sd3, [row("", length=length)], None)
+        encode_rows(sd3, [row("", length=length)], None, encodings)
         assert encodings.bytes == 4 * (25 * (16 + 24) + length * 48)
 
 
@@ -154,10 +158,10 @@ def test_cards_that_share_encoders_share_what_they_gave(tiny_pool: Pool, sd3: Fa
     turbo, without = tiny_pool.family("tiny-sd3-turbo"), tiny_pool.family("tiny-sd3-no-t5")
     assert turbo is not None and without is not None
     encodings = fresh(AMPLE)
-    first = encodings.encode(sd3, [row("red apple", guided=True)], None)[0]
+    first = encode_rows(sd3, [row("red apple", guided=True)], None, encodings)[0]
     with forwards(sd3) as seen:
-        again = encodings.encode(turbo, [row("red apple", "tiny-sd3-turbo", guided=True)], None)[0]
-        part = encodings.encode(without, [row("red apple", "tiny-sd3-no-t5", guided=True)], None)[0]
+        again = encode_rows(turbo, [row("red apple", "tiny-sd3-turbo", guided=True)], None, encodings)[0]
+        part = encode_rows(without, [row("red apple", "tiny-sd3-no-t5", guided=True)], None, encodings)[0]
     assert not seen and equal(again, first) and encodings.count() == (6 + 4, 6)
     assert torch.equal(part["text"][:, :24], first["text"][:, :24]) and not part["text"][:, 24:].any()
     held = encodings.bytes
@@ -168,21 +172,21 @@ def test_cards_that_share_encoders_share_what_they_gave(tiny_pool: Pool, sd3: Fa
     assert encodings.bytes == 2 * 4 * 25 * (16 + 24), "the T5's are nobody's any more"
     encodings.forget("tiny-sd3-no-t5")
     assert encodings.bytes == 0
-    encodings.encode(sd3, [row("red apple")], None)
+    encode_rows(sd3, [row("red apple")], None, encodings)
     assert encodings.count() == (0, 3)
 
 
 def test_an_encoder_whose_weights_are_others_is_asked_again(sd3: Any) -> None:
     versions = {one.network: 1 for one in encoders(sd3)}
     encodings, t5 = TextCache(AMPLE, versions.__getitem__), sd3.t5.network
-    before = encodings.encode(sd3, [row("red", guided=True)], 8)[0]
+    before = encode_rows(sd3, [row("red", guided=True)], 8, encodings)[0]
     held, weight = encodings.bytes, t5.shared.weight
     with torch.inference_mode(False):
         kept = weight.clone()
         weight.mul_(-1.5)
-    assert equal(encodings.encode(sd3, [row("red", guided=True)], 8)[0], before) and encodings.count() == (6, 6)
+    assert equal(encode_rows(sd3, [row("red", guided=True)], 8, encodings)[0], before) and encodings.count() == (6, 6)
     versions[t5] = 2
-    after = encodings.encode(sd3, [row("red", guided=True)], 8)[0]
+    after = encode_rows(sd3, [row("red", guided=True)], 8, encodings)[0]
     assert encodings.count() == (4, 2) and encodings.bytes == held, "the CLIPs' stayed"
     assert equal(after, anew(sd3, ["red", ""], batch=8)) and not equal(after, before)
     with torch.inference_mode(False):
@@ -190,14 +194,18 @@ def test_an_encoder_whose_weights_are_others_is_asked_again(sd3: Any) -> None:
 
 
 def test_what_no_encoder_sees_is_told_again_without_looking(sd3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    encodings, looked = fresh(0), []
-    truncated = type(sd3).truncated
-    monkeypatch.setattr(type(sd3), "truncated", lambda *args: looked.append(args[1]) or truncated(*args))
+    looked: list[str] = []
+    monkeypatch.setattr("app.families.text.cut_text", lambda *args: looked.append(args[1]) or cut_text(*args))
+    encodings = fresh(0)
+
+    def cuts(one: Row) -> list[str | None]:
+        return [sd3.truncated(each, one.key.text_length, encodings.cut) for each in conditions_of(sd3, one)]
+
     long = Prompt("a red Cat and the " * 5 + "End.", negative="moon")
     for _ in range(2):
-        assert encodings.cuts(sd3, row(long, length=23)) == ["Cat and the End."]
-        assert encodings.cuts(sd3, row(long, length=60)) == [None]
-        assert encodings.cuts(sd3, row("red apple")) == [None]
-    assert len(looked) == 3
+        assert cuts(row(long, length=23)) == ["Cat and the End."]
+        assert cuts(row(long, length=60)) == [None]
+        assert cuts(row("red apple")) == [None]
+    assert len(looked) == 3 * 3 - 2, "the CLIPs' length is the card's, whatever the T5's is"
     encodings.forget("tiny-sd3")
-    assert encodings.cuts(sd3, row(long, length=23)) == ["Cat and the End."] and len(looked) == 4
+    assert cuts(row(long, length=23)) == ["Cat and the End."] and len(looked) == 3 * 3 - 2 + 3

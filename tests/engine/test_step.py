@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.slots import COLUMNS, PASSES, Slots
-from app.engine.step import denoise_step, gather, indices, totals
+from app.engine.runner import plan_of
+from app.engine.step import PASSES, Slots, denoise_step, gather, indices, totals
 from app.families.base import Conditions, Family
 from app.request import Guidance, SkipGuidance
 from app.samplers.schedule import Schedule
-from app.samplers.table import Table, compile_table
+from app.samplers.table import COLUMNS, Table, compile_table
 from tests.parts.close import FORWARD, apart, close, furthest
 from tests.parts.engine import FakeFamily, card
 
@@ -65,12 +65,12 @@ def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | 
         table = compile_table(EPSILON, sampler, steps)
         codes = [number / 7, number / 5][: 1 if scale is None else 2]
         x, mem, noise = torch.randn(3, *SHAPE, generator=generator)
-        slot = slots.take(table, x, {"code": torch.tensor(codes)[:, None]}, guided(scale))
+        slot = slots.take(plan_of(table, guided(scale)), x, {"code": torch.tensor(codes)[:, None]})
         slots.mem[slot], slots.noise[slot], slots.line[slot] = mem, noise, line
         expected.append(plain_step(family, table, line, x, mem, noise, codes, scale))
         taken.append(slot)
     order = np.array(taken)[[4, 0, 6, 2, 1, 5, 3]]
-    sums = denoise_step(family, slots, gather(slots, order, bucket))
+    sums = denoise_step(family, slots, order, bucket)
     assert sums.isfinite().all() and len(sums) == (bucket or len(MIX))
     assert family.widths[-1] == (bucket or sum(1 if scale is None else 2 for *_, scale in MIX))
     for slot, (x, mem) in zip(taken, expected, strict=True):
@@ -104,11 +104,11 @@ def test_each_kind_of_guidance_equals_its_row_alone(bucket: int | None, embedded
         scale = guidance.skip.scale if guidance.skip and line in skipping else 0
         pull = scale * (own - family.denoise(x[None], t, skip)[0][0])
         expected.append(x + float(table.xo[line]) * (own + (guidance.scale - 1) * (own - other) + pull))
-        taken.append(slots.take(table, x, {"code": codes}, guidance, skipping))
+        taken.append(slots.take(plan_of(table, guidance, skipping), x, {"code": codes}))
         slots.line[taken[-1]] = line
     order = np.array([4, 1, 6, 0, 3, 2, 5])
     plan = gather(slots, np.array(taken)[order], bucket)
-    denoise_step(family, slots, plan)
+    denoise_step(family, slots, np.array(taken)[order], bucket)
     assert family.widths[-1] == (bucket or sum(passes for *_, passes in KINDS))
     assert plan.skips is not None and int(plan.skips.sum()) == sum(passes == 3 for *_, passes in KINDS)
     for slot, x in zip(taken, expected, strict=True):
@@ -120,9 +120,9 @@ def test_slots_that_do_not_take_part_and_the_spare_one_stay_as_they_are() -> Non
     family = FakeFamily(card())
     slots = Slots(4, SHAPE, torch.device("cpu"))
     table = compile_table(FLOW, "flow_euler", 4)
-    taken = [slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guided(3.0)) for _ in range(3)]
+    taken = [slots.take(plan_of(table, guided(3.0)), torch.randn(SHAPE), {"code": torch.rand(2, 1)}) for _ in range(3)]
     before = slots.x.clone()
-    denoise_step(family, slots, gather(slots, np.array(taken[:1]), 8))
+    denoise_step(family, slots, np.array(taken[:1]), 8)
     others = [slot for slot in range(5) if slot != taken[0]]
     assert torch.equal(slots.x[others], before[others])
     assert not torch.equal(slots.x[taken[0]], before[taken[0]])
@@ -135,10 +135,10 @@ def test_an_unguided_row_is_exact_beside_a_guided_one() -> None:
     results = []
     for company in (False, True):
         slots = Slots(4, SHAPE, torch.device("cpu"))
-        rows = [slots.take(table, start, {"code": torch.tensor([[0.5]])}, Guidance())]
+        rows = [slots.take(plan_of(table, Guidance()), start, {"code": torch.tensor([[0.5]])})]
         if company:
-            rows.append(slots.take(table, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guided(5.0)))
-        denoise_step(family, slots, gather(slots, np.array(rows)))
+            rows.append(slots.take(plan_of(table, guided(5.0)), torch.randn(SHAPE), {"code": torch.rand(2, 1)}))
+        denoise_step(family, slots, np.array(rows))
         results.append(slots.x[rows[0]].clone())
     assert torch.equal(*results)
 
@@ -149,18 +149,18 @@ def test_a_row_that_is_not_finite_is_told_apart_and_harms_no_other() -> None:
     table = compile_table(FLOW, "flow_euler", 4)
     codes = [0.1, float("nan"), 0.3]
     rows = np.array(
-        [slots.take(table, torch.randn(SHAPE), {"code": torch.tensor([[code]])}, Guidance()) for code in codes]
+        [slots.take(plan_of(table, Guidance()), torch.randn(SHAPE), {"code": torch.tensor([[code]])}) for code in codes]
     )
-    assert denoise_step(family, slots, gather(slots, rows)).isfinite().tolist() == [True, False, True]
+    assert denoise_step(family, slots, rows).isfinite().tolist() == [True, False, True]
 
 
 def test_a_taken_slot_remembers_nothing_of_the_row_before() -> None:
     slots = Slots(1, SHAPE, torch.device("cpu"))
     long, short = compile_table(EPSILON, "ddpm", 250), compile_table(EPSILON, "ddim", 2)
-    slot = slots.take(long, torch.randn(SHAPE), {"code": torch.rand(2, 1)}, guided(9.0))
+    slot = slots.take(plan_of(long, guided(9.0)), torch.randn(SHAPE), {"code": torch.rand(2, 1)})
     slots.mem[slot], slots.noise[slot], slots.line[slot] = float("nan"), float("nan"), 200
     slots.release(slot)
-    again = slots.take(short, torch.randn(SHAPE), {"code": torch.rand(1, 1)}, Guidance())
+    again = slots.take(plan_of(short, Guidance()), torch.randn(SHAPE), {"code": torch.rand(1, 1)})
     assert again == slot
     assert not slots.mem[slot].any() and not slots.noise[slot].any()
     assert (slots.line[slot], slots.guided[slot]) == (0, 0)
@@ -183,7 +183,6 @@ def test_a_gather_names_each_pass_once_and_pads_with_the_spare(guided: tuple[int
     assert padded.owner[: len(plan.owner)].tolist() == plan.owner.tolist()
     assert (padded.rows[padded.owner[len(plan.owner) :]] == slots.spare).all()
     assert (padded.places[len(plan.places) :] == PASSES * slots.spare).all()
-    assert (gather(slots, rows).padding, gather(slots, rows, 8).padding) == (0, 8 - len(plan.owner))
     assert gather(slots, rows).alone == (not any(guided))
 
 
@@ -191,7 +190,10 @@ def test_what_rows_gather_by_is_kept_until_a_row_comes_or_goes() -> None:
     """And no longer: a slot that is taken again has other conditions, under the same number."""
     table = compile_table(FLOW, "flow_euler", 4)
     slots = Slots(3, SHAPE, torch.device("cpu"))
-    taken = [slots.take(table, torch.randn(SHAPE), {"code": torch.full((2, 1), code)}, guided(3.0)) for code in (1, 2)]
+    taken = [
+        slots.take(plan_of(table, guided(3.0)), torch.randn(SHAPE), {"code": torch.full((2, 1), code)})
+        for code in (1, 2)
+    ]
     rows = np.array(taken)
     kept = gather(slots, rows)
     slots.line[rows] += 1
@@ -199,16 +201,16 @@ def test_what_rows_gather_by_is_kept_until_a_row_comes_or_goes() -> None:
     assert gather(slots, rows[::-1].copy()) is not kept
     assert gather(slots, rows, 8) is not kept
     slots.release(taken[1])
-    assert slots.take(table, torch.randn(SHAPE), {"code": torch.full((1, 1), 5.0)}, Guidance()) == taken[1]
+    assert slots.take(plan_of(table, Guidance()), torch.randn(SHAPE), {"code": torch.full((1, 1), 5.0)}) == taken[1]
     assert gather(slots, rows).conditions["code"].flatten().tolist() == [1.0, 1.0, 5.0]
-    slots.take(table, torch.randn(SHAPE), {"other": torch.ones(1, 2)}, Guidance())
+    slots.take(plan_of(table, Guidance()), torch.randn(SHAPE), {"other": torch.ones(1, 2)})
     assert set(gather(slots, rows).conditions) == {"code", "other"}
 
 
 def test_a_row_that_skips_layers_on_some_lines_gathers_anew_on_them() -> None:
     slots = Slots(2, SHAPE, torch.device("cpu"))
     table, codes = compile_table(FLOW, "flow_euler", 4), {"code": torch.rand(2, 1)}
-    row = np.array([slots.take(table, torch.randn(SHAPE), codes, Guidance(4.0, skip=SKIP), range(1, 3))])
+    row = np.array([slots.take(plan_of(table, Guidance(4.0, skip=SKIP), range(1, 3)), torch.randn(SHAPE), codes)])
     passes = []
     for line in range(4):
         slots.line[row] = line
@@ -238,11 +240,11 @@ class MetaFamily(FakeFamily):
 def test_a_step_never_waits_for_the_device(bucket: int | None) -> None:
     """On the meta device a step that read a value back on the host would raise, as `.item()` here does."""
     meta = torch.device("meta")
-    slots = Slots(4, SHAPE, meta)
+    slots, table = Slots(4, SHAPE, meta), compile_table(EPSILON, "ddpm", 10)
     for scale in (None, 3.0, None):
         codes = torch.zeros(1 if scale is None else 2, 1, device=meta)
-        slots.take(compile_table(EPSILON, "ddpm", 10), torch.zeros(SHAPE, device=meta), {"code": codes}, guided(scale))
-    sums = denoise_step(MetaFamily(card()), slots, gather(slots, np.array([3, 2, 1]), bucket))
+        slots.take(plan_of(table, guided(scale)), torch.zeros(SHAPE, device=meta), {"code": codes})
+    sums = denoise_step(MetaFamily(card()), slots, np.array([3, 2, 1]), bucket)
     assert sums.shape == (bucket or 3,)
     with pytest.raises(RuntimeError):
         sums.sum().item()

@@ -19,8 +19,8 @@ from app.families import Flux
 from app.families.flux import pack, unpack
 from app.families.vae import shapes
 from app.request import ClassLabel, Prompt
-from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule
+from app.samplers.table import at_size
 from tests.families.plain import build, build_component
 from tests.parts.close import EXACT, FORWARD, LEVELS, apart, beyond_rounding, close
 from tests.parts.tiny_parts import read_state, write_first_clip

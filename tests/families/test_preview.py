@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from app.families.base import to_pixels
 from app.families.vae import neighbourhoods, preview, shapes
 
 
@@ -37,7 +38,7 @@ def test_a_linear_decoder_is_found_exactly() -> None:
     latents = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(1)) * 0.5
     image = vae.decode(latents / 1.7 + 0.2, return_dict=False)[0]
     expected = ((image / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-    seen = preview(vae, latents)
+    seen = to_pixels(preview(vae, latents))
     assert seen.shape == (2, 40, 56, 3) and seen.dtype == torch.uint8
     assert (seen.float() - expected).abs().max() <= 1
 

@@ -15,7 +15,7 @@ from app.engine.costs import Costs, Curve
 from app.engine.engine import Engine
 from app.errors import LoadError
 from app.families.base import Conditions
-from app.families.text import Encoder, Read, States, read_texts
+from app.families.text import Cut, Encoder, Read, States, cut_text, read_texts
 from app.pool.policy import Parts
 from app.pool.pool import Pool
 from app.report import Failure, ModelState, Phase, Report, Result, Tick
@@ -83,7 +83,7 @@ class FakeFamily:
     def prepare(self) -> None:
         pass
 
-    def truncated(self, condition: Condition, text_length: int) -> str | None:
+    def truncated(self, condition: Condition, text_length: int, cut: Cut = cut_text) -> str | None:
         return None
 
     def denoise(

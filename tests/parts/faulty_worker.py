@@ -30,7 +30,7 @@ DENOISE, DECODE = runner.Runner.denoise, runner.Runner.decode
 
 
 def _asks_for(text: str, rows: list[Row]) -> bool:
-    return any(isinstance(row.image.condition, Prompt) and row.image.condition.text == text for row in rows)
+    return any(isinstance(row.condition, Prompt) and row.condition.text == text for row in rows)
 
 
 def hanging(self: runner.Runner, rows: list[Row], work: Work) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidValue
-from app.samplers.grids import Array, Path, at_size
+from app.samplers.grids import Array, Path
 from app.samplers.schedule import DynamicShift, Schedule
-from app.samplers.table import SAMPLERS
+from app.samplers.table import SAMPLERS, at_size
 from tests.bench.upstream import scheduler_of
 from tests.parts.close import EXACT, apart, close, each
 from tests.samplers.oracle import UPSTREAM, diffusion_scheduler, flow_scheduler, wide

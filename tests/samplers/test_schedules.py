@@ -13,8 +13,9 @@ from pydantic import ValidationError
 
 from app.errors import CardError, InvalidValue
 from app.samplers import grids as schedules
-from app.samplers.grids import alpha_bar, at_size
+from app.samplers.grids import alpha_bar
 from app.samplers.schedule import DynamicShift, Schedule
+from app.samplers.table import at_size
 from tests.parts.close import FORWARD, apart, close, each
 
 

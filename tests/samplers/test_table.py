@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from app.errors import InvalidValue
-from app.samplers.grids import at_size
 from app.samplers.schedule import DynamicShift, Schedule
-from app.samplers.table import COLUMNS, SAMPLERS, compile_table, valid_pairs, valid_samplers
+from app.samplers.table import COLUMNS, SAMPLERS, at_size, compile_table, valid_pairs, valid_samplers
 from tests.parts.close import EXACT, SAME, apart, close
 from tests.samplers.oracle import (
     UPSTREAM,

@@ -11,8 +11,8 @@ import torch
 
 from app.cards.card import read_card
 from app.checkpoints.convert import convert_dit
-from app.engine.slots import Slots
-from app.engine.step import denoise_step, gather
+from app.engine.runner import plan_of
+from app.engine.step import Slots, denoise_step
 from app.families import DiT
 from app.families.authors import from_original
 from app.families.dit import predict
@@ -119,14 +119,14 @@ def run_together(dit: DiT, cases: tuple[tuple[int, int, float | None], ...]) -> 
         noise = injected(case, steps)
         guidance = Guidance() if scale is None else Guidance(scale)
         conditions = dit.encode([ClassLabel(label), dit.opposite(ClassLabel(label))][: 1 if scale is None else 2], 0)
-        slot = slots.take(table, noise[0][0] * table.init, conditions, guidance)
+        slot = slots.take(plan_of(table, guidance), noise[0][0] * table.init, conditions)
         taken.append(slot)
         left[slot] = iter(noise[1:])
     ends = {slot: steps for slot, (_, steps, _) in zip(taken, cases, strict=True)}
     while rows := [slot for slot in taken if slots.line[slot] < ends[slot]]:
         for slot in rows:
             slots.noise[slot] = next(left[slot])[0]
-        assert denoise_step(dit, slots, gather(slots, np.array(rows))).isfinite().all()
+        assert denoise_step(dit, slots, np.array(rows)).isfinite().all()
         slots.line[rows] += 1
     return [slots.x[slot].clone()[None] for slot in taken]
 

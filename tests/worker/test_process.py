@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from app.errors import SettingsError
-from app.pool.budget import use_threads
+from app.pool.pool import use_threads
 from app.report import Announce, Failure, Progress, Tick
 from app.settings import Settings
 from app.worker import process, wire

@@ -9,7 +9,8 @@ from typing import ClassVar
 import pytest
 import torch
 
-from app.pool.budget import LOOK, Cores, use_threads
+from app.engine.runner import LOOK, Cores
+from app.pool.pool import use_threads
 from app.report import Tick
 from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
 
