@@ -170,7 +170,9 @@ class ImageBody(BaseModel):
     def _values(self, card: Card) -> dict[str, Any]:
         """Every field that the card takes, within its bounds, with the card's default where it is absent."""
         for field, (takes, reason) in _SOME_CARDS.items():
-            if not takes(card) and getattr(self, field) not in (None, ""):
+            value = getattr(self, field)
+            asked = bool(value) if field == "negative_prompt" else value is not None
+            if asked and not takes(card):
                 raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
         spans = bounds(card, self.sampler)
         if self.grid:
@@ -327,7 +329,8 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
     except ValidationError as error:
         place, reason = first_problem(error.errors(include_url=False), _WORDS)
         field = ".".join(place[:2])[:64]
-        code: Code = "unsupported_parameter" if field in ("response_format", "output_format") else "invalid_value"
+        unserved = field in ("response_format", "output_format") and isinstance(fields[field], str)
+        code: Code = "unsupported_parameter" if unserved else "invalid_value"
         raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
 
 
