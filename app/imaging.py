@@ -68,8 +68,8 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
     if format == "png":
         texts = PngInfo()
         texts.add_itxt("XML:com.adobe.xmp", _xmp({}, []).decode())
-        if facts:  # NOTE: NUL would end a field, and UTF-8 has no lone surrogates
-            texts.add_text("parameters", a1111(facts).replace("\0", "\ufffd").encode("utf-8", "replace").decode())
+        if facts:  # NOTE: UTF-8 has no lone surrogates
+            texts.add_text("parameters", a1111(facts).encode("utf-8", "replace").decode())
             texts.add_text("instep", json.dumps(facts))
         return _png(pixels, texts)
     if format not in FORMATS:
@@ -125,7 +125,7 @@ def a1111(facts: dict[str, Any]) -> str:
     if facts.get("negative_prompt"):
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
     lines.append(", ".join(f"{name}: {facts[key]}" for key, name in _A1111.items() if key in facts))
-    return "\n".join(lines)
+    return "\n".join(lines).replace("\0", "\ufffd")  # NUL would end the text, and the seed stands behind it
 
 
 def _png(pixels: np.ndarray, texts: PngInfo) -> bytes:

@@ -76,6 +76,9 @@ def test_nul_in_a_prompt_does_not_end_the_text() -> None:
     image.load()
     assert image.text["parameters"].startswith("a\ufffdb\n")
     assert json.loads(image.text["instep"])["prompt"] == "a\0b"
+    for format in ("jpeg", "webp"):
+        comment = comment_of(encode_image(picture(8, 8), format, None, {**FACTS, "prompt": "a\0b"}))
+        assert comment == image.text["parameters"]
 
 
 def comment_of(data: bytes) -> str:

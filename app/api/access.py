@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
@@ -15,7 +16,6 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import error_response
 from app.api.front import Front
 from app.errors import Cancelled, InstepError, RequestError, Unavailable
 from app.keys import KEY_LENGTH, NOBODY, Keyring
@@ -41,12 +41,20 @@ _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUIET = (*PROBES, "/metrics")
 log = logger("instep.access")
 
+Answer = Callable[[InstepError, str], Response]
+"""Makes the answer to an error, for a page of this origin."""
+
 
 class Access:
-    """The layer that gives a request its id, limits, turns and log line, and answers a fixed 500 to other errors."""
+    """The layer that gives a request its id, limits, turns and log line, and answers a fixed 500 to other errors.
 
-    def __init__(self, app: ASGIApp) -> None:
+    It is the outermost one, so that the limits bind preflights too. A request that is refused by its head alone is
+    counted and not logged, so that a flood cannot fill a disk.
+    """
+
+    def __init__(self, app: ASGIApp, answer: Answer) -> None:
         self._app = app
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +68,7 @@ class Access:
         state = scope.setdefault("state", {})
         state.update(id=identity, key=NOBODY, facts={})
         receive, send = _drained(scope, receive, send)
-        started = time.perf_counter()
+        refusal, started = self._refusal(scope, front), time.perf_counter()
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -68,14 +76,14 @@ class Access:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = identity
-                if "crowded" in state:
+                if refusal or "crowded" in state:
                     headers["Connection"] = "close"
             await _sliced(message, send, front)
 
         try:
-            if scope["path"] not in PROBES:
+            if scope["path"] not in PROBES or "pipelined" in state:
                 await front.turn()
-            await (_refusal(scope, front) or self._app)(scope, receive, noting)
+            await (refusal or self._app)(scope, receive, noting)
         except ClientDisconnect:  # before its body was read
             status = CLIENT_GONE
             front.metrics.failed("", Cancelled.code)
@@ -83,9 +91,18 @@ class Access:
             log.exception("unhandled", request_id=identity)
             if status:
                 raise
-            await error_response(InstepError("unhandled"))(scope, receive, noting)
+            await self._answer(InstepError("unhandled"), _origin(scope))(scope, receive, noting)
         finally:
-            _write(scope, method, status, time.perf_counter() - started)
+            if not refusal:
+                _write(scope, method, status, time.perf_counter() - started)
+
+    def _refusal(self, scope: Scope, front: Front) -> Response | None:
+        """The answer to a request that is refused by its head alone; it is the last one of its connection."""
+        fault = _fault(scope)
+        if fault is None:
+            return None
+        front.metrics.rejected("", fault.code)
+        return self._answer(fault, _origin(scope))
 
 
 async def authorize(request: Request) -> None:
@@ -118,17 +135,6 @@ def _token(request: Request) -> bytes:
     return token.strip()
 
 
-def _refusal(scope: Scope, front: Front) -> Response | None:
-    """The answer to a request that is refused by its head alone; it is the last one of its connection."""
-    fault = _fault(scope)
-    if fault is None:
-        return None
-    front.metrics.rejected("", fault.code)
-    response = error_response(fault)
-    response.headers["Connection"] = "close"
-    return response
-
-
 def _fault(scope: Scope) -> InstepError | None:
     """Why a request is refused by its head alone.
 
@@ -147,6 +153,10 @@ def _fault(scope: Scope) -> InstepError | None:
         message = "Too many connections are open. Try again later."
         return Unavailable(message, retry_after=2.0, code="overloaded")
     return None
+
+
+def _origin(scope: Scope) -> str:
+    return Headers(scope=scope).get("origin", "")
 
 
 def _drained(scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:

@@ -10,14 +10,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from app.api import docs, images, models
-from app.api.access import Access, authorize
+from app.api.access import Access, Answer, authorize
 from app.api.errors import ErrorReply, error_response, on_error, on_http_error, on_invalid
 from app.api.front import Front, front_of
-from app.errors import InstepError, SettingsError, Unavailable
+from app.errors import InstepError, RequestError, SettingsError, Unavailable
 from app.metrics import CONTENT_TYPE
 from app.settings import Settings
 
@@ -93,27 +94,51 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
     app.state.documents = {}
     for router in (images.router, models.router, probes, docs.router):
         app.include_router(router)
-    app.add_middleware(Access)
     if front.settings.cors_origins:
-        app.add_middleware(CORSMiddleware, **_cors(front.settings))
+        app.add_middleware(_Cors, **_cors(front.settings))
+    app.add_middleware(Access, answer=_answerer(app))
     return app
 
 
-def refuser(app: Application) -> Callable[[InstepError, str], Response]:
-    """Makes the answer to a request that reaches no route: counted as all errors, and readable to the same pages."""
-    front: Front = app.state.front
-    cors = CORSMiddleware(app, **_cors(front.settings))
+def refuser(app: Application) -> Answer:
+    """Makes the answer to a request that the wire refuses, and counts it as all errors are."""
+    answer, metrics = _answerer(app), app.state.front.metrics
 
     def refuse(error: InstepError, origin: str) -> Response:
-        front.metrics.rejected("", error.code)
+        metrics.rejected("", error.code)
+        return answer(error, origin)
+
+    return refuse
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's layer, with a refused preflight in our own envelope."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a preflight, which needs no key."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        error = RequestError("CORS_ORIGINS of this server does not have this origin.", code="not_allowed")
+        refusal = error_response(error)
+        refusal.headers["Vary"] = response.headers["Vary"]
+        return refusal
+
+
+def _answerer(app: Application) -> Answer:
+    """Makes the answer to a request that reaches no route, readable to the same pages as all others."""
+    settings: Settings = app.state.front.settings
+    cors = CORSMiddleware(app, **_cors(settings))
+
+    def answer(error: InstepError, origin: str) -> Response:
         response = error_response(error)
-        if origin and front.settings.cors_origins:
+        if origin and settings.cors_origins:
             response.headers.update(cors.simple_headers)
             if cors.is_allowed_origin(origin):
                 cors.allow_explicit_origin(response.headers, origin)
         return response
 
-    return refuse
+    return answer
 
 
 def _cors(settings: Settings) -> dict[str, Any]:

@@ -181,6 +181,7 @@ def _place_keys(document: Json, keys: Keyring) -> None:
         if path in ADMIN:
             refusals["403"] = "Not the admin key, or this server has none"
         for operation in operations.values() if path not in OPEN else ():
+            operation["responses"].pop("422", None)  # of FastAPI, for parameters that no request can have wrong here
             operation["responses"] |= {code: {"description": text, "content": reply} for code, text in refusals.items()}
             if keys.admin if path in ADMIN else keys.clients:
                 operation["security"] = [{"admin_key" if path in ADMIN else "key": []}]

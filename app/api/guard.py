@@ -21,9 +21,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.errors import InstepError, RequestError, Unavailable
 from app.settings import Settings
 
-READ = 512  # bytes that are read and parsed in one turn of the event loop: 0.6 ms of one-byte chunks
-READ_BODY = 16 * 1024  # the same, of a body in one piece
-AHEAD = 64 * 1024  # bytes behind a whole request above which a connection is not read before that request is answered
+READ = 512  # bytes of a head that are read and parsed in one turn of the event loop
+READ_CHUNKS = 128  # the same, of a body in chunks: 0.15 ms where each has one byte, and a hundred clients may send them
+READ_BODY = 4 * 1024  # the same, of a body in one piece, which the next request may follow
+AHEAD = READ_BODY  # bytes behind a whole request above which a connection is not read before that request is answered
+SLOWEST = 8 * 1024  # bytes a second that a client must take of an answer that waits for it, over REQUEST_TIMEOUT
 HEAD_SECONDS = 10.0  # time for the whole head of a request, unless REQUEST_TIMEOUT is shorter
 GRACE = 2.0  # time of a connection over the caps: to send its request, and to leave after its answer
 
@@ -156,7 +158,8 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         """Called by the transport before it reads."""
         in_chunks = any(name == b"transfer-encoding" for name, _ in self.headers or ())
-        return self._buffer if self.conn.their_state is h11.SEND_BODY and not in_chunks else self._buffer[:READ]
+        body = READ_CHUNKS if in_chunks else READ_BODY
+        return self._buffer[: body if self.conn.their_state is h11.SEND_BODY else READ]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Called by the transport with the bytes that it has read. What a refused client still sends is dropped."""
@@ -167,7 +170,7 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """Called by the transport when the client does not take what is sent."""
         super().pause_writing()
-        self._watch = self.loop.call_later(self._door.seconds, self.transport.abort)
+        self._start_watch()
 
     def resume_writing(self) -> None:
         """Called by the transport when the client has taken everything."""
@@ -179,6 +182,8 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
     def on_response_complete(self) -> None:
         """Called by uvicorn when an answer is sent; the next request may have begun to come."""
         super().on_response_complete()
+        if self._answering:
+            self.scope["state"]["pipelined"] = True
         self._settle()
 
     def send_400_response(self, msg: str) -> None:
@@ -205,6 +210,11 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
             return False
         self.transport.close()
         return True
+
+    @property
+    def _answering(self) -> bool:
+        """Whether there is a request, whole or not, and its answer has not ended."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def _coming(self) -> bool:
@@ -250,15 +260,26 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
         """
         self._refused = True
         self._stop_clock()
-        headers = dict(self.headers) if self.conn.their_state is h11.SEND_BODY else {}
+        headers = dict(self.headers) if self._answering else {}
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = self._door.refuse(error, headers.get(b"origin", b"").decode("latin-1"))
             lines = [b"HTTP/1.1 %d %s" % (answer.status_code, HTTPStatus(answer.status_code).phrase.encode())]
             lines += [b"%s: %s" % header for header in (*self.server_state.default_headers, *answer.raw_headers)]
-            self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", answer.body)))
+            body = b"" if self._answering and self.scope["method"] == "HEAD" else answer.body
+            self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", body)))
         super().connection_lost(ConnectionAbortedError())
         self.transport.resume_reading()
         with suppress(OSError):  # the client has reset the connection
             self.transport.write_eof()
         self._settle()
         self._clock = self.loop.call_later(self._seconds, self.transport.abort)
+
+    def _start_watch(self) -> None:
+        self._watch = self.loop.call_later(self._door.seconds, self._look, self.transport.get_write_buffer_size())
+
+    def _look(self, before: int) -> None:
+        """Cut off a client that has taken next to nothing of its answer: no one else ends it."""
+        if before - self.transport.get_write_buffer_size() < SLOWEST * self._door.seconds:
+            self.transport.abort()
+        else:
+            self._start_watch()

@@ -45,9 +45,6 @@ _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
-_BAR: Any = partial(tqdm, leave=False, disable=None)
-"""The bar of a file that arrives: gone when it is here, and in a terminal only."""
-
 Needs = dict[str, tuple["Repo", set[str]]]
 """The paths of the files that a card needs, with their repository, by its name and commit."""
 
@@ -119,6 +116,7 @@ class Repo:
         Raises CheckpointError. A file that did not arrive whole, or is not what the Hub lists, is thrown away.
         """
         blob, file, incoming = self.blob(path), self.files[path], self.folder / "incoming"
+        bar: Any = partial(_bar, "  downloading")
         if not self.left(path):
             return blob
         with _explained(self.name, self.revision):
@@ -126,7 +124,7 @@ class Repo:
             blob.unlink(missing_ok=True)  # of another size
             with WeakFileLock(self.folder / "incoming.lock", timeout=0.1):
                 try:
-                    came = hf_hub_download(self.name, path, revision=self.commit, local_dir=incoming, tqdm_class=_BAR)
+                    came = hf_hub_download(self.name, path, revision=self.commit, local_dir=incoming, tqdm_class=bar)
                     if _digest(Path(came), file) != digest_of(file):
                         listed = f"what came is not what the Hub lists (its digest is not {digest_of(file)[:12]}...)"
                         raise CheckpointError(f"{self.name}: {path}: {listed}: thrown away, try again")
@@ -158,9 +156,17 @@ def digest_of(file: RepoFile) -> str:
 
 def _digest(file: Path, listed: RepoFile) -> str:
     """The digest of a downloaded file, of the kind that the Hub lists for it."""
-    start = hashlib.sha256() if listed.lfs else hashlib.sha1(b"blob %d\0" % listed.size)
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: start).hexdigest()
+    digest = hashlib.sha256() if listed.lfs else hashlib.sha1(b"blob %d\0" % listed.size)
+    with file.open("rb") as stream, _bar("  checking", total=listed.size, unit="B", unit_scale=True) as bar:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def _bar(doing: str, **options: Any) -> Any:
+    """A bar for the bytes of a file, in a terminal only. It is gone when the file is done."""
+    return tqdm(**{**options, "desc": doing, "leave": False, "disable": None})  # type: ignore[no-untyped-call]
 
 
 def bytes_left(files: Iterable[tuple[Repo, Iterable[str]]]) -> int:

@@ -28,9 +28,9 @@ class OneLine(TyperGroup):
         except InstepError as error:
             _fail(error.message)
         except typer.TyperException as error:
-            if not error.message:  # help was asked for by giving no command, and has been printed
-                sys.exit(0)
-            _fail(error.format_message())
+            if message := error.format_message():
+                _fail(message)
+            sys.exit(0)  # help was asked for by giving no command, and has been printed
         except OSError as error:
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except typer.Abort:

@@ -28,7 +28,7 @@ from app.jobs.job import Job
 @with_flags(body_flags(CompareBody, "model", "n"))
 def compare(
     model: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL...", help="Model ids or aliases, one for each column")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Model ids or aliases, one for each column")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to draw; repeat it for another row")] = None,
     class_label: Labels = None,

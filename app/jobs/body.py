@@ -110,7 +110,9 @@ class ImageBody(BaseModel):
     partial_images: Whole | None = Field(None, description="Previews of each image while it is drawn, with stream")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from")
     num_inference_steps: Whole | None = Field(None, description="Denoising steps")
-    guidance_scale: Real | None = Field(None, description="Classifier-free guidance; 1 or less draws without it")
+    guidance_scale: Real | None = Field(
+        None, description="Guidance; 1 or less draws without it, but FLUX.1-dev takes any number as an input"
+    )
     true_cfg_scale: Real | None = Field(
         None, description="Guidance away from negative_prompt, where guidance_scale is an input (FLUX.1-dev)"
     )
@@ -168,7 +170,9 @@ class ImageBody(BaseModel):
     def _values(self, card: Card) -> dict[str, Any]:
         """Every field that the card takes, within its bounds, with the card's default where it is absent."""
         for field, (takes, reason) in _SOME_CARDS.items():
-            if not takes(card) and getattr(self, field) not in (None, ""):
+            value = getattr(self, field)
+            asked = bool(value) if field == "negative_prompt" else value is not None
+            if asked and not takes(card):
                 raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
         spans = bounds(card, self.sampler)
         if self.grid:
@@ -325,7 +329,8 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
     except ValidationError as error:
         place, reason = first_problem(error.errors(include_url=False), _WORDS)
         field = ".".join(place[:2])[:64]
-        code: Code = "unsupported_parameter" if field in ("response_format", "output_format") else "invalid_value"
+        unserved = field in ("response_format", "output_format") and isinstance(fields[field], str)
+        code: Code = "unsupported_parameter" if unserved else "invalid_value"
         raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
 
 

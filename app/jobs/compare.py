@@ -43,8 +43,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Fields of a body by preset, for those that a body leaves out. One prompt asks for colours and places, one for writing
 in the picture."""
 
-_FILE = {"response_format", "output_format", "output_compression"}
-_ASIDE = {"model", "preset", "stream", "priority", "deadline", *_FILE, *IGNORED}
+_DELIVERY = {"response_format", "output_format", "output_compression", "priority", "deadline"}
+_ASIDE = {"model", "preset", "stream", *_DELIVERY, *IGNORED}
 """Fields that do not say what the panel shows."""
 
 Complete = Callable[[Card, ImageBody], Job]
@@ -137,8 +137,8 @@ def _columns(body: CompareBody, registry: Registry) -> list[Card]:
 def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job]:
     """One job for each row and model, row by row.
 
-    complete: makes the job of one cell by `ImageBody.to_request`. Raises what it raises, with the model before the
-    field.
+    complete: makes the job of one cell by `ImageBody.to_request`. Raises what it raises, with the model before a field
+    that has bounds of the model.
     """
     field, rows = body.rows
     jobs = []
@@ -149,6 +149,8 @@ def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job
                     raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
                 jobs.append(complete(card, body.model_copy(update={"model": card.id, field: row})))
             except RequestError as error:
+                if error.param in {"seed", *_DELIVERY}:
+                    raise
                 raise error.again(f"{card.id}: {error.message}") from None
     pixels = sum(job.request.recipe.width * job.request.recipe.height for job in jobs)
     if pixels > PIXELS:

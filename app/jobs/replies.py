@@ -168,14 +168,15 @@ def partial_event(job: Job, preview: Preview) -> bytes:
 def completed_event(job: Job, results: Sequence[Result]) -> bytes:
     """A finished image (one result) or sheet (all of them) as a server-sent event."""
     (file,), seconds = files_of(job, results)
-    image = {"image_index": _place(job, results[0].index), **_item(job, results[0])}
+    place = None if job.columns else _place(job, results[0].index)
+    image = {"image_index": place, **_item(job, results[0])}
     fields = image | _cost(job, results, seconds) | effective(job, len(results))
     return _event("image_generation.completed", file, fields)
 
 
 def _place(job: Job, index: int) -> int | None:
-    """Which image of a stream it is, where the stream has several files."""
-    return index if len(job.request.images) > 1 and not job.columns else None
+    """Which image of a stream it is, where the request has several."""
+    return index if len(job.request.images) > 1 else None
 
 
 def _event(kind: str, file: bytes, fields: dict[str, Any]) -> bytes:

@@ -57,6 +57,18 @@ def test_a_refusal_is_logged_by_its_code(
     assert "secret" not in str(line)
 
 
+def test_a_request_that_is_refused_by_its_head_is_not_logged(http: httpx.Client, log: pytest.LogCaptureFixture) -> None:
+    """It is counted: a flood of them must not fill a disk."""
+    before = http.get("/metrics").text.count('reason="headers_too_large"')
+    assert http.get("/v1/models", headers=[("X-A", "b")] * 200).status_code == 431
+    assert http.get("/metrics").text.count('reason="headers_too_large"') >= max(1, before)
+    both = {"Content-Length": "5", "Transfer-Encoding": "chunked"}
+    assert http.post("/v1/images/generations", headers=both, content=iter([b"{}"])).status_code == 400
+    http.get("/v1/models", headers={"X-Request-ID": "after"})
+    eventually(lambda: any(line["request_id"] == "after" for line in lines(log)), 5)
+    assert len(lines(log)) == 1
+
+
 def test_probes_are_quiet(http: httpx.Client, log: pytest.LogCaptureFixture) -> None:
     for path in ("/health", "/healthz", "/readyz", "/metrics"):
         assert http.get(path).status_code == 200

@@ -183,6 +183,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"preset": "three", "prompt": None}, "preset", "preset: expects one of two_prompts"),
     ({"seed": -2}, "seed", "seed: expects -1 to"),
     ({"output_format": "gif"}, "output_format", "output_format: expects one of"),
+    ({"output_compression": 101}, "output_compression", "output_compression: expects 0 to 100"),
+    ({"deadline": 0}, "deadline", "deadline: expects 0.1 to 86400"),
     ({"seed": "7"}, "seed", "seed: expects a whole number"),
 ]
 
@@ -201,6 +203,7 @@ def test_a_bad_comparison_names_the_field_and_the_model(
     reply = compare(alice, {"models": ["tiny-text"], "prompt": "a", **fields})
     error = reply.json()["error"]
     assert (reply.status_code, error["param"]) == (400, param) and said in error["message"], error
+    assert ("tiny-text: " in error["message"]) == ("tiny-text: " in said)
     assert several.supervisor.running + several.supervisor.waiting == 0
     checker = checker_of(alice)
     assert checker.is_valid({"models": ["tiny-text"], "prompt": "a"})

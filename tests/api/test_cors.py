@@ -20,7 +20,7 @@ from app.settings import Settings
 from tests.api.browser import look
 from tests.parts.servers import ADMIN, ALICE, Server, bearer
 from tests.parts.waiting import eventually
-from tests.parts.wires import connect, heard
+from tests.parts.wires import connect, heard, refusal
 
 ORIGIN, FOREIGN = "https://app.example", "https://evil.example"
 IMAGES = "/v1/images/generations"
@@ -65,7 +65,7 @@ def test_a_preflight_needs_no_key(shared: Server) -> None:
 
 def test_other_origins_are_told_no(shared: Server) -> None:
     reply = preflight(shared.url, FOREIGN)
-    assert (reply.status_code, reply.text) == (400, "Disallowed CORS origin")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (403, "not_allowed")
     assert "access-control-allow-origin" not in reply.headers
     reply = httpx.get(f"{shared.url}/v1/models", headers=bearer(ALICE) | {"Origin": FOREIGN})
     assert reply.status_code == 200 and "access-control-allow-origin" not in reply.headers
@@ -78,6 +78,16 @@ def test_all_origins(settings: Settings, tmp_path: Path) -> None:
         (200, "*"),
         (401, "*"),
     ]
+
+
+def test_a_preflight_has_the_limits_of_every_request(shared: Server) -> None:
+    """What a proxy may see otherwise is refused, closes the connection, and the page may read why."""
+    head = f"OPTIONS {IMAGES} HTTP/1.1\r\nHost: a\r\nOrigin: {ORIGIN}\r\nAccess-Control-Request-Method: POST\r\n"
+    for more in ("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", "X-A: b\r\n" * 100):
+        with connect(shared.url) as wire:
+            wire.sendall((head + more + "\r\n").encode())
+            told = heard(wire)
+        assert refusal(told)[0] in (400, 431) and f"access-control-allow-origin: {ORIGIN}".encode() in told.lower()
 
 
 def test_options_without_an_origin_is_no_preflight(shared: Server) -> None:

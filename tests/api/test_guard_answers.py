@@ -12,7 +12,6 @@ import pytest
 import uvicorn
 from starlette.responses import Response
 
-from app.api.access import SLICE
 from app.api.guard import Door, Guarded
 from app.settings import Settings
 from tests.parts.waiting import eventually
@@ -50,7 +49,7 @@ class Endless:
             await send({"type": "http.response.body", "body": bytes(self._chunk), "more_body": left > 0})
 
 
-@pytest.fixture(params=[64 * 1024, SLICE], ids=["stream", "picture"])
+@pytest.fixture(params=[64 * 1024, PLENTY], ids=["stream", "picture"])
 def endless(request: pytest.FixtureRequest) -> Iterator[Endless]:
     endless = Endless(request.param)
     yield endless

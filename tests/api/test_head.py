@@ -70,6 +70,10 @@ def test_a_head_that_is_refused_before_a_route_has_no_body_either(closed: Server
         head, _, rest = b"".join(iter(lambda: wire.recv(65536), b"")).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431") and rest == b""
     with connect(closed.url) as wire:
+        wire.sendall(b"HEAD / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n")
+        head, _, rest = b"".join(iter(lambda: wire.recv(65536), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and rest == b""
+    with connect(closed.url) as wire:
         wire.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X-A: b\r\n" * 200 + b"\r\n")
         rest = b"".join(iter(lambda: wire.recv(65536), b"")).partition(b"\r\n\r\n")[2]
     assert json.loads(rest)["error"]["code"] == "headers_too_large"

@@ -23,7 +23,7 @@ import pytest
 from app.api import docs
 from app.api.access import SLICE
 from app.api.front import Front
-from app.api.guard import AHEAD, READ, READ_BODY, Guarded
+from app.api.guard import AHEAD, READ, READ_BODY, READ_CHUNKS, Guarded
 from app.cards.catalog import COMPARED, did_you_mean
 from app.cards.folder import ModelFolder
 from app.jobs.body import LONGEST, MOST
@@ -31,7 +31,7 @@ from app.main import SWITCH
 from app.settings import Settings
 from tests.parts.servers import Server, generate
 from tests.parts.waiting import eventually
-from tests.parts.wires import connect
+from tests.parts.wires import connect, heard
 from tests.parts.workers import FAKE
 
 SURROGATE = "\ud800"
@@ -130,13 +130,12 @@ def test_a_crowd_shares_one_answer(server: Server, url: str, monkeypatch: pytest
     def slowly(real: Callable[..., Any]) -> Callable[..., Any]:
         def work(*given: Any) -> Any:
             made.append(None)
-            eventually(lambda: everybody.is_set() or len(server.uvicorn.server_state.tasks) == CROWD)
-            everybody.set()
+            eventually(lambda: len(asked) == CROWD, 30)
             return real(*given)
 
         return work
 
-    everybody = threading.Event()
+    asked = counted(monkeypatch, Front, "shared")
     monkeypatch.setattr(ModelFolder, "fault", slowly(ModelFolder.fault))
     monkeypatch.setattr(server.metrics, "text", slowly(server.metrics.text))
     assert {reply.status_code for reply in at_once(url, path)} == {200}
@@ -194,8 +193,12 @@ def test_one_request_goes_on_in_a_turn_of_the_loop() -> None:
     asyncio.run(scene())
 
 
-def test_probes_do_not_wait_for_a_turn(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_do_not_wait_but_pipelined_ones_do(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = counted(monkeypatch, Front, "turn")
+    ask = b"GET /healthz HTTP/1.1\r\nHost: a\r\n%s\r\n"
+    with connect(url) as wire:
+        wire.sendall(2 * (ask % b"") + ask % b"Connection: close\r\n")
+        assert heard(wire).count(b"HTTP/1.1 200") == 3 and len(taken) == 2
     for path, waits in (("/health", 0), ("/healthz", 0), ("/readyz", 0), ("/docs", 1)):
         taken.clear()
         assert httpx.get(f"{url}{path}").status_code == 200
@@ -221,7 +224,7 @@ def test_a_body_in_chunks_of_a_byte_is_parsed_over_many_turns(
     with connect(url) as wire:
         wire.sendall(head + chunks + b"0\r\n\r\n")
         said = b"".join(iter(lambda: wire.recv(65536), b""))
-    assert said.startswith(b"HTTP/1.1 200 ") and len(calls) >= len(chunks) // READ
+    assert said.startswith(b"HTTP/1.1 200 ") and len(calls) >= (len(head + chunks) - READ) // READ_CHUNKS
     assert generate(http, {"prompt": "a"}).status_code == 200
 
 

@@ -74,8 +74,10 @@ def test_several_images_say_which_they_are(http: httpx.Client) -> None:
 
 
 def test_a_sheet_is_one_completed_event(http: httpx.Client) -> None:
-    got = events(http, {"prompt": "a", "n": 4, "grid": {"columns": 2}})
-    assert [(name, data["size"]) for name, data in got] == [("image_generation.completed", "64x64")]
+    got = events(http, {"prompt": "a", "n": 4, "grid": {"columns": 2}, "partial_images": 1})
+    *partials, (name, sheet) = got
+    assert (name, sheet["size"], "image_index" in sheet) == ("image_generation.completed", "64x64", False)
+    assert sorted(data["image_index"] for _, data in partials) == [0, 1, 2, 3]
 
 
 def test_a_refusal_before_the_stream_is_a_status(client: openai.OpenAI) -> None:

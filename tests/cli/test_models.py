@@ -43,6 +43,11 @@ def test_show_tells_what_a_request_may_ask(run: Run) -> None:
     assert 'did you mean "tiny-sd3"' in one_line(run("models", "show", "tiny-sd"))
 
 
+@pytest.mark.parametrize(("words", "missing"), [(("show",), "model"), (("add",), "path"), (("convert", "x"), "folder")])
+def test_a_missing_argument_is_one_line(run: Run, words: tuple[str, ...], missing: str) -> None:
+    assert f"Missing argument '{missing}'" in one_line(run("models", *words))
+
+
 def test_the_shipped_cards_fit_in_100_columns(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And what is not downloaded says how to get it, square brackets and all."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -18,6 +18,7 @@ from tests.cli.pulls import NETWORK, SPARE, TOKEN, VAE, cached, partials
 from tests.parts import originals
 from tests.parts.commands import Run, one_line
 from tests.parts.hub import COMMIT, Hub
+from tests.parts.servers import INSTEP, Process
 
 
 def test_what_was_pulled_is_whole_without_the_hub(models: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +45,15 @@ def test_what_was_pulled_is_whole_without_the_hub(models: Path, run: Run, monkey
     assert (drawn.exit_code, (models / "a.png").is_file()) == (0, True), drawn.output
     offline = "tiny-sd3: HF_HUB_OFFLINE is set: nothing can be downloaded"
     assert one_line(run("models", "pull", "tiny-sd3")) == offline
+
+
+def test_a_terminal_shows_the_download_of_a_file_and_its_check(models: Path) -> None:
+    home, size = str(models.parent / "home"), {"TQDM_NCOLS": "80", "TQDM_NROWS": "24"}
+    with Hub(models.parent / "hub") as hub:
+        facts = {"INSTEP_MODELS": str(models), "HF_HOME": home, "HF_ENDPOINT": hub.url, **size}
+        with Process((*INSTEP, "models", "pull", "tiny-sd3"), terminal=True, **facts) as pull:
+            assert pull.ended()[0] == 0
+    assert "  downloading: " in pull.words and "  checking: " in pull.words
 
 
 def test_a_card_brings_the_parts_that_it_takes_from_others(models: Path, hub: Hub, pull: Run) -> None:
