@@ -27,7 +27,7 @@ READ_BODY = 4 * 1024  # the same, of a body in one piece, which the next request
 AHEAD = READ_BODY  # bytes behind a whole request above which a connection is not read before that request is answered
 SLOWEST = 8 * 1024  # bytes a second that a client must take of an answer that waits for it, over REQUEST_TIMEOUT
 HEAD_SECONDS = 10.0  # time for the whole head of a request, unless REQUEST_TIMEOUT is shorter
-GRACE = 2.0  # time of a connection over the caps: to send its request, and to leave after its answer
+GRACE = 2.0  # time of a connection over the caps for its request; silence after which a refused one is closed
 
 SPARE = 64
 SPARE_EACH = 8
@@ -130,6 +130,7 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
         self._seconds = door.seconds
         self._ends = 0.0
         self._refused = False
+        self._still_sends = False
         self._clock: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._buffer = memoryview(bytearray(READ_BODY))
@@ -163,9 +164,11 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Called by the transport with the bytes that it has read. What a refused client still sends is dropped."""
-        if not self._refused:
-            self.data_received(bytes(self._buffer[:nbytes]))
-            self._settle()
+        if self._refused:
+            self._still_sends = True
+            return
+        self.data_received(bytes(self._buffer[:nbytes]))
+        self._settle()
 
     def pause_writing(self) -> None:
         """Called by the transport when the client does not take what is sent."""
@@ -196,6 +199,8 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
 
     def shutdown(self) -> None:
         """Called by the server when it stops. A request that is still coming would hold that up."""
+        if self._refused:
+            return
         if self._coming:
             self._refuse(Unavailable("The server is shutting down.", retry_after=5.0, code="shutting_down"))
         else:
@@ -255,8 +260,8 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
     def _refuse(self, error: InstepError) -> None:
         """Send this error if no answer has begun, and end the connection; a route at work sees its client gone.
 
-        What the client still sends is read and dropped for a while: to close on unread data resets the connection, and
-        the answer is lost.
+        What the client still sends is read and dropped until it is silent: to close on unread data resets the
+        connection, and the answer is lost. A server that stops waits for that too.
         """
         self._refused = True
         self._stop_clock()
@@ -268,11 +273,21 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
             body = b"" if self._answering and self.scope["method"] == "HEAD" else answer.body
             self.transport.write(b"\r\n".join((*lines, b"connection: close", b"", body)))
         super().connection_lost(ConnectionAbortedError())
+        self.connections.add(self)
         self.transport.resume_reading()
         with suppress(OSError):  # the client has reset the connection
             self.transport.write_eof()
         self._settle()
-        self._clock = self.loop.call_later(self._seconds, self.transport.abort)
+        self._ends = self.loop.time() + self._seconds
+        self._clock = self.loop.call_later(GRACE, self._leave)
+
+    def _leave(self) -> None:
+        """Close this refused connection once its client was silent for GRACE seconds, or its time is over."""
+        if self._still_sends and self.loop.time() < self._ends:
+            self._still_sends = False
+            self._clock = self.loop.call_later(GRACE, self._leave)
+        else:
+            self.transport.abort()
 
     def _start_watch(self) -> None:
         self._watch = self.loop.call_later(self._door.seconds, self._look, self.transport.get_write_buffer_size())
