@@ -58,6 +58,21 @@ def test_a_stalled_upload_is_503_at_once(served: Served, sent: bytes) -> None:
     assert "Traceback" not in "".join(served.lines)
 
 
+def test_an_upload_that_goes_on_still_gets_its_503(served: Served) -> None:
+    """Its client sends the whole body before it reads. To close on that would reset it, and the answer would be lost."""
+    with connect(str(served.logged("listening")["url"])) as wire:
+        wire.settimeout(10)
+        wire.sendall(UPLOAD.replace(b"1000", b"5000000"))
+        eventually(lambda: taken(wire))
+        served.process.send_signal(signal.SIGTERM)
+        for _ in range(40):
+            wire.sendall(b"a" * 120_000)
+            time.sleep(0.05)
+        assert refusal(heard(wire)) == (503, "shutting_down")
+    assert served.ended() == (0, "returned\n")
+    assert "Traceback" not in "".join(served.lines)
+
+
 def test_a_body_that_nobody_waits_for_does_not_hold_up_the_end(served: Served) -> None:
     """It was answered before it came."""
     with connect(str(served.logged("listening")["url"])) as wire:
