@@ -59,7 +59,7 @@ def test_a_stalled_upload_is_503_at_once(served: Served, sent: bytes) -> None:
 
 
 def test_an_upload_that_goes_on_still_gets_its_503(served: Served) -> None:
-    """Its client sends the whole body before it reads. To close on that would reset it, and the answer would be lost."""
+    """Its client sends the whole body before it reads. To close on that would reset it and lose the answer."""
     with connect(str(served.logged("listening")["url"])) as wire:
         wire.settimeout(10)
         wire.sendall(UPLOAD.replace(b"1000", b"5000000"))
