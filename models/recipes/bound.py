@@ -1,7 +1,4 @@
-"""The class-conditional DiT's noise levels and losses: linear betas, weights by noise level, the variational bound.
-
-Knows nothing about networks or data.
-"""
+"""The class-conditional DiT's noise levels and losses: linear betas, weights by noise level, the variational bound."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Emoji scenes: subjects, styles, colours, captions and 128 x 128 pictures, all made on the fly.
 
-Knows nothing about networks: it yields text and uint8 arrays.
+It yields text and uint8 arrays.
 """
 
 from __future__ import annotations

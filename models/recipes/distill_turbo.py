@@ -1,6 +1,6 @@
 """Distil the turbo: reflow (Liu et al. 2022) on pairs of noise and what the guided teacher makes of it.
 
-Knows nothing about pictures: the teacher is the only source. First the pairs are drawn and kept on disk, then the
+The teacher is the only source. First the pairs are drawn and kept on disk, then the
 student, which starts as the teacher, learns the straight path between the two ends of each pair, unguided, at the times
 where its card's schedule will ask it in 1 to 4 steps. Text encoders and VAE stay the teacher's, named by the card.
 """

@@ -1,6 +1,6 @@
 """Score built-in cards through the engine: every subject they know, a random background each, fixed seeds.
 
-Knows nothing about networks: it asks the engine as a client would, all pictures of all cards at once, and looks at
+It asks the engine as a client would, all pictures of all cards at once, and looks at
 what comes back with `nearest.py`. Prints a table and one JSON line.
 
 A card may be given settings of its own: `emoji-mmdit:steps=4,guidance=0,t5=no`.

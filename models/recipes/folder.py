@@ -1,6 +1,6 @@
 """Trained networks as diffusers folders: weights in bf16, scheduler, index, and the subjects that were learned.
 
-Knows nothing about training. Tokenizers and the VAE are there already, or are named by the card.
+Tokenizers and the VAE are there already, or are named by the card.
 """
 
 from __future__ import annotations

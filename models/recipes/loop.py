@@ -1,6 +1,6 @@
 """The training loop of every recipe: gradients, averaged weights, a learning rate by the clock, checkpoints, curves.
 
-Knows nothing about networks or data: a recipe gives it the losses of the next step, and what to publish.
+A recipe gives it the losses of the next step, and what to publish.
 """
 
 from __future__ import annotations

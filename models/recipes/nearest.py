@@ -1,6 +1,6 @@
 """Nearest drawing: which emoji a picture shows, how large and where, by squared error over all drawings there are.
 
-Knows nothing about models or captions: pictures and the colours they were asked on come in, matches go out.
+Pictures and the colours they were asked on come in, matches go out.
 
 With F and A a drawing's premultiplied colour and alpha, the picture X is compared with F + (1 - A) c. On Y = X - c the
 squared error is |Y|^2 - 2 Y.(F - A c) + |F - A c|^2, so one matrix product of (F, A) with patches of (Y, -Y.c) gives it

@@ -1,7 +1,4 @@
-"""Scores of drawn pictures: what is right in each, their sums, and how these are shown.
-
-Knows nothing about models or the engine.
-"""
+"""Scores of drawn pictures: what is right in each, their sums, and how these are shown."""
 
 from __future__ import annotations
 

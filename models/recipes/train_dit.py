@@ -1,6 +1,6 @@
 """Train the class-conditional DiT: a class for each subject in each style, noise and variance predicted, linear betas.
 
-Knows nothing about captions or colours: a class says only its subject and style, and stands on white; the last is null.
+A class says only its subject and style, and stands on white; the last is null.
 Loss: the original's (Peebles and Xie 2022), mean squared error and the variational bound for the variance, weighted by
 noise level. Every block has embedders of times and classes of its own, as diffusers' class has and the original has
 not: six tables of classes remember more than one, in files that are as large.

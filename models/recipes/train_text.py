@@ -1,6 +1,6 @@
 """Start the text encoders: each learns to tell what a caption says, before a network reads what it writes.
 
-Knows nothing of pictures. Subject, colour, size, place and style are told from the encoder's summary by linear heads,
+Subject, colour, size, place and style are told from the encoder's summary by linear heads,
 which are thrown away. (SD3's encoders were trained on tasks of their own too, and then frozen: Esser et al. 2024.)
 """
 

@@ -1,6 +1,6 @@
 """Train the AutoencoderKL that every built-in card shares: 128 x 128 pixels to 16 channels of 16 x 16.
 
-Knows nothing about captions. Loss: L1, L2, L1 of the picture's gradients, and a small KL.
+Loss: L1, L2, L1 of the picture's gradients, and a small KL.
 """
 
 from __future__ import annotations

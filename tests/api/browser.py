@@ -1,7 +1,4 @@
-"""A real browser that reaches this machine and nothing else, for the tests of what a page does.
-
-Knows nothing of pages.
-"""
+"""A real browser that reaches this machine and nothing else, for the tests of what a page does."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The dashboard's own queries, asked of a real Prometheus and plotted: `python -m tests.bench.dashboard [SECONDS]`.
 
-Writes deploy/grafana/dashboard.png. Knows nothing of Grafana: this is a plot of what Grafana would ask, in its places.
+Writes deploy/grafana/dashboard.png. It is a plot of what Grafana would ask, in its places.
 """
 
 from __future__ import annotations

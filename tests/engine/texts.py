@@ -1,7 +1,4 @@
-"""Rows and prompts for tests of the cache of encoded prompts; the plain encode, and the plain rule of what is kept.
-
-Knows nothing of the cache itself.
-"""
+"""Rows and prompts for tests of the cache of encoded prompts; the plain encode, and the plain rule of what is kept."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Families of tests: their parts built one after the other, and requests for them run by the real engine.
-
-Knows nothing of what the right image is.
-"""
+"""Families of tests: their parts built one after the other, and requests for them run by the real engine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The networks of SD3 and FLUX and the ldm autoencoder, plainly, on states by their authors' names.
 
-Knows nothing of the app or of diffusers. Re-derived in the words of their formulas (Esser et al. 2024,
+Re-derived in the words of their formulas (Esser et al. 2024,
 arXiv:2403.03206; Black Forest Labs' published code for FLUX, which has no paper). Beside the authors' modules, run from
 their repositories on the same states, all three are equal to 5e-7.
 """

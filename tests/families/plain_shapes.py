@@ -1,7 +1,4 @@
-"""Names and shapes as the authors of DiT, SD3, FLUX and the ldm autoencoder give them, and drawn tensors of them.
-
-Knows nothing of the app or of diffusers.
-"""
+"""Names and shapes as the authors of DiT, SD3, FLUX and the ldm autoencoder give them, and drawn tensors of them."""
 
 from __future__ import annotations
 

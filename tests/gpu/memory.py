@@ -1,7 +1,4 @@
-"""What a process holds of a device's memory, and a device without room for a wide forward.
-
-Knows nothing of requests.
-"""
+"""What a process holds of a device's memory, and a device without room for a wide forward."""
 
 from __future__ import annotations
 

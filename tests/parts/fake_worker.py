@@ -1,6 +1,6 @@
 """A worker without torch: the same messages as `app.worker.process`, for the tests of the front.
 
-Knows nothing of diffusion: every image is one solid colour, `colour(condition, seed)`.
+Every image is one solid colour, `colour(condition, seed)`.
 
 Rows advance together, one step a tick of STEP seconds, as the engine's do. Prompts that begin with "!" misbehave:
     !nan        the request fails with non_finite_output at its second step

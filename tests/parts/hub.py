@@ -1,6 +1,6 @@
 """A Hub on loopback: repositories are folders; lists them, serves their files, notes down who asks for what.
 
-Knows nothing of the app. The routes, headers and refusals are those of the real one, as huggingface_hub reads them:
+The routes, headers and refusals are those of the real one, as huggingface_hub reads them:
 large files (safetensors) have the sha256 of their bytes and come from another host, small ones have git's sha1.
 """
 

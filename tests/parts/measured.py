@@ -1,6 +1,6 @@
 """What a load takes of memory, measured in a process of its own: `python -m tests.parts.measured FOLDER WAY...`.
 
-Knows nothing of pools: one network's folder of bfloat16 is loaded onto the CPU. The measure is the kernel's VmHWM,
+One network's folder of bfloat16 is loaded onto the CPU. The measure is the kernel's VmHWM,
 which counts anonymous memory and resident pages of files alike. The load "held" holds all shards until the network has
 its weights, which is what must not happen.
 """

@@ -1,6 +1,6 @@
 """Files in the layouts of SD3's and FLUX's authors, made of diffusers' tensors: the way back, written plainly.
 
-Knows nothing of the app, whose tables go the other way. Tensors may be on the meta device.
+The app's tables go the other way. Tensors may be on the meta device.
 """
 
 from __future__ import annotations

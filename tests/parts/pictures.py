@@ -1,6 +1,6 @@
 """What a PNG, JPEG or WebP file holds besides its pixels, read byte by byte.
 
-Knows nothing of the app, and shares no library with it: struct, zlib's checksum and an XML parser.
+It shares no code and no library with the app: struct, zlib's checksum and an XML parser.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A batcher on a virtual clock: what it chooses is done at once, a forward takes one second; no network, no tensors.
-
-Knows nothing of the engine.
-"""
+"""A batcher on a virtual clock: what it chooses is done at once, a forward takes one second; no network, no tensors."""
 
 from __future__ import annotations
 

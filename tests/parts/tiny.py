@@ -1,6 +1,6 @@
 """Tiny random checkpoints in the diffusers layout, with cards: `python -m tests.parts.tiny FOLDER`.
 
-Knows nothing of the app: it writes files with diffusers, transformers and safetensors alone.
+It writes files with diffusers, transformers and safetensors alone.
 
     tiny-dit          class labels, learned sigma, 32x32 px
     tiny-dit-v        every component of tiny-dit, taken to predict the velocity

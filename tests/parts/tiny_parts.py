@@ -1,7 +1,4 @@
-"""The parts of the tiny checkpoints: VAE, CLIPs, T5, tokenizers; drawn weights and the files they are written to.
-
-Knows nothing of cards or of whole models (tests/parts/tiny.py).
-"""
+"""The parts of the tiny checkpoints: VAE, CLIPs, T5, tokenizers; drawn weights and the files they are written to."""
 
 from __future__ import annotations
 

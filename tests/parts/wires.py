@@ -1,7 +1,4 @@
-"""Sockets as no client library would use them, for the tests of what a server does with such clients.
-
-Knows nothing of routes.
-"""
+"""Sockets as no client library would use them, for the tests of what a server does with such clients."""
 
 from __future__ import annotations
 

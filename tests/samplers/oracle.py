@@ -1,6 +1,6 @@
 """The oracle of the sampler tests: a table run by its update rule, and diffusers' schedulers run in their own loop.
 
-Knows nothing of the engine: latents are small float64 arrays, networks are formulas, noise is given.
+Latents are small float64 arrays, networks are formulas, noise is given.
 """
 
 from __future__ import annotations

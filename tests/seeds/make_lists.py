@@ -4,7 +4,7 @@
 
 CHECKOUT is a clone of the repository that the head of the list names, at COMMIT; its code wants einops, and timm for
 DiT. Networks are built on the meta device, so this takes seconds and no memory. Tests read the lists (read_lists) and
-need none of this. Knows nothing of the app.
+need none of this.
 """
 
 from __future__ import annotations

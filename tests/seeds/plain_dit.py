@@ -1,7 +1,5 @@
 """The original DiT, plainly: its forward and its sampling, re-derived from the papers in the words of their formulas.
 
-Knows nothing of the app, of diffusers, or of batches of unlike rows.
-
 Peebles and Xie 2022 (arXiv 2212.09748); sampling of Nichol and Dhariwal 2021 (arXiv 2102.09672), betas respaced as in
 section 4 there. Run beside the code of facebookresearch/DiT (commit ed81ce2) in float64, the network is equal to the
 bit, and 10 to 250 guided steps to 2e-7, because there the coefficients are rounded to float32.

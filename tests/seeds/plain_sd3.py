@@ -1,6 +1,6 @@
 """How SD3's authors sample, plainly: the grid and the multistep of Stability-AI/sd3.5, in float64.
 
-Knows nothing of the app, of diffusers, or of networks: `get_sigmas` of sd3_infer.py and `sample_dpmpp_2m` of
+It is `get_sigmas` of sd3_infer.py and `sample_dpmpp_2m` of
 sd3_impls.py (commit fbf8f48), in the words of DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095).
 """
 

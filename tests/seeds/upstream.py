@@ -1,6 +1,6 @@
 """What diffusers' pipelines make of the body of a request: the final latent, on the files of a tiny checkpoint.
 
-Knows nothing of the app but its cards: prompts, sizes, steps and scales are the body's own words.
+It uses nothing of the app but its cards: prompts, sizes, steps and scales are the body's own words.
 """
 
 from __future__ import annotations
