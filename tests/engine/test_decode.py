@@ -82,3 +82,11 @@ def test_the_vae_sees_no_more_at_once(tiny_pool: Pool, deterministic: bool) -> N
         assert set(seen) == {family.card.bucket.decode}
     first = next(place for place, tick in enumerate(works) if tick.phase == "decode")
     assert any(tick.phase == "denoise" for tick in works[first:]), "the long one ran on"
+
+
+@pytest.mark.parametrize(("deterministic", "padding"), [(False, 0), (True, 6)])
+def test_a_tick_counts_the_padding_of_its_forward(tiny_pool: Pool, deterministic: bool, padding: int) -> None:
+    """A guided image has two passes; in deterministic mode the card's bucket of eight is filled up."""
+    guided = ask("tiny-sd3", Prompt("red"), steps=2, guidance=4.0, sampler="flow_euler")
+    bench = Bench(tiny_pool, deterministic=deterministic).run([guided])
+    assert [(tick.passes, tick.padding) for tick in bench.forwards] == [(2 + padding, padding)] * 2
