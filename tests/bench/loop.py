@@ -34,12 +34,11 @@ BATCH = 20
 """Requests that a connection sends at once."""
 
 CODE = """
-import os, sys
+import sys
 from functools import partial
 from app import main
 from app.settings import Settings
-worker = next(path for path in ("tests/parts/fake_worker.py", "tests/parts/fake_worker.py") if os.path.exists(path))
-main.Supervisor = partial(main.Supervisor, command=(sys.executable, worker))
+main.Supervisor = partial(main.Supervisor, command=(sys.executable, "tests/parts/fake_worker.py"))
 main.serve(Settings(models=sys.argv[1], devices="cpu", port=0, drain=0, max_wait=1e9, connections_per_address=0))
 """
 MEGABYTE = 1024 * 1024
