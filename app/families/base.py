@@ -104,7 +104,7 @@ class Family(ABC):
         return self.join(text_length, outputs)
 
     def join(self, text_length: int, outputs: Outputs) -> Conditions:
-        """The conditions of a network that takes texts, from the outputs of its encoders."""
+        """Conditions from the outputs of the text encoders; a family without any has its own `encode` and `blank`."""
         raise NotImplementedError
 
     def blank(self, text_length: int) -> Conditions:
