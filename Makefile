@@ -4,7 +4,7 @@ TORCH ?= auto
 BIN := .venv/bin
 STAMP := .venv/.stamp-$(TORCH)
 
-.PHONY: setup serve test test-all test-gpu check fix
+.PHONY: setup serve test test-all test-gpu faults check fix
 
 setup: $(STAMP) .venv/.prometheus
 
@@ -25,6 +25,9 @@ test-all: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+faults: setup
+	$(BIN)/python -m tests.faults
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

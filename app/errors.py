@@ -14,7 +14,8 @@ Code = Literal[
     # the load of the server
     "rate_limit_exceeded", "unavailable", "overloaded", "no_worker", "shutting_down", "deadline_exceeded", "cancelled",
     # the engine and the models
-    "non_finite_output", "insufficient_gpu_memory", "model_load_failed", "model_not_downloaded",
+    "crashed", "non_finite_output", "insufficient_gpu_memory", "model_load_failed", "model_not_downloaded",
+    "lora_load_failed",
 ]  # fmt: skip
 """What went wrong, as a word for programs: in the answer, the log and the metrics."""
 
@@ -29,7 +30,8 @@ def first_problem(
 ) -> tuple[tuple[str, ...], str]:
     """Where the first of pydantic's errors is, name by name, and what is wrong there; words: of ours, by error type."""
     first = errors[0]
-    reason = (words or {}).get(first["type"], first["msg"])
+    ours = (words or {}).get(first["type"])
+    reason = ours.format(**first.get("ctx", {})) if ours else first["msg"]
     return tuple(map(str, first["loc"])), reason.removeprefix("Value error, ")
 
 

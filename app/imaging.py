@@ -22,8 +22,6 @@ from isal import isal_zlib
 from PIL import ExifTags, Image, TiffTags
 from PIL.PngImagePlugin import PngInfo
 
-from app.errors import InvalidValue
-
 Format = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[Format, ...] = ("png", "jpeg", "webp")
 LONGEST: dict[Format, int] = {"png": 2**31 - 1, "jpeg": 65_500, "webp": 16_383}
@@ -52,18 +50,19 @@ _A1111 = {
     "guidance_scale": "CFG scale",
     "seed": "Seed",
     "size": "Size",
+    "strength": "Denoising strength",
     "model": "Model",
     "class_label": "Class label",
 }
 
 
-def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts: dict[str, Any]) -> bytes:
+def encode_image(pixels: np.ndarray, format: Format, compression: int | None, facts: dict[str, Any]) -> bytes:
     """One picture as a file, marked as made by a trained model (XMP `Iptc4xmpExt:DigitalSourceType`).
 
     pixels: uint8 [height, width, 3]. compression: quality 0..100 of JPEG and WebP (OpenAI's field name), None for the
     default. facts: the effective request; an empty dict writes none. A PNG has it as A1111's line (`parameters`) and as
     JSON (`instep`) in text chunks, the others in the EXIF UserComment and the XMP property `instep:Request`, and
-    `instep:LeftOut` names what a JPEG has no room for. Raises InvalidValue for another format.
+    `instep:LeftOut` names what a JPEG has no room for.
     """
     if format == "png":
         texts = PngInfo()
@@ -72,8 +71,6 @@ def encode_image(pixels: np.ndarray, format: str, compression: int | None, facts
             texts.add_text("parameters", a1111(facts).encode("utf-8", "replace").decode())
             texts.add_text("instep", json.dumps(facts))
         return _png(pixels, texts)
-    if format not in FORMATS:
-        raise InvalidValue(f"output_format: expects one of {', '.join(FORMATS)}", param="output_format")
     quality = DEFAULT_QUALITY if compression is None else compression
     options: dict[str, Any] = {"subsampling": 0} if format == "jpeg" else {"method": 2}
     if facts:
@@ -106,8 +103,7 @@ def sheet_size(count: int, columns: int, width: int, height: int) -> tuple[int, 
 def grid(pixels: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """One sheet of equally sized pictures, row by row; cells left over are black.
 
-    pixels: each uint8 [height, width, 3] -> uint8 [rows * height, columns * width, 3]; never wider than the pictures
-    there are.
+    pixels: each uint8 [height, width, 3] -> uint8 [rows * height, columns * width, 3], without columns that are empty.
     """
     columns = min(columns, len(pixels))
     rows = -(-len(pixels) // columns)
@@ -121,7 +117,8 @@ def grid(pixels: Sequence[np.ndarray], columns: int) -> np.ndarray:
 def a1111(facts: dict[str, Any]) -> str:
     """The `parameters` text that A1111 writes and its users' tools read: prompt, negative prompt, then one line."""
     prompt = facts.get("prompt", "")
-    lines = [prompt if isinstance(prompt, str) else "\n".join(prompt)]
+    tags = (f"<lora:{one['name']}:{one['weight']:g}>" for one in facts.get("loras", ()))
+    lines = [" ".join((prompt if isinstance(prompt, str) else "\n".join(prompt), *tags))]
     if facts.get("negative_prompt"):
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
     lines.append(", ".join(f"{name}: {facts[key]}" for key, name in _A1111.items() if key in facts))

@@ -3,8 +3,6 @@
 A key itself is never kept, only its SHA-256.
 """
 
-from __future__ import annotations
-
 import hmac
 import os
 import re
@@ -14,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -37,7 +35,8 @@ class ApiKey:
     """One client. name: its tenant in requests, metrics and logs. digest: SHA-256 of the key.
 
     weight: its share of the device beside the others'. priority: the highest that its requests may name.
-    models: ids that it may use, empty for all. queue: most of its own device seconds that may wait, None for its share.
+    models, loras: those that it may use, by id and by name, empty for all. queue: most of its own device seconds that
+    may wait, None for its share.
     """
 
     name: str
@@ -46,6 +45,7 @@ class ApiKey:
     priority: int = 10
     models: frozenset[str] = frozenset()
     queue: float | None = None
+    loras: frozenset[str] = frozenset()
 
 
 NOBODY = ApiKey("")  # every client of a server without keys
@@ -53,10 +53,14 @@ NOBODY = ApiKey("")  # every client of a server without keys
 
 @dataclass(frozen=True, slots=True)
 class Keyring:
-    """Every key that a server knows. Without clients it is open to all; without an admin its admin routes are shut."""
+    """Every key that a server knows. Without clients it is open to all; without an admin its admin routes are shut.
+
+    texts: the clients of API_KEYS alone, each with words for where it is.
+    """
 
     clients: tuple[ApiKey, ...] = ()
     admin: ApiKey | None = None
+    texts: tuple[tuple[str, ApiKey], ...] = ()
 
     def find(self, token: bytes) -> ApiKey | None:
         """The key that this is. Every digest is compared, and in constant time: how long it takes tells nothing."""
@@ -66,20 +70,22 @@ class Keyring:
         return found[0] if found else None
 
 
-def read_keys(settings: Settings) -> Keyring:
-    """The keys of API_KEYS, API_KEYS_FILE and ADMIN_KEY.
+def read_keys(settings: Settings, old: Keyring | None = None) -> Keyring:
+    """The keys of API_KEYS, API_KEYS_FILE and ADMIN_KEY; where there is an old keyring, only the file is read.
 
     Raises SettingsError naming the file and the field, or the setting and the entry; never with a key in its message. A
     file that others may change is refused. A setting that is not empty and holds no key is an error too: it must not
     open the server to all.
     """
-    found = [("api_keys", where, key) for where, key in _from_text(settings.api_keys)]
+    texts = old.texts if old else tuple(_from_text(settings.api_keys))
+    found = [("api_keys", where, key) for where, key in texts]
     if settings.api_keys_file:
         found += [("api_keys_file", where, key) for where, key in _from_file(Path(settings.api_keys_file).expanduser())]
     try:
         admin = ApiKey(ADMIN, _digest(settings.admin_key)) if settings.admin_key else None
     except ValueError as error:
         raise SettingsError(f"admin_key: {error}", param="admin_key") from None
+    admin = old.admin if old else admin
     names, digests = {ADMIN} if admin else set(), {admin.digest: ADMIN} if admin else {}
     for setting, where, key in found:
         if key.name in names:
@@ -88,7 +94,7 @@ def read_keys(settings: Settings) -> Keyring:
             raise SettingsError(f"{where}: the same key as that of {digests[key.digest]}", param=setting)
         names.add(key.name)
         digests[key.digest] = key.name
-    return Keyring(tuple(key for _, _, key in found), admin)
+    return Keyring(tuple(key for _, _, key in found), admin, texts)
 
 
 def with_ids(keys: Keyring, registry: Registry) -> Keyring:
@@ -134,9 +140,10 @@ class _Entry(BaseModel):
     priority: Annotated[int, Field(ge=-10, le=10)] = 10
     models: Annotated[list[str], Field(min_length=1)] | None = None
     queue: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    loras: Annotated[list[str], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
-    def _one(self) -> _Entry:
+    def _one(self) -> Self:
         if (self.key is None) == (self.sha256 is None):
             raise ValueError("give either key or sha256")
         self.digest()
@@ -166,8 +173,9 @@ def _from_file(file: Path) -> Iterator[tuple[str, ApiKey]]:
     except (OSError, ValueError, RecursionError) as error:
         raise _refused(f"{file}: {(isinstance(error, OSError) and error.strerror) or error}") from None
     for name, entry in read.items():
-        models = frozenset(entry.models or ())
-        yield f"{file}: keys.{name}", ApiKey(name, entry.digest(), entry.weight, entry.priority, models, entry.queue)
+        models, loras = frozenset(entry.models or ()), frozenset(entry.loras or ())
+        key = ApiKey(name, entry.digest(), entry.weight, entry.priority, models, entry.queue, loras)
+        yield f"{file}: keys.{name}", key
 
 
 def _refuse_open(file: Path, opened: int) -> None:

@@ -1,7 +1,5 @@
 """Logs: one JSON object a line on standard error, from structlog and from the standard library alike."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Main: puts cards, workers, metrics and routes together, and serves them until a signal says stop."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import gc
@@ -26,6 +24,7 @@ from app.api.access import HEADER_BYTES
 from app.api.app import Application, build, refuser
 from app.api.front import Front
 from app.api.guard import Door, Guarded
+from app.api.reload import reload
 from app.cards.card import read_cards
 from app.cards.catalog import Registry, warn_of
 from app.errors import InstepError, SettingsError
@@ -48,9 +47,12 @@ NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Why a connection cannot be accepted though it is there. asyncio tries again after a second."""
 QUIET = 60.0  # seconds between two lines of the log about that
 
+Reread = Callable[[], Settings] | None
+"""Reads the settings again, for a reload."""
+
 
 def create_app(
-    settings: Settings, *, supervisor: Supervisor | None = None, metrics: Metrics | None = None
+    settings: Settings, *, reread: Reread = None, supervisor: Supervisor | None = None, metrics: Metrics | None = None
 ) -> Application:
     """The whole server as an ASGI application; its lifespan starts the engine processes and ends them.
 
@@ -59,10 +61,12 @@ def create_app(
     """
     registry = Registry(read_cards(settings.models, settings.alias), settings)
     keys = with_ids(read_keys(settings), registry)
+    if settings.loras and settings.adapters and not settings.adapters.is_dir():
+        raise SettingsError(f"loras: there is no folder {settings.loras}", param="loras")
     settings = settings.without_secrets()
     metrics = metrics or Metrics()
     supervisor = supervisor or Supervisor(settings, registry.all, observe=metrics.observe)
-    front = Front(settings, registry, supervisor, metrics, keys)
+    front = Front(settings, registry, supervisor, metrics, keys, reread or (lambda: settings))
     warn_of(registry.all)
 
     @asynccontextmanager
@@ -74,6 +78,8 @@ def create_app(
             raise
         try:
             await docs.written(app, front)  # before there is anybody whom it could keep waiting
+            if registry.adapters is None:
+                app.state.learning = asyncio.ensure_future(reload(app))
             yield
         finally:
             await supervisor.stop(settings.drain)
@@ -82,14 +88,14 @@ def create_app(
     return build(front, lifespan, version())
 
 
-def serve(settings: Settings, app: Application | None = None) -> None:
-    """Serve until SIGTERM or SIGINT, then drain and return. Call it on the main thread.
+def serve(settings: Settings, app: Application | None = None, *, reread: Reread = None) -> None:
+    """Serve until SIGTERM or SIGINT, then drain and return; SIGHUP reloads. Call it on the main thread.
 
     app: made of these settings already, with workers of its own. Raises SettingsError, also when the port is taken,
     and the error with which an engine process refused to start.
     """
     logs.setup(settings.log_level)
-    app = app or create_app(settings)
+    app = app or create_app(settings, reread=reread)
     room = make_room(settings.max_connections)
     settings = settings.without_secrets().model_copy(update={"max_connections": room})
     forget_secrets()
@@ -196,6 +202,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: Application, settings: Settings) -> None:
         self._front: Front = app.state.front
+        self._reload = partial(reload, app)
+        self._terminal = sys.stderr.isatty()
         self._settings = settings
         super().__init__(configured(app, settings))
         self.config.backlog = ACCEPTED
@@ -210,7 +218,9 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then log the address. Raises SettingsError if another has begun to listen there meanwhile."""
-        asyncio.get_running_loop().set_exception_handler(few_words())
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(few_words())
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         try:
             await super().startup(sockets)
         except OSError as error:
@@ -232,6 +242,13 @@ class _Server(uvicorn.Server):
         asyncio.get_running_loop().call_later(drain + LAST_ANSWERS, self._cut)
         await super().shutdown(sockets)
         await stopping
+
+    def _hang_up(self) -> None:
+        """Reload; but where the terminal that the server was started in is gone, end as without this handler."""
+        if self._terminal and not sys.stderr.isatty():
+            self.handle_exit(signal.SIGTERM, None)
+        else:
+            self._reloading = asyncio.ensure_future(self._reload())
 
     async def _hurry(self) -> None:
         """Answer what is not done with 503, and do not wait for engines either."""

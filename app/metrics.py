@@ -29,6 +29,9 @@ SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
 INSTRUMENTS: dict[str, tuple[type[Gauge | Histogram | Counter], str, tuple[str, ...]]] = {
     "num_requests_running": (Gauge, "Images in the last batch that are not yet answered", ("model",)),
     "num_requests_waiting": (Gauge, "Images accepted, not yet answered and not in a batch", ("model",)),
+    "num_requests_waiting_by_reason": (
+        Gauge, "The same by what they wait for: queue, or engine while no engine process lives", ("model", "reason")
+    ),
     "model_loaded": (Gauge, "1 while a worker has the model ready", ("model",)),
     "model_load_seconds": (Gauge, "Seconds that the last load took", ("model",)),
     "device_memory_bytes": (
@@ -49,6 +52,7 @@ INSTRUMENTS: dict[str, tuple[type[Gauge | Histogram | Counter], str, tuple[str, 
     "image_encode_seconds": (Histogram, "PNG, JPEG or WebP encoding of one request", ("model",)),
     "text_encode_seconds": (Histogram, "One forward of the text encoders or label embeddings", ("model",)),
     "denoise_step_seconds": (Histogram, "One forward of the network with its update", ("model",)),
+    "vae_encode_seconds": (Histogram, "One forward of the image encoder, for pictures to start from", ("model",)),
     "vae_decode_seconds": (Histogram, "One forward of the image decoder", ("model",)),
     "batch_rows": (Histogram, "Images that shared a denoising forward", ("model",)),
     "batch_passes": (Histogram, "Passes of a denoising forward, without padding", ("model",)),
@@ -58,6 +62,7 @@ INSTRUMENTS: dict[str, tuple[type[Gauge | Histogram | Counter], str, tuple[str, 
     "images": (Counter, "Images answered", ("model",)),
     "requests": (Counter, "Requests by their outcome", ("model", "outcome")),
     "requests_failed": (Counter, "Requests that were accepted and failed", ("model", "reason")),
+    "requests_replayed": (Counter, "Requests that another engine process began again", ("model",)),
     "requests_rejected": (Counter, "Requests that were refused", ("model", "reason")),
     "padding_passes": (Counter, "Passes of denoising forwards that only filled a bucket", ("model",)),
     "oom": (Counter, "Forwards that ran out of memory and were split or failed", ("model",)),
@@ -78,7 +83,12 @@ VALUES = {
 }
 """The values that are known beforehand of a label beside the model."""
 
-PHASES = {"encode": "text_encode_seconds", "denoise": "denoise_step_seconds", "decode": "vae_decode_seconds"}
+PHASES = {
+    "source": "vae_encode_seconds",
+    "encode": "text_encode_seconds",
+    "denoise": "denoise_step_seconds",
+    "decode": "vae_decode_seconds",
+}
 
 # A second series beside every counter, which Prometheus does not need.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -151,11 +161,19 @@ class Metrics:
 
     def refresh(self, workers: Supervisor) -> None:
         """Set the gauges to what is true now, before `text`."""
+        waiting = "num_requests_waiting", "num_requests_waiting_by_reason"
+        for name in ("num_requests_running", *waiting, "model_loaded"):  # some may be of removed models
+            self._of(name).clear()
         for model, state in workers.states.items():
             self._start_at_zero(model)
             running, images = workers.images(model)
             self._of("num_requests_running", model).set(running)
             self._of("num_requests_waiting", model).set(images - running)
+            stranded = workers.stranded(model)
+            self._of("num_requests_waiting_by_reason", model, "engine").set(stranded)
+            self._of("num_requests_waiting_by_reason", model, "queue").set(images - running - stranded)
+            replayed = workers.replayed.pop(model, 0)
+            self._of("requests_replayed", model).inc(replayed)
             self._of("model_loaded", model).set(state.state == "ready")
         queues = workers.queues
         for worker, seconds in enumerate(queues):

@@ -1,10 +1,7 @@
 """Panel: pictures side by side on one white sheet, with labels at the left of its rows and headings above its columns.
 
-The font is Pillow's own (Aileron: ASCII and a few signs). Accents are left out. A letter of another script is a box;
-`unreadable` lists such letters.
+The font is Pillow's own (Aileron: ASCII and a few signs). Accents are left out. Letters of other scripts are boxes.
 """
-
-from __future__ import annotations
 
 import math
 import textwrap

@@ -9,8 +9,13 @@ import numpy as np
 
 from app.errors import InstepError
 
-Phase = Literal["encode", "denoise", "decode"]
+Phase = Literal["source", "encode", "denoise", "decode"]
+"""What a work does: the VAE encodes a source, text encoders a prompt; a forward; the VAE decodes."""
+
 State = Literal["absent", "loading", "ready", "failed"]
+
+Place = tuple[str, int, int]
+"""Where a row stands: the id of its request, its index, and the lines that it has run; -1 before it is encoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
-"""Request: what to draw (Recipe), the condition and the seed of each image, and how to deliver them (Delivery).
+"""Request: what to draw (Recipe), the condition and the seed of each image, the picture that they start from (Source),
+and how to deliver them (Delivery).
 
 All of it is validated, complete, frozen, hashable and picklable; the HTTP body is `app/jobs/body.py`.
 """
@@ -44,6 +45,10 @@ class Key(NamedTuple):
     height: int
     text_length: int
 
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
 
 @dataclass(frozen=True, slots=True)
 class SkipGuidance:
@@ -77,6 +82,8 @@ class Recipe:
     """Everything that decides a picture beside its condition and seed; hence also its batch key and its cost.
 
     width, height: pixels. text_length: tokens that the longest text encoder is padded to, 0 for a class model.
+    strength: the share of the steps that run, from the source; None draws from noise alone. source: a digest of the
+    source. masked: whether that has a mask. adapters: names with their weights, sorted, none of them 0.
     """
 
     model: str
@@ -86,23 +93,42 @@ class Recipe:
     steps: int
     guidance: Guidance
     text_length: int
+    strength: float | None = None
+    source: str = ""
+    masked: bool = False
+    adapters: tuple[tuple[str, float], ...] = ()
 
     @property
     def key(self) -> Key:
         """The key of the rows that are drawn by this recipe."""
         return Key(self.model, self.width, self.height, self.text_length)
 
-    def skipping(self, lines: int) -> range:
-        """Lines of its table, of so many, that take a pass more, for skip-layer guidance. Heun has two lines a step."""
-        skip, each = self.guidance.skip, -(-lines // self.steps)
+    def skipping(self, lines: int, started: int = 0) -> range:
+        """Lines of its table, of so many, that take a pass more, for skip-layer guidance. Heun has two lines a step.
+
+        started: the step that the table starts with. The share of the steps is of all of them, those before it too.
+        """
+        skip, each = self.guidance.skip, -(-lines // (self.steps - started))
         if skip is None or not skip.scale or not self.guidance.guided:
             return range(0)
         first, end = math.floor(skip.start * self.steps) + 1, math.ceil(skip.stop * self.steps)
-        return range(first * each, min(end * each, lines))
+        return range(max(0, first - started) * each, max(0, min((end - started) * each, lines)))
 
-    def passes(self, lines: int) -> int:
-        """Passes through the network of one image with so many lines in its table."""
-        return lines * (2 if self.guidance.guided else 1) + len(self.skipping(lines))
+    def passes(self, lines: int, started: int = 0) -> int:
+        """Passes through the network of one image with so many lines in its table, as `skipping` takes them."""
+        return lines * (2 if self.guidance.guided else 1) + len(self.skipping(lines, started))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The picture that the images of a request start from, at their size.
+
+    pixels: uint8 [height, width, 3]. mask: uint8 [height, width], or None: 0 keeps the source there, everything above
+    is drawn anew; below 255 the file mixes the two.
+    """
+
+    pixels: bytes
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +137,9 @@ class Delivery:
 
     tenant, weight: the API key's name, and its share of the device beside other keys'. priority: breaks ties.
     deadline: on the clock of `time.monotonic()`, or None. previews: partial images wanted for each image.
-    progress: whether every step is reported. keep_latents: whether the results carry their final latents.
+    progress: whether every step is reported. keep_latents: whether the results carry their final latents. arrived: when
+    the server took it, on the same clock; None is when the engine gets it. done: indices of images that an earlier
+    engine process answered. apart: indices with the line, as in `Row.apart`, at which a process died.
     """
 
     tenant: str = ""
@@ -121,13 +149,20 @@ class Delivery:
     previews: int = 0
     progress: bool = False
     keep_latents: bool = False
+    arrived: float | None = None
+    done: frozenset[int] = frozenset()
+    apart: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A complete request: no field is left to a default further down. Its id is unique among those in flight."""
+    """A complete request: no field is left to a default further down. Its id is unique among those in flight.
+
+    source: present exactly where the recipe has a strength.
+    """
 
     id: str
     recipe: Recipe
     images: tuple[ImageSpec, ...]
     delivery: Delivery = Delivery()
+    source: Source | None = None

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.errors import InvalidValue
 from app.imaging import FORMATS, GENERATED, LONGEST, Format, a1111, encode_image, grid, left_out, sheet_size
 from tests.parts.pictures import LEFT_OUT, PACKET, REQUEST, TOOL, TYPE, chunks, properties, segments
 
@@ -178,11 +177,6 @@ def test_lossy_formats_follow_the_quality_and_keep_the_facts(format: str) -> Non
 
 def decoded(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(data)), np.int16)
-
-
-def test_unknown_format_is_refused() -> None:
-    with pytest.raises(InvalidValue, match="png, jpeg, webp"):
-        encode_image(picture(2, 2), "gif", None, {})
 
 
 def test_grid_places_row_by_row_and_leaves_black() -> None:

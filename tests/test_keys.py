@@ -286,3 +286,11 @@ def test_a_bad_setting_beside_a_key_does_not_print_it() -> None:
     with pytest.raises(ValueError) as caught:
         Settings(api_keys=KEY, port=KEY)
     assert KEY not in str(caught.value)
+
+
+def test_a_key_may_be_limited_to_loras(tmp_path: Path) -> None:
+    text = f'[keys.alice]\nkey = "{KEY}"\nloras = ["ink", "wash"]\n[keys.bob]\nkey = "{OTHER}"\n'
+    found = named(read_keys(written(tmp_path, text)))
+    assert (found["alice"].loras, found["bob"].loras) == (frozenset({"ink", "wash"}), frozenset())
+    with pytest.raises(SettingsError, match=r"keys\.alice\.loras"):
+        read_keys(written(tmp_path, f'[keys.alice]\nkey = "{KEY}"\nloras = []\n'))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -23,9 +24,14 @@ class Workers:
     live: int = 1
     queues: list[float] = field(default_factory=lambda: [0.0])
     counts: tuple[int, int] = (0, 0)
+    lacking: int = 0
+    replayed: Counter[str] = field(default_factory=Counter)
 
     def images(self, model: str) -> tuple[int, int]:
         return self.counts
+
+    def stranded(self, model: str) -> int:
+        return self.lacking
 
 
 def read(metrics: Metrics, workers: Workers | None = None) -> dict[tuple[str, ...], float]:
@@ -54,12 +60,14 @@ def answered(*queues: float) -> Job:
 
 def test_ticks_are_counted_by_phase() -> None:
     metrics = Metrics()
-    for one in (tick(), tick(), tick("encode", seconds=0.04), tick("decode", seconds=3.0), Announce("idle", 1.0)):
+    ticks = tick(), tick(), tick("source", seconds=0.5), tick("encode", seconds=0.04), tick("decode", seconds=3.0)
+    for one in (*ticks, Announce("idle", 1.0)):
         metrics.observe(one)
     seen = read(metrics)
     assert seen["instep_denoise_step_seconds_count", "a"] == 2
     assert seen["instep_denoise_step_seconds_sum", "a"] == pytest.approx(0.4)
     assert seen["instep_text_encode_seconds_sum", "a"] == pytest.approx(0.04)
+    assert seen["instep_vae_encode_seconds_sum", "a"] == pytest.approx(0.5)
     assert seen["instep_vae_decode_seconds_sum", "a"] == pytest.approx(3.0)
     assert seen["instep_padding_passes_total", "a"] == 4
     assert seen["instep_batch_rows_sum", "a"] == 6
@@ -79,6 +87,32 @@ def test_gauges_rise_and_return_to_zero() -> None:
     metrics, workers = Metrics(), Workers()
     for workers.counts, seen in (((0, 5), [0, 5]), ((3, 5), [3, 2]), ((0, 0), [0, 0])):
         assert [read(metrics, workers)[f"instep_num_requests_{name}", "a"] for name in ("running", "waiting")] == seen
+
+
+def test_images_that_wait_are_counted_by_what_they_wait_for() -> None:
+    metrics, workers = Metrics(), Workers()
+    for workers.counts, workers.lacking, queue, engine in (((0, 0), 0, 0, 0), ((2, 9), 3, 4, 3), ((0, 3), 3, 0, 3)):
+        seen = read(metrics, workers)
+        reasons = [seen["instep_num_requests_waiting_by_reason", "a", reason] for reason in ("queue", "engine")]
+        assert reasons == [queue, engine] and sum(reasons) == seen["instep_num_requests_waiting", "a"]
+
+
+def test_a_model_that_is_removed_has_no_images_any_more() -> None:
+    metrics, workers = Metrics(), Workers(counts=(2, 9), lacking=3)
+    names = {name for name, *labels in read(metrics, workers) if name.startswith("instep_num_") and labels[0] == "a"}
+    assert len(names) == 3
+    workers.states = {}
+    assert not names & {name for name, *_ in read(metrics, workers)}
+
+
+def test_requests_that_began_again_are_counted_once_however_often_they_are_read() -> None:
+    metrics, workers = Metrics(), Workers()
+    assert read(metrics, workers)["instep_requests_replayed_total", "a"] == 0
+    workers.replayed.update(a=3, other=1)
+    for _ in range(2):
+        assert read(metrics, workers)["instep_requests_replayed_total", "a"] == 3
+    workers.replayed.update(a=2)
+    assert read(metrics, workers)["instep_requests_replayed_total", "a"] == 5
 
 
 def test_outcomes() -> None:

@@ -54,5 +54,5 @@ def test_the_members_that_a_family_needs_are_listed() -> None:
 def test_what_it_names_exists() -> None:
     paths = set(re.findall(r"`((?:app|tests)/[\w./]+)`", README))
     assert len(paths) > 5 and [path for path in sorted(paths) if not (MODELS.parent / path).exists()] == []
-    for name in ("text.py", "vae.py", "flux.py", "authors.py", "components.py"):
+    for name in ("text.py", "vae.py", "flux.py", "authors.toml", "components.py"):
         assert name in README and (MODELS.parent / "app" / "families" / name).exists()

@@ -82,7 +82,7 @@ def test_the_targets_run_what_the_readme_says() -> None:
         assert f"TORCH={torch} PYTHON=python3 deploy/setup .venv" in make("setup", "-W", "constraints.txt", *words)
 
 
-@pytest.mark.parametrize("here", [(), ("curl",), ("chromium", "curl", "openssl")])
+@pytest.mark.parametrize("here", [(), ("curl",), ("chromium", "curl", "npm", "openssl")])
 def test_ci_installs_what_tests_lack_and_runs_them_all(tmp_path: Path, here: tuple[str, ...]) -> None:
     """The script as it is, on a machine that has these programs; make and apt-get note down how they are called."""
     bash = shutil.which("bash")
@@ -94,7 +94,7 @@ def test_ci_installs_what_tests_lack_and_runs_them_all(tmp_path: Path, here: tup
     words = [str(tmp_path / "bash"), str(ROOT / ".ci" / "run")]
     done = subprocess.run(words, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=True)
     *installs, last = done.stdout.splitlines()
-    missing = [name for name in ("chromium", "curl", "openssl") if name not in here]
+    missing = [name for name in ("chromium", "curl", "npm", "openssl") if name not in here]
     wanted = ["-qq update", f"-qq install --yes --no-install-recommends {' '.join(missing)}"] if missing else []
     assert installs == [f"apt-get {words}, CI=true" for words in wanted]
     assert last == "make check test test-all, CI=true" and os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import struct
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from app.settings import Settings
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 CONSOLE = str(Path(sys.executable).with_name("instep"))
 UPLOAD = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n{"
+LARGE = UPLOAD.replace(b"generations", b"edits").replace(b"1000", b"5000000")
 CAUGHT = 1 << (signal.SIGTERM - 1)
 BOTH = [signal.SIGTERM, signal.SIGINT]
 
@@ -45,7 +48,7 @@ def taken(wire: socket.socket) -> bool:
     return queues == ["00000000:00000000"] * 2
 
 
-@pytest.mark.parametrize("sent", [UPLOAD, UPLOAD[:40], UPLOAD.replace(b"1000", b"5000000") + b"a" * 200_000])
+@pytest.mark.parametrize("sent", [UPLOAD, UPLOAD[:40], LARGE + b"a" * 200_000])
 def test_a_stalled_upload_is_503_at_once(served: Served, sent: bytes) -> None:
     """Long before the drain and the time for a request are over, and the server ends."""
     with connect(str(served.logged("listening")["url"])) as wire:
@@ -62,7 +65,7 @@ def test_an_upload_that_goes_on_still_gets_its_503(served: Served) -> None:
     """Its client sends the whole body before it reads. To close on that would reset it and lose the answer."""
     with connect(str(served.logged("listening")["url"])) as wire:
         wire.settimeout(10)
-        wire.sendall(UPLOAD.replace(b"1000", b"5000000"))
+        wire.sendall(LARGE)
         eventually(lambda: taken(wire))
         served.process.send_signal(signal.SIGTERM)
         for _ in range(40):
@@ -125,6 +128,15 @@ def test_a_client_that_does_not_read_is_cut_off_at_the_end(settings: Settings) -
             served.process.send_signal(signal.SIGTERM)
             assert served.ended() == (0, "returned\n")
         assert "Traceback" not in "".join(served.lines)
+
+
+def test_a_reload_during_the_start_is_not_lost(served: Served, settings: Settings) -> None:
+    eventually(lambda: "starting engine processes" in served.words)
+    shutil.rmtree(settings.models / "tiny-label")
+    served.process.send_signal(signal.SIGHUP)
+    assert served.logged("reloaded")["removed"] == ["tiny-label"]
+    served.wait_ready()
+    assert [model["id"] for model in httpx.get(f"{served.url}/v1/models").json()["data"]] == ["tiny-text"]
 
 
 @pytest.fixture

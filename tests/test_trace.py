@@ -30,18 +30,21 @@ def test_what_a_prompt_passes(tmp_path: Path) -> None:
 
 
 def trace(folder: Path) -> dict[str, list[str]]:
-    """Files and classes of the second of two prompts, so that nothing is loaded or measured any more."""
+    """Files and classes of the second of two prompts, so that nothing is loaded or measured any more.
+
+    The number of threads is fixed: a busy neighbour could change it in the middle, which is no part of a prompt.
+    """
     tracer = Tracer()
     tracer.install()
     try:
         command = (sys.executable, str(ROOT / "tests" / "parts" / "traced_worker.py"), str(folder))
         settings = Settings(
-            models=ROOT / "models", devices="cpu", port=0, preload="emoji-mmdit", cache=folder / "cache"
+            models=ROOT / "models", devices="cpu", port=0, preload="emoji-mmdit", cache=folder / "cache", threads=1
         )
         server = Server(settings, command)
         url = server.start()
         try:
-            eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200)
+            eventually(lambda: httpx.get(f"{url}/readyz").status_code == 200, 100)
             draw(url, "a frog on a green background")
             (folder / "on").touch()
             eventually((folder / "traced").exists)

@@ -28,7 +28,7 @@ An orchestrator would restart it."""
 OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
 """Routes that never need a key: probes and scrapers send none."""
 
-ADMIN = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload"})
+ADMIN = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload", "/v1/reload"})
 """Routes that need the admin key, also on a server that is open to all."""
 
 HEADERS = 100  # header lines of a request
@@ -66,7 +66,7 @@ class Access:
         if method == "HEAD":  # answered as GET is; uvicorn knows the method and leaves the body out
             scope = {**scope, "method": "GET"}
         state = scope.setdefault("state", {})
-        state.update(id=identity, key=NOBODY, facts={})
+        state.update(id=identity, key=NOBODY, facts={}, front=front)
         receive, send = _drained(scope, receive, send)
         refusal, started = self._refusal(scope, front), time.perf_counter()
 
@@ -111,10 +111,10 @@ async def authorize(request: Request) -> None:
     NOTE: it reads the template of the chosen route, never request.url, which is made from the Host header. A route
     without a template is none of the open ones.
     """
-    keys: Keyring = request.app.state.front.keys
+    keys: Keyring = request.state.front.keys
     path = getattr(request.scope.get("route"), "path_format", "")
     if path in ADMIN and keys.admin is None:
-        message = "This server has no admin key, so nobody may load and unload its models by hand."
+        message = "This server has no admin key, so nobody may use this route."
         raise RequestError(message, code="not_allowed")
     if path in OPEN or (path not in ADMIN and not keys.clients):
         return

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import docs, images, models
+from app.api import docs, images, models, reload
 from app.api.access import Access, Answer, authorize
 from app.api.errors import ErrorReply, error_response, on_error, on_http_error, on_invalid
 from app.api.front import Front, front_of
@@ -46,7 +46,7 @@ async def health(request: Request) -> dict[str, str | bool | int | float]:
     workers = front_of(request).supervisor
     return {
         "status": "ok",
-        "ready": workers.ready,
+        "ready": front_of(request).ready,
         "running": workers.running,
         "waiting": workers.waiting,
         "queue_device_seconds": round(sum(workers.queues), 3),
@@ -55,10 +55,10 @@ async def health(request: Request) -> dict[str, str | bool | int | float]:
 
 @probes.get("/readyz", responses={503: {"model": ErrorReply, "description": "Not ready, or draining"}})
 async def readyz(request: Request) -> Response:
-    """Ready: an engine process is alive, every PRELOAD model is loaded, and the server does not shut down."""
-    if front_of(request).supervisor.ready:
+    """Ready: an engine process is alive, PRELOAD is loaded, LoRAs are known, and the server does not shut down."""
+    if front_of(request).ready:
         return JSONResponse({"status": "ready"})
-    message = "Not ready: the engine or a preloaded model is still starting, or the server drains."
+    message = "Not ready: the engine, a preloaded model or a LoRA is still being read, or the server drains."
     return error_response(Unavailable(message))
 
 
@@ -91,8 +91,7 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
         },
     )
     app.state.front = front
-    app.state.documents = {}
-    for router in (images.router, models.router, probes, docs.router):
+    for router in (images.router, models.router, models.loras, reload.router, probes, docs.router):
         app.include_router(router)
     if front.settings.cors_origins:
         app.add_middleware(_Cors, **_cors(front.settings))

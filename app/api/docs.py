@@ -24,8 +24,9 @@ from app.imaging import FORMATS
 from app.jobs.body import Json
 from app.jobs.compare import CompareReply
 from app.jobs.replies import ImagesReply
-from app.jobs.schema import body_schema, example, place_comparison
+from app.jobs.schema import body_schema, edit_schema, example, place_comparison
 from app.keys import Keyring
+from app.source import PICTURES
 
 router = APIRouter(include_in_schema=False)
 
@@ -95,9 +96,8 @@ def _file(name: str) -> bytes:
 
 
 async def written(app: FastAPI, front: Front) -> bytes:
-    """The document as it is sent, made once for each set of models that a key may use."""
-    kept: dict[tuple[str, ...], asyncio.Future[bytes]] = app.state.documents
-    models = tuple(front.registry.cards)
+    """The document as it is sent, made once for each set of models and LoRAs that a key may use."""
+    kept, models = front.documents, (tuple(front.registry.cards), tuple(front.registry.adapters or ()))
 
     def write() -> bytes:
         return json.dumps(document(app, front), ensure_ascii=False, separators=(",", ":")).encode()
@@ -124,12 +124,19 @@ _STATUSES = {
 }
 
 
-def _route(model: type[BaseModel], description: str, *media: str) -> Json:
-    """FastAPI's options of a route that draws: its JSON reply, the files that may come instead of it, its errors."""
-    content = {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in FORMATS}
+_FILES = [f"image/{name}" for name in FORMATS]
+
+
+def _route(model: type[BaseModel], description: str, *media: str, form: bool = False) -> Json:
+    """FastAPI's options of a route that draws: its JSON reply, the files that may come instead of it, its errors.
+
+    form: whether the body may be a form, too.
+    """
+    content = {name: {"schema": {"type": "string", "format": "binary"}} for name in _FILES}
     content |= {name: {"schema": {}} for name in media}
     errors = {status: {"model": ErrorReply, "description": text} for status, text in _STATUSES.items()}
-    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    kinds = ("application/json", "multipart/form-data") if form else ("application/json",)
+    body = {"required": True, "content": {kind: {"schema": {"type": "object"}} for kind in kinds}}
     return {
         "tags": ["images"],
         "response_model": None,
@@ -138,9 +145,9 @@ def _route(model: type[BaseModel], description: str, *media: str) -> Json:
     }
 
 
-IMAGE_ROUTE = _route(
-    ImagesReply, "JSON; the file itself for Accept: image/*; events for stream: true", "text/event-stream"
-)
+_DRAWN = "JSON; the file itself for Accept: image/*; events for stream: true"
+IMAGE_ROUTE = _route(ImagesReply, _DRAWN, "text/event-stream")
+EDIT_ROUTE = _route(ImagesReply, _DRAWN, "text/event-stream", form=True)
 COMPARE_ROUTE = _route(CompareReply, "JSON; the panel itself for Accept: image/*")
 
 
@@ -151,6 +158,7 @@ def document(app: FastAPI, front: Front) -> Json:
     """
     made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     _place_bodies(made, front.registry)
+    _place_edits(made, front.registry)
     place_comparison(made, front.registry)
     _place_keys(made, front.keys)
     return made
@@ -161,13 +169,26 @@ def _place_bodies(document: Json, registry: Registry) -> None:
     names = []
     for card in registry.cards.values():
         name = f"ImageBody.{card.id}"
-        schemas[name] = body_schema(card, card.names, card.id == registry.default.id)
+        schemas[name] = body_schema(card, card.names, card.id == registry.default.id, registry.adapters)
         names.append({"$ref": f"#/components/schemas/{name}"})
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": names}
     content["examples"] = {
         card.id: {"summary": card.description or card.id, "value": example(card)} for card in registry.cards.values()
     }
+
+
+def _place_edits(document: Json, registry: Registry) -> None:
+    """The bodies of edits and variations, each as JSON and as a form."""
+    for route, kind in (("edits", "Edit"), ("variations", "Variation")):
+        content = document["paths"][f"/v1/images/{route}"]["post"]["requestBody"]["content"]
+        for media, form in (("application/json", "Body"), ("multipart/form-data", "Form")):
+            names = {card.id: f"{kind}{form}.{card.id}" for card in registry.cards.values()}
+            for card in registry.cards.values():
+                own, shape = card.id == registry.default.id, {"form": form == "Form", "variation": kind == "Variation"}
+                document["components"]["schemas"][names[card.id]] = edit_schema(card, own, **shape)
+            content[media]["schema"] = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in names.values()]}
+        content["multipart/form-data"]["encoding"] = {name: {"contentType": ", ".join(_FILES)} for name in PICTURES}
 
 
 def _place_keys(document: Json, keys: Keyring) -> None:

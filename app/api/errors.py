@@ -25,8 +25,11 @@ _CODES: dict[int, tuple[e.Code, ...]] = {
     429: ("rate_limit_exceeded",),
     431: ("headers_too_large",),
     499: ("cancelled",),
-    500: ("internal_error", "non_finite_output"),
-    503: ("unavailable", "overloaded", "no_worker", "shutting_down", "model_load_failed", "model_not_downloaded"),
+    500: ("internal_error", "crashed", "non_finite_output"),
+    503: (
+        *("unavailable", "overloaded", "no_worker", "shutting_down"),
+        *("model_load_failed", "model_not_downloaded", "lora_load_failed"),
+    ),
     504: ("deadline_exceeded",),
     507: ("insufficient_gpu_memory",),
 }
@@ -39,6 +42,7 @@ WORDS: dict[e.Code, str] = {
     "internal_error": "The server failed on this request.",
     "non_finite_output": "This image came out as numbers that are not finite.",
     "model_load_failed": "This model cannot be loaded.",
+    "lora_load_failed": "This LoRA cannot be loaded.",
 }
 """Messages in place of an error's own, which may name files: only the log and /v1/models show those."""
 

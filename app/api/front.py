@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Hashable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NoReturn, TypeVar, cast
 
+from anyio import BrokenWorkerProcess, CapacityLimiter, fail_after, to_process
 from fastapi import Request
 
-from app.cards.catalog import Registry
-from app.errors import RequestError
+from app.cards.catalog import Adapters, Registry
+from app.errors import InvalidValue, RequestError, Unavailable
 from app.imaging import FORMATS, Format
 from app.keys import ApiKey, Keyring
+from app.logs import logger
 from app.metrics import Metrics
 from app.settings import Settings
+from app.source import bounded
 from app.worker.supervisor import Supervisor
 
 T = TypeVar("T")
 
-BODY_LIMIT = 1024 * 1024  # bytes; the longest prompt that any card allows is 32,000 characters
+BODY_LIMIT = 1024 * 1024
+BODY_LIMITS = dict.fromkeys(("/v1/images/edits", "/v1/images/variations"), 32 * BODY_LIMIT)
+"""Bytes of a body: of routes that take a picture, and of all others. The longest prompt of any card has 32,000
+characters."""
 RANGES = 32  # media ranges of an Accept header, and parameters of one, that are read; browsers send ten
+log = logger("instep")
 VALUES_LIMIT = 4096
 """Values, names and brackets in its JSON. Half a million small lists take 60 ms to parse, and a thread does not help:
 the parser holds the interpreter's lock."""
@@ -31,17 +40,37 @@ the parser holds the interpreter's lock."""
 
 @dataclass(frozen=True)
 class Front:
-    """What create_app puts together. pool: threads for work that would hold the event loop."""
+    """What create_app puts together; a reload makes another one. reread: reads the settings again.
+
+    documents: OpenAPI documents by the models and LoRAs in them. pool: threads for work that would hold the event loop.
+    readers: how many processes read uploads at once. uploads: bytes of those that are here.
+    """
 
     settings: Settings
     registry: Registry
     supervisor: Supervisor
     metrics: Metrics
     keys: Keyring
+    reread: Callable[[], Settings]
+    documents: dict[tuple[tuple[str, ...], ...], asyncio.Future[bytes]] = field(default_factory=dict)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "imaging"))
+    readers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(2))
+    uploads: Counter[object] = field(default_factory=Counter)
     _queue: asyncio.Lock = field(default_factory=asyncio.Lock)
     _running: defaultdict[Hashable, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock))
     _next: dict[Hashable, asyncio.Future[Any]] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can draw whatever a request may ask for."""
+        return self.supervisor.ready and self.registry.adapters is not None
+
+    @property
+    def adapters(self) -> Adapters:
+        """The LoRAs that may be asked for, by name. Raises Unavailable until it is known which models they fit."""
+        if self.registry.adapters is None:
+            raise Unavailable("This server still reads its LoRAs. Try again soon.", retry_after=5.0)
+        return self.registry.adapters
 
     async def turn(self) -> None:
         """Wait in line until this request may go on: one does in each turn of the event loop.
@@ -54,6 +83,24 @@ class Front:
     async def in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         """Run what computes or reads files off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work, *arguments)
+
+    async def in_process(self, work: Callable[..., T], *arguments: object) -> T:
+        """Run what reads an upload in a process of its own, which ends when the caller is cancelled.
+
+        Raises what `work` raises, InvalidValue where the file ends two processes, or Unavailable.
+        """
+        read = partial(to_process.run_sync, bounded, work, *arguments, cancellable=True, limiter=self.readers)
+        try:
+            with fail_after(self.settings.request_timeout):
+                with suppress(BrokenWorkerProcess):  # it may have been dead before
+                    return await read()
+                return await read()
+        except BrokenWorkerProcess:
+            raise InvalidValue("image: cannot be read: it ends the process that reads it", param="image") from None
+        except OSError as error:  # a TimeoutError too
+            log.error("upload not read", reason=repr(error))
+            message = "This server has no time or no room to read an upload now."
+            raise Unavailable(message, retry_after=5.0, code="overloaded") from None
 
     async def shared(self, key: Hashable, make: Callable[[], Awaitable[T]]) -> T:
         """The result of `make`, shared by all who ask with this key before it starts; then they go on one a turn.
@@ -73,9 +120,10 @@ class Front:
 
 
 def front_of(request: Request) -> Front:
-    """The bundle of the app that this request reached, with the models that its key may use."""
-    front, key = cast(Front, request.app.state.front), key_of(request)
-    return replace(front, registry=front.registry.only(key.models)) if key.models else front
+    """The server's parts as they were when this request came, with the models and LoRAs that its key may use."""
+    front, key = cast(Front, request.state.front), key_of(request)
+    limited = key.models or key.loras
+    return replace(front, registry=front.registry.only(key.models, key.loras)) if limited else front
 
 
 def key_of(request: Request) -> ApiKey:
@@ -93,14 +141,37 @@ async def read_json(request: Request) -> object:
 
     Raises RequestError (chunked bodies may be too large as well), or ClientDisconnect.
     """
-    data = await _read(request)
+    data = b"".join([chunk async for chunk in received(request)])
     await front_of(request).turn()
+    return parse_json(data)
+
+
+async def received(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises RequestError: over the limit of its route, or with a Content-Encoding."""
+    size = 0
+    body_size(request, size)
+    async for chunk in request.stream():
+        size += len(chunk)
+        body_size(request, size)
+        yield chunk
     codings = ", ".join(request.headers.getlist("content-encoding")).split(",")
     for coding in map(str.strip, codings):
         if coding.lower() not in ("", "identity"):
-            message = f'Content-Encoding: "{coding[:40]}" is not decoded here; send the JSON as it is'
+            message = f'Content-Encoding: "{coding[:40]}" is not decoded here; send the body as it is'
             raise RequestError(message, code="unsupported_encoding")
-    return parse_json(data)
+
+
+def body_size(request: Request, size: int) -> int:
+    """Bytes of a body of which so many have come: those that it declares, where these are more.
+
+    Raises RequestError: over the limit of its route.
+    """
+    declared = request.headers.get("content-length", "")
+    limit = BODY_LIMITS.get(request.scope["route"].path, BODY_LIMIT)
+    size = max(size, int(declared) if declared.isdigit() else 0)
+    if size > limit:
+        raise RequestError(f"The body is over {limit} bytes", code="body_too_large")
+    return size
 
 
 def parse_json(data: bytes) -> object:
@@ -135,20 +206,6 @@ def accepted_format(request: Request, preferred: str | None = None) -> Format | 
         message = f"Accept: no such image type is written here; there are {types} and application/json"
         raise RequestError(message, code="not_acceptable")
     return None
-
-
-async def _read(request: Request) -> bytes:
-    """The whole body. A client that waits for "100 Continue" is refused before it sends what is too large."""
-    kept, declared = bytearray(), request.headers.get("content-length", "")
-    size = int(declared) if "expect" in request.headers and declared.isdigit() else 0
-    if size <= BODY_LIMIT:
-        async for chunk in request.stream():
-            kept += chunk
-            if (size := len(kept)) > BODY_LIMIT:
-                break
-    if size > BODY_LIMIT:
-        raise RequestError(f"The body is over {BODY_LIMIT} bytes", code="body_too_large")
-    return bytes(kept)
 
 
 def _crowded(text: str) -> bool:

@@ -23,8 +23,8 @@ from app.settings import Settings
 
 READ = 512  # bytes of a head that are read and parsed in one turn of the event loop
 READ_CHUNKS = 128  # the same, of a body in chunks: 0.15 ms where each has one byte, and a hundred clients may send them
-READ_BODY = 4 * 1024  # the same, of a body in one piece, which the next request may follow
-AHEAD = READ_BODY  # bytes behind a whole request above which a connection is not read before that request is answered
+READ_BODY = 32 * 1024  # the same, of what is left of a body or of a chunk: nothing else is parsed with it
+AHEAD = 4 * 1024  # bytes behind a whole request above which a connection is not read before that request is answered
 SLOWEST = 8 * 1024  # bytes a second that a client must take of an answer that waits for it, over REQUEST_TIMEOUT
 HEAD_SECONDS = 10.0  # time for the whole head of a request, unless REQUEST_TIMEOUT is shorter
 GRACE = 2.0  # time of a connection over the caps for its request; silence after which a refused one is closed
@@ -52,6 +52,7 @@ class Door:
         self._within: set[Guarded] = set()
         self._over: set[Guarded] = set()
         self._silent: dict[Guarded, None] = {}  # the oldest first
+        self.buffer = memoryview(bytearray(READ_BODY))  # of all: what is read into it is copied in the same turn
 
     def enter(self, guest: Guarded) -> bool | None:
         """Whether a new connection is within the caps; None if it must be dropped.
@@ -133,7 +134,6 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
         self._still_sends = False
         self._clock: asyncio.TimerHandle | None = None
         self._watch: asyncio.TimerHandle | None = None
-        self._buffer = memoryview(bytearray(READ_BODY))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the transport when a client has connected."""
@@ -157,17 +157,22 @@ class Guarded(H11Protocol, asyncio.BufferedProtocol):
         super().connection_lost(exc)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Called by the transport before it reads."""
-        in_chunks = any(name == b"transfer-encoding" for name, _ in self.headers or ())
-        body = READ_CHUNKS if in_chunks else READ_BODY
-        return self._buffer[: body if self.conn.their_state is h11.SEND_BODY else READ]
+        """Called by the transport before it reads. What a refused client still sends is only dropped."""
+        if self._refused:
+            return self._door.buffer
+        if self.conn.their_state is not h11.SEND_BODY:
+            return self._door.buffer[:READ]
+        # NOTE: h11 has no public name for what is left; without one, reads are small.
+        reader: object = getattr(self.conn, "_reader", None)
+        left = getattr(reader, "_remaining", 0) or getattr(reader, "_bytes_in_chunk", 0)
+        return self._door.buffer[: min(max(left, READ_CHUNKS), READ_BODY)]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Called by the transport with the bytes that it has read. What a refused client still sends is dropped."""
+        """Called by the transport with the bytes that it has read."""
         if self._refused:
             self._still_sends = True
             return
-        self.data_received(bytes(self._buffer[:nbytes]))
+        self.data_received(bytes(self._door.buffer[:nbytes]))
         self._settle()
 
     def pause_writing(self) -> None:

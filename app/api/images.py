@@ -1,5 +1,4 @@
-"""POST /v1/images/generations and /v1/images/compare: make jobs of a body, submit them, await them unless the client
-leaves, and answer."""
+"""The routes that draw: make jobs of a body, submit them, await them unless the client leaves, and answer."""
 
 from __future__ import annotations
 
@@ -15,18 +14,31 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.docs import COMPARE_ROUTE, IMAGE_ROUTE
+from app.api.docs import COMPARE_ROUTE, EDIT_ROUTE, IMAGE_ROUTE
 from app.api.errors import envelope
 from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
+from app.api.uploads import upload
 from app.cards.card import Card
-from app.errors import Cancelled, EngineError, InstepError, InvalidValue, LoadError, RateLimited, Unavailable
+from app.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EngineError,
+    InstepError,
+    InvalidValue,
+    LoadError,
+    RateLimited,
+    Unavailable,
+)
 from app.imaging import Format
 from app.jobs.body import ImageBody, read_body
 from app.jobs.compare import cells, panel_answer, read_comparison, with_model
+from app.jobs.edit import read_edit, with_source
 from app.jobs.job import Job
 from app.jobs.replies import Answer, answer, completed_event, partial_event
 from app.logs import logger
 from app.report import Preview, Progress, Result
+from app.request import Source
+from app.source import look, read_source
 
 PING = 15.0
 """Seconds of silence after which a comment is sent, so that proxies keep the connection."""
@@ -53,23 +65,48 @@ async def create_image(request: Request) -> Response:
     tokens and 16 x 16 pixels for an image token. `model` names the model that drew, and `warnings` the fields
     without effect; beside bytes they are the headers X-Model and X-Warning.
     """
-    front, facts, started = front_of(request), facts_of(request), time.perf_counter()
-    body = read_body(await read_json(request))
-    card = front.registry.find(body.model)
-    facts["model"] = card.id
-    wanted = accepted_format(request, body.output_format)
-    format = wanted or body.output_format or "png"
-    job = job_of(request, started, card, body, format, wanted is not None)
-    images = job.request.images
-    facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
-    if job.raw and not body.stream and len(images) > 1 and not job.columns:
-        message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
-        raise InvalidValue(message, param="grid")
-    events = EventStream(front, job) if body.stream else None
-    submit(front, [job], key_of(request).queue)
-    if events:
-        return await events.begin(request)
-    return await reply(request, front, [job], lambda results: answer(job, results[0]))
+    started = time.perf_counter()
+    return await drawn(request, prepared(request, started, read_body(await read_json(request))))
+
+
+@router.post("/v1/images/variations", summary="Vary Image", **EDIT_ROUTE)
+@router.post("/v1/images/edits", **EDIT_ROUTE)
+async def edit_image(request: Request) -> Response:
+    """Draw from a picture: all of it anew, or where a mask says.
+
+    OpenAI's `images.edit` and `images.create_variation` with the fields of `generations` and more, as a form or as JSON
+    with base64; a variation needs no prompt. `strength` says how much changes. The transparent parts of `mask`, or the
+    white ones where it has none, are painted anew; the other pixels stay exactly. In `mask_image` it is the white ones
+    always. Without `size`, images have the size of the model that is nearest in shape to the picture.
+    """
+    started, front, facts = time.perf_counter(), front_of(request), facts_of(request)
+    async with upload(request) as sent:
+        body = read_edit(sent.fields)
+        card = front.registry.find(body.model)
+        if request.scope["route"].path.endswith("variations") and body.prompt is None and not card.draws_classes:
+            body = body.model_copy(update={"prompt": ""})
+        job = prepared(request, started, body.sized(card, *await front.in_process(look, sent.image)))
+        shape = body.reading(job.request.recipe)
+        source = await _decoded(request, job, partial(read_source, sent.image, sent.mask, sent.by_white, *shape))
+    job.request = await front.in_thread(with_source, job.request, source)
+    facts |= {"strength": job.request.recipe.strength, "masked": job.request.recipe.masked}
+    return await drawn(request, job)
+
+
+async def _decoded(request: Request, job: Job, read: Callable[[], Source]) -> Source:
+    """The source of a job. Raises InvalidValue, DeadlineExceeded, and Cancelled when the client leaves."""
+    front, deadline = front_of(request), job.request.delivery.deadline
+    reading = asyncio.ensure_future(front.in_process(read))
+    job.future.add_done_callback(lambda _: reading.cancel())
+    try:
+        async with _watched(request, [job]), asyncio.timeout(deadline and deadline - time.monotonic()):
+            return await reading
+    except TimeoutError:
+        raise DeadlineExceeded("The deadline passed before the picture was read.") from None
+    except asyncio.CancelledError:
+        if not job.future.cancelled():
+            raise
+        raise failed(front, [job], Cancelled("The client left before the picture was read.")) from None
 
 
 @router.post("/v1/images/compare", **COMPARE_ROUTE)
@@ -101,13 +138,39 @@ async def compare_images(request: Request) -> Response:
         raise with_model(jobs, error) from None
 
 
+def prepared(request: Request, started: float, body: ImageBody) -> Job:
+    """The job of a body, and its facts for the log. Raises RequestError, ModelNotFound."""
+    facts, card = facts_of(request), front_of(request).registry.find(body.model)
+    facts["model"] = card.model
+    wanted = accepted_format(request, body.output_format)
+    format = wanted or body.output_format or "png"
+    job = job_of(request, started, card, body, format, wanted is not None)
+    images = job.request.images
+    facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
+    if job.raw and not body.stream and len(images) > 1 and not job.columns:
+        message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
+        raise InvalidValue(message, param="grid")
+    return job
+
+
+async def drawn(request: Request, job: Job) -> Response:
+    """Submit a job and answer with its images, as a whole or as a stream. Raises as `submit` and `reply`."""
+    front = front_of(request)
+    events = EventStream(front, job) if job.body.stream else None
+    submit(front, [job], key_of(request).queue)
+    if events:
+        return await events.begin(request)
+    return await reply(request, front, [job], lambda results: answer(job, results[0]))
+
+
 def job_of(
     request: Request, started: float, card: Card, body: ImageBody, format: Format = "png", raw: bool = False
 ) -> Job:
-    """The job that a body asks for, which came by this request. Raises RequestError."""
+    """The job that a body asks for, which came by this request. Raises RequestError, Unavailable."""
     identity = request.state.id
     unique = f"{identity}-{uuid.uuid4().hex[:12]}"  # a client may send the same X-Request-ID twice at once
-    asked = body.to_request(card, unique, key_of(request), patience(request))
+    adapters = front_of(request).adapters if body.loras or card.loras else None
+    asked = body.to_request(card, unique, key_of(request), patience(request), adapters)
     return Job(asked, card, body, format, raw, identity, started, facts_of(request))
 
 
@@ -129,8 +192,8 @@ def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
         except InstepError:
             for earlier in jobs[:place]:
                 earlier.cancel()
-                front.metrics.failed(earlier.card.id, Cancelled.code)
-            job.facts["model"] = job.card.id
+                front.metrics.failed(earlier.card.model, Cancelled.code)
+            job.facts["model"] = job.card.model
             raise
 
 
@@ -174,7 +237,7 @@ def failed(front: Front, jobs: Sequence[Job], error: Exception) -> InstepError:
         error = InstepError(repr(error))
     for job in jobs:
         job.cancel()
-        front.metrics.failed(job.card.id, error.code if job is guilty else Cancelled.code)
+        front.metrics.failed(job.card.model, error.code if job is guilty else Cancelled.code)
     guilty.facts |= {"error": error.code, "detail": error.message}
     return error
 
@@ -222,6 +285,7 @@ class EventStream(StreamingResponse):
         self._first: News = None
         self._counted = False
         job.on_report = news.put_nowait
+        job.on_restart = partial(news.put_nowait, b": restarted\n\n")
         job.future.add_done_callback(lambda _: news.put_nowait(None))
         super().__init__(self._events(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 

@@ -1,30 +1,30 @@
-"""/v1/models: the cards as OpenAI's model objects, their classes, and for the admin, to load and unload them."""
-
-from __future__ import annotations
+"""/v1/models and /v1/loras: cards as OpenAI's model objects, their classes, LoRAs; the admin loads and unloads."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request
-from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from app.api.errors import ErrorReply
 from app.api.front import Front, facts_of, front_of, key_of
+from app.cards.adapters import Adapter
 from app.cards.card import Card
-from app.cards.catalog import search
+from app.cards.catalog import fitting, search
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, Unavailable, plain
 from app.jobs.body import most_steps_of
 from app.report import ModelState
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
+loras = APIRouter(tags=["models"])
 NOT_FOUND: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorReply, "description": "No model has this name, or none that this key may use"}
 }
 NO_WORKER: dict[int | str, dict[str, Any]] = {503: {"model": ErrorReply, "description": "No engine process is alive"}}
 CLASS_LIMIT = 1000
-SAME = {"id", "aliases", "description", "family", "defaults", "limits", "license", "gated", "parameters", "bytes"}
+SAME = {"id", "base", "aliases", "description", "family", "defaults", "limits", "license", "gated", "bytes"}
+SAME |= {"parameters"}
 """Fields of an entry that are those of the card."""
 
 
@@ -35,6 +35,7 @@ class ModelEntry(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="When the card was last written, seconds since 1970")
     owned_by: str = "instep"
+    base: str = Field(description="Of a variant: the model that it is with the LoRAs among its defaults; else empty")
     aliases: list[str]
     description: str
     family: str
@@ -46,6 +47,7 @@ class ModelEntry(BaseModel):
     defaults: dict[str, Any]
     limits: dict[str, Any]
     samplers: list[str]
+    loras: list[str] = Field([], description="Names of the LoRAs that fit it and that this key may use")
     most_steps: dict[str, int] = Field(description="The most num_inference_steps of each sampler")
     license: str
     gated: bool = Field(description="Whether its repository requires that you accept its terms")
@@ -60,7 +62,8 @@ class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelEntry]
     skipped: list[dict[Literal["card", "reason"], str]] = Field(
-        description="Cards that this server left out when it started, by file, for keys that may use every model"
+        description="Cards that are invalid, by file, for keys that may use every model: they are left out, or served "
+        "as they were before a reload"
     )
 
 
@@ -78,50 +81,56 @@ class ClassList(BaseModel):
     data: list[ClassEntry]
 
 
-@router.get("", response_model=ModelList)
-async def list_models(request: Request) -> Response:
+@router.get("")
+async def list_models(request: Request) -> ModelList:
     """Every model that this server can draw with, the default first."""
     front = front_of(request)
     cards = sorted(front.registry.cards.values(), key=lambda card: card.id != front.registry.default.id)
     found = await _entries(front, front.registry.all)
     skipped = [] if key_of(request).models else _skipped(front)
-    return _json(ModelList(data=[found[card.id] for card in cards], skipped=skipped))
+    return ModelList(data=[_fitted(front, card, found[card.id]) for card in cards], skipped=skipped)
 
 
-@router.get("/{model:path}/classes", response_model=ClassList, responses=NOT_FOUND)
+@loras.get("/v1/loras", response_model_exclude={"data": {"__all__": {"file", "stamp"}}})
+async def list_loras(request: Request) -> dict[Literal["data"], list[Adapter]]:
+    """Every LoRA that this key may use. `fits` has the models that it can change, `problem` why it fits none."""
+    return {"data": list(front_of(request).adapters.values())}
+
+
+@router.get("/{model:path}/classes", responses=NOT_FOUND)
 async def get_classes(
     request: Request, model: str, q: Annotated[str | None, Query(description="Part of a name, or an id")] = None
-) -> Response:
+) -> ClassList:
     """Find classes of a model by part of the name, in any case, or by id; at most 1,000."""
     _, card = _found(request, model)
-    return _json(ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]]))
+    return ClassList(data=[ClassEntry(id=index, name=name) for index, name in search(card, q)[:CLASS_LIMIT]])
 
 
-@router.post("/{model:path}/load", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
-async def load_model(request: Request, model: str) -> Response:
+@router.post("/{model:path}/load", status_code=202, responses=NOT_FOUND | NO_WORKER)
+async def load_model(request: Request, model: str) -> ModelEntry:
     """Begin to load a model on every device. The answer has its state now; GET the model to see when it is ready."""
     return await _ordered(request, model, "load")
 
 
-@router.post("/{model:path}/unload", status_code=202, response_model=ModelEntry, responses=NOT_FOUND | NO_WORKER)
-async def unload_model(request: Request, model: str) -> Response:
+@router.post("/{model:path}/unload", status_code=202, responses=NOT_FOUND | NO_WORKER)
+async def unload_model(request: Request, model: str) -> ModelEntry:
     """Take a model off every device, once its requests there are done. The next request for it loads it again."""
     return await _ordered(request, model, "unload")
 
 
 # NOTE: the last of them: before the others it would take "a/load" for a name.
-@router.get("/{model:path}", response_model=ModelEntry, responses=NOT_FOUND)
-async def get_model(request: Request, model: str) -> Response:
+@router.get("/{model:path}", responses=NOT_FOUND)
+async def get_model(request: Request, model: str) -> ModelEntry:
     """One model, by id or alias, which may have slashes."""
     return await _one(*_found(request, model))
 
 
-async def _ordered(request: Request, name: str, order: Literal["load", "unload"]) -> Response:
+async def _ordered(request: Request, name: str, order: Literal["load", "unload"]) -> ModelEntry:
     front, card = _found(request, name)
     if not front.supervisor.live:
         raise Unavailable("No engine process is alive.", retry_after=5.0, code="no_worker")
-    front.supervisor.call(order, card.id)
-    return await _one(front, card, 202)
+    front.supervisor.call(order, card.model)
+    return await _one(front, card)
 
 
 def _found(request: Request, name: str) -> tuple[Front, Card]:
@@ -130,7 +139,7 @@ def _found(request: Request, name: str) -> tuple[Front, Card]:
     if not name:
         raise HTTPException(404)
     card = front.registry.find(name)
-    facts_of(request)["model"] = card.id
+    facts_of(request)["model"] = card.model
     return front, card
 
 
@@ -139,15 +148,21 @@ async def _entries(front: Front, cards: Mapping[str, Card]) -> dict[str, ModelEn
 
     async def make() -> dict[str, ModelEntry]:
         states, every = front.supervisor.states, front.registry.all
-        return await front.in_thread(lambda: {one: _entry(card, every, states.get(one)) for one, card in cards.items()})
+        return await front.in_thread(
+            lambda: {one: _entry(card, every, states.get(card.model)) for one, card in cards.items()}
+        )
 
     return await front.shared(("models", *cards), make)
 
 
-async def _one(front: Front, card: Card, status: int = 200) -> Response:
-    """The answer with one model alone: a slow disk under others does not delay it."""
-    found = await _entries(front, {card.id: card})
-    return _json(found[card.id], status)
+async def _one(front: Front, card: Card) -> ModelEntry:
+    """The entry of one model alone: a slow disk under others does not delay it."""
+    return _fitted(front, card, (await _entries(front, {card.id: card}))[card.id])
+
+
+def _fitted(front: Front, card: Card, entry: ModelEntry) -> ModelEntry:
+    """The entry with what depends on the key. NOTE: entries are shared by all who ask at once."""
+    return entry.model_copy(update={"loras": fitting(card, front.registry.adapters or {})})
 
 
 def _skipped(front: Front) -> list[dict[Literal["card", "reason"], str]]:
@@ -161,10 +176,6 @@ def _skipped(front: Front) -> list[dict[Literal["card", "reason"], str]]:
     ]
 
 
-def _json(model: BaseModel, status: int = 200) -> Response:
-    return Response(model.model_dump_json(), status, media_type="application/json")
-
-
 def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> ModelEntry:
     state, fault = state or ModelState(card.id, "absent"), ModelFolder(card, cards).fault()
     broken = fault.message if fault and not isinstance(fault, NotDownloaded) else ""
@@ -172,8 +183,9 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> M
         created = int((card.folder / "card.toml").stat().st_mtime)
     except OSError:
         created = 0
+    facts, own = card.model_dump(include=SAME), [one.model_dump() for one in card.loras]
     return ModelEntry(
-        **card.model_dump(include=SAME),
+        **facts | {"defaults": facts["defaults"] | ({"loras": own} if own else {})},
         created=created,
         condition="class_label" if card.draws_classes else "prompt",
         classes=len(card.labels),

@@ -1,7 +1,5 @@
 """One denoising step by its passes, and one image stage by stage, through the engine in this process."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -40,7 +38,7 @@ def measure_steps(
 ) -> list[dict[str, Any]]:
     """Time the engine's step for unguided rows of one pass, in turns; a row of the JSON line for each number of passes.
 
-    most: the ceilings of the machine. Raises InvalidValue: the network does not have this size.
+    most: the ceilings of the machine.
     """
     works = {count: forward_work(family, width, height, count) for count in passes}
     with torch.inference_mode():
@@ -78,8 +76,7 @@ def _way(family: Family, width: int, height: int, passes: int) -> Callable[[], f
 def forward_work(family: Family, width: int, height: int, passes: int) -> dict[str, float]:
     """Count the work of one forward: gflop, 1e9 operations of its matrix products, two a multiply-add; and mbytes.
 
-    The bytes are every weight once, latents and conditions in, the output out: what lies between layers may stay in a
-    cache.
+    The bytes are every weight once, latents and conditions in, the output out; a cache may keep what is between layers.
     """
     x = torch.zeros(passes, *family.latent_shape(width, height), device=family.device)
     blank = family.blank(family.card.text_length)
@@ -124,13 +121,13 @@ def measure_image(
 
 def _draw(pool: Pool, settings: Settings, request: Request, results: list[Result]) -> Draw:
     """A function that draws the request by an engine of its own, and appends the result to `results`."""
-    answers: list[Result | Failure] = []
-    engine = Engine(pool, settings, lambda report: _collect(report, answers))
+    reports: list[Report] = []
+    engine = Engine(pool, settings, reports.append)
 
     def draw() -> np.ndarray:
-        answers.clear()
+        reports.clear()
         engine.submit(request)
-        while not answers:
+        while not (answers := [report for report in reports if isinstance(report, Result | Failure)]):
             if not engine.tick():
                 time.sleep(0.0005)
         if isinstance(answers[0], Failure):
@@ -141,16 +138,10 @@ def _draw(pool: Pool, settings: Settings, request: Request, results: list[Result
     return draw
 
 
-def _collect(report: Report, answers: list[Result | Failure]) -> None:
-    if isinstance(report, Result | Failure):
-        answers.append(report)
-
-
 def _stages(fresh: list[Result], cached: list[Result]) -> Samples:
     """Seconds by stage, from the engine's own timings.
 
-    NOTE: the engine waits for a step's device time at the next work, so that on a GPU the last step of an image counts
-    as its decode.
+    NOTE: the engine waits for a step at the next work, so that on a GPU the last step of an image counts as its decode.
     """
     both = [one.timings for one in fresh + cached]
     return {

@@ -1,7 +1,5 @@
 """The machine of a measurement: what it is, the most that it can do, and how ways to work are timed on it in turns."""
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import time
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from app.engine.costs import processor
+from app.pool.budget import processor
 from app.settings import Settings
 from app.worker import plan
 from app.worker.process import resolve_dtype

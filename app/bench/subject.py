@@ -1,8 +1,5 @@
 """The model that is measured: a card with its files, or with random weights of the same size where it has none."""
 
-from __future__ import annotations
-
-import json
 import shutil
 import tempfile
 import time
@@ -11,13 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 
 from app.cards.card import Card, read_card, read_cards
 from app.cards.catalog import Registry
-from app.cards.files import INDEX, read_toml, write_toml
+from app.cards.files import INDEX, read_toml, write_json, write_toml
 from app.cards.folder import ModelFolder, Part
+from app.checkpoints.tensors import write_shards
 from app.errors import CheckpointError, LoadError
 from app.families import FAMILIES
 from app.families.base import Family
@@ -95,7 +91,7 @@ def write_random(card: Card, cards: Mapping[str, Card], folder: Path, dtype: tor
             _write(made / name, part.class_name, dtype)
     own = ModelFolder(card, cards).beside().index().items()
     index = {key: [None, None] if key not in parts and isinstance(value, list) else value for key, value in own}
-    (made / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    write_json(made / INDEX, index)
     facts = read_toml(card.file) | {"source": {"path": "."}}
     write_toml(made / "card.toml", {key: value for key, value in facts.items() if key not in ("components", "files")})
     return read_card(made / "card.toml")
@@ -119,17 +115,11 @@ def _parts(card: Card, cards: Mapping[str, Card]) -> dict[str, Part]:
 
 
 def _write(folder: Path, class_name: str, dtype: torch.dtype) -> None:
-    """Write the network's shards and their index, with one shard at a time in memory."""
+    """Write random weights of the network, each tensor under its first name alone."""
     first = {id(like): name for name, like in reversed(outline_of(class_name, folder).items())}
     outline = {name: like for name, like in outline_of(class_name, folder).items() if first[id(like)] == name}
-    split = split_torch_state_dict_into_shards(
-        outline, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD
-    )
     generator = torch.Generator().manual_seed(0)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: _random(name, outline[name], generator).to(dtype) for name in names}, folder / file)
-    index = {"weight_map": split.tensor_to_filename}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_shards(folder, outline, SHARD, lambda name: _random(name, outline[name], generator).to(dtype))
 
 
 def _random(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -12,10 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from app.cards.adapters import MOST_LORAS, Adapter, Lora, variant
 from app.cards.files import INDEX, cached_index, read_labels, read_toml
 from app.errors import CardError, SettingsError, first_problem
+from app.request import Recipe
 from app.samplers.schedule import Schedule, Section
-from app.samplers.table import valid_samplers
+from app.samplers.table import Table, compile_table, valid_samplers
 
 Size = tuple[int, int]
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -33,24 +35,9 @@ TRAITS: dict[str, set[Trait]] = {
 }
 """Facts of a family of networks, for modules that do not import torch.
 
-classes: pictures are drawn from a class label, and not from a prompt. embedded_guidance: the network may take the
-guidance scale as an input. skip_layers: skip-layer guidance is possible. torch_files: the authors publish pickled .pt
-files, to be converted.
+classes: pictures are drawn from a class label, not a prompt. embedded_guidance: the network may take the guidance scale
+as an input. skip_layers: skip-layer guidance is possible. torch_files: the authors publish .pt files, to be converted.
 """
-
-WITHOUT: dict[str, dict[str, str]] = {
-    "dit": {},
-    "sd3": {
-        "text_encoder": "it is zeros without: prompts are followed less well",
-        "text_encoder_2": "it is zeros without: prompts are followed less well",
-        "text_encoder_3": "it is zeros without: long prompts and written words are followed less well",
-    },
-    "flux": {
-        "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
-        "text_encoder_2": "it is zeros without: prompts are hardly followed",
-    },
-}
-"""The parts that a model of a family can do without, and what it loses."""
 
 
 def parse_size(text: str) -> Size:
@@ -94,6 +81,7 @@ class Defaults(Section):
     num_inference_steps: Annotated[int, Field(ge=1)]
     guidance_scale: Annotated[float, Field(ge=0)]
     size: str
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.6
 
 
 class Sizes(Section):
@@ -163,17 +151,24 @@ class Bucket(Section):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-class Card(Section):
-    """The facts of one model. `folder` and `labels` are filled in by `read_card`, not by the TOML.
+WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "defaults"}
+"""Fields of a card that decide what people read and what a request is, and nothing in an engine."""
 
-    like: the card that `instep models add` copied settings from. classes: their number where model_index.json names
-    none, or is not downloaded yet. components: parts that another card shares, as "<card id>/<folder>". files: parts
-    with their tensors in one safetensors file of the authors' own layout. guidance: "cfg" takes two passes above a
-    scale of 1; "embedded" (FLUX.1-dev) is an input of the network, where 1 is a scale like others. parameters: of the
-    denoising network. bytes: of all weights as downloaded.
+
+class Card(Section):
+    """The facts of one model. `folder` and `labels` are filled in by `read_card`, `adapters` by `Registry`.
+
+    base: of a variant, the card whose weights it has, with `loras` on top. like: the card that `instep models add`
+    copied settings from. classes: their number where model_index.json names none, or is not downloaded yet. components:
+    parts that another card shares, as "<card id>/<folder>". files: parts with their tensors in one safetensors file of
+    the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
+    the network, where 1 is a scale like others. parameters: of the denoising network. bytes: of all weights as
+    downloaded. adapters: all LoRAs here by name, also those for other models; they are no part of the card's JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
+    base: str = ""
+    loras: Annotated[tuple[Lora, ...], Field(max_length=MOST_LORAS)] = ()
     family: Literal["dit", "sd3", "flux"]
     like: str = ""
     source: Source
@@ -198,6 +193,7 @@ class Card(Section):
     gated: bool = False
     folder: Path = Path()
     labels: tuple[str, ...] = ()
+    adapters: dict[str, Adapter] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property
     def file(self) -> Path:
@@ -209,13 +205,13 @@ class Card(Section):
         return (self.id, *self.aliases)
 
     @property
-    def default_size(self) -> Size:
-        return parse_size(self.defaults.size)
+    def model(self) -> str:
+        """The id of the model that engines know it by: a variant is its base there."""
+        return self.base or self.id
 
     @property
-    def optional(self) -> Mapping[str, str]:
-        """The parts that it can do without, with what it loses."""
-        return WITHOUT[self.family]
+    def default_size(self) -> Size:
+        return parse_size(self.defaults.size)
 
     def has(self, trait: Trait) -> bool:
         """Whether its family has this trait."""
@@ -225,6 +221,10 @@ class Card(Section):
     def draws_classes(self) -> bool:
         """Whether pictures are drawn from a class label instead of a prompt."""
         return self.has("classes")
+
+    def table(self, recipe: Recipe, tokens: int = 1) -> Table:
+        """The table of a recipe. tokens: of the image; they change no number of lines. Raises InvalidValue."""
+        return compile_table(self.schedule, recipe.sampler, recipe.steps, tokens=tokens, strength=recipe.strength)
 
     @property
     def text_length(self) -> int:
@@ -246,24 +246,47 @@ class Card(Section):
             raise ValueError(f"guidance: {self.family} has no embedded guidance")
         if self.skip_layer_guidance is not None and not self.has("skip_layers"):
             raise ValueError(f"skip_layer_guidance: {self.family} has none")
-        twice = sorted(self.components.keys() & self.files.keys())
-        if twice:
-            raise ValueError(f"files.{twice[0]}: components names it too")
+        if twice := self.components.keys() & self.files.keys():
+            raise ValueError(f"files.{min(twice)}: components names it too")
         return self
 
 
 class Cards(dict[str, Card]):
-    """Cards by id. skipped: the error of each card.toml that cannot be served, by its file."""
+    """Cards by id. skipped: the error of each card.toml that cannot be served, by its file. read: the cards by their
+    files, without the aliases of the setting ALIAS."""
 
     def __init__(self, cards: Mapping[str, Card] | None = None) -> None:
         super().__init__(cards or {})
         self.skipped: dict[Path, CardError] = dict(cards.skipped) if isinstance(cards, Cards) else {}
         self._reasons: dict[str, CardError] = dict(cards._reasons) if isinstance(cards, Cards) else {}
+        self.read: dict[Path, Card] = dict(cards.read) if isinstance(cards, Cards) else {}
+
+    @classmethod
+    def of(cls, found: Mapping[Path, Card], errors: Mapping[Path, CardError]) -> Cards:
+        """These cards by their files, but one with a name that is the id of another, or a name of one before."""
+        cards, found = cls(), dict(sorted(found.items(), key=lambda item: item[0]))
+        for file, error in errors.items():
+            cards.skip(file, error)
+        owners = {card.id: file for file, card in reversed(found.items())}
+        for file, card in found.items():
+            if name := next((name for name in card.names if owners.get(name, file) != file), ""):
+                cards.skip(file, CardError(f"{file}: the name {name} is already used by {owners[name]}"), card)
+            else:
+                cards[card.id] = card
+                owners |= dict.fromkeys(card.names, file)
+        cards.check_others()
+        cards.read = {file: card for file, card in found.items() if cards.get(card.id) is card}
+        return cards
 
     @property
     def owners(self) -> dict[str, Card]:
         """Every card by each of its names."""
         return {name: card for card in self.values() for name in card.names}
+
+    @property
+    def models(self) -> dict[str, Card]:
+        """Those with weights of their own, which are all that an engine knows."""
+        return {name: card for name, card in self.items() if not card.base}
 
     def skip(self, file: Path, error: CardError, card: Card | None = None) -> None:
         """Leave this file out, and with its card those that take parts of it."""
@@ -271,26 +294,18 @@ class Cards(dict[str, Card]):
         self._reasons = {**dict.fromkeys((file.parent.name, *(card.names if card else ())), error), **self._reasons}
         if card and self.get(card.id) is card:
             del self[card.id]
-            self.check_components()
+            self.check_others()
 
-    def check_components(self) -> None:
-        """Skip every card with `components` that name a card or a folder that does not exist."""
+    def check_others(self) -> None:
+        """Skip every card with a base or `components` that name a card or a folder that does not exist."""
         for card in list(self.values()):
+            if card.id in self and card.model not in self:
+                self.skip(card.file, CardError(f"{card.file}: base: {card.base} is gone{self.reason(card.base)}"), card)
             for part, target in card.components.items():
                 owner, _, rest = target.partition("/")
                 if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):
                     message = f'{card.file}: components.{part}: "{target}" is not "<card id>/<folder>"'
                     self.skip(card.file, CardError(f"{message}{self.reason(owner)}"), card)
-
-    def check_aliases(self) -> None:
-        """Skip every card with an alias that is an id, or an alias of a card before it."""
-        owners = dict(self)
-        for card in list(self.values()):
-            name = next((alias for alias in card.aliases if alias in owners), None)
-            if name is None:
-                owners |= dict.fromkeys(card.aliases, card)
-            elif card.id in self:
-                self.skip(card.file, _taken(card.file, name, owners[name].file), card)
 
     def reason(self, name: str) -> str:
         """The end of a message about a name that no card has: why its card was skipped, or nothing."""
@@ -305,59 +320,66 @@ class Cards(dict[str, Card]):
         owners = self.owners
         for entry in filter(None, (part.strip() for part in setting.split(","))):
             alias, equals, target = (part.strip() for part in entry.partition("="))
-            if not (equals and target):
-                raise _alias_error(f'"{entry[:128]}" is not alias=model, as in gpt-image-1=emoji-mmdit')
             try:
+                if not (equals and target):
+                    raise ValueError(f'"{entry[:128]}" is not alias=model, as in gpt-image-1=emoji-mmdit')
                 valid_alias(alias)
+                if target not in owners:
+                    why = self.reason(target) or f"; there are {', '.join(self)}"
+                    raise ValueError(f'no card is named "{target[:128]}"{why}')
+                if taken := self.owners.get(alias):
+                    raise ValueError(f'"{alias}" is a name of {taken.id} already')
             except ValueError as error:
-                raise _alias_error(str(error)) from None
-            if target not in owners:
-                why = self.reason(target) or f"; there are {', '.join(self)}"
-                raise _alias_error(f'no card is named "{target[:128]}"{why}')
-            if taken := self.owners.get(alias):
-                raise _alias_error(f'"{alias}" is a name of {taken.id} already')
+                raise SettingsError(f"alias: {error}", param="alias") from None
             card = self[owners[target].id]
             self[card.id] = card.model_copy(update={"aliases": (*card.aliases, alias)})
 
 
-def read_card(file: Path) -> Card:
-    """Read and validate one card.toml. Raises CardError naming the file and the field."""
+def read_card(file: Path, bases: Mapping[str, Card] | None = None) -> Card:
+    """Read and validate one card.toml. bases: by id, for a variant. Raises CardError naming the file and the field."""
     try:
         raw = read_toml(file)
+        if filled := raw.keys() & {"folder", "labels", "adapters"}:
+            raise ValueError(f"{min(filled)}: unknown field")
+        if raw.keys() & {"base", "loras"}:
+            if not (base := (bases or {}).get(str(raw.get("base")))):
+                raise ValueError(f'base: no card with weights of its own has the id "{raw.get("base", "")}"')
+            raw = variant(raw, base.model_dump())
     except (OSError, ValueError, RecursionError) as error:
         raise CardError(f"{file}: {error}") from error
-    for filled in ("folder", "labels"):
-        if filled in raw:
-            raise CardError(f"{file}: {filled}: unknown field")
     try:
         card = Card(**{**raw, "folder": file.parent.resolve()})
     except ValidationError as error:
         place, reason = first_problem(error.errors())
         raise CardError(": ".join(filter(None, (str(file), ".".join(place), reason)))) from error
     try:
-        return card.model_copy(update={"labels": _labels(card)})
+        return card if card.base else card.model_copy(update={"labels": _labels(card)})
     except (OSError, ValueError) as error:  # a name that no file system takes
         raise CardError(f"{file}: source: {error}") from error
 
 
-def read_cards(folder: Path, aliases: str = "") -> Cards:
-    """Read every `<folder>/<id>/card.toml`, with the aliases of the setting ALIAS.
-
-    A card that is invalid, or has a name that one before it has, is among `skipped`. Raises SettingsError as
-    `add_aliases`.
-    """
-    cards = Cards()
-    for file in sorted(folder.glob("*/card.toml")):
+def read_files(folder: Path) -> tuple[dict[Path, Card], dict[Path, CardError]]:
+    """Every `<folder>/<id>/card.toml`, read or with its error; one that is a link without a file is an error too."""
+    found: dict[Path, Card] = {}
+    errors: dict[Path, CardError] = {}
+    files = sorted(entry / "card.toml" for entry in folder.glob("*"))
+    for file in (*files, *files):  # twice, because a variant may come before its base
+        bases = {card.id: card for card in found.values() if not card.base}
         try:
-            card = read_card(file)
-            if card.id in cards:
-                raise _taken(file, card.id, cards[card.id].file)
+            found[file] = found.get(file) or read_card(file, bases)
+            errors.pop(file, None)
         except CardError as error:
-            cards.skip(file, error)
-        else:
-            cards[card.id] = card
-    cards.check_aliases()
-    cards.check_components()
+            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) or file.is_symlink():
+                errors[file] = error
+    return found, errors
+
+
+def read_cards(folder: Path, aliases: str = "") -> Cards:
+    """The cards of a folder, with the aliases of the setting ALIAS; one that is invalid is among `skipped`.
+
+    Raises SettingsError as `add_aliases`.
+    """
+    cards = Cards.of(*read_files(folder))
     cards.add_aliases(aliases)
     return cards
 
@@ -376,11 +398,3 @@ def _labels(card: Card) -> tuple[str, ...]:
     if labels and card.classes not in (None, len(labels)):
         raise CardError(f"{card.file}: classes: {card.classes}, but {index} names {len(labels)}")
     return labels or tuple(f"class {number}" for number in range(card.classes or 0))
-
-
-def _taken(file: Path, name: str, owner: Path) -> CardError:
-    return CardError(f"{file}: the name {name} is already used by {owner}")
-
-
-def _alias_error(message: str) -> SettingsError:
-    return SettingsError(f"alias: {message}", param="alias")

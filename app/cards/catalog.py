@@ -1,22 +1,25 @@
 """Catalog: find a model, or a class of one, by the name that a user writes; suggest the nearest name otherwise."""
 
-from __future__ import annotations
-
 import difflib
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from functools import lru_cache
+from pathlib import Path
+from typing import Self
 
-from app.cards.card import Card, Cards
+from app.cards.adapters import MOST_LORAS, Adapter, Lora
+from app.cards.card import Card, Cards, read_files
 from app.cards.folder import ModelFolder
-from app.errors import InvalidValue, ModelNotFound, NotDownloaded, SettingsError
+from app.errors import CardError, InvalidValue, ModelNotFound, NotDownloaded, SettingsError
 from app.logs import logger
 from app.settings import Settings
 
 log = logger("instep")
+
+Adapters = dict[str, Adapter]
 
 _OPENAIS = re.compile(r"(gpt-image|chatgpt-image|dall-e)-[\w.-]{1,48}", re.ASCII)
 """Names of OpenAI's models, which many clients send without asking their user."""
@@ -40,11 +43,17 @@ COMPARED = 32
 
 
 class Registry:
-    """Cards by id and alias, and the default card. `all` has the cards too that a key may not use."""
+    """Cards by id and alias, and the default card. `all` has the cards too that a key may not use.
 
-    def __init__(self, cards: Mapping[str, Card], settings: Settings) -> None:
+    adapters: the LoRAs here by name, which each card has too; None until it is known what they fit.
+    """
+
+    def __init__(self, cards: Mapping[str, Card], settings: Settings, adapters: Adapters | None = None) -> None:
         """Raises SettingsError when there is no card or DEFAULT_MODEL names an unknown one."""
         cards = self.cards = self.all = Cards(cards)
+        wanted = settings.adapters or any(card.loras for card in cards.values())
+        self.adapters = {} if adapters is None and not wanted else adapters
+        cards.update({one.id: one.model_copy(update={"adapters": self.adapters or {}}) for one in cards.values()})
         if not cards:
             errors = (error.message for error in cards.skipped.values())
             why = next(errors, f"expected {settings.models}/<id>/card.toml")
@@ -56,6 +65,7 @@ class Registry:
         named = [self._owners[settings.default_model]] if settings.default_model else []
         self._by_rank = [*named, *sorted(cards.values(), key=lambda card: _rank(card, cards))]
         self.default = self._by_rank[0]
+        self._views: dict[object, Self] = {}
 
     def find(self, name: str | None) -> Card:
         """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
@@ -74,30 +84,77 @@ class Registry:
             hint = f"; start the server with --alias {name}={model} (INSTEP_ALIAS) to have {model} draw it"
         return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
 
-    def only(self, models: frozenset[str]) -> Registry:
-        """A view of these cards alone; its default is the server's if it is among them, else the next in rank."""
-        view = copy(self)
-        view.cards = Cards({name: card for name, card in self.cards.items() if name in models})
-        view._owners = {name: card for name, card in self._owners.items() if card.id in models}
-        view.default = next(card for card in self._by_rank if card.id in models)
-        return view
+    def only(self, models: frozenset[str], loras: frozenset[str] = frozenset()) -> Self:
+        """A view of these cards and LoRAs alone, of all where none is named; the same one for the same names.
+
+        Its default is the server's if it is among them, else the next in rank.
+        """
+        if (models, loras) not in self._views:
+            view = self._views[models, loras] = copy(self)
+            view.cards = Cards({name: card for name, card in self.cards.items() if name in models or not models})
+            view._owners = {name: card for name, card in self._owners.items() if card.id in view.cards}
+            view.default = next(card for card in self._by_rank if card.id in view.cards)
+            shown = {card.model for card in view.cards.values()}
+            found = [one.only(shown) if models else one for one in (self.adapters or {}).values()]
+            found = [one for one in found if (one.fits or one.problem) and (one.name in loras or not loras)]
+            view.adapters = self.adapters and {one.name: one for one in found}
+        return self._views[models, loras]
 
 
 def _rank(card: Card, cards: Mapping[str, Card]) -> tuple[bool, ...]:
-    """Sort key of the default model: first a user's that is here and draws prompts, then the built-in one, then what is
-    here, then what draws prompts; equals keep the order of their folders."""
+    """Sort key of the default model: first what is no variant, then a user's that is here and draws prompts, then the
+    built-in one, then what is here, then what draws prompts; equals keep the order of their folders."""
     here, prompts = ModelFolder(card, cards).here(), not card.draws_classes
-    return not (here and prompts and card.id not in SHIPPED), not (here and card.id == BUILT_IN), not here, not prompts
+    user = here and prompts and card.id not in SHIPPED
+    return bool(card.base), not user, not (here and card.id == BUILT_IN), not here, not prompts
+
+
+def read_again(settings: Settings, old: Cards) -> Cards:
+    """The cards as their files are now; one that is invalid, or names files that are not here, stays as it was.
+
+    Raises SettingsError as `add_aliases`, and for cards that would leave out an old one.
+    """
+    found, errors = read_files(settings.models)
+    cards = Cards.of(found, errors)
+    for file, card in cards.read.items():
+        before = old.read.get(file, card)
+        if card != before and (fault := ModelFolder(card, cards).fault()) and ModelFolder(before, old).here():
+            errors[file] = CardError(f"{file}: {fault.message}")
+    found |= {file: card for file, card in old.read.items() if file in errors}
+    cards = Cards.of(found, errors)
+    for file in found.keys() & old.read.keys() - cards.read.keys():
+        raise SettingsError((cards.skipped.get(file) or cards.skipped[found[file].file]).message)
+    cards.add_aliases(settings.alias)
+    return cards
 
 
 def warn_of(cards: Cards) -> None:
     """Log one line for each card that is skipped, and for each model with files that are missing or broken."""
     for error in cards.skipped.values():
         log.error("card skipped", reason=error.message)
-    for card in cards.values():
+    for card in cards.models.values():
         fault = ModelFolder(card, cards).fault()
         if fault and not isinstance(fault, NotDownloaded):
             log.error("model cannot be loaded", model=card.id, reason=fault.message)
+
+
+def faults(registry: Registry) -> list[tuple[Path, str]]:
+    """What is wrong with LoRAs, by file: those that fit no model, tensors that have no place in a model that they fit,
+    and variants that cannot have theirs."""
+    found = []
+    for one in (registry.adapters or {}).values():
+        found += [(one.file, one.problem)] if one.problem else []
+        found += [
+            (one.file, f"{len(fit.unmatched)} tensors have no place in {name}, the first: {fit.unmatched[0]}")
+            for name, fit in one.fits.items()
+            if fit.unmatched
+        ]
+    for card in registry.all.values():
+        try:
+            find_adapters(card, (), registry.adapters or {})
+        except InvalidValue as error:
+            found.append((card.file, error.message))
+    return found
 
 
 def find_label(card: Card, label: int | str, field: str = "class_label") -> int:
@@ -124,6 +181,40 @@ def find_label(card: Card, label: int | str, field: str = "class_label") -> int:
     if not 0 <= label <= last:
         raise InvalidValue(f"{field}: expects a class id from 0 to {last}, or a name", param=field)
     return label
+
+
+def find_adapters(card: Card, asked: Sequence[Lora], known: Adapters) -> tuple[tuple[str, float], ...]:
+    """The names and weights that a recipe has for these entries of `loras`, which go before those of a variant's card.
+
+    known: the LoRAs that may be asked for. Raises InvalidValue naming the entry, or the model for one of its card.
+    """
+    found: dict[str, float] = {}
+    for entries, there, field in ((card.loras, card.adapters, "model"), (asked, known, "loras.{}.name")):
+        for place, one in enumerate(entries):
+            if one.name not in fitting(card, there):
+                raise _unfit(card, one.name, known, field.format(place))
+            if one.name in (other.name for other in entries[:place]):
+                raise InvalidValue(f"{field.format(place)}: {one.name} is named twice", param=field.format(place))
+            found[one.name] = one.weight
+    used = sorted((name, weight) for name, weight in found.items() if weight)
+    if len(used) > MOST_LORAS:
+        message = f"loras: {len(used)} with those of {card.id}; a picture has at most {MOST_LORAS}"
+        raise InvalidValue(message, param="loras")
+    return tuple(used)
+
+
+def fitting(card: Card, adapters: Adapters) -> list[str]:
+    """The names of those that fit a card."""
+    return [one.name for one in adapters.values() if card.model in one.fits]
+
+
+def _unfit(card: Card, name: str, known: Adapters, field: str) -> InvalidValue:
+    if adapter := known.get(name):
+        why = f"fits {', '.join(adapter.fits)}" if adapter.fits else f"cannot be used: {adapter.problem}"
+        return InvalidValue(f"{field}: {name} does not fit {card.id}; it {why}", param=field)
+    names = fitting(card, known)
+    hint = did_you_mean(name, names, otherwise=f"; {card.id} takes {', '.join(names) or 'none of those here'}")
+    return InvalidValue(f'{field}: there is no LoRA "{name[:64]}"{hint}', param=field)
 
 
 def search(card: Card, query: str | None) -> list[tuple[int, str]]:

@@ -3,15 +3,14 @@
 Of weights only names and first bytes are read here; `app/checkpoints/tensors.py` reads their headers.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,14 +32,13 @@ CONVERT = "`instep models convert` makes them of the DiT authors' .pt"
 
 STEMS = ("diffusion_pytorch_model", "model")
 """Names of files of weights; the first that exists counts."""
+BIN = f"{STEMS[0]}.bin"
 
 _FIRST = 512
 """Bytes at the start of a file that are compared; a Git LFS pointer has about 130 in all."""
 
 PART = re.compile(r"[a-z][a-z0-9_]{0,63}")
 """Names of parts, which become folders."""
-
-Wanted = Literal["safetensors", "torch", "json"]
 
 _FOREIGN: tuple[tuple[str, str], ...] = (
     (
@@ -58,10 +56,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
 """The first bytes of files that people have in place of a checkpoint, with the words for an error."""
 
 _NO_SAFETENSORS = (
-    (
-        r"PK\x03\x04|\x80[\x02-\x05]",
-        f"a torch file, whatever its name says: only safetensors are loaded ({CONVERT})",
-    ),
+    (r"PK\x03\x04|\x80[\x02-\x05]", f"a torch file, whatever its name says: only safetensors are loaded ({CONVERT})"),
     (r"[\t\n\r\x20-\x7e]{16}", "a text, not a checkpoint; it begins {first!r}"),
     (r"\Z", "an empty file"),
 )
@@ -98,6 +93,11 @@ def read_toml(
     return tomllib.loads(read_file(file, limit, check).decode())
 
 
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON as a person reads it."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_toml(file: Path, table: Mapping[str, Any]) -> None:
     """Write a card, a line for each of its fields."""
     file.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in table.items()), encoding="utf-8")
@@ -112,24 +112,27 @@ def to_toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def refuse_endless(file: Path, limit: int = TOKENIZER_LIMIT) -> None:
-    """Raises CheckpointError where a file that a library will read is not regular, or has more than `limit` bytes."""
+@contextmanager
+def explained(file: Path, kind: type[Exception] = OSError) -> Iterator[None]:
+    """Turn an error of this kind into a CheckpointError that names the file."""
     try:
-        with open_file(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    if size > limit:
-        raise CheckpointError(f"{file}: over {limit} bytes")
+        yield
+    except kind as error:
+        raise CheckpointError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
+def refuse_endless(file: Path) -> None:
+    """Raises CheckpointError for a file that a library will read: it is not regular, or too large for a tokenizer."""
+    with explained(file), open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+    if size > TOKENIZER_LIMIT:
+        raise CheckpointError(f"{file}: over {TOKENIZER_LIMIT} bytes")
+
+
+def refuse_foreign(file: Path, wanted: Literal["safetensors", "torch", "json"] = "safetensors") -> None:
     """Raises CheckpointError for a file that cannot be read, or begins like another kind of file."""
-    try:
-        with open_file(file) as stream:
-            first = stream.read(_FIRST).decode("latin-1")
-    except OSError as error:
-        raise _unreadable(file, error) from error
+    with explained(file), open_file(file) as stream:
+        first = stream.read(_FIRST).decode("latin-1")
     # NOTE: a safetensors' first eight bytes are a length, which may look like anything; a brace follows it.
     if wanted == "safetensors" and first[8:9] == "{":
         return
@@ -138,21 +141,16 @@ def refuse_foreign(file: Path, wanted: Wanted = "safetensors") -> None:
             raise CheckpointError(f"{file}: is {words.format(first=' '.join(first[:60].split()), **found.groupdict())}")
 
 
-def _unreadable(file: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{file}: {error.strerror or error}")
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object of at most 16 MB. Raises CheckpointError naming the file."""
-    try:
-        content = json.loads(read_file(file, JSON_LIMIT))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing") from error
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    except (ValueError, RecursionError) as error:
-        refuse_foreign(file, "json")
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    with explained(file):
+        try:
+            content = json.loads(read_file(file, JSON_LIMIT))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file}: missing") from error
+        except (ValueError, RecursionError) as error:
+            refuse_foreign(file, "json")
+            raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return content

@@ -15,18 +15,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
+from app.cards import files
 from app.cards.card import Card, Source
-from app.cards.files import (
-    CONVERT,
-    INDEX,
-    PICKLES,
-    cached_index,
-    read_classes,
-    read_json,
-    refuse_endless,
-    refuse_foreign,
-    weight_files,
-)
 from app.errors import CheckpointError, NotDownloaded
 from app.samplers.schedule import Schedule
 
@@ -37,6 +27,20 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "T5TokenizerFast": (("tokenizer.json",),),
 }
 """The classes of tokenizers with the sets of files of which one is enough. Every other class is a network."""
+
+WITHOUT: dict[str, dict[str, str]] = {
+    "dit": {},
+    "sd3": {
+        "text_encoder": "it is zeros without: prompts are followed less well",
+        "text_encoder_2": "it is zeros without: prompts are followed less well",
+        "text_encoder_3": "it is zeros without: long prompts and written words are followed less well",
+    },
+    "flux": {
+        "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
+        "text_encoder_2": "it is zeros without: prompts are hardly followed",
+    },
+}
+"""The parts that a model of a family can do without, and what it loses."""
 
 FILE = "scheduler/scheduler_config.json"
 
@@ -114,15 +118,15 @@ class Part:
         if not found:
             raise CheckpointError(f"{self.folder / choices[0][0]}: missing")
         for name in found[0]:
-            refuse_foreign(self.folder / name, "json")
+            files.refuse_foreign(self.folder / name, "json")
         if self.class_name in TOKENIZERS:
             # transformers chooses the files to open by name, among these.
             for file in (*self.folder.glob("*"), *(self.folder / "additional_chat_templates").glob("*")):
                 if file.suffix in (".json", ".txt", ".model", ".jinja"):
-                    refuse_endless(file)
+                    files.refuse_endless(file)
         else:
-            for file in weight_files(self.weights):
-                refuse_foreign(file)
+            for file in files.weight_files(self.weights):
+                files.refuse_foreign(file)
 
 
 class ModelFolder:
@@ -130,7 +134,7 @@ class ModelFolder:
 
     def __init__(self, card: Card, cards: Mapping[str, Card]) -> None:
         """cards: all of them by id, because `components` may name them."""
-        self.card, self._cards = card, cards
+        self.card, self._cards = cards[card.model] if card.base else card, cards
 
     @property
     def path(self) -> Path:
@@ -141,7 +145,7 @@ class ModelFolder:
             if not folder.is_dir():
                 raise CheckpointError(f"{self.card.id}: the folder {folder} does not exist")
             return folder
-        index = cached_index(source.repo, source.revision)
+        index = files.cached_index(source.repo, source.revision)
         if index is None:
             raise NotDownloaded(f"{self.card.id}: not downloaded: run `instep models pull {self.card.id}`")
         return index.parent.resolve()
@@ -184,27 +188,26 @@ class ModelFolder:
 
     def parts(self) -> list[Part]:
         """The parts that model_index.json and `components` name. Raises CheckpointError, NotDownloaded."""
-        index = self.path / INDEX
+        index = self.path / files.INDEX
         parts = [*self.own(), *map(self._shared, self.card.components)]
         if not parts:
             raise CheckpointError(f"{index}: names no part of a model")
-        unknown = sorted(self.card.files.keys() - {part.name for part in parts})
-        if unknown:
-            raise CheckpointError(f"{index}: {unknown[0]}: missing, though the card's files name it")
+        if unknown := self.card.files.keys() - {part.name for part in parts}:
+            raise CheckpointError(f"{index}: {min(unknown)}: missing, though the card's files name it")
         return parts
 
     def own(self) -> list[Part]:
         """The parts of its own index, without those that `components` names. Raises as `parts`."""
         folder = self.path
-        found = read_classes(folder / INDEX).items()
+        found = files.read_classes(folder / files.INDEX).items()
         return [self._part(name, kind, folder) for name, kind in found if name not in self.card.components]
 
     def index(self) -> dict[str, Any]:
         """All of model_index.json, with other cards' entries for shared parts. Raises as `parts`."""
-        found = read_json(self.path / INDEX)
+        found = files.read_json(self.path / files.INDEX)
         for name in self.card.components:
             owner, part = self._owner(name)
-            found[name] = read_json(owner.path / INDEX).get(part)
+            found[name] = files.read_json(owner.path / files.INDEX).get(part)
         return found
 
     def _owner(self, name: str) -> tuple[ModelFolder, str]:
@@ -215,13 +218,12 @@ class ModelFolder:
         return ModelFolder(self._cards[owner], self._cards), part
 
     def _shared(self, name: str) -> Part:
-        """A part of another card."""
         owner, part = self._owner(name)
         try:
-            index = owner.path / INDEX
+            index = owner.path / files.INDEX
         except NotDownloaded as error:
             raise self._to_pull(name) from error
-        class_name = read_classes(index).get(part)
+        class_name = files.read_classes(index).get(part)
         if class_name is None:
             raise CheckpointError(f"{index}: {part}: missing, though another card's components.{name} names it")
         return replace(owner._part(part, class_name, index.parent), name=name)
@@ -231,8 +233,8 @@ class ModelFolder:
         if name not in self.card.files:
             return Part(name, class_name, (folder / name).resolve())
         file = (self.card.folder / self.card.files[name]).resolve()
-        if file.suffix in PICKLES:
-            raise CheckpointError(f"{file}: only safetensors are loaded ({CONVERT})")
+        if file.suffix in files.PICKLES:
+            raise CheckpointError(f"{file}: only safetensors are loaded ({files.CONVERT})")
         if not file.exists() or file.is_dir():
             raise CheckpointError(f"{file}: missing, though the card's files.{name} names it")
         return Part(name, class_name, (folder / name).resolve(), file)
@@ -240,7 +242,7 @@ class ModelFolder:
     def _lacking(self, part: Part, error: CheckpointError) -> CheckpointError:
         """NotDownloaded in place of the error of a part that a download brings."""
         owner, _ = self._owner(part.name)
-        torch = any(path.suffix in PICKLES for path in part.folder.glob("*"))
+        torch = any(path.suffix in files.PICKLES for path in part.folder.glob("*"))
         return error if owner.card.source.repo is None or part.file or torch else self._to_pull(part.name)
 
     def _to_pull(self, part: str) -> NotDownloaded:
@@ -285,7 +287,7 @@ def check_schedule(folder: Path) -> dict[str, Any] | None:
     file = folder / FILE
     if not file.exists():
         return None
-    config = read_json(file)
+    config = files.read_json(file)
     name = str(config.get("_class_name", ""))
     for field, default in (("clip_sample", name in CLIPS_BY_DEFAULT), ("thresholding", False)):
         if config.get(field, default):

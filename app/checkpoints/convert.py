@@ -1,14 +1,10 @@
 """Convert a DiT's torch files and a VAE to a folder that the server loads: a card, configs and safetensors.
 
 The source is a `.pt` in the authors' names, or a folder in diffusers' layout with `.bin` files, as the Hub repositories
-facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the number of
-heads is that of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors'
-sample.py.
+facebook/DiT-XL-2-256 and -512 are. The tensors of a `.pt` show depth, width, patch, size and classes; the heads are
+those of facebookresearch/DiT models.py for the width. The card asks for the arithmetic of the authors' sample.py.
 """
 
-from __future__ import annotations
-
-import json
 import os
 import re
 import tempfile
@@ -19,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import nn
 
 from app.cards.card import ID, Card, read_card
-from app.cards.files import INDEX, read_json, write_toml
+from app.cards.files import BIN, INDEX, explained, read_json, write_json, write_toml
 from app.cards.folder import FILE, Part, schedule_of
-from app.checkpoints.parts import naming, part_outline, part_states
-from app.checkpoints.tensors import State, read_torch_zip
+from app.checkpoints.parts import part_outline, part_states
+from app.checkpoints.tensors import State, read_torch_zip, write_shards
 from app.errors import CheckpointError
 from app.families.authors import from_original
 from app.families.components import blank_network, tied
@@ -50,7 +44,6 @@ _COUNTS = ("num_embeds_ada_norm", "in_channels", "out_channels", "num_layers", "
 """Keys of a DiT's config.json that say how large it is."""
 
 CLASS, VAE = "DiTTransformer2DModel", "AutoencoderKL"
-BIN = "diffusion_pytorch_model.bin"
 
 _SCHEDULE = {"kind": "diffusion", "betas": "linear", "spacing": "respaced"}
 """The authors' schedule as a card has it, and as diffusers does."""
@@ -85,9 +78,8 @@ def convert_dit(
     """Write the folder whole or not at all, and tell what is done, a line each.
 
     file: a .pt, or a folder of .bin files. vae: a folder in diffusers' layout, or a safetensors file in the authors';
-    None for the folder's own. dtype: of the network's weights; None for the file's own. heads: None for those of the
-    width. labels: names of classes, used if they are as many as the network's. replace: the folder may be a card
-    without weights; its facts are kept.
+    None for the folder's own. dtype: of the network's weights; None for the file's own. heads: None for the width's.
+    labels: of classes, used if the network has as many. replace: `folder` may be a card without weights, which is kept.
 
     Raises CheckpointError: the folder exists, its name is no id, or the files do not make a DiT and a VAE.
     """
@@ -185,7 +177,7 @@ def _network_of_pt(file: Path, folder: Path, heads: int | None, tell: Tell) -> N
     """The network of an authors' file; its config is written. Raises CheckpointError."""
     tell(f"reading {file}")
     theirs = read_torch_zip(file)
-    with naming(file):
+    with explained(file, ValueError):
         state = from_original(CLASS, theirs)
         config = dit_config(theirs, heads)
     shape = "{num_layers} blocks, {num_attention_heads} heads of {attention_head_dim}, patch {patch_size}"
@@ -203,7 +195,7 @@ def _network_of_bins(source: Path, folder: Path, tell: Tell) -> Network:
             raise CheckpointError(f"{place / 'config.json'}: {name} is {config.get(name)!r}, not a number over 0")
     state, file = _read_bins(Part("transformer", CLASS, place), tell)
     network = _check_fit(folder / "transformer", CLASS, config, state, file)
-    with naming(place):
+    with explained(place, ValueError):
         state = tied(state, network.state_dict(keep_vars=True))
     # Counted as the authors do: one embedder for all blocks, and the fixed table of positions.
     copies = {key for key in state if ".norm1.emb." in key and not key.startswith("transformer_blocks.0.")}
@@ -283,7 +275,7 @@ def vae_config_of(state: State) -> dict[str, Any]:
 def _check_fit(folder: Path, class_name: str, config: dict[str, Any], state: State, file: Path) -> nn.Module:
     """Write the config; return its network, without weights, once it is known to take these tensors."""
     folder.mkdir()
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     return blank_network(class_name, folder, {key: value.to("meta") for key, value in state.items()}, file)
 
 
@@ -293,25 +285,14 @@ def _write_index(file: Path, labels: tuple[str, ...], folder: Path, config: dict
     if len(labels) == config["num_embeds_ada_norm"]:
         index["id2label"] = {str(number): label for number, label in enumerate(labels)}
     parts = {"scheduler": "DDIMScheduler", "transformer": CLASS, "vae": VAE}
-    _write_json(folder / INDEX, {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}})
+    write_json(folder / INDEX, {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}})
     (folder / "scheduler").mkdir()
     theirs = file / FILE
-    _write_json(folder / FILE, read_json(theirs) if theirs.is_file() else _SCHEDULER)
+    write_json(folder / FILE, read_json(theirs) if theirs.is_file() else _SCHEDULER)
 
 
 def _write_weights(folder: Path, state: State, dtype: torch.dtype | None) -> None:
     """The tensors as safetensors in `folder`, in `dtype` or as they are, in as many files as their bytes ask for."""
     outline = {key: torch.empty(value.shape, dtype=dtype or value.dtype, device="meta") for key, value in state.items()}
-    name = "diffusion_pytorch_model{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(outline, filename_pattern=name, max_shard_size=SHARD)
-    for file, keys in split.filename_to_tensors.items():
-        # A copy of each, also where two names have one tensor: the format has no second names.
-        own = {key: state[key].to(outline[key].dtype, copy=True).contiguous() for key in keys}
-        save_file(own, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = f"{name.format(suffix='')}.index.json"
-        _write_json(folder / index, {"metadata": {}, "weight_map": split.tensor_to_filename})
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A copy of each, also where two names have one tensor: the format has no second names.
+    write_shards(folder, outline, SHARD, lambda key: state[key].to(outline[key].dtype, copy=True).contiguous())

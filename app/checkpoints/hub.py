@@ -5,42 +5,30 @@ the cache's blobs, compared with the digest that the Hub lists, and shown to rea
 the Hub alone, and no message contains it.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, get_token, hf_hub_download
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, logging, tqdm  # type: ignore[attr-defined]
 
 from app.cards.card import Card
-from app.cards.files import INDEX, STEMS, read_classes
+from app.cards.files import BIN, INDEX, STEMS, read_classes
 from app.errors import CheckpointError
 
 NAME_LIMIT = 255
 """Bytes of a name in a folder that file systems take."""
 
-_BIN = "diffusion_pytorch_model.bin"
 _SETTINGS = re.compile(r"(?!.*\.index\.)[^/]+\.(json|txt)")
 _OTHERS = re.compile(r"[^/]+\.(bin|pt|pth|ckpt|msgpack|h5|onnx)")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -103,8 +91,8 @@ class Repo:
                 return [index, *(name for name in names if shard.fullmatch(name))]
             if f"{stem}.safetensors" in names:
                 return [f"{stem}.safetensors"]
-        if torch and _BIN in names:
-            return [_BIN]
+        if torch and BIN in names:
+            return [BIN]
         if others := sorted(name for name in names if _OTHERS.fullmatch(name)):
             only = f"only {others[0]}, which this server does not load"
             raise CheckpointError(f"{self.name}: {part} has no safetensors there, {only}")
@@ -207,10 +195,10 @@ def _is_sound(file: RepoFile) -> bool:
     )
 
 
-def needs(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Needs:
+def needs(card: Card, cards: Mapping[str, Card], opened: Callable[[str, str | None], Repo]) -> Needs:
     """The files of a card's own parts, and of those that it takes from other cards. Raises CheckpointError.
 
-    opened: repositories that were asked for already; grows.
+    opened: `open_repo`, or a cache of it, which asks for each repository once.
     """
     found: Needs = {}
     shared = (target.partition("/") for target in card.components.values())
@@ -227,20 +215,16 @@ def needs(card: Card, cards: Mapping[str, Card], opened: dict[str, Repo]) -> Nee
     return found
 
 
-def _open(card: Card, opened: dict[str, Repo]) -> tuple[Repo, set[str]]:
+def _open(card: Card, opened: Callable[[str, str | None], Repo]) -> tuple[Repo, set[str]]:
     """The repository of a card, and the parts that its model_index.json names."""
-    name, revision = str(card.source.repo), card.source.revision
-    key = f"{name}@{revision}"
-    if key not in opened:
-        opened[key] = open_repo(name, revision)
-    repo = opened[key]
+    repo = opened(str(card.source.repo), card.source.revision)
     if INDEX not in repo.files:
-        raise CheckpointError(f"{name} has no {INDEX}: it is not in the diffusers layout")
+        raise CheckpointError(f"{repo.name} has no {INDEX}: it is not in the diffusers layout")
     file = repo.fetch(INDEX)
     try:
         return repo, set(read_classes(file))
     except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error.message.replace(str(file), INDEX)}") from error
+        raise CheckpointError(f"{repo.name}: {error.message.replace(str(file), INDEX)}") from error
 
 
 @contextmanager
@@ -261,26 +245,26 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
 
 def _explain(error: BaseException, repo: str, revision: str | None, token: str | None) -> str:
     """The end of a line that begins with the repository's name."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__  # why the Hub library had to look for the file here
     words = " ".join(str(error).split())[:200].replace(token or "(no token)", "...")
     match error:
-        case GatedRepoError():
+        case errors.GatedRepoError():
             account = "with the account of this HF_TOKEN" if token else "and set HF_TOKEN to a token of that account"
             return f" is gated: accept its licence at {page(repo)} {account}"
-        case RepositoryNotFoundError():
+        case errors.RepositoryNotFoundError():
             return f": there is no such repository, or this HF_TOKEN may not see it (look at {page(repo)})"
-        case RevisionNotFoundError():
+        case errors.RevisionNotFoundError():
             return f': there is no revision "{revision}"'
-        case EntryNotFoundError():
+        case errors.EntryNotFoundError():
             return ": a file that the Hub lists is not there"
-        case HfHubHTTPError(response=response) if response.status_code in (401, 403):
+        case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
             why = "does not know this HF_TOKEN" if response.status_code == 401 else "does not let this HF_TOKEN read it"
             tokens = page("settings/tokens")
             return f": the Hub {why} ({response.status_code}): make another, or see its rights, at {tokens}"
-        case HfHubHTTPError():
+        case errors.HfHubHTTPError():
             return f": the Hub answers {error.response.status_code}; try again later"
-        case HTTPError():
+        case errors.HTTPError():  # type: ignore[attr-defined]
             again = "the same command goes on with what is missing"
             return f": the connection to the Hub ({constants.ENDPOINT}) failed ({type(error).__name__}): {again}"
         case TimeoutError():  # of the lock

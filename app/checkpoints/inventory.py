@@ -3,9 +3,6 @@
 Only headers are read, and each is checked before it is believed.
 """
 
-from __future__ import annotations
-
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,8 +16,8 @@ import torch
 
 from app.cards.card import ID, Card, read_card
 from app.cards.catalog import SHIPPED
-from app.cards.files import INDEX, PICKLES, read_classes, read_json, read_toml, write_toml
-from app.cards.folder import ModelFolder, Part, changes, schedule_of
+from app.cards.files import INDEX, PICKLES, read_classes, read_json, read_toml, write_json, write_toml
+from app.cards.folder import WITHOUT, ModelFolder, Part, changes, schedule_of
 from app.checkpoints.parts import prove
 from app.checkpoints.tensors import State, read_names, read_outline, read_torch_zip
 from app.errors import CheckpointError, LoadError
@@ -157,7 +154,7 @@ class Fit:
 
     def left_out(self) -> list[str]:
         """A line for each encoder that the model will be without, with the reason where the files have one."""
-        without = self.card.optional
+        without = WITHOUT[self.card.family]
         odd = {part: f": {short(reason)}" for part, reason in self.odd.items()}
         absent = [part for part in self.missing if part in without]
         return [f"without {part}{odd.get(part, '')} ({without[part]})" for part in absent]
@@ -198,7 +195,7 @@ class Fit:
         """Write model_index.json, the configs of parts in files, and links to folders and plain files."""
         like, own = ModelFolder(self.card, self.cards).beside(), self.own
         index = {name: value for name, value in like.index().items() if name in own or name not in self.configs}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
         configs = {part: self.configs[part].folder for part, one in own.items() if not one.place.is_dir()}
         for part, place in {**configs, "scheduler": like.path / "scheduler"}.items():
             for file in sorted(place.glob("*config.json")):
@@ -291,8 +288,7 @@ class Inventory:
 
     def _compare(self, fit: Fit, name: str, part: Found) -> list[str] | None:
         """The differences, noted where the card has names of tensors in common with the part."""
-        lines = fit.differences(name, part)
-        if lines:
+        if lines := fit.differences(name, part):
             own = outline_of(fit.configs[name].class_name, fit.configs[name].folder)
             if part.original is not None or own.keys() & part.state.keys():
                 more = f", and {len(lines) - 1} more differences" if len(lines) > 1 else ""

@@ -3,17 +3,14 @@
 A part's weights are in its folder, or in a file of its authors' own layout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from app.cards.card import Card
-from app.cards.files import INDEX, read_json
+from app.cards.files import INDEX, explained, read_json
 from app.cards.folder import ModelFolder, Part, changes, check_schedule, schedule_of
 from app.checkpoints.tensors import State, read_names, read_outline, read_states
 from app.errors import CheckpointError, InstepError, NotDownloaded
@@ -37,8 +34,7 @@ def read_parts(card: Card, cards: Mapping[str, Card]) -> list[Part]:
     parts = folder.parts()
     check_schedule(folder.path)
     check_classes(card, parts)
-    missing = [name for name in required if name not in {part.name for part in parts}]
-    if missing:
+    if missing := [name for name in required if name not in {part.name for part in parts}]:
         raise CheckpointError(f"{folder.path / INDEX}: {missing[0]}: missing, and {card.family} needs it")
     return folder.check()
 
@@ -67,27 +63,18 @@ def part_states(part: Part) -> Iterator[State]:
         yield _named(part, original, state)
 
 
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Turn a ValueError into a CheckpointError that names the file."""
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
-
-
 def _original(part: Part) -> Layout | None:
     """How the authors' file names the part; None for one in a folder."""
     if part.file is None:
         return None
-    with naming(part.file):
+    with explained(part.file, ValueError):
         return find_part(part.name, part.class_name, read_names(part.file))
 
 
 def _named(part: Part, original: Layout | None, state: State) -> State:
     if original is None:
         return state
-    with naming(part.weights):
+    with explained(part.weights, ValueError):
         return original.read(part.class_name, state)
 
 

@@ -1,4 +1,4 @@
-"""Files of weights to tensors: safetensors, and for an offline conversion alone the zips that torch.save writes.
+"""Tensors and files of weights: safetensors, and for an offline conversion alone the zips that torch.save writes.
 
 The safetensors format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of {name: dtype,
 shape, data_offsets}, the data. The library reads it, and refuses holes, overlaps, tails, short files and shapes that do
@@ -10,23 +10,23 @@ refused. That stops code, not bombs: entries that are compressed, share their by
 refused before torch sees the file, and tensors that are more than their bytes after it.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from app.cards.files import open_file, refuse_foreign, weight_files
+from app.cards.files import STEMS, explained, open_file, refuse_foreign, weight_files, write_json
 from app.errors import CheckpointError
 
 State = dict[str, torch.Tensor]
@@ -98,6 +98,28 @@ def read_names(file: Path) -> set[str]:
     return names
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that the header of a file has beside its tensors. Raises CheckpointError as `read_states`."""
+    read_names(file)
+    with _opened(file) as opened:
+        return opened.metadata() or {}
+
+
+def write_shards(folder: Path, outline: State, most: int, tensor: Callable[[str], torch.Tensor]) -> None:
+    """Write safetensors, with one file at a time in memory, and the index of several.
+
+    outline: names, shapes and number formats, by which the tensors are divided. most: bytes of a file, except where one
+    tensor is larger. tensor: makes the one of a name, which shares no memory with others.
+    """
+    pattern = f"{STEMS[0]}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(outline, filename_pattern=pattern, max_shard_size=most)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensor(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = folder / f"{STEMS[0]}.safetensors.index.json"
+        write_json(index, {"metadata": {}, "weight_map": split.tensor_to_filename})
+
+
 def read_torch_zip(file: Path) -> State:
     """The tensors of a file of torch.save, as maps of it. Of what train.py saves: those under "ema", else "model".
 
@@ -148,17 +170,14 @@ def _checked(place: Path, prefix: str) -> list[Path]:
 def _count_tensors(file: Path) -> int:
     """The number of entries of a header, counted before it is parsed: a million would take seconds and a gigabyte."""
     refuse_foreign(file)
-    try:
-        with open_file(file) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(f"{file}: truncated: {size} bytes, shorter than its header says")
-            if length > HEADER_LIMIT:
-                raise CheckpointError(f"{file}: a header of {length} bytes, over {HEADER_LIMIT}")
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    with explained(file), open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{file}: truncated: {size} bytes, shorter than its header says")
+        if length > HEADER_LIMIT:
+            raise CheckpointError(f"{file}: a header of {length} bytes, over {HEADER_LIMIT}")
+        raw = stream.read(length)
     count = raw.count(b'"data_offsets"')
     if count > TENSOR_LIMIT or raw.count(b",") > COMMAS * TENSOR_LIMIT:
         raise CheckpointError(f"{file}: over {TENSOR_LIMIT} tensors")
@@ -205,10 +224,8 @@ def _check_entries(file: Path, entries: list[zipfile.ZipInfo]) -> None:
 
 def _unwrapped(file: Path, loaded: Any) -> State:
     """The state of a checkpoint, each tensor whole and its own."""
-    for wrapper in WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-            break
+    if isinstance(loaded, dict):
+        loaded = next((loaded[name] for name in WRAPPERS if isinstance(loaded.get(name), dict)), loaded)
     if not isinstance(loaded, dict) or not loaded:
         raise CheckpointError(f"{file}: is a {type(loaded).__name__}, not tensors by their names")
     state: State = {}

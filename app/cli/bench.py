@@ -1,7 +1,5 @@
 """`instep bench step | image | serve`: measurements as tables, and as one line of JSON at the end."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -148,7 +146,6 @@ def formed(columns: Columns, rows: Iterable[Row], **looks: Any) -> Table:
 
 
 def times_table(what: str, times: Mapping[str, Row]) -> Table:
-    """A table of milliseconds by name."""
     return formed({what: "{name}", **TIMES}, [{"name": name, "ms": ms} for name, ms in times.items()])
 
 

@@ -1,22 +1,21 @@
-"""Commands: the tree of the command line, `instep serve | generate | compare | models | bench | demo`.
+"""Commands: the tree of the command line, `instep serve | generate | compare | models | loras | bench | demo`.
 
 What goes wrong is one line on stderr and exit code 1.
 """
 
-from __future__ import annotations
-
 import os
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from app import logs
-from app.cli import bench, compare, demo, files, generate, models
+from app.cli import bench, demo, files, generate, models
 from app.cli.options import read_settings, settings_flags, with_flags
 from app.errors import InstepError
-from app.settings import doubts
+from app.settings import SECRETS, doubts
 
 
 class OneLine(TyperGroup):
@@ -69,15 +68,17 @@ def serve(**flags: Any) -> None:
     logs.setup(settings.log_level)
     for doubt in doubts(settings, flags, os.environ):
         logs.logger("instep").warning(doubt)
-    main.serve(settings)
+    reread = partial(read_settings, **{name: value for name, value in flags.items() if name not in SECRETS})
+    main.serve(settings, reread=reread)
 
 
 app.command()(generate.generate)
-app.command()(compare.compare)
+app.command()(generate.compare)
 models.app.command()(files.pull)
 models.app.command()(files.convert)
 models.app.command()(models.check)
 models.app.command()(files.add)
 app.add_typer(models.app, name="models")
+app.add_typer(models.loras, name="loras")
 app.add_typer(bench.app, name="bench")
 app.command()(demo.demo)

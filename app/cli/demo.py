@@ -1,7 +1,5 @@
 """`instep demo`: twelve mixed requests through one engine, and the forwards they shared, counted by its Ticks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -126,11 +124,9 @@ def cast_cards(registry: Registry) -> dict[str, Card]:
     Raises NotDownloaded: there is no model here.
     """
     found: dict[str, Card] = {}
-    for card in sorted(registry.cards.values(), key=lambda card: card.parameters or 0):
+    for card in sorted(registry.cards.values(), key=lambda card: (card is not registry.default, card.parameters or 0)):
         if ModelFolder(card, registry.all).here() and (card.labels or not card.draws_classes):
             found.setdefault(_kind(card), card)
-            if card is registry.default:
-                found[_kind(card)] = card
     if not found:
         raise NotDownloaded("the demo draws with models that are here, and none is; `instep models list` shows them")
     main = next(found[kind] for kind in KINDS if kind in found)

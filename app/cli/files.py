@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from app.settings import Settings
 
 # NOTE: app.checkpoints is imported late: torch and the model libraries take seconds, the Hub library a third of one.
 if TYPE_CHECKING:
-    from app.checkpoints.hub import Needs, Repo
+    from app.checkpoints.hub import Needs
 
 LABELLED = ("dit-xl-2-256", "dit-xl-2-512")
 """Cards whose index names the 1000 classes of ImageNet."""
@@ -47,7 +48,7 @@ def add(
     settings = read_settings(models=models)
     registry = open_registry(settings)
     path = path.absolute()
-    made = identify(path, registry.cards).choose(registry.find(like) if like else None)
+    made = identify(path, registry.cards.models).choose(registry.find(like) if like else None)
     for part, place in places.items():
         if place is not None:
             made.take(part, place.absolute())
@@ -103,11 +104,11 @@ def pull(
     settings = read_settings(models=models)
     registry = open_registry(settings)
     chosen = _choose(ids or (), everything, registry, settings)
-    from app.checkpoints.hub import bytes_left, cache, needs
+    from app.checkpoints.hub import bytes_left, cache, needs, open_repo
 
     found: dict[str, Needs] = {}
     failed: dict[str, str] = {}
-    opened: dict[str, Repo] = {}
+    opened = functools.cache(open_repo)
     for card in chosen:
         try:
             found[card.id] = needs(card, registry.cards, opened)
@@ -129,7 +130,7 @@ def pull(
 
 def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: Settings) -> list[Card]:
     """The cards to pull, each once. Raises ModelNotFound; LoadError when nothing says which."""
-    on_hub = [card for card in registry.cards.values() if card.source.repo]
+    on_hub = [card for card in registry.cards.models.values() if card.source.repo]
     if everything:
         return on_hub
     # NOTE: to the server, "all" are the models that are here: there is nothing to pull.
@@ -138,7 +139,7 @@ def _choose(ids: Sequence[str], everything: bool, registry: Registry, settings: 
     if not named:
         known = ", ".join(card.id for card in on_hub) or "none"
         raise LoadError(f"which models? Name them, or set INSTEP_PRELOAD, or --all. On the Hub: {known}")
-    return list({card.id: card for card in map(registry.find, named)}.values())
+    return list({card.model: registry.all[card.model] for card in map(registry.find, named)}.values())
 
 
 def _free_bytes(folder: Path) -> int:

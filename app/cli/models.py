@@ -1,4 +1,4 @@
-"""`instep models list | show | check`: the cards as tables, and whether cards and files are sound."""
+"""`instep models list | show | check`, `instep loras list | check`: tables of cards and LoRAs; what is broken."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.filesize import decimal
 
+from app.cards.adapters import Adapter
 from app.cards.card import Card, read_cards
-from app.cards.folder import ModelFolder
+from app.cards.folder import WITHOUT, ModelFolder
 from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table
 from app.errors import LoadError, plain
+from app.jobs.compare import parameters_in_words
 from app.samplers.table import valid_samplers
 from app.settings import Settings
 from app.worker import plan
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from app.checkpoints.inventory import Fit, Inventory
 
 app = typer.Typer(help="List, check, download and add models.", no_args_is_help=True)
+loras = typer.Typer(help="List and check LoRAs.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -40,8 +43,8 @@ def _line(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
     here = _files(card, cards)
     return {
         "model": "\n".join((card.id, *(f"= {alias}" for alias in card.aliases))),
-        "family": card.family,
-        "parameters": _count(card.parameters),
+        "family": f"{card.family}\nas {card.base}" if card.base else card.family,
+        "parameters": parameters_in_words(card.parameters) or "-",
         "bytes": decimal(card.bytes) if card.bytes else "-",
         "files": "gated" if card.gated and here != "here" else here,
         "draws": _draws(card),
@@ -75,6 +78,7 @@ def _facts_of(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
         from app.checkpoints.hub import page  # late: the Hub library takes a third of a second
 
         gated = {"gated": f"accept its licence at {page(str(source.repo))}, and set HF_TOKEN"}
+    base = " + ".join((card.base, *(f"{one.name}:{one.weight:g}" for one in card.loras)))
     return {
         "id": card.id,
         "aliases": ", ".join(card.aliases) or "none",
@@ -82,6 +86,7 @@ def _facts_of(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
         "license": card.license or "unknown",
         **gated,
         "family": card.family,
+        **({"base": base} if card.base else {}),
         "draws": _draws(card),
         "parameters": f"{card.parameters:,} in the network" if card.parameters else "unknown",
         "bytes": f"{decimal(card.bytes)} of weights" if card.bytes else "unknown",
@@ -94,6 +99,7 @@ def _facts_of(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
         "samplers": ", ".join(valid_samplers(schedule)),
         "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
         "default size": usual.size,
+        "default strength": f"{usual.strength:g}",
         "sizes": str(limits.sizes),
         "limits": f"{limits.num_inference_steps} steps, guidance {limits.guidance_scale:g}, {limits.n} images",
     }
@@ -120,7 +126,7 @@ def check(
     from app.checkpoints.inventory import identify
 
     registry = open_registry(settings)
-    found = identify(path.absolute(), registry.cards)
+    found = identify(path.absolute(), registry.cards.models)
     found.check()
     _print_found(found, settings)
     if "transformer" in found.bases[0].parts:
@@ -132,8 +138,7 @@ def _check_cards(folder: Path, threads: int) -> None:
     states = check_folder(folder, threads)
     rows = [{"model": name, "state": state, "detail": detail} for name, (state, detail) in states.items()]
     show_tables(table(rows, ("model", "state", "detail")))
-    broken = [name for name, (state, _) in states.items() if state == "broken"]
-    if broken:
+    if broken := [name for name, (state, _) in states.items() if state == "broken"]:
         raise LoadError(f"{len(broken)} of {len(states)} models are broken: {', '.join(broken)}")
 
 
@@ -149,7 +154,55 @@ def check_folder(folder: Path, threads: int) -> dict[str, tuple[str, str]]:
     torch.set_num_threads(threads)
     cards = read_cards(folder)
     skipped = {plain(file.parent.name): ("broken", error.message) for file, error in cards.skipped.items()}
-    return skipped | {plain(card.folder.name): check_card(card, cards) for card in cards.values()}
+    return skipped | {plain(card.folder.name): check_card(card, cards) for card in cards.models.values()}
+
+
+@loras.command("list")
+def list_loras(models: Folder = None) -> None:
+    """Print a line for each LoRA in the folder of INSTEP_LORAS, by default `loras` in the folder of cards."""
+    _show_loras([], models)
+
+
+@loras.command("check")
+def check_loras(
+    names: Annotated[list[str] | None, typer.Argument(help="Names of LoRAs, or files; by default all")] = None,
+    models: Folder = None,
+) -> None:
+    """Read LoRAs as a server does, and say which models they fit, and which tensors have no place there.
+
+    Exit code 1 when one fits no model.
+    """
+    found = _show_loras(names or [], models, whole=True)
+    for one in found:
+        for model, fit in one.fits.items():
+            typer.echo("".join(f"{one.name}: {key} has no place in {model}\n" for key in fit.unmatched), nl=False)
+    if broken := [one.name for one in found if not one.fits]:
+        raise LoadError(f"{len(broken)} of {len(found)} LoRAs fit no model: {', '.join(broken)}")
+
+
+def _show_loras(words: list[str], models: str | None, *, whole: bool = False) -> list[Adapter]:
+    """Print a table of these LoRAs, by name or file, or of all. whole: read them, not their headers alone."""
+    settings = read_settings(models=models)
+    cards, folder = open_registry(settings).all.models, settings.adapters or settings.models / "loras"
+    from app.checkpoints.adapters import survey
+
+    named = (Path(word) if Path(word).is_file() else folder / f"{word}.safetensors" for word in words)
+    found = [one for path in (named if words else [folder]) for one in survey(path.absolute(), cards, whole)]
+    show_tables(table(list(map(_lora, found)), ("lora", "fits", "trigger words", "detail")))
+    return found
+
+
+def _lora(adapter: Adapter) -> dict[str, str]:
+    fits, left = adapter.fits.values(), sum(len(fit.unmatched) for fit in adapter.fits.values())
+    return {
+        "lora": adapter.name,
+        "fits": "\n".join(adapter.fits) or "none",
+        "rank": "\n".join(str(fit.rank) for fit in fits),
+        "modules": "\n".join(str(fit.modules) for fit in fits),
+        "bytes": "\n".join(decimal(fit.bytes) for fit in fits),
+        "trigger words": ", ".join(adapter.trigger_words),
+        "detail": adapter.problem or (f"{left} tensors have no place" if left else adapter.description),
+    }
 
 
 def _print_found(found: Inventory, settings: Settings) -> None:
@@ -192,11 +245,11 @@ def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
     elif part.startswith("tokenizer"):
         state = f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
     else:
-        state = f"missing; {fit.card.optional.get(part, 'it can do without')}"
+        state = f"missing; {WITHOUT[fit.card.family].get(part, 'it can do without')}"
     return {
         "part": part,
         "state": state,
-        "parameters": _count(fit.counts(part)[0]) if part in memory else "-",
+        "parameters": parameters_in_words(fit.counts(part)[0] if part in memory else None) or "-",
         "bytes": decimal(sum(one.nbytes for one in tensors)) if there else "-",
         "in memory": decimal(memory[part]) if part in memory else "-",
     }
@@ -253,10 +306,3 @@ def _print_next(found: Inventory, cards: Mapping[str, Card], settings: Settings)
     for line in made.own_schedule():
         typer.echo(line)
     typer.echo(f"next: {shlex.join(words)}")
-
-
-def _count(parameters: int | None) -> str:
-    """Parameters in words: 8.06 B, 675 M."""
-    if not parameters:
-        return "-"
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"

@@ -25,6 +25,10 @@ Model = Annotated[str | None, typer.Option(help="A model id or alias")]
 Labels = Annotated[
     list[str] | None, typer.Option(help="Class id or name, for a model of classes; repeat it for more, or 162,247")
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="A LoRA and its weight, 1 without; repeat it for more", metavar="NAME:WEIGHT"),
+]
 Out = Annotated[Path | None, typer.Option("-o", "--out", help="File to write: .png, .jpg or .webp")]
 
 TYPES: dict[str, type] = {"string": str, "integer": int, "number": float, "boolean": bool}
@@ -40,7 +44,8 @@ WITHOUT = {
 }
 """Fields of a body that have no flag, because a command takes them in another way, or because a server answers."""
 
-_METAVARS: dict[Any, str | None] = {bool: None, str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}
+_METAVARS: dict[Any, str | None] = {bool: None, int: "INTEGER", float: "FLOAT", Path: "PATH"}
+"""What stands for a value of these types; all others are text."""
 
 
 def read_settings(**flags: Any) -> Settings:
@@ -80,7 +85,7 @@ def settings_flags() -> dict[str, Any]:
     flags = {}
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation)
-        metavar = f"[{'|'.join(choices)}]" if choices else _METAVARS[field.annotation]
+        metavar = f"[{'|'.join(choices)}]" if choices else _METAVARS.get(field.annotation, "TEXT")
         text = f"{field.description}; default {field.default if str(field.default) else 'empty'}"
         kind: Any = bool if field.annotation is bool else list[str] if name in LISTS else str
         flags[name] = Annotated[kind | None, typer.Option(help=text, show_default=False, metavar=metavar)]
@@ -93,15 +98,23 @@ def body_flags(body: type[BaseModel], *without: str) -> dict[str, Any]:
     for name, schema in body.model_json_schema()["properties"].items():
         types = [TYPES[one["type"]] for one in schema.get("anyOf", ()) if one.get("type") in TYPES]
         if types and name not in {*WITHOUT, *without}:
-            names = [*([SHORT[name]] if name in SHORT else []), f"--{name.replace('_', '-')}"]
+            flag = f"--{name.replace('_', '-')}"
+            names = [*([SHORT[name]] if name in SHORT else []), f"{flag}/--no{flag[1:]}" if bool in types else flag]
             option = typer.Option(*names, help=schema["description"], show_default=False)
             found[name] = Annotated[types[0] | None, option]
     return found
 
 
-def open_registry(settings: Settings) -> Registry:
-    """The cards of the settings' folder by name. Raises SettingsError."""
-    return Registry(read_cards(settings.models, settings.alias), settings)
+def open_registry(settings: Settings, *models: str | None, loras: object = None) -> Registry:
+    """The cards of the settings' folder by name; with the LoRAs if some are wanted, or one of these models is a variant
+    with some: to see what they fit takes seconds. Raises SettingsError, ModelNotFound, LoadError."""
+    registry = Registry(read_cards(settings.models, settings.alias), settings)
+    if settings.adapters and (loras or any(find(registry, name).loras for name in models)):
+        from app.checkpoints.adapters import survey  # late: torch and the model libraries take seconds
+
+        found = survey(settings.adapters, registry.all.models)
+        registry = Registry(registry.all, settings, {one.name: one for one in found})
+    return registry
 
 
 def find(registry: Registry, name: str | None) -> Card:

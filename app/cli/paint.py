@@ -1,7 +1,5 @@
 """What a terminal shows: lines, tables, bars while pictures are drawn, and pictures in half-block cells."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -30,10 +28,12 @@ def say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def bars_of(console: Console) -> Progress:
-    """Bars that vanish when all is drawn, and that only a terminal sees."""
+def bars_of(console: Console, jobs: Sequence[Job], name: Callable[[Job, int], str]) -> Progress:
+    """Bars of these jobs (see `follow`) that vanish when all is drawn, and that only a terminal sees."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("steps"))
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    follow(jobs, name, bars)
+    return bars
 
 
 def follow(jobs: Sequence[Job], name: Callable[[Job, int], str], bars: Progress) -> None:
@@ -89,7 +89,6 @@ def table(rows: Sequence[Mapping[str, str]], left: Collection[str] = (), **looks
 
 
 def facts_table(facts: Mapping[str, object]) -> Table:
-    """A table of names and values."""
     return table([{"": name, " ": str(value)} for name, value in facts.items()], ("", " "), show_header=False)
 
 
@@ -113,8 +112,9 @@ def half_blocks(pixels: np.ndarray, columns: int) -> Text:
         small = np.concatenate([small, small[-1:]])
     lines = []
     for upper, lower in zip(small[0::2], small[1::2], strict=True):
-        cells = (("▀", _style(above, below)) for above, below in zip(upper.tolist(), lower.tolist(), strict=True))
-        lines.append(Text.assemble(*cells, no_wrap=True))
+        pairs = zip(upper.tolist(), lower.tolist(), strict=True)
+        styles = (Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below)) for above, below in pairs)
+        lines.append(Text.assemble(*(("▀", style) for style in styles), no_wrap=True))
     return Text("\n").join(lines)
 
 
@@ -126,7 +126,3 @@ def shrink(pixels: np.ndarray, across: int, down: int) -> np.ndarray:
     areas = np.diff(rows, append=height)[:, None] * np.diff(columns, append=width)[None]
     mean: np.ndarray = np.rint(sums / areas[:, :, None]).astype(np.uint8)
     return mean
-
-
-def _style(above: list[int], below: list[int]) -> Style:
-    return Style(color=Color.from_rgb(*above), bgcolor=Color.from_rgb(*below))

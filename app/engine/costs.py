@@ -1,11 +1,10 @@
 """Costs: the seconds of a forward by its passes, measured once, kept on disk and learned; and the caps that follow."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -27,6 +26,7 @@ from app.cards.files import read_file
 from app.engine.row import Caps
 from app.engine.step import PASSES
 from app.families.base import Family
+from app.pool.budget import processor
 from app.request import Key
 
 NEAR = 1.10
@@ -71,6 +71,8 @@ MOST_BYTES = 64 << 10
 
 _WIDTHS = TypeAdapter(dict[Annotated[int, Field(ge=1, le=WIDEST)], Annotated[float, Field(ge=1e-6, le=3600)]])
 """A file of a profile: seconds that a forward can take, by its passes."""
+
+log = logging.getLogger("instep.worker")
 
 
 class Curve:
@@ -250,6 +252,7 @@ class Costs:
         self._budget = budget
         self._files: dict[Key, Path | None] = {}
         self._timed: deque[tuple[Key, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._warned: set[str] = set()
 
     def stored(self, family: Family, key: Key) -> Curve | None:
         """A curve scaled from a near size, or from disk; None when the key must be measured."""
@@ -260,8 +263,24 @@ class Costs:
         near = min(areas, key=lambda other: abs(math.log(other / area)), default=None)
         if near is not None and abs(math.log(near / area)) <= math.log(NEAR_AREA):
             return Curve({passes: cost * area / near for passes, cost in areas[near].widths.items()}, scaled=True)
-        seconds = _read(file) if (file := self._file(family, key)) else None
+        seconds = self._read(file) if (file := self._file(family, key)) else None
         return Curve(seconds) if seconds else None
+
+    def _read(self, file: Path) -> dict[int, float] | None:
+        """A stored profile; None when there is none or it makes no sense: anybody may have written into the folder."""
+        try:
+            return _WIDTHS.validate_json(read_file(file, MOST_BYTES)) or None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            self._warn("read", file, getattr(error, "strerror", None) or "it is not the JSON of a profile")
+            return None
+
+    def _warn(self, deed: str, file: Path, reason: object) -> None:
+        """Log what is wrong with the folder, once for reading and once for writing."""
+        if deed not in self._warned:
+            self._warned.add(deed)
+            log.warning("CACHE: %s cannot be %s (%s); it is measured at every start", file, deed, reason)
 
     def recall(self, family: Family, key: Key) -> bool:
         """Take the stored curve of a key, if there is one."""
@@ -342,11 +361,15 @@ class Costs:
         """Write a profile. Where the folder cannot be written, the next start measures again."""
         self.curves[key].scaled = False
         if file := self._files[key]:
-            with contextlib.suppress(OSError):
+            fresh = file.with_suffix(f".{os.getpid()}")
+            try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                fresh = file.with_suffix(f".{os.getpid()}")
                 fresh.write_text(json.dumps(self.curves[key].widths), encoding="utf-8")
                 fresh.replace(file)
+            except OSError as error:
+                self._warn("written", file, error.strerror)
+                with contextlib.suppress(OSError):
+                    fresh.unlink()
 
     def _file(self, family: Family, key: Key) -> Path | None:
         if not self._folder:
@@ -354,27 +377,10 @@ class Costs:
         device = torch.cuda.get_device_name(family.device) if family.device.type == "cuda" else processor()
         facts = hashlib.sha256(family.card.model_dump_json(exclude={"folder"}).encode()).hexdigest()[:8]
         parts = (
-            key.model, facts, f"{key.width}x{key.height}", device, str(family.dtype).split(".")[-1],
+            key.model, facts, key.size, device, str(family.dtype).split(".")[-1],
             f"torch{torch.__version__}", f"threads{torch.get_num_threads()}",
         )  # fmt: skip
         return self._folder / "profiles" / (re.sub(r"[^A-Za-z0-9.+-]+", "_", "-".join(parts)) + ".json")
-
-
-def processor() -> str:
-    """The model name of this CPU; "cpu" where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
-def _read(file: Path) -> dict[int, float] | None:
-    """A stored profile; None when there is none or it makes no sense: anybody may have written into the folder."""
-    try:
-        return _WIDTHS.validate_json(read_file(file, MOST_BYTES)) or None
-    except (OSError, ValueError):
-        return None
 
 
 def forward_of(family: Family, key: Key) -> Callable[[int], None]:

@@ -1,109 +1,36 @@
-"""Engine: the loop and the open requests: schedule, run, settle. Patience: how long each work may be silent."""
+"""Engine: the loop and the open requests: schedule, run, settle."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
+import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from app.cards.card import Card
 from app.engine.batcher import Batcher, Turns
 from app.engine.costs import Costs
 from app.engine.row import Caps, Row, Work, default_key, rows_of
-from app.engine.runner import Runner
+from app.engine.runner import Patience, Runner
 from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, Unavailable
 from app.pool.budget import parse_bytes
 from app.pool.pool import Pool
-from app.report import Announce, Failure, Memory, ModelState, Phase, Preview, Progress, Report, Tick
+from app.report import Failure, Memory, ModelState, Phase, Place, Preview, Progress, Report, Tick
 from app.request import Key, Request
 from app.settings import Settings
-
-FACTOR = 10.0
-"""Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""
-
-LEAST = 10.0
-MOST = 30.0
-
-LONG = 5.0
-"""Work with an estimate over MOST / LONG seconds may take so many times its estimate."""
-
-FIRST_AREA = 256**2
-FIRST_ON_GPU = 120.0
-COMPILING = 600.0
-IDLE = 30.0
-
-FADING = 0.98
-"""An estimate that is too long shrinks by this at each work that takes less."""
-
-
-class Patience:
-    """Announces each work with the seconds that it may take.
-
-    An estimate is the longest that such a work took in this process, never a number from a file. On a CPU LEAST and
-    MOST are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels
-    too. A GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
-    """
-
-    def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
-        self._pool, self._emit, self._clock, self._compiled = pool, emit, clock, compiled
-        self._plain = pool.device.type == "cpu" and not compiled
-        self._longest: dict[tuple[Key, str], tuple[float, int]] = {}
-        self._announced, self._announced_at = Announce("start", 0.0), 0.0
-
-    def forget(self, model: str) -> None:
-        """Drop the estimates of a model that was loaded again: its weights may have to come from the disk once more."""
-        self._longest = {at: longest for at, longest in self._longest.items() if at[0].model != model}
-
-    def idle(self) -> None:
-        """Announce that there is nothing to do. Call it again and again."""
-        self._announce("idle", IDLE)
-
-    def begin(self, work: Work) -> None:
-        """Announce a work. The next width of a profile is twice the last, and networks compile meanwhile."""
-        compiling = self._compiled and work.phase == "profile"
-        self._announce(work.phase, COMPILING if compiling else self._limit(work.key, work.phase, work.passes or 2))
-
-    def end(self, work: Work) -> None:
-        """Learn from a work; one that failed, or found all of its texts encoded, says nothing of the next."""
-        known = work.text_hits > 0
-        if work.failed or work.error or work.idle or (known and not work.text_misses):
-            return
-        size = 1 if known or work.phase == "profile" else work.passes
-        longest, widest = self._longest.get((work.key, work.phase), (0.0, size))
-        faded = FADING * longest
-        latest = (work.seconds, size) if work.seconds >= faded else (faded, widest)
-        self._longest[work.key, work.phase] = latest
-
-    def _limit(self, key: Key, phase: str, size: int) -> float:
-        longest = self._longest.get((key, phase))
-        if longest is None and not self._plain:
-            return COMPILING if self._compiled else FIRST_ON_GPU
-        # Gigabytes of weights where the system may have dropped them from memory.
-        large = max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
-        if longest is None:
-            return math.ceil(MOST * large * max(1.0, size * key.width * key.height / FIRST_AREA))
-        estimate = longest[0] * max(1.0, size / longest[1])
-        least = LEAST * large if self._plain else MOST
-        return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
-
-    def _announce(self, phase: str, seconds: float) -> None:
-        """Emit a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
-        fresh, now = Announce(phase, seconds), self._clock()
-        if fresh != self._announced or now - self._announced_at >= seconds / 3:
-            self._announced, self._announced_at = fresh, now
-            self._emit(fresh)
 
 
 class Engine:
     """Rows of any sampler, step count and guidance through shared forwards, on one device.
 
-    `submit`, `cancel`, `load`, `unload` and `stop` are thread-safe; the rest runs on the caller of `tick` or `run`.
-    emit: receives every report. batcher, runner: of another order of work, for a bench. clock: seconds, monotonic;
-    deadlines are on it.
+    Orders (`submit`, `cancel`, `load`, `unload`, `reload`, `stop`) are thread-safe; the rest runs on the caller of
+    `tick` or `run`. emit: receives every report. computes: is called before each work, as `Page.computes`. batcher,
+    runner: of another order of work, for a bench. clock: seconds, monotonic; deadlines are on it.
     """
 
     def __init__(
@@ -112,6 +39,7 @@ class Engine:
         settings: Settings,
         emit: Callable[[Report], None],
         *,
+        computes: Callable[[list[Place], str], None] = lambda places, measured: None,
         costs: Costs | None = None,
         batcher: type[Batcher] = Batcher,
         runner: type[Runner] = Runner,
@@ -128,9 +56,14 @@ class Engine:
         self._sequence = itertools.count()
         self._open: dict[str, list[Row]] = {}  # the rows without an image yet, by request
         self._loaded: dict[Key, ModelState] = {}  # models to report as ready once this key of theirs is measured
-        self._measured_last = False
+        self._measured_last = self._suspect = False
         self._leaving: set[str] = set()
+        self._renewed: dict[str, Card] = {}  # cards that wait until no open request has the one before
+        self._waiting: dict[str, Request] = {}  # requests that wait for them, in order
         self._memory = self._used()
+        self._computes = computes
+        # A GPU's error shows up to two works late.
+        self._shown: deque[list[Place]] = deque(maxlen=1 if pool.device.type == "cpu" else 3)
         self._stopped = threading.Event()
 
     def submit(self, request: Request) -> None:
@@ -149,6 +82,13 @@ class Engine:
         """Drop a model when no request for it is open."""
         self._inbox.put(lambda: self._leaving.add(model_id))
 
+    def reload(self, cards: Mapping[str, Card], log_level: str) -> None:
+        """Take these cards: a changed one, or one with changed files, once no open request has the one before; later
+        requests wait for that. A model that is no longer among them is unloaded; its card stays, for who still has it.
+        """
+        logging.getLogger().setLevel(log_level.upper())
+        self._inbox.put(lambda: self._compare(cards))
+
     def stop(self) -> None:
         """End `run`, failing open requests."""
         self._inbox.put(self._stopped.set)
@@ -160,13 +100,15 @@ class Engine:
                 self._patience.idle()
                 with contextlib.suppress(queue.Empty):
                     self._inbox.get(timeout=0.1)()
-        for request_id in list(self._open):
+        for request_id in (*self._open, *self._waiting):
             self._fail(request_id, Unavailable("the server is shutting down", code="shutting_down"))
 
     def tick(self) -> bool:
         """Schedule a work, run it and settle it; False when there was nothing to do."""
         work = self._schedule()
         if work is None:
+            if self._shown:
+                self._finish_shown()
             return False
         self._run(work)
         self._settle(work)
@@ -177,10 +119,15 @@ class Engine:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()()
+        self._renew()
         self._hear()
-        for row in self.batcher.late(self._clock()):
-            self._fail(row.request.id, DeadlineExceeded("the image cannot be done before its deadline"))
+        now = self._clock()
+        late = [row.request.id for row in self.batcher.late(now)]
+        late += [name for name, one in self._waiting.items() if (one.delivery.deadline or now) < now]
+        for name in late:
+            self._fail(name, DeadlineExceeded("the image cannot be done before its deadline"))
         self._ask_pool()
+        self.batcher.loading = bool(self._pool.loading)
         waiting = (queue.key for queue in self.batcher.queues.values() if not queue.empty)
         unmeasured = (Work("profile", key) for key in (*waiting, *self._loaded) if self._measurable(key))
         profile = next(unmeasured, None)
@@ -191,10 +138,22 @@ class Engine:
 
     def _run(self, work: Work) -> None:
         self._patience.begin(work)
+        suspect, self._suspect = self._suspect, any(row.suspect for row in work.rows)
+        if suspect or self._suspect:
+            self._finish_shown()
+        self._shown.append([row.place for row in work.rows])
+        measured = "" if work.rows else f"{work.key.model} {work.key.size}"
+        self._computes([place for places in self._shown for place in places], measured)
         work.start = self._clock()
         self.runner.run(work)
         work.seconds = self._clock() - work.start
         self._patience.end(work)
+
+    def _finish_shown(self) -> None:
+        """Wait until the device has done all works, so that none of them can fail any more."""
+        self.runner.synchronize()
+        self._shown.clear()
+        self._computes([], "")
 
     def _settle(self, work: Work) -> None:
         """Move the rows of a work on, emit its images, answer what failed."""
@@ -207,9 +166,10 @@ class Engine:
         if work.idle:
             return
         rows = [row for row in work.rows if row.stage != "gone"]
-        for row in rows if work.phase == "encode" else ():
+        for row in rows if work.phase in ("source", "encode") else ():
+            row.encode_start = row.encode_start or work.start
             if row.slot >= 0:
-                row.encode_start, row.denoise_start = work.start, work.start + work.seconds
+                row.denoise_start = work.start + work.seconds
                 self.batcher.start(row)
                 self.runner.hold(row)
         if work.phase == "denoise":
@@ -239,7 +199,7 @@ class Engine:
             if state := self._loaded.pop(key, None):
                 self._emit(replace(state, state="failed", detail=error.message))
         elif caps := self._costs.caps.get(key):
-            self._emit(ModelState(key.model, "ready", rates={f"{key.width}x{key.height}": caps.rate}))
+            self._emit(ModelState(key.model, "ready", rates={key.size: caps.rate}))
 
     def _settle_denoise(self, work: Work, rows: list[Row]) -> None:
         if work.out_of_memory:
@@ -266,19 +226,23 @@ class Engine:
     def _ask_pool(self) -> None:
         """Lease the network for every started row, ask the pool for the parts that other rows need, and tell the
         batcher which models may not start new rows."""
-        rows = self.batcher.started
+        rows, heads = self.batcher.started, self.batcher.heads()
         for row in rows:
             self.runner.hold(row)
+        for row in [row for row in (*heads, *rows) if row.adapters and row.lease is None]:
+            if error := self._pool.failure(row.key.model, row.adapters):
+                self._fail(row.request.id, error)
         if self._leaving:
             for model in self._leaving - {rows[0].key.model for rows in self._open.values()}:
                 self._leaving.discard(model)
                 self._pool.unload(model)
-        self.batcher.paused = self._turns.ask(self.batcher.heads(), self.batcher.finished, rows, self._clock())
+        self.batcher.paused = self._turns.ask(heads, self.batcher.finished, rows, self._clock())
 
-    def _ready(self, model: str, phase: Phase) -> bool:
+    def _ready(self, model: str, phase: Phase, adapters: tuple[str, ...]) -> bool:
         """Whether rows may begin this phase; one that starts must find its network, where all parts fit together."""
-        both = phase == "encode" and self._pool.fits(model)
-        return self._pool.resident(model, phase) and (not both or self._pool.resident(model, "denoise"))
+        both = phase == "encode" and self._pool.fits(model, adapters)
+        here = self._pool.resident(model, phase, adapters)
+        return here and (not both or self._pool.resident(model, "denoise", adapters))
 
     def _caps(self, key: Key) -> Caps | None:
         """The caps of a key, with no slots while those of other keys leave no room; None before it is measured."""
@@ -295,7 +259,25 @@ class Engine:
         self._leaving.discard(model_id)
         self._pool.want(model_id)
 
+    def _compare(self, cards: Mapping[str, Card]) -> None:
+        gone = {name: card for name, card in self._renewed.items() if name not in cards}
+        self._renewed = gone | {name: cards[name] for name in cards if not self._pool.keeps(name, cards)}
+        self._leaving |= self._pool.cards.keys() - cards.keys()
+        self._renew()
+
+    def _renew(self) -> None:
+        """Replace the cards that no open request has any more, and add the requests that waited for them."""
+        for model in self._renewed.keys() - {rows[0].key.model for rows in self._open.values()}:
+            if self._pool.replace(self._renewed[model]):
+                del self._renewed[model]
+                self._costs.forget(model)
+        for request in [one for one in self._waiting.values() if one.recipe.model not in self._renewed]:
+            self._add(self._waiting.pop(request.id))
+
     def _add(self, request: Request) -> None:
+        if request.recipe.model in self._renewed:
+            self._waiting[request.id] = request
+            return
         try:
             rows = rows_of(request, self._pool.cards, self._clock(), self._sequence)
         except InstepError as error:
@@ -305,7 +287,7 @@ class Engine:
         for row in rows:
             self.batcher.add(row)
         self._pool.want(request.recipe.model)
-        if failure := self._pool.failure(request.recipe.model):
+        if rows and (failure := self._pool.failure(request.recipe.model, rows[0].adapters)):
             self._fail(request.id, failure)
 
     def _answer(self, row: Row) -> None:
@@ -319,11 +301,11 @@ class Engine:
 
     def _fail(self, request_id: str, error: InstepError) -> None:
         """Answer a request with an error and drop its rows; nothing for one that is answered already."""
-        rows = self._open.pop(request_id, [])
+        rows, waited = self._open.pop(request_id, []), self._waiting.pop(request_id, None)
         for row in rows:
             self.batcher.remove(row)
             self.runner.release(row)
-        if rows:
+        if rows or waited:
             self._emit(Failure(request_id, error))
 
     def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:

@@ -1,15 +1,14 @@
 """Queue: the rows of one key, the order among them, and which of those that wait may take a slot; and fair shares."""
 
-from __future__ import annotations
-
 import heapq
 import itertools
 import math
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 
-from app.engine.row import Caps, Row
+from app.engine.row import Caps, Kit, Row
 from app.request import Key
 
 AGE_LIMIT = 8.0
@@ -37,7 +36,7 @@ LEAST = 0.001
 
 UNMEASURED = Caps(passes=0, encode=0, decode=1, slots=0, rate=math.inf)
 
-Order = tuple[bool, int, float, int, float, int]
+Order = tuple[bool, int, float, int, float, float, int]
 
 
 class FairShares:
@@ -86,16 +85,11 @@ class FairShares:
                 del self.credits[tenant], self._quanta[tenant], self._rows[tenant]
 
 
-def _shortness(row: Row) -> tuple[int, int, float, int]:
-    return row.remaining, -row.request.delivery.priority, row.deadline, row.sequence
+def _shortness(row: Row) -> tuple[int, int, float, float, int]:
+    return row.remaining, -row.request.delivery.priority, row.deadline, row.arrived, row.sequence
 
 
-def _arrival(row: Row) -> tuple[float, int]:
-    return row.arrived, row.sequence
-
-
-def _aging(row: Row) -> tuple[float, int]:
-    return row.ages_at, row.sequence
+_arrival, _aging = attrgetter("arrived", "sequence"), attrgetter("ages_at", "sequence")
 
 
 class Lane:
@@ -137,15 +131,16 @@ class Lane:
 class Queue:
     """The rows of one key: those that wait, in a lane for each tenant, those that are started, and one order for all.
 
-    caps: of the key, as the batcher asked for them last. waiting: by arrival. arrivals: rows that enter their lane once
-    the key's rate is known, because the age limit is a multiple of it. finished: how many wait to be decoded; they keep
-    their slots until then.
+    caps: of the key, as the batcher asked for them last. waiting: by arrival. kits: the same by adapters. arrivals:
+    rows that enter their lane once the key's rate is known, because the age limit is a multiple of it. finished: how
+    many wait to be decoded; they keep their slots until then.
     """
 
     def __init__(self, key: Key, shares: FairShares) -> None:
         self.key = key
         self.caps = UNMEASURED
         self.waiting: OrderedDict[Row, None] = OrderedDict()
+        self.kits: dict[Kit, OrderedDict[Row, None]] = {}
         self.arrivals: dict[Row, None] = {}
         self.started: list[Row] = []
         self.finished = 0
@@ -159,10 +154,13 @@ class Queue:
     def add(self, row: Row) -> None:
         """Add a row that has arrived."""
         self.waiting[row] = self.arrivals[row] = None
+        self.kits.setdefault(row.kit, OrderedDict())[row] = None
 
     def leave(self, row: Row) -> None:
         """Remove a waiting row that is started, or gone."""
-        del self.waiting[row]
+        del self.waiting[row], self.kits[row.kit][row]
+        if not self.kits[row.kit]:
+            del self.kits[row.kit]
         if row in self.arrivals:
             del self.arrivals[row]
         elif not self._lanes[row.tenant].remove(row):
@@ -182,14 +180,16 @@ class Queue:
         rate, owing = self.caps.rate, not self._shares.has(row.tenant)
         waited = now - row.arrived - row.served
         if waited > AGE_LIMIT * row.total * rate:
-            return (owing, 0, row.arrived, 0, 0.0, row.sequence)
-        return (owing, 1, row.remaining * rate, -row.request.delivery.priority, row.deadline, row.sequence)
+            return (owing, 0, row.arrived, 0, 0.0, 0.0, row.sequence)
+        priority = -row.request.delivery.priority
+        return (owing, 1, row.remaining * rate, priority, row.deadline, row.arrived, row.sequence)
 
-    def candidates(self, now: float) -> list[Row]:
-        """Rows that could share the next forward: all started ones, then the best few that may start, best first."""
+    def candidates(self, now: float, held: Callable[[Row], bool] = lambda row: False) -> list[Row]:
+        """Rows that could share the next forward: all started ones, then the best few that may start, best first, and
+        none that is `held`."""
         caps = self.caps
         room = caps.slots - len(self.started) - self.finished
-        waiting = self._best_waiting(now, min(max(caps.passes, caps.trial), room)) if room > 0 else []
+        waiting = self._best_waiting(now, min(max(caps.passes, caps.trial), room), held) if room > 0 else []
         if waiting and room <= caps.slots // 4:
             waiting = self._last_quarter(waiting, caps.slots - caps.slots // 4)
         return self.started + waiting
@@ -231,10 +231,11 @@ class Queue:
         spare = min(row.deadline - now - TRIAL_SLACK * row.remaining * caps.rate for row in rows)
         return caps.trial if spare > 0 else caps.passes
 
-    def _best_waiting(self, now: float, most: int) -> list[Row]:
+    def _best_waiting(self, now: float, most: int, held: Callable[[Row], bool]) -> list[Row]:
         tenants = sorted(self._lanes, key=lambda tenant: not self._shares.has(tenant))[:LANES]
         lanes = (self._lanes[tenant].best(now) for tenant in tenants)
-        return list(itertools.islice(heapq.merge(*lanes, key=lambda row: self.order(row, now)), most))
+        rows = heapq.merge(*lanes, key=lambda row: self.order(row, now))
+        return list(itertools.islice(itertools.filterfalse(held, rows), most))
 
     def _last_quarter(self, waiting: list[Row], open_slots: int) -> list[Row]:
         """The rows that may take the last slots: those shorter than any that holds one, because they leave soon, and

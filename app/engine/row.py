@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Literal
 
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
-from app.report import Phase, Result, Timings
+from app.report import Phase, Place, Result, Timings
 from app.request import Condition, Key, Request
-from app.samplers.table import compile_table
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from app.pool.memory import Component
+
+
+Kit = tuple[str, tuple[str, ...]]
+"""A model and the names of adapters: what rows must have in common to need the same weights."""
 
 
 def default_key(card: Card) -> Key:
@@ -32,7 +36,8 @@ class Row:
     each: passes of a line without that; total: passes of all lines.
     slot: its place in the key's `Slots` once started. lease: the components of its network, which stay meanwhile.
     Times are on the engine's clock, in seconds. ages_at: it counts as aged from then on, while it waits. idled: the
-    wait between its encode and its first step.
+    wait between its encode and its first step. apart: the last line, counted as in `place`, at which it shares no work.
+    posterior: of the source that it starts from, as `Family.posterior`, once that is encoded. adapters: names.
     """
 
     request: Request
@@ -55,14 +60,28 @@ class Row:
     decode_start: float = 0.0
     neighbours: int = 0
     previews: int = 0
+    apart: int = -2
+    posterior: torch.Tensor | None = None
     tenant: str = field(init=False)
+    adapters: tuple[str, ...] = field(init=False)
     each: int = field(init=False)
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.tenant = self.request.delivery.tenant
+        self.adapters = tuple(name for name, _ in self.request.recipe.adapters)
         self.each = 2 if self.request.recipe.guidance.guided else 1
-        self.total = self.request.recipe.passes(self.lines)
+        self.total = self.each * self.lines + len(self.skipping)
+
+    @property
+    def unread(self) -> bool:
+        """Whether it starts from a source that is not encoded yet."""
+        return self.request.recipe.strength is not None and self.posterior is None
+
+    @property
+    def needs(self) -> Phase:
+        """The phase whose components a waiting row needs next: the source takes those of a decode, the VAE."""
+        return "decode" if self.unread else "encode"
 
     @property
     def passes(self) -> int:
@@ -78,6 +97,11 @@ class Row:
         return plain + max(0, self.skipping.stop - max(self.line, self.skipping.start))
 
     @property
+    def kit(self) -> Kit:
+        """What it computes with."""
+        return self.key.model, self.adapters
+
+    @property
     def condition(self) -> Condition:
         return self.request.images[self.index].condition
 
@@ -89,6 +113,16 @@ class Row:
     def deadline(self) -> float:
         deadline = self.request.delivery.deadline
         return math.inf if deadline is None else deadline
+
+    @property
+    def place(self) -> Place:
+        """What its next work computes."""
+        return self.request.id, self.index, -1 if self.stage == "waiting" else self.line
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an engine process died where it stands, or later in it: it is computed in works of its own."""
+        return self.apart > -2 and self.apart >= self.place[-1]
 
     @property
     def begun(self) -> bool:
@@ -165,13 +199,20 @@ class Caps:
 
 
 def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:
-    """One waiting row for each image, numbered in order of arrival. Raises ModelNotFound, InvalidValue."""
+    """One waiting row for each image that is not done, numbered in order of arrival.
+
+    Raises ModelNotFound, InvalidValue.
+    """
     recipe = request.recipe
     card = cards.get(recipe.model)
     if card is None:
         raise ModelNotFound(f"there is no model {recipe.model}", param="model")
-    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
-    key, skipping = recipe.key, recipe.skipping(lines)
+    table = card.table(recipe)
+    lines, key, delivery = table.lines, recipe.key, request.delivery
+    skipping = recipe.skipping(lines, table.first)
+    arrived, apart = now if delivery.arrived is None else delivery.arrived, dict(delivery.apart)
     return [
-        Row(request, index, key, lines, now, next(numbers), skipping=skipping) for index in range(len(request.images))
+        Row(request, index, key, lines, arrived, next(numbers), skipping=skipping, apart=apart.get(index, -2))
+        for index in range(len(request.images))
+        if index not in delivery.done
     ]

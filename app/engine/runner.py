@@ -1,40 +1,53 @@
-"""Runner: computes a Work on the device. Encodes rows into slots, runs their steps, decodes their latents.
+"""Runner: computes a Work on the device: rows into slots, their steps, latents to pixels.
 
-Cores: how many threads a forward on a CPU may use beside other processes.
+Patience: how many seconds a Work may be silent.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
 from app.engine.costs import Costs
 from app.engine.row import Row, Work
-from app.engine.step import LINE, SKIP, SlotPool, denoise_step
+from app.engine.step import LINE, SKIP, Kept, SlotPool, denoise_step
 from app.errors import EngineError, InstepError, OutOfMemory
+from app.families.adapters import Used
 from app.families.base import Conditions, Family
 from app.families.text import TextCache
+from app.pool.budget import Cores
 from app.pool.memory import Component
-from app.pool.pool import Pool, use_threads
-from app.request import Condition, Guidance, Prompt
-from app.samplers.table import COLUMNS, Table, compile_table
-
-_STAT = Path("/proc/stat")
-
-LOOK = 0.2
-"""Seconds between two looks at the other processes, and the span that a look is about."""
-
-SLACK = 0.4
-"""Cores that others may use in all before a thread is given up: below this, all threads are still faster."""
+from app.pool.pool import Pool
+from app.report import Announce, Phase, Report
+from app.request import Condition, Guidance, Key, Prompt
+from app.samplers.table import COLUMNS, Table
 
 ALONE = "this image alone does not fit in the device's memory"
+
+FACTOR = 10.0
+"""Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""
+
+LEAST = 10.0
+MOST = 30.0
+
+LONG = 5.0
+"""Work with an estimate over MOST / LONG seconds may take so many times its estimate."""
+
+FIRST_AREA = 256**2
+FIRST_ON_GPU = 120.0
+COMPILING = 600.0
+IDLE = 30.0
+
+FADING = 0.98
+"""An estimate that is too long shrinks by this at each work that takes less."""
+
+PARTS: dict[str, Phase] = {"profile": "denoise", "source": "decode", "encode": "encode", "decode": "decode"}
+"""The phases whose components a work leases; the rows of a denoise lease the network themselves."""
 
 Compute = Callable[[list[Row], Work], None]
 """What one phase does for rows of a work; it may raise for all of them."""
@@ -80,15 +93,17 @@ def conditions_of(family: Family, row: Row) -> list[Condition]:
     return [own, family.opposite(row.condition)] if row.request.recipe.guidance.guided else [own]
 
 
-def encode_rows(family: Family, rows: list[Row], batch: int | None, texts: TextCache) -> list[Conditions]:
+def encode_rows(
+    family: Family, rows: list[Row], batch: int | None, texts: TextCache, used: Used = ()
+) -> list[Conditions]:
     """The conditions of each of these rows of one key, [1 or 2, ...] by name, in the order of `conditions_of`.
 
     Texts that are not cached are encoded, in one batch for each encoder; the encoders must be on the device.
-    batch: as `Family.encode`.
+    batch: as `Family.encode`. used: the adapters of the texts of all rows.
     """
     wanted = [conditions_of(family, row) for row in rows]
     places = {one: place for place, one in enumerate(dict.fromkeys(one for both in wanted for one in both))}
-    encoded = family.encode(list(places), rows[0].key.text_length, batch, partial(texts.read, family.card.id))
+    encoded = family.encode(list(places), rows[0].key.text_length, batch, partial(texts.read, family.card.id, used))
     parts = {name: value.chunk(len(places)) for name, value in encoded.items()}
     return [{name: torch.cat([part[places[one]] for one in both]) for name, part in parts.items()} for both in wanted]
 
@@ -101,6 +116,32 @@ def plan_of(table: Table, guidance: Guidance, skipping: range = range(0)) -> np.
     if guidance.skip:
         plan[skipping.start : skipping.stop, SKIP] = guidance.skip.scale
     return plan
+
+
+def start_of(
+    row: Row, table: Table, shape: tuple[int, int, int], dice: torch.Generator
+) -> tuple[torch.Tensor, Kept | None]:
+    """Where a row starts, float32 [C, h, w] on the host, and what its mask keeps of its source.
+
+    dice: draws what diffusers' pipelines draw, in their order. A masked row of strength 1 starts from noise alone
+    (pipeline_stable_diffusion_3_inpaint.py, `prepare_latents`), others from source and noise. NOTE: a latent is new
+    where the mask has any of its pixels; the pipelines ask the first one alone, and leave up to 7 masked pixels old.
+    """
+    size, recipe, source = (1, *shape), row.request.recipe, row.request.source
+    if source is None:
+        return table.init * torch.randn(size, generator=dice)[0], None
+    assert row.posterior is not None
+    mean, deviation = row.posterior
+    latent = mean + deviation * torch.randn(size, generator=dice)[0]
+    noise = torch.randn(size, generator=dice)[0]
+    (alpha, sigma), kept = table.start, None
+    if source.mask:
+        torch.randn(size, generator=dice)  # that of the masked picture, which these networks do not take
+        new = torch.frombuffer(bytearray(source.mask), dtype=torch.uint8) > 0
+        cells = new.view(shape[1], recipe.height // shape[1], shape[2], recipe.width // shape[2])
+        kept = latent, noise, cells.any(3).any(1)
+        alpha, sigma = (0.0, table.init) if recipe.strength == 1 else table.start
+    return alpha * latent + sigma * noise, kept
 
 
 class Runner:
@@ -116,6 +157,7 @@ class Runner:
         self.texts = TextCache(text_bytes, pool.version)
         self._pool, self._costs, self._deterministic = pool, costs, deterministic
         self._unread: list[tuple[list[Row], torch.Tensor]] = []
+        self._posteriors: WeakValueDictionary[tuple[Key, str], torch.Tensor] = WeakValueDictionary()
         self._cores: Cores | None = None
         self._adapts = adapts and not deterministic and pool.device.type == "cpu"
 
@@ -132,9 +174,10 @@ class Runner:
         family = self._pool.family(work.key.model)
         if family and work.phase == "profile" and self._costs.recall(family, work.key):
             return
-        leased: list[Component] = []  # for a denoise: its rows lease the network themselves
-        if work.phase != "denoise":
-            leased = self._pool.components(work.key.model, "denoise" if work.phase == "profile" else work.phase)
+        leased: list[Component] = []
+        if work.phase in PARTS:
+            names = {name for row in rows for name in row.adapters}
+            leased = self._pool.components(work.key.model, PARTS[work.phase], adapters=names)
         if family is None or not self._pool.lease(leased):
             work.idle = True
             return
@@ -153,7 +196,13 @@ class Runner:
         if self._adapts:
             self._cores = self._cores or Cores(torch.get_num_threads())
             self._cores.adapt()
-        isolate({"encode": self.encode, "denoise": self.denoise, "decode": self.decode}[work.phase], rows, work)
+        phases = {"source": self.source, "encode": self.encode, "denoise": self.denoise, "decode": self.decode}
+        isolate(phases[work.phase], rows, work)
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was asked to do. Raises its error, if there was one."""
+        if self._pool.device.type == "cuda":
+            torch.cuda.synchronize(self._pool.device)
 
     def preview(self, rows: list[Row]) -> list[tuple[Row, np.ndarray]]:
         """The predicted clean images of running rows of one key, without those that failed."""
@@ -163,16 +212,20 @@ class Runner:
         return [(row, pixels) for row, pixels, _ in work.images]
 
     def hold(self, row: Row) -> None:
-        """Lease the network for a started row, if it is there: from now to its last line it stays."""
-        if row.lease is None:
-            components = self._pool.components(row.key.model, "denoise")
+        """Lease the network and the adapters of a started row, if they are there: to its last line they stay."""
+        model, adapters = row.kit
+        if row.lease is None and (not adapters or self._pool.resident(model, "denoise", adapters)):
+            components = self._pool.components(model, "denoise", adapters=adapters)
             row.lease = components if self._pool.lease(components) else None
+            if row.lease is not None and adapters:
+                self.slots[row.key].used[row.slot] = self._used(row)
 
     def rest(self, row: Row) -> None:
-        """Release the network of a row that has run its last line."""
+        """Release the network and the adapters of a row that has run its last line."""
         if row.lease is not None:
             self._pool.release(row.lease)
             row.lease = None
+            self.slots[row.key].gathered = None  # it has tensors of the adapters, which may leave now
 
     def release(self, row: Row) -> None:
         """Release the network and the slot of a row, if it has them."""
@@ -181,23 +234,45 @@ class Runner:
             self.slots[row.key].release(row.slot)
             row.slot = -1
 
+    def source(self, rows: list[Row], work: Work) -> None:
+        """Encode the pictures that the rows start from, each once, for as long as a row needs it."""
+        family, key = self._family(work.key.model), work.key
+        asked = {(key, row.request.recipe.source): row.request.source for row in rows}
+        fresh = {name: one.pixels for name, one in asked.items() if one and name not in self._posteriors}
+        if pixels := list(fresh.values()):
+            if self._deterministic:
+                pixels += pixels[:1] * (family.card.bucket.decode - len(pixels))
+            images = torch.frombuffer(bytearray().join(pixels), dtype=torch.uint8).view(-1, key.height, key.width, 3)
+            new = dict(zip(fresh, family.posterior(images).cpu(), strict=False))  # the rest is padding
+            self._posteriors.update(new)
+        for row in rows:
+            row.posterior = self._posteriors[key, row.request.recipe.source]
+
     def encode(self, rows: list[Row], work: Work) -> None:
         """Encode the rows' conditions, and give each row its slot."""
-        family = self._family(work.key.model)
+        family, groups = self._family(work.key.model), dict[Used, list[Row]]()
         batch = family.card.bucket.encode if self._deterministic else None
-        encoded = encode_rows(family, rows, batch, self.texts)
-        for row, conditions in zip(rows, encoded, strict=True):
-            if row.slot < 0:  # else placed by an attempt that failed at a later row
-                self._place(family, row, conditions)
+        for row in rows:
+            used = tuple(one for one in self._used(row) if one[0].places.keys() - {family.network})
+            groups.setdefault(used, []).append(row)
+        for used, group in groups.items():
+            encoded = encode_rows(family, group, batch, self.texts, used)
+            for row, conditions in zip(group, encoded, strict=True):
+                if row.slot < 0:  # else placed by an attempt that failed at a later row
+                    self._place(family, row, conditions)
+
+    def _used(self, row: Row) -> Used:
+        adapters = row.request.recipe.adapters
+        return tuple((self._pool.adapter(row.key.model, name), weight) for name, weight in adapters)
 
     def _place(self, family: Family, row: Row, conditions: Conditions) -> None:
-        """Give the row its table, first noise and slot. Noise is from a CPU generator: one seed, any device."""
+        """Give the row its table, start and slot. Noise is from a CPU generator: one seed, any device."""
         recipe, caps = row.request.recipe, self._costs.caps[row.key]
         shape = family.latent_shape(recipe.width, recipe.height)
         tokens = family.image_tokens(recipe.width, recipe.height)
-        table = compile_table(family.card.schedule, recipe.sampler, recipe.steps, tokens=tokens)
+        table = family.card.table(recipe, tokens)
         dice = torch.Generator("cpu").manual_seed(row.seed)
-        first = torch.randn((1, *shape), generator=dice)[0] * table.init
+        first, kept = start_of(row, table, shape, dice)
         slots = self.slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
         cuts = [family.truncated(one, row.key.text_length, self.texts.cut) for one in conditions_of(family, row)]
         row.warnings = tuple(
@@ -205,12 +280,13 @@ class Runner:
             for name, cut in zip(("prompt", "negative prompt"), cuts, strict=False)
             if cut
         )
-        row.slot = slots.take(plan_of(table, recipe.guidance, row.skipping), first, conditions, dice)
+        row.slot = slots.take(plan_of(table, recipe.guidance, row.skipping), first, conditions, dice, kept)
 
     def denoise(self, rows: list[Row], work: Work) -> None:
         """Run the next line of the rows' tables, in one forward."""
         family, slots = self._family(work.key.model), self.slots[work.key]
-        rows = sorted(rows, key=lambda row: row.slot)  # the same rows in the same order, whoever is first to leave
+        # The same rows in the same order, whoever is first to leave; those with the same adapters side by side.
+        rows = sorted(rows, key=lambda row: (row.adapters, row.slot))
         index = _slots_of(rows)
         slots.line[index] = [row.line for row in rows]
         slots.draw(index)
@@ -235,8 +311,7 @@ class Runner:
 
     def _preview(self, rows: list[Row], work: Work) -> None:
         family, slots = self._family(work.key.model), self.slots[work.key]
-        latents = slots.mem[torch.from_numpy(_slots_of(rows)).to(slots.mem.device)]
-        pixels = family.preview(latents).cpu().numpy()
+        pixels = family.preview(slots.clean(_slots_of(rows))).cpu().numpy()
         work.images.extend((row, pixels[place], None) for place, row in enumerate(rows))
 
     def _non_finite(self) -> list[tuple[Row, InstepError]]:
@@ -261,59 +336,58 @@ def _slots_of(rows: list[Row]) -> np.ndarray:
     return np.array([row.slot for row in rows], np.int64)
 
 
-class Cores:
-    """Keeps the calling thread's number of torch threads at what other processes leave free.
+class Patience:
+    """Announces each work with the seconds that it may take.
 
-    OpenMP's threads spin where they wait for each other. If one shares its core with another process, all spin until it
-    has had its turn: on 2 cores an image took 4 times as long beside one busy process, and 1.3 times with one thread
-    less (`python -m tests.bench.neighbours`). Processes with a niceness above 0 give way by themselves, and do not
-    count while this one has none.
-
-    most: the threads where nobody else computes. clock: seconds. used: processor seconds of this process.
+    An estimate is the longest that such a work took in this process, never a number from a file. On a CPU LEAST and
+    MOST are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels
+    too. A GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
     """
 
-    def __init__(
-        self,
-        most: int,
-        clock: Callable[[], float] = time.monotonic,
-        used: Callable[[], float] = time.process_time,
-        stat: Path = _STAT,
-    ) -> None:
-        self.threads = self._most = most
-        self._clock, self._used, self._stat = clock, used, stat
-        self._last = self._look()
+    def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
+        self._pool, self._emit, self._clock, self._compiled = pool, emit, clock, compiled
+        self._plain = pool.device.type == "cpu" and not compiled
+        self._longest: dict[tuple[Key, str], tuple[float, int]] = {}
+        self._announced, self._announced_at = Announce("start", 0.0), 0.0
 
-    def adapt(self) -> None:
-        """Look at the other processes, if the last look is long enough ago, and set the number of threads."""
-        if self._last is None or self._clock() - self._last[0] < LOOK:
+    def forget(self, model: str) -> None:
+        """Drop the estimates of a model that was loaded again: its weights may have to come from the disk once more."""
+        self._longest = {at: longest for at, longest in self._longest.items() if at[0].model != model}
+
+    def idle(self) -> None:
+        """Announce that there is nothing to do. Call it again and again."""
+        self._announce("idle", IDLE)
+
+    def begin(self, work: Work) -> None:
+        """Announce a work. The next width of a profile is twice the last, and networks compile meanwhile."""
+        compiling = self._compiled and work.phase == "profile"
+        self._announce(work.phase, COMPILING if compiling else self._limit(work.key, work.phase, work.passes or 2))
+
+    def end(self, work: Work) -> None:
+        """Learn from a work; one that failed, or found all of its texts encoded, says nothing of the next."""
+        known = work.text_hits > 0
+        if work.failed or work.error or work.idle or (known and not work.text_misses):
             return
-        before, self._last = self._last, self._look()
-        if self._last is None:
-            return
-        seconds, all_used, own = (now - then for now, then in zip(self._last, before, strict=True))
-        others = (all_used - own) / seconds
-        free = len(os.sched_getaffinity(0)) - max(0, math.ceil(others - SLACK))
-        threads = max(1, min(self._most, free))
-        if threads != self.threads:
-            self.threads = threads
-            use_threads(threads)
+        size = 1 if known or work.phase == "profile" else work.passes
+        longest, widest = self._longest.get((work.key, work.phase), (0.0, size))
+        faded = FADING * longest
+        self._longest[work.key, work.phase] = (work.seconds, size) if work.seconds >= faded else (faded, widest)
 
-    def _look(self) -> tuple[float, float, float] | None:
-        """Seconds on the clock, of all processes on our cores, and of this one; None where the system does not say."""
-        try:
-            lines = self._stat.read_text().splitlines()
-            ours = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-            niced = os.nice(0) > 0
-            busy = sum(_ticks(line, niced) for line in lines if line.partition(" ")[0] in ours)
-            return self._clock(), busy / os.sysconf("SC_CLK_TCK"), self._used()
-        except (OSError, AttributeError, ValueError, IndexError):
-            return None
+    def _limit(self, key: Key, phase: str, size: int) -> float:
+        longest = self._longest.get((key, phase))
+        if longest is None and not self._plain:
+            return COMPILING if self._compiled else FIRST_ON_GPU
+        # Gigabytes of weights where the system may have dropped them from memory.
+        large = max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
+        if longest is None:
+            return math.ceil(MOST * large * max(1.0, size * key.width * key.height / FIRST_AREA))
+        estimate = longest[0] * max(1.0, size / longest[1])
+        least = LEAST * large if self._plain else MOST
+        return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
 
-
-def _ticks(line: str, niced: bool) -> int:
-    """The busy time of a core in a line of /proc/stat, with what the hypervisor gave to others.
-
-    niced: count processes with a niceness above 0 too.
-    """
-    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, line.split()[1:])
-    return user + system + irq + softirq + steal + (nice if niced else 0)
+    def _announce(self, phase: str, seconds: float) -> None:
+        """Emit a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
+        fresh, now = Announce(phase, seconds), self._clock()
+        if fresh != self._announced or now - self._announced_at >= seconds / 3:
+            self._announced, self._announced_at = fresh, now
+            self._emit(fresh)

@@ -6,11 +6,14 @@ Rows of any sampler, step and guidance share it. They never move: a forward gath
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+from app.families.adapters import Adapted, Used, spans_of
 from app.families.base import Conditions, Family
 from app.request import Key
 from app.samplers.table import COLUMNS
@@ -29,6 +32,54 @@ LINE = (*COLUMNS, "weight", "skip", "scale")
 that line; the scale for a network with embedded guidance."""
 
 _XX, _XZ, SKIP = LINE.index("xx"), LINE.index("xz"), LINE.index("skip")
+_KEPT = slice(LINE.index("ka"), LINE.index("kb") + 1)
+
+
+Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""What a row with a mask keeps: its source and its first noise, float32 [C, h, w], and bool [h, w] where it is new."""
+
+
+class Masks:
+    """What the rows of one key keep of their sources, in places of their own, which double when all are taken.
+
+    source, noise: float32 [places, C, h, w]. new: bool [places, 1, h, w]. place: of each slot, -1 where it has no mask.
+    """
+
+    def __init__(self, slots: int, shape: Sequence[int], device: torch.device) -> None:
+        self.place = np.full(slots, -1)
+        self.source = self.noise = torch.zeros(0, *shape, device=device)
+        self.new = torch.zeros(0, 1, *shape[1:], dtype=torch.bool, device=device)
+
+    @property
+    def bytes(self) -> int:
+        return self.source.nbytes + self.noise.nbytes + self.new.nbytes
+
+    def put(self, slot: int, kept: Kept) -> None:
+        """Store what a row keeps."""
+        free = np.setdiff1d(np.arange(len(self.new)), self.place)
+        place = int(free[0]) if len(free) else len(self.new)
+        if not len(free):
+            every = (self.source, self.noise, self.new)
+            more = [torch.cat([one, one.new_zeros(max(4, place), *one.shape[1:])]) for one in every]
+            self.source, self.noise, self.new = more
+        self.source[place], self.noise[place], self.new[place, 0] = kept
+        self.place[slot] = place
+
+    def among(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Which of these slots [R] have a mask, as indices 0..R-1, and the places of those; None where none has."""
+        places = self.place[rows]
+        at = np.flatnonzero(places >= 0)
+        return (at, places[at]) if len(at) else None
+
+    def keep(self, at: torch.Tensor, places: torch.Tensor, latents: torch.Tensor, factors: torch.Tensor) -> None:
+        """Write ka * source + kb * noise into latents [R, C, h, w], where the masks of its rows `at` [M] keep that.
+
+        places: [M] of these rows. factors: [R, 2, 1, 1, 1], ka and kb. As in pipeline_stable_diffusion_3_inpaint.py.
+        """
+        ka, kb = factors.index_select(0, at).unbind(1)
+        kept = (ka * self.source.index_select(0, places)).addcmul_(kb, self.noise.index_select(0, places))
+        new = self.new.index_select(0, places)
+        latents.index_copy_(0, at, torch.where(new, latents.index_select(0, at), kept))
 
 
 class Slots:
@@ -36,12 +87,13 @@ class Slots:
 
     x, mem, noise: float32 [capacity + 1, C, h, w]. conditions: by name, [PASSES * (capacity + 1), ...].
     plan: float32 [capacity + 1, lines, len(LINE)] on the host, the rows' tables. line, guided: [capacity + 1].
-    gathered: what the last forward gathered by, until a row comes or goes. bytes: as their pool counts them.
+    masks: what rows with a mask keep. used: adapters of the slots that have some. gathered: what the last forward
+    gathered by, until a row comes or goes.
     """
 
     def __init__(self, capacity: int, shape: Sequence[int], device: torch.device, size: int = 0) -> None:
         self.capacity = self.spare = capacity
-        self.bytes = size
+        self._size = size
         self.x = torch.zeros(capacity + 1, *shape, device=device)
         self.mem = torch.zeros_like(self.x)
         self.noise = torch.zeros_like(self.x)
@@ -49,10 +101,17 @@ class Slots:
         self.plan = self._empty_plan(64)
         self.line = np.zeros(capacity + 1, np.int64)
         self.guided = np.zeros(capacity + 1, np.int64)
+        self.masks = Masks(capacity + 1, shape, device)
+        self.used: dict[int, Used] = {}
         self.gathered: Gather | None = None
         self._drawn = np.zeros(capacity + 1, np.int64)  # lines that have had their noise
         self._dice: dict[int, torch.Generator] = {}
         self._free = list(range(capacity))[::-1]
+
+    @property
+    def bytes(self) -> int:
+        """As their pool counts them: what masks need comes on top when they come."""
+        return self._size + self.masks.bytes
 
     @property
     def idle(self) -> bool:
@@ -60,12 +119,17 @@ class Slots:
         return len(self._free) == self.capacity
 
     def take(
-        self, plan: np.ndarray, x: torch.Tensor, conditions: Conditions, dice: torch.Generator | None = None
+        self,
+        plan: np.ndarray,
+        x: torch.Tensor,
+        conditions: Conditions,
+        dice: torch.Generator | None = None,
+        kept: Kept | None = None,
     ) -> int:
-        """Add a row and return its slot. plan: float32 [lines, len(LINE)]. x: [C, h, w], the first noise.
+        """Add a row and return its slot. plan: float32 [lines, len(LINE)]. x: [C, h, w], where it starts.
 
         conditions: by name, [1 or 2, ...]: the row's own first, then the one that guidance moves away from. dice: draws
-        the noise of its steps. mem and noise start at zero (0 * NaN is NaN).
+        the noise of its steps. kept: for a row with a mask. mem and noise start at zero (0 * NaN is NaN).
         """
         slot = self._free[-1]
         self.gathered = None
@@ -80,10 +144,14 @@ class Slots:
                 self.conditions[name] = value.new_zeros((PASSES * (self.capacity + 1), *value.shape[1:]))
             self.conditions[name][PASSES * slot : PASSES * slot + len(value)] = value
             self.guided[slot] = len(value) - 1
+        if kept is not None:  # last: an error before it leaves no mask to the next row of the slot
+            self.masks.put(slot, kept)
         return self._free.pop()
 
     def release(self, slot: int) -> None:
         self.gathered = None
+        self.masks.place[slot] = -1
+        self.used.pop(slot, None)
         self._dice.pop(slot, None)
         self._free.append(slot)
 
@@ -96,6 +164,14 @@ class Slots:
             index = torch.from_numpy(due).to(self.noise.device)
             self.noise.index_copy_(0, index, torch.cat(drawn).to(self.noise.device))
             self._drawn[due] = self.line[due] + 1
+
+    def clean(self, rows: np.ndarray) -> torch.Tensor:
+        """The predicted clean latents of these slots [R], and the source where masks keep it: float32 [R, C, h, w]."""
+        clean = self.mem[torch.from_numpy(rows).to(self.mem.device)]
+        if masked := self.masks.among(rows):
+            at, places = (torch.from_numpy(one).to(clean.device) for one in masked)
+            clean[at] = torch.where(self.masks.new[places], clean[at], self.masks.source[places])
+        return clean
 
     def lines(self, rows: np.ndarray) -> np.ndarray:
         """The line each of these slots runs next: float32 [R, len(LINE)]."""
@@ -135,7 +211,8 @@ class Indices(NamedTuple):
 class Gather(NamedTuple):
     """Indices that are on the device, and the conditions of their passes there. at: the slots, on the host.
 
-    alone: every row makes the one pass that it owns. skips: None when no pass does.
+    alone: every row makes the one pass that it owns. skips: None when no pass does. masked: [M] rows (0..R-1) with a
+    mask, and their places in `Slots.masks`; None when no row has one. adapted: the same for adapters.
     """
 
     key: tuple[bytes, bytes, int | None]
@@ -148,18 +225,21 @@ class Gather(NamedTuple):
     skips: torch.Tensor | None
     conditions: Conditions
     alone: bool
+    masked: tuple[torch.Tensor, torch.Tensor] | None
+    adapted: Adapted | None
 
 
-def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None) -> Gather:
+def gather(slots: Slots, rows: np.ndarray, bucket: int | None = None, network: nn.Module | None = None) -> Gather:
     """What a forward of these slots [R] gathers; with a bucket, every axis is padded to it by the spare slot.
 
-    The slots keep it: while the same rows run together, in the same order, it is the same object.
+    The slots keep it: while the same rows run together, in the same order, it is the same object. network: what their
+    adapters change.
     """
     skipping = (slots.plan[rows, slots.line[rows], SKIP] != 0).astype(np.int64)  # rows with a pass more on their line
     key = (rows.tobytes(), skipping.tobytes(), bucket)
     kept = slots.gathered
     if kept is None or kept.key != key:
-        kept = slots.gathered = _upload(slots, key, indices(slots, rows, skipping, bucket))
+        kept = slots.gathered = _upload(slots, key, indices(slots, rows, skipping, bucket), network)
     return kept
 
 
@@ -187,15 +267,23 @@ def _pad(index: np.ndarray, length: int, fill: int) -> np.ndarray:
     return np.concatenate([index, np.full(length - len(index), fill, np.int64)])
 
 
-def _upload(slots: Slots, key: tuple[bytes, bytes, int | None], plan: Indices) -> Gather:
+def _upload(slots: Slots, key: tuple[bytes, bytes, int | None], plan: Indices, network: nn.Module | None) -> Gather:
     """One copy to the device for all indices, and the conditions of these passes side by side."""
     every = torch.from_numpy(np.concatenate(plan)).to(slots.x.device)
     rows, places, owner, cond, other, skip, skips = every.split([len(index) for index in plan])  # type: ignore[no-untyped-call]
+    masked = slots.masks.among(plan.rows)
+    adapted = None
+    if network is not None and any(slot in slots.used for slot in plan.rows.tolist()):
+        used = [slots.used.get(slot, ()) for slot in plan.rows[plan.owner].tolist()]
+        adapted = Adapted(network, spans_of(used, slots.x.device, apart=key[2] is not None))
+    conditions = {name: value.index_select(0, places) for name, value in slots.conditions.items()}
+    if plan.skips.any():
+        conditions["skip"] = skips.bool()
     return Gather(
-        key, plan.rows, rows, owner, cond, other, skip,
-        skips.bool() if plan.skips.any() else None,
-        {name: value.index_select(0, places) for name, value in slots.conditions.items()},
+        key, plan.rows, rows, owner, cond, other, skip, conditions.get("skip"), conditions,
         alone=len(plan.owner) == len(plan.rows) and bool((plan.owner == np.arange(len(plan.rows))).all()),
+        masked=masked and (rows.new_tensor(masked[0]), rows.new_tensor(masked[1])),
+        adapted=adapted,
     )  # fmt: skip
 
 
@@ -203,25 +291,24 @@ def denoise_step(family: Family, slots: Slots, rows: np.ndarray, bucket: int | N
     """Run one line of the plan of every row, those of slots [R], and return float32 [R]: `totals` of the new latents.
 
     bucket: pad rows and passes to so many, by the spare slot; the result has them too.
-
-    x' = xx x + xo out + xm mem + xz exp(zf frac / 2) noise;  mem' = mx x + mo out, the predicted clean latent.
+    x' = xx x + xo out + xm mem + xz exp(zf frac / 2) noise;  mem' = mx x + mo out, the predicted clean latent;
+    x' = ka source + kb first_noise where a mask keeps the source.
     out = cond + weight (cond - other) is classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598) with
     weight = scale - 1; an unguided row points at itself, which is exact. Skip-layer guidance adds skip (cond - skip)
     likewise (sd3_infer.py of Stability-AI/sd3.5). Buffers change last, so a step that raises can be run again from
     where it started.
     """
-    plan = gather(slots, rows, bucket)
+    plan = gather(slots, rows, bucket, family.network)
     lines = slots.lines(plan.at)[:, :, None, None, None]
-    columns = torch.from_numpy(lines).to(slots.x.device).unbind(1)
-    t, c_in, xx, xo, xm, xz, zf, mx, mo, weight, skip_weight, scale = columns
+    columns = torch.from_numpy(lines).to(slots.x.device)
+    t, c_in, xx, xo, xm, xz, zf, mx, mo, _, _, weight, skip_weight, scale = columns.unbind(1)
     x, mem = slots.x.index_select(0, plan.rows), slots.mem.index_select(0, plan.rows)
 
     conditions = dict(plan.conditions)
     if family.card.guidance == "embedded":
         conditions["guidance"] = scale.flatten().index_select(0, plan.owner)
-    if plan.skips is not None:
-        conditions["skip"] = plan.skips
-    raw, frac = family.denoise(_owned(c_in * x, plan), _owned(t.flatten(), plan), conditions)
+    with plan.adapted or nullcontext():
+        raw, frac = family.denoise(_owned(c_in * x, plan), _owned(t.flatten(), plan), conditions)
     out = raw if plan.alone else guide(raw, plan.cond, plan.other, weight, family.card.guided_channels)
     if plan.skips is not None:
         out = out + skip_weight * (raw[plan.cond] - raw[plan.skip])
@@ -232,6 +319,8 @@ def denoise_step(family: Family, slots: Slots, rows: np.ndarray, bucket: int | N
     if lines[:, _XZ].any():
         spread = xz if frac is None else xz * torch.exp(0.5 * zf * frac[plan.cond])
         new.addcmul_(spread, slots.noise.index_select(0, plan.rows))
+    if plan.masked is not None:
+        slots.masks.keep(*plan.masked, new, columns[:, _KEPT])
     sums = totals(new)
     # Nothing is allocated from here on: an error (out of memory) leaves both buffers as they were.
     slots.x.index_copy_(0, plan.rows, new)

@@ -1,7 +1,5 @@
 """The families by the name that a card gives. Importing this imports diffusers and transformers (seconds)."""
 
-from __future__ import annotations
-
 from app.families.base import Family
 from app.families.dit import DiT
 from app.families.flux import Flux

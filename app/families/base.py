@@ -1,7 +1,5 @@
 """Family: a network with its text encoders and VAE, as the engine sees them; what dit.py, sd3.py and flux.py share."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -66,6 +64,11 @@ class Family(ABC):
         self.channels: int = self.vae.config.latent_channels
         self.scale = vae.pixels_per_latent(self.vae)
         self.encoders = {name: self._encoder(parts, name) for name in self.reads}
+        self._fit()
+
+    @abstractmethod
+    def _fit(self) -> None:
+        """Take what it needs from the parts' configs. Raises CheckpointError: they do not fit."""
 
     @staticmethod
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
@@ -136,6 +139,20 @@ class Family(ABC):
         """
         z = latents / (self.vae.config.scaling_factor or 1.0) + (self.vae.config.shift_factor or 0.0)
         return to_pixels(self.vae.decode(z.to(self.vae.dtype), return_dict=False)[0].float())
+
+    def posterior(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, H, W, 3] -> float32 [B, 2, C, h, w]: mean and deviation of the latents that show these pictures.
+
+        The maths of diffusers' pipelines: (z - shift_factor) * scaling_factor. Needs the VAE. Raises EngineError when
+        any number of the batch is not finite.
+        """
+        image = pixels.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        z = self.vae.encode(image.to(self.vae.dtype), return_dict=False)[0]
+        shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor or 1.0
+        both = torch.stack([(z.mean.float() - shift) * scale, z.std.float() * scale], 1)
+        if not torch.isfinite(both).all():
+            raise EngineError("the encoder returned numbers that are not finite", code="non_finite_output")
+        return both
 
     def prepare(self) -> None:
         """Fit the linear map of `preview` to the VAE, whose weights must be there."""

@@ -3,8 +3,6 @@
 It reads config.json and tokenizer files, never a file of weights.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -15,18 +13,13 @@ import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import nn
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 from app.cards.files import read_json
 from app.cards.folder import Part
 from app.errors import CheckpointError
+from app.families.base import CLIP_TOKENIZER
 from app.families.dit import share_embedders
 from app.families.text import State, clip_keys
 from app.families.vae import vae_keys
@@ -37,29 +30,17 @@ DEPTH = 1000
 _BUFFER_LIMIT = 2**26
 """Elements of one computed buffer: a DiT-XL at 2048 px has 2^24."""
 
-_NETWORKS: dict[str, Any] = {
-    "DiTTransformer2DModel": DiTTransformer2DModel,
-    "Transformer2DModel": DiTTransformer2DModel,
-    "SD3Transformer2DModel": SD3Transformer2DModel,
-    "FluxTransformer2DModel": FluxTransformer2DModel,
-    "AutoencoderKL": AutoencoderKL,
-    "CLIPTextModel": CLIPTextModel,
-    "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-    "T5EncoderModel": T5EncoderModel,
-}
+_KINDS: tuple[Any, ...] = (
+    *(DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel, AutoencoderKL),
+    *(CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel),
+)
+_NETWORKS = {kind.__name__: kind for kind in _KINDS} | {"Transformer2DModel": DiTTransformer2DModel}
 _KEYS: dict[type, Callable[[State, Mapping[str, object]], State]] = {
     AutoencoderKL: vae_keys,
     CLIPTextModel: clip_keys,
     CLIPTextModelWithProjection: clip_keys,
 }
 """(tensors of a file, the network's own) -> the tensors by the network's names, where files have had others."""
-
-_TOKENIZERS = {
-    "CLIPTokenizer": CLIPTokenizer,
-    "CLIPTokenizerFast": CLIPTokenizer,
-    "T5Tokenizer": T5Tokenizer,
-    "T5TokenizerFast": T5Tokenizer,
-}
 
 
 def has_weights(class_name: str) -> bool:
@@ -69,7 +50,7 @@ def has_weights(class_name: str) -> bool:
 
 def build_tokenizer(class_name: str, folder: Path) -> Any:
     """A tokenizer from its folder. Raises CheckpointError: its files are missing or not readable."""
-    kind: Any = _TOKENIZERS[class_name]
+    kind: Any = CLIPTokenizer if class_name in CLIP_TOKENIZER else T5Tokenizer
     Part("", class_name, folder).check()
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
@@ -86,9 +67,8 @@ def build_tokenizer(class_name: str, folder: Path) -> Any:
 def blank_network(class_name: str, folder: Path, outline: State, file: Path | None = None) -> nn.Module:
     """The network of a config.json in eval mode, its weights on the meta device: no memory is spent.
 
-    outline: the tensors of its files, of which names, shapes and number formats are compared (they may be on the meta
-    device). file: where they are, when not in the folder. Raises CheckpointError: a class outside the allowlist, a
-    corrupt config, keys or shapes that are not exactly the network's.
+    outline: the tensors of its files, of which names, shapes and number formats are compared. file: where they are, if
+    not in the folder. Raises CheckpointError: a class outside the allowlist, a corrupt config, other keys or shapes.
     """
     network = _without_weights(class_name, folder, len(outline))
     _, problems = _compared(type(network), network.state_dict(keep_vars=True), outline)
@@ -136,12 +116,18 @@ def _layout(weight: torch.Tensor, device: torch.device) -> torch.memory_format:
 
 
 @cache
-def outline_of(class_name: str, folder: Path) -> State:
-    """Names and shapes of the network of a shipped config.json, on the meta device; do not change it.
+def network_of(class_name: str, folder: Path) -> nn.Module:
+    """The network of a config.json without its weights, on the meta device; do not change it.
 
-    The config is trusted to be as deep as it says. Raises CheckpointError.
+    The config is trusted to be as deep as it says, up to DEPTH. Raises CheckpointError.
     """
-    return _without_weights(class_name, folder, DEPTH).state_dict(keep_vars=True)
+    return _without_weights(class_name, folder, DEPTH)
+
+
+@cache
+def outline_of(class_name: str, folder: Path) -> State:
+    """Names and shapes of that network's tensors; do not change them. Raises CheckpointError as `network_of`."""
+    return network_of(class_name, folder).state_dict(keep_vars=True)
 
 
 def counts(class_name: str, folder: Path) -> tuple[int, int]:
@@ -242,7 +228,6 @@ def _computed(network: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _buffer(module: nn.Module, name: str) -> torch.Tensor:
-    """The value of such a buffer."""
     if isinstance(module, CLIPTextEmbeddings) and name == "position_ids":
         return torch.arange(module.position_embedding.num_embeddings).expand((1, -1))
     if isinstance(module, PatchEmbed) and name == "pos_embed":

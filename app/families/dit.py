@@ -1,8 +1,6 @@
 """DiT: class-conditional diffusion transformers (Peebles and Xie 2022, arXiv:2212.09748) on diffusers' network."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +19,11 @@ class DiT(Family):
 
     parts: ClassVar = {"transformer": ("DiTTransformer2DModel", "Transformer2DModel"), "vae": ("AutoencoderKL",)}
 
-    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Raises CheckpointError: the parts do not fit."""
-        super().__init__(card, parts, device, dtype)
-        config, sizes, labels = self.config, card.limits.sizes, len(card.labels)
-        self.patch, self.null_class, self.side = config.patch_size, config.num_embeds_ada_norm, config.sample_size
+    def _fit(self) -> None:
+        card, config, sizes, labels = self.card, self.config, self.card.limits.sizes, len(self.card.labels)
+        self.patch, self.null_class = config.patch_size, config.num_embeds_ada_norm
         self.learned_variance = card.schedule.variance == "learned_range"
-        side, outputs = self.side * self.scale, config.out_channels or config.in_channels
+        side, outputs = config.sample_size * self.scale, config.out_channels or config.in_channels
         fits = outputs == 2 * self.channels or (outputs == self.channels and not self.learned_variance)
         self._require((sizes.min, sizes.max) == (side, side), f"limits.sizes: this network takes {side}x{side} only")
         self._require(
@@ -42,13 +38,6 @@ class DiT(Family):
     def traits(card: Card, part: str) -> tuple[float | None, ...]:
         """Those of the arithmetic that a card changes in its network."""
         return (card.time_freq_shift, card.norm_eps) if part == "transformer" else ()
-
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(channels, height, width) of the latent; InvalidValue for any but the trained size."""
-        pixels = self.side * self.scale
-        if (width, height) != (pixels, pixels):
-            raise InvalidValue(f"size must be {pixels}x{pixels}", param="size")
-        return self.channels, self.side, self.side
 
     def opposite(self, condition: Condition) -> Condition:
         """The null class, which is the last row of the label embedding."""

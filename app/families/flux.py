@@ -3,15 +3,11 @@
 Dev and schnell are cards of this family.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from app.cards.card import Card
 from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family, Outputs
 from app.families.text import clip_pooled, t5_states
 
@@ -37,12 +33,29 @@ class Flux(Family):
     reads: ClassVar = {"text_encoder": clip_pooled, "text_encoder_2": t5_states}
     patch = PATCH
 
-    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Raises CheckpointError: the parts do not fit."""
-        super().__init__(card, parts, device, dtype)
+    def _fit(self) -> None:
         self.clip, self.t5 = self.encoders.values()
-        self.embedded = card.guidance == "embedded"
-        self._check()
+        self.embedded = self.card.guidance == "embedded"
+        config, channels = self.config, PATCH**2 * self.channels
+        takes = "embedded" if config.guidance_embeds else "cfg"
+        self._check_sizes()
+        self._require(
+            self.card.guidance == takes,
+            f'guidance: this is a network for "{takes}": its guidance_embeds is {config.guidance_embeds}',
+        )
+        self._require(
+            (config.in_channels, self.network.out_channels) == (channels, channels),
+            "the network's channels are not the VAE's, packed",
+        )
+        self._require(config.patch_size == 1, "patch_size: the network is not FLUX.1's, which packs outside")
+        self._require(
+            _turns(config.axes_dims_rope, config.attention_head_dim),
+            "axes_dims_rope: not three even numbers that add up to attention_head_dim",
+        )
+        self._require(
+            self.clip is None or self.clip.network.config.hidden_size == config.pooled_projection_dim,
+            "the CLIP is not as wide as the network's pooled input",
+        )
 
     def join(self, text_length: int, outputs: Outputs) -> Conditions:
         """As FluxPipeline.encode_prompt."""
@@ -76,28 +89,6 @@ class Flux(Family):
         )[0]
         return unpack(out.float(), height, width), None
 
-    def _check(self) -> None:
-        config, channels = self.config, PATCH**2 * self.channels
-        takes = "embedded" if config.guidance_embeds else "cfg"
-        self._check_sizes()
-        self._require(
-            self.card.guidance == takes,
-            f'guidance: this is a network for "{takes}": its guidance_embeds is {config.guidance_embeds}',
-        )
-        self._require(
-            (config.in_channels, self.network.out_channels) == (channels, channels),
-            "the network's channels are not the VAE's, packed",
-        )
-        self._require(config.patch_size == 1, "patch_size: the network is not FLUX.1's, which packs outside")
-        self._require(
-            _turns(config.axes_dims_rope, config.attention_head_dim),
-            "axes_dims_rope: not three even numbers that add up to attention_head_dim",
-        )
-        self._require(
-            self.clip is None or self.clip.network.config.hidden_size == config.pooled_projection_dim,
-            "the CLIP is not as wide as the network's pooled input",
-        )
-
 
 def _turns(axes: Any, width: int) -> bool:
     """Whether a config's rotary axes are of a head so wide. They come from a file and may be anything."""
@@ -107,15 +98,12 @@ def _turns(axes: Any, width: int) -> bool:
 
 def pack(x: torch.Tensor) -> torch.Tensor:
     """[P, C, 2h, 2w] -> [P, h w, 4C]: a token holds 2x2 latent pixels, channel by channel (pipeline_flux.py)."""
-    passes, channels, height, width = x.shape
-    cells = x.reshape(passes, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return cells.permute(0, 2, 4, 1, 3, 5).reshape(passes, -1, channels * PATCH**2)
+    return pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """[P, height width, 4C] -> [P, C, 2 height, 2 width]: the inverse of `pack`."""
-    cells = tokens.reshape(len(tokens), height, width, -1, PATCH, PATCH)
-    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height * PATCH, width * PATCH)
+    return pixel_shuffle(tokens.transpose(1, 2).reshape(len(tokens), -1, height, width), PATCH).contiguous()
 
 
 def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:

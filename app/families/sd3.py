@@ -1,15 +1,12 @@
 """SD3: MMDiT networks with two CLIPs and a T5 (Esser et al. 2024, arXiv:2403.03206) on diffusers' network."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from app.cards.card import Card
 from app.families.base import CLIP_TOKENIZER, T5_TOKENIZER, Conditions, Denoised, Family, Outputs
 from app.families.compiling import as_written
 from app.families.text import clip_states, t5_states
@@ -36,13 +33,22 @@ class SD3(Family):
     }
     reads: ClassVar = {"text_encoder": clip_states, "text_encoder_2": clip_states, "text_encoder_3": t5_states}
 
-    def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
-        """Raises CheckpointError: the parts do not fit."""
-        super().__init__(card, parts, device, dtype)
-        self.patch: int = self.config.patch_size
+    def _fit(self) -> None:
+        config, skipped = self.config, self.card.skip_layer_guidance
+        self.patch = config.patch_size
         *self.clips, self.t5 = self.encoders.values()
         self.shares = self._clip_shares()
-        self._check()
+        hidden, pooled = (sum(widths) for widths in zip(*self.shares, strict=True))
+        largest = self.scale * self.patch * config.pos_embed_max_size
+        self._check_sizes()
+        self._require(self.card.limits.sizes.max <= largest, "limits.sizes.max: over the network's position table")
+        self._require(pooled == config.pooled_projection_dim, "the CLIPs' pooled widths are not the network's")
+        self._require(hidden <= config.joint_attention_dim, "the CLIPs are wider than the network")
+        self._require(self.channels == config.in_channels, "the VAE has another number of latent channels")
+        self._require(
+            skipped is None or max(skipped.layers) < config.num_layers - 1,
+            "skip_layer_guidance.layers: the network has not these blocks, or one is its last",
+        )
 
     def join(self, text_length: int, outputs: Outputs) -> Conditions:
         """As StableDiffusion3Pipeline.encode_prompt."""
@@ -100,17 +106,3 @@ class SD3(Family):
             shares.append(share or (rest, rest))
             rest = rest if share else 0
         return shares
-
-    def _check(self) -> None:
-        config, skipped = self.config, self.card.skip_layer_guidance
-        hidden, pooled = (sum(widths) for widths in zip(*self.shares, strict=True))
-        largest = self.scale * self.patch * config.pos_embed_max_size
-        self._check_sizes()
-        self._require(self.card.limits.sizes.max <= largest, "limits.sizes.max: over the network's position table")
-        self._require(pooled == config.pooled_projection_dim, "the CLIPs' pooled widths are not the network's")
-        self._require(hidden <= config.joint_attention_dim, "the CLIPs are wider than the network")
-        self._require(self.channels == config.in_channels, "the VAE has another number of latent channels")
-        self._require(
-            skipped is None or max(skipped.layers) < config.num_layers - 1,
-            "skip_layer_guidance.layers: the network has not these blocks, or one is its last",
-        )

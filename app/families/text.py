@@ -3,16 +3,16 @@
 How a network joins the encoders' outputs is in sd3.py and flux.py.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from app.errors import InvalidValue
+from app.families.adapters import Adapted, Used, spans_of_all
 from app.request import Condition, Prompt
 
 State = dict[str, torch.Tensor]
@@ -112,43 +112,51 @@ def prompt_text(condition: Condition) -> str:
 
 
 class TextCache:
-    """Outputs by (encoder, text, length) in at most `budget` bytes of the device; the least recently used leaves first.
+    """Outputs by (encoder, text, length, adapters) in at most `budget` bytes of the device.
 
-    Models that share an encoder share its outputs. The empty prompt of each encoder, at the length it was last asked
-    for, stays whatever the budget. version: of a network's weights, which may have changed while they were away.
-    cut: `cut_text`, cached too.
+    The least recently used leaves first. Models that share an encoder share its outputs. The empty prompt of each
+    encoder stays at the length last asked for, whatever the budget. version: of a network's weights, which may have
+    changed while away. cut: `cut_text`, cached.
     """
 
     def __init__(self, budget: int, version: Callable[[object], int]) -> None:
         self.bytes = self._hits = self._misses = 0
         self._budget, self._version = budget, version
-        self.kept: OrderedDict[tuple[Encoder, str, int], States] = OrderedDict()
+        self.kept: OrderedDict[tuple[Encoder, str, int, tuple[object, ...]], States] = OrderedDict()
         self._versions: dict[Encoder, int] = {}
         self._models: dict[Encoder, set[str]] = {}  # that asked for it
         self._empty: dict[Encoder, int] = {}  # the length at which its empty prompt was last asked for
         self.cut = lru_cache(CUTS)(cut_text)
 
-    def read(self, model: str, encoder: Encoder, texts: Sequence[str], length: int, batch: int | None) -> States:
-        """As `read_texts`, but encodes only the texts that are not cached. model: the id of the one that asks."""
+    def read(
+        self, model: str, used: Used, encoder: Encoder, texts: Sequence[str], length: int, batch: int | None
+    ) -> States:
+        """As `read_texts`, but encodes only the texts that are not cached. model: the id of the one that asks.
+
+        used: the adapters of all these texts, of which those count that change the encoder.
+        """
         version = self._version(encoder.network)
         if self._versions.setdefault(encoder, version) != version:
             self._drop(encoder)
             self._versions[encoder] = version
         self._models.setdefault(encoder, set()).add(model)
-        unique = dict.fromkeys(texts)
-        fresh = [text for text in unique if (encoder, text, length) not in self.kept]
+        used = tuple((lora, weight) for lora, weight in used if encoder.network in lora.places)
+        own = tuple((lora, self._version(lora), weight) for lora, weight in used)
+        unique = {text: (encoder, text, length, own) for text in texts}
+        fresh = [text for text, name in unique.items() if name not in self.kept]
         if fresh:
-            outputs = read_texts(encoder, fresh, length, batch)
+            with Adapted(encoder.network, spans_of_all(used, encoder.network.device)) if used else nullcontext():
+                outputs = read_texts(encoder, fresh, length, batch)
             for text, *states in zip(fresh, *(output.chunk(len(fresh)) for output in outputs), strict=True):
-                kept = self.kept[encoder, text, length] = tuple(state.clone() for state in states)
+                kept = self.kept[unique[text]] = tuple(state.clone() for state in states)
                 self.bytes += _bytes(kept)
         self._hits += len(unique) - len(fresh)
         self._misses += len(fresh)
-        for text in unique:
-            self.kept.move_to_end((encoder, text, length))
-        if "" in unique:
+        for name in unique.values():
+            self.kept.move_to_end(name)
+        if "" in unique and not own:
             self._empty[encoder] = length
-        found = [self.kept[encoder, text, length] for text in texts]
+        found = [self.kept[unique[text]] for text in texts]
         self._trim()
         return tuple(torch.cat(states) for states in zip(*found, strict=True))
 
@@ -168,8 +176,8 @@ class TextCache:
 
     def _trim(self) -> None:
         for name in list(self.kept) if self.bytes > self._budget else ():
-            encoder, text, length = name
-            if self.bytes > self._budget and (text or self._empty.get(encoder) != length):
+            encoder, text, length, own = name
+            if self.bytes > self._budget and (text or own or self._empty.get(encoder) != length):
                 self.bytes -= _bytes(self.kept.pop(name))
 
     def _drop(self, encoder: Encoder) -> None:

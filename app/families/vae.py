@@ -1,7 +1,6 @@
 """VAE: the names of its tensors, and previews by the linear map that is nearest to its decoder."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,7 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import functional
 
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_ATTENTION = re.compile(r"(\.attentions\.\d+)\.(query|key|value|proj_attn)(?=\.)")
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 IMAGES = 8
 SIDE = 16
@@ -22,13 +22,9 @@ _MAPS: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
 
 def vae_keys(state: dict[str, torch.Tensor], expected: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """Rename the attention of files written before diffusers 0.17 (`query` for `to_q` and so on)."""
-    named = {}
-    for key, value in state.items():
-        head, _, parameter = key.rpartition(".")
-        owner, _, layer = head.rpartition(".")
-        old = ".attentions." in key and layer in _OLD_ATTENTION
-        named[f"{owner}.{_OLD_ATTENTION[layer]}.{parameter}" if old else key] = value
-    return named
+    return {
+        _OLD_ATTENTION.sub(lambda old: f"{old[1]}.{_ATTENTION[old[2]]}", key): value for key, value in state.items()
+    }
 
 
 def pixels_per_latent(vae: Any) -> int:

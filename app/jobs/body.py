@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
 
-from app.cards.card import Card, Size, parse_size
-from app.cards.catalog import find_label
+from app.cards.adapters import MOST_LORAS, Lora
+from app.cards.card import Card, parse_size
+from app.cards.catalog import Adapters, find_adapters, find_label
 from app.errors import Code, InvalidValue, RequestError, first_problem
 from app.imaging import DEFAULT_QUALITY, FORMATS, Format
 from app.jobs.other_names import hint
@@ -35,13 +36,22 @@ LONGEST, MOST = 32_000, 64
 
 PRIORITY_LIMIT = 10
 
-_WORDS = {"extra_forbidden": "is an unknown field", "missing": "is required", "model_type": "expects a JSON object"}
+LEAST_STRENGTH, RESIZE, MASK_BLUR = 0.01, "crop", 4.0
+"""Of a body with a picture (`app/jobs/edit.py`): the least `strength`, and the defaults of `resize` and `mask_blur`."""
+
 _DETAILS = {
     "string_too_long": "expects at most {max_length} characters",
     "too_long": "expects at most {max_length} entries, not {actual_length}",
     "string_unicode": "has a lone surrogate, which is not text",
 }
-"""Our words for pydantic's errors, by type: of a body as a whole, and of a value of the right type."""
+_WORDS = _DETAILS | {
+    "extra_forbidden": "is an unknown field",
+    "missing": "is required",
+    "model_type": "expects a JSON object",
+    "list_type": "expects a list",
+    "string_type": "expects a string",
+}
+"""Our words for pydantic's errors, by type: of a value of the right type, and of all others."""
 
 
 def expects(words: str) -> WrapValidator:
@@ -73,11 +83,12 @@ Flag = Annotated[bool, Strict(), expects("true or false")]
 Text = Annotated[_String, expects("a string")]
 Texts = Annotated[_String | _Strings, expects("a string or a list of strings")]
 Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class name, or a list of them")]
+Loras = Annotated[list[Lora], Field(max_length=MOST_LORAS)]
 FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
 Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
 
 
-def _ignored(why: str, *plain: str) -> Any:
+def without_effect(why: str, *plain: str) -> Any:
     """A field of OpenAI's clients that has no effect. plain: the values that ask for what is done anyway."""
     return Field(None, description=f"is ignored: {why}", examples=list(plain))
 
@@ -123,38 +134,51 @@ class ImageBody(BaseModel):
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
     max_sequence_length: Whole | None = Field(None, description="Text length in tokens that T5 is padded to")
+    loras: Loras | None = Field(
+        None, description="LoRAs that change the model, each by its name and a weight of -2 to 2; GET /v1/loras"
+    )
     priority: Whole | None = Field(
         None, description="Breaks ties among waiting requests, up to what the key may; higher goes first"
     )
     deadline: Real | None = Field(None, description="Seconds from now after which the image is of no use")
     grid: Grid | None = Field(None, description="Return all images as one sheet")
-    quality: Any = _ignored("num_inference_steps says how much work goes into a picture", "auto", "standard")
-    background: Any = _ignored("pictures are opaque", "auto", "opaque")
-    moderation: Any = _ignored("nothing is filtered here", "auto", "low")
-    style: Any = _ignored("write the style into the prompt")
-    complexity: Any = _ignored("no model here has such a setting", "auto")
+    quality: Any = without_effect("num_inference_steps says how much work goes into a picture", "auto", "standard")
+    background: Any = without_effect("pictures are opaque", "auto", "opaque")
+    moderation: Any = without_effect("nothing is filtered here", "auto", "low")
+    style: Any = without_effect("write the style into the prompt")
+    complexity: Any = without_effect("no model here has such a setting", "auto")
     user: Any = Field(None, description=_UNUSED)
     safety_identifier: Any = Field(None, description=_UNUSED)
 
-    def to_request(self, card: Card, request_id: str, key: ApiKey = NOBODY, patience: float | None = None) -> Request:
+    def to_request(
+        self,
+        card: Card,
+        request_id: str,
+        key: ApiKey = NOBODY,
+        patience: float | None = None,
+        adapters: Adapters | None = None,
+    ) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
 
-        key: its owner's name, share and highest priority. patience: seconds after which the client hangs up. Raises
-        InvalidValue naming the field and its range.
+        key: its owner's name, share and highest priority. patience: seconds after which the client hangs up. adapters:
+        those that it may ask for. Raises InvalidValue naming the field and its range.
         """
         values = self._values(card)
         conditions = self._conditions(card, values["n"])
         first = first_seed(self.seed)
-        width, height = size_of(card, values["size"])
+        width, height = card.default_size if values["size"] == "auto" else parse_size(values["size"])
         recipe = Recipe(
-            model=card.id,
+            model=card.model,
             width=width,
             height=height,
             sampler=values["sampler"],
             steps=values["num_inference_steps"],
             guidance=self._guidance(card, values),
             text_length=values.get("max_sequence_length", 0),
+            strength=values.get("strength"),
+            adapters=find_adapters(card, self.loras or (), adapters or {}) if self.loras or card.loras else (),
         )
+        card.table(recipe)  # raises where a strength leaves no step
         # NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
         limits = [seconds for seconds in (self.deadline, None if self.stream else patience) if seconds is not None]
         delivery = Delivery(
@@ -174,7 +198,7 @@ class ImageBody(BaseModel):
             asked = bool(value) if field == "negative_prompt" else value is not None
             if asked and not takes(card):
                 raise InvalidValue(f"{field}: {card.id} {reason}", param=field)
-        spans = bounds(card, self.sampler)
+        spans = bounds(card, self.sampler, type(self))
         if self.grid:
             _within(card, "grid.columns", self.grid.columns, spans["n"])
         return {field: _within(card, field, getattr(self, field), span) for field, span in spans.items()}
@@ -218,8 +242,10 @@ class ImageBody(BaseModel):
         return [Prompt(text, self.negative_prompt) for text in texts] * n
 
 
-IGNORED = {name: field for name, field in ImageBody.model_fields.items() if field.annotation is Any}
-"""Fields of OpenAI's clients that have no effect."""
+def ignored(kind: type[ImageBody]) -> Json:
+    """The fields of a body that OpenAI's clients send and that have no effect, by name."""
+    return {name: field for name, field in kind.model_fields.items() if field.annotation is Any}
+
 
 _SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
     "class_label": (lambda card: card.draws_classes, "draws a prompt and has no classes"),
@@ -234,14 +260,14 @@ _SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
 """Fields that only some cards take: whether a card does, and why another refuses them."""
 
 
-def bounds(card: Card, sampler: str | None = None) -> dict[str, Json]:
-    """What this card allows in every field that it takes, and its defaults, as keywords of JSON schema.
+def bounds(card: Card, sampler: str | None = None, kind: type[ImageBody] = ImageBody) -> dict[str, Json]:
+    """What this card allows in every field of a body that it takes, and its defaults, as keywords of JSON schema.
 
     sampler: that of the body, which bounds the steps; None for the card's own.
     """
     limits, defaults, samplers = card.limits, card.defaults, valid_samplers(card.schedule)
     chosen = sampler if sampler in samplers else defaults.sampler
-    found: dict[str, Json] = {field: {} for field in ImageBody.model_fields} | {
+    found: dict[str, Json] = {field: {} for field in kind.model_fields} | {
         "n": _span(1, limits.n, 1),
         "size": {"pattern": f"^auto$|{limits.sizes.pattern}", "default": defaults.size},
         "output_compression": _span(0, 100, DEFAULT_QUALITY),
@@ -257,27 +283,23 @@ def bounds(card: Card, sampler: str | None = None) -> dict[str, Json]:
         "max_sequence_length": _span(1, card.text.t5, card.text.t5),
         "priority": _span(-PRIORITY_LIMIT, PRIORITY_LIMIT, 0),
         "deadline": _span(0.1, 86_400),
+        "strength": _span(LEAST_STRENGTH, 1, defaults.strength),
+        "mask_blur": _span(0, 64, MASK_BLUR),
+        "overlay": {"default": True},
+        "resize": {"default": RESIZE},
     }
     if skip := card.skip_layer_guidance:
         spans = _span(0, limits.guidance_scale, skip.scale), _span(0, 1, skip.start), _span(0, 1, skip.stop)
         found |= zip(SKIPPING, spans, strict=True)
-    return {field: bound for field, bound in found.items() if field not in _SOME_CARDS or _SOME_CARDS[field][0](card)}
+    taken = [name for name in kind.model_fields if name not in _SOME_CARDS or _SOME_CARDS[name][0](card)]
+    return {name: found[name] for name in taken}
 
 
 def _span(low: float, high: float, default: float | None = None) -> Json:
     return {"minimum": low, "maximum": high, **({} if default is None else {"default": default})}
 
 
-def size_of(card: Card, size: str) -> Size:
-    """Width and height of a size by its name. Raises InvalidValue: the card does not take it."""
-    sizes = card.limits.sizes
-    if size != "auto" and not re.fullmatch(sizes.pattern, size):
-        raise InvalidValue(f'size: {card.id} has no size "{size[:32]}"; expects "auto" or {sizes}', param="size")
-    return card.default_size if size == "auto" else parse_size(size)
-
-
 def most_steps_of(card: Card) -> dict[str, int]:
-    """The most steps that the card takes with each of its samplers."""
     most = card.limits.num_inference_steps
     return {sampler: most_steps(card.schedule, sampler, most) for sampler in valid_samplers(card.schedule)}
 
@@ -293,6 +315,9 @@ def _within(card: Card, field: str, value: Any, bound: Json) -> Any:
         raise InvalidValue(f"{field}: expects {bound['minimum']} to {bound['maximum']}", param=field)
     if "enum" in bound and value not in bound["enum"]:
         raise InvalidValue(f"{field}: expects one of {', '.join(filter(None, bound['enum']))}", param=field)
+    if "pattern" in bound and not re.fullmatch(bound["pattern"], value):
+        message = f'{field}: {card.id} has no size "{value[:32]}"; expects "auto" or {card.limits.sizes}'
+        raise InvalidValue(message, param=field)
     if "maxLength" in bound and len(value) > bound["maxLength"]:
         message = f"{field}: {len(value)} characters, {card.id} takes 0 to {bound['maxLength']}"
         raise InvalidValue(message, param=field)
@@ -328,7 +353,7 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
         return kind(**fields)
     except ValidationError as error:
         place, reason = first_problem(error.errors(include_url=False), _WORDS)
-        field = ".".join(place[:2])[:64]
+        field = ".".join(place[:3])[:64]
         unserved = field in ("response_format", "output_format") and isinstance(fields[field], str)
         code: Code = "unsupported_parameter" if unserved else "invalid_value"
         raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
@@ -344,10 +369,14 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         "num_inference_steps": recipe.steps,
         "guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded,
     }
+    if recipe.strength is not None:
+        facts["strength"] = recipe.strength
     if recipe.text_length:
         facts["max_sequence_length"] = recipe.text_length
     if guidance.embedded is not None and guidance.guided:
         facts["true_cfg_scale"] = guidance.scale
+    if recipe.adapters:
+        facts["loras"] = [{"name": name, "weight": weight} for name, weight in recipe.adapters]
     if skip := guidance.skip:
         facts |= zip(SKIPPING, (skip.scale, skip.start, skip.stop), strict=True)
     return facts

@@ -2,8 +2,6 @@
 as the answer, with a row for each prompt or class and a column for each model.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -11,13 +9,14 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field, Strict
 
+from app.cards.adapters import Lora
 from app.cards.card import Card
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.errors import InstepError, InvalidValue, RequestError
 from app.imaging import encode_image
 from app.jobs import replies
-from app.jobs.body import IGNORED, LONGEST, ImageBody, Text, expects, first_seed, read_as, recipe_facts
+from app.jobs.body import LONGEST, ImageBody, Text, expects, first_seed, ignored, read_as, recipe_facts
 from app.jobs.job import Job
 from app.panel import panel, unreadable
 from app.report import Result
@@ -40,14 +39,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "guidance_scale": 7.0,
     }
 }
-"""Fields of a body by preset, for those that a body leaves out. One prompt asks for colours and places, one for writing
-in the picture."""
+"""What a body leaves out, by preset. One prompt asks for colours and places, one for writing in the picture."""
 
 _DELIVERY = {"response_format", "output_format", "output_compression", "priority", "deadline"}
-_ASIDE = {"model", "preset", "stream", *_DELIVERY, *IGNORED}
+_ASIDE = {"model", "preset", "stream", *_DELIVERY, *ignored(ImageBody)}
 """Fields that do not say what the panel shows."""
 
-Complete = Callable[[Card, ImageBody], Job]
 _Name = Annotated[str, Strict(), Field(min_length=1, max_length=LONGEST)]
 _Names = Annotated[
     list[_Name],
@@ -125,7 +122,7 @@ def _columns(body: CompareBody, registry: Registry) -> list[Card]:
     elif body.preset is None:
         raise InvalidValue("models: is required", param="models")
     else:
-        fitting = [card for card in registry.cards.values() if takes_preset(card, body.preset)]
+        fitting = [card for card in registry.cards.models.values() if takes_preset(card, body.preset)]
         cards = [card for card in fitting if ModelFolder(card, registry.all).here()]
         if not 1 <= len(cards) <= MODELS:
             here = f"{len(cards)} models that take the preset {body.preset} are downloaded here"
@@ -134,11 +131,10 @@ def _columns(body: CompareBody, registry: Registry) -> list[Card]:
     return sorted(unique.values(), key=lambda card: (card.parameters is None, card.parameters or 0))
 
 
-def cells(body: CompareBody, registry: Registry, complete: Complete) -> list[Job]:
+def cells(body: CompareBody, registry: Registry, complete: Callable[[Card, ImageBody], Job]) -> list[Job]:
     """One job for each row and model, row by row.
 
-    complete: makes the job of one cell by `ImageBody.to_request`. Raises what it raises, with the model before a field
-    that has bounds of the model.
+    complete: makes the job of a cell by `ImageBody.to_request`. Raises as it, the model before a field with its bounds.
     """
     field, rows = body.rows
     jobs = []
@@ -164,7 +160,7 @@ def with_model(jobs: Sequence[Job], error: InstepError) -> InstepError:
     job = next((job for job in jobs if job.error is error), None)
     if job is None or error.param is not None:
         return error
-    model = job.facts["model"] = job.card.id
+    job.facts["model"], model = job.card.model, job.card.id
     message = error.message if model in error.message else f"{model}: {error.message}"
     return error.again(message, f"models.{model}")
 
@@ -183,6 +179,7 @@ class Cell(BaseModel):
     sampler: str
     num_inference_steps: int
     guidance_scale: float
+    loras: list[Lora] | None = None
     timings: replies.Stages
 
 
@@ -256,14 +253,13 @@ def panel_warnings(body: CompareBody, jobs: Sequence[Job], results: Sequence[Res
 
 
 def _heading(job: Job) -> list[str]:
-    count, recipe = parameters_of(job.card), job.request.recipe
+    count, recipe = parameters_in_words(job.card.parameters), job.request.recipe
     settings = f"steps {recipe.steps}, guidance {recipe_facts(recipe)['guidance_scale']:g}"
     return [job.card.id, *([f"{count} parameters"] if count else []), settings]
 
 
-def parameters_of(card: Card) -> str | None:
-    """The number of a model's parameters as a person says it: "8.06 B", "675.1 M"; None where the card has none."""
-    count = card.parameters
+def parameters_in_words(count: int | None) -> str | None:
+    """A number of parameters as a person says it: "8.06 B", "675.1 M"; None for None."""
     if count is None:
         return None
     return f"{count / 1e9:.2f} B" if count >= 999_950_000 else f"{count / 1e6:.1f} M"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app.cards.card import Card
@@ -45,7 +45,9 @@ class Job:
 
     format: of the files; raw: the file alone is the answer. id: in the log. started: when it came, on the clock of
     `time.perf_counter()`. facts: for its line of the log, which never has a prompt. imaging: seconds that its files
-    took. Raises InvalidValue: a sheet longer than its format can be.
+    took. accepted: when a server took it, on the clock of `time.monotonic()`. sent: how many engine processes got it;
+    `on_restart` is called for each after the first. apart: lines by index, up to which that image shares no forward,
+    because a process died there. Raises InvalidValue: a sheet longer than its format can be.
     """
 
     request: Request
@@ -59,6 +61,10 @@ class Job:
     on_report: OnReport | None = None
     estimate: Estimate | None = None
     imaging: float = 0.0
+    accepted: float = field(default_factory=time.monotonic)
+    sent: int = 0
+    on_restart: Callable[[], None] | None = None
+    apart: dict[int, int] = field(default_factory=dict)
     results: dict[int, Result] = field(default_factory=dict)
     future: Future[list[Result]] = field(default_factory=Future)
 
@@ -118,6 +124,17 @@ class Job:
         """End it with this error, unless it has ended."""
         with suppress(InvalidStateError):
             self.future.set_exception(error)
+
+    def send(self) -> Request:
+        """The request for the next engine process, with what came of it so far."""
+        if self.sent:
+            self.facts["restarts"] = self.sent
+            if self.on_restart:
+                self.on_restart()
+        self.sent += 1
+        done, apart = frozenset(self.results), tuple(self.apart.items())
+        delivery = replace(self.request.delivery, arrived=self.accepted, done=done, apart=apart)
+        return replace(self.request, delivery=delivery)
 
     def hear(self, report: Preview | Progress | Result | Failure) -> None:
         """Take what the engine reports of it; the last result and a failure end it. Unheard once it has ended."""

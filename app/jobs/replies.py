@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
+from app.cards.adapters import Lora
 from app.imaging import Format, encode_image, grid, left_out, sheet_size
-from app.jobs.body import IGNORED, SKIPPING, recipe_facts
+from app.jobs.body import MASK_BLUR, RESIZE, SKIPPING, ignored, recipe_facts
 from app.jobs.job import Estimate, Job
 from app.report import Preview, Result
 from app.request import ClassLabel, Condition, Prompt, Recipe
-from app.samplers.table import compile_table
 
 Answer = tuple[bytes, dict[str, str]]
 """The content and the headers of a whole answer."""
@@ -39,6 +39,9 @@ SLICE = 3 * 2**16
 
 MARK = secrets.token_hex(16)
 """Stands for a file in a reply, until `spliced` puts it there. Nobody outside this process can write one."""
+
+_OF_EDITS = {"resize": RESIZE, "mask_blur": MASK_BLUR, "overlay": True}
+"""Fields of a body with a picture that decide its pixels beside the recipe, and their defaults."""
 
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 _SYNTAX = re.compile(
@@ -102,11 +105,13 @@ class ImagesReply(BaseModel):
     sampler: str
     num_inference_steps: int
     guidance_scale: float
+    strength: float | None = Field(None, description="Where the images start from a picture")
     max_sequence_length: int | None = None
     true_cfg_scale: float | None = None
     skip_layer_guidance_scale: float | None = None
     skip_layer_guidance_start: float | None = None
     skip_layer_guidance_stop: float | None = None
+    loras: list[Lora] | None = None
     size: str = Field(description="Of the file: of the whole sheet when a grid was asked for")
     output_format: str
     quality: str
@@ -120,7 +125,7 @@ def answer(job: Job, results: Sequence[Result]) -> Answer:
     """The one file that these results make, where a job asks for it alone, else the whole JSON reply."""
     files, seconds = files_of(job, results)
     if job.raw:
-        return file_answer(files[0], job.format, [job.card.id], results[0].seed, warnings(job, results))
+        return file_answer(files[0], job.format, [job.card.model], results[0].seed, warnings(job, results))
     reply = ImagesReply(
         created=int(time.time()),
         data=[Item(b64_json=MARK, **_item(job, group[0])) for group in file_groups(job, results)],
@@ -150,19 +155,37 @@ def files_of(job: Job, results: Sequence[Result]) -> tuple[list[bytes], float]:
     """The files of these results, and the seconds that they took, which are added to the job's."""
     started, files = time.perf_counter(), []
     for group in file_groups(job, results):
-        pixels = grid([result.pixels for result in group], job.columns) if job.columns else group[0].pixels
+        pictures = [overlaid(job, result) for result in group]
+        pixels = grid(pictures, job.columns) if job.columns else pictures[0]
         text = facts(job, [result.index for result in group])
-        files.append(encode_image(np.asarray(pixels), job.format, job.body.output_compression, text))
+        files.append(encode_image(pixels, job.format, job.body.output_compression, text))
     seconds = time.perf_counter() - started
     job.imaging += seconds
     return files, seconds
 
 
+def overlaid(job: Job, image: Result | Preview) -> np.ndarray:
+    """The pixels of an image, with those of the source where its mask keeps them, unless the body has no overlay.
+
+    uint8 [height, width, 3]. A mask of 0 is exactly the source's pixel, of 255 exactly the image's; the soft edge
+    between mixes them by mask / 255, rounded.
+    """
+    source, pixels = job.request.source, np.asarray(image.pixels)
+    if source is None or source.mask is None or getattr(job.body, "overlay", None) is False:
+        return pixels
+    mask = np.frombuffer(source.mask, np.uint8).reshape(pixels.shape[:2])
+    kept = np.frombuffer(source.pixels, np.uint8).reshape(pixels.shape)
+    laid, soft = np.where(mask[..., None] > 0, pixels, kept), (mask > 0) & (mask < 255)
+    share = mask[soft][:, None].astype(np.uint16)
+    laid[soft] = (pixels[soft] * share + kept[soft] * (255 - share) + 127) // 255
+    return laid
+
+
 def partial_event(job: Job, preview: Preview) -> bytes:
     """A preview as a server-sent event. The file carries no facts: it is not the image that they make."""
-    file = encode_image(preview.pixels, job.format, job.body.output_compression, {})
+    file = encode_image(overlaid(job, preview), job.format, job.body.output_compression, {})
     place = {"partial_image_index": preview.partial, "image_index": _place(job, preview.index)}
-    return _event("image_generation.partial_image", file, place | effective(job, 1))
+    return _event(job, "partial_image", file, place | effective(job, 1))
 
 
 def completed_event(job: Job, results: Sequence[Result]) -> bytes:
@@ -171,7 +194,7 @@ def completed_event(job: Job, results: Sequence[Result]) -> bytes:
     place = None if job.columns else _place(job, results[0].index)
     image = {"image_index": place, **_item(job, results[0])}
     fields = image | _cost(job, results, seconds) | effective(job, len(results))
-    return _event("image_generation.completed", file, fields)
+    return _event(job, "completed", file, fields)
 
 
 def _place(job: Job, index: int) -> int | None:
@@ -179,8 +202,9 @@ def _place(job: Job, index: int) -> int | None:
     return index if len(job.request.images) > 1 else None
 
 
-def _event(kind: str, file: bytes, fields: dict[str, Any]) -> bytes:
+def _event(job: Job, name: str, file: bytes, fields: dict[str, Any]) -> bytes:
     """One server-sent event with its file. JSON has no newlines, so it is one data line."""
+    kind = f"{'image_edit' if job.request.source else 'image_generation'}.{name}"
     event = {"type": kind, "b64_json": MARK, "created_at": int(time.time()), **fields}
     present = {name: value for name, value in event.items() if value is not None}
     return b"".join([f"event: {kind}\ndata: ".encode(), spliced(present, [file]), b"\n\n"])
@@ -213,6 +237,9 @@ def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
         found["n"] = len(specs)
     if job.columns:
         found["grid"] = {"columns": job.columns}
+    for name, default in _OF_EDITS.items():
+        if (value := getattr(job.body, name, None)) not in (None, default):
+            found[name] = value
     return found | {"seed": specs[0].seed, **recipe_facts(job.request.recipe)}
 
 
@@ -230,11 +257,13 @@ def effective(job: Job, images: int) -> dict[str, Any]:
 
 
 def usage(recipes: Sequence[Recipe]) -> Usage:
-    """Tokens of images, by the recipe of each; a class label counts as one."""
+    """Tokens of images, by the recipe of each; a class label counts as one, a source as an image of its size."""
     text = sum(max(1, recipe.text_length) for recipe in recipes)
-    pixels = sum(-(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) for recipe in recipes)
-    details = TokenDetails(text_tokens=text)
-    return Usage(input_tokens=text, output_tokens=pixels, total_tokens=text + pixels, input_tokens_details=details)
+    pixels = [-(-recipe.width // TOKEN) * -(-recipe.height // TOKEN) for recipe in recipes]
+    sources = sum(tokens for recipe, tokens in zip(recipes, pixels, strict=True) if recipe.source)
+    made, details = sum(pixels), TokenDetails(text_tokens=text, image_tokens=sources)
+    put = text + sources
+    return Usage(input_tokens=put, output_tokens=made, total_tokens=put + made, input_tokens_details=details)
 
 
 def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | None = None) -> Stages:
@@ -278,21 +307,25 @@ def warnings(job: Job, results: Sequence[Result]) -> list[str]:
 
 def body_warnings(job: Job) -> list[str]:
     """Warnings for fields that have no effect, whichever model draws."""
-    body, png = job.body, job.format == "png"
+    body, png, masked = job.body, job.format == "png", job.request.recipe.masked
     table: list[Effectless] = [
         ("output_format", body.output_format not in (None, job.format), f"Accept asks for image/{job.format}"),
         ("output_compression", png and body.output_compression is not None, "png is lossless; jpeg and webp are not"),
         ("partial_images", body.partial_images and not body.stream, "previews come with stream"),
         ("Accept", body.stream and job.raw, "stream answers with events"),
+        ("mask_blur", not masked and getattr(body, "mask_blur", None) is not None, "there is no mask"),
+        ("overlay", not masked and getattr(body, "overlay", None) is not None, "there is no mask"),
     ]
     found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
-    for name, info in IGNORED.items():
+    for name, info in ignored(type(body)).items():
         if info.examples is not None and getattr(body, name) not in (None, *info.examples):
             found.append(f"{name} {info.description}")
     for field in ("prompt", "negative_prompt"):
         texts = getattr(body, field) or []
         for match in filter(None, map(_SYNTAX.search, [texts] if isinstance(texts, str) else texts)):
-            found.append(f'{field}: "{match[0][:40]}" is read as plain text: a prompt has no weights and no tags here')
+            lora = "lora:" in match[0].lower()
+            why = "the field loras has LoRAs" if lora else "a prompt has no weights and no tags here"
+            found.append(f'{field}: "{match[0][:40]}" is read as plain text: {why}')
     return found
 
 
@@ -304,7 +337,7 @@ def model_warnings(job: Job) -> list[str]:
     without = "" if scale is not None else f", and {card.id} draws without by default"
     in_vain = body.negative_prompt and not guidance.guided
     no_skip = guidance.skip is None or not guidance.skip.scale
-    lines = compile_table(card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
+    lines, steps = (plan := card.table(recipe)).lines, recipe.steps - plan.first
     table: list[Effectless] = [
         ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
         (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),
@@ -313,7 +346,7 @@ def model_warnings(job: Job) -> list[str]:
     ]
     found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
     if delivery.previews >= lines:
-        found.append(f"partial_images: at most {lines - 1} come before an image of {recipe.steps} steps")
+        found.append(f"partial_images: at most {lines - 1} come before an image of {steps} steps")
     if body.priority is not None and body.priority > delivery.priority:
         found.append(f"priority is {delivery.priority}: more is not for this key")
     return found

@@ -8,17 +8,21 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+from app.cards.adapters import MOST_LORAS, STRONGEST
 from app.cards.card import Card
-from app.cards.catalog import Registry
+from app.cards.catalog import Adapters, Registry, fitting
 from app.cards.folder import ModelFolder
 from app.imaging import Format
 from app.jobs.body import ImageBody, Json, bounds, most_steps_of
 from app.jobs.compare import FIELDS, MODELS, PRESETS, ROWS, CompareBody, takes_preset
+from app.jobs.edit import EditBody
+from app.source import PICTURES
 
 NULL: Json = {"type": "null"}
+Files = Mapping[str, Path] | None
 
 _KEY = '-H "Authorization: Bearer $INSTEP_KEY"'
 """Outside of quotes that would keep the shell from putting the key in: no key is ever printed."""
@@ -27,9 +31,10 @@ _ROWS: dict[str, Json] = {"prompt": {"prompt": ["a red apple", "a blue car"]}, "
 """Examples of comparisons by the field that names their rows."""
 
 
-def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
-    """JSON schema of the bodies that this card takes. default: the card also answers to no name at all."""
-    fields, what = ImageBody.model_json_schema()["properties"], "class_label" if card.draws_classes else "prompt"
+def body_schema(card: Card, names: tuple[str, ...], default: bool, adapters: Adapters | None = None) -> Json:
+    """JSON schema of the bodies that this card takes. default: the card also answers to no name at all. adapters: those
+    that may be asked for."""
+    what = "class_label" if card.draws_classes else "prompt"
     single = _single(card)
     many = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": card.limits.n}
     columns = {"type": "integer", "minimum": 1, "maximum": card.limits.n}
@@ -39,22 +44,44 @@ def body_schema(card: Card, names: tuple[str, ...], default: bool) -> Json:
     spans["prompt"] = {"anyOf": [words, {"type": "array", "items": words}, NULL]}
     spans[what] = {"anyOf": [*single, many]}
     spans["model"] = {"enum": [*names, *(["", None] if default else [])]}
+    spans["loras"] = {"anyOf": [_loras(fitting(card, adapters or {})), NULL]}
     spans["grid"] = {"anyOf": [_object({"columns": columns}, ["columns"]), NULL]}
-    properties = {}
-    for field, span in spans.items():
-        plain = {name: word for name, word in fields[field].items() if name in ("anyOf", "description")}
-        properties[field] = plain | span
     return {
         "title": card.id,
         "description": card.description,
-        **_object(properties, [what] if default else [what, "model"]),
-        "anyOf": [
-            {"properties": {what: {"anyOf": single}}},
-            {"properties": {what: many, "n": {"enum": [1, None]}}},
-        ],
+        **_object(_properties(ImageBody, spans), [what] if default else [what, "model"]),
+        "anyOf": [{"properties": {what: {"anyOf": single}}}, {"properties": {what: many, "n": {"enum": [1, None]}}}],
         **({"allOf": fewer} if (fewer := _fewer_steps(card)) else {}),
         "examples": [example(card)],
     }
+
+
+def edit_schema(card: Card, default: bool, *, form: bool, variation: bool) -> Json:
+    """JSON schema of the bodies with a picture, by reference to `body_schema`; a variation needs no prompt."""
+    place, spans = f"#/components/schemas/ImageBody.{card.id}", bounds(card, kind=EditBody)
+    shared = {field: {"$ref": f"{place}/properties/{field}"} for field in spans if field in ImageBody.model_fields}
+    own = _properties(EditBody, {field: span for field, span in spans.items() if field not in shared})
+    text: Json = {"type": "string", "format": "byte"}
+    several: Json = {"anyOf": [text, {"type": "array", "items": text, "minItems": 1, "maxItems": 1}]}
+    files = dict.fromkeys(PICTURES, {"type": "string", "format": "binary"} if form else several)
+    what = ["class_label"] if card.draws_classes else [] if variation else ["prompt"]
+    return {
+        **_object(files | shared | own, ["image", *what, *([] if default else ["model"])]),
+        "anyOf": [{"$ref": f"{place}/anyOf/{index}"} for index in range(2)],
+        **_fewer_by_reference(card),
+    }
+
+
+def _properties(kind: type[ImageBody], spans: Mapping[str, Json]) -> Json:
+    """The schemas of these fields: types and descriptions of the model, ranges of the card."""
+    return {field: _plain(kind)[field] | span for field, span in spans.items()}
+
+
+@cache
+def _plain(kind: type[ImageBody]) -> dict[str, Json]:
+    """Types and descriptions of a model's fields. NOTE: pydantic takes tens of ms for them."""
+    fields = kind.model_json_schema()["properties"].items()
+    return {field: {name: one[name] for name in ("anyOf", "description") if name in one} for field, one in fields}
 
 
 def _object(properties: Json, required: list[str]) -> Json:
@@ -67,6 +94,12 @@ def _single(card: Card) -> list[Json]:
         return [{"type": "string", "maxLength": card.limits.prompt}]
     names = [name for name in card.labels if card.labels.count(name) == 1]
     return [{"type": "integer", "minimum": 0, "maximum": max(0, len(card.labels) - 1)}, {"enum": names}]
+
+
+def _loras(names: list[str]) -> Json:
+    weight = {"type": "number", "minimum": -STRONGEST, "maximum": STRONGEST, "default": 1}
+    entry = _object({"name": {"enum": names}, "weight": weight}, ["name"])
+    return {"type": "array", "items": entry, "maxItems": MOST_LORAS} if names else {"type": "array", "maxItems": 0}
 
 
 def _fewer_steps(card: Card) -> list[Json]:
@@ -137,20 +170,35 @@ def _cells(card: Card, kind: str) -> Json:
         single = [{"$ref": f"{place}/properties/{kind}/anyOf/{index}"} for index in range(len(_single(card)))]
         rows = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": ROWS}
         fields[kind] = {"anyOf": [*single, rows]}
-    fewer = [{"$ref": f"{place}/allOf/{index}"} for index in range(len(_fewer_steps(card)))]
-    return {"properties": fields, **({"allOf": fewer} if fewer else {})}
+    return {"properties": fields, **_fewer_by_reference(card)}
+
+
+def _fewer_by_reference(card: Card) -> Json:
+    place = f"#/components/schemas/ImageBody.{card.id}/allOf"
+    fewer = [{"$ref": f"{place}/{index}"} for index in range(len(_fewer_steps(card)))]
+    return {"allOf": fewer} if fewer else {}
 
 
 def curl(
-    server: str, route: str, body: Mapping[str, Any], format: Format, out: Path | str, *, key: bool = False
+    server: str, route: str, body: Json, format: Format, out: Path | str, *, key: bool = False, files: Files = None
 ) -> str:
-    """The command that posts this body to /v1/<route> of a server and writes the file alone.
+    """The command that posts this body to /v1/<route> of a server, with files as a form, and writes the file alone.
 
     server: its URL or host and port. key: whether it wants one, which the command takes from INSTEP_KEY.
     """
-    asked = shlex.join(["-H", "Content-Type: application/json", "-H", f"Accept: image/{format}"])
-    posted = shlex.join(["-d", json.dumps(body, ensure_ascii=False), "-o", str(out)])
-    return " ".join([f"curl {shlex.quote(f'{server}/v1/{route}')}", *([_KEY] if key else []), asked, posted])
+    asked = [] if files else ["-H", "Content-Type: application/json"]
+    posted = _form(body, files) if files else ["-d", json.dumps(body, ensure_ascii=False)]
+    options = shlex.join([*asked, "-H", f"Accept: image/{format}", *posted, "-o", str(out)])
+    return " ".join([f"curl {shlex.quote(f'{server}/v1/{route}')}", *([_KEY] if key else []), options])
+
+
+def _form(body: Json, files: Mapping[str, Path]) -> list[str]:
+    """The options of curl that send a form; a list has an option for each entry."""
+    found = [("-F", f"{name}=@{json.dumps(str(file), ensure_ascii=False)}") for name, file in files.items()]
+    for name, value in body.items():
+        name, values = (f"{name}[]", value) if isinstance(value, list) else (name, [value])
+        found += [("--form-string", f"{name}={one if isinstance(one, str) else json.dumps(one)}") for one in values]
+    return [word for pair in found for word in pair]
 
 
 def first_curl(server: str, card: Card, *, key: bool) -> str:

@@ -1,16 +1,22 @@
 """Memory: the parts of models, and the moves of their weights between files, host memory and the device."""
 
-from __future__ import annotations
-
+import logging
 import time
-from collections.abc import Hashable, Iterable
-from typing import Literal
+from collections.abc import Hashable, Iterable, Mapping, Set
+from typing import Any, Literal
 
 import torch
 
+from app.cards.adapters import Adapter
 from app.cards.folder import Part
+from app.checkpoints.adapters import read_adapter
 from app.checkpoints.parts import blank_part, part_stamp, part_states
-from app.families.components import fill_network, has_weights
+from app.checkpoints.tensors import State
+from app.errors import LoadError
+from app.families.adapters import LoRA, lay_out
+from app.families.components import fill_network
+
+_log = logging.getLogger(__name__)
 
 Place = Literal["device", "host", "away"]
 
@@ -35,18 +41,23 @@ class Component:
         self.place: Place = "device"  # a tokenizer is always there
         self.moving = False
         self._stamp: tuple[Hashable, ...] = ()
-        self.value = blank_part(part)
-        if has_weights(part.class_name):
+        self.value = self._blank()
+        if isinstance(self.value, torch.nn.Module):
             # The sizes in the headers, each tensor once: the network accepts no other names or shapes.
             self.bytes = sum(tensor.numel() for tensor in _tensors(self.value)) * dtype.itemsize
             self.place = "away"
+
+    @property
+    def tags(self) -> Set[object]:
+        """What may ask for it to stay: its models."""
+        return self.owners
 
     def arrive(self) -> None:
         """Bring the weights to the device, from host memory or from the files. Raises CheckpointError."""
         if self.place == "host":
             _move(self.value, self.device)
         else:
-            stamp, states = part_stamp(self.part), part_states(self.part)
+            stamp, states = part_stamp(self.part), self._states()
             fill_network(self.value, self.part.weights, states, self.device, self.dtype)
             after = part_stamp(self.part)  # files that changed while they were read count as others
             self.version, self._stamp = self.version + (not stamp == after == self._stamp), after
@@ -63,6 +74,47 @@ class Component:
     def leave(self) -> None:
         """Free the weights; their files remain."""
         self.value.to("meta")
+
+    def _blank(self) -> Any:
+        return blank_part(self.part)
+
+    def _states(self) -> Iterable[State]:
+        return part_states(self.part)
+
+
+class AdapterComponent(Component):
+    """An adapter for the networks of one model."""
+
+    def __init__(
+        self, adapter: Adapter, networks: Mapping[str, torch.nn.Module], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """networks: by the names of their parts. Raises CheckpointError."""
+        self.adapter, self._networks = adapter, networks
+        super().__init__(Part("lora", "LoRA", adapter.file.parent, adapter.file), device, dtype)
+
+    @property
+    def tags(self) -> Set[object]:
+        """Its model, and the model with the name of the adapter."""
+        return {*self.owners, *((model, self.adapter.name) for model in self.owners)}
+
+    def _blank(self) -> LoRA:
+        return LoRA(read_adapter(self.adapter.file, self._networks).pairs, self._networks)
+
+    def _states(self) -> Iterable[State]:
+        yield lay_out(read_adapter(self.adapter.file, self._networks).pairs)[0]
+
+
+def load_error(name: str, error: Exception, device: torch.device) -> LoadError:
+    """A new error for users: the traceback of the caught one holds all that was loaded until it was raised.
+
+    name: of the model or the adapter that cannot be used.
+    """
+    if isinstance(error, LoadError):
+        return error.again()
+    if isinstance(error, torch.OutOfMemoryError):
+        return LoadError(f"{name}: not enough memory on {device}")
+    _log.error("loading %s", name, exc_info=error)
+    return LoadError(f"{name}: cannot be loaded ({type(error).__name__})")
 
 
 def _tensors(network: torch.nn.Module) -> Iterable[torch.Tensor]:

@@ -6,25 +6,35 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pydantic import ByteSize
+
 from app.errors import LoadError
 from app.report import Phase, State
 
 if TYPE_CHECKING:
     from app.families.base import Family
-    from app.pool.memory import Component
+    from app.pool.memory import AdapterComponent, Component
 
 PHASES: tuple[Phase, ...] = ("decode", "encode", "denoise")
 """The order of a first load: the VAE first, because the map of previews is fitted with it."""
 
-Parts = tuple[str, tuple[Phase, ...]]
-"""A model, and the phases whose components rows wait for."""
+Kept = str | tuple[str, str]
+"""A model whose components stay, or one of its adapters: (model, name)."""
+
+ADAPTED: tuple[Phase, ...] = ("encode", "denoise")
+"""The phases that compute with adapters."""
+
+
+Parts = tuple[str, tuple[Phase, ...], tuple[str, ...]]
+"""What rows wait for: a model, the phases whose components they need, and the names of their adapters."""
 
 
 class Task(NamedTuple):
     """The next task of the loader; its components are claimed.
 
     build: find the parts of a model and check their headers. bring: move `leaving` off the device, and what is missing
-    of `wanted` in. drop: free `leaving`; without any, all that is to leave has left.
+    of `wanted` in. drop: free `leaving`; without any, all that is to leave has left. adapter: the one of the model that
+    is built or brought, instead of its parts.
     """
 
     kind: Literal["build", "bring", "drop"]
@@ -32,18 +42,22 @@ class Task(NamedTuple):
     phases: tuple[Phase, ...] = ()
     wanted: Sequence[Component] = ()
     leaving: Sequence[Component] = ()
+    adapter: str = ""
 
 
 @dataclass
 class Model:
     """The state of a model. brought: the phases whose components were on the device since it was built.
 
-    spent: the loader's seconds on this load so far, without those in which it waited for room.
+    spent: the loader's seconds on this load so far, without those in which it waited for room. adapters: those that
+    rows have asked for. faults: why adapters cannot be used, and since when.
     """
 
     state: State = "absent"
     family: Family | None = None
     parts: dict[str, Component] = field(default_factory=dict)
+    adapters: dict[str, AdapterComponent] = field(default_factory=dict)
+    faults: dict[str, tuple[LoadError, float]] = field(default_factory=dict)
     brought: set[Phase] = field(default_factory=set)
     error: LoadError | None = None
     since: float = 0.0
@@ -57,14 +71,24 @@ class Model:
     def on_device(self) -> int:
         return sum(one.bytes for one in self.parts.values() if here(one))
 
-    def components(self, phases: Collection[Phase] = PHASES) -> list[Component]:
-        """The components with weights that these phases need; none before the model is built."""
-        names = [name for phase in PHASES if phase in phases and self.family for name in self.family.phases[phase]]
-        return [self.parts[name] for name in names if name in self.parts]
+    @property
+    def all(self) -> list[Component]:
+        """Its parts and its adapters."""
+        return [*self.parts.values(), *self.adapters.values()]
 
-    def has(self, phases: Collection[Phase]) -> bool:
+    def components(self, phases: Collection[Phase] = PHASES, adapters: Collection[str] = ()) -> list[Component]:
+        """The components with weights that these phases need; none before the model is built, and only adapters that
+        are built."""
+        names = [name for phase in PHASES if phase in phases and self.family for name in self.family.phases[phase]]
+        used = adapters if not set(ADAPTED).isdisjoint(phases) else ()
+        parts = [self.parts[name] for name in names if name in self.parts]
+        return parts + [self.adapters[name] for name in used if name in self.adapters]
+
+    def has(self, phases: Collection[Phase], adapters: Collection[str] = ()) -> bool:
         """Whether the model is ready and all components of these phases are on the device."""
-        return self.state == "ready" and all(here(one) for one in self.components(phases))
+        if self.state != "ready" or not all(here(one) for one in self.components(phases, adapters)):
+            return False
+        return set(ADAPTED).isdisjoint(phases) or self.adapters.keys() >= set(adapters)
 
 
 class Policy:
@@ -72,7 +96,7 @@ class Policy:
 
     The pool calls it under its lock. budget, host: bytes that weights may take of the device, and put aside in host
     memory. loads: models to load for a first time, or again. dropped: models to unload. needs: what rows wait for, in
-    order, and the models whose components stay meanwhile. kept: the same models, for loads. fresh: no need was acted on
+    order, and the models and adapters that stay meanwhile. kept: the same ones, for loads. fresh: no need was acted on
     since the last call of `Pool.need`. blocked: the first need that is not met waits for something that is leased or
     kept.
     """
@@ -82,8 +106,8 @@ class Policy:
         self.components: list[Component] = []
         self.loads: list[str] = []
         self.dropped: set[str] = set()
-        self.needs: list[tuple[str, tuple[Phase, ...], frozenset[str]]] = []
-        self.kept = frozenset[str]()
+        self.needs: list[tuple[Parts, frozenset[Kept]]] = []
+        self.kept = frozenset[Kept]()
         self.fresh = True
         self.blocked = False
 
@@ -106,6 +130,32 @@ class Policy:
         """Forget a load that has ended, well or badly."""
         self.loads = [other for other in self.loads if other != model_id]
 
+    def check_size(self, model_id: str, device: str, adapters: Collection[str] = ()) -> None:
+        """Raises LoadError for a built model with a phase that needs more than the budget of the device."""
+        model = self.models[model_id]
+        sizes = {phase: sum(one.bytes for one in model.components((phase,), adapters)) for phase in PHASES}
+        phase = max(PHASES, key=lambda phase: sizes[phase])
+        if sizes[phase] > self.budget:
+            needed, budget = (ByteSize(size).human_readable(True) for size in (sizes[phase], self.budget))
+            beside = f" with {', '.join(adapters)}" if adapters else ""
+            raise LoadError(
+                f"{model_id}: what it needs to {phase}{beside} takes {needed}, and weights may take {budget} of "
+                f"{device} (INSTEP_DEVICE_MEMORY)",
+                code="insufficient_gpu_memory",
+            )
+
+    def fault(self, model_id: str, device: str, adapters: Collection[str]) -> LoadError | None:
+        """Why these adapters of a model cannot be used: one is broken, or they do not fit beside it."""
+        faults = self.models[model_id].faults
+        for name in adapters:
+            if name in faults:
+                return faults[name][0]
+        try:
+            self.check_size(model_id, device, adapters)
+        except LoadError as error:
+            return error.again() if adapters else None
+        return None
+
     def room_for(
         self, wanted: Sequence[Component], kept: Callable[[Component], bool] = lambda one: False
     ) -> list[Component] | None:
@@ -121,8 +171,14 @@ class Policy:
         parked = (other for other in self.components if other.place == "host" and not other.moving)
         return _longest_unused(parked, self.parked + one.bytes - self.host)
 
-    def forget(self) -> None:
-        """Remove the components without owners. One that is still leased counts on, but no new load finds it."""
+    def forget(self, model_id: str) -> None:
+        """Take its components from a model, and remove those without owners. One that is still leased counts on, but no
+        new load finds it."""
+        model = self.models[model_id]
+        for one in model.all:
+            one.owners.discard(model_id)
+        model.family, model.parts, model.brought, model.adapters, model.faults = None, {}, set(), {}, {}
+        self.loaded(model_id)
         self.components = [one for one in self.components if one.owners or one.leases]
         for one in self.components:
             one.key = one.key if one.owners else None
@@ -131,7 +187,7 @@ class Policy:
         """Free what no other model uses; a last task, without components, tells that nothing more is to be freed."""
         gone = self.dropped | {model_id for model_id, model in self.models.items() if model.state == "absent"}
         for model_id in list(self.dropped):
-            mine = [one for one in self.models[model_id].parts.values() if one.bytes and one.owners <= gone]
+            mine = [one for one in self.models[model_id].all if one.bytes and one.owners <= gone]
             idle = [one for one in mine if one.place != "away" and not one.leases]
             if all(one.place == "away" for one in mine):
                 self.dropped.discard(model_id)
@@ -150,16 +206,21 @@ class Policy:
         if not self.fresh:
             return None
         met: set[int] = set()
-        for model_id, phases, kept in self.needs:
+        for (model_id, phases, adapters), kept in self.needs:
             model = self.models[model_id]
-            if model.state == "failed" or model.family is None:
+            if model.state == "failed" or model.family is None or not model.faults.keys().isdisjoint(adapters):
                 continue
             phases = phases if model.brought.issuperset(PHASES) else self._first(model)
-            if model.has(phases):
-                met.update(id(one) for one in model.components(phases))
+            present = [one for one in model.components(phases, adapters) if here(one)]
+            if model.has(phases, adapters):
+                met.update(map(id, present))
                 continue
-            task = self._plan(model_id, phases, kept, met)
-            self.fresh = self.blocked = task is None
+            if not model.has(phases):
+                task = self._plan(model_id, phases, kept, met)
+            else:
+                task = self._adapt(model_id, adapters, kept, met.union(map(id, present)))
+            self.blocked = task is None
+            self.fresh = task is None or task.kind == "build"
             return task
         self.blocked = False
         loads = (self._plan(model_id, self._first(self.models[model_id]), self.kept, met) for model_id in self.loads)
@@ -172,14 +233,25 @@ class Policy:
         return next(((phase,) for phase in PHASES if phase not in model.brought), ("denoise",))
 
     def _plan(
-        self, model_id: str, phases: tuple[Phase, ...], kept: frozenset[str], met: Collection[int]
+        self, model_id: str, phases: tuple[Phase, ...], kept: frozenset[Kept], met: Collection[int], adapter: str = ""
     ) -> Task | None:
-        wanted, spared = self.models[model_id].components(phases), kept - {model_id}
-        leaving = self.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.owners))
+        model, spared = self.models[model_id], kept - {model_id}
+        wanted = [model.adapters[adapter]] if adapter else model.components(phases)
+        leaving = self.room_for(wanted, lambda one: id(one) in met or not spared.isdisjoint(one.tags))
         if leaving is None:
             return None
         claim([*(one for one in wanted if one.place != "device"), *leaving])
-        return Task("bring", model_id, phases, wanted, leaving)
+        return Task("bring", model_id, phases, wanted, leaving, adapter)
+
+    def _adapt(
+        self, model_id: str, adapters: Sequence[str], kept: frozenset[Kept], met: Collection[int]
+    ) -> Task | None:
+        """Build or bring the first adapter that is not here."""
+        model = self.models[model_id]
+        name = next(name for name in adapters if name not in model.adapters or not here(model.adapters[name]))
+        if name in model.adapters:
+            return self._plan(model_id, (), kept, met, name)
+        return Task("build", model_id, adapter=name)
 
 
 def here(one: Component) -> bool:

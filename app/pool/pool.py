@@ -4,28 +4,25 @@ Components (a network, a VAE, a text encoder) are what moves and what is leased;
 and because one thread builds them all, none is built twice.
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Literal
+from contextlib import suppress
+from typing import Literal, cast
 
 import torch
-from pydantic import ByteSize
 
-from app.cards.card import Card
-from app.cards.folder import Part
-from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, read_parts
-from app.errors import LoadError, ModelNotFound
-from app.families import FAMILIES
+from app.cards.card import WORDS, Card
+from app.checkpoints.parts import read_parts
+from app.errors import InstepError, LoadError, ModelNotFound
+from app.families.adapters import LoRA
 from app.families.base import Family
-from app.families.compiling import compile_blocks
-from app.families.components import has_weights
-from app.pool.memory import Component, Place
-from app.pool.policy import PHASES, Model, Parts, Policy, Task, claim, here
+from app.pool.budget import use_threads
+from app.pool.builder import Builder
+from app.pool.memory import Component, Place, load_error
+from app.pool.policy import PHASES, Kept, Model, Parts, Policy, Task, claim, here
 from app.report import Evicted, ModelState, Phase, State
 
 RETRY_AFTER = 30.0
@@ -51,16 +48,20 @@ class Pool:
         budget: int = sys.maxsize,
         host: int = 0,
         compiled: bool = False,
+        loads: Callable[[str], None] = lambda model: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """dtype: of the networks; a VAE on the CPU is float32 always. budget: bytes that weights may take of the
-        device. compiled: networks compile their blocks. clock: seconds, for the wait after a failure."""
+        device. compiled: networks compile their blocks. loads: is called before and after each task of the loader, as
+        `Page.loads`. clock: seconds, for the wait after a failure."""
         self.cards, self.device, self.dtype = dict(cards), torch.device(device), dtype
         self.models = {model_id: Model() for model_id in cards}
         # On a CPU the host's memory is the device's: there is nowhere to put weights aside.
         self.policy = Policy(self.models, budget, host if self.device.type != "cpu" else 0)
         self.lock = threading.Condition()
-        self._compiled, self._clock = compiled, clock
+        self.loading = ""  # the model of the loader's task
+        self._builder = Builder(self.policy, self.lock, self.device, dtype, compiled)
+        self._loads, self._clock = loads, clock
         self._changes: list[ModelState | Evicted] = []
         self._closed = False
         self._broken: BaseException | None = None
@@ -100,26 +101,32 @@ class Pool:
             self.policy.needs = []  # rows that wait for it ask again
             self.lock.notify()
 
-    def need(self, waiting: Sequence[Parts], kept: Collection[str] = (), urgent: Sequence[Parts] = ()) -> None:
-        """Replace what rows wait for. kept: models whose components stay. urgent: needs of rows that hold memory on
+    def need(self, waiting: Sequence[Parts], kept: Collection[Kept] = (), urgent: Sequence[Parts] = ()) -> None:
+        """Replace what rows wait for. kept: models and adapters that stay. urgent: needs of rows that hold memory on
         the device, which come first and spare no model. What is needed is brought in order, one each call; until the
         next call nothing else moves."""
         policy, stays = self.policy, frozenset(kept)
-        needs = [(*parts, frozenset[str]()) for parts in urgent] + [(*parts, stays) for parts in waiting]
+        needs = [(parts, frozenset[Kept]()) for parts in urgent] + [(parts, stays) for parts in waiting]
         with self.lock:
             if policy.fresh and (needs, stays) == (policy.needs, policy.kept):
                 return
             policy.needs, policy.kept, policy.fresh = needs, stays, True
-            for model_id, *_ in needs:
+            for (model_id, *_), _ in needs:
                 policy.dropped.discard(model_id)
                 if self._model(model_id).state == "absent":
                     self.want(model_id)
             self.lock.notify()
 
-    def components(self, model_id: str, *phases: Phase) -> list[Component]:
+    def components(self, model_id: str, *phases: Phase, adapters: Collection[str] = ()) -> list[Component]:
         """What these phases of a model need on the device; nothing until the model was built."""
         with self.lock:  # the loader takes the parts of a model away when it fails
-            return self._model(model_id).components(phases)
+            return self._model(model_id).components(phases, adapters)
+
+    def adapter(self, model_id: str, name: str) -> LoRA:
+        """The weights of an adapter that was on the device. Raises LoadError."""
+        if name not in self._model(model_id).adapters:
+            raise LoadError(f"{name}: the adapter is gone")
+        return cast(LoRA, self._model(model_id).adapters[name].value)
 
     def lease(self, components: Collection[Component]) -> bool:
         """Forbid these to move until they are released; False, and nothing is leased, while one is not here."""
@@ -136,12 +143,13 @@ class Pool:
         with self.lock:
             for one in components:
                 one.leases -= 1
+            self._discard(components)
             self.lock.notify()
 
-    def resident(self, model_id: str, phase: Phase) -> bool:
+    def resident(self, model_id: str, phase: Phase, adapters: Collection[str] = ()) -> bool:
         """Whether the model is ready and all components of the phase are on the device."""
         with self.lock:
-            return self._model(model_id).has((phase,))
+            return self._model(model_id).has((phase,), adapters)
 
     @property
     def blocked(self) -> bool:
@@ -163,17 +171,22 @@ class Pool:
         with self.lock:
             return next((one.version for one in self.policy.components if one.value is network), 0)
 
-    def fits(self, model_id: str) -> bool:
+    def fits(self, model_id: str, adapters: Collection[str] = ()) -> bool:
         """Whether all components of a built model can be on the device together."""
-        return self.size(model_id) <= self.policy.budget
+        model = self._model(model_id)
+        beside = sum(model.adapters[name].bytes for name in adapters if name in model.adapters)
+        return model.bytes + beside <= self.policy.budget
 
     def size(self, model_id: str) -> int:
         """Bytes of the weights of all components; 0 until the model was built."""
         return self._model(model_id).bytes
 
-    def failure(self, model_id: str) -> LoadError | None:
+    def failure(self, model_id: str, adapters: Collection[str] = ()) -> LoadError | None:
         """Why the last load failed; None when it did not or is being tried again."""
-        return self._model(model_id).error
+        with self.lock:
+            model = self._model(model_id)
+            model.faults = {n: one for n, one in model.faults.items() if self._clock() - one[1] < RETRY_AFTER}
+            return model.error or self.policy.fault(model_id, str(self.device), adapters)
 
     def poll(self) -> list[ModelState | Evicted]:
         """The changes since the last call, in order. Raises the error that ended the loader: a device that is lost."""
@@ -185,20 +198,64 @@ class Pool:
 
     def fail(self, model_id: str, error: Exception) -> None:
         """Record why the model cannot be used, and empty the components that only this model has."""
-        reason = self._reason(model_id, error)
-        model = self.models[model_id]
+        reason = load_error(model_id, error, self.device)
+        self._empty(model_id)
         with self.lock:
-            alone = [one for one in model.parts.values() if one.owners == {model_id} and not one.leases and one.bytes]
-            claim(alone)
-        for one in alone:
-            self.drop(one)
-        with self.lock:
-            for one in model.parts.values():
-                one.owners.discard(model_id)
-            self.policy.forget()
-            model.family, model.parts, model.brought, model.error = None, {}, set(), reason
-            self.policy.loaded(model_id)
+            self.models[model_id].error = reason
             self._change(model_id, "failed", detail=reason.message)
+
+    def keeps(self, model_id: str, cards: Mapping[str, Card]) -> bool:
+        """Take the model's card among these and return True, if it has the same parts as before and has not failed."""
+        new, model = cards[model_id], self.models.get(model_id)
+        old = self.cards.get(model_id, new)
+        new = new.model_copy(update={"adapters": old.adapters | new.adapters})  # rows may still ask for the old ones
+        if not model or model.state == "failed" or old.model_dump(exclude=WORDS) != new.model_dump(exclude=WORDS):
+            return False
+        with suppress(InstepError):  # what is loaded stays where the files are not whole
+            keys = {one.key for one in model.parts.values()}
+            if keys and keys != {self._builder.key(new, part) for part in read_parts(new, cards)}:
+                return False
+        with self.lock:
+            model.faults = {}  # their files may be whole now
+            for name in [name for name, one in model.adapters.items() if one.adapter.stamp != new.adapters[name].stamp]:
+                self._leave_out(model_id, name)
+        self.cards[model_id] = new
+        return True
+
+    def replace(self, card: Card) -> bool:
+        """Take this card for the model of its id, loaded again unless absent; False while the loader works on it."""
+        with self.lock:
+            old = self.models.setdefault(card.id, Model())
+            if self.loading == card.id or any(one.moving for one in old.all):
+                return False
+            self._empty(card.id)
+            self.policy.dropped.discard(card.id)
+            self.cards[card.id], self.models[card.id], self.policy.needs = card, Model(), []
+            if old.state != "absent":
+                self._change(card.id, "absent", "reloaded")
+                self.want(card.id)
+        return True
+
+    def _leave_out(self, model_id: str, adapter: str) -> None:
+        """Take an adapter from a model: the next row that asks for it has it built anew."""
+        with self.lock:
+            if one := self.models[model_id].adapters.pop(adapter, None):
+                one.owners.discard(model_id)
+                self._discard([one])
+
+    def _discard(self, components: Collection[Component]) -> None:
+        """Free and remove those that no model has any more, once they neither move nor are leased. Under the lock."""
+        for one in [one for one in components if not (one.owners or one.leases or one.moving)]:
+            self.drop(one)
+            self.policy.components = [other for other in self.policy.components if other is not one]
+
+    def _empty(self, model_id: str) -> None:
+        """Take its components from a model, and empty those that only this model has."""
+        with self.lock:
+            parts = self.models[model_id].all
+            for one in [one for one in parts if one.owners == {model_id} and not one.leases and one.bytes]:
+                self.drop(one)
+            self.policy.forget(model_id)
 
     def _model(self, model_id: str) -> Model:
         try:
@@ -235,7 +292,10 @@ class Pool:
         """Wait for the next task; None when the pool is closed."""
         with self.lock:
             while not self._closed:
-                if task := self.policy.next():
+                task = self.policy.next()
+                self.loading = task.model if task else ""
+                self._loads(self.loading)
+                if task:
                     return task
                 self.lock.wait()
         return None
@@ -250,47 +310,27 @@ class Pool:
             if task.kind == "drop":  # an error while weights are freed is no model's failure
                 _log.exception("dropping weights")
                 self._settle(task.leaving)
+            elif task.adapter:
+                self._leave_out(task.model, task.adapter)
+                fault = load_error(task.adapter, error, self.device)
+                fault.code, fault.param = "lora_load_failed", f"loras.{task.adapter}"
+                with self.lock:  # the engine goes through them
+                    self.models[task.model].faults[task.adapter] = fault, self._clock()
             else:
                 self.fail(task.model, error)
 
     def _build(self, task: Task) -> None:
-        """Build all but the weights: find the parts, check headers and configs, compare the sizes with the budget."""
+        """Build all but the weights, and compare the sizes with the budget."""
         start, card, model = time.monotonic(), self.cards[task.model], self.models[task.model]
-        found = read_parts(card, self.cards)
-        # Networks before tokenizers, which take longest to read, so that files that lie are refused at once.
-        found.sort(key=lambda part: (not has_weights(part.class_name), part.name not in FAMILIES[card.family].required))
-        for part in found:
-            if has_weights(part.class_name):
-                part_outline(part)
-        parts = {part.name: self._component(card, part) for part in found}
-        family = build_family(card, {name: one.value for name, one in parts.items()}, self.device, self.dtype)
-        if self._compiled:
-            compile_blocks(family.network)
+        if task.adapter:
+            return self._builder.adapter(card, model, task.adapter)
+        family, parts = self._builder.model(card, self.cards)
         with self.lock:
             model.family, model.parts = family, parts
             model.spent += time.monotonic() - start
             for one in parts.values():
                 one.owners.add(task.model)
-        sizes = {phase: sum(one.bytes for one in model.components((phase,))) for phase in PHASES}
-        phase = max(PHASES, key=lambda phase: sizes[phase])
-        if sizes[phase] > self.policy.budget:
-            needed, budget = (ByteSize(size).human_readable(True) for size in (sizes[phase], self.policy.budget))
-            raise LoadError(
-                f"{task.model}: what it needs to {phase} takes {needed}, and weights may take {budget} of "
-                f"{self.device} (INSTEP_DEVICE_MEMORY)",
-                code="insufficient_gpu_memory",
-            )
-
-    def _component(self, card: Card, part: Part) -> Component:
-        """The component of a part, which cards share that differ in nothing that changes it."""
-        dtype = part_dtype(part.name, self.device, self.dtype)
-        key = (part_identity(part), dtype, FAMILIES[card.family].traits(card, part.name))
-        found = next((one for one in self.policy.components if one.key == key), None)
-        if found is None:
-            found = Component(part, self.device, dtype, key)
-            with self.lock:
-                self.policy.components.append(found)
-        return found
+        self.policy.check_size(task.model, str(self.device))
 
     def _bring(self, task: Task) -> None:
         model, start = self.models[task.model], time.monotonic()
@@ -352,28 +392,9 @@ class Pool:
         with self.lock:
             one.place, one.moving = place, False
 
-    def _settle(self, claimed: Iterable[Component]) -> None:
+    def _settle(self, claimed: Collection[Component]) -> None:
         """Free what is still on its way, after an error."""
-        for one in claimed:
-            if one.moving:
+        with self.lock:
+            for one in [one for one in claimed if one.moving]:
                 self.drop(one)
-
-    def _reason(self, model_id: str, error: Exception) -> LoadError:
-        """A new error for users: the traceback of the caught one holds all that was loaded until it was raised."""
-        if isinstance(error, LoadError):
-            return error.again()
-        if isinstance(error, torch.OutOfMemoryError):
-            return LoadError(f"{model_id}: not enough memory on {self.device}")
-        _log.error("loading %s", model_id, exc_info=error)
-        return LoadError(f"{model_id}: cannot be loaded ({type(error).__name__})")
-
-
-def use_threads(count: int) -> None:
-    """Let the calling thread compute with so many threads, whatever other threads ask for before or after.
-
-    NOTE: a thread takes the number that was set last anywhere in the process when it first computes or asks for it,
-    hence the question here. With more threads than cores in all, an engine drew at half its speed: OpenMP lets each
-    thread fall asleep after every parallel region.
-    """
-    torch.set_num_threads(count)
-    torch.get_num_threads()
+            self._discard(claimed)

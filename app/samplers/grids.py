@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,9 @@ class Path:
     init: float = 1.0
     variance: str = "fixed_small"
 
+    def __getitem__(self, steps: slice) -> Path:
+        return replace(self, here=self.here[steps], there=self.there[steps])
+
 
 Walk = Callable[[Schedule, int], Path]
 """The path of so many steps on a schedule. Raises InvalidValue(param="num_inference_steps") when they do not fit."""
@@ -73,19 +76,6 @@ def alpha_bar(schedule: Schedule) -> Array:
     return bar
 
 
-def _leading(schedule: Schedule, steps: int) -> Array:
-    return np.arange(steps, dtype=np.float64)[::-1] * (schedule.train_steps // steps) + schedule.steps_offset
-
-
-def _linspace(schedule: Schedule, steps: int) -> Array:
-    return np.linspace(0, schedule.train_steps - 1, steps, dtype=np.float64)[::-1]
-
-
-def _trailing(schedule: Schedule, steps: int) -> Array:
-    # NOTE: at some counts (61 of 1000) rounding gives arange one element too many, upstream too: a step to t = -1.
-    return np.arange(schedule.train_steps, 0, -schedule.train_steps / steps)[:steps].round() - 1
-
-
 def _respaced(schedule: Schedule, steps: int) -> Array:
     # NOTE: upstream adds its stride step by step and rounds the sums, so halves fall where their rounding errors say.
     # linspace differs from it at 278 of the counts from 2 to 1000. cumsum adds in the same order.
@@ -94,9 +84,12 @@ def _respaced(schedule: Schedule, steps: int) -> Array:
 
 
 SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
-    "leading": _leading,
-    "linspace": _linspace,
-    "trailing": _trailing,
+    "leading": lambda own, steps: (
+        np.arange(steps, dtype=np.float64)[::-1] * (own.train_steps // steps) + own.steps_offset
+    ),
+    "linspace": lambda own, steps: np.linspace(0, own.train_steps - 1, steps, dtype=np.float64)[::-1],
+    # NOTE: at some counts (61 of 1000) rounding gives arange one element too many, upstream too: a step to t = -1.
+    "trailing": lambda own, steps: np.arange(own.train_steps, 0, -own.train_steps / steps)[:steps].round() - 1,
     "respaced": _respaced,
 }
 """Descending timesteps, [steps]; those of linspace need not be whole (Lin et al. 2023, arXiv 2305.08891, table 2).
@@ -168,11 +161,10 @@ def _sd3(schedule: Schedule, steps: int) -> Array:
     return shifted(np.linspace(ends[0], ends[1], steps), schedule.shift)
 
 
-def _flux(schedule: Schedule, steps: int) -> Array:
-    return shifted(np.linspace(1, 1 / steps, steps), schedule.shift)
-
-
-FLOW_SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {"sd3": _sd3, "flux": _flux}
+FLOW_SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
+    "sd3": _sd3,
+    "flux": lambda own, steps: shifted(np.linspace(1, 1 / steps, steps), own.shift),
+}
 """Descending sigmas, [steps]: scheduling_flow_match_euler_discrete.py alone, and as pipeline_flux.py calls it."""
 
 

@@ -29,9 +29,8 @@ def _first_order(here: Points, there: Points) -> tuple[Array, Array]:
 
 
 def first_order(path: Path) -> Lines:
-    """DDIM at eta 0 (Song et al. 2021, eq. 12): scheduling_ddim.py. On the points of an exploding path the same formula
-    is Euler's (k-diffusion `sample_euler`): scheduling_euler_discrete.py; on those of a flow,
-    scheduling_flow_match_euler_discrete.py.
+    """DDIM at eta 0 (Song et al. 2021, eq. 12): scheduling_ddim.py. On an exploding path the same formula is Euler's
+    (k-diffusion `sample_euler`): scheduling_euler_discrete.py; on a flow, scheduling_flow_match_euler_discrete.py.
     """
     a, b = _first_order(path.here, path.there)
     zero = np.zeros_like(a)

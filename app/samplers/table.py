@@ -4,6 +4,7 @@
 
 out is what the network gives for c_in*x at t, mem always the predicted clean latent. A table is schedule x prediction x
 solver: the prediction says x0 = p*(c_in*x) + q*out, the solver x' = a*x + b*x0 + c*mem + z*noise, and here they meet.
+Where a mask keeps the source, x' = ka*source + kb*first_noise instead: the source with the noise of the next line.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from app.samplers.grids import Array, Path, Walk
 from app.samplers.schedule import Schedule
 from app.samplers.solvers import Lines, Rule
 
-COLUMNS = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo")
+COLUMNS = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo", "ka", "kb")
 
 PREDICTIONS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
     "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
@@ -55,7 +56,11 @@ SAMPLERS: dict[str, tuple[Walk, Rule, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The plan of a row: float64 columns of one length, read-only; `init` is the scale of the first noise."""
+    """The plan of a row: float64 columns of one length, read-only.
+
+    init: the scale of the first noise, where a row starts from noise alone. start: where it starts from a source, the
+    factors of that and of the noise. first: the step that it starts with.
+    """
 
     t: Array
     c_in: Array
@@ -66,7 +71,11 @@ class Table:
     zf: Array
     mx: Array
     mo: Array
+    ka: Array
+    kb: Array
     init: float
+    start: tuple[float, float]
+    first: int
 
     def __post_init__(self) -> None:
         for name in COLUMNS:
@@ -74,11 +83,11 @@ class Table:
 
     @property
     def lines(self) -> int:
-        """How many times the network is evaluated: num_inference_steps n, or 2n - 1 for the heun solvers."""
+        """How many times the network is evaluated: n of n steps that run, or 2n - 1 for the heun solvers."""
         return len(self.t)
 
     def coefficients(self) -> npt.NDArray[np.float32]:
-        """float32 [lines, 9], in the order of COLUMNS."""
+        """float32 [lines, len(COLUMNS)], in their order."""
         return np.stack([getattr(self, name) for name in COLUMNS], axis=1).astype(np.float32)
 
 
@@ -92,13 +101,27 @@ def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
     return tuple(name for name, prediction in valid_pairs() if prediction == schedule.prediction)
 
 
-def compile_table(schedule: Schedule, sampler: str, steps: int, *, tokens: int | None = None) -> Table:
-    """The table of `steps` steps. tokens: image tokens, for a resolution-dependent shift; ignored without one.
+def compile_table(
+    schedule: Schedule, sampler: str, steps: int, *, tokens: int | None = None, strength: float | None = None
+) -> Table:
+    """The table of `steps` steps, or of the last ones. tokens: image tokens, for a resolution-dependent shift; ignored
+    without one. strength: the share of the steps that run.
 
     Raises InvalidValue: param "sampler", naming the valid ones; "num_inference_steps", under 1 or more than the grid
-    has room for; "size", where the shift depends on it and tokens is None. CardError for betas that leave no signal.
+    has room for; "strength", which leaves no step; "size", where the shift depends on it and tokens is None. CardError
+    for betas that leave no signal.
     """
-    return _compiled(at_size(schedule, tokens), sampler, steps)
+    return _compiled(at_size(schedule, tokens), sampler, steps, strength)
+
+
+def first_step(steps: int, strength: float, prediction: str) -> int:
+    """The step at which `strength` starts: `get_timesteps` of diffusers' img2img pipelines.
+
+    NOTE: that of SD3 and FLUX keeps a fraction of a step, that of the others (SD, SDXL) drops it: 28 steps at 0.6 start
+    at 11 or at 12.
+    """
+    wanted = steps * strength
+    return int(max(steps - min(wanted if prediction in FLOW else int(wanted), steps), 0))
 
 
 def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
@@ -131,7 +154,7 @@ def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _compiled(schedule: Schedule, sampler: str, steps: int) -> Table:
+def _compiled(schedule: Schedule, sampler: str, steps: int, strength: float | None) -> Table:
     valid = valid_samplers(schedule)
     if sampler not in valid:
         raise InvalidValue(
@@ -142,13 +165,19 @@ def _compiled(schedule: Schedule, sampler: str, steps: int) -> Table:
     if steps < 1:
         raise InvalidValue(f"num_inference_steps: {steps} is under 1", param="num_inference_steps")
     walk, rule, _ = SAMPLERS[sampler]
-    path = walk(schedule, steps)
-    return compose(path, rule(path), schedule.prediction)
+    path, first = walk(schedule, steps), 0 if strength is None else first_step(steps, strength, schedule.prediction)
+    if first == steps:
+        message = f"strength: {strength:g} of {steps} steps leaves none to run"
+        raise InvalidValue(message, param="strength")
+    path = path[first:]
+    return compose(path, rule(path), schedule.prediction, first)
 
 
-def compose(path: Path, lines: Lines, prediction: str) -> Table:
-    """The solver's lines with its x0 replaced by what the network gives."""
+def compose(path: Path, lines: Lines, prediction: str, first: int = 0) -> Table:
+    """The solver's lines with its x0 replaced by what the network gives. first: the step that the path starts with."""
     at, a, b, c, z, zf = lines
     p, q = PREDICTIONS[prediction](at.c_in * at.alpha, at.c_in * at.sigma)
     p = p * at.c_in
-    return Table(at.t.copy(), at.c_in.copy(), a + b * p, b * q, c, z, zf, p, q, path.init)
+    start = float(at.alpha[0]), float(at.sigma[0])
+    ka, kb = np.append(at.alpha[1:], 1.0), np.append(at.sigma[1:], 0.0)
+    return Table(at.t.copy(), at.c_in.copy(), a + b * p, b * q, c, z, zf, p, q, ka, kb, path.init, start, first)

@@ -16,7 +16,6 @@ from app.errors import DeadlineExceeded, RateLimited, Unavailable
 from app.jobs.job import Estimate, Job
 from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
 from app.request import Delivery, Key
-from app.samplers.table import compile_table
 
 BUSY = 0.5
 """The part of MAX_WAIT up to which a queue is open to all, whoever fills it."""
@@ -34,25 +33,27 @@ _USEFUL: tuple[State, ...] = ("ready", "loading", "failed", "absent")
 
 
 class Kind(NamedTuple):
-    """What images of equal cost have in common. passes: through the network, of one image."""
+    """What images of equal cost have in common. passes: through the network, of one image. sourced: with a source."""
 
     tenant: str
     key: Key
     passes: int
+    sourced: bool = False
 
 
 def kind_of(job: Job) -> Kind:
     """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     recipe = job.request.recipe
     # The engine compiles the same table, for the image's own number of tokens.
-    lines = compile_table(job.card.schedule, recipe.sampler, recipe.steps, tokens=1).lines
-    return Kind(job.request.delivery.tenant, recipe.key, recipe.passes(lines))
+    table = job.card.table(recipe)
+    passes = recipe.passes(table.lines, table.first)
+    return Kind(job.request.delivery.tenant, recipe.key, passes, recipe.strength is not None)
 
 
 class Rates:
     """Estimated device seconds of an image, from what the engine has learned of a pass and from past work.
 
-    An encode and a decode count as one pass each until they have been seen. Sizes of the same area have the same number
+    The other phases count as one pass each until they have been seen. Sizes of the same area have the same number
     of tokens, and one rate.
     """
 
@@ -83,10 +84,11 @@ class Rates:
         """Whether the estimates for this model are more than a guess."""
         return bool(self._rates.get(model))
 
-    def image(self, key: Key, passes: int) -> float:
+    def image(self, key: Key, passes: int, sourced: bool = False) -> float:
         """Seconds of one image that goes through the network `passes` times."""
         rate = self.rate(key.model, key.width, key.height)
-        around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in ("encode", "decode"))
+        phases: tuple[Phase, ...] = ("source", "encode", "decode") if sourced else ("encode", "decode")
+        around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in phases)
         return passes * rate + sum(around)
 
     def rate(self, model: str, width: int, height: int) -> float:
@@ -167,7 +169,7 @@ class Backlog:
     def forget(self) -> list[Memory | ModelState]:
         """The process is dead, and what it had loaded is gone. Returns the reports of that."""
         absent = [ModelState(model, "absent") for model in self._states]
-        self._states, self._running = {}, 0
+        self._states, self._running, self._rows = {}, 0, {}
         self._were_ready.clear()
         return [Memory(dict.fromkeys(self._memory, 0)), *absent]
 
@@ -207,7 +209,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.rates.image(kind.key, kind.passes)
+        return self.rates.image(kind.key, kind.passes, kind.sourced)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -254,23 +256,26 @@ def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
     return min(range(len(backlogs)), key=rank)
 
 
-def admit(job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None) -> None:
+def admit(
+    job: Job, chosen: Backlog, backlogs: Sequence[Backlog], *, max_wait: float, limit: float | None, absent: float = 0.0
+) -> None:
     """Estimate what the job may expect behind `chosen`, one of the live workers' backlogs, or refuse it.
 
-    The job's own cost does not count against it: else large requests would never enter. Raises RateLimited when its
-    tenant has more than `limit` device seconds queued, or more than its share of a busy queue; Unavailable when the
-    wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded when an idle device would miss that.
+    absent: seconds until there is a worker. The job's own cost does not count against it: else large requests would
+    never enter. Raises RateLimited when its tenant has more than `limit` device seconds queued, or more than its share
+    of a busy queue; Unavailable when the wait is over max_wait seconds, or too long for the deadline; DeadlineExceeded
+    when an idle device would miss that.
     """
     kind, delivery = kind_of(job), job.request.delivery
     _check_share(delivery, chosen, backlogs, max_wait, limit)
     own = chosen.tenants().get(delivery.tenant, 0.0)
-    wait = chosen.wait(delivery.tenant, delivery.weight, own)
+    wait = absent + chosen.wait(delivery.tenant, delivery.weight, own)
     if wait > max_wait:
         words = f"The queue is about {wait:.0f} seconds long."
         raise Unavailable(words, retry_after=after(wait - max_wait), code="overloaded")
     cost = len(job.request.images) * chosen.image(kind)
     # Others have their turns while it waits and while it runs: both are in its wait.
-    finish = chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
+    finish = absent + chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
     estimate = Estimate(finish - cost, len(chosen.jobs), cost)
     if delivery.deadline is not None and chosen.rates.measured(kind.key.model):
         _check_deadline(estimate, delivery.deadline - time.monotonic())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.errors import InstepError, Unavailable
-from app.report import Report
+from app.report import Place, Report
 from app.worker import wire
 from app.worker.admission import Backlog
 
@@ -38,31 +38,34 @@ log = logging.getLogger("instep.worker")
 class Child:
     """One entry of DEVICES: its process, and the backlog of jobs that it has.
 
-    start: the first order to each process. `hear(report, name)` gets the reports, `bury(child, reason)` each death.
-    back_in: seconds from a death until the next process is expected to be ready.
+    start: makes the first order to each process. `hear(report, name)` gets the reports; `greet()` is called for each
+    process that is ready, `bury(child, reason)` for each that is gone. proved: whether the process that lives, or
+    the last that ended, was ready. computed: as `Page.read`, of the process that died last.
     """
 
     def __init__(
         self,
         name: str,
         command: Sequence[str],
-        start: wire.Order,
+        start: Callable[[], wire.Order],
         hear: Callable[[Report, str], None],
+        greet: Callable[[], None],
         bury: Callable[[Child, str], None],
     ) -> None:
         self.name = name
         self.backlog = Backlog()
         self.restarts = 0
-        self.back_in = 5.0
+        self.proved = self._greets = False
+        self.computed: tuple[list[Place], set[str]] = [], set()
         self._command, self._start = command, start
-        self._hear, self._bury = hear, bury
+        self._hear, self._greet, self._bury = hear, greet, bury
         self._state: Literal["start", "live", "gone"] = "gone"
         self._process: Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._task: asyncio.Task[None] | None = None
         self._greeted: asyncio.Future[None] | None = None
         self._refusal: InstepError | None = None
-        self._born = 0.0
+        self._born = self._back_at = 0.0
         self._startup = 5.0
         self._stopping = False
 
@@ -76,10 +79,15 @@ class Child:
         """The process's id; 0 while there is none."""
         return self._process.pid if self._process else 0
 
-    def call(self, method: str, argument: object) -> None:
-        """Call a method of the engine in the live process; without one it goes nowhere."""
-        if self.live:
-            self._write((method, argument))
+    @property
+    def back_in(self) -> float:
+        """Seconds until a process is expected to be ready; 0 while one is."""
+        return 0.0 if self.live else max(0.0, self._back_at - time.monotonic())
+
+    def call(self, method: str, *arguments: object) -> None:
+        """Call a method of the engine in the process, which does so once it is ready; without one it goes nowhere."""
+        if self._state != "gone":
+            self._write((method, *arguments))
 
     async def start(self) -> None:
         """Start the process and wait for its Hello. Raises its refusal, or Unavailable when it ended before that."""
@@ -107,7 +115,7 @@ class Child:
         """Live, die, wait, live again; ends when stopped, or when the very first process never says Hello."""
         delay = FIRST_DELAY
         while not self._stopping:
-            self._born, self._state = time.monotonic(), "start"
+            self._born, self._greets, self.computed = time.monotonic(), False, ([], set())
             try:
                 reason = await self._live()
             except OSError as error:
@@ -118,9 +126,10 @@ class Child:
                 reason = f"lost its watch ({type(error).__name__}): killed"
             finally:
                 self._state, self._process = "gone", None
+            self.proved = self._greets
             if time.monotonic() - self._born > HEALTHY:
                 delay = FIRST_DELAY
-            self.back_in = delay + self._startup
+            self._back_at = time.monotonic() + delay + self._startup
             self._bury(self, reason)
             if self._stopping:
                 return
@@ -137,20 +146,25 @@ class Child:
         """Start a process and stay with it to its end, which is returned in words. Cancelling kills it."""
         with contextlib.ExitStack() as exits:
             pulse = exits.enter_context(contextlib.closing(wire.Pulse()))
+            page = exits.enter_context(contextlib.closing(wire.Page()))
             ours, theirs = socket.socketpair()
             with theirs, pulse.theirs:
                 # A picture in one piece where the kernel allows it: fewer turns of the event loop.
                 theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
                 reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=_BUFFER)
                 exits.callback(self._writer.transport.abort)
-                process = self._process = await self._spawn(theirs.fileno(), pulse.theirs.fileno())
+                process = self._process = await self._spawn(theirs.fileno(), pulse.theirs.fileno(), page.descriptor)
             exits.callback(self._kill, process)
             listening = asyncio.create_task(self._listen(reader, pulse))
             ended = asyncio.create_task(process.wait())
             exits.callback(listening.cancel)
             exits.callback(ended.cancel)
-            self._write(self._start)
-            return await self._watch(process, listening, ended, pulse)
+            self._write(self._start())
+            self._state = "start"
+            try:
+                return await self._watch(process, listening, ended, pulse)
+            finally:
+                self.computed = page.read()
 
     async def _spawn(self, *descriptors: int) -> Process:
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
@@ -185,11 +199,12 @@ class Child:
             self._refusal = message.error
             log.error("engine process on %s refuses: %s", self.name, message.error.message)
         elif self._state == "start":  # else it comes too late
-            self._state = "live"
+            self._state, self.proved, self._greets = "live", True, True
             self._startup = time.monotonic() - self._born
             log.info("engine process %d on %s ready in %.1f s", self.pid, self.name, self._startup)
             if self._greeted and not self._greeted.done():
                 self._greeted.set_result(None)
+            self._greet()
 
     async def _watch(
         self, process: Process, listening: asyncio.Task[None], ended: asyncio.Task[int], pulse: wire.Pulse

@@ -1,7 +1,5 @@
 """Plan: what the settings ask for: which devices get an engine process, its threads, which models load at start."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -48,7 +46,7 @@ def count_gpus(dev: Path = Path("/dev")) -> int:
 
     0 when the installed torch is a CPU build, by its version: the front process never imports torch.
     """
-    if _torch_version().endswith("+cpu"):
+    if metadata.version("torch").endswith("+cpu"):
         return 0
     files = sum(1 for file in dev.glob("nvidia*") if re.fullmatch("nvidia[0-9]+", file.name))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -65,13 +63,13 @@ def preloads(settings: Settings, cards: dict[str, Card]) -> list[str]:
     Raises SettingsError on a name that no card has.
     """
     if settings.preload.strip() == "all":
-        return [name for name, card in cards.items() if ModelFolder(card, cards).here()]
+        return [name for name, card in cards.items() if not card.base and ModelFolder(card, cards).here()]
     wanted, owners = [entry.strip() for entry in settings.preload.split(",") if entry.strip()], Cards(cards).owners
     for name in wanted:
         if name not in owners:
             why = Cards(cards).reason(name)
             raise SettingsError(f'INSTEP_PRELOAD: no card is named "{name}"{why}', param="preload")
-    return list(dict.fromkeys(owners[name].id for name in wanted))
+    return list(dict.fromkeys(owners[name].model for name in wanted))
 
 
 def threads(settings: Settings, root: Path = _CGROUPS, mine: Path = _MINE) -> int:
@@ -93,10 +91,3 @@ def cores(root: Path = _CGROUPS, mine: Path = _MINE) -> int:
             quota, period = map(int, (folder / "cpu.max").read_text(encoding="ascii").split())
             found.append(math.ceil(quota / period))
     return min(found)
-
-
-def _torch_version() -> str:
-    try:
-        return metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        return "none+cpu"

@@ -1,8 +1,8 @@
-"""Process: the engine in a process of its own, `python -m app.worker.process FD PULSE`, or on a thread of this one.
+"""Process: the engine in a process of its own, `python -m app.worker.process FD PULSE PAGE`, or on a thread here.
 
 FD is the one connection to the front, and the end of that is the end of the process. PULSE is the socket of its
-heartbeats. It has four threads: a heartbeat, a reader (orders in), a sender (reports out), and the main thread, which
-is `engine.run()`.
+heartbeats, and PAGE a file in memory that says what it computes. It has four threads: a heartbeat, a reader (orders
+in), a sender (reports out), and the main thread, which is `engine.run()`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 HOLD = 0.25
 """Seconds that a Tick may wait for others while the engine works on."""
+
+KERNELS = dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "256")
+"""Kernels that oneDNN keeps on a CPU. It makes some for each width of a forward, of half a megabyte, and keeps 1024."""
 
 log = logging.getLogger("instep.worker")
 
@@ -103,15 +106,15 @@ def obey(stream: BufferedIOBase, engine: Future[Engine]) -> None:
     os._exit(0)
 
 
-def serve(descriptor: int, pulse: int) -> int:
+def serve(descriptor: int, pulse: int, page: int) -> int:
     """Serve the front at the other end of this socket until it says stop or is gone. Returns the exit code.
 
-    pulse: the socket of the heartbeats.
+    pulse: the socket of the heartbeats. page: the memory of a `Page`.
     """
     wire.beat(pulse)
     # NOTE: Ctrl-C reaches the whole terminal group, systemd's SIGTERM the control group: the front decides what to
     # do about them, and drains. Its word, or its end, ends us.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(descriptor, False)
     stream = socket.socket(fileno=descriptor).makefile("rwb")
@@ -124,7 +127,7 @@ def serve(descriptor: int, pulse: int) -> int:
     threading.Thread(target=obey, args=(stream, reached), name="reader", daemon=True).start()
     sender = Sender(partial(wire.send, stream))
     try:
-        pool, engine = build(settings, cards, device, sender.emit)
+        pool, engine = build(settings, cards, device, sender.emit, wire.Page(page))
     except InstepError as error:
         sender.emit(wire.Hello(error))
         sender.finish()
@@ -140,15 +143,21 @@ def serve(descriptor: int, pulse: int) -> int:
 
 
 def build(
-    settings: Settings, cards: dict[str, Card], device: str, emit: Callable[[Report], None]
+    settings: Settings,
+    cards: dict[str, Card],
+    device: str,
+    emit: Callable[[Report], None],
+    page: wire.Page | None = None,
 ) -> tuple[Pool, Engine]:
     """Pool and engine on the device, for the calling thread. Raises SettingsError when there is no such device."""
+    page = page or wire.Page()
+    os.environ.update(KERNELS | os.environ)
     import torch
 
     from app.engine.engine import Engine
     from app.families.compiling import allow_compiling
-    from app.pool.budget import budgets
-    from app.pool.pool import Pool, use_threads
+    from app.pool.budget import budgets, use_threads
+    from app.pool.pool import Pool
 
     if device != "cpu":
         _use_gpu(device)
@@ -159,8 +168,8 @@ def build(
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     if settings.compile:
         allow_compiling(settings.cache)
-    pool = Pool(cards, device, dtype, budget=budget, host=host, compiled=settings.compile)
-    return pool, Engine(pool, settings, emit)
+    pool = Pool(cards, device, dtype, budget=budget, host=host, compiled=settings.compile, loads=page.loads)
+    return pool, Engine(pool, settings, emit, computes=page.computes)
 
 
 def resolve_dtype(settings: Settings, device: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> torch.dtype:
@@ -238,7 +247,7 @@ class Local:
             job.hear(report)
 
     def _run(self) -> None:
-        from app.pool.pool import use_threads
+        from app.pool.budget import use_threads
 
         use_threads(self._cores)
         try:
@@ -253,7 +262,7 @@ def main() -> None:
     """Serve the front on the descriptors of the command line, then exit."""
     code = 1
     try:
-        code = serve(int(sys.argv[1]), int(sys.argv[2]))
+        code = serve(*map(int, sys.argv[1:4]))
     except Exception:
         log.exception("the engine process ends")
     # Threads that load, and torch's own teardown, would hold up the exit for seconds.

@@ -1,4 +1,4 @@
-"""Wire: what crosses the process border: messages, and heartbeats on a socket of their own.
+"""Wire: what crosses the process border: messages, heartbeats on a socket of their own, and a page that outlives it.
 
 A message is a length-framed pickle; both ends are ours, so pickle carries no stranger's bytes.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
 import os
 import pickle
 import signal
@@ -19,12 +20,13 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from typing import Any, cast
 
 from app.errors import InstepError
-from app.report import Announce, Report
+from app.report import Announce, Place, Report
 
 FRAME_CAP = 512 * 1024 * 1024
 """Bytes a frame may have: an 8192 x 8192 image is 201 MB and its latent 67 MB; anything longer is a broken stream."""
@@ -52,6 +54,7 @@ LATE = 1.0
 """Seconds between two looks after which it was the front that stood still."""
 
 _FREE = b"\0"
+_HALF = 128 * 1024
 _CHUNK = 4096
 
 Order = tuple[str, *tuple[Any, ...]]
@@ -192,3 +195,48 @@ class Pulse:
                 self._ran = now
             if _FREE in beats:
                 self._free = now
+
+
+class Page:
+    """Memory that an engine process writes, and that the front can read after the death of that process.
+
+    One half is of the thread that computes, the other of the thread that loads. A half that was being written counts
+    as empty. descriptor: of the same memory in another process, or None for new memory.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        self.descriptor = os.memfd_create("instep-page") if descriptor is None else descriptor
+        if descriptor is None:
+            os.ftruncate(self.descriptor, 2 * _HALF)
+        self._memory = mmap.mmap(self.descriptor, 2 * _HALF)
+
+    def computes(self, places: Sequence[Place], measured: str = "") -> None:
+        """Write which rows the next work computes, or the "MODEL WxH" that it measures; neither while it has none."""
+        self._write(0, (places, measured))
+
+    def loads(self, model: str) -> None:
+        """Write which model is being loaded, "" for none."""
+        self._write(_HALF, ([], model))
+
+    def read(self) -> tuple[list[Place], set[str]]:
+        """The rows that were computed last, the "MODEL WxH" that was measured, and the model that was loaded."""
+        halves = [self._read(start) for start in (0, _HALF)]
+        return halves[0][0], {model for _, model in halves if model}
+
+    def close(self) -> None:
+        """Free this process's view of it."""
+        self._memory.close()
+        os.close(self.descriptor)
+
+    def _write(self, start: int, facts: tuple[Sequence[Place], str]) -> None:
+        data = pickle.dumps(facts)
+        body = start + _HEADER.size
+        self._memory[start:body] = bytes(_HEADER.size)
+        if len(data) <= _HALF - _HEADER.size:
+            self._memory[body : body + len(data)] = data
+            self._memory[start:body] = _HEADER.pack(len(data))
+
+    def _read(self, start: int) -> tuple[list[Place], str]:
+        body = start + _HEADER.size
+        (length,) = _HEADER.unpack(self._memory[start:body])
+        return pickle.loads(self._memory[body : body + length]) if length else ([], "")

@@ -25,6 +25,7 @@ BATCHING = (
             (rate("text_encode_seconds_sum", "instance"), "{{instance}} encode"),
             (rate("denoise_step_seconds_sum", "instance"), "{{instance}} denoise"),
             (rate("vae_decode_seconds_sum", "instance"), "{{instance}} decode"),
+            (rate("vae_encode_seconds_sum", "instance"), "{{instance}} encode sources"),
         ),
         stack=True,
     ),
@@ -129,8 +130,11 @@ ERRORS = (
     Panel(
         "Engine restarts",
         "none",
-        "Engine processes that were started again in this interval.",
-        ((rise("worker_restarts_total", "instance", HERE), "{{instance}}"),),
+        "Engine processes that were started again in this interval, and requests that began again for that.",
+        (
+            (rise("worker_restarts_total", "instance", HERE), "{{instance}}"),
+            (rise("requests_replayed_total", "instance", HERE), "{{instance}} requests"),
+        ),
         limits=((None, "green"), (1, "red")),
     ),
 )

@@ -111,8 +111,11 @@ QUEUE = (
     Panel(
         "Images waiting",
         "none",
-        "Accepted, not yet answered and not in a batch.",
-        ((f"sum by (model) (instep_num_requests_waiting{{{MODEL}}})", "{{model}}"),),
+        "Accepted, not yet answered and not in a batch; those that wait for an engine process are apart.",
+        (
+            (f'sum by (model) (instep_num_requests_waiting_by_reason{{{MODEL}, reason="queue"}})', "{{model}}"),
+            (f'sum(instep_num_requests_waiting_by_reason{{{MODEL}, reason="engine"}})', "no engine"),
+        ),
         stack=True,
     ),
     Panel(

@@ -193,13 +193,13 @@ def spot(rng: np.random.Generator, kind: str, place: str | None) -> tuple[int, i
     return side, x, y
 
 
-def render(scene: Scene, subject: Subject) -> np.ndarray:
-    """The picture, uint8 [128, 128, 3]; resized with premultiplied alpha, so that edges keep their colour."""
+def render(scene: Scene, subject: Subject, size: int = SIZE) -> np.ndarray:
+    """The picture, uint8 [size, size, 3]; resized with premultiplied alpha, so that edges keep their colour."""
     sprite = subject.drawings[scene.drawing]
     if scene.mirrored:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = np.asarray(sprite.resize((scene.side, scene.side), Image.Resampling.BICUBIC), dtype=np.float32)
-    picture = np.empty((SIZE, SIZE, 3), dtype=np.float32)
+    picture = np.empty((size, size, 3), dtype=np.float32)
     picture[:] = COLOURS[scene.colour]
     window = picture[scene.y : scene.y + scene.side, scene.x : scene.x + scene.side]
     window *= 1 - pixels[..., 3:] / 255

@@ -80,6 +80,9 @@ class Training:
     def run(self, losses: Callable[[], list[Callable[[], Tensor]]], publish: Callable[[], None]) -> None:
         """Train until the clock says so; `publish` is called with the averaged weights in place."""
         clock, workers = Clock(self.args.minutes, self.used), Workers(self.args.threads, self.autocast)
+        if self.args.compile:  # in one thread first: two that compile at once have waited for each other for ever
+            Workers(1, self.autocast).backward(self.module, losses()[:1])
+            self.optimizer.zero_grad(set_to_none=True)
         recent, done, bar = [], False, tqdm(initial=self.step, mininterval=10)
         while not done:
             recent.append(self.advance(workers, losses(), clock.rate(self.args.rate)))

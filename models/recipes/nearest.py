@@ -4,23 +4,23 @@ Pictures and the colours they were asked on come in, matches go out.
 
 With F and A a drawing's premultiplied colour and alpha, the picture X is compared with F + (1 - A) c. On Y = X - c the
 squared error is |Y|^2 - 2 Y.(F - A c) + |F - A c|^2, so one matrix product of (F, A) with patches of (Y, -Y.c) gives it
-at every place at once. That is done for every drawing at a quarter of the size; the best are measured again in full.
+at every place at once. That is done for every drawing at 32 pixels; the best are measured again in full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from data import COLOURS, SIZE, Scene, Subject, render
+from data import COLOURS, Scene, Subject, render
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-DOWN = 4
-ROUGH, REFINED = SIZE // DOWN, 10
-SIDES = (13, 15, 17, 21, 23, 25, 27, 29, 32)  # of drawings at a quarter of the size: those of scenes are near
+ROUGH, REFINED = 32, 10
+SIDES = (13, 15, 17, 21, 23, 25, 27, 29, 32)  # of drawings in pictures of 32 pixels: those of scenes are near
 
 
 @dataclass(frozen=True)
@@ -73,29 +73,37 @@ def twins(subjects: list[Subject]) -> list[set[int]]:
 
 
 class Nearest:
-    """All drawings of all subjects, ready to be looked for."""
+    """All drawings of subjects, ready to be looked for."""
 
-    def __init__(self, subjects: list[Subject], device: str = "cpu") -> None:
-        self.subjects, self.device = subjects, device
-        self.drawings = [(index, d) for index, s in enumerate(subjects) for d in range(len(s.drawings))]
-        self.small = [torch.stack([sprite(subjects[s], d, side) for s, d in self.drawings]) for side in SIDES]
+    def __init__(
+        self,
+        subjects: list[Subject],
+        device: str = "cpu",
+        among: Iterable[int] | None = None,
+        sides: tuple[int, ...] = SIDES,
+    ) -> None:
+        """among: the places in `subjects` that are looked for; else all. sides: those tried at 32 pixels."""
+        self.subjects, self.device, self.sides = subjects, device, sides
+        places = range(len(subjects)) if among is None else among
+        self.drawings = [(index, d) for index in places for d in range(len(subjects[index].drawings))]
+        self.small = [torch.stack([sprite(subjects[s], d, side) for s, d in self.drawings]) for side in sides]
 
     @torch.inference_mode()
     def find(self, pictures: np.ndarray, colours: list[str], batch: int = 8) -> list[list[Match]]:
-        """For each picture, uint8 [n, 128, 128, 3], the nearest drawing of each of the nearest subjects, best first."""
+        """For each picture, uint8 [n, side, side, 3], the nearest drawing of each near subject, best first."""
         full = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 255
         asked = torch.tensor([COLOURS[c] for c in colours], device=self.device) / 255
-        rough = self._rough(F.avg_pool2d(full, DOWN), asked, batch)
+        rough = self._rough(F.avg_pool2d(full, full.shape[2] // ROUGH), asked, batch)
         return [self._refine(*each) for each in zip(pictures, full, asked, colours, rough, strict=True)]
 
     def _rough(self, pictures: Tensor, asked: Tensor, batch: int) -> list[Tensor]:
-        """For each picture, the REFINED best as rows (drawing, mirrored, side, x, y) in pixels of the full size."""
+        """For each picture, the REFINED best as rows (drawing, mirrored, side, x, y) in pixels of 32."""
         count, device = len(pictures), pictures.device
         best = torch.full((count, 2, len(self.drawings)), torch.inf, device=device)
         where = torch.zeros(count, 2, len(self.drawings), 3, dtype=torch.long, device=device)
         seen = torch.stack([features(p, asked) for p in (pictures, pictures.flip(3))], dim=1)
-        for side, sprites in zip(SIDES, (each.to(device) for each in self.small), strict=True):
-            stride = 2 if ROUGH - side > 8 else 1
+        for side, sprites in zip(self.sides, (each.to(device) for each in self.small), strict=True):
+            stride = 2 if ROUGH - side > 3 else 1  # to the half of it, within the reach of `_local`
             columns = (ROUGH - side) // stride + 1
             base = energy(sprites, asked)
             for start in range(0, count, batch):
@@ -111,22 +119,23 @@ class Nearest:
                 spot = torch.stack([torch.full_like(x, side), x, y], dim=-1)
                 where[some] = torch.where(better[..., None], spot, where[some])
         order = best.flatten(1).topk(min(REFINED, best[0].numel()), largest=False).indices
-        spots = where.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 3)) * DOWN
+        spots = where.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 3))
         which = torch.stack([order % len(self.drawings), order // len(self.drawings)], dim=-1)
         return list(torch.cat([which, spots], dim=-1).cpu())
 
     def _refine(self, picture: np.ndarray, full: Tensor, asked: Tensor, colour: str, rough: Tensor) -> list[Match]:
         """Each rough match at the best of the sides and places around it; the best match of each subject."""
         found: dict[int, Match] = {}
-        for which, mirrored, side, x, y in rough.tolist():
+        down = full.shape[1] // ROUGH
+        for which, mirrored, *spot in rough.tolist():
             subject, drawing = self.drawings[which]
-            best = (float("inf"), side, x, y)
+            best = (float("inf"), *(down * each for each in spot))
             for steps in ((-6, 0, 6), (-4, 4), (-2, 2), (-1, 1)):
                 _, s, x, y = best
                 best = min(best, *(self._local(full, asked, which, bool(mirrored), s + step, x, y) for step in steps))
             _, s, x, y = best
             scene = Scene(subject, colour, True, False, None, drawing, bool(mirrored), s, x, y)
-            gap = render(scene, self.subjects[subject]).astype(np.float32) - picture
+            gap = render(scene, self.subjects[subject], len(picture)).astype(np.float32) - picture
             match = Match(subject, drawing, bool(mirrored), s, x, y, float(np.sqrt(np.square(gap).mean())))
             if subject not in found or match.error < found[subject].error:
                 found[subject] = match
@@ -136,12 +145,13 @@ class Nearest:
         self, full: Tensor, asked: Tensor, which: int, mirrored: bool, side: int, x: int, y: int
     ) -> tuple[float, int, int, int]:
         """(squared error but for a constant, side, x, y) of the best place within 5 pixels of (x, y)."""
-        side = min(side, SIZE)
+        size = full.shape[1]
+        side = min(side, size)
         subject, drawing = self.drawings[which]
         small = sprite(self.subjects[subject], drawing, side).to(full.device)
         small = small.flip(2) if mirrored else small
-        left, top = (max(0, min(place - 5, SIZE - side)) for place in (x, y))
-        window = full[:, top : min(y + 5, SIZE - side) + side, left : min(x + 5, SIZE - side) + side]
+        left, top = (max(0, min(place - 5, size - side)) for place in (x, y))
+        window = full[:, top : min(y + 5, size - side) + side, left : min(x + 5, size - side) + side]
         errors = energy(small[None], asked[None]) - 2 * F.conv2d(features(window[None], asked[None]), small[None])[0, 0]
         at = int(errors.argmin())
         return float(errors.min()), side, left + at % errors.shape[1], top + at // errors.shape[1]

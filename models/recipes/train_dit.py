@@ -90,13 +90,18 @@ def classes(subjects: list[Subject]) -> list[str]:
 
 
 class Latents:
-    """Every plain scene of every subject in every style, encoded once."""
+    """Every plain scene of every subject in every style, encoded once, and kept in a file of 380 MB for a restart."""
 
-    def __init__(self, vae: AutoencoderKL, subjects: list[Subject], rng: np.random.Generator) -> None:
+    def __init__(self, vae: AutoencoderKL, subjects: list[Subject], rng: np.random.Generator, file: Path) -> None:
         self.rng, self.weights, encode = rng, every_plain_scene(0)[1], encoder(vae, subjects)
-        wanted = list(product(range(len(subjects)), range(len(STYLES))))
-        bar = tqdm(wanted, desc="encoding", mininterval=10)
-        self.latents = torch.stack([torch.from_numpy(encode(every_plain_scene(*each)[0])) for each in bar])
+        if not file.exists():
+            wanted = list(product(range(len(subjects)), range(len(STYLES))))
+            bar = tqdm(wanted, desc="encoding", mininterval=10)
+            latents = torch.stack([torch.from_numpy(encode(every_plain_scene(*each)[0])) for each in bar])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(latents, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)
+        self.latents = torch.load(file)
 
     def batch(self, count: int) -> tuple[Tensor, Tensor]:
         """`count` latents, float [count, 16, 16, 16], and their labels, as `classes` counts them."""
@@ -168,7 +173,8 @@ def main() -> None:
 
 def train(args: argparse.Namespace, model: nn.Module, vae: AutoencoderKL, subjects: list[Subject]) -> None:
     training = Training(model, args)
-    pool, levels = Latents(vae, subjects, training.rng), Levels(args.device)
+    file = args.work / f"latents-{len(subjects)}.pt"
+    pool, levels = Latents(vae, subjects, training.rng, file), Levels(args.device)
     quick = torch.compile(model, dynamic=False) if args.compile else model
 
     def losses() -> list[partial[Tensor]]:
@@ -177,6 +183,8 @@ def train(args: argparse.Namespace, model: nn.Module, vae: AutoencoderKL, subjec
 
     def publish() -> None:
         export(model, subjects, args.out, args.vae)
+        if args.compile:  # to draw here makes the next step compile anew, in two threads at once: a deadlock, once
+            return
         pictures = sample(model, vae, list(range(model.config.num_embeds_ada_norm))[:16], 4.0)
         save_grid(args.work / f"grid-{training.step}.png", pictures, 8)
 

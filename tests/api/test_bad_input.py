@@ -97,7 +97,7 @@ def test_a_body_announced_too_large_is_refused_before_it_is_sent(url: str) -> No
     [
         ("GET", "/nope", 404, "not_found"),
         ("GET", "/v1/models/", 404, "not_found"),
-        ("POST", "/v1/images/edits", 404, "not_found"),
+        ("POST", "/v1/images/nothing", 404, "not_found"),
         ("GET", PATH, 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
     ],

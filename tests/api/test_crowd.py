@@ -73,7 +73,7 @@ def test_sent_is_answered_plus_cancelled(server: Server, url: str, http: httpx.C
     after = totals(http)
     assert {name: after[name] - before[name] for name in after} == dict(crowd.outcomes)
     gauges = [line for line in http.get("/metrics").text.splitlines() if line.startswith("instep_num_requests_")]
-    assert len(gauges) == 4 and all(line.endswith(" 0.0") for line in gauges)
+    assert len(gauges) == 8 and all(line.endswith(" 0.0") for line in gauges)
 
 
 def totals(http: httpx.Client) -> Counter[str]:

@@ -79,7 +79,9 @@ STATUSES: dict[errors.Code, int] = {
     "cancelled": 499,
     "insufficient_gpu_memory": 507,
     "non_finite_output": 500,
+    "crashed": 500,
     "model_load_failed": 503,
+    "lora_load_failed": 503,
     "model_not_downloaded": 503,
 }
 

@@ -154,3 +154,17 @@ def test_curl_gets_its_answer(server: Server, tmp_path: Path, wait: list[str], h
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout[-3:], done.stderr) == (0, "401", "")
     assert "invalid_api_key" in done.stdout
+
+
+@pytest.mark.parametrize("chunk", [0, 65536], ids=["a length", "chunks"])
+def test_a_large_body_is_read_in_large_pieces(server: Server, chunk: int) -> None:
+    """8 MB take 0.1 s where pieces are large; in the pieces of a body in small chunks they would take 6."""
+    size = 8 * 1024 * 1024
+    head = b"POST /v1/nowhere HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+    parts = (b"%x\r\n" % chunk + bytes(chunk) + b"\r\n") * (size // chunk) + CHUNKED if chunk else bytes(size)
+    kind = b"Transfer-Encoding: chunked" if chunk else b"Content-Length: %d" % size
+    with connect(server.url) as wire:
+        started = time.monotonic()
+        wire.sendall(head + kind + b"\r\n\r\n" + parts)
+        assert refusal(heard(wire))[0] == 404
+        assert time.monotonic() - started < 1.5

@@ -11,10 +11,12 @@ from tests.parts.servers import generate
 BASIC = (
     "num_requests_running",
     "num_requests_waiting",
+    "num_requests_waiting_by_reason",
     "request_queue_time_seconds",
     "e2e_request_latency_seconds",
     "text_encode_seconds",
     "denoise_step_seconds",
+    "vae_encode_seconds",
     "vae_decode_seconds",
     "image_encode_seconds",
     "batch_rows",
@@ -23,6 +25,7 @@ BASIC = (
     "images_total",
     "requests_failed_total",
     "requests_rejected_total",
+    "requests_replayed_total",
     "model_loaded",
     "model_load_seconds",
     "worker_restarts_total",
@@ -47,6 +50,9 @@ def test_the_basic_set_of_metrics_is_there(http: httpx.Client) -> None:
         assert f"# HELP instep_{name} " in reply.text.replace("_total ", " ") or f"# HELP instep_{name} " in reply.text
     assert 'instep_model_loaded{model="tiny-text"} 1.0' in reply.text
     assert 'instep_num_requests_running{model="tiny-text"} 0.0' in reply.text
+    for reason in ("queue", "engine"):
+        assert f'instep_num_requests_waiting_by_reason{{model="tiny-text",reason="{reason}"}} 0.0' in reply.text
+    assert 'instep_requests_replayed_total{model="tiny-text"} ' in reply.text
 
 
 def test_a_refused_request_is_counted_without_the_name_it_made_up(http: httpx.Client) -> None:

@@ -65,7 +65,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[Any]
 def bare() -> Front:
     """What requests wait in line for, without a server."""
     nothing: Any = None
-    return Front(nothing, nothing, nothing, nothing, nothing)
+    return Front(nothing, nothing, nothing, nothing, nothing, nothing)
 
 
 def at_once(url: str, path: str) -> list[httpx.Response]:
@@ -115,7 +115,7 @@ def test_few_names_are_compared_letter_by_letter(monkeypatch: pytest.MonkeyPatch
 
 def test_the_document_is_made_once(server: Server, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = counted(monkeypatch, docs, "document")
-    server.app.state.documents.clear()
+    server.app.state.front.documents.clear()
     replies = at_once(url, "/openapi.json") + at_once(url, "/openapi.json")
     assert len(made) == 1
     assert {reply.content for reply in replies} == {replies[0].content} and replies[0].json()["openapi"]

@@ -6,6 +6,8 @@ import httpx
 import openai
 import pytest
 
+from tests.parts.servers import generate
+
 
 def test_the_openai_client_lists_models(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -18,6 +20,7 @@ def test_the_openai_client_lists_models(url: str) -> None:
 
 
 def test_a_model_tells_its_facts(http: httpx.Client) -> None:
+    assert generate(http, {"prompt": "a"}).status_code == 200
     model = http.get("/v1/models/tiny-text").json()
     assert (model["family"], model["state"], model["license"]) == ("sd3", "ready", "apache-2.0")
     assert model["samplers"] == ["flow_euler", "flow_heun", "flow_dpmpp_2m", "flow_dpmpp_2m_sd3"]

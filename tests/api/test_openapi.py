@@ -25,15 +25,27 @@ def text(settings: Settings) -> Card:
     return Registry(read_cards(settings.models), settings).default
 
 
+UPLOADS = "edits|variations"
+
+
 @pytest.mark.slow
-def test_the_server_keeps_to_its_document(closed: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["--exclude-path-regex", UPLOADS],
+        # What it makes up is mostly no picture, and so refused.
+        ["--include-path-regex", UPLOADS, "--exclude-checks", "positive_data_acceptance", "--warnings", "off"],
+    ],
+    ids=["bodies without files", "bodies with files"],
+)
+def test_the_server_keeps_to_its_document(closed: Server, tmp_path: Path, chosen: list[str]) -> None:
     """Every check of schemathesis, its own command line: valid bodies are served, invalid ones refused, no key is no
     entry, all conform. NOTE: one worker: CPython 3.11's parser, which hypothesis uses, fails at times in threads."""
     program = Path(sys.executable).with_name("schemathesis")
     options = ["--phases", "examples,coverage,fuzzing", "--max-examples", "10", "--workers", "1", "--seed", "1"]
-    options += ["-H", f"Authorization: Bearer {ADMIN}"]
+    options += ["-H", f"Authorization: Bearer {ADMIN}", *chosen]
     command = [str(program), "run", f"{closed.url}/openapi.json", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert "No issues found" in done.stdout
 
@@ -62,6 +74,28 @@ def test_what_the_server_refuses_the_document_forbids(text: Card, fields: dict[s
     assert not checker.is_valid({"prompt": "a", **fields})
 
 
+def checker_of(http: httpx.Client, name: str) -> jsonschema_rs.Validator:
+    """Checks bodies by a schema of the document."""
+    components = http.get("/openapi.json").json()["components"]
+    return jsonschema_rs.validator_for({"$ref": f"#/components/schemas/{name}", "components": components})
+
+
+@pytest.mark.parametrize("route", ["Edit", "Variation"])
+def test_the_bodies_with_a_picture(http: httpx.Client, route: str) -> None:
+    for kind in ("Body", "Form"):
+        checker = checker_of(http, f"{route}{kind}.tiny-text")
+        good = {"image": "x", "prompt": "a", "strength": 0.01, "resize": "pad", "mask": "y", "overlay": False}
+        assert checker.is_valid(good) and not checker.is_valid({**good, "denoising_strength": 0.5})
+        assert not any(checker.is_valid({name: good[name] for name in good if name != left}) for left in ["image"])
+        assert checker.is_valid({"image": "x"}) == (route == "Variation")
+        bad = {"strength": [0, 1.01], "resize": ["fill"], "mask_blur": [-1, 65], "overlay": [1], "image": [None, []]}
+        assert not any(checker.is_valid({**good, name: value}) for name, values in bad.items() for value in values)
+        refused = [fields for fields, *_ in TEXT_ERRORS if expressible(fields) and "prompt" not in fields]
+        assert refused and not any(checker.is_valid({**good, **fields}) for fields in refused)
+    assert checker_of(http, f"{route}Body.tiny-text").is_valid({**good, "image": ["x"]})
+    assert not checker_of(http, f"{route}Body.tiny-label").is_valid(good)
+
+
 @pytest.mark.parametrize(
     ("sizes", "good", "bad"),
     [
@@ -83,10 +117,11 @@ def test_the_document_says_which_key_a_route_takes(http: httpx.Client, closed: S
     openly = {path for path, operation in routes.items() if "security" not in operation}
     assert openly == {"/healthz", "/readyz", "/metrics"}
     admins = {path for path, operation in routes.items() if operation.get("security") == [{"admin_key": []}]}
-    assert admins == {"/v1/models/{model}/load", "/v1/models/{model}/unload"}
+    assert admins == {"/v1/models/{model}/load", "/v1/models/{model}/unload", "/v1/reload"}
     assert {path for path in routes if "401" in routes[path]["responses"]} == routes.keys() - openly
     assert {path for path in routes if "403" in routes[path]["responses"]} == admins
-    assert {"401", "404", "429"} <= set(routes["/v1/images/generations"]["responses"])
+    for route in ("generations", "edits", "variations"):
+        assert {"401", "404", "429"} <= set(routes[f"/v1/images/{route}"]["responses"])
     assert "security" not in str(http.get("/openapi.json").json()["paths"])
 
 

@@ -39,9 +39,9 @@ CASES = {
 def plant(case: str, mark: Path) -> None:
     """Put the fault into this engine process; it touches `mark` when it is about to show."""
     from app.engine import costs, runner
-    from app.pool import pool
+    from app.pool import builder
 
-    denoise, forward, read = runner.Runner.denoise, costs.forward_of, pool.read_parts
+    denoise, forward, read = runner.Runner.denoise, costs.forward_of, builder.read_parts
 
     def hanging(self: Any, rows: Any, work: Any) -> None:
         if rows[0].request.id == "fault":
@@ -69,7 +69,7 @@ def plant(case: str, mark: Path) -> None:
     elif case in ("measuring", "profile"):
         costs.forward_of = slow
     elif case == "load":
-        pool.read_parts = held
+        builder.read_parts = held
 
 
 def engine(case: str, mark: str, descriptors: list[str]) -> None:

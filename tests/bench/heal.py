@@ -18,7 +18,8 @@ import torch
 from app.cards.card import read_cards
 from app.engine.costs import Costs, Curve
 from app.engine.row import default_key
-from app.pool.pool import Pool, use_threads
+from app.pool.budget import use_threads
+from app.pool.pool import Pool
 from app.request import ImageSpec, Prompt
 from tests.parts.engine import Bench
 from tests.parts.requests import flat

@@ -16,9 +16,9 @@ from datetime import date
 import numpy as np
 import torch
 
-from app.engine.costs import processor
 from app.engine.step import Slots, denoise_step, gather
 from app.families.base import Conditions
+from app.pool.budget import processor
 from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, card, request
 
 ROWS, STEPS = 16, 250

@@ -16,13 +16,16 @@ import json
 import multiprocessing
 import os
 import statistics
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from tests.parts.servers import Process
@@ -42,6 +45,7 @@ main.Supervisor = partial(main.Supervisor, command=(sys.executable, "tests/parts
 main.serve(Settings(models=sys.argv[1], devices="cpu", port=0, drain=0, max_wait=1e9, connections_per_address=0))
 """
 MEGABYTE = 1024 * 1024
+FORM, PART = "multipart/form-data; boundary=b", b"--b\r\nContent-Disposition: form-data; name=a\r\n\r\n"
 
 
 def get(path: str, *headers: str) -> bytes:
@@ -57,6 +61,22 @@ def chunked(body: bytes) -> bytes:
     """The body a byte a chunk."""
     head = "POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
     return head.encode() + b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+
+
+def upload(kind: str, body: bytes) -> bytes:
+    return post(body, "/v1/images/edits", f"Content-Type: {kind}")
+
+
+def picture(width: int, height: int) -> bytes:
+    """A form with a black PNG of this size, of which the lower half is missing."""
+    head, lines = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), bytes((3 * width + 1) * height // 2)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    written = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(written)
+    asked = PART.replace(b"name=a", b"name=prompt") + b"a\r\n"  # without a prompt the picture would not be decoded
+    return asked + PART.replace(b"name=a", b"name=image; filename=a") + file + b"\r\n--b--\r\n"
 
 
 def filled(start: str, unit: str, end: str) -> bytes:
@@ -109,6 +129,9 @@ CASES = {
     "JSON nested 500,000 deep": Case(8, post(b"[" * 500_000)),
     "brackets and digits in a prompt": Case(4, post(asked(model="sd3.5-medium", prompt="[a:" + "1" * 9000))),
     "32 kB of Accept": Case(8, post(asked(prompt="a", n=0), "/v1/images/generations", "Accept: " + "a," * 15_000)),
+    "a form of 2 MB of parts": Case(4, upload(FORM, (PART + b"\r\n") * (2 * MEGABYTE // len(PART)))),
+    "3 MB of JSON lists": Case(4, upload("application/json", b'{"image":[' + b"[]," * MEGABYTE + b"1]}")),
+    "16 megapixels that end early": Case(8, upload(FORM, picture(4096, 4096))),
     "one byte a chunk": Case(8, chunked(b'{"prompt":"' + b"a" * 30_000 + b'"}')),
 }  # fmt: skip
 
@@ -120,9 +143,11 @@ def serving(tree: Path) -> Iterator[str]:
         yield str(server.logged("listening")["address"])
 
 
-def probe(address: str, begun: float, told: Queue[list[float]]) -> None:
+def probe(address: str, ready: Barrier, told: Queue[list[float]]) -> None:
     """Ask `/health` every PERIOD for SECONDS. Puts the seconds that each answer came after its request was due."""
     connection, found = http.client.HTTPConnection(address, timeout=LAST), []
+    ready.wait()
+    begun = time.time()
     with suppress(OSError, http.client.HTTPException):
         for number in range(int(SECONDS / PERIOD)):
             due = begun + number * PERIOD
@@ -133,7 +158,7 @@ def probe(address: str, begun: float, told: Queue[list[float]]) -> None:
     told.put(found or [LAST])
 
 
-def load(address: str, case: Case, begun: float, answers: Queue[int]) -> None:
+def load(address: str, case: Case, ready: Barrier, answers: Queue[int]) -> None:
     """Send what the case says until the time is over. Puts how many answers came."""
     host, _, port = address.partition(":")
     count = 0
@@ -155,6 +180,8 @@ def load(address: str, case: Case, begun: float, answers: Queue[int]) -> None:
         sender.cancel()
 
     async def crowd() -> None:
+        ready.wait()
+        begun = time.time()
         clients = [asyncio.ensure_future(client()) for _ in range(case.connections)]
         await asyncio.sleep(max(0.0, begun + SECONDS - time.time()))
         for one in clients:
@@ -169,10 +196,10 @@ def measure(address: str, case: Case) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
     told: Queue[list[float]] = context.Queue()
     answers: Queue[int] = context.Queue()
-    begun = time.time() + 1.5
+    ready = context.Barrier(2)  # both processes have started
     both = (
-        context.Process(target=load, args=(address, case, begun, answers)),
-        context.Process(target=probe, args=(address, begun, told)),
+        context.Process(target=load, args=(address, case, ready, answers)),
+        context.Process(target=probe, args=(address, ready, told)),
     )
     for process in both:
         process.start()

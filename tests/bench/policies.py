@@ -1,7 +1,7 @@
 """Other orders of work for the same engine, as baselines of the server's own.
 
 Each takes the place of `Batcher`, and of `Runner` where another code draws. The engine process of a server under such a
-policy is `python -m tests.bench.policies NAME FD PULSE`.
+policy is `python -m tests.bench.policies NAME FD PULSE PAGE`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Static(Batcher):
     """
 
     def __init__(
-        self, caps: Callable[[Key], Caps | None], resident: Callable[[str, Phase], bool] = lambda model, phase: True
+        self,
+        caps: Callable[[Key], Caps | None],
+        resident: Callable[[str, Phase, tuple[str, ...]], bool] = lambda *parts: True,
     ) -> None:
         super().__init__(caps, resident)
         self._line: dict[Row, None] = {}
@@ -63,7 +65,7 @@ class Static(Batcher):
         entering = [row for row in self._batch if row.stage == "waiting"]
         if entering:
             caps = self._caps(key)
-            ready = caps is not None and self._resident(key.model, "encode")
+            ready = caps is not None and self._resident(key.model, "encode", ())
             return Work("encode", key, entering[: caps.encode]) if caps and ready else None
         held = all(row.stage == "started" and row.lease is not None for row in self._batch)
         return Work("denoise", key, list(self._batch)) if held else None
@@ -86,7 +88,7 @@ class Static(Batcher):
         return batch
 
     def _free(self, row: Row) -> bool:
-        return row.key.model not in self.paused and self._resident(row.key.model, "encode")
+        return row.key.model not in self.paused and self._resident(row.key.model, "encode", ())
 
     def _joins(self, row: Row, first: Row) -> bool:
         return likeness(row) == likeness(first)
@@ -104,7 +106,7 @@ class Whole(Single):
 
     def next(self, now: float) -> Work | None:
         first = next(iter(self._line), None)
-        if first is None or not all(self._resident(first.key.model, phase) for phase in PHASES):
+        if first is None or not all(self._resident(first.key.model, phase, ()) for phase in PHASES):
             return None
         return Work("decode", first.key, [first])
 

@@ -9,7 +9,7 @@ from itertools import count, cycle, islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from app.bench.traffic import CLASSES, Arrival, Mix, arrivals
+from app.bench.serve import CLASSES, Arrival, Mix, arrivals
 from app.cards.card import Card
 from app.errors import InvalidValue
 

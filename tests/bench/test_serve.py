@@ -7,8 +7,7 @@ import json
 
 import pytest
 
-from app.bench.serve import LOST, PNG, Answer, latencies, open_loop
-from app.bench.traffic import Arrival
+from app.bench.serve import LOST, PNG, Answer, Arrival, latencies, open_loop
 from tests.parts.commands import Run
 
 

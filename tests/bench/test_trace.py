@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.bench.traffic import SAMPLERS, kinds
+from app.bench.serve import SAMPLERS, kinds
 from app.errors import InvalidValue
 from tests.bench import recorded as traces
 from tests.bench.recorded import record

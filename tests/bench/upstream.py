@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import torch
 
-from app.bench.traffic import SAMPLERS
+from app.bench.serve import SAMPLERS
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.flux import pack

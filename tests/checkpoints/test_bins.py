@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from app.cards.card import read_card
-from app.checkpoints.convert import BIN, convert_dit
+from app.cards.files import BIN
+from app.checkpoints.convert import convert_dit
 from app.errors import CheckpointError
 from app.families import DiT
 from tests.families.plain import load

@@ -24,7 +24,7 @@ def test_a_branch_is_linked_before_a_pinned_commit(
         return SimpleNamespace(source=source, has=lambda trait: False, components=components, files={})
 
     monkeypatch.setattr(hub, "_open", opened)
-    found = hub.needs(card(own, {"vae": "other/vae"}), {"other": card(shared, {})}, {})
+    found = hub.needs(card(own, {"vae": "other/vae"}), {"other": card(shared, {})}, hub.open_repo)
     (repo, paths) = found[f"o/r@{COMMIT}"]
     assert paths == {"model_index.json"}
     assert repo.revision == (None if None in (own, shared) else COMMIT)

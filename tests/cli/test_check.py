@@ -34,7 +34,7 @@ def test_one_file_in_the_authors_layout(run: Run, single: Path) -> None:
     assert result.exit_code == 0, result.output
     told = rows(result.stdout)
     assert result.stdout.startswith("fits tiny-sd3\n")
-    assert told["transformer"].startswith("transformer stored as float32 0.0784 M 332.1 kB 332.1 kB")
+    assert told["transformer"].startswith("transformer stored as float32 0.1 M 332.1 kB 332.1 kB")
     assert told["vae"].startswith("vae stored as float32") and told["text_encoder"].startswith("text_encoder stored")
     assert "long prompts and written words are followed less well" in told["text_encoder_3"]
     assert told["tokenizer"] == "tokenizer missing; text_encoder needs it - - -"
@@ -135,7 +135,7 @@ def test_the_shipped_models_one_of_which_shares_its_vae(
         result = run("models", "check", place)
         assert result.exit_code == 0 and rows(result.stdout)[part].startswith(f"{part} stored as bfloat16")
     told = run("models", "check", dit)
-    assert rows(told.stdout)["vae"].startswith("vae missing, and needed 2.63 M")
+    assert rows(told.stdout)["vae"].startswith("vae missing, and needed 2.6 M")
     assert one_line(told) == f"{dit}: vae missing: give --rest emoji-dit to take what is missing from that card"
     monkeypatch.setenv("INSTEP_MODELS", str(tmp_path))
     for name in ("emoji-dit", "emoji-mmdit"):

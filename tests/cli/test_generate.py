@@ -210,7 +210,7 @@ def test_a_terminal_sees_bars_and_the_picture(run: Run, monkeypatch: pytest.Monk
     told += [Drawn("generate", index, 1 + index, pixels, timings) for index in (1, 0)]
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=80, color_system="truecolor")
-    with generate.bars(job, console):
+    with paint.bars_of(console, [job], generate.image_of):
         for report in told:
             job.hear(report)
     (results,) = paint.results([job])

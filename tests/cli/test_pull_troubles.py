@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import resource
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,10 @@ def break_it(models: Path, hub: Hub, change: dict[str, object], monkeypatch: pyt
     told = ", ".join(f'{name} = "{value}"' for name, value in source.items())
     file.write_text(file.read_text().replace('repo = "lab/tiny"', told))
     if change.pop("gone", False):
+        hub.shutdown()
         hub.server_close()
+        hub.socket = socket.socket()  # it listens to nobody, and nobody else can get the port
+        hub.socket.bind(hub.server_address)
     if change.pop("bin", False):
         weights = hub.root / "lab" / "tiny" / NETWORK
         weights.rename(weights.with_suffix(".bin"))

@@ -26,7 +26,8 @@ OTHER = {
     "device_memory": "3GB", "host_memory": "25%", "api_keys": "alice=0123456789abcdef", "api_keys_file": "keys.toml",
     "admin_key": "fedcba9876543210", "request_timeout": "12.5", "max_connections": "20", "connections_per_address": "5",
     "text_cache": "64MB", "alias": "dall-e-3=tiny-sd3,lab/tiny=tiny-dit",
-    "cors_origins": "https://app.example",
+    "config": "/dev/null", "loras": "adapters",
+    "cors_origins": "https://app.example", "request_memory": "2GB", "upload_memory": "1GB",
 }  # fmt: skip
 """For each setting that is not a switch a value that is not its default."""
 
@@ -38,7 +39,7 @@ SECRET = "sk-0123456789abcdef"
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """What `main.serve` is called with, instead of serving."""
     calls: list[Settings] = []
-    monkeypatch.setattr(main, "serve", calls.append)
+    monkeypatch.setattr(main, "serve", lambda settings, *, reread: calls.append(settings))
     return calls
 
 
@@ -80,6 +81,8 @@ def test_help_says_what_each_setting_is(run: Run, monkeypatch: pytest.MonkeyPatc
         (("--no-such-flag",), "No such option"),
         (("--models", "nowhere"), "no cards in nowhere"),
         (("--default-model", "x"), 'no card is named "x"'),
+        (("--loras", "nowhere"), "loras: there is no folder nowhere"),
+        (("--loras", "~nobody-here/a"), "loras: there is no folder ~nobody-here/a"),
         (("--alias", "a=tiny-sd3", "--alias", "a=tiny-dit"), 'alias: "a" is a name of tiny-sd3 already'),
     ],
 )
@@ -96,7 +99,10 @@ def test_what_is_empty_is_the_default(
         monkeypatch.setenv(f"INSTEP_{name.upper()}", empty)
     flags = [word for name in OTHER for word in (f"--{name.replace('_', '-')}", empty)]
     assert run("serve").exit_code == run("serve", *flags).exit_code == 0
-    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    defaults = {name: field.default for name, field in Settings.model_fields.items()} | {
+        "request_memory": 10**9,
+        "upload_memory": 256 * 10**6,
+    }
     assert [settings.model_dump() for settings in served] == [defaults, defaults]
 
 

@@ -39,7 +39,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory, traffic: Traffic) -> Iterato
 
 
 def test_the_traffic_was_mixed(stage: Stage, traffic: Traffic) -> None:
-    assert traffic.outcomes["200"] > 20 and traffic.outcomes["completed"] > 5
+    assert traffic.outcomes["200"] > 20 and traffic.outcomes["completed"] > 5 and traffic.outcomes["edit 200"] > 1
     assert min(traffic.outcomes[name] for name in ("400", "404", "413", "503", "left", "rush left")) >= 1
     assert {name for name in traffic.outcomes if name.startswith("5")} == {"503"}
 

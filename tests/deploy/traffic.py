@@ -1,4 +1,4 @@
-"""A minute of everything that a service meets: pictures, streams, clients that leave, mistakes, a rush, a bad model."""
+"""A minute of all that a service meets: pictures, edits, streams, clients that leave, mistakes, a rush, a bad model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 
@@ -22,6 +23,7 @@ MISTAKES: dict[str, bytes | dict[str, object]] = {
     "invalid_json": b"{",
     "body_too_large": b" " * (2 << 20),
 }
+PICTURE = (Path(__file__).parents[2] / "docs" / "edit" / "apple.png").read_bytes()
 LONG = {"model": "tiny-dit", "class_label": 1, "num_inference_steps": 250, "sampler": "ddpm", "n": 10}
 
 
@@ -36,7 +38,7 @@ class Traffic:
     def run(self, seconds: float) -> None:
         """Everything at once for so long; the rush is in the middle."""
         until = time.monotonic() + seconds
-        loops = [*[self.picture] * 4, self.picture_stream, self.leave, self.mistake, self.broken]
+        loops = [*[self.picture] * 4, self.edit, self.picture_stream, self.leave, self.mistake, self.broken]
         threads = [threading.Thread(target=self._loop, args=(loop, seed, until)) for seed, loop in enumerate(loops)]
         for thread in threads:
             thread.start()
@@ -60,6 +62,11 @@ class Traffic:
         reply = http.post(self.url, json=body, headers={"Accept": accept})
         time.sleep(min(2.0, float(reply.headers.get("Retry-After", 0))))
         return str(reply.status_code)
+
+    def edit(self, http: httpx.Client, dice: random.Random) -> str:
+        form = {"model": "tiny-sd3", "prompt": f"a {dice.randrange(50)}"}
+        url = self.url.replace("generations", "edits")
+        return f"edit {http.post(url, data=form, files={'image': PICTURE}).status_code}"
 
     def picture_stream(self, http: httpx.Client, dice: random.Random) -> str:
         reply = http.post(self.url, json={**self._body(dice), "stream": True, "partial_images": 1})

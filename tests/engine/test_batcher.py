@@ -37,6 +37,18 @@ def test_a_row_joins_at_the_next_step() -> None:
     assert late in simulation.forwards[before]
 
 
+def test_rows_whose_adapter_is_away_let_others_pass() -> None:
+    """Also where they are the best of all, and more than a forward takes."""
+    simulation = Simulation(fixed(8), away="x")
+    waiting = [row(2, adapters=(("x", 0.5),)) for _ in range(40)]
+    passing = [row(4, adapters=(("y", 0.5),)), row(4), row(50)]
+    simulation.add(*waiting, *passing)
+    simulation.run()
+    assert simulation.ended.keys() == set(passing) and {one.stage for one in waiting} == {"waiting"}
+    assert len(simulation.forwards[0]) == len(passing)
+    assert {one.adapters for one in simulation.batcher.heads()} == {("x",)}
+
+
 def test_a_short_row_does_not_wait_for_long_ones_at_the_cap() -> None:
     simulation = Simulation(fixed(8))
     simulation.add(*(row(50) for _ in range(8)))

@@ -9,8 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from app.engine.runner import LOOK, Cores
-from app.pool.pool import use_threads
+from app.pool.budget import LOOK, Cores, use_threads
 from app.report import Tick
 from tests.parts.engine import Bench, FakeFamily, FakePool, card, request
 

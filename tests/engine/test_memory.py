@@ -20,6 +20,7 @@ from app.pool.policy import PHASES
 from app.pool.pool import RETRY_AFTER, Pool
 from app.report import Evicted, Memory, ModelState
 from app.request import ClassLabel, ImageSpec, Prompt, Request
+from tests.parts.edits import edited
 from tests.parts.engine import Bench, load_all
 from tests.parts.requests import changed, flat
 from tests.parts.waiting import Clock
@@ -143,6 +144,26 @@ def test_a_model_whose_parts_fit_one_at_a_time(
     assert {"transformer", "vae", "text_encoder"} <= moved
 
 
+def test_edits_in_a_model_whose_parts_fit_one_at_a_time(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
+) -> None:
+    """The VAE comes for the sources, leaves for encoders and network, and comes back; plain rows share the forwards."""
+    bound.append(Pool(cards, "cpu", torch.float32, budget=largest[1]))
+    asked = [ask("tiny-sd3", number, number % 2 == 0) for number in range(12)]
+    asked = [one if number % 3 == 0 else edited(one, 0.6, number % 3 == 1, number) for number, one in enumerate(asked)]
+    bench = Bounded(bound[0])
+    for start in range(0, 12, 4):
+        for request in asked[start : start + 4]:
+            bench.engine.submit(request)
+        bench.turn(5)
+    bench.until(lambda: len(bench.results) == 12)
+    assert not bound[0].fits("tiny-sd3") and max(tick.rows for tick in bench.forwards) >= 4
+    expected = plain(cards, asked)
+    for key, pixels in expected.items():
+        assert np.abs(bench.results[key].pixels.astype(int) - pixels.astype(int)).max() <= 1, key
+    assert all(report.bytes.get("weights", 0) <= largest[1] for report in bench.of(Memory))
+
+
 def test_rows_keep_coming_to_a_model_in_parts_and_to_another(
     cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
 ) -> None:
@@ -217,3 +238,23 @@ def test_a_model_that_fails_in_the_middle_of_its_measurement_comes_back_whole(
     bench.reports.clear()
     clock.now = RETRY_AFTER + 1
     bench.answer([ask("tiny-dit", 2, True)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phases", [False, True])
+def test_edits_of_three_models_in_little_memory(
+    cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool], phases: bool
+) -> None:
+    """Nobody waits for ever, whatever part of which model has to come or go. phases: a model never fits as a whole."""
+    bound.append(Pool(cards, "cpu", torch.float32, budget=largest[phases]))
+    asked = [
+        edited(one, 0.6, number % 2 == 0, number % 7) if number % 4 else one for number, one in enumerate(requests(60))
+    ]
+    bench = Bounded(bound[0])
+    for start in range(0, 60, 5):
+        for request in asked[start : start + 5]:
+            bench.engine.submit(request)
+        bench.turn(4)
+    bench.until(lambda: len(bench.results) == 60)
+    for key, pixels in plain(cards, asked).items():
+        assert np.abs(bench.results[key].pixels.astype(int) - pixels.astype(int)).max() <= 1, key

@@ -84,7 +84,7 @@ class PlainBatcher:
     def order(self, each: Row, now: float) -> tuple[float, ...]:
         if now - each.arrived - each.served > AGE_LIMIT * each.lines * each.passes * self.caps.rate:
             return (0, each.arrived, each.sequence)
-        return (1, each.remaining, -each.request.delivery.priority, each.deadline, each.sequence)
+        return (1, each.remaining, -each.request.delivery.priority, each.deadline, each.arrived, each.sequence)
 
 
 ROWS = st.tuples(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.engine.runner import plan_of
-from app.engine.step import PASSES, Slots, denoise_step, gather, indices, totals
+from app.engine.step import PASSES, Kept, Slots, denoise_step, gather, indices, totals
 from app.families.base import Conditions, Family
 from app.request import Guidance, SkipGuidance
 from app.samplers.schedule import Schedule
@@ -28,10 +28,11 @@ def guided(scale: float | None) -> Guidance:
 
 def plain_step(
     family: Family, table: Table, line: int, x: torch.Tensor, mem: torch.Tensor, noise: torch.Tensor,
-    codes: list[float], scale: float | None,
+    codes: list[float], scale: float | None, kept: Kept | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """One row alone: [C, h, w] in and out."""
-    row = dict(zip(("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo"), table.coefficients()[line], strict=True))
+    names = ("t", "c_in", "xx", "xo", "xm", "xz", "zf", "mx", "mo", "ka", "kb")
+    row = dict(zip(names, table.coefficients()[line], strict=True))
     time = torch.tensor([row["t"]])
     outs = []
     for code in codes:
@@ -44,35 +45,41 @@ def plain_step(
         out = guided if channels is None else torch.cat([guided[:channels], out[channels:]])
     spread = float(row["xz"]) * (1.0 if frac is None else torch.exp(0.5 * float(row["zf"]) * frac))
     new = float(row["xx"]) * x + float(row["xo"]) * out + float(row["xm"]) * mem + spread * noise
+    if kept is not None:
+        source, first, fresh = kept
+        new = torch.where(fresh, new, float(row["ka"]) * source + float(row["kb"]) * first)
     return new, float(row["mx"]) * x + float(row["mo"]) * out
 
 
-MIX = [  # sampler, steps, the line each row stands at, guidance
-    ("ddim", 10, 3, None), ("ddpm", 50, 49, 4.0), ("ddpm", 250, 7, None), ("euler", 4, 0, 7.5),
-    ("heun", 10, 12, 2.0), ("dpmpp_2m", 28, 5, None), ("euler_ancestral", 20, 19, 1.5),
+MIX = [  # sampler, steps, strength, the line each row stands at, guidance, whether it has a mask
+    ("ddim", 10, None, 3, None, False), ("ddpm", 50, None, 49, 4.0, False), ("ddpm", 250, 0.5, 7, None, True),
+    ("euler", 4, None, 0, 7.5, False), ("heun", 10, 1.0, 12, 2.0, True), ("dpmpp_2m", 28, 0.6, 5, None, False),
+    ("euler_ancestral", 20, 0.6, 11, 1.5, True), ("ddim", 12, 0.8, 1, 3.0, True), ("heun", 9, 0.7, 3, None, True),
+    ("dpmpp_2m", 9, 0.9, 2, None, True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("channels", [None, 3])
-@pytest.mark.parametrize("bucket", [None, 16])
+@pytest.mark.parametrize("bucket", [None, 24])
 def test_a_mixed_step_equals_each_row_alone(channels: int | None, bucket: int | None) -> None:
     family = FakeFamily(card(guided_channels=channels), learned_variance=True)
-    slots = Slots(9, SHAPE, torch.device("cpu"))
+    slots = Slots(12, SHAPE, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     expected = []
     taken = []
-    for number, (sampler, steps, line, scale) in enumerate(MIX):
-        table = compile_table(EPSILON, sampler, steps)
+    for number, (sampler, steps, strength, line, scale, masked) in enumerate(MIX):
+        table = compile_table(EPSILON, sampler, steps, strength=strength)
         codes = [number / 7, number / 5][: 1 if scale is None else 2]
-        x, mem, noise = torch.randn(3, *SHAPE, generator=generator)
-        slot = slots.take(plan_of(table, guided(scale)), x, {"code": torch.tensor(codes)[:, None]})
+        x, mem, noise, source, first = torch.randn(5, *SHAPE, generator=generator)
+        kept = (source, first, torch.rand(SHAPE[1:], generator=generator) > 0.5) if masked else None
+        slot = slots.take(plan_of(table, guided(scale)), x, {"code": torch.tensor(codes)[:, None]}, kept=kept)
         slots.mem[slot], slots.noise[slot], slots.line[slot] = mem, noise, line
-        expected.append(plain_step(family, table, line, x, mem, noise, codes, scale))
+        expected.append(plain_step(family, table, line, x, mem, noise, codes, scale, kept))
         taken.append(slot)
-    order = np.array(taken)[[4, 0, 6, 2, 1, 5, 3]]
+    order = np.array(taken)[[4, 8, 0, 6, 2, 9, 1, 5, 3, 7]]
     sums = denoise_step(family, slots, order, bucket)
     assert sums.isfinite().all() and len(sums) == (bucket or len(MIX))
-    assert family.widths[-1] == (bucket or sum(1 if scale is None else 2 for *_, scale in MIX))
+    assert family.widths[-1] == (bucket or sum(1 if scale is None else 2 for *_, scale, _ in MIX))
     for slot, (x, mem) in zip(taken, expected, strict=True):
         close(slots.x[slot], x, FORWARD, furthest)
         close(slots.mem[slot], mem, FORWARD, furthest)
@@ -165,6 +172,15 @@ def test_a_taken_slot_remembers_nothing_of_the_row_before() -> None:
     assert not slots.mem[slot].any() and not slots.noise[slot].any()
     assert (slots.line[slot], slots.guided[slot]) == (0, 0)
     np.testing.assert_array_equal(slots.lines(np.array([slot]))[0, : len(COLUMNS)], short.coefficients()[0])
+
+
+def test_a_row_that_found_no_room_leaves_no_mask_to_the_next_row_of_its_slot() -> None:
+    slots, plan = Slots(1, SHAPE, torch.device("cpu")), plan_of(compile_table(FLOW, "flow_euler", 4), guided(None))
+    kept = torch.zeros(SHAPE), torch.zeros(SHAPE), torch.zeros(SHAPE[1:], dtype=torch.bool)
+    with pytest.raises(RuntimeError):
+        slots.take(plan, torch.zeros(SHAPE), {"code": torch.rand(9, 1)}, kept=kept)
+    slot = slots.take(plan, torch.zeros(SHAPE), {"code": torch.rand(1, 1)})
+    assert slots.masks.among(np.array([slot])) is None
 
 
 @pytest.mark.parametrize("guided", list(itertools.product([0, 1], repeat=3)))

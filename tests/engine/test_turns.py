@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from app.engine.batcher import ALL, Turns
 from app.engine.row import Row
-from app.pool.policy import Parts
+from app.pool.policy import Kept, Parts
 from app.report import Phase
 from app.request import Key
 from tests.parts.engine import request
@@ -20,23 +20,26 @@ class Shelf:
     def __init__(self, *here: str) -> None:
         self.here, self.parts = set(here), set[tuple[str, Phase]]()
         self.whole, self.blocked = True, False
+        self.adapters = set[str]()
 
-    def resident(self, model_id: str, phase: Phase) -> bool:
+    def resident(self, model_id: str, phase: Phase, adapters: Sequence[str] = ()) -> bool:
+        if not self.adapters.issuperset(adapters):
+            return False
         return model_id in self.here or (model_id, phase) in self.parts
 
-    def fits(self, model_id: str) -> bool:
+    def fits(self, model_id: str, adapters: Sequence[str] = ()) -> bool:
         return self.whole
 
-    def need(self, waiting: Sequence[Parts], kept: Collection[str], urgent: Sequence[Parts]) -> None:
-        self.asked = list(urgent), list(waiting), frozenset(kept)
+    def need(self, waiting: Sequence[Parts], kept: Collection[Kept], urgent: Sequence[Parts]) -> None:
+        self.asked = [one[:2] for one in urgent], [one[:2] for one in waiting], frozenset(kept)
 
 
 class Plan(NamedTuple):
     """What the pool was asked for, and which models take no new rows."""
 
-    urgent: list[Parts]
-    needs: list[Parts]
-    kept: frozenset[str]
+    urgent: list[tuple[str, tuple[Phase, ...]]]
+    needs: list[tuple[str, tuple[Phase, ...]]]
+    kept: frozenset[Kept]
     held: frozenset[str]
 
 
@@ -45,16 +48,16 @@ class Planned(Turns):
 
     def plan(self, finished: Sequence[Row], started: Sequence[Row], now: float) -> Plan:
         """With the first of the rows of each model as what waits."""
-        heads = {row.key.model: row for row in reversed(self.rows)}.values()
+        heads = {row.kit: row for row in reversed(self.rows)}.values()
         held = self.ask(sorted(heads, key=lambda row: row.sequence), finished, started, now)
-        return Plan(*self._pool.asked, held)  # type: ignore[attr-defined]
+        return Plan(*self._pool.asked, frozenset(model for model, _ in held))  # type: ignore[attr-defined]
 
 
 numbers = itertools.count()
 
 
-def row(model: str, arrived: float = 0.0) -> Row:
-    asked = request("r", model=model)
+def row(model: str, arrived: float = 0.0, *adapters: str) -> Row:
+    asked = request("r", model=model, adapters=tuple((name, 0.5) for name in adapters))
     return Row(asked, 0, Key(model, 32, 32, 24), 8, arrived, next(numbers))
 
 
@@ -158,3 +161,36 @@ def test_who_made_room_is_not_brought_back_first_although_its_row_is_the_oldest(
     assert made.plan([], [], 3.5).needs == [("b", ALL), ("a", ALL)]
     shelf.here = {"b"}
     assert made.plan([], [], 4.0).needs == [("a", ALL)]
+
+
+def test_an_adapter_takes_turns_with_others_of_its_model_and_plain_rows_go_on() -> None:
+    shelf = Shelf("a")
+    shelf.adapters, shelf.blocked = {"x", "y"}, True
+    rows = row("a"), row("a", 0.0, "x"), row("a", 0.0, "x", "y"), row("a", 1.0, "z")
+    made = turns(shelf, *rows)
+    made.served("a", 2.0)
+    plan = made.plan([], [], 1.0)
+    assert plan.needs == [("a", ALL)] and plan.kept == {"a", ("a", "x"), ("a", "y")}
+    held = made.ask(rows, [], [], 3.1)
+    assert held == {("a", ("x",)), ("a", ("x", "y"))}, "who has what z needs no room of"
+    assert shelf.asked[2] == {"a"}
+    shelf.adapters = {"x", "z"}
+    assert not made.ask(rows[:2] + rows[3:], [], [], 3.2), "x and z are both there"
+
+
+def test_rows_that_need_an_adapter_only_one_of_which_is_there_wait() -> None:
+    shelf = Shelf("a")
+    shelf.adapters = {"x"}
+    assert turns(shelf, row("a", 0.0, "x", "y")).plan([], [], 0.0).needs == [("a", ALL)]
+    shelf.adapters = {"x", "y"}
+    assert not turns(shelf, row("a", 0.0, "x", "y")).plan([], [], 0.0).needs
+
+
+def test_kits_that_are_gone_are_forgotten() -> None:
+    """Bodies choose sets of adapters, so there is no end of kits."""
+    turns = Planned(Shelf("a"), ())
+    for number in range(1000):
+        turns._pool.adapters = {f"{number}"}  # type: ignore[attr-defined]
+        turns.rows = [row("a", 0.0, f"{number}")]
+        turns.plan([], [], float(number))
+    assert sum(len(one) for one in vars(turns).values() if isinstance(one, set | dict)) < 10

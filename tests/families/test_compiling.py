@@ -6,6 +6,7 @@ The compiler itself runs for one network, because it takes half a minute; for th
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,9 +36,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What is compiled goes here, and nothing compiled is left for other tests."""
     folder, before = tmp_path_factory.mktemp("cache"), torch._dynamo.config.recompile_limit
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "as torch has set it"))
         allow_compiling(folder)
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "compiled"))
         yield folder
     torch._dynamo.config.recompile_limit = before
     torch.compiler.reset()
@@ -107,7 +107,7 @@ def test_served_pictures_of_cards_that_share_a_compiled_network(checkpoints: Pat
         assert wanted.latents is not None and got.latents is not None
         close(got.latents, wanted.latents, SAME, furthest)
     apart(results[1][1].latents, results[0][0].latents, SAME, furthest, of="the other card:")
-    assert any(cache.rglob("*.so")), "nothing was compiled into the cache folder"
+    assert any((cache / "compiled").rglob("*.so")), "nothing was compiled into the cache folder"
 
 
 def test_a_compiled_key_is_measured_anew_and_not_kept(dit: DiT, tmp_path: Path) -> None:
@@ -128,6 +128,17 @@ def test_no_compiler_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     with pytest.raises(SettingsError, match="no C\\+\\+ compiler") as raised:
         allow_compiling(tmp_path)
     assert raised.value.param == "compile"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    (tmp_path / "compiled").touch()
+    allow_compiling(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+    (line,) = caplog.messages
+    assert f"{tmp_path}/compiled cannot be written (File exists)" in line
 
 
 def test_the_setting_is_off_unless_asked() -> None:

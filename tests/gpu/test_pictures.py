@@ -11,6 +11,7 @@ import torch
 from app.pool.pool import Pool
 from app.report import Result
 from app.request import Request
+from tests.engine.test_edits import traffic as edits
 from tests.engine.test_mixed import run_mixed, traffic
 from tests.gpu.conftest import Opened
 from tests.gpu.memory import narrow
@@ -45,7 +46,8 @@ def furthest(some: Mapping[tuple[str, int], Result], others: Mapping[tuple[str, 
 
 
 def test_float32_is_what_the_cpu_draws(device: str, opened: Opened) -> None:
-    requests = traffic(opened("cpu").cards, 24, seed=11)
+    cards = opened("cpu").cards
+    requests = traffic(cards, 24, seed=11) + edits(cards, 24, seed=11)
     wanted, got = (alone(opened(where), requests) for where in ("cpu", device))
     assert all(psnr(got[name].pixels, one.pixels) >= 40 for name, one in wanted.items())
     assert furthest(got, wanted) < 1e-3
@@ -62,7 +64,8 @@ def test_bfloat16_is_near_float32(device: str, opened: Opened) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_mixed_traffic_equals_each_alone(device: str, dtype: torch.dtype, opened: Opened) -> None:
     pool = opened(device, dtype, PAIR)
-    requests = [request for request in traffic(pool.cards, 32, seed=13) if request.recipe.steps <= 20]
+    every = traffic(pool.cards, 32, seed=13) + edits(pool.cards, 24, seed=13)
+    requests = [request for request in every if request.recipe.steps <= 20]
     wanted, got = alone(pool, requests), together(pool, requests)
     distances = [psnr(got[name].pixels, one.pixels) for name, one in wanted.items()]
     assert np.median(distances) >= 40 and min(distances) >= 30, distances
@@ -71,7 +74,8 @@ def test_mixed_traffic_equals_each_alone(device: str, dtype: torch.dtype, opened
 
 def test_deterministic_mode_is_bit_equal(device: str, opened: Opened) -> None:
     pool = opened(device, torch.bfloat16, PAIR)
-    requests = [request for request in traffic(pool.cards, 32, seed=14) if request.recipe.steps <= 10]
+    every = traffic(pool.cards, 32, seed=14) + edits(pool.cards, 24, seed=14)
+    requests = [request for request in every if request.recipe.steps <= 10]
     wanted, got = alone(pool, requests, deterministic=True), together(pool, requests, deterministic=True)
     for name, one in wanted.items():
         np.testing.assert_array_equal(got[name].latents, one.latents)

@@ -7,8 +7,11 @@ from typing import Any
 import httpx
 import pytest
 
+from app.errors import RequestError
 from app.jobs.body import ImageBody
+from app.jobs.edit import EditBody, read_edit
 from app.jobs.other_names import OTHERWISE, RENAMED, hint
+from app.source import PICTURES
 from tests.parts.servers import generate
 
 FIELDS = list(ImageBody.model_fields)
@@ -38,12 +41,14 @@ MEANT = {
 
 INSTEAD = {
     "width": '"WxH"', "height": '"WxH"', "aspect_ratio": '"WxH"', "image_size": '"WxH"', "megapixels": '"WxH"',
-    "image": "none is taken as an input", "init_images": "none is taken as an input", "image_url": "none is taken",
-    "mask_image": "none is taken", "strength": "none is taken", "denoising_strength": "none is taken",
-    "prompt_strength": "none is taken", "input_fidelity": "none is taken",
-    "loras": "no LoRA", "lora_scale": "no LoRA", "prompt_2": "every text encoder", "styles": "into the prompt",
-    "style_preset": "into the prompt", "prompt_upsampling": "as it is written", "sigmas": "noise schedule",
-    "flow_shift": "noise schedule", "eta": "noise schedule", "disable_safety_checker": "nothing is filtered",
+    "image": "images/edits", "init_images": "images/edits", "image_url": "images/edits", "strength": "images/edits",
+    "mask_image": "images/edits", "denoising_strength": "images/edits", "resize_mode": "images/edits",
+    "prompt_strength": "images/edits", "input_fidelity": "images/edits", "overlay": "images/edits",
+    "inpaint_full_res": "the whole picture", "inpainting_mask_invert": "mask_image", "ip_adapter": "no such network",
+    "lora": "GET /v1/loras", "lora_scale": "GET /v1/loras", "prompt_2": "every text encoder",
+    "styles": "into the prompt", "style_preset": "into the prompt", "prompt_upsampling": "as it is written",
+    "sigmas": "noise schedule", "flow_shift": "noise schedule", "eta": "noise schedule",
+    "disable_safety_checker": "nothing is filtered",
     "safety_tolerance": "nothing is filtered", "go_fast": "leave it out", "enable_teacache": "leave it out",
     "generator_device": "leave it out", "sync_mode": "leave it out", "webhook_url": "leave it out",
     "extra_body": "beside prompt", "override_settings": "beside prompt", "diffusers_kwargs": "beside prompt",
@@ -84,10 +89,30 @@ def test_a_comparison_offers_its_own_fields(http: httpx.Client) -> None:
 
 
 def test_every_name_is_told_once_and_is_none_of_ours() -> None:
-    assert RENAMED.keys() <= set(FIELDS)
+    assert RENAMED.keys() <= {*EditBody.model_fields, *PICTURES}
     names = [name for table in (RENAMED, OTHERWISE) for text in table.values() for name in text.split()]
     assert len(names) == len(set(names)) and not set(names) & set(FIELDS)
     assert all(hint(name, FIELDS) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("denoising_strength", 'did you mean "strength"?'),
+        ("denoise", 'did you mean "strength"?'),
+        ("init_images", 'did you mean "image"?'),
+        ("mask_url", 'did you mean "mask"?'),
+        ("resize_mode", 'did you mean "resize"?'),
+        ("steps", 'did you mean "num_inference_steps"?'),
+        ("strenght", 'did you mean "strength"?'),
+        ("inpainting_fill", "strength says how much of each"),
+        ("width", '"WxH" in pixels'),
+    ],
+)
+def test_the_fields_of_an_edit_are_offered_to_an_edit(name: str, end: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        read_edit({"prompt": "a", name: 1})
+    assert caught.value.message.startswith(f'Unknown field "{name}"; ') and caught.value.message.endswith(end)
 
 
 def test_what_is_offered_is_taken(http: httpx.Client) -> None:

@@ -32,7 +32,7 @@ IN_VAIN: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a (red)1.3 apple"}, 'prompt: "(red)1.3" is read as plain text'),
     ({"prompt": "a (big dog)++"}, 'prompt: "(big dog)++" is read as plain text'),
     ({"prompt": "a [cat:dog:0.5]"}, 'prompt: "[cat:dog:0.5]" is read as plain text'),
-    ({"prompt": "a <lora:pixel:0.8>"}, 'prompt: "<lora:pixel:0.8>" is read as plain text'),
+    ({"prompt": "a <lora:pixel:0.8>"}, 'prompt: "<lora:pixel:0.8>" is read as plain text: the field loras has LoRAs'),
     ({"negative_prompt": "embedding:bad"}, 'negative_prompt: "embedding:bad" is read as plain text'),
 ]
 

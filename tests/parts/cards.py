@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from app.cards.adapters import Adapter, Fit
+from app.cards.card import Card
+
 LABELS = ["tench, Tinca tinca", "goldfish", "crane", "house finch", "crane", "golden retriever"]
 TEXT = """
 id = "tiny-text"
@@ -42,3 +45,14 @@ def write_cards(folder: Path) -> Path:
     index = {"id2label": {str(i): name for i, name in enumerate(LABELS)}}
     (folder / "tiny-label" / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def adapter(name: str, *models: str, **facts: object) -> Adapter:
+    """What the front knows of a LoRA that fits these models."""
+    fit = Fit(rank=4, modules=6, parts=("transformer",), bytes=12_345)
+    return Adapter(name=name, file=Path(f"{name}.safetensors"), stamp=(1,), fits=dict.fromkeys(models, fit), **facts)
+
+
+def with_adapters(card: Card, *adapters: Adapter) -> Card:
+    """The card of a server that has these."""
+    return card.model_copy(update={"adapters": {one.name: one for one in adapters}})

@@ -46,6 +46,7 @@ class FakeFamily:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    network = torch.nn.Module()
 
     def __init__(self, card: Card, learned_variance: bool = False) -> None:
         self.card = card
@@ -151,6 +152,7 @@ class FakePool:
 
     device = torch.device("cpu")
     blocked = False
+    loading = ""
 
     def __init__(self, *families: FakeFamily) -> None:
         self.families = {family.card.id: family for family in families}
@@ -167,7 +169,7 @@ class FakePool:
     def need(self, waiting: Sequence[Parts], kept: Collection[str], urgent: Sequence[Parts]) -> None:
         pass
 
-    def components(self, model_id: str, phase: Phase) -> list[Any]:
+    def components(self, model_id: str, phase: Phase, adapters: Collection[str] = ()) -> list[Any]:
         """One for each phase of a model: its name, and the phase's."""
         return [(model_id, phase)]
 
@@ -179,7 +181,7 @@ class FakePool:
     def release(self, components: Sequence[Any]) -> None:
         self.leases -= len(components)
 
-    def resident(self, model_id: str, phase: Phase) -> bool:
+    def resident(self, model_id: str, phase: Phase, adapters: Collection[str] = ()) -> bool:
         return model_id in self.present
 
     def family(self, model_id: str) -> FakeFamily | None:
@@ -191,10 +193,10 @@ class FakePool:
     def size(self, model_id: str) -> int:
         return 1_000_000
 
-    def fits(self, model_id: str) -> bool:
+    def fits(self, model_id: str, adapters: Collection[str] = ()) -> bool:
         return True
 
-    def failure(self, model_id: str) -> LoadError | None:
+    def failure(self, model_id: str, adapters: Collection[str] = ()) -> LoadError | None:
         return self.errors.get(model_id)
 
     def poll(self) -> list[ModelState]:

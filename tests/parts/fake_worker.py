@@ -10,7 +10,8 @@ Rows advance together, one step a tick of STEP seconds, as the engine's do. Prom
     !held 8     announces 4 seconds, then holds the interpreter for 8 in a native call, and goes on
     !die        the process kills itself with SIGKILL at the second step
     !slow 2.5   the request takes about 2.5 seconds, spread over its steps; others go on meanwhile
-Run as `python tests/parts/fake_worker.py FD PULSE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
+Rows that are computed are on the page, and those that are suspect are computed alone, as the engine does.
+Run as `python tests/parts/fake_worker.py FD PULSE PAGE`. INSTEP_FAKE_LOAD: seconds a model takes to load (default 0).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Row:
     born: float = field(default_factory=time.monotonic)
     started: float = 0.0
     step: int = 0
+    apart: int = -2
 
     @property
     def spec(self) -> ImageSpec:
@@ -82,8 +84,8 @@ class Row:
 
 
 class FakeWorker:
-    def __init__(self, stream: BinaryIO, settings: Settings, cards: dict[str, Card]) -> None:
-        self.stream = stream
+    def __init__(self, stream: BinaryIO, page: wire.Page, settings: Settings, cards: dict[str, Card]) -> None:
+        self.stream, self.page = stream, page
         self.sending = threading.Lock()
         self.cards = cards
         self.orders: queue.SimpleQueue[wire.Order] = queue.SimpleQueue()
@@ -140,6 +142,8 @@ class FakeWorker:
             case ("unload", model_id):
                 self.ready.discard(model_id)
                 self.emit(ModelState(model_id, "absent"))
+            case ("reload", cards, _):
+                self.cards = cards
             case ("stop",):
                 self.stopping = True
 
@@ -148,8 +152,10 @@ class FakeWorker:
             return
         seconds = float(os.environ.get("INSTEP_FAKE_LOAD", "0"))
         self.emit(Announce("load", seconds + 5))
+        self.page.loads(model)
         self.emit(ModelState(model, "loading"))
         time.sleep(seconds)
+        self.page.loads("")
         self.ready.add(model)
         rates = {self.cards[model].defaults.size: RATE}
         self.emit(ModelState(model, "ready", seconds=seconds, device_bytes=1_000_000, rates=rates))
@@ -164,7 +170,9 @@ class FakeWorker:
             self.emit(Failure(request.id, CheckpointError("broken as asked")))
             return
         self.load(request.recipe.model)
-        self.rows += [Row(request, index) for index in range(len(request.images))]
+        new = (index for index in range(len(request.images)) if index not in request.delivery.done)
+        apart = dict(request.delivery.apart)
+        self.rows += [Row(request, index, apart=apart.get(index, -2)) for index in new]
 
     def fail(self, request_id: str, error: InstepError) -> None:
         self.rows = [row for row in self.rows if row.request.id != request_id]
@@ -180,6 +188,9 @@ class FakeWorker:
                 self.forward(model, batch)
 
     def forward(self, model: str, batch: list[Row]) -> None:
+        suspects = [row for row in batch if row.apart >= row.step]
+        batch = suspects[:1] or batch
+        self.page.computes([(row.request.id, row.index, row.step) for row in batch])
         for row in batch:
             row.step += 1
         passes = sum(2 if row.request.recipe.guidance.guided else 1 for row in batch)
@@ -189,6 +200,8 @@ class FakeWorker:
         for row in batch:
             if row in self.rows:
                 self.settle(row)
+        if suspects:
+            self.page.computes([])
 
     def settle(self, row: Row) -> None:
         request, text = row.request, words(row.spec.condition)
@@ -242,7 +255,7 @@ def main() -> None:
     stream = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
     if start := wire.receive(stream):
         _, settings, cards, _ = start
-        FakeWorker(stream, settings, cards).run()
+        FakeWorker(stream, wire.Page(int(sys.argv[3])), settings, cards).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The real worker with a fault planted in it: `python tests/parts/faulty_worker.py FAULT FD PULSE`.
+"""The real worker with a fault planted in it: `python tests/parts/faulty_worker.py FAULT FD PULSE PAGE`.
 
     hang       the forward of the prompt "hang" never returns
     unmeasured no forward of a measurement returns
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from app.engine import costs, engine, runner
+from app.engine import costs, runner
 from app.engine.row import Row, Work
 from app.families.base import Family
 from app.request import Key, Prompt
@@ -59,7 +59,7 @@ def poisoned(self: runner.Runner, rows: list[Row], work: Work) -> None:
 
 def plant(fault: str) -> None:
     if fault in ("hang", "unmeasured"):
-        engine.LEAST, engine.MOST = 4.0, 5.0
+        runner.LEAST, runner.MOST = 4.0, 5.0
     match fault:
         case "hang":
             runner.Runner.denoise = hanging  # type: ignore[method-assign]

@@ -27,11 +27,12 @@ def flat(
     guided: bool = True,
     embedded: float | None = None,
     skip: SkipGuidance | None = None,
+    adapters: tuple[tuple[str, float], ...] = (),
     **delivery: Any,
 ) -> Request:
     """guided: False takes the guidance away, whatever its scale."""
     how = Guidance(guidance if guided else min(guidance, 1.0), embedded, skip)
-    recipe = Recipe(model, width, height, sampler, steps, how, text_length)
+    recipe = Recipe(model, width, height, sampler, steps, how, text_length, adapters=adapters)
     return Request(id, recipe, images, Delivery(**delivery))
 
 

@@ -20,7 +20,7 @@ import httpx
 import uvicorn
 
 from app.cards.card import read_cards
-from app.main import configured, create_app
+from app.main import Reread, configured, create_app
 from app.metrics import Metrics
 from app.settings import Settings
 from app.worker.supervisor import WORKER, Supervisor
@@ -69,11 +69,11 @@ class Server:
     As a context it is started when entered, and stopped when left.
     """
 
-    def __init__(self, settings: Settings, command: tuple[str, ...] = FAKE) -> None:
+    def __init__(self, settings: Settings, command: tuple[str, ...] = FAKE, reread: Reread = None) -> None:
         self.metrics = Metrics()
         cards = read_cards(settings.models)
         self.supervisor = Supervisor(settings.without_secrets(), cards, observe=self.metrics.observe, command=command)
-        self.app = create_app(settings, supervisor=self.supervisor, metrics=self.metrics)
+        self.app = create_app(settings, reread=reread, supervisor=self.supervisor, metrics=self.metrics)
         self.uvicorn = uvicorn.Server(configured(self.app, settings))
         self._thread = threading.Thread(target=self.uvicorn.run, daemon=True)
 

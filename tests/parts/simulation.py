@@ -33,8 +33,9 @@ def row(steps: int, *, guided: bool = False, key: Key = KEY, **request: Any) -> 
 class Simulation:
     """Runs what the batcher chooses: an encode and a decode take no time, a forward takes one second."""
 
-    def __init__(self, caps: Callable[[Key], Caps | None]) -> None:
-        self.batcher = Batcher(caps)
+    def __init__(self, caps: Callable[[Key], Caps | None], away: str = "") -> None:
+        """away: an adapter that is not on the device."""
+        self.batcher = Batcher(caps, lambda model, phase, adapters: not away or away not in adapters)
         self.now = 0.0
         self.forwards: list[list[Row]] = []
         self.ended: dict[Row, float] = {}

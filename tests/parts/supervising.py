@@ -60,7 +60,7 @@ async def serving(*, command: Sequence[str] = FAKE, **settings: object) -> Async
         await supervisor.stop(0)
         await asyncio.sleep(0)
     assert supervisor.queues == [0.0] * len(supervisor.queues)
-    assert (supervisor.running, supervisor.waiting, supervisor.live) == (0, 0, 0)
+    assert (supervisor.running, supervisor.waiting, supervisor.live, supervisor._bytes) == (0, 0, 0, 0)
 
 
 def tenants(supervisor: Supervisor) -> dict[str, float]:

@@ -175,7 +175,8 @@ def write_sd3(
         "pos_embed_max_size": 12,
     }
     write_network(SD3Transformer2DModel(**{**config, **changes}), folder / "transformer", seed)
-    write_vae(folder / "vae", seed + 1, scaling_factor=1.5305, shift_factor=0.0609)
+    channels = int(changes.get("in_channels", 4))
+    write_vae(folder / "vae", seed + 1, scaling_factor=1.5305, shift_factor=0.0609, latent_channels=channels)
     index: dict[str, tuple[str | None, str | None]] = {**SD3_CLASSES}
     writers = {"text_encoder": write_first_clip, "text_encoder_2": write_second_clip, "text_encoder_3": write_t5}
     for part, write in writers.items():

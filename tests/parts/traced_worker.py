@@ -1,4 +1,4 @@
-"""The real worker with a Tracer in it: `traced_worker.py FOLDER FD PULSE`."""
+"""The real worker with a Tracer in it: `traced_worker.py FOLDER FD PULSE PAGE`."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from app.errors import SettingsError
 from app.worker import wire
 
 FAKE = (sys.executable, "-P", str(Path(__file__).with_name("fake_worker.py")))
+SURVEY = (sys.executable, "-P", str(Path(__file__).with_name("fake_survey.py")))
+"""The survey of LoRAs without torch."""
 _FAULTY = (sys.executable, "-P", str(Path(__file__).with_name("faulty_worker.py")))
 """-P: a module beside a worker must not take the place of an installed one of its name."""
 _HEAD = "import os, socket, sys, time\nsay = socket.socket(fileno=int(sys.argv[1])).sendall\n"

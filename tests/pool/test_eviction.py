@@ -137,7 +137,7 @@ def test_parts_that_fit_one_at_a_time(made: Callable[..., Pool], sizes: dict[str
     ready(pool, "tiny-sd3")
     assert not pool.fits("tiny-sd3")
     for phase in ("encode", "denoise", "decode", "encode"):
-        pool.need([], urgent=[("tiny-sd3", (phase,))])  # type: ignore[list-item]
+        pool.need([], urgent=[("tiny-sd3", (phase,), ())])  # type: ignore[list-item]
         eventually(lambda phase=phase: pool.resident("tiny-sd3", phase))
         pool.need([])
     assert not pool.resident("tiny-sd3", "denoise")
@@ -159,7 +159,7 @@ def test_a_phase_that_can_never_fit_is_refused_with_the_numbers(
 def test_needs_are_met_in_order_and_one_at_a_time(made: Callable[..., Pool], sizes: dict[str, dict[str, int]]) -> None:
     pool = made(max(sizes["tiny-sd3"].values()))
     ready(pool, "tiny-sd3")
-    needs: list[Parts] = [("tiny-sd3", ("encode",)), ("tiny-sd3", ("decode",))]
+    needs: list[Parts] = [("tiny-sd3", ("encode",), ()), ("tiny-sd3", ("decode",), ())]
     pool.need([], urgent=needs)
     eventually(lambda: pool.resident("tiny-sd3", "encode"))
     time.sleep(0.1)
@@ -178,10 +178,10 @@ def test_kept_models_are_spared_by_all_but_the_urgent(
 ) -> None:
     pool = made(max(sum(size.values()) for size in sizes.values()))
     ready(pool, "tiny-dit")
-    pool.need([("tiny-sd3", ("encode", "denoise", "decode"))], ["tiny-dit"])
+    pool.need([("tiny-sd3", ("encode", "denoise", "decode"), ())], ["tiny-dit"])
     eventually(lambda: pool.blocked)
     assert pool.resident("tiny-dit", "denoise")
-    pool.need([("tiny-sd3", ("encode", "denoise", "decode"))], [])
+    pool.need([("tiny-sd3", ("encode", "denoise", "decode"), ())], [])
     eventually(lambda: pool.resident("tiny-sd3", "denoise"))
 
 
@@ -239,7 +239,7 @@ def test_rows_that_wait_for_a_model_which_is_unloaded_while_it_loads(
 ) -> None:
     """The next need brings it all the same."""
     pool = made(10**9)
-    needs: list[Parts] = [("tiny-dit", ("encode", "denoise", "decode"))]
+    needs: list[Parts] = [("tiny-dit", ("encode", "denoise", "decode"), ())]
     with pool.lock:
         pool.want("tiny-dit")
         pool.need(needs, ())

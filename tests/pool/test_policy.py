@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.pool.memory import Component, Place
-from app.pool.policy import claim, here
+from app.pool.policy import Model, claim, here
 from app.pool.pool import Pool
 
 
@@ -125,10 +125,13 @@ def test_a_part_of_a_model_that_failed_counts_while_it_is_leased() -> None:
     leased, idle = Counted("leased", 50, 1), Counted("idle", 50, 2)
     leased.leases = 1
     shelf = store(100, 0, leased, idle)
-    leased.owners, idle.owners = set(), set()
-    shelf.policy.forget()
+    leased.owners, idle.owners = {"m"}, {"m"}
+    shelf.models["m"] = Model(parts={"leased": cast(Component, leased), "idle": cast(Component, idle)})
+    shelf.fail("m", OSError("the disk is gone"))
     assert shelf.policy.used == 50
     assert leased.key is None, "a new load does not take it for its own"
+    shelf.release([cast(Component, leased)])
+    assert shelf.policy.used == 0 and leased.moves == ["leave"], "nobody has it any more"
 
 
 def test_a_load_that_breaks_leaves_nothing_moving() -> None:

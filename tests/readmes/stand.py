@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.parts.published import MODELS, write_clone, write_single_files
 from tests.parts.servers import free_port
 from tests.parts.waiting import eventually
 from tests.readmes.blocks import Block
+from tests.readmes.edit import FOLDER as EDIT
 
 BIN = Path(sys.executable).parent
 TOKEN = "hf_0123456789"
@@ -37,6 +39,7 @@ class Stand:
         self.folder = folder
         gated = write_clone(folder / "models", folder / "hub")
         write_single_files(folder, folder / "hub")
+        shutil.copytree(EDIT, folder / "docs" / "edit")
         self.hub = Hub(folder / "hub", gated=tuple(gated), token=TOKEN)
         self.hub.revisions = {str(card.source.revision) for card in read_cards(MODELS).values() if card.source.repo}
         self.port = free_port()

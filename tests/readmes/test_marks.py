@@ -47,7 +47,7 @@ def check_docker(words: list[str]) -> None:
         assert any(words[1] in service.get("profiles", []) for service in SERVICES.values())
         words = words[2:]
     command, *rest = words
-    assert command in ("up", "run", "restart") and flags(rest) <= {"--rm"}
+    assert command in ("up", "run", "restart", "kill") and flags(rest) <= {"--rm", "--signal"}
     assert command == "up" or next(word for word in rest if not word.startswith("-")) in SERVICES
 
 

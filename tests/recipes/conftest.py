@@ -32,7 +32,8 @@ def run(script: str, subjects: list[Any], *words: object) -> None:
     module, clock = importlib.import_module(script), importlib.import_module("common").Clock
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "load_subjects", lambda cache, count=0: subjects[: count or None])
+        for each in (module, *map(importlib.import_module, ("data", "data64"))):
+            patch.setattr(each, "load_subjects", lambda cache, count=0: subjects[: count or None], raising=False)
         patch.setattr(clock, "tick", lambda self: setattr(self, "used", self.used + 0.1))
         patch.setattr(sys, "argv", [script, *map(str, words)])
         module.main()

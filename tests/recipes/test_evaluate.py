@@ -6,15 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import data
+import data64
 import numpy as np
 import pytest
 from data import COLOURS
-from evaluate import Run, ask, read_run, without_t5
+from evaluate import Run, ask, read_run, scenes_of, without_t5
 from PIL import Image
 
 from app.cards.card import read_cards
 from app.checkpoints.parts import read_parts
-from tests.recipes.conftest import run
+from tests.recipes.conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
 
@@ -23,25 +25,34 @@ def test_a_card_may_have_settings_of_its_own() -> None:
     assert read_run("a", 4, None, True) == Run("a", 4, None, True)
     assert read_run("a:steps=2,guidance=0,t5=no", 4, 3.0, True) == Run("a", 2, 0.0, False)
     assert read_run("a:t5=yes", 4, 3.0, False).name == "a, 4 steps, guidance 3"
+    assert read_run("a:lora=b,weight=0.5", None, None, True).name == "a, b at 0.5"
     with pytest.raises(SystemExit, match="step is none of"):
         read_run("a:step=2", None, None, True)
 
 
 def test_what_is_asked_of_a_subject_is_always_the_same(subjects: list[Any]) -> None:
-    first = [ask(subjects, index, 0, False) for index in range(12)]
-    assert first == [ask(subjects, index, 0, False) for index in range(12)]
-    assert ask(subjects[5:], 0, 0, False).text == first[5].text
-    assert ask(subjects, 0, 1, False).seed != first[0].seed
+    first = [ask(data, subjects, index, 0, False) for index in range(12)]
+    assert first == [ask(data, subjects, index, 0, False) for index in range(12)]
+    assert ask(data, subjects[5:], 0, 0, False).text == first[5].text
+    assert ask(data, subjects, 0, 1, False).seed != first[0].seed
     for index, asked in enumerate(first):
         assert asked.scene.subject == index and asked.scene.colour in asked.text.lower().replace("grey", "gray")
     assert len({asked.scene.colour for asked in first}) > 4
-    label = ask(subjects, 3, 0, True)
-    assert ask(subjects, 3, 1, True).text == "flat thing 3"
+    label = ask(data, subjects, 3, 0, True)
+    assert ask(data, subjects, 3, 1, True).text == "flat thing 3"
     assert label.text == "thing 3" and label.scene.colour == "white" and not label.scene.place
 
 
+def test_the_scenes_are_those_of_the_size(made: Path) -> None:
+    cards, small = read_cards(made), read_cards(ROOT / "models")
+    assert scenes_of(list(cards.values())) is data
+    assert scenes_of([small[name] for name in ("emoji-mmdit", "emoji-dit")]) is data64
+    with pytest.raises(SystemExit, match="one by one"):
+        scenes_of([cards["emoji-mmdit"], small["emoji-mmdit"]])
+
+
 def test_colours_are_all_asked(subjects: list[Any]) -> None:
-    colours = [ask(subjects, i, again, False).scene.colour for i in range(12) for again in range(20)]
+    colours = [ask(data, subjects, i, again, False).scene.colour for i in range(12) for again in range(20)]
     assert set(colours) == set(COLOURS) and max(np.unique(colours, return_counts=True)[1]) < 50
 
 

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from data import COLOURS, PLACES, Scene, draw_scene, render
 from nearest import Match
-from scores import Asked, background, score, share, spot_is_right, summary, table
+from PIL import Image, ImageFilter
+from scores import (
+    Asked,
+    Score,
+    against,
+    background,
+    score,
+    share,
+    sharpness,
+    spot_is_right,
+    summary,
+    table,
+)
 
 
 def match(scene: Scene, **changes: Any) -> Match:
@@ -66,3 +78,20 @@ def test_a_table_tells_rights_from_asked(subjects: list[Any]) -> None:
         .startswith("| a card | 33.3 % of 3 | - | 100.0 % of 3 | 100.0 % of 3 | - | - | - |")
     )
     assert share([True, None, False]) == (1, 2)
+
+
+def test_two_runs_are_compared_picture_by_picture() -> None:
+    right = Score(True, True, True, True, None, None, 20.0, 0.5)
+    wrong, sharp = replace(right, subject=False), replace(right, sharpness=0.6)
+    said = against([right, right, wrong, sharp, right], [wrong, wrong, right, right, right])
+    assert said.startswith("2 subjects right that were wrong, 1 wrong that were right; of 2 right in both 1 sharper")
+
+
+def test_sharp_is_the_drawing_itself(subjects: list[Any]) -> None:
+    scene = Scene(2, "blue", True, False, None, 1, False, 104, 8, 16)
+    drawn = render(scene, subjects[2])
+    image, asked = Image.fromarray(drawn), Asked(scene, "", 0)
+    soft = np.asarray(image.filter(ImageFilter.GaussianBlur(2)))
+    grainy = (drawn + np.random.default_rng(0).normal(0, 30, drawn.shape)).clip(0, 255).astype(np.uint8)
+    clean, *others = (sharpness(subjects, asked, each, match(scene)) for each in (drawn, soft, grainy))
+    assert abs(clean - 1) < 1e-5 and all(0 < other < 0.9 for other in others)

@@ -117,9 +117,9 @@ def test_diffusers_reads_it_and_so_does_the_server(made: Path) -> None:
         apart(predict(ours, x.roll(1, 0), t, labels), whole, FORWARD, furthest, of="another row:")
 
 
-def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path) -> None:
+def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path, tmp_path: Path) -> None:
     vae = AutoencoderKL.from_pretrained(made / "emoji-mmdit" / "vae")
-    pool = Latents(vae, subjects[:2], np.random.default_rng(0))
+    pool = Latents(vae, subjects[:2], np.random.default_rng(0), tmp_path / "new" / "latents.pt")
     assert pool.latents.shape == (4, 77, 16, 16, 16) and sum(pool.weights) == pytest.approx(1)
     assert classes(subjects[:2]) == ["thing 0", "flat thing 0", "thing 1", "flat thing 1"]
     scene = every_plain_scene(1, 1)[0][5]
@@ -130,6 +130,8 @@ def test_an_epoch_is_every_plain_scene(subjects: list[Any], made: Path) -> None:
     assert latents.shape == (256, 16, 16, 16) and torch.bincount(labels).min() > 30
     nearest = (latents[:, None] - pool.latents[labels]).pow(2).mean((2, 3, 4)).amin(1)
     assert nearest.max() == 0
+    again = Latents(vae, [], np.random.default_rng(0), tmp_path / "new" / "latents.pt")
+    assert torch.equal(again.latents, pool.latents)
 
 
 def test_training_goes_on_where_it_stopped(subjects: list[Any], made: Path) -> None:

@@ -1,6 +1,6 @@
 """The oracle of the sampler tests: a table run by its update rule, and diffusers' schedulers run in their own loop.
 
-Latents are small float64 arrays, networks are formulas, noise is given.
+Latents are small float64 arrays, networks are formulas, noise is given. Both may start from a picture (Edit).
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ from tests.bench.upstream import SCHEDULERS as UPSTREAM
 
 Network = Callable[[Array, float], Array]
 
+START: dict[str, Any] = {
+    "flow": diffusers.StableDiffusion3InpaintPipeline.get_timesteps,
+    "diffusion": diffusers.StableDiffusionInpaintPipeline.get_timesteps,
+}
+"""What runs of a scheduler's timesteps, for a pipeline, a number of steps and a strength: by the kind of a schedule."""
+
 SHAPE = (1, 2, 3, 4)
 PLACE = np.linspace(-1, 1, math.prod(SHAPE)).reshape(SHAPE)
 
@@ -46,26 +52,48 @@ def draw(lines: int) -> Array:
     return np.random.default_rng(0).standard_normal((lines + 1, *SHAPE))
 
 
+@dataclass(frozen=True)
+class Edit:
+    """A start from a picture. image: its latent. mask: bool, True where that is drawn anew; None is everywhere."""
+
+    image: torch.Tensor
+    strength: float
+    mask: torch.Tensor | None = None
+
+
 @dataclass
 class Run:
-    """A finished loop: the final latent, and the clean latent predicted at each line."""
+    """A finished loop: the latent after each line, and the clean latent predicted at each."""
 
-    final: Array
+    states: list[Array]
     clean: list[Array]
 
+    @property
+    def final(self) -> Array:
+        return self.states[-1]
 
-def run_table(table: Table, net: Network, noise: Array, kind: type[np.floating[Any]] = np.float64) -> Run:
+
+def run_table(
+    table: Table, net: Network, noise: Array, kind: type[np.floating[Any]] = np.float64, edit: Edit | None = None
+) -> Run:
     """The update rule at the head of app/samplers/table.py; in float32 with the coefficients that the engine gets."""
     rows = np.stack([getattr(table, name) for name in COLUMNS], axis=1)
     rows = rows if kind is np.float64 else table.coefficients()
-    x, mem, clean = (kind(table.init) * noise[0]).astype(kind), np.zeros(SHAPE, kind), []
-    for (t, c_in, xx, xo, xm, xz, zf, mx, mo), fresh in zip(rows, noise[1:].astype(kind), strict=True):
+    from_image, from_noise, blend = 0.0, table.init, lambda x, ka, kb: x
+    image = edit.image.numpy() if edit else np.zeros(SHAPE)
+    if edit and (edit.mask is None or edit.strength < 1):
+        from_image, from_noise = table.start
+    if edit and edit.mask is not None:
+        blend = lambda x, ka, kb: np.where(edit.mask.numpy(), x, (ka * image + kb * noise[0]).astype(kind))  # noqa: E731
+    x, mem, run = (from_image * image + from_noise * noise[0]).astype(kind), np.zeros(SHAPE, kind), Run([], [])
+    for (t, c_in, xx, xo, xm, xz, zf, mx, mo, ka, kb), fresh in zip(rows, noise[1:].astype(kind), strict=True):
         out = net(c_in * x, float(t)).astype(kind)
         scale = xz * np.exp(0.5 * zf * (channel(c_in * x, float(t)).astype(kind) + 1) / 2) if xz else kind(0)
-        x, mem = xx * x + xo * out + xm * mem + scale * fresh, mx * x + mo * out
-        clean.append(mem)
+        x, mem = blend(xx * x + xo * out + xm * mem + scale * fresh, ka, kb), mx * x + mo * out
+        run.states.append(x)
+        run.clean.append(mem)
     assert x.dtype == mem.dtype == kind
-    return Run(x, clean)
+    return run
 
 
 @contextmanager
@@ -127,24 +155,55 @@ def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float) -> A
     return heun
 
 
-def run_upstream(scheduler: Any, net: Network, noise: Sequence[Array], learned: bool = False) -> Run:
+def begin(
+    scheduler: Any, noise: torch.Tensor, edit: Edit | None
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor]]:
+    """The timesteps that run, the latent before the first of them, and what a mask makes of the latent after each.
+
+    As pipeline_stable_diffusion_3_inpaint.py and pipeline_stable_diffusion_xl_inpaint.py have it. noise: the first.
+    """
+    init = getattr(scheduler, "init_noise_sigma", 1.0)
+    if edit is None:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return scheduler.timesteps, noise * init, lambda x, step: x
+    flow = hasattr(scheduler, "scale_noise") or getattr(scheduler.config, "use_flow_sigmas", False)
+    pipeline, steps = SimpleNamespace(scheduler=scheduler), scheduler.num_inference_steps
+    timesteps, _ = START["flow" if flow else "diffusion"](pipeline, steps, edit.strength, None)
+
+    def noisy(at: torch.Tensor) -> torch.Tensor:
+        if not len(at):
+            return edit.image
+        if hasattr(scheduler, "scale_noise"):
+            return scheduler.scale_noise(edit.image, at, noise)
+        return scheduler.add_noise(edit.image, noise, at)
+
+    if edit.mask is None:
+        return timesteps, noisy(timesteps[:1]), lambda x, step: x
+    start = noise * init if edit.strength == 1 else noisy(timesteps[:1])
+    return timesteps, start, lambda x, step: torch.where(edit.mask, x, noisy(timesteps[step + 1 : step + 2]))
+
+
+def run_upstream(
+    scheduler: Any, net: Network, noise: Sequence[Array], learned: bool = False, edit: Edit | None = None
+) -> Run:
     """The loop of a diffusers pipeline, on a scheduler whose timesteps are set, with the noise of each step given."""
-    x, clean = torch.from_numpy(noise[0]) * getattr(scheduler, "init_noise_sigma", 1.0), []
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+    timesteps, x, blend = begin(scheduler, torch.from_numpy(noise[0]), edit)
+    run = Run([], [])
     with pytest.MonkeyPatch.context() as patch:
         given: list[Array] = []
         for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
             patch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(given[-1]))
-        for t, fresh in zip(scheduler.timesteps, noise[1:], strict=True):
+        for number, (t, fresh) in enumerate(zip(timesteps, noise[1:], strict=True)):
             given.append(fresh)
             seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             out = torch.from_numpy(net(seen.double().numpy(), float(t)))
             full = torch.cat([out, torch.from_numpy(channel(seen.numpy(), float(t)))], dim=1) if learned else out
             step = scheduler.step(full, t, x)
-            clean.append(_predicted(scheduler, step, x, out).numpy())
-            x = step.prev_sample
-    return Run(x.numpy(), clean)
+            run.clean.append(_predicted(scheduler, step, x, out).numpy())
+            x = blend(step.prev_sample, number)
+            run.states.append(x.numpy())
+    return run
 
 
 def _predicted(scheduler: Any, step: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

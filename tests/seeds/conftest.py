@@ -39,6 +39,8 @@ def _write_sd3s(folder: Path) -> None:
         "sd3-no-clip": {"seed": 16, "leave_out": ("text_encoder_2",)},
         "sd3.5-large": {"seed": 20, "qk_norm": "rms_norm", "num_layers": 3},
         "sd3.5-medium": {"seed": 23, **medium},
+        # diffusers' inpaint pipeline takes networks of 16 channels alone.
+        "sd3-16": {"seed": 26, "in_channels": 16, "out_channels": 16},
     }
     for name, config in configs.items():
         write_sd3(folder / name, name=name, **config)

@@ -28,8 +28,17 @@ def sigmas(shift: float, steps: int) -> list[float]:
     return [*(moved(float(time), shift) for time in times), 0.0]
 
 
-def dpmpp_2m(clean: Callable[[Latent, float], Latent], x: Latent, levels: list[float]) -> Latent:
-    """The last latent. clean: the clean latent predicted for a latent at a level.
+def _same(x: Latent, level: float) -> Latent:
+    return x
+
+
+def dpmpp_2m(
+    clean: Callable[[Latent, float], Latent],
+    x: Latent,
+    levels: list[float],
+    blend: Callable[[Latent, float], Latent] = _same,
+) -> Latent:
+    """The last latent. clean: the clean latent predicted for a latent at a level. blend: what a mask makes of a latent.
 
     The clock is u = -log(level). Each step is exact for the clean latent on a line through the last two; it is constant
     in the first step, and in the last, which ends at no noise.
@@ -41,6 +50,6 @@ def dpmpp_2m(clean: Callable[[Latent, float], Latent], x: Latent, levels: list[f
         if before is not None and to > 0:
             ahead, behind = math.log(level / to), math.log(levels[at - 1] / level)
             aim = now + (now - before) * ahead / (2 * behind)
-        x = to / level * x + (1 - to / level) * aim
+        x = blend(to / level * x + (1 - to / level) * aim, to)
         before = now
     return x

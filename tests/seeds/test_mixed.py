@@ -131,7 +131,8 @@ def ask_all(url: str, bodies: dict[str, Body]) -> dict[str, dict[str, Any]]:
     with httpx.Client(base_url=url, timeout=300, limits=httpx.Limits(max_connections=CLIENTS)) as http:
 
         def ask(name: str) -> dict[str, Any]:
-            reply = http.post("/v1/images/generations", json=bodies[name], headers={"X-Request-ID": name})
+            route = "edits" if "image" in bodies[name] else "generations"
+            reply = http.post(f"/v1/images/{route}", json=bodies[name], headers={"X-Request-ID": name})
             assert reply.status_code == 200, f"{name}: {reply.text}"
             told: dict[str, Any] = reply.json()
             return told

@@ -1,23 +1,37 @@
 """What diffusers' pipelines make of the body of a request: the final latent, on the files of a tiny checkpoint.
 
-It uses nothing of the app but its cards: prompts, sizes, steps and scales are the body's own words.
+It uses nothing of the app but its cards: prompts, sizes, steps and scales are the body's own words. A body with an
+`image` (base64 of a PNG of the body's size) is drawn by the img2img pipeline, one with a `mask_image` too (white is
+painted anew) by the inpaint pipeline.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import pad
 
 from app.cards.card import Card, parse_size, read_card
 
 Body = dict[str, Any]
+
+EDITS: dict[str, tuple[Any, Any]] = {
+    "StableDiffusion3Pipeline": (
+        diffusers.StableDiffusion3Img2ImgPipeline,
+        diffusers.StableDiffusion3InpaintPipeline,
+    ),
+    "FluxPipeline": (diffusers.FluxImg2ImgPipeline, diffusers.FluxInpaintPipeline),
+}
+"""The pipelines that start from a picture, and from a picture and a mask, by the one that starts from noise."""
 
 
 @cache
@@ -39,7 +53,11 @@ def final_latent(folder: Path, body: Body) -> torch.Tensor:
 def run(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
     """`final_latent` of a pipeline that is there."""
     runs = {"DiTPipeline": _dit, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux}
-    return runs[type(pipeline).__name__](pipeline, card, body)
+    name = type(pipeline).__name__
+    if "image" in body:
+        pipeline = EDITS[name]["mask_image" in body](**pipeline.components)
+        pipeline.set_progress_bar_config(disable=True)
+    return runs[name](pipeline, card, body)
 
 
 @torch.no_grad()
@@ -83,7 +101,7 @@ def _sd3_without_second_clip(pipeline: Any, card: Card, body: Body) -> dict[str,
     config, found = pipeline.transformer.config, {}
     for name, text in (("", body["prompt"]), ("negative_", body.get("negative_prompt", ""))):
         clip, pooled = pipeline._get_clip_prompt_embeds(text, clip_model_index=0)
-        t5 = pipeline._get_t5_prompt_embeds(text, max_sequence_length=_length(card, body))
+        t5 = pipeline._get_t5_prompt_embeds(text, max_sequence_length=length(card, body))
         states = pad(clip, (0, config.joint_attention_dim - clip.shape[-1]))
         found[f"{name}prompt_embeds"] = torch.cat([states, t5], dim=1)
         missing = config.pooled_projection_dim - pooled.shape[-1]
@@ -108,12 +126,12 @@ def _flux(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
 
 def _flux_with_zeros(pipeline: Any, card: Card, body: Body) -> dict[str, torch.Tensor]:
     """encode_prompt of pipeline_flux.py, with zeros for what an absent encoder would give."""
-    config, length, found = pipeline.transformer.config, _length(card, body), {}
+    config, tokens, found = pipeline.transformer.config, length(card, body), {}
     for name, prompt in (("", body["prompt"]), ("negative_", body.get("negative_prompt", ""))):
-        text = torch.zeros(1, length, config.joint_attention_dim)
+        text = torch.zeros(1, tokens, config.joint_attention_dim)
         pooled = torch.zeros(1, config.pooled_projection_dim)
         if pipeline.text_encoder_2 is not None:
-            text = pipeline._get_t5_prompt_embeds(prompt, max_sequence_length=length, dtype=torch.float32)
+            text = pipeline._get_t5_prompt_embeds(prompt, max_sequence_length=tokens, dtype=torch.float32)
         if pipeline.text_encoder is not None:
             pooled = pipeline._get_clip_prompt_embeds(prompt)
         found |= {f"{name}prompt_embeds": text, f"{name}pooled_prompt_embeds": pooled}
@@ -127,10 +145,18 @@ def _common(card: Card, body: Body) -> dict[str, Any]:
         "height": height,
         "num_inference_steps": body["num_inference_steps"],
         "generator": torch.Generator().manual_seed(body["seed"]),
-        "max_sequence_length": _length(card, body),
+        "max_sequence_length": length(card, body),
         "output_type": "latent",
+        **({"strength": body["strength"]} if "image" in body else {}),
+        **{name: opened_image(body[name]) for name in ("image", "mask_image") if name in body},
     }
 
 
-def _length(card: Card, body: Body) -> int:
+def opened_image(text: str) -> Image.Image:
+    """The picture of a body's field."""
+    return Image.open(BytesIO(base64.b64decode(text)))
+
+
+def length(card: Card, body: Body) -> int:
+    """Tokens that the longest text encoder is padded to."""
     return int(body.get("max_sequence_length", card.text.t5))

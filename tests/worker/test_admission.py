@@ -9,9 +9,10 @@ import pytest
 from app.errors import DeadlineExceeded, RateLimited
 from app.jobs.job import Estimate, Job
 from app.worker.admission import Backlog, admit, after
+from tests.parts.edits import edited
 from tests.parts.fake_worker import RATE
-from tests.parts.requests import refused
-from tests.parts.supervising import job, serving, tenants
+from tests.parts.requests import changed, refused
+from tests.parts.supervising import job, request, serving, tenants
 from tests.parts.waiting import run, until
 from tests.worker.test_backlog import backlog, of
 
@@ -94,6 +95,15 @@ def test_a_deadline_that_the_queue_misses_may_be_met_elsewhere():
     ask(backlog(flood=(1.0, 8)), "small", deadline=time.monotonic() + 2.1)
     with refused("overloaded"):
         ask(backlog(flood=(1.0, 8)), "small", deadline=time.monotonic() + 1.9)
+
+
+def test_a_deadline_is_of_the_lines_that_run():
+    """40 steps of a tenth of a second; a third of them, with the encode of the source, is soon done."""
+    whole = request(steps=40)
+    late = changed(edited(whole, 0.3), deadline=time.monotonic() + 2.5)
+    with pytest.raises(DeadlineExceeded):
+        admitted(job(changed(whole, deadline=time.monotonic() + 2.5)), backlog(), [backlog()])
+    assert admitted(job(late), backlog(), [backlog()]).cost == pytest.approx(0.1 * (12 + 3))
 
 
 def test_a_short_request_is_not_refused_for_long_ones_that_let_it_pass():

@@ -1,14 +1,18 @@
 """The books of one worker in device seconds: whose, how long, what goes first; empty when all is answered."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.jobs.job import Job
-from app.report import ModelState, Result, Timings
-from app.worker.admission import Backlog, Kind, kind_of
-from tests.parts.supervising import job
+from app.report import Memory, ModelState, Result, Tick, Timings
+from app.request import SkipGuidance
+from app.worker.admission import Backlog, Kind, best, kind_of, merge
+from tests.parts.edits import edited
+from tests.parts.supervising import job, request
 
 
 def backlog(**tenants: tuple[float, int]) -> Backlog:
@@ -35,6 +39,26 @@ def test_a_kind_counts_lines_and_both_passes_of_a_guided_image():
     assert kind_of(asked) == Kind("a", asked.request.recipe.key, 4)
     assert kind_of(job(guided=True)).passes == 8
     assert kind_of(job(sampler="flow_heun", steps=10)).passes == 19
+
+
+def test_a_kind_counts_the_lines_that_run_and_whether_there_is_a_source():
+    def kind(strength: float, **changes: object) -> Kind:
+        return kind_of(job(edited(request(steps=20, **changes), strength)))
+
+    assert kind(0.6) == Kind("", request().recipe.key, 12, sourced=True)
+    assert kind(0.6, guided=True).passes == 24 and kind(1.0).passes == 20
+    assert kind(0.3, sampler="flow_heun").passes == 11, "two lines a step, but one for the last"
+    assert kind(0.29, guided=True, guidance=4.0, skip=SkipGuidance(2.0, 0.2, 0.8)).passes == 2 * 6 + 2
+
+
+def test_a_source_costs_its_encode_and_the_lines_that_run():
+    books = backlog()
+    plain, edit = (kind_of(job(one)) for one in (request(steps=20), edited(request(steps=20), 0.6)))
+    assert books.image(plain) == pytest.approx(0.1 * (20 + 2)) and books.image(edit) == pytest.approx(0.1 * (12 + 3))
+    for _ in range(100):
+        books.hear(Tick("fake", "source", 2, 2, 0, 4, 0.6, 2, 0, 32, 32))
+    assert books.image(edit) == pytest.approx(0.1 * (12 + 2) + 0.3, rel=0.01)
+    assert books.image(plain) == pytest.approx(0.1 * (20 + 2))
 
 
 def test_seconds_are_of_images_by_tenant():
@@ -85,3 +109,40 @@ def test_books_in_any_order_end_empty(moves: list[tuple[str, int, int]], answere
         answer(books, some, min(answered, some.images_left))
         books.end(some.request.id)
     assert (books.images, books.seconds, books.weights, books.jobs) == (0, 0, {}, {})
+
+
+def test_best_state_and_merged_rates():
+    loading, failed = ModelState("m", "loading"), ModelState("m", "failed", "bad file")
+    ready = ModelState("m", "ready", seconds=2.0, device_bytes=7, rates={"32x32": 1.0})
+    assert best([failed, loading, ready]) is ready
+    assert best([failed, loading]) is loading
+    assert best([Backlog().state("m")]) == ModelState("m", "absent")
+    later = merge(ready, ModelState("m", "ready", rates={"64x64": 4.0}))
+    assert later == replace(ready, rates={"32x32": 1.0, "64x64": 4.0})
+    assert merge(ready, failed) == replace(failed, rates={"32x32": 1.0}) and merge(Backlog().state("m"), ready) == ready
+
+
+def test_a_process_that_is_dead_leaves_jobs_and_rates_and_nothing_else():
+    books = backlog(a=(1.0, 2))
+    books.hear(Memory({"weights": 5}))
+    books.hear(Tick("fake", "denoise", 2, 2, 0, 4, 0.1, 2, 0))
+    assert (books.running, books.images_of("fake"), books.proved("fake")) == (2, (2, 2), True)
+    assert books.forget() == [Memory({"weights": 0}), ModelState("fake", "absent")]
+    assert (books.running, books.images_of("fake"), books.proved("fake")) == (0, (0, 2), False)
+    assert books.state("fake") == ModelState("fake", "absent") and books.forget()[1:] == []
+    assert books.seconds == pytest.approx(2.0) and books.rates.measured("fake")
+
+
+def test_only_what_is_left_of_a_job_moves_to_other_books():
+    """It has answers for some of its images; those are neither counted nor taken off again."""
+    first, second = backlog(), backlog()
+    some = of("a", images=3)
+    first.add(some)
+    answer(first, some, 2)
+    first.end(some.request.id)
+    second.add(some)
+    assert (first.images, first.weights, second.images) == (0, {}, 1)
+    answer(second, some, 2)
+    assert second.images == 1, "what was answered before is no news"
+    second.hear(Result(some.request.id, 2, 2, np.zeros(0), Timings(0, 0, 0, 0, 0, 0)))
+    assert second.images == 0 and some.future.done()

@@ -23,12 +23,14 @@ def test_a_hang_is_killed_and_restarted(caplog):
         async with serving() as here:
             supervisor = here.supervisor
             first = supervisor.pids[0]
-            lost = [supervisor.submit(job(text, steps=50)) for text in ("!hang", "!slow 600")]
-            for answer in await asyncio.gather(*lost, return_exceptions=True):
-                assert answer.code == "no_worker"
+            hangs, beside = (supervisor.submit(job(text, steps=50)) for text in ("!hang", "!slow 1"))
+            await until(lambda: supervisor.restarts == 1)
             with pytest.raises(ProcessLookupError):
                 os.kill(first, 0)
-            await until(lambda: supervisor.live)
+            with refused("crashed"):
+                await hangs
+            assert len(await beside) == 1 and (hangs.sent, beside.sent) == (2, 3)
+            assert supervisor.restarts == 2
             assert len(await supervisor.submit(job())) == 1
 
     with caplog.at_level(logging.INFO, logger="instep.worker"):

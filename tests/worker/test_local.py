@@ -13,7 +13,7 @@ from app.cards.folder import Part
 from app.cli.options import open_registry
 from app.jobs.body import read_body
 from app.jobs.job import Job
-from app.pool import pool
+from app.pool import builder
 from app.report import Report
 from app.settings import Settings
 from app.worker.process import Local
@@ -24,13 +24,13 @@ def test_the_engine_computes_with_all_threads_of_the_plan_and_the_loader_with_on
 ) -> None:
     """Torch hands what one thread asks for on to every thread that has not computed yet."""
     loading: list[int] = []
-    read = pool.read_parts
+    read = builder.read_parts
 
     def seen_loading(card: Card, cards: Mapping[str, Card]) -> list[Part]:
         loading.append(torch.get_num_threads())
         return read(card, cards)
 
-    monkeypatch.setattr(pool, "read_parts", seen_loading)
+    monkeypatch.setattr(builder, "read_parts", seen_loading)
     settings = Settings(models=tiny, threads=3)
     registry = open_registry(settings)
     seen: list[int] = []

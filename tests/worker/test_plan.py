@@ -21,7 +21,7 @@ def dev(tmp_path, monkeypatch):
     """A /dev with two GPUs and a CUDA build of torch."""
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    monkeypatch.setattr(plan, "_torch_version", lambda: "2.13.0")
+    monkeypatch.setattr(plan.metadata, "version", lambda name: "2.13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path
 
@@ -53,7 +53,7 @@ def test_auto_reads_cuda_visible_devices(dev, monkeypatch, visible, count):
 
 
 def test_auto_is_cpu_when_torch_cannot_use_a_gpu(dev, monkeypatch):
-    monkeypatch.setattr(plan, "_torch_version", lambda: "2.13.0+cpu")
+    monkeypatch.setattr(plan.metadata, "version", lambda name: "2.13.0+cpu")
     assert plan.devices("auto", dev) == ["cpu"]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from app.errors import SettingsError
-from app.pool.pool import use_threads
+from app.pool.budget import use_threads
 from app.report import Announce, Failure, Progress, Tick
 from app.settings import Settings
 from app.worker import process, wire
@@ -30,7 +30,9 @@ class Pool:
     def close(self): said.put(Announce("closed", 1.0))
 
 class Engine:
-    def submit(self, request): said.put(Failure(request.id, EngineError("submitted")))
+    def submit(self, request):
+        what = request.delivery
+        said.put(Failure(request.id, EngineError(f"submitted {what.arrived} {sorted(what.done)} {what.apart}")))
     def cancel(self, request_id): said.put(Failure(request_id, EngineError("cancelled")))
     def load(self, model_id): said.put(Announce("load " + model_id, 1.0))
     def unload(self, model_id): said.put(Announce("unload " + model_id, 1.0))
@@ -44,9 +46,10 @@ class Said:
 
 said = Said()
 
-def build(settings, cards, device, tell):
+def build(settings, cards, device, tell, page):
     global emit
     emit = tell
+    page.loads("this page")
     BUILD
     return Pool(), Engine()
 
@@ -57,13 +60,14 @@ WAITING, SLEEPING = "orders.get()", "ctypes.CDLL(None).sleep(600)"
 
 
 @contextmanager
-def child(run: str = WAITING, build: str = "", **settings: object):
+def child(run: str = WAITING, build: str = "", page: wire.Page | None = None, **settings: object):
     """The process, started as the supervisor starts it, and our end of its stream."""
+    page = page or wire.Page()
     code = STAND_IN.replace("RUN", run).replace("BUILD", build or "pass")
     ours, theirs = socket.socketpair()
     beats, pulse = os.pipe()
     with theirs:
-        fds = theirs.fileno(), pulse
+        fds = theirs.fileno(), pulse, page.descriptor
         words = [sys.executable, "-c", code, *map(str, fds)]
         running = subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE)
     os.close(pulse)
@@ -74,6 +78,7 @@ def child(run: str = WAITING, build: str = "", **settings: object):
         wire.send(stream, ("start", Settings(**({"devices": "cpu"} | settings)), CARDS, "cpu"))
         yield running, stream
     finally:
+        page.close()
         stream.close()
         os.close(beats)
         running.kill()
@@ -84,15 +89,14 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
     with child(preload="other") as (running, stream):
         assert wire.receive(stream) == wire.Hello()
         assert wire.receive(stream) == Announce("want other", 1.0)
-        asked = request()
-        calls = ("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop",)
-        for call in calls:
+        asked = request(arrived=2.5, done=frozenset({1, 3}), apart=((0, -1),))
+        for call in (("submit", asked), ("cancel", "r9"), ("load", "fake"), ("unload", "other"), ("stop",)):
             wire.send(stream, call)
         heard = []
         while (news := wire.receive(stream)) is not None:
             heard.append(news)
         assert [(news.request_id, news.error.message) for news in heard if isinstance(news, Failure)] == [
-            (asked.id, "submitted"),
+            (asked.id, "submitted 2.5 [1, 3] ((0, -1),)"),
             ("r9", "cancelled"),
         ]
         assert [news.phase for news in heard if isinstance(news, Announce)] == [
@@ -102,6 +106,13 @@ def test_hello_comes_first_then_orders_reach_the_engine_and_stop_ends_it():
             "closed",
         ]
         assert running.wait(20) == 0
+
+
+def test_the_engine_writes_on_the_page_that_the_front_made():
+    page = wire.Page()
+    with child(page=page) as (_, stream):
+        assert wire.receive(stream) == wire.Hello()
+        assert page.read() == ([], {"this page"})
 
 
 @pytest.mark.parametrize("run", [WAITING, SLEEPING], ids=["waiting", "deep in native code"])

@@ -14,7 +14,7 @@ from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker import child
 from app.worker.supervisor import Supervisor
-from tests.parts.requests import flat, refused
+from tests.parts.requests import flat
 from tests.parts.supervising import job
 from tests.parts.waiting import until
 
@@ -42,15 +42,14 @@ async def ready(supervisor: Supervisor, live: int) -> None:
     assert supervisor.ready
 
 
-async def working(supervisor: Supervisor, identity: str) -> Job:
-    """A request that outlasts the test, and its first sign of work."""
-    begun = asyncio.Event()
-    long = picture(identity, images=10, steps=900, progress=True)
-    long.on_report = lambda report: begun.set() if isinstance(report, Progress) else None
-    supervisor.submit(long)
+async def line(asked: Job, least: int) -> None:
+    """Wait until the job has come past this line, in the process that has it now."""
+    lines: list[int] = []
+    asked.on_report = lambda report: lines.append(report.step) if isinstance(report, Progress) else None
+    asked.on_restart = lines.clear
     async with asyncio.timeout(100):
-        await begun.wait()
-    return long
+        while max(lines, default=0) <= least:
+            await asyncio.sleep(0.002)
 
 
 async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,32 +61,40 @@ async def scenario(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> N
     assert same(one, two)
     assert supervisor.states[MODEL].rates["32x48"] > 0.0
 
-    stuck = await working(supervisor, "stuck")
+    stuck, lost = picture("stuck", steps=200, progress=True), picture("lost", steps=300, progress=True)
+    supervisor.submit(stuck)
+    worker = supervisor.queues.index(max(supervisor.queues))
+    await line(stuck, 5)
     pids = supervisor.pids
-    frozen = pids.pop(supervisor.queues.index(max(supervisor.queues)))
-    # Both at work, so that both requests are lost.
-    lost = await working(supervisor, "lost")
-    assert all(supervisor.queues)
+    frozen = pids.pop(worker)
     with monkeypatch.context() as impatient:
         # One restart, of the other, is enough to wait for here.
         impatient.setattr(child, "HEALTHY", 0.0)
         impatient.setattr(child, "FIRST_DELAY", 600.0)
         os.kill(frozen, signal.SIGSTOP)
-        with refused("no_worker"):
-            await stuck
+        await until(lambda: stuck.sent == 2)
+    supervisor.submit(lost)
+    assert (stuck.apart.keys(), lost.apart) == ({0}, {})
 
+    await line(stuck, stuck.apart[0] + 2)
+    await line(lost, 5)
     (killed,) = pids
     os.kill(killed, signal.SIGKILL)
-    with refused("no_worker"):
-        await lost
-    assert sum(supervisor.queues) == 0.0
-
-    await ready(supervisor, live=1)
-    assert supervisor.restarts == 1 and not {frozen, killed} & set(supervisor.pids)
+    await until(lambda: supervisor.stranded(MODEL) == 2)
+    # Which of them the death may be due to depends on the work it hit: none at all, if it fell between two.
+    assert sum(supervisor.queues) == 0.0 and stuck.apart.keys() == {0}
     company = supervisor.submit(picture("company", images=3, steps=6))
-    (again,) = await supervisor.submit(picture("again"))
-    assert same(again, one)
-    assert len(await company) == 3
+    again = supervisor.submit(picture("again"))
+    (unstuck,), (found,), others = await asyncio.gather(stuck, lost, company)
+    assert (stuck.sent, lost.sent, company.sent) == (3, 2, 1)
+    assert supervisor.restarts == 1 and not {frozen, killed} & set(supervisor.pids)
+
+    assert same((await again)[0], one) and len(others) == 3
+    for whole, steps in ((unstuck, 200), (found, 300)):
+        (alone,) = await supervisor.submit(picture("alone", steps=steps))
+        assert same(whole, alone)
+    assert not same(unstuck, found)
+    await ready(supervisor, live=1)
 
 
 @pytest.mark.timeout(300)
