@@ -149,15 +149,9 @@ def test_more_adapters_than_there_is_room_for(
         assert np.array_equal(latents(bench, request), alone(request))
 
 
-def answered(bench: Bench, count: int, seconds: float = 60.0) -> None:
+def answered(bench: Bench, count: int) -> None:
     """Turn until so many requests have a result or an error."""
-    before = bench.failures
-    for _ in range(int(seconds / 0.002)):
-        if len(bench.results) + len(bench.failures) >= count:
-            return
-        if not bench.engine.tick():
-            threading.Event().wait(0.002)
-    raise AssertionError(f"{len(bench.results)} results, {len(before)} errors")
+    bench.until(lambda: len(bench.results) + len(bench.failures) >= count, failing=True)
 
 
 def test_a_load_does_not_stop_the_step_loop(

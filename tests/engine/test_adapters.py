@@ -74,6 +74,10 @@ MIX: dict[str, Uses] = {
 }  # fmt: skip
 
 
+def names(bench: Bench) -> set[str]:
+    return {name for name, _ in bench.results}
+
+
 def latents(bench: Bench) -> dict[str, np.ndarray]:
     found = {name: one.latents for (name, _), one in bench.results.items() if one.latents is not None}
     assert not bench.failures, bench.failures
@@ -134,8 +138,8 @@ def test_an_adapter_that_cannot_be_read_fails_alone_and_is_tried_again(card: Car
     for name, uses in MIX.items():
         bench.engine.submit(ask(name, uses))
     broken = {name for name, uses in MIX.items() if B in uses}
-    while {name for name, _ in bench.results} != MIX.keys() - broken or bench.failures.keys() != broken:
-        bench.engine.tick()
+    good = MIX.keys() - broken
+    bench.until(lambda: (names(bench), bench.failures.keys()) == (good, broken), failing=True)
     assert all(str(file) in failure.error.message for failure in bench.failures.values())
     file.write_bytes(whole)
     again = Bench(pools[0]).run([ask("too early", (B,))])
@@ -154,8 +158,7 @@ def test_more_adapters_than_fit_are_an_error_of_their_request(card: Card, pools:
     for name, uses in MIX.items():
         bench.engine.submit(ask(name, uses))
     both = {name for name, uses in MIX.items() if len(uses) > 1}
-    while len(bench.results) + len(bench.failures) < len(MIX):
-        bench.engine.tick()
+    bench.until(lambda: len(bench.results) + len(bench.failures) == len(MIX), failing=True)
     assert bench.failures.keys() == both
     assert all(failure.error.code == "insufficient_gpu_memory" for failure in bench.failures.values())
 
@@ -220,8 +223,7 @@ def test_a_reload_tries_a_broken_adapter_at_once(card: Card, pools: list[Pool]) 
     pools.append(load_all(Pool({MODEL: card}, "cpu", torch.float32)))
     bench = Bench(pools[0])
     bench.engine.submit(ask("broken", (A,)))
-    while not bench.failures:
-        bench.engine.tick()
+    bench.until(lambda: bench.failures, failing=True)
     bench.turn()  # it asks for nothing any more
     file.write_bytes(whole)
     mended = card.adapters[A[0]].model_copy(update={"stamp": (99,)})
