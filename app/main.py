@@ -25,7 +25,7 @@ from app.api.app import Application, build, refuser
 from app.api.front import Front
 from app.api.guard import Door, Guarded
 from app.api.reload import reload
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry, warn_of
 from app.errors import InstepError, SettingsError
 from app.jobs.schema import first_curl, url_of

@@ -29,6 +29,18 @@ class ClassLabel:
 Condition = Prompt | ClassLabel
 
 
+class Pass(NamedTuple):
+    """What one pass through the network is conditioned on.
+
+    condition: None is no text at all, which need not be the text "". numbers: what an SDXL network takes beside its
+    text. clip_skip: how many of the last layers of a CLIP are left out.
+    """
+
+    condition: Condition | None
+    numbers: tuple[float, ...] = ()
+    clip_skip: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
     """One image of a request: its condition and the seed of all its noise."""
@@ -77,13 +89,30 @@ class Guidance:
         return self.scale > 1
 
 
+class Framing(NamedTuple):
+    """What an SDXL network is asked to draw as if it were cut from a photograph: (height, width), (top, left), (height,
+    width) in pixels, as in section 2.2 of Podell et al. 2023 (arXiv:2307.01952)."""
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+class Refiner(NamedTuple):
+    """A second model that draws the last part of a picture. switch_at: the share of the noise after which it does."""
+
+    model: str
+    switch_at: float
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything that decides a picture beside its condition and seed; hence also its batch key and its cost.
 
     width, height: pixels. text_length: tokens that the longest text encoder is padded to, 0 for a class model.
     strength: the share of the steps that run, from the source; None draws from noise alone. source: a digest of the
-    source. masked: whether that has a mask. adapters: names with their weights, sorted, none of them 0.
+    source. masked: whether that has a mask. adapters: names with their weights, sorted, none of them 0; those of the
+    model, not of its refiner. grid: the noise levels that the sampler walks, "" for those of the card's schedule.
     """
 
     model: str
@@ -97,6 +126,10 @@ class Recipe:
     source: str = ""
     masked: bool = False
     adapters: tuple[tuple[str, float], ...] = ()
+    grid: str = ""
+    clip_skip: int = 0
+    framing: Framing | None = None
+    refiner: Refiner | None = None
 
     @property
     def key(self) -> Key:

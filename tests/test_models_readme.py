@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.families import FAMILIES
 from app.families.base import Family
 

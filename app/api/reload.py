@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from app.api.front import Front
 from app.cards.adapters import Adapter
-from app.cards.card import Cards
+from app.cards.cards import Cards
 from app.cards.catalog import Registry, faults, read_again
 from app.errors import SettingsError, plain
 from app.keys import read_keys, with_ids

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import Card, read_card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_card, read_cards
 from app.cards.catalog import Registry
 from app.cards.files import INDEX, read_toml, write_json, write_toml
 from app.cards.folder import ModelFolder, Part

@@ -6,18 +6,15 @@ A card is the one authority on what a model is, wants and allows. Reading one op
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from app.cards.adapters import MOST_LORAS, Adapter, Lora, variant
-from app.cards.files import INDEX, cached_index, read_labels, read_toml
-from app.errors import CardError, SettingsError, first_problem
+from app.cards.adapters import MOST_LORAS, Adapter, Lora
 from app.request import Recipe
 from app.samplers.schedule import Schedule, Section
-from app.samplers.table import Table, compile_table, valid_samplers
+from app.samplers.table import Leg, compile_legs, valid_samplers
 
 Size = tuple[int, int]
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -222,9 +219,22 @@ class Card(Section):
         """Whether pictures are drawn from a class label instead of a prompt."""
         return self.has("classes")
 
-    def table(self, recipe: Recipe, tokens: int = 1) -> Table:
-        """The table of a recipe. tokens: of the image; they change no number of lines. Raises InvalidValue."""
-        return compile_table(self.schedule, recipe.sampler, recipe.steps, tokens=tokens, strength=recipe.strength)
+    def legs(self, recipe: Recipe, tokens: int = 1) -> tuple[Leg, ...]:
+        """What each model of a recipe computes, the refiner last. Raises InvalidValue.
+
+        tokens: of the image; they change no number of lines.
+        """
+        refiner = recipe.refiner
+        tables = compile_legs(
+            self.schedule,
+            recipe.sampler,
+            recipe.steps,
+            tokens=tokens,
+            strength=recipe.strength,
+            switch_at=refiner.switch_at if refiner else None,
+        )
+        models = [recipe.model, refiner.model] if refiner else [recipe.model]
+        return tuple(Leg(model, table) for model, table in zip(models, tables, strict=True) if table)
 
     @property
     def text_length(self) -> int:
@@ -249,152 +259,3 @@ class Card(Section):
         if twice := self.components.keys() & self.files.keys():
             raise ValueError(f"files.{min(twice)}: components names it too")
         return self
-
-
-class Cards(dict[str, Card]):
-    """Cards by id. skipped: the error of each card.toml that cannot be served, by its file. read: the cards by their
-    files, without the aliases of the setting ALIAS."""
-
-    def __init__(self, cards: Mapping[str, Card] | None = None) -> None:
-        super().__init__(cards or {})
-        self.skipped: dict[Path, CardError] = dict(cards.skipped) if isinstance(cards, Cards) else {}
-        self._reasons: dict[str, CardError] = dict(cards._reasons) if isinstance(cards, Cards) else {}
-        self.read: dict[Path, Card] = dict(cards.read) if isinstance(cards, Cards) else {}
-
-    @classmethod
-    def of(cls, found: Mapping[Path, Card], errors: Mapping[Path, CardError]) -> Cards:
-        """These cards by their files, but one with a name that is the id of another, or a name of one before."""
-        cards, found = cls(), dict(sorted(found.items(), key=lambda item: item[0]))
-        for file, error in errors.items():
-            cards.skip(file, error)
-        owners = {card.id: file for file, card in reversed(found.items())}
-        for file, card in found.items():
-            if name := next((name for name in card.names if owners.get(name, file) != file), ""):
-                cards.skip(file, CardError(f"{file}: the name {name} is already used by {owners[name]}"), card)
-            else:
-                cards[card.id] = card
-                owners |= dict.fromkeys(card.names, file)
-        cards.check_others()
-        cards.read = {file: card for file, card in found.items() if cards.get(card.id) is card}
-        return cards
-
-    @property
-    def owners(self) -> dict[str, Card]:
-        """Every card by each of its names."""
-        return {name: card for card in self.values() for name in card.names}
-
-    @property
-    def models(self) -> dict[str, Card]:
-        """Those with weights of their own, which are all that an engine knows."""
-        return {name: card for name, card in self.items() if not card.base}
-
-    def skip(self, file: Path, error: CardError, card: Card | None = None) -> None:
-        """Leave this file out, and with its card those that take parts of it."""
-        self.skipped[file] = error
-        self._reasons = {**dict.fromkeys((file.parent.name, *(card.names if card else ())), error), **self._reasons}
-        if card and self.get(card.id) is card:
-            del self[card.id]
-            self.check_others()
-
-    def check_others(self) -> None:
-        """Skip every card with a base or `components` that name a card or a folder that does not exist."""
-        for card in list(self.values()):
-            if card.id in self and card.model not in self:
-                self.skip(card.file, CardError(f"{card.file}: base: {card.base} is gone{self.reason(card.base)}"), card)
-            for part, target in card.components.items():
-                owner, _, rest = target.partition("/")
-                if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):
-                    message = f'{card.file}: components.{part}: "{target}" is not "<card id>/<folder>"'
-                    self.skip(card.file, CardError(f"{message}{self.reason(owner)}"), card)
-
-    def reason(self, name: str) -> str:
-        """The end of a message about a name that no card has: why its card was skipped, or nothing."""
-        error = None if name in self else self._reasons.get(name)
-        return f"; {error.message}" if error else ""
-
-    def add_aliases(self, setting: str) -> None:
-        """Add the aliases of the setting ALIAS: `alias=model`, comma separated, where a model is an id or alias.
-
-        Raises SettingsError: no such model, a name that is taken or no alias.
-        """
-        owners = self.owners
-        for entry in filter(None, (part.strip() for part in setting.split(","))):
-            alias, equals, target = (part.strip() for part in entry.partition("="))
-            try:
-                if not (equals and target):
-                    raise ValueError(f'"{entry[:128]}" is not alias=model, as in gpt-image-1=emoji-mmdit')
-                valid_alias(alias)
-                if target not in owners:
-                    why = self.reason(target) or f"; there are {', '.join(self)}"
-                    raise ValueError(f'no card is named "{target[:128]}"{why}')
-                if taken := self.owners.get(alias):
-                    raise ValueError(f'"{alias}" is a name of {taken.id} already')
-            except ValueError as error:
-                raise SettingsError(f"alias: {error}", param="alias") from None
-            card = self[owners[target].id]
-            self[card.id] = card.model_copy(update={"aliases": (*card.aliases, alias)})
-
-
-def read_card(file: Path, bases: Mapping[str, Card] | None = None) -> Card:
-    """Read and validate one card.toml. bases: by id, for a variant. Raises CardError naming the file and the field."""
-    try:
-        raw = read_toml(file)
-        if filled := raw.keys() & {"folder", "labels", "adapters"}:
-            raise ValueError(f"{min(filled)}: unknown field")
-        if raw.keys() & {"base", "loras"}:
-            if not (base := (bases or {}).get(str(raw.get("base")))):
-                raise ValueError(f'base: no card with weights of its own has the id "{raw.get("base", "")}"')
-            raw = variant(raw, base.model_dump())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CardError(f"{file}: {error}") from error
-    try:
-        card = Card(**{**raw, "folder": file.parent.resolve()})
-    except ValidationError as error:
-        place, reason = first_problem(error.errors())
-        raise CardError(": ".join(filter(None, (str(file), ".".join(place), reason)))) from error
-    try:
-        return card if card.base else card.model_copy(update={"labels": _labels(card)})
-    except (OSError, ValueError) as error:  # a name that no file system takes
-        raise CardError(f"{file}: source: {error}") from error
-
-
-def read_files(folder: Path) -> tuple[dict[Path, Card], dict[Path, CardError]]:
-    """Every `<folder>/<id>/card.toml`, read or with its error; one that is a link without a file is an error too."""
-    found: dict[Path, Card] = {}
-    errors: dict[Path, CardError] = {}
-    files = sorted(entry / "card.toml" for entry in folder.glob("*"))
-    for file in (*files, *files):  # twice, because a variant may come before its base
-        bases = {card.id: card for card in found.values() if not card.base}
-        try:
-            found[file] = found.get(file) or read_card(file, bases)
-            errors.pop(file, None)
-        except CardError as error:
-            if not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError) or file.is_symlink():
-                errors[file] = error
-    return found, errors
-
-
-def read_cards(folder: Path, aliases: str = "") -> Cards:
-    """The cards of a folder, with the aliases of the setting ALIAS; one that is invalid is among `skipped`.
-
-    Raises SettingsError as `add_aliases`.
-    """
-    cards = Cards.of(*read_files(folder))
-    cards.add_aliases(aliases)
-    return cards
-
-
-def _labels(card: Card) -> tuple[str, ...]:
-    """The class names of its model_index.json, else as many numbered ones as `classes` says; none for prompts.
-
-    Before a repository is downloaded, the index beside the card stands for its own. Raises CardError.
-    """
-    if not card.draws_classes:
-        return ()
-    source = card.source
-    own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
-    index = own or card.folder / INDEX
-    labels = read_labels(index) if index.is_file() else ()
-    if labels and card.classes not in (None, len(labels)):
-        raise CardError(f"{card.file}: classes: {card.classes}, but {index} names {len(labels)}")
-    return labels or tuple(f"class {number}" for number in range(card.classes or 0))

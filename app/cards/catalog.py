@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Self
 
 from app.cards.adapters import MOST_LORAS, Adapter, Lora
-from app.cards.card import Card, Cards, read_files
+from app.cards.card import Card
+from app.cards.cards import Cards, read_files
 from app.cards.folder import ModelFolder
 from app.errors import CardError, InvalidValue, ModelNotFound, NotDownloaded, SettingsError
 from app.logs import logger

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.cards.card import ID, Card, read_card
+from app.cards.card import ID, Card
+from app.cards.cards import read_card
 from app.cards.files import BIN, INDEX, explained, read_json, write_json, write_toml
 from app.cards.folder import FILE, Part, schedule_of
 from app.checkpoints.parts import part_outline, part_states

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from app.cards.card import ID, Card, read_card
+from app.cards.card import ID, Card
+from app.cards.cards import read_card
 from app.cards.catalog import SHIPPED
 from app.cards.files import INDEX, PICKLES, read_classes, read_json, read_toml, write_json, write_toml
 from app.cards.folder import WITHOUT, ModelFolder, Part, changes, schedule_of

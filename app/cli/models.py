@@ -12,7 +12,8 @@ import typer
 from rich.filesize import decimal
 
 from app.cards.adapters import Adapter
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.cards.folder import WITHOUT, ModelFolder
 from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table

@@ -11,7 +11,8 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError as SourceError
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.errors import ModelNotFound, SettingsError, first_problem
 from app.settings import LISTS, Settings

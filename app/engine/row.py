@@ -207,7 +207,7 @@ def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: It
     card = cards.get(recipe.model)
     if card is None:
         raise ModelNotFound(f"there is no model {recipe.model}", param="model")
-    table = card.table(recipe)
+    table = card.legs(recipe)[0].table
     lines, key, delivery = table.lines, recipe.key, request.delivery
     skipping = recipe.skipping(lines, table.first)
     arrived, apart = now if delivery.arrived is None else delivery.arrived, dict(delivery.apart)

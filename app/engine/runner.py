@@ -24,7 +24,7 @@ from app.pool.budget import Cores
 from app.pool.memory import Component
 from app.pool.pool import Pool
 from app.report import Announce, Phase, Report
-from app.request import Condition, Guidance, Key, Prompt
+from app.request import Guidance, Key
 from app.samplers.table import COLUMNS, Table
 
 ALONE = "this image alone does not fit in the device's memory"
@@ -87,21 +87,15 @@ def attempt(call: Callable[[], None], where: str) -> InstepError | None:
     return None
 
 
-def conditions_of(family: Family, row: Row) -> list[Condition]:
-    """The row's own condition, and where it is guided the one that guidance moves away from."""
-    own = Prompt(row.condition.text) if isinstance(row.condition, Prompt) else row.condition
-    return [own, family.opposite(row.condition)] if row.request.recipe.guidance.guided else [own]
-
-
 def encode_rows(
     family: Family, rows: list[Row], batch: int | None, texts: TextCache, used: Used = ()
 ) -> list[Conditions]:
-    """The conditions of each of these rows of one key, [1 or 2, ...] by name, in the order of `conditions_of`.
+    """The conditions of each of these rows of one key, [1 or 2, ...] by name, in the order of `Family.passes`.
 
     Texts that are not cached are encoded, in one batch for each encoder; the encoders must be on the device.
     batch: as `Family.encode`. used: the adapters of the texts of all rows.
     """
-    wanted = [conditions_of(family, row) for row in rows]
+    wanted = [family.passes(row.condition, row.request.recipe) for row in rows]
     places = {one: place for place, one in enumerate(dict.fromkeys(one for both in wanted for one in both))}
     encoded = family.encode(list(places), rows[0].key.text_length, batch, partial(texts.read, family.card.id, used))
     parts = {name: value.chunk(len(places)) for name, value in encoded.items()}
@@ -270,11 +264,12 @@ class Runner:
         recipe, caps = row.request.recipe, self._costs.caps[row.key]
         shape = family.latent_shape(recipe.width, recipe.height)
         tokens = family.image_tokens(recipe.width, recipe.height)
-        table = family.card.table(recipe, tokens)
+        table = family.card.legs(recipe, tokens)[0].table
         dice = torch.Generator("cpu").manual_seed(row.seed)
         first, kept = start_of(row, table, shape, dice)
         slots = self.slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
-        cuts = [family.truncated(one, row.key.text_length, self.texts.cut) for one in conditions_of(family, row)]
+        passes = family.passes(row.condition, recipe)
+        cuts = [family.truncated(one.condition, row.key.text_length, self.texts.cut) for one in passes]
         row.warnings = tuple(
             f'the {name} is too long for the text encoder; not seen: "{cut}"'
             for name, cut in zip(("prompt", "negative prompt"), cuts, strict=False)

@@ -11,7 +11,7 @@ from app.errors import CheckpointError, EngineError
 from app.families import vae
 from app.families.text import Cut, Encoder, Read, States, cut_text, prompt_text, read_texts, t5_states
 from app.report import Phase
-from app.request import Condition, Prompt
+from app.request import Condition, Pass, Prompt, Recipe
 
 Conditions = dict[str, torch.Tensor]
 """Tensors by name, first axis = passes; what one pass needs besides its latent and timestep."""
@@ -88,16 +88,21 @@ class Family(ABC):
         """The condition that guidance moves away from: the negative prompt as a prompt, or the null class."""
         return Prompt((condition.negative or "") if isinstance(condition, Prompt) else "")
 
+    def passes(self, condition: Condition, recipe: Recipe) -> list[Pass]:
+        """The passes of a line of an image: its own, and where it is guided the one that guidance moves away from."""
+        own = Prompt(condition.text) if isinstance(condition, Prompt) else condition
+        return [Pass(own), Pass(self.opposite(condition))] if recipe.guidance.guided else [Pass(own)]
+
     def encode(
-        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+        self, passes: Sequence[Pass], text_length: int, batch: int | None = None, read: Read = read_texts
     ) -> Conditions:
-        """Conditions for len(conditions) passes, in order; `Prompt.negative` is not read here.
+        """Conditions for these passes, in order; `Prompt.negative` is not read here.
 
         text_length: padded length of the longest encoder (T5) in tokens. batch: pad every encoder forward to this
         fixed batch size (deterministic mode); None runs one forward of all texts. read: returns the encoders' outputs,
         from a cache or by running them. Raises InvalidValue for a condition of the wrong kind.
         """
-        texts = [prompt_text(condition) for condition in conditions]
+        texts = [prompt_text(one.condition) for one in passes]
 
         def outputs(name: str, *shapes: tuple[int, ...]) -> States:
             encoder, length = self.encoders[name], self._length(name, text_length)
@@ -114,7 +119,7 @@ class Family(ABC):
         """Conditions of one pass with the right shapes and formats and no meaning, for measuring."""
         return self.join(text_length, lambda name, *shapes: self._zeros(1, *shapes))
 
-    def truncated(self, condition: Condition, text_length: int, cut: Cut = cut_text) -> str | None:
+    def truncated(self, condition: Condition | None, text_length: int, cut: Cut = cut_text) -> str | None:
         """The end of the prompt that no encoder sees, as the user wrote it; None for a label, or when one sees all."""
         cuts = [
             cut(encoder.tokenizer, prompt_text(condition), self._length(name, text_length))

@@ -11,7 +11,7 @@ from app.cards.card import Card
 from app.errors import InvalidValue
 from app.families.base import Conditions, Denoised, Family
 from app.families.text import Read, read_texts
-from app.request import ClassLabel, Condition
+from app.request import ClassLabel, Condition, Pass
 
 
 class DiT(Family):
@@ -44,10 +44,10 @@ class DiT(Family):
         return ClassLabel(self.null_class)
 
     def encode(
-        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+        self, passes: Sequence[Pass], text_length: int, batch: int | None = None, read: Read = read_texts
     ) -> Conditions:
         """`label` [P]. InvalidValue for a prompt or a class that the network has no embedding of."""
-        indices = [condition.index if isinstance(condition, ClassLabel) else -1 for condition in conditions]
+        indices = [one.condition.index if isinstance(one.condition, ClassLabel) else -1 for one in passes]
         # NOTE: an index past the embedding would poison the whole CUDA context, so it is refused on the host.
         if not all(0 <= index <= self.null_class for index in indices):
             raise InvalidValue(f"class_label must be between 0 and {self.null_class - 1}", param="class_label")
@@ -55,7 +55,7 @@ class DiT(Family):
 
     def blank(self, text_length: int) -> Conditions:
         """The first class."""
-        return self.encode([ClassLabel(0)], text_length)
+        return self.encode([Pass(ClassLabel(0))], text_length)
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """As the base class.

@@ -104,8 +104,10 @@ def cut_text(tokenizer: Any, text: str, length: int) -> str:
     return text[offsets[room][0] :] if len(offsets) > room else ""
 
 
-def prompt_text(condition: Condition) -> str:
-    """The text of a prompt. Raises InvalidValue for a class label."""
+def prompt_text(condition: Condition | None) -> str:
+    """The text of a prompt, "" for none. Raises InvalidValue for a class label."""
+    if condition is None:
+        return ""
     if not isinstance(condition, Prompt):
         raise InvalidValue("this model takes a prompt, not a class label", param="class_label")
     return condition.text

@@ -178,7 +178,7 @@ class ImageBody(BaseModel):
             strength=values.get("strength"),
             adapters=find_adapters(card, self.loras or (), adapters or {}) if self.loras or card.loras else (),
         )
-        card.table(recipe)  # raises where a strength leaves no step
+        card.legs(recipe)  # raises where a strength leaves no step
         # NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
         limits = [seconds for seconds in (self.deadline, None if self.stream else patience) if seconds is not None]
         delivery = Delivery(

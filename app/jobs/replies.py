@@ -337,7 +337,7 @@ def model_warnings(job: Job) -> list[str]:
     without = "" if scale is not None else f", and {card.id} draws without by default"
     in_vain = body.negative_prompt and not guidance.guided
     no_skip = guidance.skip is None or not guidance.skip.scale
-    lines, steps = (plan := card.table(recipe)).lines, recipe.steps - plan.first
+    lines, steps = (plan := card.legs(recipe)[0].table).lines, recipe.steps - plan.first
     table: list[Effectless] = [
         ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
         (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),

@@ -14,6 +14,7 @@ from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -101,17 +102,43 @@ def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
     return tuple(name for name, prediction in valid_pairs() if prediction == schedule.prediction)
 
 
+class Leg(NamedTuple):
+    """The lines of a row's plan that one model computes."""
+
+    model: str
+    table: Table
+
+
 def compile_table(
     schedule: Schedule, sampler: str, steps: int, *, tokens: int | None = None, strength: float | None = None
 ) -> Table:
-    """The table of `steps` steps, or of the last ones. tokens: image tokens, for a resolution-dependent shift; ignored
-    without one. strength: the share of the steps that run.
+    """The table of steps without a switch: see `compile_legs`."""
+    (table,) = compile_legs(schedule, sampler, steps, tokens=tokens, strength=strength)
+    assert table is not None  # else a strength that leaves no step has raised
+    return table
+
+
+def compile_legs(
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    *,
+    tokens: int | None = None,
+    strength: float | None = None,
+    switch_at: float | None = None,
+) -> tuple[Table | None, ...]:
+    """The table of `steps` steps, or of the last ones; with a switch, that of the steps before it and that of those
+    after it, None where there are none.
+
+    tokens: image tokens, for a resolution-dependent shift; ignored without one. strength: the share of the steps that
+    run. switch_at: the share of the training steps' noise after which another network goes on: `denoising_end` and
+    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img.
 
     Raises InvalidValue: param "sampler", naming the valid ones; "num_inference_steps", under 1 or more than the grid
     has room for; "strength", which leaves no step; "size", where the shift depends on it and tokens is None. CardError
     for betas that leave no signal.
     """
-    return _compiled(at_size(schedule, tokens), sampler, steps, strength)
+    return _compiled(at_size(schedule, tokens), sampler, steps, strength, switch_at)
 
 
 def first_step(steps: int, strength: float, prediction: str) -> int:
@@ -154,7 +181,9 @@ def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _compiled(schedule: Schedule, sampler: str, steps: int, strength: float | None) -> Table:
+def _compiled(
+    schedule: Schedule, sampler: str, steps: int, strength: float | None, switch_at: float | None
+) -> tuple[Table | None, ...]:
     valid = valid_samplers(schedule)
     if sampler not in valid:
         raise InvalidValue(
@@ -169,15 +198,30 @@ def _compiled(schedule: Schedule, sampler: str, steps: int, strength: float | No
     if first == steps:
         message = f"strength: {strength:g} of {steps} steps leaves none to run"
         raise InvalidValue(message, param="strength")
-    path = path[first:]
-    return compose(path, rule(path), schedule.prediction, first)
+    if switch_at is None:
+        return (_between(schedule, rule, path, first, steps),)
+    cutoff = round(schedule.train_steps - switch_at * schedule.train_steps)
+    switch = max(first, int(np.count_nonzero(path.here.t >= cutoff)))
+    return _between(schedule, rule, path, first, switch), _between(schedule, rule, path, switch, steps)
 
 
-def compose(path: Path, lines: Lines, prediction: str, first: int = 0) -> Table:
-    """The solver's lines with its x0 replaced by what the network gives. first: the step that the path starts with."""
+def _between(schedule: Schedule, rule: Rule, path: Path, start: int, stop: int) -> Table | None:
+    """The table of these steps of a path; None where there are none. A rule begins anew at its start."""
+    if start == stop:
+        return None
+    part, after = path[start:stop], path.here[stop:]
+    then = (float(after.alpha[0]), float(after.sigma[0])) if len(after.t) else (1.0, 0.0)
+    return compose(part, rule(part), schedule.prediction, start, then)
+
+
+def compose(path: Path, lines: Lines, prediction: str, first: int = 0, then: tuple[float, float] = (1.0, 0.0)) -> Table:
+    """The solver's lines with its x0 replaced by what the network gives.
+
+    first: the step that the path starts with. then: (alpha, sigma) at which the network is asked after the path.
+    """
     at, a, b, c, z, zf = lines
     p, q = PREDICTIONS[prediction](at.c_in * at.alpha, at.c_in * at.sigma)
     p = p * at.c_in
     start = float(at.alpha[0]), float(at.sigma[0])
-    ka, kb = np.append(at.alpha[1:], 1.0), np.append(at.sigma[1:], 0.0)
+    ka, kb = np.append(at.alpha[1:], then[0]), np.append(at.sigma[1:], then[1])
     return Table(at.t.copy(), at.c_in.copy(), a + b * p, b * q, c, z, zf, p, q, ka, kb, path.init, start, first)

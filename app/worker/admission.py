@@ -45,7 +45,7 @@ def kind_of(job: Job) -> Kind:
     """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     recipe = job.request.recipe
     # The engine compiles the same table, for the image's own number of tokens.
-    table = job.card.table(recipe)
+    table = job.card.legs(recipe)[0].table
     passes = recipe.passes(table.lines, table.first)
     return Kind(job.request.delivery.tenant, recipe.key, passes, recipe.strength is not None)
 

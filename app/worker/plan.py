@@ -9,7 +9,8 @@ from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
 
-from app.cards.card import Card, Cards
+from app.cards.card import Card
+from app.cards.cards import Cards
 from app.cards.folder import ModelFolder
 from app.errors import SettingsError
 from app.settings import Settings

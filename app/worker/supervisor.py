@@ -16,7 +16,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Literal
 
-from app.cards.card import Card, Cards
+from app.cards.card import Card
+from app.cards.cards import Cards
 from app.errors import (
     DeadlineExceeded,
     EngineError,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from train_mmdit import PROBES, build
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.samplers.schedule import Schedule
 from app.samplers.table import compile_table
 

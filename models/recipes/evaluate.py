@@ -31,7 +31,8 @@ from nearest import Nearest, twins
 from scores import Asked, Score, against, judge, save_grid, summary, table
 from tqdm import tqdm
 
-from app.cards.card import Card, Source, read_cards
+from app.cards.card import Card, Source
+from app.cards.cards import read_cards
 from app.checkpoints.adapters import survey
 from app.jobs.body import read_body
 from app.jobs.job import Job

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from train_mmdit import build
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 
 SHAPE = (16, SIZE // 8, SIZE // 8)
 RANK = 8

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from app.api.access import ADMIN as ADMIN_ROUTES
 from app.api.access import OPEN
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError
 from app.keys import ApiKey, Keyring, with_ids

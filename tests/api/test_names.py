@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai.types import ImageModel
 
-from app.cards.card import read_card, read_cards
+from app.cards.cards import read_card, read_cards
 from app.cards.catalog import Registry
 from app.errors import CardError, SettingsError
 from app.settings import Settings

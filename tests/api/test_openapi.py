@@ -12,7 +12,8 @@ import httpx
 import jsonschema_rs
 import pytest
 
-from app.cards.card import Card, Sizes, read_cards
+from app.cards.card import Card, Sizes
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.jobs.schema import body_schema
 from app.settings import Settings

@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.errors import SettingsError, plain
 from app.keys import read_keys, with_ids

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.imaging import FORMATS, Format, encode_image
 from app.jobs.body import read_body
 from app.jobs.job import Job

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.jobs.body import read_body
 from app.jobs.job import Job
 from app.settings import Settings

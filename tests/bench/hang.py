@@ -83,7 +83,7 @@ def engine(case: str, mark: str, descriptors: list[str]) -> None:
 
 async def watch(case: str, folder: Path, limit: float) -> str:
     """Seconds from the fault to the death of the engine that has it."""
-    from app.cards.card import read_cards
+    from app.cards.cards import read_cards
     from app.jobs.body import read_body
     from app.jobs.job import Job
     from app.settings import Settings

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.engine.costs import Costs, Curve
 from app.engine.row import default_key
 from app.pool.budget import use_threads

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from app.cards.card import read_card, read_cards
+from app.cards.cards import read_card, read_cards
 from app.pool.pool import Pool
 
 REAL = Path("models/emoji-mmdit")

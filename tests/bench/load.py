@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel
 
-from app.cards.card import Card, read_card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_card, read_cards
 from app.engine.engine import Engine
 from app.pool.pool import Pool
 from app.report import ModelState, Report, Result, Tick

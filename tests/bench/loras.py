@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from app.bench.machine import alternate, facts, milliseconds
-from app.cards.card import Card, read_card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_card, read_cards
 from app.pool.pool import Pool
 from app.report import Result, Tick
 from app.request import ImageSpec, Prompt

@@ -30,7 +30,7 @@ LOOP = "import signal; signal.alarm(600)\nwhile True: pass"
 
 def draw(model: str, steps: int, images: int, dtype: str) -> None:
     """Print the seconds of each image, one after the other, after one that is not counted."""
-    from app.cards.card import read_cards
+    from app.cards.cards import read_cards
     from app.jobs.body import read_body
     from app.jobs.job import Job
     from app.settings import Settings

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.engine.row import default_key
 from app.pool.pool import Pool
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cards.card import parse_size, read_cards
+from app.cards.card import parse_size
+from app.cards.cards import read_cards
 from app.families.base import Family
 from app.settings import Settings
 from tests.bench import cuda

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.engine.row import Row
 from app.pool.pool import Pool
 from app.request import Prompt, Request

@@ -11,7 +11,7 @@ import torch
 
 from app.bench import subject
 from app.bench.subject import write_random
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.errors import CheckpointError
 from app.pool.pool import Pool
 from app.request import Prompt

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.checkpoints.parts import build_family, build_parts
 from app.engine.row import Row, default_key
-from app.engine.runner import conditions_of, encode_rows
+from app.engine.runner import encode_rows
 from app.families.base import Family
 from app.families.text import TextCache
 from app.request import ImageSpec, Prompt
@@ -46,8 +46,8 @@ def milliseconds(family: Family, encodings: TextCache, text: str) -> float:
     """Of the conditions and the end that no encoder sees, which is what the engine asks of a row."""
     one, begin = row(family, text), time.perf_counter()
     encode_rows(family, [one], None, encodings)
-    for condition in conditions_of(family, one):
-        family.truncated(condition, one.key.text_length, encodings.cut)
+    for each in family.passes(one.condition, one.request.recipe):
+        family.truncated(each.condition, one.key.text_length, encodings.cut)
     return (time.perf_counter() - begin) * 1e3
 
 

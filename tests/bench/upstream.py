@@ -15,6 +15,7 @@ from app.families.base import Family
 from app.families.flux import pack
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 from app.samplers.schedule import Schedule
+from tests.parts.requests import passes
 
 _UNTYPED: Any = diffusers
 
@@ -116,7 +117,7 @@ class Upstream:
             return {"prompt": condition.text, "negative_prompt": condition.negative}
         given = {}
         for prefix, one in (("", Prompt(condition.text)), ("negative_", self.family.opposite(condition))):
-            encoded = self.family.encode([one], request.recipe.text_length)
+            encoded = self.family.encode(passes([one]), request.recipe.text_length)
             given[f"{prefix}prompt_embeds"] = encoded["text"].to(self._dtype)
             given[f"{prefix}pooled_prompt_embeds"] = encoded["pooled"].to(self._dtype)
         return given

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.cards.catalog import find_label
 from app.errors import CardError
 from tests.parts.endless import make_endless

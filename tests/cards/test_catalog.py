@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.catalog import BUILT_IN, SHIPPED, Registry
 from app.errors import ModelNotFound, SettingsError
 from app.settings import Settings

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.cards.catalog import find_label, search
 from app.errors import InvalidValue
 from app.settings import Settings

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.cards.card import Card, Source, read_cards
+from app.cards.card import Card, Source
+from app.cards.cards import read_cards
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cards.card import Cards, read_cards
+from app.cards.cards import Cards, read_cards
 from app.cards.catalog import Registry, faults, read_again
 from app.cards.folder import ModelFolder
 from app.settings import Settings

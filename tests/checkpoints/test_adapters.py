@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save, save_file
 
 from app.cards.adapters import Adapter, Fit
-from app.cards.card import Cards, read_cards
+from app.cards.cards import Cards, read_cards
 from app.checkpoints.adapters import networks_of, read_adapter, survey
 from app.errors import CheckpointError
 from tests.families.test_lora import ALONE, REFUSED

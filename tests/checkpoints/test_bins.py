@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.cards.files import BIN
 from app.checkpoints.convert import convert_dit
 from app.errors import CheckpointError

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.folder import Part
 from app.errors import CheckpointError
 from app.pool import memory

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from app.cards.card import Card, read_card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_card, read_cards
 from app.cards.folder import Part
 from app.checkpoints.parts import build_parts, part_identity, part_outline, part_stamp, part_states, read_parts
 from app.errors import CheckpointError

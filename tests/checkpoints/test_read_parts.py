@@ -11,7 +11,8 @@ from typing import Any
 import diffusers
 import pytest
 
-from app.cards.card import Card, Source, read_cards
+from app.cards.card import Card, Source
+from app.cards.cards import read_cards
 from app.cards.folder import CLIPS_BY_DEFAULT, ModelFolder, check_schedule
 from app.checkpoints.parts import read_parts
 from app.errors import CheckpointError, NotDownloaded

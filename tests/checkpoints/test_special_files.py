@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.pool.pool import Pool
 from app.report import ModelState
 from tests.parts.endless import make_endless

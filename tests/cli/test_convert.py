@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from app.cards.card import read_card, read_cards
+from app.cards.cards import read_card, read_cards
 from app.checkpoints import convert as converting
 from app.checkpoints.parts import build_family, build_parts
 from app.request import ClassLabel
@@ -20,6 +20,7 @@ from tests.families.plain_shapes import dit_state, drawn, vae_shapes
 from tests.parts import originals
 from tests.parts.close import FORWARD, apart, close
 from tests.parts.commands import Run, one_line
+from tests.parts.requests import passes
 from tests.seeds import plain_dit
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def test_a_pt_becomes_a_model_that_computes_as_the_original(run: Run, pt: Path, 
     family = build_family(card, build_parts(card, {}, CPU, torch.float32), CPU, torch.float32)
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([999.0, 20.0])
     with torch.inference_mode():
-        out, _ = family.denoise(x, t, family.encode([ClassLabel(10), ClassLabel(3)], 0))
+        out, _ = family.denoise(x, t, family.encode(passes([ClassLabel(10), ClassLabel(3)]), 0))
     wanted = plain_dit.forward(dit_state(), 2, x, t, torch.tensor([10, 3]))[:, :4]
     close(out, wanted, FORWARD)
     apart(out.roll(1, 0), wanted, FORWARD, of="another row:")

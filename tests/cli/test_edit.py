@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.cli.generate import build, curl
 from app.settings import Settings

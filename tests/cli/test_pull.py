@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.checkpoints.hub import Repo
 from app.errors import CheckpointError
 from tests.cli.pulls import NETWORK, SPARE, TOKEN, VAE, cached, partials

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from app.cards.adapters import Adapter
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.pool.pool import RETRY_AFTER, Pool
 from app.report import Evicted
 from app.request import ImageSpec, Prompt, Request

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.pool.pool import Pool
 from app.request import ImageSpec, Prompt, Request
 from tests.parts.close import SAME, apart, close

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.engine.costs import Costs
 from app.engine.row import Row, Work
 from app.pool.pool import Pool

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from app.engine.row import Row
-from app.engine.runner import conditions_of, encode_rows
+from app.engine.runner import encode_rows
 from app.families.base import Family
 from app.families.text import TextCache, cut_text
 from app.pool.pool import Pool
@@ -199,7 +199,8 @@ def test_what_no_encoder_sees_is_told_again_without_looking(sd3: Any, monkeypatc
     encodings = fresh(0)
 
     def cuts(one: Row) -> list[str | None]:
-        return [sd3.truncated(each, one.key.text_length, encodings.cut) for each in conditions_of(sd3, one)]
+        both = sd3.passes(one.condition, one.request.recipe)
+        return [sd3.truncated(each.condition, one.key.text_length, encodings.cut) for each in both]
 
     long = Prompt("a red Cat and the " * 5 + "End.", negative="moon")
     for _ in range(2):

@@ -129,7 +129,7 @@ def traffic(cards: Mapping[str, Card], count: int, seed: int) -> list[Request]:
         strength, masked = rng.choice((0.3, 0.6, 0.99, 1.0)), rng.random() < 0.5
         request = edited(request, strength, masked, number % 5) if rng.random() < 0.67 else request
         with contextlib.suppress(InvalidValue):  # no step is left
-            card.table(request.recipe)
+            card.legs(request.recipe)
             found.append(request)
     return found
 
@@ -342,7 +342,7 @@ def test_skip_layer_guidance_covers_the_same_steps_of_a_late_table(
     steps, skip, cards = 20, SkipGuidance(2.5, 0.2, 0.65), tiny_pool.cards
     whole = changed(draw("whole", steps, 4.0, sampler=sampler), skip=skip)
     (full,), (late,) = (list(rows_of(one, cards, 0.0, iter(range(9)))) for one in (whole, edited(whole, strength)))
-    first = cards["tiny-sd3"].table(late.request.recipe).first
+    first = cards["tiny-sd3"].legs(late.request.recipe)[0].table.first
     before = first * (2 if sampler == "flow_heun" else 1)
     assert late.lines == full.lines - before
     assert list(late.skipping) == [line - before for line in full.skipping if line >= before]

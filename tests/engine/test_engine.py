@@ -29,6 +29,7 @@ from app.report import Announce, ModelState, Preview, Progress, Tick
 from app.request import ImageSpec, Key, Prompt
 from tests.parts.close import FORWARD, apart, close, furthest
 from tests.parts.engine import NOT_A_NUMBER, POISON, Bench, FakeCosts, FakeFamily, FakePool, card, request
+from tests.parts.requests import passes
 from tests.parts.waiting import eventually
 
 
@@ -172,7 +173,7 @@ def test_a_step_that_raises_is_replayed_and_only_its_row_fails() -> None:
     family = Fussy(card())
     requests = [request(f"r{n}", guided=False, sampler="flow_heun", steps=5) for n in range(6)]
     plain = Bench(FakePool(FakeFamily(card()))).run(requests).results
-    family.unlucky = float(family.encode([Prompt("r3")], 24)["code"])
+    family.unlucky = float(family.encode(passes([Prompt("r3")]), 24)["code"])
     bench = Bench(FakePool(family)).run(requests)
     assert list(bench.failures) == ["r3"]
     for name, index in bench.results:
@@ -185,7 +186,7 @@ def test_a_replayed_stochastic_step_sees_the_same_noise() -> None:
     family = Fussy(card(**facts))
     requests = [request(f"r{n}", guided=False, sampler="ddpm", steps=10) for n in range(4)]
     plain = Bench(FakePool(FakeFamily(card(**facts)))).run(requests).results
-    family.unlucky = float(family.encode([Prompt("r0")], 24)["code"])
+    family.unlucky = float(family.encode(passes([Prompt("r0")]), 24)["code"])
     bench = Bench(FakePool(family)).run(requests)
     for name, index in bench.results:
         close(bench.results[name, index].latents, plain[name, index].latents, FORWARD, furthest)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card, read_card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_card, read_cards
 from app.engine.costs import Costs
 from app.errors import CheckpointError
 from app.pool.policy import PHASES

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.errors import Cancelled
 from app.pool.pool import Pool
 from app.request import ClassLabel, ImageSpec, Prompt, Request

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.errors import Cancelled, DeadlineExceeded
 from app.pool.pool import Pool
 from app.report import ModelState

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card, read_card
+from app.cards.card import Card
+from app.cards.cards import read_card
 from app.errors import SettingsError
 from app.pool.policy import claim
 from app.pool.pool import Pool

@@ -13,7 +13,7 @@ from app.engine.row import Row
 from app.families.base import Conditions, Family
 from app.families.text import Encoder
 from app.request import Condition, ImageSpec, Key, Prompt
-from tests.parts.requests import flat
+from tests.parts.requests import flat, passes
 
 numbers = itertools.count()
 
@@ -25,7 +25,7 @@ def row(condition: Condition | str, model: str = "tiny-sd3", *, guided: bool = F
 
 
 def anew(family: Family, texts: list[str], length: int = 24, batch: int | None = None) -> Conditions:
-    return family.encode([Prompt(text) for text in texts], length, batch)
+    return family.encode(passes([Prompt(text) for text in texts]), length, batch)
 
 
 def equal(ours: Conditions, theirs: Conditions) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.cards.card import Card, read_card
+from app.cards.card import Card
+from app.cards.cards import read_card
 from app.families import SD3, DiT
 from app.pool.pool import Pool
 from app.samplers.schedule import Schedule

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from app.cards.card import Card, read_card
+from app.cards.card import Card
+from app.cards.cards import read_card
 from app.checkpoints.parts import build_family, build_parts
 from app.families.base import Family
 from app.families.components import State, blank_network, build_tokenizer, fill_network

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.checkpoints.parts import build_family, build_parts
 from app.families.adapters import Adapted, LoRA, Pairs, Used, lay_out, spans_of, spans_of_all
 from app.families.base import Family

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cards.card import SkipLayers, read_card
+from app.cards.card import SkipLayers
+from app.cards.cards import read_card
 from app.engine.costs import Costs
 from app.engine.row import default_key
 from app.errors import SettingsError

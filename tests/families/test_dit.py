@@ -18,6 +18,7 @@ from app.request import ClassLabel, Prompt
 from app.samplers.schedule import Schedule
 from tests.families.plain import ask, build, final, load, serve
 from tests.parts.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close, furthest
+from tests.parts.requests import passes
 
 BASE = {"beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear", "num_train_timesteps": 1000}
 SCHEDULERS: dict[str, Any] = {
@@ -124,13 +125,13 @@ def test_a_row_in_a_mixed_batch_is_the_row_alone(dit: DiT) -> None:
     t = torch.tensor([999.0, 0.0, 441.5, 857.14])
     labels = [ClassLabel(index) for index in (0, 999, 1000, 17)]
     with torch.inference_mode():
-        out, frac = dit.denoise(x, t, dit.encode(labels, 0))
+        out, frac = dit.denoise(x, t, dit.encode(passes(labels), 0))
         assert out.shape == frac.shape == x.shape
         raw = dit.network(x, timestep=t, class_labels=torch.tensor([0, 999, 1000, 17])).sample
         assert torch.equal(frac, (raw[:, 4:] + 1) / 2)
         for row, label in enumerate(labels):
             one = slice(row, row + 1)
-            alone, alone_frac = dit.denoise(x[one], t[one], dit.encode([label], 0))
+            alone, alone_frac = dit.denoise(x[one], t[one], dit.encode(passes([label]), 0))
             close(out[one], alone, FORWARD)
             close(frac[one], alone_frac, FORWARD)
 
@@ -140,7 +141,7 @@ def test_the_null_class_is_the_last_and_labels_are_bounded(dit: DiT) -> None:
     assert dit.truncated(ClassLabel(3), 0) is None
     for wrong in (ClassLabel(1001), ClassLabel(-1), Prompt("cat")):
         with pytest.raises(InvalidValue):
-            dit.encode([wrong], 0)
+            dit.encode(passes([wrong]), 0)
 
 
 def test_it_is_square_at_the_trained_size(dit: DiT) -> None:
@@ -154,7 +155,7 @@ def test_without_variance_channels_there_is_no_frac(dit: DiT) -> None:
     card = dit.card.model_copy(update={"schedule": Schedule(kind="diffusion")})
     family = DiT(card, vars_of(dit), "cpu", torch.float32)
     with torch.inference_mode():
-        out, frac = family.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), family.encode([ClassLabel(0)], 0))
+        out, frac = family.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), family.encode(passes([ClassLabel(0)]), 0))
     assert out.shape == (1, 4, 8, 8) and frac is None and not family.learned_variance
 
 
@@ -170,7 +171,10 @@ def test_the_originals_arithmetic_where_the_card_says_so(checkpoints: Path, dit:
         assert block.norm3.eps == block.norm1.norm.eps == 1e-6
     apart(dit.network.transformer_blocks[0].norm1.emb.time_proj(t), expected, 1e-3, furthest)
     assert dit.network.transformer_blocks[0].norm3.eps == 1e-5
-    x, label = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(2)), dit.encode([ClassLabel(3)], 0)
+    x, label = (
+        torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(2)),
+        dit.encode(passes([ClassLabel(3)]), 0),
+    )
     with torch.inference_mode():
         apart(original.denoise(x, t, label)[0], dit.denoise(x, t, label)[0], 1e-3)
 

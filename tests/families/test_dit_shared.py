@@ -11,7 +11,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.cards.folder import Part
 from app.checkpoints.tensors import read_outline
 from app.errors import CheckpointError

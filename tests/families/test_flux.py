@@ -13,7 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.errors import InvalidValue
 from app.families import Flux
 from app.families.flux import pack, unpack
@@ -23,6 +23,7 @@ from app.samplers.schedule import DynamicShift, Schedule
 from app.samplers.table import at_size
 from tests.families.plain import build, build_component
 from tests.parts.close import EXACT, FORWARD, LEVELS, apart, beyond_rounding, close
+from tests.parts.requests import passes
 from tests.parts.tiny_parts import read_state, write_first_clip
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
@@ -53,7 +54,7 @@ def rows(flux: Flux) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def forward(flux: Flux, x: torch.Tensor, t: torch.Tensor, guidance: torch.Tensor, texts: tuple[str, ...]) -> Any:
-    conditions = flux.encode([Prompt(text) for text in texts], 24)
+    conditions = flux.encode(passes([Prompt(text) for text in texts]), 24)
     return flux.denoise(x, t, {**conditions, "guidance": guidance} if flux.embedded else conditions)[0]
 
 
@@ -100,7 +101,7 @@ def test_tokens_are_those_of_the_pipeline() -> None:
 @pytest.mark.parametrize("length", [24, 33])
 def test_text_is_encoded_as_the_pipeline_does(flux: Flux, length: int) -> None:
     with torch.inference_mode():
-        ours = flux.encode([PROMPT, Prompt("")], length)
+        ours = flux.encode(passes([PROMPT, Prompt("")]), length)
         text, pooled, _ = pipeline(flux.card.folder).encode_prompt([PROMPT.text, ""], max_sequence_length=length)
     assert text.shape == (2, length, 48) and pooled.shape == (2, 16)
     close(ours["text"], text, FORWARD)
@@ -113,10 +114,10 @@ def test_prompts_encoded_together_are_those_encoded_alone(flux: Flux, batch: int
     sizes: list[int] = []
     hook = flux.clip[0].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     with torch.inference_mode():
-        together = flux.encode([Prompt(text) for text in TEXTS], 24, batch)
+        together = flux.encode(passes([Prompt(text) for text in TEXTS]), 24, batch)
         hook.remove()
         for row, text in enumerate(TEXTS):
-            for name, value in flux.encode([Prompt(text)], 24).items():
+            for name, value in flux.encode(passes([Prompt(text)]), 24).items():
                 close(together[name][row : row + 1], value, FORWARD)
     assert sizes == {None: [4], 1: [1] * 4, 2: [2, 2], 8: [8]}[batch]
 
@@ -132,7 +133,7 @@ def test_sd3s_clip_is_pooled_before_its_projection(fluxes: Path, tmp_path: Path)
         right, projected = theirs.text_model(ids).pooler_output, theirs(ids).text_embeds
         for name in ("CLIPTextModelWithProjection", "CLIPTextModel"):
             parts["text_encoder"] = build_component(name, tmp_path / "clip", state, torch.float32)
-            pooled = Flux(card, parts, "cpu", torch.float32).encode([PROMPT], 24)["pooled"]
+            pooled = Flux(card, parts, "cpu", torch.float32).encode(passes([PROMPT]), 24)["pooled"]
             close(pooled, right, FORWARD)
             apart(pooled, projected, 1e-3)
 
@@ -160,7 +161,7 @@ def test_an_absent_encoder_is_zeros(fluxes: Path, absent: tuple[str, ...]) -> No
     whole = family(fluxes / "dev")
     without = Flux(whole.card, {k: v for k, v in build(whole.card).items() if k not in absent}, "cpu", torch.float32)
     with torch.inference_mode():
-        ours, full = without.encode([PROMPT, Prompt("x")], 30), whole.encode([PROMPT, Prompt("x")], 30)
+        ours, full = without.encode(passes([PROMPT, Prompt("x")]), 30), whole.encode(passes([PROMPT, Prompt("x")]), 30)
     for part, name in (("text_encoder", "pooled"), ("text_encoder_2", "text")):
         assert full[name].any()
         assert torch.equal(ours[name], torch.zeros_like(full[name]) if part in absent else full[name])
@@ -219,4 +220,4 @@ def test_blank_opposite_and_labels(flux: Flux) -> None:
     assert shapes == {"text": (1, 30, 48), "pooled": (1, 16), **({"guidance": (1,)} if flux.embedded else {})}
     assert flux.opposite(PROMPT) == Prompt("green dog") and not flux.learned_variance
     with pytest.raises(InvalidValue):
-        flux.encode([ClassLabel(1)], 24)
+        flux.encode(passes([ClassLabel(1)]), 24)

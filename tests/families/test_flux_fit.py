@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from app.cards.card import Card, Sizes, Text, read_card
+from app.cards.card import Card, Sizes, Text
+from app.cards.cards import read_card
 from app.errors import CheckpointError
 from app.families import Flux
 from tests.families.plain import build, build_component

@@ -16,6 +16,7 @@ from app.pool.pool import Pool
 from app.request import ClassLabel, Prompt
 from tests.families.plain import ask, final, load, serve
 from tests.parts.close import FORWARD, LEVELS, SAME, apart, beyond_rounding, close
+from tests.parts.requests import passes
 
 PROMPT = Prompt("a red apple on a blue background", negative="green dog")
 
@@ -111,9 +112,9 @@ def test_a_row_in_a_mixed_batch_is_the_row_alone(sd3: SD3) -> None:
     t = torch.tensor([999.0, 3.25, 500.0, 857.14, 120.0])
     prompts = [Prompt(text) for text in ("red apple", "", "a cat and a dog", "red apple", "moon")]
     with torch.inference_mode():
-        together, _ = sd3.denoise(x, t, sd3.encode(prompts, 24))
+        together, _ = sd3.denoise(x, t, sd3.encode(passes(prompts), 24))
         for row, prompt in enumerate(prompts):
-            alone, frac = sd3.denoise(x[row : row + 1], t[row : row + 1], sd3.encode([prompt], 24))
+            alone, frac = sd3.denoise(x[row : row + 1], t[row : row + 1], sd3.encode(passes([prompt]), 24))
             assert frac is None
             close(together[row : row + 1], alone, FORWARD)
 
@@ -124,10 +125,10 @@ def test_prompts_encoded_together_are_those_encoded_alone(sd3: SD3, batch: int |
     sizes: list[int] = []
     hook = sd3.t5[0].register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     with torch.inference_mode():
-        together = sd3.encode([Prompt(text) for text in texts], 24, batch)
+        together = sd3.encode(passes([Prompt(text) for text in texts]), 24, batch)
         hook.remove()
         for row, text in enumerate(texts):
-            for name, value in sd3.encode([Prompt(text)], 24).items():
+            for name, value in sd3.encode(passes([Prompt(text)]), 24).items():
                 close(together[name][row : row + 1], value, FORWARD)
     assert sizes == {None: [4], 1: [1] * 4, 2: [2, 2], 8: [8]}[batch]
 
@@ -147,7 +148,7 @@ def test_an_absent_clip_is_zeros_in_its_share(sd3: SD3, parts: dict[str, Any], a
     family = SD3(sd3.card, left, "cpu", torch.float32)
     gone, kept = (slice(0, 16), slice(16, 40)) if absent == "text_encoder" else (slice(16, 40), slice(0, 16))
     with torch.inference_mode():
-        part, whole = family.encode([PROMPT], 24), sd3.encode([PROMPT], 24)
+        part, whole = family.encode(passes([PROMPT]), 24), sd3.encode(passes([PROMPT]), 24)
     for ours, full in ((part["text"][:, :24], whole["text"][:, :24]), (part["pooled"], whole["pooled"])):
         assert not ours[..., gone].any() and full[..., gone].any()
         assert torch.equal(ours[..., kept], full[..., kept])
@@ -156,7 +157,7 @@ def test_an_absent_clip_is_zeros_in_its_share(sd3: SD3, parts: dict[str, Any], a
 
 def test_without_any_encoder_the_text_is_zeros(sd3: SD3, parts: dict[str, Any]) -> None:
     left = {name: part for name, part in parts.items() if name in ("transformer", "vae")}
-    encoded = SD3(sd3.card, left, "cpu", torch.float32).encode([PROMPT, Prompt("x")], 30)
+    encoded = SD3(sd3.card, left, "cpu", torch.float32).encode(passes([PROMPT, Prompt("x")]), 30)
     assert encoded["text"].shape == (2, 54, 48) and not encoded["text"].any() and not encoded["pooled"].any()
 
 
@@ -173,7 +174,7 @@ def test_shapes_opposites_and_labels(sd3: SD3) -> None:
     assert sd3.latent_shape(48, 32) == (4, 8, 12) and sd3.image_tokens(48, 32) == 24
     assert sd3.opposite(PROMPT) == Prompt("green dog") and not sd3.learned_variance
     with pytest.raises(InvalidValue):
-        sd3.encode([ClassLabel(1)], 24)
+        sd3.encode(passes([ClassLabel(1)]), 24)
 
 
 def test_parts_that_do_not_fit_are_refused(sd3: SD3, parts: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from app.cards.card import Card, SkipLayers, read_card
+from app.cards.card import Card, SkipLayers
+from app.cards.cards import read_card
 from app.checkpoints.parts import build_family
 from app.errors import CheckpointError
 from app.pool.pool import Pool

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card, read_card
+from app.cards.card import Card
+from app.cards.cards import read_card
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import compile_blocks

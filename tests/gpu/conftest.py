@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.pool.pool import Pool
 from tests.parts.engine import load_all
 

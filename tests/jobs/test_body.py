@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from app.cards.card import Card, Sizes, read_cards
+from app.cards.card import Card, Sizes
+from app.cards.cards import read_cards
 from app.errors import Code, InvalidValue
 from app.jobs.body import SEEDS, ImageBody, read_body
 from app.keys import NOBODY, ApiKey

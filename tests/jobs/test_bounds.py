@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.errors import InvalidValue
 from app.jobs.body import bounds, most_steps_of, read_body
 from app.jobs.schema import body_schema

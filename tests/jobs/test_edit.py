@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from app.cards.card import Card, Sizes, read_cards
+from app.cards.card import Card, Sizes
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.errors import InvalidValue
 from app.imaging import a1111
@@ -106,7 +107,7 @@ def test_a_strength_out_of_range_is_refused(registry: Registry, strength: object
 
 def test_a_strength_that_leaves_no_step_is_refused(registry: Registry) -> None:
     enough = job(registry, model="tiny-label", strength=0.25)
-    assert enough.card.table(enough.request.recipe).lines == 1
+    assert enough.card.legs(enough.request.recipe)[0].table.lines == 1
     with pytest.raises(InvalidValue) as caught:
         job(registry, model="tiny-label", strength=0.24)
     assert caught.value.param == "strength"

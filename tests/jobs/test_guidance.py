@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from app.cards.card import Card, SkipLayers, read_cards
+from app.cards.card import Card, SkipLayers
+from app.cards.cards import read_cards
 from app.errors import InvalidValue
 from app.jobs.body import read_body, recipe_facts
 from app.request import Guidance, Recipe, SkipGuidance

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.errors import InvalidValue
 from app.imaging import a1111
 from app.jobs.body import read_body, recipe_facts

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.jobs.body import SKIPPING, read_body
 from app.jobs.job import Estimate, Job

@@ -8,7 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from app.cards.card import Card, SkipLayers, read_cards
+from app.cards.card import Card, SkipLayers
+from app.cards.cards import read_cards
 from app.cards.catalog import Registry
 from app.jobs.body import read_body
 from app.jobs.job import Job

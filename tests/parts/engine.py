@@ -14,12 +14,12 @@ from app.cards.card import Card
 from app.engine.costs import Costs, Curve
 from app.engine.engine import Engine
 from app.errors import LoadError
-from app.families.base import Conditions
+from app.families.base import Conditions, Family
 from app.families.text import Cut, Encoder, Read, States, cut_text, read_texts
 from app.pool.policy import Parts
 from app.pool.pool import Pool
 from app.report import Failure, ModelState, Phase, Report, Result, Tick
-from app.request import ClassLabel, Condition, ImageSpec, Key, Prompt, Request
+from app.request import ClassLabel, Condition, ImageSpec, Key, Pass, Prompt, Request
 from app.settings import Settings
 from tests.parts.requests import flat
 from tests.parts.waiting import eventually
@@ -61,16 +61,19 @@ class FakeFamily:
     def image_tokens(self, width: int, height: int) -> int:
         return width * height // 256
 
+    passes = Family.passes
+
     def opposite(self, condition: Condition) -> Condition:
         return Prompt(condition.negative or "") if isinstance(condition, Prompt) else ClassLabel(10)
 
     def encode(
-        self, conditions: Sequence[Condition], text_length: int, batch: int | None = None, read: Read = read_texts
+        self, passes: Sequence[Pass], text_length: int, batch: int | None = None, read: Read = read_texts
     ) -> Conditions:
+        conditions = [one.condition for one in passes]
         if POISON in conditions:
             raise ValueError("a poison prompt")
         if isinstance(conditions[0], ClassLabel):
-            return {"code": torch.tensor([[_code(each)] for each in conditions])}
+            return {"code": torch.tensor([[_code(each)] for each in conditions if each])}
         texts = [each.text for each in conditions if isinstance(each, Prompt)]
         return {"code": read(self.encoder, texts, text_length, batch)[0]}
 
@@ -84,7 +87,7 @@ class FakeFamily:
     def prepare(self) -> None:
         pass
 
-    def truncated(self, condition: Condition, text_length: int, cut: Cut = cut_text) -> str | None:
+    def truncated(self, condition: Condition | None, text_length: int, cut: Cut = cut_text) -> str | None:
         return None
 
     def denoise(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from tests.families.plain_shapes import dit_state
 from tests.parts import originals
 from tests.parts.tiny import write_dit, write_flux, write_sd3

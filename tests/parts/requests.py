@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from app.errors import Code, InstepError
-from app.request import Delivery, Guidance, ImageSpec, Recipe, Request, SkipGuidance
+from app.request import Condition, Delivery, Guidance, ImageSpec, Pass, Recipe, Request, SkipGuidance
 
 PARTS = {name: {field.name for field in fields(kind)} for name, kind in (("recipe", Recipe), ("delivery", Delivery))}
+
+
+def passes(conditions: Iterable[Condition]) -> list[Pass]:
+    """A pass for each of these conditions, with nothing beside it."""
+    return [Pass(one) for one in conditions]
 
 
 def flat(

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.main import Reread, configured, create_app
 from app.metrics import Metrics
 from app.settings import Settings

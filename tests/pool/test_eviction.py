@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.cards.folder import Part
 from app.checkpoints.parts import part_states
 from app.errors import CheckpointError
@@ -18,6 +19,7 @@ from app.pool.policy import PHASES, Parts
 from app.pool.pool import Pool
 from app.report import Evicted, ModelState
 from app.request import Prompt
+from tests.parts.requests import passes
 from tests.parts.tiny import write_models
 from tests.parts.waiting import eventually
 
@@ -120,14 +122,14 @@ def test_weights_that_come_back_are_the_same(made: Callable[..., Pool], sizes: d
     family = pool.family("tiny-sd3")
     assert family is not None
     with torch.inference_mode():
-        before = family.encode([Prompt("red")], 24)
+        before = family.encode(passes([Prompt("red")]), 24)
         pixels = family.decode(torch.ones(1, *family.latent_shape(32, 32)))
     ready(pool, "tiny-dit")
     assert not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")
     assert pool.family("tiny-sd3") is family
     with torch.inference_mode():
-        after = family.encode([Prompt("red")], 24)
+        after = family.encode(passes([Prompt("red")]), 24)
         assert torch.equal(pixels, family.decode(torch.ones(1, *family.latent_shape(32, 32))))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -278,13 +280,13 @@ def test_weights_put_aside_come_back_the_same(
     family: Any = pool.family("tiny-sd3")
     assert family.t5[0].shared is family.t5[0].encoder.embed_tokens
     with torch.inference_mode():
-        before = family.encode([Prompt("red")], 24)
+        before = family.encode(passes([Prompt("red")]), 24)
     monkeypatch.setattr("app.pool.memory.part_states", Counting(part_states))
     ready(pool, "tiny-dit")
     assert pool.policy.parked and not pool.resident("tiny-sd3", "encode")
     ready(pool, "tiny-sd3")
     with torch.inference_mode():
-        after = family.encode([Prompt("red")], 24)
+        after = family.encode(passes([Prompt("red")]), 24)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert Counting.folders == {"transformer", "vae"}, "only the other model was read from its files"
     evicted = [change for change in pool.poll() if isinstance(change, Evicted)]

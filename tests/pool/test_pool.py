@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.cards.folder import Part
 from app.errors import CheckpointError, ModelNotFound
 from app.families.base import Family
@@ -18,6 +19,7 @@ from app.pool import memory
 from app.pool.pool import RETRY_AFTER, Pool
 from app.report import ModelState
 from app.request import ClassLabel
+from tests.parts.requests import passes
 from tests.parts.waiting import Clock, eventually
 
 
@@ -93,7 +95,7 @@ def test_other_models_keep_stepping_while_one_loads(pool: Pool, monkeypatch: pyt
     pool.want("tiny-sd3")
     assert gate.reached.wait(60)
     with torch.inference_mode():
-        out, _ = dit.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), dit.encode([ClassLabel(0)], 0))
+        out, _ = dit.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(1), dit.encode(passes([ClassLabel(0)]), 0))
     assert torch.isfinite(out).all() and not pool.resident("tiny-sd3", "denoise")
     assert [change.state for change in pool.poll() if isinstance(change, ModelState)] == ["loading"]
     gate.opened.set()
@@ -204,7 +206,7 @@ def test_a_vae_on_the_cpu_is_float32(cards: dict[str, Card]) -> None:
     assert family.vae.dtype == torch.float32 and family.network.dtype == torch.bfloat16  # type: ignore[attr-defined]
     with torch.inference_mode():
         out, _ = family.denoise(
-            torch.zeros(1, 4, 8, 8), torch.ones(1), family.encode([family.opposite(ClassLabel(0))], 24)
+            torch.zeros(1, 4, 8, 8), torch.ones(1), family.encode(passes([family.opposite(ClassLabel(0))]), 24)
         )
         assert out.dtype == torch.float32 and family.decode(out).dtype == torch.uint8
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from tests.parts.hub import Hub
 from tests.parts.published import MODELS, write_clone, write_single_files
 from tests.parts.servers import free_port

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distill_turbo import Point, draw_times, follow, read_pairs, straight, walk
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.checkpoints.parts import build_family, build_parts
 from app.cli.models import check_folder
 from app.families.base import Family
@@ -19,6 +19,7 @@ from app.request import Prompt
 from tests.families.plain import ask, serve
 from tests.parts.close import FORWARD, SAME, apart, close, furthest
 from tests.parts.engine import load_all
+from tests.parts.requests import passes
 from tests.recipes.conftest import run
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ def test_a_pair_ends_where_the_engine_does(made: Path) -> None:
     cards = read_cards(made)
     card, teacher = cards["emoji-mmdit"], family(made, "emoji-mmdit")
     with torch.inference_mode():
-        text = teacher.encode([Prompt("a cat"), Prompt("")], card.text.t5)
+        text = teacher.encode(passes([Prompt("a cat"), Prompt("")]), card.text.t5)
         noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(3))
         pair = (text["text"], text["pooled"])
         ours, other = (

@@ -14,7 +14,7 @@ from data import COLOURS
 from evaluate import Run, ask, read_run, scenes_of, without_t5
 from PIL import Image
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.checkpoints.parts import read_parts
 from tests.recipes.conftest import ROOT, run
 

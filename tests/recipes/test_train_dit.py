@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DiTTransformer2DModel
 from torch.distributions import Normal, kl_divergence
 from train_dit import Latents, build, classes, loss_of
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.checkpoints.parts import build_family, build_parts
 from app.cli.models import check_folder
 from app.families.dit import predict

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from train_mmdit import ABSENT, build, kept_encoders, loss_of
 from train_text import Readers, batch, facts, summaries
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cli.models import check_folder
 from app.request import Prompt
 from tests.parts.close import FORWARD, apart, close, furthest
+from tests.parts.requests import passes
 from tests.recipes.conftest import run
 from tests.recipes.test_distill_turbo import family
 
@@ -85,7 +86,7 @@ def test_the_card_loads_and_encodes_as_the_recipe_does(made: Path) -> None:
     assert (card.text.clip, card.text.t5) == tuple(t.model_max_length for t in text.tokenizers[1:])
     with torch.no_grad():
         ours, pooled = text(["a small thing 3 on blue"], torch.ones(1, 3))
-        theirs = family(made, "emoji-mmdit").encode([Prompt("a small thing 3 on blue")], card.text.t5)
+        theirs = family(made, "emoji-mmdit").encode(passes([Prompt("a small thing 3 on blue")]), card.text.t5)
         other, _ = text(["a small thing 4 on blue"], torch.ones(1, 3))
     close(ours, theirs["text"], FORWARD, furthest)
     close(pooled, theirs["pooled"], FORWARD, furthest)

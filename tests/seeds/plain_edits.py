@@ -22,7 +22,8 @@ from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_dis
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
-from app.cards.card import Card, read_card
+from app.cards.card import Card
+from app.cards.cards import read_card
 from tests.parts.edits import as_field
 from tests.samplers.oracle import Edit, begin, diffusion_scheduler, flow_scheduler, wide
 from tests.seeds import plain_sd3

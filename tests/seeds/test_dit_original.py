@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.checkpoints.convert import convert_dit
 from app.engine.runner import plan_of
 from app.engine.step import Slots, denoise_step
@@ -20,6 +20,7 @@ from app.request import ClassLabel, Guidance
 from app.samplers.table import compile_table
 from tests.families.plain import load
 from tests.parts.close import EXACT, FORWARD, SAME, apart, close, relative
+from tests.parts.requests import passes
 from tests.parts.tiny import write_dit
 from tests.parts.tiny_parts import read_state
 from tests.seeds import plain_dit
@@ -118,7 +119,8 @@ def run_together(dit: DiT, cases: tuple[tuple[int, int, float | None], ...]) -> 
         table = compile_table(dit.card.schedule, "ddpm", steps)
         noise = injected(case, steps)
         guidance = Guidance() if scale is None else Guidance(scale)
-        conditions = dit.encode([ClassLabel(label), dit.opposite(ClassLabel(label))][: 1 if scale is None else 2], 0)
+        both = passes([ClassLabel(label), dit.opposite(ClassLabel(label))])
+        conditions = dit.encode(both[: 1 if scale is None else 2], 0)
         slot = slots.take(plan_of(table, guidance), noise[0][0] * table.init, conditions)
         taken.append(slot)
         left[slot] = iter(noise[1:])

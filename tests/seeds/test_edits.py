@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.jobs.edit import PICTURES, read_edit, with_source
 from app.pool.pool import Pool
 from app.request import Request, Source

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.pool.pool import Pool
 from app.request import Prompt
 from tests.families.plain import ask, final, serve
@@ -21,6 +21,7 @@ from tests.families.plain_originals import flux
 from tests.families.plain_shapes import State, drawn, flux_shapes
 from tests.parts.close import SAME, apart, close
 from tests.parts.engine import load_all
+from tests.parts.requests import passes
 from tests.parts.tiny import write_flux
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +72,7 @@ def authors(
     """get_noise, prepare, get_schedule, denoise and unpack of sampling.py, for one image of a VAE of scale 4."""
     (width, height), family = size, pool.family(name)
     rows, columns, dev = height // 8, width // 8, name == "dev"
-    told = family.encode([PROMPT], family.card.text.t5)
+    told = family.encode(passes([PROMPT]), family.card.text.t5)
     x = torch.randn(1, 4, 2 * rows, 2 * columns, generator=torch.Generator().manual_seed(seed))
     x = x.unflatten(3, (columns, 2)).unflatten(2, (rows, 2)).permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, 16)
     places = torch.tensor([[0.0, row, column] for row in range(rows) for column in range(columns)])

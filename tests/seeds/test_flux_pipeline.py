@@ -13,7 +13,8 @@ import torch
 from diffusers import FluxPipeline
 from transformers import CLIPTextModel
 
-from app.cards.card import Card, read_cards
+from app.cards.card import Card
+from app.cards.cards import read_cards
 from app.jobs.body import ImageBody
 from app.pool.pool import Pool
 from app.request import Request

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import read_card
+from app.cards.cards import read_card
 from app.samplers.table import SAMPLERS
 from app.settings import Settings
 from app.worker.supervisor import WORKER

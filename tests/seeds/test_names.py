@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.cards.files import INDEX
 from app.errors import CheckpointError
 from app.families.authors import from_original

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.pool.pool import Pool
 from app.request import Prompt
 from app.samplers.schedule import Schedule
@@ -23,6 +23,7 @@ from tests.families.plain import ask, final, serve
 from tests.families.plain_shapes import State, drawn, sd3_shapes
 from tests.parts.close import EXACT, SAME, apart, close, each
 from tests.parts.engine import load_all
+from tests.parts.requests import passes
 from tests.parts.tiny import write_sd3
 from tests.samplers.oracle import draw, network, run_table
 from tests.seeds import plain_sd3
@@ -83,7 +84,7 @@ def authors(
 ) -> torch.Tensor:  # fmt: skip
     """`do_sampling` of sd3_infer.py for one image of a VAE of scale 4: both passes in one batch, then guidance."""
     (width, height), family = size, pool.family(name)
-    texts = family.encode([PROMPT, Prompt(PROMPT.negative)], 24)
+    texts = family.encode(passes([PROMPT, Prompt(PROMPT.negative)]), 24)
     text, pooled, state = texts["text"].double(), texts["pooled"].double(), doubled(state)
 
     def clean(x: torch.Tensor, level: float) -> torch.Tensor:

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import pad
 
-from app.cards.card import Card, parse_size, read_card
+from app.cards.card import Card, parse_size
+from app.cards.cards import read_card
 
 Body = dict[str, Any]
 

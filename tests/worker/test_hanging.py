@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.request import ImageSpec, Prompt, Request
 from app.settings import Settings
 from app.worker import supervisor

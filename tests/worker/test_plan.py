@@ -8,7 +8,8 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from app.cards.card import Source, read_cards
+from app.cards.card import Source
+from app.cards.cards import read_cards
 from app.errors import SettingsError
 from app.settings import Settings
 from app.worker import plan

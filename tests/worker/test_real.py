@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from app.cards.card import read_cards
+from app.cards.cards import read_cards
 from app.jobs.job import Job
 from app.report import Progress, Result
 from app.request import ImageSpec, Prompt, Request
