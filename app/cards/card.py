@@ -232,6 +232,7 @@ class Card(Section):
             tokens=tokens,
             strength=recipe.strength,
             switch_at=refiner.switch_at if refiner else None,
+            grid=recipe.grid,
         )
         models = [recipe.model, refiner.model] if refiner else [recipe.model]
         return tuple(Leg(model, table) for model, table in zip(models, tables, strict=True) if table)
