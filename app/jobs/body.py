@@ -8,15 +8,15 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.cards.adapters import MOST_LORAS, Lora
 from app.cards.card import Card, parse_size
 from app.cards.catalog import Adapters, find_adapters, find_label
 from app.errors import Code, InvalidValue, RequestError, first_problem
-from app.imaging import DEFAULT_QUALITY, FORMATS, Format
+from app.imaging import DEFAULT_QUALITY
+from app.jobs.fields import WORDS, Base64, FileFormat, Flag, Labels, Loras, Real, Text, Texts, Whole, without_effect
 from app.jobs.other_names import hint
 from app.keys import NOBODY, ApiKey
 from app.request import ClassLabel, Condition, Delivery, Guidance, ImageSpec, Prompt, Recipe, Request, SkipGuidance
@@ -31,67 +31,10 @@ SEEDS = 2**63
 ANY_SEED = -1
 """A seed that asks for any, as A1111 and those after it write it; the same as none."""
 
-LONGEST, MOST = 32_000, 64
-"""The most characters of a text and entries of a list. The limits `prompt` and `n` of a card are not above these."""
-
 PRIORITY_LIMIT = 10
 
 LEAST_STRENGTH, RESIZE, MASK_BLUR = 0.01, "crop", 4.0
 """Of a body with a picture (`app/jobs/edit.py`): the least `strength`, and the defaults of `resize` and `mask_blur`."""
-
-_DETAILS = {
-    "string_too_long": "expects at most {max_length} characters",
-    "too_long": "expects at most {max_length} entries, not {actual_length}",
-    "string_unicode": "has a lone surrogate, which is not text",
-}
-_WORDS = _DETAILS | {
-    "extra_forbidden": "is an unknown field",
-    "missing": "is required",
-    "model_type": "expects a JSON object",
-    "list_type": "expects a list",
-    "string_type": "expects a string",
-}
-"""Our words for pydantic's errors, by type: of a value of the right type, and of all others."""
-
-
-def expects(words: str) -> WrapValidator:
-    """One error for a field, where pydantic has one for each type that the field may have."""
-
-    def check(value: object, inner: Callable[[object], object]) -> object:
-        try:
-            return inner(value)
-        except ValidationError as error:
-            problems = [one for one in error.errors(include_url=False) if one["type"] in _DETAILS]
-            details = [_DETAILS[one["type"]].format(**one.get("ctx", {})) for one in problems]
-            raise ValueError(details[0] if details else f"expects {words}") from None
-
-    return WrapValidator(check)
-
-
-def _as_whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Integer = Annotated[int, Strict(), BeforeValidator(_as_whole)]
-_String = Annotated[str, Strict(), Field(max_length=LONGEST)]
-_Strings = Annotated[list[_String], Field(max_length=MOST)]
-_Classes = Annotated[list[_Integer | _String], Field(max_length=MOST)]
-
-Whole = Annotated[_Integer, expects("a whole number")]
-Real = Annotated[float, Strict(), Field(allow_inf_nan=False), expects("a finite number")]
-Flag = Annotated[bool, Strict(), expects("true or false")]
-Text = Annotated[_String, expects("a string")]
-Texts = Annotated[_String | _Strings, expects("a string or a list of strings")]
-Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class name, or a list of them")]
-Loras = Annotated[list[Lora], Field(max_length=MOST_LORAS)]
-FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
-Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
-
-
-def without_effect(why: str, *plain: str) -> Any:
-    """A field of OpenAI's clients that has no effect. plain: the values that ask for what is done anyway."""
-    return Field(None, description=f"is ignored: {why}", examples=list(plain))
-
 
 _UNUSED = "is accepted for OpenAI's clients and not used"
 SKIPPING = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
@@ -352,7 +295,7 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
     try:
         return kind(**fields)
     except ValidationError as error:
-        place, reason = first_problem(error.errors(include_url=False), _WORDS)
+        place, reason = first_problem(error.errors(include_url=False), WORDS)
         field = ".".join(place[:3])[:64]
         unserved = field in ("response_format", "output_format") and isinstance(fields[field], str)
         code: Code = "unsupported_parameter" if unserved else "invalid_value"

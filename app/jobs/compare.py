@@ -16,7 +16,8 @@ from app.cards.folder import ModelFolder
 from app.errors import InstepError, InvalidValue, RequestError
 from app.imaging import encode_image
 from app.jobs import replies
-from app.jobs.body import LONGEST, ImageBody, Text, expects, first_seed, ignored, read_as, recipe_facts
+from app.jobs.body import ImageBody, first_seed, ignored, read_as, recipe_facts
+from app.jobs.fields import LONGEST, Text, expects
 from app.jobs.job import Job
 from app.panel import panel, unreadable
 from app.report import Result
