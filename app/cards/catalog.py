@@ -83,6 +83,8 @@ class Registry:
         if name not in self._owners:
             raise self.missing(name, "refiner.model")
         found = self._owners[name]
+        for one in (card.model, found.model):
+            self._latents[one] = self._latents[one] or latent_facts(self.all[one], self.all)  # its files may be new
         if why := self._unlike(card, found):
             message = f"refiner.model: {found.id} cannot go on with pictures of {card.id}: {why}"
             raise InvalidValue(message, param="refiner.model")
@@ -90,11 +92,9 @@ class Registry:
 
     def refiners(self, card: Card) -> list[str]:
         """The ids of the other models that can be refiners of this one."""
-        return [one.id for one in self.cards.values() if one.id != card.model and not self._unlike(card, one)]
+        return [one.id for one in self.cards.values() if not self._unlike(card, one)]
 
     def _unlike(self, base: Card, refiner: Card) -> str:
-        for one in (base.model, refiner.model):
-            self._latents[one] = self._latents[one] or latent_facts(self.all[one], self.all)  # its files may be new
         return unlike(base, refiner, self._latents[base.model], self._latents[refiner.model])
 
     def missing(self, name: str, param: str = "model") -> ModelNotFound:

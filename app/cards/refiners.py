@@ -10,9 +10,6 @@ from app.cards.files import read_json
 from app.cards.folder import ModelFolder, changes
 from app.errors import CheckpointError, NotDownloaded
 
-NONE = "none"
-"""What a body names in place of a refiner, to draw without the one of the card."""
-
 _VAE = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None}
 """The keys of a VAE's config.json that say what its latents mean, with diffusers' defaults."""
 
@@ -40,6 +37,8 @@ def unlike(base: Card, refiner: Card, own: Mapping[str, Any], other: Mapping[str
 
     own, other: the `latent_facts` of the two. Weights are not compared: what a VAE is called by its config is believed.
     """
+    if base.model == refiner.model:
+        return "it is the same model"
     if refiner.base:
         return f"it has LoRAs of its own, and a refiner draws without any; name {refiner.base}"
     if base.draws_classes or refiner.draws_classes:
@@ -47,7 +46,8 @@ def unlike(base: Card, refiner: Card, own: Mapping[str, Any], other: Mapping[str
     if not (own and other):
         return f"the config of {(refiner if own else base).id}'s VAE cannot be read here"
     found = [f"its {name} is {other[name]}, not {own[name]}" for name in own if own[name] != other[name]]
-    found += [f"its schedule's {text}" for text in changes(base.schedule, refiner.schedule.model_dump())]
+    if base.schedule != refiner.schedule:
+        found += [f"its schedule's {text}" for text in changes(base.schedule, refiner.schedule.model_dump())]
     if base.guidance != refiner.guidance:
         found.append(f"its guidance is {refiner.guidance}, not {base.guidance}")
     return "; ".join(found)

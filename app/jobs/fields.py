@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, Strict, ValidationError, WrapValidator
 
 from app.cards.adapters import MOST_LORAS, Lora
+from app.cards.card import SIDES
 from app.imaging import FORMATS, Format
 
 LONGEST, MOST = 32_000, 64
@@ -24,6 +25,7 @@ WORDS = _DETAILS | {
     "model_type": "expects a JSON object",
     "list_type": "expects a list",
     "string_type": "expects a string",
+    "string_too_short": "is empty",
 }
 """Our words for pydantic's errors, by type: of a value of the right type, and of all others."""
 
@@ -57,6 +59,11 @@ Flag = Annotated[bool, Strict(), expects("true or false")]
 Text = Annotated[_String, expects("a string")]
 Texts = Annotated[_String | _Strings, expects("a string or a list of strings")]
 Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class name, or a list of them")]
+Sides = Annotated[Annotated[_String, Field(pattern=SIDES)], expects('"WxH" in pixels')]
+Corner = Annotated[
+    Annotated[list[Annotated[_Integer, Field(ge=0, le=99_999)]], Field(min_length=2, max_length=2)],
+    expects("[left, top] in pixels, two whole numbers of 0 to 99999"),
+]
 Loras = Annotated[list[Lora], Field(max_length=MOST_LORAS)]
 FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
 Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
