@@ -171,7 +171,7 @@ class Bucket(Section):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "defaults"}
+WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "defaults", "refiner"}
 """Fields of a card that decide what people read and what a request is, and nothing in an engine."""
 
 

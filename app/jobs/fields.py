@@ -49,6 +49,7 @@ def _as_whole(value: object) -> object:
 
 
 _Integer = Annotated[int, Strict(), BeforeValidator(_as_whole)]
+_Place = Annotated[int, Strict(), Field(ge=0, le=99_999), BeforeValidator(_as_whole)]
 _String = Annotated[str, Strict(), Field(max_length=LONGEST)]
 _Strings = Annotated[list[_String], Field(max_length=MOST)]
 _Classes = Annotated[list[_Integer | _String], Field(max_length=MOST)]
@@ -61,7 +62,7 @@ Texts = Annotated[_String | _Strings, expects("a string or a list of strings")]
 Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class name, or a list of them")]
 Sides = Annotated[Annotated[_String, Field(pattern=SIDES)], expects('"WxH" in pixels')]
 Corner = Annotated[
-    Annotated[list[Annotated[_Integer, Field(ge=0, le=99_999)]], Field(min_length=2, max_length=2)],
+    Annotated[list[_Place], Field(min_length=2, max_length=2)],
     expects("[left, top] in pixels, two whole numbers of 0 to 99999"),
 ]
 Loras = Annotated[list[Lora], Field(max_length=MOST_LORAS)]

@@ -128,8 +128,8 @@ def answer(job: Job, results: Sequence[Result]) -> Answer:
     """The one file that these results make, where a job asks for it alone, else the whole JSON reply."""
     files, seconds = files_of(job, results)
     if job.raw:
-        models = [job.card.model, *([job.refiner.model] if job.refiner else [])]
-        return file_answer(files[0], job.format, models, results[0].seed, warnings(job, results))
+        models, seed = job.request.recipe.models, results[0].seed
+        return file_answer(files[0], job.format, models, seed, warnings(job, results))
     reply = ImagesReply(
         created=int(time.time()),
         data=[Item(b64_json=MARK, **_item(job, group[0])) for group in file_groups(job, results)],
