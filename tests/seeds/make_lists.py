@@ -1,10 +1,10 @@
 """The committed lists of names and shapes, made from the authors' own model code at true size, without weights.
 
-    python tests/seeds/make_lists.py dit CHECKOUT COMMIT > tests/seeds/lists/dit.txt      (also: sd3, flux, unet, clip)
+    python tests/seeds/make_lists.py dit CHECKOUT COMMIT > tests/seeds/lists/dit.txt   (also: sd3, flux, unet, clip)
 
 CHECKOUT is a clone of the repository that the head of the list names, at COMMIT; its code wants einops, and timm for
-DiT, torchvision for CLIP. Networks are built on the meta device, so this takes seconds and no memory. Tests read the lists (read_lists) and
-need none of this.
+DiT, torchvision for CLIP. Networks are built on the meta device, so this takes seconds and no memory. Tests read the
+lists (read_lists) and need none of this.
 """
 
 from __future__ import annotations
