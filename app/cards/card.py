@@ -24,16 +24,18 @@ _ROUTES = ("classes", "load", "unload")
 """Last words of /v1/models/{model}/..., so no name of a model may end in them."""
 
 
-Trait = Literal["classes", "embedded_guidance", "skip_layers", "torch_files"]
+Trait = Literal["classes", "embedded_guidance", "skip_layers", "t5", "torch_files", "unet"]
 TRAITS: dict[str, set[Trait]] = {
     "dit": {"classes", "torch_files"},
-    "sd3": {"skip_layers"},
-    "flux": {"embedded_guidance"},
+    "sd3": {"skip_layers", "t5"},
+    "flux": {"embedded_guidance", "t5"},
+    "unet": {"unet"},
 }
 """Facts of a family of networks, for modules that do not import torch.
 
 classes: pictures are drawn from a class label, not a prompt. embedded_guidance: the network may take the guidance scale
-as an input. skip_layers: skip-layer guidance is possible. torch_files: the authors publish .pt files, to be converted.
+as an input. skip_layers: skip-layer guidance is possible. t5: its longest text encoder is a T5, whose length a request
+chooses. torch_files: the authors publish .pt files, to be converted. unet: a U-Net denoises, and no transformer.
 """
 
 
@@ -140,6 +142,13 @@ class SkipLayers(Section):
         return self
 
 
+class Refining(Section):
+    """A model that draws the last part of a picture, from `switch_at` of the noise process on (SDXL's refiner)."""
+
+    model: str
+    switch_at: Annotated[float, Field(gt=0, lt=1)] = 0.8
+
+
 class Bucket(Section):
     """The fixed batch sizes of deterministic mode, to which forwards are padded; a VAE needs small ones at 1024 px."""
 
@@ -159,14 +168,15 @@ class Card(Section):
     copied settings from. classes: their number where model_index.json names none, or is not downloaded yet. components:
     parts that another card shares, as "<card id>/<folder>". files: parts with their tensors in one safetensors file of
     the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
-    the network, where 1 is a scale like others. parameters: of the denoising network. bytes: of all weights as
+    the network, where 1 is a scale like others. force_zeros: an absent negative prompt is zeros (SDXL), else it is the
+    text "". refiner: of a request that names none. parameters: of the denoising network. bytes: of all weights as
     downloaded. adapters: all LoRAs here by name, also those for other models; they are no part of the card's JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
     base: str = ""
     loras: Annotated[tuple[Lora, ...], Field(max_length=MOST_LORAS)] = ()
-    family: Literal["dit", "sd3", "flux"]
+    family: Literal["dit", "sd3", "flux", "unet"]
     like: str = ""
     source: Source
     components: dict[str, str] = Field(default_factory=dict)
@@ -180,6 +190,8 @@ class Card(Section):
     bucket: Bucket = Bucket()
     guidance: Literal["cfg", "embedded"] = "cfg"
     skip_layer_guidance: SkipLayers | None = None
+    force_zeros: bool = False
+    refiner: Refining | None = None
     guided_channels: Annotated[int, Field(ge=1)] | None = None
     time_freq_shift: Annotated[float, Field(ge=0)] | None = None
     norm_eps: Annotated[float, Field(gt=0)] | None = None
@@ -215,6 +227,11 @@ class Card(Section):
         return trait in TRAITS[self.family]
 
     @property
+    def network(self) -> str:
+        """The name of the part that denoises, as in model_index.json."""
+        return "unet" if self.has("unet") else "transformer"
+
+    @property
     def draws_classes(self) -> bool:
         """Whether pictures are drawn from a class label instead of a prompt."""
         return self.has("classes")
@@ -239,7 +256,7 @@ class Card(Section):
     @property
     def text_length(self) -> int:
         """Default padded length of the longest text encoder in tokens; 0 for a model of classes."""
-        return 0 if self.draws_classes else self.text.t5
+        return self.text.t5 if self.has("t5") else 0 if self.draws_classes else self.text.clip
 
     @model_validator(mode="after")
     def _agrees(self) -> Card:

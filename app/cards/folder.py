@@ -39,6 +39,7 @@ WITHOUT: dict[str, dict[str, str]] = {
         "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
         "text_encoder_2": "it is zeros without: prompts are hardly followed",
     },
+    "unet": {},
 }
 """The parts that a model of a family can do without, and what it loses."""
 

@@ -130,7 +130,7 @@ def check(
     found = identify(path.absolute(), registry.cards.models)
     found.check()
     _print_found(found, settings)
-    if "transformer" in found.bases[0].parts:
+    if found.bases[0].card.network in found.bases[0].parts:
         _print_next(found, registry.cards, settings)
 
 
@@ -216,7 +216,7 @@ def _print_found(found: Inventory, settings: Settings) -> None:
         typer.echo(f"{found.path.name} is a torch file, which a server does not load")
     unsure = ": the same shapes, so the files cannot tell which" if len(names) > 1 else ""
     typer.echo(f"fits {', '.join(names)}{unsure}")
-    whole = "transformer" in networks
+    whole = fit.card.network in networks
     parts = list(dict.fromkeys([*networks, *fit.missing, *fit.odd])) if whole else networks
     memory = _memory_of(fit, parts, settings)
     show_tables(table([_row(fit, part, memory) for part in parts], ("part", "state")))

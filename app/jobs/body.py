@@ -34,6 +34,9 @@ ANY_SEED = -1
 LONGEST, MOST = 32_000, 64
 """The most characters of a text and entries of a list. The limits `prompt` and `n` of a card are not above these."""
 
+MOST_TOKENS = 512
+"""The most of a `max_sequence_length` that has no effect: the most of any model."""
+
 PRIORITY_LIMIT = 10
 
 LEAST_STRENGTH, RESIZE, MASK_BLUR = 0.01, "crop", 4.0
@@ -174,7 +177,7 @@ class ImageBody(BaseModel):
             sampler=values["sampler"],
             steps=values["num_inference_steps"],
             guidance=self._guidance(card, values),
-            text_length=values.get("max_sequence_length", 0),
+            text_length=values["max_sequence_length"] if card.has("t5") else card.text_length,
             strength=values.get("strength"),
             adapters=find_adapters(card, self.loras or (), adapters or {}) if self.loras or card.loras else (),
         )
@@ -280,7 +283,7 @@ def bounds(card: Card, sampler: str | None = None, kind: type[ImageBody] = Image
         "true_cfg_scale": _span(0, limits.guidance_scale, 1.0),
         "seed": _span(ANY_SEED, SEEDS - 1),
         "sampler": {"enum": [*samplers, None], "default": defaults.sampler},
-        "max_sequence_length": _span(1, card.text.t5, card.text.t5),
+        "max_sequence_length": _span(1, card.text.t5 if card.has("t5") else MOST_TOKENS, card.text_length),
         "priority": _span(-PRIORITY_LIMIT, PRIORITY_LIMIT, 0),
         "deadline": _span(0.1, 86_400),
         "strength": _span(LEAST_STRENGTH, 1, defaults.strength),

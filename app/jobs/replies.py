@@ -342,6 +342,11 @@ def model_warnings(job: Job) -> list[str]:
         ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
         (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),
         ("negative_prompt", in_vain, f"it takes a {guided_by} over 1{without}"),
+        (
+            "max_sequence_length",
+            not card.has("t5") and body.max_sequence_length not in (None, card.text_length),
+            f"{card.id} reads {card.text_length} tokens",
+        ),
         *((field, no_skip and getattr(body, field) is not None, "it takes a scale") for field in SKIPPING[1:]),
     ]
     found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
