@@ -38,8 +38,8 @@ Variant = Literal["", "fp16"]
 """Of files of weights: the plain ones, or the copies in another number format that some repositories have beside."""
 VARIANTS: tuple[Variant, ...] = ("", "fp16")
 
-UNUSED = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")
-"""Parts of a model_index.json that no family has a use for."""
+NO_PARTS = ("scheduler", "feature_extractor", "safety_checker", "image_encoder")
+"""Names in a model_index.json that are no parts here: SD 1.5 has a checker of pictures that is not served."""
 
 _FIRST = 512
 """Bytes at the start of a file that are compared; a Git LFS pointer has about 130 in all."""
@@ -164,13 +164,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_classes(index: Path) -> dict[str, str]:
-    """Read the class of each part that a model_index.json names, without absent and UNUSED parts.
+    """Read the class of each part that a model_index.json names, without absent parts and those that are not served.
 
     Raises CheckpointError naming the file: missing, a bad name of a part, not a pair of library and class.
     """
     found = {}
     for name, entry in read_json(index).items():
-        if name.startswith("_") or name in UNUSED or not isinstance(entry, list) or entry == [None, None]:
+        if name.startswith("_") or name in NO_PARTS or not isinstance(entry, list) or entry == [None, None]:
             continue
         if not PART.fullmatch(name):
             raise CheckpointError(f'{index}: "{name}" is not the name of a part')
