@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
 from app.cards.adapters import MOST_LORAS, Adapter, Lora
+from app.cards.files import Variant
 from app.request import Recipe
 from app.samplers.schedule import Schedule, Section
 from app.samplers.table import Leg, compile_legs, valid_samplers
@@ -172,7 +173,7 @@ class Bucket(Section):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "defaults", "refiner"}
+WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "variant", "defaults", "refiner"}
 """Fields of a card that decide what people read and what a request is, and nothing in an engine."""
 
 
@@ -185,8 +186,9 @@ class Card(Section):
     the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
     the network, where 1 is a scale like others. force_zeros: an absent negative prompt is zeros (SDXL), else it is the
     text "". framing: the network takes sizes beside its text (SDXL). refiner: of a request that names none. parameters:
-    of the denoising network. bytes: of all weights as downloaded. adapters: all LoRAs here by name, also those for
-    other models; they are no part of the card's JSON.
+    of the denoising network. bytes: of all weights as downloaded. variant: of the files that are downloaded, where a
+    repository has it. adapters: all LoRAs here by name, also those for other models; they are no part of the card's
+    JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
@@ -195,6 +197,7 @@ class Card(Section):
     family: Literal["dit", "sd3", "flux", "unet"]
     like: str = ""
     source: Source
+    variant: Variant = ""
     components: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     aliases: tuple[Annotated[str, AfterValidator(valid_alias)], ...] = ()
