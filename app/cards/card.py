@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
 from app.cards.adapters import MOST_LORAS, Adapter, Lora
+from app.cards.files import Variant
 from app.request import Recipe
 from app.samplers.schedule import Schedule, Section
 from app.samplers.table import Leg, compile_legs, valid_samplers
@@ -171,7 +172,7 @@ class Bucket(Section):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "defaults", "refiner"}
+WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "variant", "defaults", "refiner"}
 """Fields of a card that decide what people read and what a request is, and nothing in an engine."""
 
 
@@ -184,8 +185,9 @@ class Card(Section):
     the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
     the network, where 1 is a scale like others. force_zeros: an absent negative prompt is zeros (SDXL), else it is the
     text "". framing: the network takes sizes beside its text (SDXL). refiner: of a request that names none. parameters:
-    of the denoising network. bytes: of all weights as downloaded. adapters: all LoRAs here by name, also those for
-    other models; they are no part of the card's JSON.
+    of the denoising network. bytes: of all weights as downloaded. variant: of the files that are downloaded, where a
+    repository has it. adapters: all LoRAs here by name, also those for other models; they are no part of the card's
+    JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
@@ -194,6 +196,7 @@ class Card(Section):
     family: Literal["dit", "sd3", "flux", "unet"]
     like: str = ""
     source: Source
+    variant: Variant = ""
     components: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     aliases: tuple[Annotated[str, AfterValidator(valid_alias)], ...] = ()
@@ -265,6 +268,7 @@ class Card(Section):
             tokens=tokens,
             strength=recipe.strength,
             switch_at=refiner.switch_at if refiner else None,
+            grid=recipe.grid,
         )
         models = [recipe.model, refiner.model] if refiner else [recipe.model]
         return tuple(Leg(model, table) for model, table in zip(models, tables, strict=True) if table)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from app.cards.adapters import variant
 from app.cards.card import Card, valid_alias
-from app.cards.files import INDEX, cached_index, read_labels, read_toml
+from app.cards.files import INDEX, cached_file, read_labels, read_toml
 from app.errors import CardError, SettingsError, first_problem
 
 
@@ -157,7 +157,7 @@ def _labels(card: Card) -> tuple[str, ...]:
     if not card.draws_classes:
         return ()
     source = card.source
-    own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
+    own = cached_file(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
     index = own or card.folder / INDEX
     labels = read_labels(index) if index.is_file() else ()
     if labels and card.classes not in (None, len(labels)):

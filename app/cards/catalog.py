@@ -33,6 +33,7 @@ SHIPPED = frozenset(
     (
         *(BUILT_IN, "emoji-mmdit-turbo", "emoji-dit", "dit-xl-2-256", "dit-xl-2-512", "flux.1-dev", "flux.1-schnell"),
         *("sd3-medium", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo"),
+        *("sd1.5", "sd2.1", "sd2.1-base", "sd-turbo", "sdxl", "sdxl-turbo", "sdxl-refiner"),
     )
 )
 """The cards that come with the project; every other one is a user's."""

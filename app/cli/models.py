@@ -220,20 +220,19 @@ def _print_found(found: Inventory, settings: Settings) -> None:
     parts = list(dict.fromkeys([*networks, *fit.missing, *fit.odd])) if whole else networks
     memory = _memory_of(fit, parts, settings)
     show_tables(table([_row(fit, part, memory) for part in parts], ("part", "state")))
-    if whole:
-        typer.echo(_budget(fit, networks, memory, settings))
-        return
     if found.others:
         typer.echo(
             f"{len(found.others)} tensors belong to no layout that is known here, the first: {short(found.others[0])}"
         )
+    if whole:
+        typer.echo(_budget(fit, networks, memory, settings))
+        return
     typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, networks))})")
 
 
 def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
     """A part of the table: how it is stored, why it is not usable or what its absence means, and its sizes."""
     from app.checkpoints.inventory import short
-    from app.families import FAMILIES
 
     there = fit.own.get(part)
     tensors = there.state.values() if there else ()
@@ -241,10 +240,10 @@ def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
         state = f"not usable: {short(fit.odd[part])}"
     elif there:
         state = f"stored as {', '.join(sorted({str(one.dtype).removeprefix('torch.') for one in tensors}))}"
-    elif part in FAMILIES[fit.card.family].required:
-        state = "missing, and needed"
     elif part.startswith("tokenizer"):
         state = f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
+    elif part in fit.needed:
+        state = "missing, and needed"
     else:
         state = f"missing; {WITHOUT[fit.card.family].get(part, 'it can do without')}"
     return {

@@ -4,7 +4,7 @@ SD 1.5, SD 2, SDXL (Podell et al. 2023, arXiv:2307.01952), its refiner and the t
 distinguishes them is in their configs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ def read_layer(
 
 
 class UNet(Family):
-    """A U-Net with its VAE and the CLIPs that it was trained with, all of them.
+    """A U-Net with its VAE and the CLIPs that it was trained with: all of them, or none, which is zeros.
 
     Conditions: `text` [P, card.text.clip, width of the CLIPs together]. Where the config has added conditions (SDXL):
     `pooled` [P, projection of the second CLIP], and `time_ids` float32 [P, FRAMED or SCORED], the numbers of passes.
@@ -69,30 +69,35 @@ class UNet(Family):
     def _fit(self) -> None:
         config, length = self.config, self.card.text.clip
         configs = {name: encoder.network.config for name, encoder in self.encoders.items() if encoder}
-        self.added = config.addition_embed_type is not None
-        self.shapes: dict[str, list[tuple[int, ...]]] = {
-            name: [(length, one.hidden_size)] for name, one in configs.items()
-        }
-        self.numbers, wide = 0, sum(one.hidden_size for one in configs.values())
+        widths = {name: one.hidden_size for name, one in configs.items()}
+        widths = widths or {"text_encoder": config.cross_attention_dim}
+        self.shapes: dict[str, list[tuple[int, ...]]] = {name: [(length, width)] for name, width in widths.items()}
+        self.added, self.numbers = config.addition_embed_type is not None, 0
         self._check_sizes()
         self._require(
             (config.in_channels, config.out_channels) == (self.channels, self.channels),
             f"the network has {config.in_channels} latent channels, the VAE {self.channels}",
         )
-        self._require(wide == config.cross_attention_dim, "the CLIPs are not together as wide as the network")
+        self._require(
+            sum(widths.values()) == config.cross_attention_dim, "the CLIPs are not together as wide as the network"
+        )
         self._require(self.added == self.card.framing, f"framing of its card should be {str(self.added).lower()}")
         self._require(not any(config[name] for name in _OTHERS), f"the network takes one of {', '.join(_OTHERS)}")
         if self.added:
-            self._fit_added(configs.get("text_encoder_2"))
+            self._fit_added(configs)
 
-    def _fit_added(self, clip: Any) -> None:
-        """Take the number of `time_ids`. clip: the config of the second CLIP, or None."""
-        config, pooled = self.config, clip.projection_dim if clip else 0
+    def _fit_added(self, clips: Mapping[str, Any]) -> None:
+        """Take the width of the pooled text and the number of `time_ids`. clips: the configs of those that exist."""
+        config = self.config
+        text, whole = config.cross_attention_dim, config.projection_class_embeddings_input_dim or 0
         each = config.addition_time_embed_dim or 1
-        self.numbers, rest = divmod((config.projection_class_embeddings_input_dim or 0) - pooled, each)
-        fits = config.addition_embed_type == "text_time" and clip and not rest
+        pooled = text if whole - text == SCORED * each else whole - FRAMED * each  # without a CLIP that says it
+        if clips:
+            pooled = getattr(clips.get("text_encoder_2"), "projection_dim", 0)
+        self.numbers, rest = divmod(whole - pooled, each)
+        fits = config.addition_embed_type == "text_time" and pooled > 0 and not rest
         self._require(fits and self.numbers in (SCORED, FRAMED), "the network's added conditions are not SDXL's")
-        self.shapes["text_encoder_2"].append((pooled,))
+        self.shapes[next(reversed(self.shapes))].append((pooled,))
 
     def passes(self, condition: Condition, recipe: Recipe) -> list[Pass]:
         """As the base class, with the numbers of the recipe's framing.
