@@ -61,8 +61,8 @@ CASES: dict[str, Body] = {
 }
 CONTROLS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     *(("23 and 7", {"refiner": {"model": "tiny-refiner", "switch_at": switch}}, {}) for switch in (0.765, 0.83)),
-    ("absent", {}, {"aesthetic_score": 2.5, "negative_aesthetic_score": 6.0}),
-    ("absent", {}, {"aesthetic_score": 24, "negative_aesthetic_score": 24}),
+    ("ddim early", {}, {"aesthetic_score": 2.5, "negative_aesthetic_score": 6.0}),
+    ("ddim early", {}, {"aesthetic_score": 24, "negative_aesthetic_score": 24}),
     ("absent", EMPTY, {}),
     ("empty", ABSENT, {}),
     ("sizes", {"original_size": "384x512"}, {}),
