@@ -52,6 +52,8 @@ _A1111 = {
     "size": "Size",
     "strength": "Denoising strength",
     "model": "Model",
+    "refiner": "Refiner",
+    "switch_at": "Refiner switch at",
     "class_label": "Class label",
 }
 
@@ -121,7 +123,10 @@ def a1111(facts: dict[str, Any]) -> str:
     lines = [" ".join((prompt if isinstance(prompt, str) else "\n".join(prompt), *tags))]
     if facts.get("negative_prompt"):
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {facts[key]}" for key, name in _A1111.items() if key in facts))
+    line = {key: value for key, value in facts.items() if key != "refiner"}
+    if "switch_at" in (refiner := facts.get("refiner", {})):  # else it is none
+        line |= {"refiner": refiner["model"], "switch_at": refiner["switch_at"]}
+    lines.append(", ".join(f"{name}: {line[key]}" for key, name in _A1111.items() if key in line))
     return "\n".join(lines).replace("\0", "\ufffd")  # NUL would end the text, and the seed stands behind it
 
 

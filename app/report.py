@@ -15,12 +15,15 @@ Phase = Literal["source", "encode", "denoise", "decode"]
 State = Literal["absent", "loading", "ready", "failed"]
 
 Place = tuple[str, int, int]
-"""Where a row stands: the id of its request, its index, and the lines that it has run; -1 before it is encoded."""
+"""Where a row stands: the id of its request, its index, and the lines that it has run; -1 before its first encode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where one image's time went, in seconds; `steps` are lines run, `shared` the mean rows of its forwards."""
+    """Where one image's time went, in seconds; `steps` are lines run, `shared` the mean rows of its forwards.
+
+    queue: its waits, also that for a refiner. encode: of its texts, for every model that draws it.
+    """
 
     queue: float
     encode: float

@@ -132,8 +132,13 @@ class Recipe:
     refiner: Refiner | None = None
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """The models that draw by this recipe, in order."""
+        return (self.model, self.refiner.model) if self.refiner else (self.model,)
+
+    @property
     def key(self) -> Key:
-        """The key of the rows that are drawn by this recipe."""
+        """The key of the rows that are drawn by this recipe, before a refiner has them."""
         return Key(self.model, self.width, self.height, self.text_length)
 
     def skipping(self, lines: int, started: int = 0) -> range:

@@ -48,6 +48,7 @@ class ModelEntry(BaseModel):
     limits: dict[str, Any]
     samplers: list[str]
     loras: list[str] = Field([], description="Names of the LoRAs that fit it and that this key may use")
+    refiners: list[str] = Field([], description="Models that can draw the last part of its pictures")
     most_steps: dict[str, int] = Field(description="The most num_inference_steps of each sampler")
     license: str
     gated: bool = Field(description="Whether its repository requires that you accept its terms")
@@ -162,7 +163,9 @@ async def _one(front: Front, card: Card) -> ModelEntry:
 
 def _fitted(front: Front, card: Card, entry: ModelEntry) -> ModelEntry:
     """The entry with what depends on the key. NOTE: entries are shared by all who ask at once."""
-    return entry.model_copy(update={"loras": fitting(card, front.registry.adapters or {})})
+    registry = front.registry
+    found = {"loras": fitting(card, registry.adapters or {}), "refiners": registry.refiners(card)}
+    return entry.model_copy(update=found)
 
 
 def _skipped(front: Front) -> list[dict[Literal["card", "reason"], str]]:
@@ -183,9 +186,10 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> M
         created = int((card.folder / "card.toml").stat().st_mtime)
     except OSError:
         created = 0
-    facts, own = card.model_dump(include=SAME), [one.model_dump() for one in card.loras]
+    facts = card.model_dump(include=SAME)
+    own = {name: value for name, value in card.model_dump(include={"loras", "refiner"}).items() if value}
     return ModelEntry(
-        **facts | {"defaults": facts["defaults"] | ({"loras": own} if own else {})},
+        **facts | {"defaults": facts["defaults"] | own},
         created=created,
         condition="class_label" if card.draws_classes else "prompt",
         classes=len(card.labels),

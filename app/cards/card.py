@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
 from app.cards.adapters import MOST_LORAS, Adapter, Lora
 from app.cards.files import Variant
@@ -18,11 +18,16 @@ from app.samplers.schedule import Schedule, Section
 from app.samplers.table import Leg, compile_legs, valid_samplers
 
 Size = tuple[int, int]
-_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+SIDES = "^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
+"""A regular expression for what `parse_size` takes."""
+
 ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _ALIAS = re.compile(r"[^\s/,=][^/,=]*(/[^/,=]+)*")
 _ROUTES = ("classes", "load", "unload")
 """Last words of /v1/models/{model}/..., so no name of a model may end in them."""
+
+NO_REFINER = "none"
+"""What a body names in place of a refiner, to draw without the one of the card."""
 
 
 Trait = Literal["classes", "embedded_guidance", "skip_layers", "t5", "torch_files", "unet"]
@@ -42,10 +47,10 @@ chooses. torch_files: the authors publish .pt files, to be converted. unet: a U-
 
 def parse_size(text: str) -> Size:
     """Parse "WxH" to (width, height) in pixels. Raises ValueError."""
-    found = _SIZE.fullmatch(text)
-    if not found:
+    if not re.fullmatch(SIDES, text):
         raise ValueError(f'"{text}" is not a size like "512x512"')
-    return int(found[1]), int(found[2])
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 def valid_alias(text: str) -> str:
@@ -143,11 +148,20 @@ class SkipLayers(Section):
         return self
 
 
-class Refining(Section):
-    """A model that draws the last part of a picture, from `switch_at` of the noise process on (SDXL's refiner)."""
+def _share(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError("expects a number over 0 and under 1")
+    return value
 
-    model: str
-    switch_at: Annotated[float, Field(gt=0, lt=1)] = 0.8
+
+class Refining(Section):
+    """A model that draws the last part of a picture, from `switch_at` of the noise process on (SDXL's refiner).
+
+    model: its id or alias, or NO_REFINER for none.
+    """
+
+    model: Annotated[str, Strict(), Field(min_length=1, max_length=128)]
+    switch_at: Annotated[float, BeforeValidator(_share)] = 0.8
 
 
 class Bucket(Section):
@@ -158,7 +172,7 @@ class Bucket(Section):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "variant", "defaults"}
+WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "variant", "defaults", "refiner"}
 """Fields of a card that decide what people read and what a request is, and nothing in an engine."""
 
 
@@ -170,9 +184,10 @@ class Card(Section):
     parts that another card shares, as "<card id>/<folder>". files: parts with their tensors in one safetensors file of
     the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
     the network, where 1 is a scale like others. force_zeros: an absent negative prompt is zeros (SDXL), else it is the
-    text "". refiner: of a request that names none. parameters: of the denoising network. bytes: of all weights as
-    downloaded. variant: of the files that are downloaded, where a repository has it. adapters: all LoRAs here by name,
-    also those for other models; they are no part of the card's JSON.
+    text "". framing: the network takes sizes beside its text (SDXL). refiner: of a request that names none. parameters:
+    of the denoising network. bytes: of all weights as downloaded. variant: of the files that are downloaded, where a
+    repository has it. adapters: all LoRAs here by name, also those for other models; they are no part of the card's
+    JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
@@ -194,6 +209,7 @@ class Card(Section):
     guidance: Literal["cfg", "embedded"] = "cfg"
     skip_layer_guidance: SkipLayers | None = None
     force_zeros: bool = False
+    framing: bool = False
     refiner: Refining | None = None
     guided_channels: Annotated[int, Field(ge=1)] | None = None
     time_freq_shift: Annotated[float, Field(ge=0)] | None = None
@@ -252,6 +268,7 @@ class Card(Section):
             tokens=tokens,
             strength=recipe.strength,
             switch_at=refiner.switch_at if refiner else None,
+            grid=recipe.grid,
         )
         models = [recipe.model, refiner.model] if refiner else [recipe.model]
         return tuple(Leg(model, table) for model, table in zip(models, tables, strict=True) if table)

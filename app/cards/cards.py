@@ -59,10 +59,13 @@ class Cards(dict[str, Card]):
             self.check_others()
 
     def check_others(self) -> None:
-        """Skip every card with a base or `components` that name a card or a folder that does not exist."""
+        """Skip every card with a base, a refiner or `components` that name a card or a folder that does not exist."""
         for card in list(self.values()):
             if card.id in self and card.model not in self:
                 self.skip(card.file, CardError(f"{card.file}: base: {card.base} is gone{self.reason(card.base)}"), card)
+            if card.id in self and card.refiner and card.refiner.model not in self.owners:
+                message = f"{card.file}: refiner: there is no model {card.refiner.model}"
+                self.skip(card.file, CardError(f"{message}{self.reason(card.refiner.model)}"), card)
             for part, target in card.components.items():
                 owner, _, rest = target.partition("/")
                 if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):

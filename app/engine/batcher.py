@@ -77,7 +77,7 @@ class Batcher:
 
     def add(self, row: Row) -> None:
         self.shares.join(row.tenant, row.request.delivery.weight)
-        self.queues.setdefault(row.key, Queue(row.key, self.shares)).add(row)
+        self._queue(row)
         self._expect(row, row.deadline)
 
     def start(self, row: Row) -> None:
@@ -85,6 +85,12 @@ class Batcher:
         row.stage = "started"
         self.queues[row.key].leave(row)
         self.queues[row.key].started.append(row)
+
+    def switch(self, row: Row) -> None:
+        """A row that has run the last line of a leg waits for the model of the next, as one that came when it did."""
+        self.queues[row.key].started.remove(row)
+        row.switch()
+        self._queue(row)
 
     def finish(self, row: Row) -> None:
         """A row that has run its last line waits to be decoded."""
@@ -98,7 +104,8 @@ class Batcher:
         stage, row.stage = row.stage, "gone"
         if stage == "gone":
             return
-        row.request, row.posterior = replace(row.request, source=None), None  # `_due` keeps it until its deadline
+        row.request = replace(row.request, source=None)  # `_due` keeps it until its deadline
+        row.posterior = row.start = None
         self.shares.leave(row.tenant)
         if stage == "waiting":
             self.queues[row.key].leave(row)
@@ -135,6 +142,9 @@ class Batcher:
         self._encoded_last = work is not None and work.phase in ("source", "encode")
         return work
 
+    def _queue(self, row: Row) -> None:
+        self.queues.setdefault(row.key, Queue(row.key, self.shares)).add(row)
+
     def _expect(self, row: Row, latest: float) -> None:
         """Look at the row again after this time."""
         if row.deadline == math.inf:
@@ -152,8 +162,13 @@ class Batcher:
                 queue.caps = caps
                 able.append(queue)
                 for row in queue.admit() if queue.arrivals else ():
-                    self._expect(row, row.deadline - row.remaining * caps.rate)
+                    self._expect(row, row.deadline - self._takes(row))
         return able
+
+    def _takes(self, row: Row) -> float:
+        """Seconds of what is left of a row, alone on the device; a leg whose key is not measured yet takes none."""
+        measured = ((passes, self._caps(key)) for key, passes in row.ahead)
+        return sum(passes * caps.rate for passes, caps in measured if caps)
 
     def _decode(self) -> Work | None:
         able = [row for row in self.finished if self._resident(row.key.model, "decode", ()) and not self._held(row)]

@@ -15,8 +15,8 @@ from dataclasses import replace
 from app.cards.card import Card
 from app.engine.batcher import Batcher, Turns
 from app.engine.costs import Costs
-from app.engine.row import Caps, Row, Work, default_key, rows_of
-from app.engine.runner import Patience, Runner
+from app.engine.row import Caps, Patience, Row, Work, default_key, rows_of
+from app.engine.runner import Runner
 from app.errors import Cancelled, DeadlineExceeded, InstepError, OutOfMemory, Unavailable
 from app.pool.budget import parse_bytes
 from app.pool.pool import Pool
@@ -166,10 +166,14 @@ class Engine:
         if work.idle:
             return
         rows = [row for row in work.rows if row.stage != "gone"]
+        end = work.start + work.seconds
         for row in rows if work.phase in ("source", "encode") else ():
-            row.encode_start = row.encode_start or work.start
+            if not row.encode_start:
+                row.encode_start = work.start
+                row.queued += work.start - row.since
             if row.slot >= 0:
-                row.denoise_start = work.start + work.seconds
+                row.since = end
+                row.encoded += end - row.encode_start
                 self.batcher.start(row)
                 self.runner.hold(row)
         if work.phase == "denoise":
@@ -207,21 +211,31 @@ class Engine:
         elif not work.failed:
             self._costs.learn(work.key, work.passes, work.seconds, work.start + work.seconds)
         for row in rows:
-            if not row.begun:
-                row.idled = work.start - row.denoise_start
+            if row.line == row.begins:
+                row.queued += work.start - row.since
             row.line += 1
             row.served += work.seconds
             row.neighbours += len(rows)
             if row.request.delivery.progress:
                 self._emit(Progress(row.request.id, row.index, row.line, row.lines))
-            if row.line == row.lines:
-                self.batcher.finish(row)
-                self.runner.rest(row)
         if due := [row for row in rows if row.preview_due()]:
             for row, pixels in self.runner.preview(due):
                 self._emit(Preview(row.request.id, row.index, row.previews, pixels))
             for row in due:
                 row.previews += 1  # a preview that fails is left out: the image itself goes on
+        for row in rows:
+            if row.line == row.lines:
+                self.batcher.finish(row)
+                self.runner.rest(row)
+            elif row.line == row.ends:
+                self._switch(row, work.start + work.seconds)
+
+    def _switch(self, row: Row, now: float) -> None:
+        """Free what a row has of the model of its leg, before it waits for that of the next."""
+        self._turns.served(row.key.model, now - row.encode_start)
+        self.runner.part(row)
+        self.batcher.switch(row)
+        row.since = now
 
     def _ask_pool(self) -> None:
         """Lease the network for every started row, ask the pool for the parts that other rows need, and tell the
@@ -233,7 +247,7 @@ class Engine:
             if error := self._pool.failure(row.key.model, row.adapters):
                 self._fail(row.request.id, error)
         if self._leaving:
-            for model in self._leaving - {rows[0].key.model for rows in self._open.values()}:
+            for model in self._leaving - self._used_models():
                 self._leaving.discard(model)
                 self._pool.unload(model)
         self.batcher.paused = self._turns.ask(heads, self.batcher.finished, rows, self._clock())
@@ -267,15 +281,19 @@ class Engine:
 
     def _renew(self) -> None:
         """Replace the cards that no open request has any more, and add the requests that waited for them."""
-        for model in self._renewed.keys() - {rows[0].key.model for rows in self._open.values()}:
+        for model in self._renewed.keys() - self._used_models():
             if self._pool.replace(self._renewed[model]):
                 del self._renewed[model]
                 self._costs.forget(model)
-        for request in [one for one in self._waiting.values() if one.recipe.model not in self._renewed]:
+        for request in [one for one in self._waiting.values() if self._renewed.keys().isdisjoint(one.recipe.models)]:
             self._add(self._waiting.pop(request.id))
 
+    def _used_models(self) -> set[str]:
+        """The models of open requests, those of the legs that are over too: a table comes from the first one's card."""
+        return {model for rows in self._open.values() for model in rows[0].request.recipe.models}
+
     def _add(self, request: Request) -> None:
-        if request.recipe.model in self._renewed:
+        if not self._renewed.keys().isdisjoint(request.recipe.models):
             self._waiting[request.id] = request
             return
         try:
@@ -286,9 +304,10 @@ class Engine:
         self._open[request.id] = rows
         for row in rows:
             self.batcher.add(row)
-        self._pool.want(request.recipe.model)
-        if rows and (failure := self._pool.failure(request.recipe.model, rows[0].adapters)):
-            self._fail(request.id, failure)
+        for key, _ in rows[0].legs if rows else ():
+            self._pool.want(key.model)
+            if failure := self._pool.failure(key.model, rows[0].adapters if key == rows[0].key else ()):
+                self._fail(request.id, failure)
 
     def _answer(self, row: Row) -> None:
         """Drop a row that has its image."""
@@ -309,10 +328,10 @@ class Engine:
             self._emit(Failure(request_id, error))
 
     def _fail_all(self, model: str, error: InstepError, key: Key | None = None) -> None:
-        """Fail the open requests of a model, or of one key of it."""
-        keys = {request_id: rows[0].key for request_id, rows in self._open.items()}
-        for request_id, own in keys.items():
-            if own.model == model and key in (None, own):
+        """Fail the open requests with a row that needs a model, now or later, or one key of it."""
+        for request_id, rows in list(self._open.items()):
+            needed = (own for row in rows for own, _ in row.ahead)
+            if any(own.model == model and key in (None, own) for own in needed):
                 self._fail(request_id, error)
 
     def _hear(self) -> None:

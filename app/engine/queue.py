@@ -154,7 +154,10 @@ class Queue:
     def add(self, row: Row) -> None:
         """Add a row that has arrived."""
         self.waiting[row] = self.arrivals[row] = None
-        self.kits.setdefault(row.kit, OrderedDict())[row] = None
+        kit = self.kits.setdefault(row.kit, OrderedDict())
+        kit[row] = None
+        if row.begun:  # it came before those that wait here
+            kit.move_to_end(row, last=False)
 
     def leave(self, row: Row) -> None:
         """Remove a waiting row that is started, or gone."""
@@ -170,13 +173,16 @@ class Queue:
         """Move arrivals into the lanes, now that the caps are known; returns them."""
         admitted = list(self.arrivals)
         for row in admitted:
-            row.ages_at = row.arrived + AGE_LIMIT * row.remaining * self.caps.rate
+            row.ages_at = row.arrived + row.served + AGE_LIMIT * row.total * self.caps.rate
             self._lanes.setdefault(row.tenant, Lane()).push(row)
         self.arrivals.clear()
         return admitted
 
     def order(self, row: Row, now: float) -> Order:
-        """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline."""
+        """Smaller runs first: tenants with credit, aged rows by arrival, then least seconds, priority, deadline.
+
+        The passes of a later leg count as if they took what those of this key do.
+        """
         rate, owing = self.caps.rate, not self._shares.has(row.tenant)
         waited = now - row.arrived - row.served
         if waited > AGE_LIMIT * row.total * rate:
@@ -214,7 +220,7 @@ class Queue:
     def ahead(self, entering: int) -> int:
         """How many rows may be encoded before they can run, beside `entering` ones that will: at most half an encode,
         and none in the last quarter of the slots."""
-        waiting = sum(not row.begun for row in self.started)
+        waiting = sum(row.line == row.begins for row in self.started)
         open_slots = self.caps.slots - self.caps.slots // 4 - len(self.started) - self.finished - entering
         return max(0, min(self.caps.encode // 2 - waiting, open_slots))
 

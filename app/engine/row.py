@@ -1,23 +1,45 @@
-"""Row: one image in flight. Work: what the device does next, and what came of it. Caps: how much of a key at once."""
+"""Row: one image in flight. Work: what the device does next, and what came of it. Caps: how much of a key at once.
+
+Patience: how many seconds a Work may be silent.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from app.cards.card import Card
 from app.errors import InstepError, ModelNotFound
-from app.report import Phase, Place, Result, Timings
-from app.request import Condition, Key, Request
+from app.report import Announce, Phase, Place, Report, Result, Timings
+from app.request import Condition, Key, Recipe, Request
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from app.engine.step import Start
     from app.pool.memory import Component
+    from app.pool.pool import Pool
 
+
+FACTOR = 10.0
+"""Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""
+
+LEAST = 10.0
+MOST = 30.0
+
+LONG = 5.0
+"""Work with an estimate over MOST / LONG seconds may take so many times its estimate."""
+
+FIRST_AREA = 256**2
+FIRST_ON_GPU = 120.0
+COMPILING = 600.0
+IDLE = 30.0
+
+FADING = 0.98
+"""An estimate that is too long shrinks by this at each work that takes less."""
 
 Kit = tuple[str, tuple[str, ...]]
 """A model and the names of adapters: what rows must have in common to need the same weights."""
@@ -32,11 +54,14 @@ def default_key(card: Card) -> Key:
 class Row:
     """One image of a request, from its arrival to its pixels.
 
-    lines: lines of its table; line: the next one to run; skipping: those with a pass more, for skip-layer guidance.
-    each: passes of a line without that; total: passes of all lines.
+    legs: the key of each model that draws it, with the lines of its table; leg: which of them it is in. key, begins and
+    ends, the first line and the one after the last, are of that leg; lines of all legs. line: the next one to run.
+    skipping: lines with a pass more, for skip-layer guidance. each: passes of a line without that; total: of all lines.
     slot: its place in the key's `Slots` once started. lease: the components of its network, which stay meanwhile.
-    Times are on the engine's clock, in seconds. ages_at: it counts as aged from then on, while it waits. idled: the
-    wait between its encode and its first step. apart: the last line, counted as in `place`, at which it shares no work.
+    start: with what it goes into the slot of its next leg, while it waits for that.
+    Times are on the engine's clock, in seconds. ages_at: it counts as aged from then on, while it waits. since: when it
+    was last computed or encoded, or came. queued, encoded: how long it waited, in every leg, and how long its encodes
+    took. encode_start: of this leg. apart: the last line, counted as in `place`, at which it shares no work.
     posterior: of the source that it starts from, as `Family.posterior`, once that is encoded. adapters: names.
     """
 
@@ -46,6 +71,9 @@ class Row:
     lines: int
     arrived: float
     sequence: int
+    legs: tuple[tuple[Key, int], ...] = ()
+    leg: int = 0
+    begins: int = 0
     line: int = 0
     stage: Literal["waiting", "started", "finished", "gone"] = "waiting"
     slot: int = -1
@@ -54,24 +82,43 @@ class Row:
     warnings: tuple[str, ...] = ()
     ages_at: float = math.inf
     served: float = 0.0
-    idled: float = 0.0
+    queued: float = 0.0
+    encoded: float = 0.0
     encode_start: float = 0.0
-    denoise_start: float = 0.0
     decode_start: float = 0.0
     neighbours: int = 0
     previews: int = 0
     apart: int = -2
     posterior: torch.Tensor | None = None
+    start: Start | None = None
+    ends: int = field(init=False)
+    since: float = field(init=False)
     tenant: str = field(init=False)
     adapters: tuple[str, ...] = field(init=False)
     each: int = field(init=False)
     total: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.legs = self.legs or ((self.key, self.lines),)
+        self.ends, self.since = self.legs[0][1], self.arrived
         self.tenant = self.request.delivery.tenant
-        self.adapters = tuple(name for name, _ in self.request.recipe.adapters)
+        own = self.request.recipe.adapters if self.key.model == self.request.recipe.model else ()
+        self.adapters = tuple(name for name, _ in own)
         self.each = 2 if self.request.recipe.guidance.guided else 1
         self.total = self.each * self.lines + len(self.skipping)
+
+    def switch(self) -> None:
+        """Wait for the model of the next leg, which has no adapters."""
+        self.leg += 1
+        self.key, lines = self.legs[self.leg]
+        self.begins, self.ends = self.ends, self.ends + lines
+        self.stage, self.adapters, self.encode_start = "waiting", (), 0.0
+
+    @property
+    def ahead(self) -> list[tuple[Key, int]]:
+        """The keys of this leg and of those after it, with their passes that are still to come."""
+        later = [(key, self.each * lines) for key, lines in self.legs[self.leg + 1 :]]
+        return [(self.key, self.remaining - sum(passes for _, passes in later)), *later]
 
     @property
     def unread(self) -> bool:
@@ -116,8 +163,8 @@ class Row:
 
     @property
     def place(self) -> Place:
-        """What its next work computes."""
-        return self.request.id, self.index, -1 if self.stage == "waiting" else self.line
+        """What its next work computes; a later leg is encoded where its first line stands."""
+        return self.request.id, self.index, -1 if self.stage == "waiting" and not self.begun else self.line
 
     @property
     def suspect(self) -> bool:
@@ -141,9 +188,9 @@ class Row:
     def result(self, pixels: np.ndarray, latents: np.ndarray | None, now: float) -> Result:
         """The report of its image, which is ready now. pixels: uint8 [H, W, 3]; latents: float32 [C, h, w]."""
         timings = Timings(
-            queue=self.encode_start - self.arrived + self.idled,
-            encode=self.denoise_start - self.encode_start,
-            denoise=self.decode_start - self.denoise_start - self.idled,
+            queue=self.queued,
+            encode=self.encoded,
+            denoise=self.decode_start - self.arrived - self.queued - self.encoded,
             decode=now - self.decode_start,
             steps=self.lines,
             shared=self.neighbours / self.lines,
@@ -198,21 +245,85 @@ class Caps:
     trial: int = 0
 
 
+class Patience:
+    """Announces each work with the seconds that it may take.
+
+    An estimate is the longest that such a work took in this process, never a number from a file. On a CPU LEAST and
+    MOST are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels
+    too. A GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
+    """
+
+    def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
+        self._pool, self._emit, self._clock, self._compiled = pool, emit, clock, compiled
+        self._plain = pool.device.type == "cpu" and not compiled
+        self._longest: dict[tuple[Key, str], tuple[float, int]] = {}
+        self._announced, self._announced_at = Announce("start", 0.0), 0.0
+
+    def forget(self, model: str) -> None:
+        """Drop the estimates of a model that was loaded again: its weights may have to come from the disk once more."""
+        self._longest = {at: longest for at, longest in self._longest.items() if at[0].model != model}
+
+    def idle(self) -> None:
+        """Announce that there is nothing to do. Call it again and again."""
+        self._announce("idle", IDLE)
+
+    def begin(self, work: Work) -> None:
+        """Announce a work. The next width of a profile is twice the last, and networks compile meanwhile."""
+        compiling = self._compiled and work.phase == "profile"
+        self._announce(work.phase, COMPILING if compiling else self._limit(work.key, work.phase, work.passes or 2))
+
+    def end(self, work: Work) -> None:
+        """Learn from a work; one that failed, or found all of its texts encoded, says nothing of the next."""
+        known = work.text_hits > 0
+        if work.failed or work.error or work.idle or (known and not work.text_misses):
+            return
+        size = 1 if known or work.phase == "profile" else work.passes
+        longest, widest = self._longest.get((work.key, work.phase), (0.0, size))
+        faded = FADING * longest
+        self._longest[work.key, work.phase] = (work.seconds, size) if work.seconds >= faded else (faded, widest)
+
+    def _limit(self, key: Key, phase: str, size: int) -> float:
+        longest = self._longest.get((key, phase))
+        if longest is None and not self._plain:
+            return COMPILING if self._compiled else FIRST_ON_GPU
+        # Gigabytes of weights where the system may have dropped them from memory.
+        large = max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
+        if longest is None:
+            return math.ceil(MOST * large * max(1.0, size * key.width * key.height / FIRST_AREA))
+        estimate = longest[0] * max(1.0, size / longest[1])
+        least = LEAST * large if self._plain else MOST
+        return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
+
+    def _announce(self, phase: str, seconds: float) -> None:
+        """Emit a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
+        fresh, now = Announce(phase, seconds), self._clock()
+        if fresh != self._announced or now - self._announced_at >= seconds / 3:
+            self._announced, self._announced_at = fresh, now
+            self._emit(fresh)
+
+
 def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: Iterator[int]) -> list[Row]:
     """One waiting row for each image that is not done, numbered in order of arrival.
 
     Raises ModelNotFound, InvalidValue.
     """
-    recipe = request.recipe
-    card = cards.get(recipe.model)
-    if card is None:
-        raise ModelNotFound(f"there is no model {recipe.model}", param="model")
-    table = card.legs(recipe)[0].table
-    lines, key, delivery = table.lines, recipe.key, request.delivery
-    skipping = recipe.skipping(lines, table.first)
+    recipe, delivery = request.recipe, request.delivery
+    for model in recipe.models:
+        if model not in cards:
+            raise ModelNotFound(f"there is no model {model}", param="model" if model == recipe.model else "refiner")
+    tables = cards[recipe.model].legs(recipe)
+    legs = tuple((_key(recipe, cards[leg.model]), leg.table.lines) for leg in tables)
+    key, lines = legs[0][0], sum(own for _, own in legs)
+    skipping = recipe.skipping(lines, tables[0].table.first)
     arrived, apart = now if delivery.arrived is None else delivery.arrived, dict(delivery.apart)
     return [
-        Row(request, index, key, lines, arrived, next(numbers), skipping=skipping, apart=apart.get(index, -2))
+        Row(request, index, key, lines, arrived, next(numbers), legs, skipping=skipping, apart=apart.get(index, -2))
         for index in range(len(request.images))
         if index not in delivery.done
     ]
+
+
+def _key(recipe: Recipe, card: Card) -> Key:
+    """The key of the leg that this card's model draws; a refiner's texts are as long as its card has them."""
+    own = recipe.key
+    return own if card.id == own.model else own._replace(model=card.id, text_length=card.text_length)

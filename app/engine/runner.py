@@ -1,12 +1,12 @@
 """Runner: computes a Work on the device: rows into slots, their steps, latents to pixels.
 
-Patience: how many seconds a Work may be silent.
+SlotPool: how many bytes the slots of all keys may take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -15,7 +15,7 @@ import torch
 
 from app.engine.costs import Costs
 from app.engine.row import Row, Work
-from app.engine.step import LINE, SKIP, Kept, SlotPool, denoise_step
+from app.engine.step import LINE, SKIP, Slots, Start, denoise_step
 from app.errors import EngineError, InstepError, OutOfMemory
 from app.families.adapters import Used
 from app.families.base import Conditions, Family
@@ -23,28 +23,17 @@ from app.families.text import TextCache
 from app.pool.budget import Cores
 from app.pool.memory import Component
 from app.pool.pool import Pool
-from app.report import Announce, Phase, Report
+from app.report import Phase
 from app.request import Guidance, Key
 from app.samplers.table import COLUMNS, Table
 
 ALONE = "this image alone does not fit in the device's memory"
 
-FACTOR = 10.0
-"""Work counts as hung at so many times its estimate, but not before LEAST seconds and at MOST seconds at the latest."""
+IDLE_KEYS = 4
+"""Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
 
-LEAST = 10.0
-MOST = 30.0
-
-LONG = 5.0
-"""Work with an estimate over MOST / LONG seconds may take so many times its estimate."""
-
-FIRST_AREA = 256**2
-FIRST_ON_GPU = 120.0
-COMPILING = 600.0
-IDLE = 30.0
-
-FADING = 0.98
-"""An estimate that is too long shrinks by this at each work that takes less."""
+POOL_BYTES = 1 << 30
+"""Most bytes that the slots of all keys take together."""
 
 PARTS: dict[str, Phase] = {"profile": "denoise", "source": "decode", "encode": "encode", "decode": "decode"}
 """The phases whose components a work leases; the rows of a denoise lease the network themselves."""
@@ -112,18 +101,17 @@ def plan_of(table: Table, guidance: Guidance, skipping: range = range(0)) -> np.
     return plan
 
 
-def start_of(
-    row: Row, table: Table, shape: tuple[int, int, int], dice: torch.Generator
-) -> tuple[torch.Tensor, Kept | None]:
-    """Where a row starts, float32 [C, h, w] on the host, and what its mask keeps of its source.
+def start_of(row: Row, table: Table, shape: tuple[int, int, int]) -> Start:
+    """Where a row starts, on the host. Noise is from a CPU generator: one seed, any device.
 
-    dice: draws what diffusers' pipelines draw, in their order. A masked row of strength 1 starts from noise alone
+    It draws what diffusers' pipelines draw, in their order. A masked row of strength 1 starts from noise alone
     (pipeline_stable_diffusion_3_inpaint.py, `prepare_latents`), others from source and noise. NOTE: a latent is new
     where the mask has any of its pixels; the pipelines ask the first one alone, and leave up to 7 masked pixels old.
     """
     size, recipe, source = (1, *shape), row.request.recipe, row.request.source
+    dice = torch.Generator("cpu").manual_seed(row.seed)
     if source is None:
-        return table.init * torch.randn(size, generator=dice)[0], None
+        return Start(table.init * torch.randn(size, generator=dice)[0], dice)
     assert row.posterior is not None
     mean, deviation = row.posterior
     latent = mean + deviation * torch.randn(size, generator=dice)[0]
@@ -135,7 +123,48 @@ def start_of(
         cells = new.view(shape[1], recipe.height // shape[1], shape[2], recipe.width // shape[2])
         kept = latent, noise, cells.any(3).any(1)
         alpha, sigma = (0.0, table.init) if recipe.strength == 1 else table.start
-    return alpha * latent + sigma * noise, kept
+    return Start(alpha * latent + sigma * noise, dice, kept)
+
+
+class SlotPool:
+    """The slots of all keys of one device, within a budget of bytes."""
+
+    def __init__(self, budget: int = POOL_BYTES) -> None:
+        self._budget = budget
+        self.by_key: dict[Key, Slots] = {}
+
+    def __getitem__(self, key: Key) -> Slots:
+        return self.by_key[key]
+
+    @property
+    def bytes(self) -> int:
+        return sum(slots.bytes for slots in self.by_key.values())
+
+    def has_room(self, key: Key, size: int) -> bool:
+        """Whether slots of `size` bytes can be opened; a key is never refused while no other has rows."""
+        if key in self.by_key:
+            return True
+        used = sum(slots.bytes for slots in self.by_key.values() if not slots.idle)
+        return used == 0 or used + size <= self._budget
+
+    def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
+        """The key's slots, made on first need with so many bytes; the longest unused slots without rows make room."""
+        slots = self.by_key.pop(key, None)
+        if slots is None:
+            self._close_idle(size)
+            slots = Slots(capacity, shape, device, size)
+        self.by_key[key] = slots
+        return slots
+
+    def forget(self, model: str) -> None:
+        """Close the slots of this model that have no rows."""
+        for key in [key for key, slots in self.by_key.items() if key.model == model and slots.idle]:
+            del self.by_key[key]
+
+    def _close_idle(self, size: int) -> None:
+        idle = [key for key, slots in self.by_key.items() if slots.idle]
+        while idle and (len(idle) > IDLE_KEYS or self.bytes + size > self._budget):
+            del self.by_key[idle.pop(0)]
 
 
 class Runner:
@@ -228,6 +257,11 @@ class Runner:
             self.slots[row.key].release(row.slot)
             row.slot = -1
 
+    def part(self, row: Row) -> None:
+        """Release what a row that has run a leg has of its model, but for copies of what goes on in the next leg."""
+        row.start = self.slots[row.key].start(row.slot)
+        self.release(row)
+
     def source(self, rows: list[Row], work: Work) -> None:
         """Encode the pictures that the rows start from, each once, for as long as a row needs it."""
         family, key = self._family(work.key.model), work.key
@@ -256,26 +290,27 @@ class Runner:
                     self._place(family, row, conditions)
 
     def _used(self, row: Row) -> Used:
-        adapters = row.request.recipe.adapters
+        adapters = row.request.recipe.adapters if row.adapters else ()
         return tuple((self._pool.adapter(row.key.model, name), weight) for name, weight in adapters)
 
     def _place(self, family: Family, row: Row, conditions: Conditions) -> None:
-        """Give the row its table, start and slot. Noise is from a CPU generator: one seed, any device."""
+        """Give the row the table of its leg, its start and a slot."""
         recipe, caps = row.request.recipe, self._costs.caps[row.key]
         shape = family.latent_shape(recipe.width, recipe.height)
         tokens = family.image_tokens(recipe.width, recipe.height)
-        table = family.card.legs(recipe, tokens)[0].table
-        dice = torch.Generator("cpu").manual_seed(row.seed)
-        first, kept = start_of(row, table, shape, dice)
+        table = self._pool.cards[recipe.model].legs(recipe, tokens)[row.leg].table
+        start = row.start or start_of(row, table, shape)
         slots = self.slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
         passes = family.passes(row.condition, recipe)
         cuts = [family.truncated(one.condition, row.key.text_length, self.texts.cut) for one in passes]
-        row.warnings = tuple(
+        warnings = (
             f'the {name} is too long for the text encoder; not seen: "{cut}"'
             for name, cut in zip(("prompt", "negative prompt"), cuts, strict=False)
             if cut
         )
-        row.slot = slots.take(plan_of(table, recipe.guidance, row.skipping), first, conditions, dice, kept)
+        plan = plan_of(table, recipe.guidance, row.skipping)
+        row.slot = slots.take(plan, start.x, conditions, start.dice, start.kept)
+        row.start, row.warnings = None, tuple(dict.fromkeys((*row.warnings, *warnings)))
 
     def denoise(self, rows: list[Row], work: Work) -> None:
         """Run the next line of the rows' tables, in one forward."""
@@ -283,7 +318,7 @@ class Runner:
         # The same rows in the same order, whoever is first to leave; those with the same adapters side by side.
         rows = sorted(rows, key=lambda row: (row.adapters, row.slot))
         index = _slots_of(rows)
-        slots.line[index] = [row.line for row in rows]
+        slots.line[index] = [row.line - row.begins for row in rows]
         slots.draw(index)
         passes = sum(row.passes for row in rows)
         bucket = family.card.bucket.passes if self._deterministic else None
@@ -317,7 +352,7 @@ class Runner:
             (row, EngineError(message, code="non_finite_output"))
             for rows, sums in unread
             for row, total in zip(rows, sums.tolist(), strict=True)
-            if not math.isfinite(total) and row.slot >= 0
+            if not math.isfinite(total) and row.stage != "gone"
         ]
 
     def _family(self, model: str) -> Family:
@@ -329,60 +364,3 @@ class Runner:
 
 def _slots_of(rows: list[Row]) -> np.ndarray:
     return np.array([row.slot for row in rows], np.int64)
-
-
-class Patience:
-    """Announces each work with the seconds that it may take.
-
-    An estimate is the longest that such a work took in this process, never a number from a file. On a CPU LEAST and
-    MOST are for each gigabyte of the model's weights, and before there is an estimate, MOST for each 256 x 256 pixels
-    too. A GPU, whose kernels are loaded at first use, has FIRST_ON_GPU seconds, those that compile COMPILING.
-    """
-
-    def __init__(self, pool: Pool, emit: Callable[[Report], None], clock: Callable[[], float], compiled: bool) -> None:
-        self._pool, self._emit, self._clock, self._compiled = pool, emit, clock, compiled
-        self._plain = pool.device.type == "cpu" and not compiled
-        self._longest: dict[tuple[Key, str], tuple[float, int]] = {}
-        self._announced, self._announced_at = Announce("start", 0.0), 0.0
-
-    def forget(self, model: str) -> None:
-        """Drop the estimates of a model that was loaded again: its weights may have to come from the disk once more."""
-        self._longest = {at: longest for at, longest in self._longest.items() if at[0].model != model}
-
-    def idle(self) -> None:
-        """Announce that there is nothing to do. Call it again and again."""
-        self._announce("idle", IDLE)
-
-    def begin(self, work: Work) -> None:
-        """Announce a work. The next width of a profile is twice the last, and networks compile meanwhile."""
-        compiling = self._compiled and work.phase == "profile"
-        self._announce(work.phase, COMPILING if compiling else self._limit(work.key, work.phase, work.passes or 2))
-
-    def end(self, work: Work) -> None:
-        """Learn from a work; one that failed, or found all of its texts encoded, says nothing of the next."""
-        known = work.text_hits > 0
-        if work.failed or work.error or work.idle or (known and not work.text_misses):
-            return
-        size = 1 if known or work.phase == "profile" else work.passes
-        longest, widest = self._longest.get((work.key, work.phase), (0.0, size))
-        faded = FADING * longest
-        self._longest[work.key, work.phase] = (work.seconds, size) if work.seconds >= faded else (faded, widest)
-
-    def _limit(self, key: Key, phase: str, size: int) -> float:
-        longest = self._longest.get((key, phase))
-        if longest is None and not self._plain:
-            return COMPILING if self._compiled else FIRST_ON_GPU
-        # Gigabytes of weights where the system may have dropped them from memory.
-        large = max(1.0, self._pool.size(key.model) / 1e9) if self._plain else 1.0
-        if longest is None:
-            return math.ceil(MOST * large * max(1.0, size * key.width * key.height / FIRST_AREA))
-        estimate = longest[0] * max(1.0, size / longest[1])
-        least = LEAST * large if self._plain else MOST
-        return math.ceil(max(LONG * estimate, min(MOST * large, max(least, FACTOR * estimate))))
-
-    def _announce(self, phase: str, seconds: float) -> None:
-        """Emit a change, or the same again when a third of it is gone; a Tick is a sign of life by itself."""
-        fresh, now = Announce(phase, seconds), self._clock()
-        if fresh != self._announced or now - self._announced_at >= seconds / 3:
-            self._announced, self._announced_at = fresh, now
-            self._emit(fresh)

@@ -15,14 +15,7 @@ from torch import nn
 
 from app.families.adapters import Adapted, Used, spans_of
 from app.families.base import Conditions, Family
-from app.request import Key
 from app.samplers.table import COLUMNS
-
-IDLE_KEYS = 4
-"""Keys without rows whose slots stay allocated, so that the next request of that size finds them."""
-
-POOL_BYTES = 1 << 30
-"""Most bytes that the slots of all keys take together."""
 
 PASSES = 2
 """Condition places a slot has: its own and the one that guidance moves away from."""
@@ -37,6 +30,15 @@ _KEPT = slice(LINE.index("ka"), LINE.index("kb") + 1)
 
 Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """What a row with a mask keeps: its source and its first noise, float32 [C, h, w], and bool [h, w] where it is new."""
+
+
+class Start(NamedTuple):
+    """What a row brings to its slot. x: its latent, float32 [C, h, w]. dice: draws the noise of its steps. kept: for a
+    row with a mask."""
+
+    x: torch.Tensor
+    dice: torch.Generator | None = None
+    kept: Kept | None = None
 
 
 class Masks:
@@ -64,6 +66,11 @@ class Masks:
             self.source, self.noise, self.new = more
         self.source[place], self.noise[place], self.new[place, 0] = kept
         self.place[slot] = place
+
+    def of(self, slot: int) -> Kept | None:
+        """Copies of what a row keeps; None without a mask."""
+        at = self.place[slot]
+        return None if at < 0 else (self.source[at].clone(), self.noise[at].clone(), self.new[at, 0].clone())
 
     def among(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """Which of these slots [R] have a mask, as indices 0..R-1, and the places of those; None where none has."""
@@ -154,6 +161,10 @@ class Slots:
         self.used.pop(slot, None)
         self._dice.pop(slot, None)
         self._free.append(slot)
+
+    def start(self, slot: int) -> Start:
+        """Copies of what a row goes on with in a slot of another key."""
+        return Start(self.x[slot].clone(), self._dice.get(slot), self.masks.of(slot))
 
     def draw(self, rows: np.ndarray) -> None:
         """Draw the noise of these slots [R] whose line adds some, once a line: a replayed step must see the same."""
@@ -351,44 +362,3 @@ def guide(
         return own.lerp_(away, -weight)  # exact where the two are the same
     own[:, :channels].lerp_(away[:, :channels], -weight)
     return own
-
-
-class SlotPool:
-    """The slots of all keys of one device, within a budget of bytes."""
-
-    def __init__(self, budget: int = POOL_BYTES) -> None:
-        self._budget = budget
-        self.by_key: dict[Key, Slots] = {}
-
-    def __getitem__(self, key: Key) -> Slots:
-        return self.by_key[key]
-
-    @property
-    def bytes(self) -> int:
-        return sum(slots.bytes for slots in self.by_key.values())
-
-    def has_room(self, key: Key, size: int) -> bool:
-        """Whether slots of `size` bytes can be opened; a key is never refused while no other has rows."""
-        if key in self.by_key:
-            return True
-        used = sum(slots.bytes for slots in self.by_key.values() if not slots.idle)
-        return used == 0 or used + size <= self._budget
-
-    def open(self, key: Key, size: int, capacity: int, shape: Sequence[int], device: torch.device) -> Slots:
-        """The key's slots, made on first need with so many bytes; the longest unused slots without rows make room."""
-        slots = self.by_key.pop(key, None)
-        if slots is None:
-            self._close_idle(size)
-            slots = Slots(capacity, shape, device, size)
-        self.by_key[key] = slots
-        return slots
-
-    def forget(self, model: str) -> None:
-        """Close the slots of this model that have no rows."""
-        for key in [key for key, slots in self.by_key.items() if key.model == model and slots.idle]:
-            del self.by_key[key]
-
-    def _close_idle(self, size: int) -> None:
-        idle = [key for key, slots in self.by_key.items() if slots.idle]
-        while idle and (len(idle) > IDLE_KEYS or self.bytes + size > self._budget):
-            del self.by_key[idle.pop(0)]

@@ -81,6 +81,7 @@ class UNet(Family):
         self._require(
             sum(widths.values()) == config.cross_attention_dim, "the CLIPs are not together as wide as the network"
         )
+        self._require(self.added == self.card.framing, f"framing of its card should be {str(self.added).lower()}")
         self._require(not any(config[name] for name in _OTHERS), f"the network takes one of {', '.join(_OTHERS)}")
         if self.added:
             self._fit_added(configs)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from app.cards.adapters import MOST_LORAS, STRONGEST
-from app.cards.card import Card
+from app.cards.card import NO_REFINER, Card
 from app.cards.catalog import Adapters, Registry, fitting
 from app.cards.folder import ModelFolder
 from app.imaging import Format
@@ -31,9 +31,11 @@ _ROWS: dict[str, Json] = {"prompt": {"prompt": ["a red apple", "a blue car"]}, "
 """Examples of comparisons by the field that names their rows."""
 
 
-def body_schema(card: Card, names: tuple[str, ...], default: bool, adapters: Adapters | None = None) -> Json:
-    """JSON schema of the bodies that this card takes. default: the card also answers to no name at all. adapters: those
-    that may be asked for."""
+def body_schema(
+    card: Card, names: tuple[str, ...], default: bool, adapters: Adapters | None = None, refiners: Sequence[str] = ()
+) -> Json:
+    """JSON schema of the bodies that this card takes. default: the card also answers to no name at all. adapters,
+    refiners: those that may be asked for."""
     what = "class_label" if card.draws_classes else "prompt"
     single = _single(card)
     many = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": card.limits.n}
@@ -45,6 +47,7 @@ def body_schema(card: Card, names: tuple[str, ...], default: bool, adapters: Ada
     spans[what] = {"anyOf": [*single, many]}
     spans["model"] = {"enum": [*names, *(["", None] if default else [])]}
     spans["loras"] = {"anyOf": [_loras(fitting(card, adapters or {})), NULL]}
+    spans["refiner"] = {"anyOf": [_refiner(refiners), NULL]}
     spans["grid"] = {"anyOf": [_object({"columns": columns}, ["columns"]), NULL]}
     return {
         "title": card.id,
@@ -102,6 +105,11 @@ def _loras(names: list[str]) -> Json:
     return {"type": "array", "items": entry, "maxItems": MOST_LORAS} if names else {"type": "array", "maxItems": 0}
 
 
+def _refiner(names: Sequence[str]) -> Json:
+    switch = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.8}
+    return _object({"model": {"enum": [*names, NO_REFINER]}, "switch_at": switch}, ["model"])
+
+
 def _fewer_steps(card: Card) -> list[Json]:
     """The conditions that go with the samplers whose grids have room for fewer steps than those of others."""
     steps, found = most_steps_of(card), []
@@ -145,11 +153,17 @@ def compare_schema(registry: Registry, cards: list[Card], kind: str) -> Json:
     optional = kind in PRESETS and 1 <= sum(ModelFolder(card, registry.all).here() for card in cards) <= MODELS
     own = {field: NULL for field in _ROWS if field != kind} | {"stream": {"enum": [False, None]}}
     own["models"] = {"anyOf": [models, NULL]} if optional else models
+    takers = _takers(registry, cards)
+    own["refiner"] = {"anyOf": [_refiner([*takers]), NULL]}
     own["preset"] = {"enum": [kind if kind in PRESETS else None]}
     conditions = [
         {"if": {"properties": {"models": {"contains": {"enum": [*card.names]}}}}, "then": _cells(card, kind)}
         for card in cards
     ]
+    for refiner, names in takers.items():
+        named: Json = {"type": "object", "required": ["model"], "properties": {"model": {"enum": [refiner]}}}
+        asked: Json = {"required": ["refiner"], "properties": {"refiner": named}}
+        conditions.append({"if": asked, "then": {"properties": {"models": {"contains": {"enum": names}}}}})
     return {
         "title": f"by {kind}",
         **_object(
@@ -161,10 +175,20 @@ def compare_schema(registry: Registry, cards: list[Card], kind: str) -> Json:
     }
 
 
+def _takers(registry: Registry, cards: list[Card]) -> dict[str, list[str]]:
+    """Every refiner of these cards, with the names of those that it fits."""
+    found: dict[str, list[str]] = {}
+    for card in cards:
+        for refiner in registry.refiners(card):
+            found.setdefault(refiner, []).extend(card.names)
+    return found
+
+
 def _cells(card: Card, kind: str) -> Json:
     """What a comparison with this model takes: what the body of the model takes, by reference, and up to ROWS rows."""
     place, taken = f"#/components/schemas/ImageBody.{card.id}", bounds(card)
-    shared = [field for field in FIELDS if field in ImageBody.model_fields and field not in (*_ROWS, "stream")]
+    apart = (*_ROWS, "stream", "refiner")
+    shared = [field for field in FIELDS if field in ImageBody.model_fields and field not in apart]
     fields = {field: {"$ref": f"{place}/properties/{field}"} if field in taken else NULL for field in shared}
     if kind in _ROWS:
         single = [{"$ref": f"{place}/properties/{kind}/anyOf/{index}"} for index in range(len(_single(card)))]

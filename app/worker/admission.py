@@ -14,7 +14,7 @@ from typing import NamedTuple
 from app.cards.card import parse_size
 from app.errors import DeadlineExceeded, RateLimited, Unavailable
 from app.jobs.job import Estimate, Job
-from app.report import Failure, Memory, ModelState, Phase, Preview, Progress, Report, Result, State, Tick
+from app.report import Failure, Memory, ModelState, Preview, Progress, Report, Result, State, Tick
 from app.request import Delivery, Key
 
 BUSY = 0.5
@@ -33,21 +33,30 @@ _USEFUL: tuple[State, ...] = ("ready", "loading", "failed", "absent")
 
 
 class Kind(NamedTuple):
-    """What images of equal cost have in common. passes: through the network, of one image. sourced: with a source."""
+    """What images of equal cost have in common. passes: through the network, of one image. sourced: with a source.
+    later: the keys of the models that draw after the first, with their passes."""
 
     tenant: str
     key: Key
     passes: int
     sourced: bool = False
+    later: tuple[tuple[Key, int], ...] = ()
+
+    @property
+    def legs(self) -> tuple[tuple[Key, int], ...]:
+        """The keys of all models that draw an image, with their passes."""
+        return ((self.key, self.passes), *self.later)
 
 
 def kind_of(job: Job) -> Kind:
     """The kind of a job's images. Raises InvalidValue for a sampler or steps that the schedule does not have."""
     recipe = job.request.recipe
-    # The engine compiles the same table, for the image's own number of tokens.
-    table = job.card.legs(recipe)[0].table
-    passes = recipe.passes(table.lines, table.first)
-    return Kind(job.request.delivery.tenant, recipe.key, passes, recipe.strength is not None)
+    # The engine compiles the same tables, for the image's own number of tokens. No cost depends on the text length.
+    legs = [
+        (recipe.key._replace(model=model), recipe.passes(table.lines, table.first))
+        for model, table in job.card.legs(recipe)
+    ]
+    return Kind(job.request.delivery.tenant, *legs[0], recipe.strength is not None, tuple(legs[1:]))
 
 
 class Rates:
@@ -60,7 +69,7 @@ class Rates:
     def __init__(self) -> None:
         self._rates: dict[str, dict[int, float]] = {}
         self._areas: dict[str, list[int]] = {}  # of the rates, in order
-        self._seen: dict[tuple[str, Phase, int, int], float] = {}
+        self._seen: dict[tuple[str, str, int, int], float] = {}
 
     def hear(self, report: ModelState | Tick) -> None:
         """Learn from a report of the engine."""
@@ -84,12 +93,16 @@ class Rates:
         """Whether the estimates for this model are more than a guess."""
         return bool(self._rates.get(model))
 
-    def image(self, key: Key, passes: int, sourced: bool = False) -> float:
-        """Seconds of one image that goes through the network `passes` times."""
-        rate = self.rate(key.model, key.width, key.height)
-        phases: tuple[Phase, ...] = ("source", "encode", "decode") if sourced else ("encode", "decode")
-        around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in phases)
-        return passes * rate + sum(around)
+    def image(self, kind: Kind) -> float:
+        """Seconds of one image: its passes and an encode in each model, the source in the first, the decode in the
+        last."""
+        seconds, legs = 0.0, kind.legs
+        for leg in legs:
+            (key, passes), rate = leg, self.rate(leg[0].model, leg[0].width, leg[0].height)
+            phases = ["encode", *["source"] * (kind.sourced and leg is legs[0]), *["decode"] * (leg is legs[-1])]
+            around = (self._seen.get((key.model, phase, key.width, key.height), rate) for phase in phases)
+            seconds += passes * rate + sum(around)
+        return seconds
 
     def rate(self, model: str, width: int, height: int) -> float:
         """Seconds a pass at width x height pixels: measured, or scaled by area from the nearest size, or a guess."""
@@ -177,6 +190,10 @@ class Backlog:
         """How the model stands here."""
         return self._states.get(model) or ModelState(model, "absent")
 
+    def worst(self, models: Iterable[str]) -> ModelState:
+        """How the least useful of these models stands here; one that failed is of no use at all."""
+        return max(map(self.state, models), key=lambda known: (known.state == "failed", _USEFUL.index(known.state)))
+
     def proved(self, model: str) -> bool:
         """Whether this process has had the model ready, and has not failed to load it since."""
         return model in self._were_ready and self.state(model).state != "failed"
@@ -186,7 +203,7 @@ class Backlog:
         return self._images.total()
 
     def images_of(self, model: str) -> tuple[int, int]:
-        """Unanswered images of a model: those that were in its last denoising forward, and all."""
+        """Unanswered images that a model draws first: those that were in its last denoising forward, and all."""
         images = sum(images for kind, images in self._images.items() if kind.key.model == model)
         return min(images, self._rows.get(model, 0)), images
 
@@ -209,7 +226,7 @@ class Backlog:
 
     def image(self, kind: Kind) -> float:
         """Device seconds of one image of this kind."""
-        return self.rates.image(kind.key, kind.passes, kind.sourced)
+        return self.rates.image(kind)
 
     def before(self, kind: Kind) -> float:
         """Device seconds of the tenant's own images that take no longer than one of this kind, and so go first."""
@@ -239,13 +256,13 @@ def best(states: Iterable[ModelState]) -> ModelState:
     return min(states, key=lambda known: _USEFUL.index(known.state))
 
 
-def choose(backlogs: Sequence[Backlog], model: str, max_wait: float) -> int:
-    """Index of the worker that gets to a request for this model first, one with a queue under max_wait if there is any.
+def choose(backlogs: Sequence[Backlog], models: Sequence[str], max_wait: float) -> int:
+    """Index of the worker that gets to a request for these models first, with a queue under max_wait if any has one.
 
-    NOTE: a worker on which the model failed answers at once and so never has a queue; by its queue alone it would draw
+    NOTE: a worker on which a model failed answers at once and so never has a queue; by its queue alone it would draw
     every request. Between equals, the one that has the model, so that an idle server does not load it twice.
     """
-    states = [backlog.state(model) for backlog in backlogs]
+    states = [backlog.worst(models) for backlog in backlogs]
     load = max((known.seconds for known in states if known.state == "ready"), default=0.0)
 
     def rank(index: int) -> tuple[bool, bool, float, bool]:
@@ -277,7 +294,7 @@ def admit(
     # Others have their turns while it waits and while it runs: both are in its wait.
     finish = absent + chosen.wait(delivery.tenant, delivery.weight, chosen.before(kind) + cost)
     estimate = Estimate(finish - cost, len(chosen.jobs), cost)
-    if delivery.deadline is not None and chosen.rates.measured(kind.key.model):
+    if delivery.deadline is not None and all(chosen.rates.measured(key.model) for key, _ in kind.legs):
         _check_deadline(estimate, delivery.deadline - time.monotonic())
     job.estimate = estimate
 

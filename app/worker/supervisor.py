@@ -176,7 +176,8 @@ class Supervisor:
             raise Unavailable("The server is shutting down.", retry_after=5.0, code="shutting_down")
         if any(request.id in backlog.jobs for backlog in self._backlogs):
             raise InvalidValue(f'A request with the id "{request.id}" is in flight.', param="id")
-        self._check_model(request.recipe.model)
+        for model in request.recipe.models:
+            self._check_model(model)
         if error := self._blame.error(request):
             raise error
         backlogs = [child.backlog for child in self.children if child.live] or [self._stranded]
@@ -187,7 +188,7 @@ class Supervisor:
         if self._bytes + size > self._settings.request_memory:
             words = "The requests in flight fill the memory that they may take (INSTEP_REQUEST_MEMORY)."
             raise Unavailable(words, retry_after=after(1.0), code="overloaded")
-        chosen = backlogs[choose(backlogs, request.recipe.model, self.max_wait)]
+        chosen = backlogs[choose(backlogs, request.recipe.models, self.max_wait)]
         admit(job, chosen, backlogs, max_wait=self.max_wait, limit=limit, absent=absent)
         job.apart = self._blame.lines(request)
         self._give(job, chosen)
@@ -289,9 +290,9 @@ class Supervisor:
         live = [child.backlog for child in self.children if child.live]
         expected = any(child.proved and not child.live for child in self.children)
         for job in sorted(self._stranded.jobs.values(), key=lambda job: job.accepted) if live else ():
-            model = job.request.recipe.model
-            chosen = live[choose(live, model, self.max_wait)]
-            if not expected or chosen.state(model).state != "failed":
+            models = job.request.recipe.models
+            chosen = live[choose(live, models, self.max_wait)]
+            if not expected or chosen.worst(models).state != "failed":
                 self._stranded.end(job.request.id)
                 self._give(job, chosen)
 
@@ -347,7 +348,8 @@ class Blame:
         """Why this request is not tried now, or None."""
         if self._guilty and self._bars(_digest(request)):
             return EngineError(_CRASHED, code="crashed")
-        return self.of(request.recipe.model, request.recipe.key.size)
+        errors = (self.of(model, request.recipe.key.size) for model in request.recipe.models)
+        return next(filter(None, errors), None)
 
     def of(self, model: str, size: str) -> InstepError | None:
         """Why this model is not loaded now, or not measured at this size; or None."""

@@ -139,7 +139,8 @@ class UpstreamRunner(Runner):
                 raise EngineError("the model is gone")
             if model not in self._drawing or self._drawing[model].family is not family:
                 self._drawing[model] = Upstream(family, dtype=self.dtype)
-            row.encode_start = row.denoise_start = time.monotonic()
+            row.encode_start = time.monotonic()
+            row.queued = row.encode_start - row.arrived
             work.images.append((row, self._drawing[model].draw(row.request, row.index), None))
         finally:
             if leased:

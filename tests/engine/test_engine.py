@@ -14,7 +14,8 @@ from app.engine import step
 from app.engine.costs import Curve
 from app.engine.queue import AGE_LIMIT
 from app.engine.row import Row
-from app.engine.step import IDLE_KEYS, SlotPool, totals
+from app.engine.runner import IDLE_KEYS, SlotPool
+from app.engine.step import totals
 from app.errors import (
     Cancelled,
     CheckpointError,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.engine.row import Work
-from app.engine.runner import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience
+from app.engine.row import COMPILING, FIRST_ON_GPU, LEAST, MOST, Patience, Work
 from app.errors import EngineError
 from app.report import Announce, Phase, Report
 from app.request import Key

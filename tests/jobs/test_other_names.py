@@ -29,6 +29,7 @@ MEANT = {
     # Replicate, fal, Stability AI, Black Forest Labs
     "num_outputs": "n", "guidance": "guidance_scale", "output_quality": "output_compression", "num_images": "n",
     "samples": "n", "text_prompts": "prompt", "format": "output_format",
+    "refine": "refiner", "crops_coords_top_left": "crop",
     # vLLM-Omni, SGLang Diffusion
     "num_outputs_per_prompt": "n", "true_cfg": "true_cfg_scale",
     # other ways to write ours
@@ -53,7 +54,9 @@ INSTEAD = {
     "generator_device": "leave it out", "sync_mode": "leave it out", "webhook_url": "leave it out",
     "extra_body": "beside prompt", "override_settings": "beside prompt", "diffusers_kwargs": "beside prompt",
     "input": "beside prompt", "messages": "not a conversation", "clip_skip": "leave it out",
-    "enable_hr": "leave it out", "restore_faces": "leave it out", "refiner_switch_at": "leave it out",
+    "enable_hr": "leave it out", "restore_faces": "leave it out",
+    "refiner_switch_at": "refiner has both", "high_noise_frac": "refiner has both", "denoising_end": "refiner has both",
+    "refiner_checkpoint": "refiner has both", "aesthetic_score": "scores of a refiner", "crop_w": "original_size, crop",
 }  # fmt: skip
 
 

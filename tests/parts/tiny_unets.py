@@ -147,6 +147,7 @@ def write_unet(folder: Path, name: str, seed: int = 50, sdxl: str = "tiny-sdxl",
 def _card(name: str, kind: Kind, sdxl: str) -> str:
     shared = kind.parts if kind.network is _REFINER else {}
     spacing = kind.scheduler.get("timestep_spacing", "leading")
+    facts = {"force_zeros": kind.index is _ZEROS, "framing": "addition_embed_type" in kind.network}
     schedule = f'kind = "diffusion", prediction = "{kind.prediction}", spacing = "{spacing}", {_SCALED}'
     return CARD.format(
         id=name,
@@ -155,7 +156,7 @@ def _card(name: str, kind: Kind, sdxl: str) -> str:
         sampler=kind.sampler,
         steps=kind.steps,
         guidance=kind.scale,
-        more="force_zeros = true\n" if kind.index is _ZEROS else "",
+        more="".join(f"{name} = true\n" for name, holds in facts.items() if holds),
     )
 
 
