@@ -226,7 +226,7 @@ def last_of_open_clip(own: State) -> State:
     """What a file of Stable Diffusion 2 has of its CLIP and the model does not use: the 24th block, the projection."""
     first = {name: value for name, value in own.items() if name.startswith("transformer.resblocks.0.")}
     width = own["positional_embedding"].shape[1]
-    return {name.replace("resblocks.0.", "resblocks.23."): value for name, value in first.items()} | {
+    return {name.replace("resblocks.0.", "resblocks.23."): value.clone() for name, value in first.items()} | {
         "text_projection": torch.eye(width)
     }
 
