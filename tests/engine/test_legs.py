@@ -29,6 +29,7 @@ from tests.families.plain import ask
 from tests.parts.close import SAME, apart, close
 from tests.parts.edits import edited
 from tests.parts.engine import Bench, FakeCosts, load_all
+from tests.parts.loras import deltas, surveyed, write_lora
 from tests.parts.refined import PAIRS, pairs, refined
 from tests.parts.requests import changed
 from tests.samplers.oracle import Edit, begin, diffusion_scheduler, flow_scheduler, wide
@@ -242,7 +243,7 @@ def traffic(cards: Mapping[str, Card], count: int, seed: int, most: int = 50) ->
     """Random requests of both pairs: most are refined, a third has a picture, half of these a mask."""
     rng, found = random.Random(seed), list[Request]()
     for number in range(count):
-        model = rng.choice(sorted(cards))
+        model = rng.choice((*PAIRS, *sorted(cards)))
         samplers = valid_samplers(cards[model].schedule)
         request = any_request(cards[model], number, rng, sampler=rng.choice(samplers), id=f"r{number}")
         request = changed(request, steps=min(request.recipe.steps, most), text_length=cards[model].text_length)
@@ -303,6 +304,30 @@ def test_a_request_that_is_cancelled_at_any_time_leaves_nothing(pool: Pool) -> N
         assert is_empty(bench, pool) and not any(row.start or row.posterior is not None for row in rows)
         close(bench.results["stays", 0].latents, whole, SAME)
     assert stages >= {("waiting", 0), ("started", 0), ("waiting", 1), ("started", 1)}
+
+
+def test_adapters_act_before_the_switch_alone(cards: dict[str, Card], tiny: Path, tmp_path: Path) -> None:
+    """As if the first model had them in its weights; the refiner, of the same kind of network, has its own."""
+    write_lora(tmp_path / "style.safetensors", tiny / "tiny-sd3", seed=4)
+    own = {name: cards[name] for name in ("tiny-sd3", PAIRS["tiny-sd3"])}
+    plain = refined(draw("one", 10, 3.0), 0.6)
+    merged, pool = (load_all(Pool(one, "cpu", torch.float32)) for one in (own, surveyed(tmp_path, own)))
+    before = by_hand(merged, plain)
+    with torch.no_grad():
+        for part, name, added in deltas(tiny / "tiny-sd3", [(tmp_path / "style.safetensors", 0.7)]):
+            if added.any():
+                own_names = dict(merged.models["tiny-sd3"].parts[part].value.named_parameters())
+                own_names[name if name in own_names else name.removeprefix("text_model.")].add_(added.float())
+    bench, request = Bench(pool), changed(plain, adapters=(("style", 0.7),))
+    bench.engine.submit(request)
+    bench.until(lambda: [row for row in bench.engine.batcher.started if row.leg])
+    (adapter,) = pool.models["tiny-sd3"].adapters.values()
+    assert adapter.leases == 0
+    bench.until(lambda: bench.results)
+    close(bench.results["one", 0].latents, by_hand(merged, plain), SAME)
+    apart(before, by_hand(merged, plain), SAME)
+    for one in (merged, pool):
+        one.close()
 
 
 def test_previews_go_on_over_the_switch(pool: Pool) -> None:
