@@ -15,6 +15,7 @@ from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, Unavailable, plain
 from app.jobs.body import most_steps_of
 from app.report import ModelState
+from app.samplers.table import valid_grids
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 loras = APIRouter(tags=["models"])
@@ -47,6 +48,7 @@ class ModelEntry(BaseModel):
     defaults: dict[str, Any]
     limits: dict[str, Any]
     samplers: list[str]
+    schedules: dict[str, list[str]] = Field(description="Values of schedule that each sampler takes")
     loras: list[str] = Field([], description="Names of the LoRAs that fit it and that this key may use")
     refiners: list[str] = Field([], description="Models that can draw the last part of its pictures")
     most_steps: dict[str, int] = Field(description="The most num_inference_steps of each sampler")
@@ -198,5 +200,6 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> M
         device_bytes=state.device_bytes,
         samplers=list(steps := most_steps_of(card)),
         most_steps=steps,
+        schedules={sampler: list(valid_grids(sampler)) for sampler in steps},
         downloaded=fault is None,
     )

@@ -30,18 +30,19 @@ NO_REFINER = "none"
 """What a body names in place of a refiner, to draw without the one of the card."""
 
 
-Trait = Literal["classes", "embedded_guidance", "skip_layers", "t5", "torch_files", "unet"]
+Trait = Literal["classes", "clip_skip", "embedded_guidance", "skip_layers", "t5", "torch_files", "unet"]
 TRAITS: dict[str, set[Trait]] = {
     "dit": {"classes", "torch_files"},
     "sd3": {"skip_layers", "t5"},
     "flux": {"embedded_guidance", "t5"},
-    "unet": {"unet"},
+    "unet": {"clip_skip", "unet"},
 }
 """Facts of a family of networks, for modules that do not import torch.
 
-classes: pictures are drawn from a class label, not a prompt. embedded_guidance: the network may take the guidance scale
-as an input. skip_layers: skip-layer guidance is possible. t5: its longest text encoder is a T5, whose length a request
-chooses. torch_files: the authors publish .pt files, to be converted. unet: a U-Net denoises, and no transformer.
+classes: pictures are drawn from a class label, not a prompt. clip_skip: a request may leave out CLIP's last layers.
+embedded_guidance: the network may take the guidance scale as an input. skip_layers: skip-layer guidance is possible.
+t5: its longest text encoder is a T5, whose length a request chooses. torch_files: the authors publish .pt files, to be
+converted. unet: a U-Net denoises, and no transformer.
 """
 
 

@@ -19,7 +19,8 @@ from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table
 from app.errors import LoadError, plain
 from app.jobs.compare import parameters_in_words
-from app.samplers.table import valid_samplers
+from app.samplers.grids import GRIDS
+from app.samplers.table import valid_grids, valid_samplers
 from app.settings import Settings
 from app.worker import plan
 
@@ -97,7 +98,8 @@ def _facts_of(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
         **{f"file {part}": file for part, file in card.files.items()},
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",
-        "samplers": ", ".join(valid_samplers(schedule)),
+        "samplers": ", ".join(samplers := valid_samplers(schedule)),
+        "schedules": f"{', '.join(GRIDS)} with {', '.join(name for name in samplers if valid_grids(name))}",
         "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
         "default size": usual.size,
         "default strength": f"{usual.strength:g}",

@@ -32,7 +32,7 @@ from app.jobs.fields import (
     Whole,
     without_effect,
 )
-from app.jobs.other_names import hint
+from app.jobs.other_names import hint, sampler_hint
 from app.keys import NOBODY, ApiKey
 from app.request import (
     ClassLabel,
@@ -47,6 +47,7 @@ from app.request import (
     Request,
     SkipGuidance,
 )
+from app.samplers.grids import GRIDS
 from app.samplers.table import most_steps, valid_samplers
 
 Json = dict[str, Any]
@@ -60,6 +61,9 @@ ANY_SEED = -1
 
 MOST_TOKENS = 512
 """The most of a `max_sequence_length` that has no effect: the most of any model."""
+
+MOST_SKIPPED = 11
+"""The most layers of a CLIP that can be left out: CLIP-L has 12."""
 
 PRIORITY_LIMIT = 10
 
@@ -106,8 +110,15 @@ class ImageBody(BaseModel):
     skip_layer_guidance_stop: Real | None = Field(None, description="Share of the steps before which it acts")
     seed: Whole | None = Field(None, description="Seed of the first image; the next ones count up. -1 for any")
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
+    schedule: Text | None = Field(
+        None,
+        description="The noise levels that the sampler walks: karras, exponential or sgm_uniform; else the model's",
+    )
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
     max_sequence_length: Whole | None = Field(None, description="Text length in tokens that T5 is padded to")
+    clip_skip: Whole | None = Field(
+        None, description="Last layers of CLIP that are left out of the prompt; 0 is none, and A1111 counts one more"
+    )
     loras: Loras | None = Field(
         None, description="LoRAs that change the model, each by its name and a weight of -2 to 2; GET /v1/loras"
     )
@@ -161,11 +172,13 @@ class ImageBody(BaseModel):
             text_length=values["max_sequence_length"] if card.has("t5") else card.text_length,
             strength=values.get("strength"),
             adapters=find_adapters(card, self.loras or (), adapters or {}) if self.loras or card.loras else (),
+            grid=values["schedule"] or "",
+            clip_skip=values.get("clip_skip", 0),
             framing=self._framing(f"{width}x{height}"),
         )
         if refiner:
             recipe = replace(recipe, refiner=self._refiner(card, refiner, recipe))
-        card.legs(recipe)  # raises where a strength leaves no step
+        card.legs(recipe)  # raises where a strength leaves no step, or a sampler does not walk the schedule
         images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
         return Request(request_id, recipe, images, self._delivery(values, key, patience))
 
@@ -265,6 +278,7 @@ _SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
         lambda card: card.guidance == "embedded",
         "has no embedded guidance; its guidance_scale is classifier-free guidance",
     ),
+    "clip_skip": (lambda card: card.has("clip_skip"), "reads CLIP as it was trained to"),
     **dict.fromkeys(FRAMING, (lambda card: card.framing, "has no network that takes sizes, as those of SDXL do")),
     **dict.fromkeys(SKIPPING, (lambda card: card.skip_layer_guidance is not None, "has no skip-layer guidance")),
 }
@@ -278,19 +292,20 @@ def bounds(card: Card, sampler: str | None = None, kind: type[ImageBody] = Image
     """
     limits, defaults, samplers = card.limits, card.defaults, valid_samplers(card.schedule)
     chosen = sampler if sampler in samplers else defaults.sampler
+    most = most_steps(card.schedule, chosen, limits.num_inference_steps)
     found: dict[str, Json] = {field: {} for field in kind.model_fields} | {
         "n": _span(1, limits.n, 1),
         "size": {"pattern": f"^auto$|{limits.sizes.pattern}", "default": defaults.size},
         "output_compression": _span(0, 100, DEFAULT_QUALITY),
         "partial_images": _span(0, 3, 0),
         "negative_prompt": {"maxLength": limits.prompt},
-        "num_inference_steps": _span(
-            1, most_steps(card.schedule, chosen, limits.num_inference_steps), defaults.num_inference_steps
-        ),
+        "num_inference_steps": _span(1, most, min(most, defaults.num_inference_steps)),
         "guidance_scale": _span(0, limits.guidance_scale, defaults.guidance_scale),
         "true_cfg_scale": _span(0, limits.guidance_scale, 1.0),
         "seed": _span(ANY_SEED, SEEDS - 1),
         "sampler": {"enum": [*samplers, None], "default": defaults.sampler},
+        "schedule": {"enum": [*GRIDS, None]},
+        "clip_skip": _span(0, MOST_SKIPPED, 0),
         "max_sequence_length": _span(1, card.text.t5 if card.has("t5") else MOST_TOKENS, card.text_length),
         "priority": _span(-PRIORITY_LIMIT, PRIORITY_LIMIT, 0),
         "deadline": _span(0.1, 86_400),
@@ -325,7 +340,9 @@ def _within(card: Card, field: str, value: Any, bound: Json) -> Any:
     if "minimum" in bound and not bound["minimum"] <= value <= bound["maximum"]:
         raise InvalidValue(f"{field}: expects {bound['minimum']} to {bound['maximum']}", param=field)
     if "enum" in bound and value not in bound["enum"]:
-        raise InvalidValue(f"{field}: expects one of {', '.join(filter(None, bound['enum']))}", param=field)
+        valid = [*filter(None, bound["enum"])]
+        meant = sampler_hint(value, valid) if field == "sampler" else ""
+        raise InvalidValue(f"{field}: expects one of {', '.join(valid)}{meant}", param=field)
     if "pattern" in bound and not re.fullmatch(bound["pattern"], value):
         message = f'{field}: {card.id} has no size "{value[:32]}"; expects "auto" or {card.limits.sizes}'
         raise InvalidValue(message, param=field)

@@ -68,6 +68,10 @@ def recipe_facts(recipe: Recipe) -> dict[str, Any]:
         facts["true_cfg_scale"] = guidance.scale
     if recipe.adapters:
         facts["loras"] = [{"name": name, "weight": weight} for name, weight in recipe.adapters]
+    if recipe.grid:
+        facts["schedule"] = recipe.grid
+    if recipe.clip_skip:
+        facts["clip_skip"] = recipe.clip_skip
     if recipe.refiner:
         facts["refiner"] = recipe.refiner._asdict()
     if recipe.framing:

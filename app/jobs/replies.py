@@ -110,6 +110,8 @@ class ImagesReply(BaseModel):
     skip_layer_guidance_scale: float | None = None
     skip_layer_guidance_start: float | None = None
     skip_layer_guidance_stop: float | None = None
+    schedule: str | None = None
+    clip_skip: int | None = None
     loras: list[Lora] | None = None
     refiner: Refining | None = None
     original_size: str | None = None

@@ -19,6 +19,7 @@ from app.imaging import Format
 from app.jobs.body import ImageBody, Json, bounds, most_steps_of
 from app.jobs.compare import FIELDS, MODELS, PRESETS, ROWS, CompareBody, takes_preset
 from app.jobs.edit import EditBody
+from app.samplers.table import valid_grids
 from app.source import PICTURES
 
 NULL: Json = {"type": "null"}
@@ -54,7 +55,7 @@ def body_schema(
         "description": card.description,
         **_object(_properties(ImageBody, spans), [what] if default else [what, "model"]),
         "anyOf": [{"properties": {what: {"anyOf": single}}}, {"properties": {what: many, "n": {"enum": [1, None]}}}],
-        **({"allOf": fewer} if (fewer := _fewer_steps(card)) else {}),
+        **({"allOf": own} if (own := _by_sampler(card)) else {}),
         "examples": [example(card)],
     }
 
@@ -71,7 +72,7 @@ def edit_schema(card: Card, default: bool, *, form: bool, variation: bool) -> Js
     return {
         **_object(files | shared | own, ["image", *what, *([] if default else ["model"])]),
         "anyOf": [{"$ref": f"{place}/anyOf/{index}"} for index in range(2)],
-        **_fewer_by_reference(card),
+        **_by_reference(card),
     }
 
 
@@ -110,15 +111,16 @@ def _refiner(names: Sequence[str]) -> Json:
     return _object({"model": {"enum": [*names, NO_REFINER]}, "switch_at": switch}, ["model"])
 
 
-def _fewer_steps(card: Card) -> list[Json]:
-    """The conditions that go with the samplers whose grids have room for fewer steps than those of others."""
+def _by_sampler(card: Card) -> list[Json]:
+    """The conditions of samplers that have room for fewer steps than others, and of those without another schedule."""
     steps, found = most_steps_of(card), []
     for sampler, most in steps.items():
-        if most < max(steps.values()):
+        fewer = {"num_inference_steps": {"maximum": most}} if most < max(steps.values()) else {}
+        if then := fewer | ({} if valid_grids(sampler) else {"schedule": NULL}):
             own = sampler == card.defaults.sampler
             named: Json = {"properties": {"sampler": {"enum": [sampler, None] if own else [sampler]}}}
             named["required"] = [] if own else ["sampler"]
-            found.append({"if": named, "then": {"properties": {"num_inference_steps": {"maximum": most}}}})
+            found.append({"if": named, "then": {"properties": then}})
     return found
 
 
@@ -194,12 +196,12 @@ def _cells(card: Card, kind: str) -> Json:
         single = [{"$ref": f"{place}/properties/{kind}/anyOf/{index}"} for index in range(len(_single(card)))]
         rows = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": ROWS}
         fields[kind] = {"anyOf": [*single, rows]}
-    return {"properties": fields, **_fewer_by_reference(card)}
+    return {"properties": fields, **_by_reference(card)}
 
 
-def _fewer_by_reference(card: Card) -> Json:
+def _by_reference(card: Card) -> Json:
     place = f"#/components/schemas/ImageBody.{card.id}/allOf"
-    fewer = [{"$ref": f"{place}/{index}"} for index in range(len(_fewer_steps(card)))]
+    fewer = [{"$ref": f"{place}/{index}"} for index in range(len(_by_sampler(card)))]
     return {"allOf": fewer} if fewer else {}
 
 

@@ -57,15 +57,9 @@ Walk = Callable[..., Path]
 """(schedule, steps) -> the path of so many steps; those of GRIDDED also take the name of a grid. Raises
 InvalidValue(param="num_inference_steps") when the steps do not fit the card's own spacing, whichever the grid."""
 
-Grid = Callable[[Schedule, Array, int], Array]
-
 # ---- diffusion: alpha-bar from betas -------------------------------------------------------------------------------
 
-LCM_STEPS = 50
-"""`original_inference_steps` of scheduling_lcm.py."""
-
-_WHOLE: dict[str, Callable[[Array], Array]] = {"karras": np.round, "exponential": lambda t: np.floor(t + 1e-9)}
-"""What the multistep scheduler makes of the timesteps of a grid."""
+LCM_STEPS = 50  # original_inference_steps of scheduling_lcm.py
 
 BETAS: dict[str, Callable[[float, float, int], Array]] = {
     "linear": lambda start, end, count: np.linspace(start, end, count),
@@ -109,7 +103,7 @@ def _sgm_uniform(schedule: Schedule, own: Array, steps: int) -> Array:
     return np.asarray(np.exp(np.interp(t, np.arange(len(levels)), np.log(levels))))
 
 
-GRIDS: dict[str, Grid] = {
+GRIDS: dict[str, Callable[[Schedule, Array, int], Array]] = {
     "karras": lambda schedule, own, steps: np.linspace(own[0] ** (1 / 7), own[-1] ** (1 / 7), steps) ** 7,
     "exponential": lambda schedule, own, steps: np.geomspace(own[0], own[-1], steps),
     "sgm_uniform": _sgm_uniform,
@@ -169,6 +163,9 @@ def lcm_path(schedule: Schedule, steps: int) -> Path:
     spacing."""
     taken = np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False))
     return _chain(schedule, _fit(schedule, steps, (LCM_STEPS - taken) * max(schedule.train_steps // LCM_STEPS, 1) - 1))
+
+
+_WHOLE: dict[str, Callable[[Array], Array]] = {"karras": np.round, "exponential": lambda t: np.floor(t + 1e-9)}
 
 
 def dpm_path(schedule: Schedule, steps: int, grid: str = "") -> Path:

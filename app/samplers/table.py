@@ -181,10 +181,7 @@ def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
 
 @lru_cache(maxsize=256)
 def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
-    """The largest number of steps, at most `limit`, that the card's spacing has room for with this sampler; at least 1.
-
-    No other grid has room for more.
-    """
+    """The largest number of steps, at most `limit`, that this sampler has room for, on any grid; at least 1."""
     schedule, (walk, _, _) = at_size(schedule, 1), SAMPLERS[sampler]
 
     def is_over(steps: int) -> bool:
