@@ -47,13 +47,19 @@ _NAMESPACES = {
 _A1111 = {
     "num_inference_steps": "Steps",
     "sampler": "Sampler",
+    "schedule": "Schedule type",
     "guidance_scale": "CFG scale",
     "seed": "Seed",
     "size": "Size",
     "strength": "Denoising strength",
+    "clip_skip": "Clip skip",
     "model": "Model",
+    "refiner": "Refiner",
+    "switch_at": "Refiner switch at",
     "class_label": "Class label",
 }
+_GRIDS = {"karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
+"""Names of fields in A1111's line, and of schedules there. Its Clip skip is one more than ours."""
 
 
 def encode_image(pixels: np.ndarray, format: Format, compression: int | None, facts: dict[str, Any]) -> bytes:
@@ -121,7 +127,14 @@ def a1111(facts: dict[str, Any]) -> str:
     lines = [" ".join((prompt if isinstance(prompt, str) else "\n".join(prompt), *tags))]
     if facts.get("negative_prompt"):
         lines.append(f"Negative prompt: {facts['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {facts[key]}" for key, name in _A1111.items() if key in facts))
+    line = {key: value for key, value in facts.items() if key != "refiner"}
+    if "schedule" in facts:
+        line["schedule"] = _GRIDS[facts["schedule"]]
+    if "clip_skip" in facts:
+        line["clip_skip"] = facts["clip_skip"] + 1
+    if "switch_at" in (refiner := facts.get("refiner", {})):  # else it is none
+        line |= {"refiner": refiner["model"], "switch_at": refiner["switch_at"]}
+    lines.append(", ".join(f"{name}: {line[key]}" for key, name in _A1111.items() if key in line))
     return "\n".join(lines).replace("\0", "\ufffd")  # NUL would end the text, and the seed stands behind it
 
 

@@ -39,7 +39,7 @@ def test_the_table_has_every_published_card(card: Card) -> None:
 
 def test_a_family_costs_at_most_200_lines() -> None:
     files = {family.__module__: Path(*family.__module__.split(".")).with_suffix(".py") for family in FAMILIES.values()}
-    assert len(files) == len(FAMILIES) == 3
+    assert len(files) == len(FAMILIES) == 4
     lengths = {name: len((MODELS.parent / file).read_text().splitlines()) for name, file in files.items()}
     assert {name: length for name, length in lengths.items() if length > 200} == {}
 

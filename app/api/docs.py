@@ -169,7 +169,9 @@ def _place_bodies(document: Json, registry: Registry) -> None:
     names = []
     for card in registry.cards.values():
         name = f"ImageBody.{card.id}"
-        schemas[name] = body_schema(card, card.names, card.id == registry.default.id, registry.adapters)
+        schemas[name] = body_schema(
+            card, card.names, card.id == registry.default.id, registry.adapters, registry.refiners(card)
+        )
         names.append({"$ref": f"#/components/schemas/{name}"})
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": names}

@@ -147,6 +147,7 @@ def prepared(request: Request, started: float, body: ImageBody) -> Job:
     job = job_of(request, started, card, body, format, wanted is not None)
     images = job.request.images
     facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
+    facts |= {"refiner": job.refiner.id} if job.refiner else {}
     if job.raw and not body.stream and len(images) > 1 and not job.columns:
         message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
         raise InvalidValue(message, param="grid")
@@ -170,8 +171,9 @@ def job_of(
     identity = request.state.id
     unique = f"{identity}-{uuid.uuid4().hex[:12]}"  # a client may send the same X-Request-ID twice at once
     adapters = front_of(request).adapters if body.loras or card.loras else None
-    asked = body.to_request(card, unique, key_of(request), patience(request), adapters)
-    return Job(asked, card, body, format, raw, identity, started, facts_of(request))
+    refiner = body.refined_by(card, front_of(request).registry)
+    asked = body.to_request(card, unique, key_of(request), patience(request), adapters, refiner)
+    return Job(asked, card, body, format, raw, identity, started, facts_of(request), refiner=refiner)
 
 
 def patience(request: Request) -> float | None:

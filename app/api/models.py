@@ -15,6 +15,7 @@ from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, Unavailable, plain
 from app.jobs.body import most_steps_of
 from app.report import ModelState
+from app.samplers.table import valid_grids
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 loras = APIRouter(tags=["models"])
@@ -47,7 +48,9 @@ class ModelEntry(BaseModel):
     defaults: dict[str, Any]
     limits: dict[str, Any]
     samplers: list[str]
+    schedules: dict[str, list[str]] = Field(description="Values of schedule that each sampler takes")
     loras: list[str] = Field([], description="Names of the LoRAs that fit it and that this key may use")
+    refiners: list[str] = Field([], description="Models that can draw the last part of its pictures")
     most_steps: dict[str, int] = Field(description="The most num_inference_steps of each sampler")
     license: str
     gated: bool = Field(description="Whether its repository requires that you accept its terms")
@@ -162,7 +165,9 @@ async def _one(front: Front, card: Card) -> ModelEntry:
 
 def _fitted(front: Front, card: Card, entry: ModelEntry) -> ModelEntry:
     """The entry with what depends on the key. NOTE: entries are shared by all who ask at once."""
-    return entry.model_copy(update={"loras": fitting(card, front.registry.adapters or {})})
+    registry = front.registry
+    found = {"loras": fitting(card, registry.adapters or {}), "refiners": registry.refiners(card)}
+    return entry.model_copy(update=found)
 
 
 def _skipped(front: Front) -> list[dict[Literal["card", "reason"], str]]:
@@ -183,9 +188,10 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> M
         created = int((card.folder / "card.toml").stat().st_mtime)
     except OSError:
         created = 0
-    facts, own = card.model_dump(include=SAME), [one.model_dump() for one in card.loras]
+    facts = card.model_dump(include=SAME)
+    own = {name: value for name, value in card.model_dump(include={"loras", "refiner"}).items() if value}
     return ModelEntry(
-        **facts | {"defaults": facts["defaults"] | ({"loras": own} if own else {})},
+        **facts | {"defaults": facts["defaults"] | own},
         created=created,
         condition="class_label" if card.draws_classes else "prompt",
         classes=len(card.labels),
@@ -194,5 +200,6 @@ def _entry(card: Card, cards: Mapping[str, Card], state: ModelState | None) -> M
         device_bytes=state.device_bytes,
         samplers=list(steps := most_steps_of(card)),
         most_steps=steps,
+        schedules={sampler: list(valid_grids(sampler)) for sampler in steps},
         downloaded=fault is None,
     )

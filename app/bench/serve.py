@@ -43,6 +43,7 @@ SAMPLERS = {
     "dit": ("ddim", "ddpm", "dpmpp_2m"),  # DiTPipeline does not scale its first noise, as the others need
     "sd3": ("flow_euler", "flow_heun", "flow_dpmpp_2m"),
     "flux": ("flow_euler", "flow_dpmpp_2m"),  # FluxPipeline gives sigmas, which the Heun does not take
+    "unet": ("ddim", "euler", "euler_ancestral", "dpmpp_2m"),
 }
 """What is drawn of each family: the samplers that diffusers' pipelines have too, so that they can be compared."""
 

@@ -9,40 +9,49 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, model_validator
 
 from app.cards.adapters import MOST_LORAS, Adapter, Lora
+from app.cards.files import Variant
 from app.request import Recipe
 from app.samplers.schedule import Schedule, Section
 from app.samplers.table import Leg, compile_legs, valid_samplers
 
 Size = tuple[int, int]
-_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+SIDES = "^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
+"""A regular expression for what `parse_size` takes."""
+
 ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _ALIAS = re.compile(r"[^\s/,=][^/,=]*(/[^/,=]+)*")
 _ROUTES = ("classes", "load", "unload")
 """Last words of /v1/models/{model}/..., so no name of a model may end in them."""
 
+NO_REFINER = "none"
+"""What a body names in place of a refiner, to draw without the one of the card."""
 
-Trait = Literal["classes", "embedded_guidance", "skip_layers", "torch_files"]
+
+Trait = Literal["classes", "clip_skip", "embedded_guidance", "skip_layers", "t5", "torch_files", "unet"]
 TRAITS: dict[str, set[Trait]] = {
     "dit": {"classes", "torch_files"},
-    "sd3": {"skip_layers"},
-    "flux": {"embedded_guidance"},
+    "sd3": {"skip_layers", "t5"},
+    "flux": {"embedded_guidance", "t5"},
+    "unet": {"clip_skip", "unet"},
 }
 """Facts of a family of networks, for modules that do not import torch.
 
-classes: pictures are drawn from a class label, not a prompt. embedded_guidance: the network may take the guidance scale
-as an input. skip_layers: skip-layer guidance is possible. torch_files: the authors publish .pt files, to be converted.
+classes: pictures are drawn from a class label, not a prompt. clip_skip: a request may leave out CLIP's last layers.
+embedded_guidance: the network may take the guidance scale as an input. skip_layers: skip-layer guidance is possible.
+t5: its longest text encoder is a T5, whose length a request chooses. torch_files: the authors publish .pt files, to be
+converted. unet: a U-Net denoises, and no transformer.
 """
 
 
 def parse_size(text: str) -> Size:
     """Parse "WxH" to (width, height) in pixels. Raises ValueError."""
-    found = _SIZE.fullmatch(text)
-    if not found:
+    if not re.fullmatch(SIDES, text):
         raise ValueError(f'"{text}" is not a size like "512x512"')
-    return int(found[1]), int(found[2])
+    width, height = map(int, text.split("x"))
+    return width, height
 
 
 def valid_alias(text: str) -> str:
@@ -140,6 +149,22 @@ class SkipLayers(Section):
         return self
 
 
+def _share(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ValueError("expects a number over 0 and under 1")
+    return value
+
+
+class Refining(Section):
+    """A model that draws the last part of a picture, from `switch_at` of the noise process on (SDXL's refiner).
+
+    model: its id or alias, or NO_REFINER for none.
+    """
+
+    model: Annotated[str, Strict(), Field(min_length=1, max_length=128)]
+    switch_at: Annotated[float, BeforeValidator(_share)] = 0.8
+
+
 class Bucket(Section):
     """The fixed batch sizes of deterministic mode, to which forwards are padded; a VAE needs small ones at 1024 px."""
 
@@ -148,7 +173,7 @@ class Bucket(Section):
     decode: Annotated[int, Field(ge=1)] = 1
 
 
-WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "defaults"}
+WORDS = {"aliases", "description", "like", "license", "gated", "parameters", "bytes", "variant", "defaults", "refiner"}
 """Fields of a card that decide what people read and what a request is, and nothing in an engine."""
 
 
@@ -159,16 +184,20 @@ class Card(Section):
     copied settings from. classes: their number where model_index.json names none, or is not downloaded yet. components:
     parts that another card shares, as "<card id>/<folder>". files: parts with their tensors in one safetensors file of
     the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
-    the network, where 1 is a scale like others. parameters: of the denoising network. bytes: of all weights as
-    downloaded. adapters: all LoRAs here by name, also those for other models; they are no part of the card's JSON.
+    the network, where 1 is a scale like others. force_zeros: an absent negative prompt is zeros (SDXL), else it is the
+    text "". framing: the network takes sizes beside its text (SDXL). refiner: of a request that names none. parameters:
+    of the denoising network. bytes: of all weights as downloaded. variant: of the files that are downloaded, where a
+    repository has it. adapters: all LoRAs here by name, also those for other models; they are no part of the card's
+    JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
     base: str = ""
     loras: Annotated[tuple[Lora, ...], Field(max_length=MOST_LORAS)] = ()
-    family: Literal["dit", "sd3", "flux"]
+    family: Literal["dit", "sd3", "flux", "unet"]
     like: str = ""
     source: Source
+    variant: Variant = ""
     components: dict[str, str] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
     aliases: tuple[Annotated[str, AfterValidator(valid_alias)], ...] = ()
@@ -180,6 +209,9 @@ class Card(Section):
     bucket: Bucket = Bucket()
     guidance: Literal["cfg", "embedded"] = "cfg"
     skip_layer_guidance: SkipLayers | None = None
+    force_zeros: bool = False
+    framing: bool = False
+    refiner: Refining | None = None
     guided_channels: Annotated[int, Field(ge=1)] | None = None
     time_freq_shift: Annotated[float, Field(ge=0)] | None = None
     norm_eps: Annotated[float, Field(gt=0)] | None = None
@@ -215,6 +247,11 @@ class Card(Section):
         return trait in TRAITS[self.family]
 
     @property
+    def network(self) -> str:
+        """The name of the part that denoises, as in model_index.json."""
+        return "unet" if self.has("unet") else "transformer"
+
+    @property
     def draws_classes(self) -> bool:
         """Whether pictures are drawn from a class label instead of a prompt."""
         return self.has("classes")
@@ -232,6 +269,7 @@ class Card(Section):
             tokens=tokens,
             strength=recipe.strength,
             switch_at=refiner.switch_at if refiner else None,
+            grid=recipe.grid,
         )
         models = [recipe.model, refiner.model] if refiner else [recipe.model]
         return tuple(Leg(model, table) for model, table in zip(models, tables, strict=True) if table)
@@ -239,7 +277,7 @@ class Card(Section):
     @property
     def text_length(self) -> int:
         """Default padded length of the longest text encoder in tokens; 0 for a model of classes."""
-        return 0 if self.draws_classes else self.text.t5
+        return self.text.t5 if self.has("t5") else 0 if self.draws_classes else self.text.clip
 
     @model_validator(mode="after")
     def _agrees(self) -> Card:

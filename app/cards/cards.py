@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from app.cards.adapters import variant
 from app.cards.card import Card, valid_alias
-from app.cards.files import INDEX, cached_index, read_labels, read_toml
+from app.cards.files import INDEX, cached_file, read_labels, read_toml
 from app.errors import CardError, SettingsError, first_problem
 
 
@@ -59,10 +59,13 @@ class Cards(dict[str, Card]):
             self.check_others()
 
     def check_others(self) -> None:
-        """Skip every card with a base or `components` that name a card or a folder that does not exist."""
+        """Skip every card with a base, a refiner or `components` that name a card or a folder that does not exist."""
         for card in list(self.values()):
             if card.id in self and card.model not in self:
                 self.skip(card.file, CardError(f"{card.file}: base: {card.base} is gone{self.reason(card.base)}"), card)
+            if card.id in self and card.refiner and card.refiner.model not in self.owners:
+                message = f"{card.file}: refiner: there is no model {card.refiner.model}"
+                self.skip(card.file, CardError(f"{message}{self.reason(card.refiner.model)}"), card)
             for part, target in card.components.items():
                 owner, _, rest = target.partition("/")
                 if card.id in self and (owner not in self or not rest or ".." in rest.split("/")):
@@ -154,7 +157,7 @@ def _labels(card: Card) -> tuple[str, ...]:
     if not card.draws_classes:
         return ()
     source = card.source
-    own = cached_index(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
+    own = cached_file(source.repo, source.revision) if source.repo else card.folder / str(source.path) / INDEX
     index = own or card.folder / INDEX
     labels = read_labels(index) if index.is_file() else ()
     if labels and card.classes not in (None, len(labels)):

@@ -14,6 +14,7 @@ from app.cards.adapters import MOST_LORAS, Adapter, Lora
 from app.cards.card import Card
 from app.cards.cards import Cards, read_files
 from app.cards.folder import ModelFolder
+from app.cards.refiners import latent_facts, unlike
 from app.errors import CardError, InvalidValue, ModelNotFound, NotDownloaded, SettingsError
 from app.logs import logger
 from app.settings import Settings
@@ -32,6 +33,7 @@ SHIPPED = frozenset(
     (
         *(BUILT_IN, "emoji-mmdit-turbo", "emoji-dit", "dit-xl-2-256", "dit-xl-2-512", "flux.1-dev", "flux.1-schnell"),
         *("sd3-medium", "sd3.5-medium", "sd3.5-large", "sd3.5-large-turbo"),
+        *("sd1.5", "sd2.1", "sd2.1-base", "sd-turbo", "sdxl", "sdxl-turbo", "sdxl-refiner"),
     )
 )
 """The cards that come with the project; every other one is a user's."""
@@ -67,6 +69,7 @@ class Registry:
         self._by_rank = [*named, *sorted(cards.values(), key=lambda card: _rank(card, cards))]
         self.default = self._by_rank[0]
         self._views: dict[object, Self] = {}
+        self._latents = {card.id: latent_facts(card, cards) for card in cards.models.values()}
 
     def find(self, name: str | None) -> Card:
         """The card of this id or alias; the default one for None and "". Raises ModelNotFound."""
@@ -76,14 +79,33 @@ class Registry:
             return self._owners[name]
         raise self.missing(name)
 
-    def missing(self, name: str) -> ModelNotFound:
+    def refiner(self, card: Card, name: str) -> Card:
+        """The card of this name as the refiner of another one. Raises ModelNotFound, InvalidValue: it does not fit."""
+        if name not in self._owners:
+            raise self.missing(name, "refiner.model")
+        found = self._owners[name]
+        for one in (card.model, found.model):
+            self._latents[one] = self._latents[one] or latent_facts(self.all[one], self.all)  # its files may be new
+        if why := self._unlike(card, found):
+            message = f"refiner.model: {found.id} cannot go on with pictures of {card.id}: {why}"
+            raise InvalidValue(message, param="refiner.model")
+        return found
+
+    def refiners(self, card: Card) -> list[str]:
+        """The ids of the other models that can be refiners of this one."""
+        return [one.id for one in self.cards.values() if not self._unlike(card, one)]
+
+    def _unlike(self, base: Card, refiner: Card) -> str:
+        return unlike(base, refiner, self._latents[base.model], self._latents[refiner.model])
+
+    def missing(self, name: str, param: str = "model") -> ModelNotFound:
         """The error for a name that no card has, with the names that exist."""
         hint = did_you_mean(name, self._owners, otherwise=f"; there are {', '.join(self.cards)}")
         if _OPENAIS.fullmatch(name):
             prompts = (card.id for card in (self.default, *self.cards.values()) if not card.draws_classes)
             model = next(prompts, self.default.id)
             hint = f"; start the server with --alias {name}={model} (INSTEP_ALIAS) to have {model} draw it"
-        return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param="model")
+        return ModelNotFound(f'There is no model "{name[:64]}"{hint}', param=param)
 
     def only(self, models: frozenset[str], loras: frozenset[str] = frozenset()) -> Self:
         """A view of these cards and LoRAs alone, of all where none is named; the same one for the same names.

@@ -31,8 +31,15 @@ PICKLES = (".bin", ".pt", ".ckpt", ".pth", ".pickle", ".pkl")
 CONVERT = "`instep models convert` makes them of the DiT authors' .pt"
 
 STEMS = ("diffusion_pytorch_model", "model")
-"""Names of files of weights; the first that exists counts."""
+"""Names of files of weights."""
 BIN = f"{STEMS[0]}.bin"
+
+Variant = Literal["", "fp16"]
+"""Of files of weights: the plain ones, or the copies in another number format that some repositories have beside."""
+VARIANTS: tuple[Variant, ...] = ("", "fp16")
+
+NO_PARTS = ("scheduler", "feature_extractor", "safety_checker", "image_encoder")
+"""Names in a model_index.json that are no parts here: SD 1.5 has a checker of pictures that is not served."""
 
 _FIRST = 512
 """Bytes at the start of a file that are compared; a Git LFS pointer has about 130 in all."""
@@ -157,13 +164,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_classes(index: Path) -> dict[str, str]:
-    """Read the class of each part that a model_index.json names, without the scheduler and absent parts.
+    """Read the class of each part that a model_index.json names, without absent parts and those that are not served.
 
     Raises CheckpointError naming the file: missing, a bad name of a part, not a pair of library and class.
     """
     found = {}
     for name, entry in read_json(index).items():
-        if name.startswith("_") or name == "scheduler" or not isinstance(entry, list) or entry == [None, None]:
+        if name.startswith("_") or name in NO_PARTS or not isinstance(entry, list) or entry == [None, None]:
             continue
         if not PART.fullmatch(name):
             raise CheckpointError(f'{index}: "{name}" is not the name of a part')
@@ -188,16 +195,26 @@ def read_labels(index: Path) -> tuple[str, ...]:
     return labels
 
 
-def cached_index(repo: str, revision: str | None) -> Path | None:
-    """Find model_index.json of a Hub repository's snapshot in the local cache; None before it is downloaded."""
+def cached_file(repo: str, revision: str | None, name: str = INDEX) -> Path | None:
+    """Find a file of a Hub repository's snapshot in the local cache; None before it is downloaded."""
     # NOTE: imported late, by cards that name a repository alone: it takes a third of a second.
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(repo, INDEX, revision=revision)
+        found = try_to_load_from_cache(repo, name, revision=revision)
     except ValueError:  # no name of a repository: its load says so
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+def weight_names(first: Variant = "") -> Iterator[tuple[str, str]]:
+    """The names that an index of shards and a single file may have, in their order; the first that exists counts.
+
+    first: the variant that comes before the others. A server reads the plain files where it finds several.
+    """
+    for variant in sorted(VARIANTS, key=lambda one: one != first):
+        word = f".{variant}" if variant else ""
+        yield from ((f"{stem}.safetensors.index{word}.json", f"{stem}{word}.safetensors") for stem in STEMS)
 
 
 def weight_files(place: Path) -> dict[Path, set[str] | None]:
@@ -207,12 +224,11 @@ def weight_files(place: Path) -> dict[Path, set[str] | None]:
     """
     if place.exists() and not place.is_dir():
         return {place: None}
-    for stem in STEMS:
-        index, single = place / f"{stem}.safetensors.index.json", place / f"{stem}.safetensors"
-        if index.exists():
-            return _shards(index)
-        if single.exists():
-            return {single: None}
+    for index, single in weight_names():
+        if (place / index).exists():
+            return _shards(place / index)
+        if (place / single).exists():
+            return {place / single: None}
     others = sorted(path.name for path in place.glob("*") if path.suffix in PICKLES)
     hint = f" (only safetensors are loaded, not {others[0]}; {CONVERT})" if others else ""
     raise CheckpointError(f"{place / STEMS[0]}.safetensors: missing{hint}")

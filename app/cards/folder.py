@@ -39,6 +39,7 @@ WITHOUT: dict[str, dict[str, str]] = {
         "text_encoder": "it is zeros without: pictures keep less to the prompt's style",
         "text_encoder_2": "it is zeros without: prompts are hardly followed",
     },
+    "unet": {},
 }
 """The parts that a model of a family can do without, and what it loses."""
 
@@ -145,10 +146,17 @@ class ModelFolder:
             if not folder.is_dir():
                 raise CheckpointError(f"{self.card.id}: the folder {folder} does not exist")
             return folder
-        index = files.cached_index(source.repo, source.revision)
-        if index is None:
-            raise NotDownloaded(f"{self.card.id}: not downloaded: run `instep models pull {self.card.id}`")
-        return index.parent.resolve()
+        own = [name for name in _named(self.card.folder / files.INDEX) if name not in self.card.components]
+        for levels, name in ((0, files.INDEX), *((1, f"{part}/config.json") for part in own)):
+            if found := files.cached_file(source.repo, source.revision, name):
+                return found.parents[levels].resolve()
+        raise NotDownloaded(f"{self.card.id}: not downloaded: run `instep models pull {self.card.id}`")
+
+    @property
+    def index_file(self) -> Path:
+        """Its model_index.json: in the folder, or beside the card of a repository that has parts alone."""
+        file, beside = self.path / files.INDEX, self.card.folder / files.INDEX
+        return beside if self.card.source.repo and not file.exists() and beside.is_file() else file
 
     def beside(self) -> ModelFolder:
         """The same model as the configs beside its cards describe it: they are there before a download."""
@@ -188,7 +196,7 @@ class ModelFolder:
 
     def parts(self) -> list[Part]:
         """The parts that model_index.json and `components` name. Raises CheckpointError, NotDownloaded."""
-        index = self.path / files.INDEX
+        index = self.index_file
         parts = [*self.own(), *map(self._shared, self.card.components)]
         if not parts:
             raise CheckpointError(f"{index}: names no part of a model")
@@ -199,15 +207,15 @@ class ModelFolder:
     def own(self) -> list[Part]:
         """The parts of its own index, without those that `components` names. Raises as `parts`."""
         folder = self.path
-        found = files.read_classes(folder / files.INDEX).items()
+        found = files.read_classes(self.index_file).items()
         return [self._part(name, kind, folder) for name, kind in found if name not in self.card.components]
 
     def index(self) -> dict[str, Any]:
         """All of model_index.json, with other cards' entries for shared parts. Raises as `parts`."""
-        found = files.read_json(self.path / files.INDEX)
+        found = files.read_json(self.index_file)
         for name in self.card.components:
             owner, part = self._owner(name)
-            found[name] = files.read_json(owner.path / files.INDEX).get(part)
+            found[name] = files.read_json(owner.index_file).get(part)
         return found
 
     def _owner(self, name: str) -> tuple[ModelFolder, str]:
@@ -220,13 +228,13 @@ class ModelFolder:
     def _shared(self, name: str) -> Part:
         owner, part = self._owner(name)
         try:
-            index = owner.path / files.INDEX
+            index = owner.index_file
         except NotDownloaded as error:
             raise self._to_pull(name) from error
         class_name = files.read_classes(index).get(part)
         if class_name is None:
             raise CheckpointError(f"{index}: {part}: missing, though another card's components.{name} names it")
-        return replace(owner._part(part, class_name, index.parent), name=name)
+        return replace(owner._part(part, class_name, owner.path), name=name)
 
     def _part(self, name: str, class_name: str, folder: Path) -> Part:
         """Raises CheckpointError for a missing or pickled file of the card's `files`."""
@@ -248,6 +256,11 @@ class ModelFolder:
     def _to_pull(self, part: str) -> NotDownloaded:
         name = self.card.id
         return NotDownloaded(f"{name}: its {part} is not downloaded: run `instep models pull {name}`")
+
+
+def _named(index: Path) -> dict[str, str]:
+    """The classes of an index by part; none where it is not there."""
+    return files.read_classes(index) if index.is_file() else {}
 
 
 def schedule_of(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def networks_of(card: Card, cards: Mapping[str, Card]) -> dict[str, nn.Module]:
     """The networks of a card that adapters may change, without weights; none where their configs are not here."""
     for folder in (ModelFolder(card, cards), ModelFolder(card, cards).beside()):
         try:
-            parts = [part for part in folder.parts() if part.name.startswith(("transformer", "text_encoder"))]
+            parts = [part for part in folder.parts() if part.name.startswith((card.network, "text_encoder"))]
             return {part.name: network_of(part.class_name, part.folder) for part in parts}
         except (InstepError, OSError, ValueError, RuntimeError):
             continue

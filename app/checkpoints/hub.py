@@ -23,7 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, logging, tqdm  # type: ignore[attr-defined]
 
 from app.cards.card import Card
-from app.cards.files import BIN, INDEX, STEMS, read_classes
+from app.cards.files import BIN, INDEX, Variant, read_classes, weight_names
 from app.errors import CheckpointError
 
 NAME_LIMIT = 255
@@ -67,30 +67,32 @@ class Repo:
         blob, size = self.blob(path), self.files[path].size
         return 0 if blob.is_file() and blob.stat().st_size == size else size
 
-    def wanted(self, parts: Iterable[str], bare: Iterable[str] = (), torch: bool = False) -> list[str]:
+    def wanted(
+        self, parts: Iterable[str], bare: Iterable[str] = (), torch: bool = False, variant: Variant = ""
+    ) -> list[str]:
         """The files that a server reads for these parts (folders): settings, tokenizers, weights.
 
         bare: parts that have their weights elsewhere. torch: whether diffusers' torch files will do, which `instep
-        models convert` reads, for parts without safetensors; else raises CheckpointError for those.
+        models convert` reads, for parts without safetensors; else raises CheckpointError for those. variant: of the
+        weights where there are several.
         """
         found: list[str] = []
         for part in parts:
             names = {path.removeprefix(f"{part}/") for path in self.files if path.startswith(f"{part}/")}
             mine = [name for name in names if _SETTINGS.fullmatch(name)]
             if part not in bare:
-                mine += self._weights(part, names, torch)
+                mine += self._weights(part, names, torch, variant)
             found += [f"{part}/{name}" for name in mine]
         return sorted(found)
 
-    def _weights(self, part: str, names: set[str], torch: bool) -> list[str]:
-        """One format of a part's weights, without variants; the order is that in which app/cards/files.py looks."""
-        for stem in STEMS:
-            index = f"{stem}.safetensors.index.json"
+    def _weights(self, part: str, names: set[str], torch: bool, variant: Variant) -> list[str]:
+        """One format and variant of a part's weights."""
+        for index, single in weight_names(variant):
             if index in names:
-                shard = re.compile(rf"{stem}-\d+-of-\d+\.safetensors")
+                shard = re.compile(rf"{re.escape(Path(single).stem)}-\d+-of-\d+\.safetensors")
                 return [index, *(name for name in names if shard.fullmatch(name))]
-            if f"{stem}.safetensors" in names:
-                return [f"{stem}.safetensors"]
+            if single in names:
+                return [single]
         if torch and BIN in names:
             return [BIN]
         if others := sorted(name for name in names if _OTHERS.fullmatch(name)):
@@ -207,24 +209,33 @@ def needs(card: Card, cards: Mapping[str, Card], opened: Callable[[str, str | No
             continue
         repo, named = _open(owner, opened)
         parts = {part} if part else named - set(card.components) | {"scheduler"}
-        paths = repo.wanted(parts, owner.files, torch=not part and card.has("torch_files"))
+        torch = not part and card.has("torch_files")
+        paths = repo.wanted(parts, owner.files, torch=torch, variant=owner.variant)
         key = f"{repo.name}@{repo.commit}"
-        before, known = found.get(key, (repo, {INDEX}))
+        before, known = found.get(key, (repo, {INDEX} & repo.files.keys()))
         # Of a pinned card and one that follows a branch, the branch is what `link` has to write down.
         found[key] = repo if before.revision == before.commit else before, known.union(paths)
     return found
 
 
 def _open(card: Card, opened: Callable[[str, str | None], Repo]) -> tuple[Repo, set[str]]:
-    """The repository of a card, and the parts that its model_index.json names."""
-    repo = opened(str(card.source.repo), card.source.revision)
-    if INDEX not in repo.files:
+    """The repository of a card, and the parts that its model_index.json names.
+
+    Where the repository has only the card's own parts, it is the one beside the card that names them.
+    """
+    repo, beside = opened(str(card.source.repo), card.source.revision), card.folder / INDEX
+    if INDEX not in repo.files and not (beside.is_file() and _has_parts(repo, beside, card)):
         raise CheckpointError(f"{repo.name} has no {INDEX}: it is not in the diffusers layout")
-    file = repo.fetch(INDEX)
+    file = repo.fetch(INDEX) if INDEX in repo.files else beside
     try:
         return repo, set(read_classes(file))
     except CheckpointError as error:
         raise CheckpointError(f"{repo.name}: {error.message.replace(str(file), INDEX)}") from error
+
+
+def _has_parts(repo: Repo, index: Path, card: Card) -> bool:
+    """Whether the repository has every part of this index that the card does not take from other cards."""
+    return {path.partition("/")[0] for path in repo.files} >= read_classes(index).keys() - card.components.keys()
 
 
 @contextmanager

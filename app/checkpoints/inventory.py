@@ -33,8 +33,12 @@ BESIDES = {
 }
 """Keys of configs that distinguish networks of the same shapes."""
 
-OWN = ("id", "like", "aliases", "source", "components", "files", "bytes", "gated")
+OWN = ("id", "like", "aliases", "source", "variant", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
+
+
+NETWORKS = {family.required[0] for family in FAMILIES.values()}
+"""Names of the parts that denoise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +84,16 @@ class Fit:
     def missing(self) -> list[str]:
         """The parts of the card that the new one lacks."""
         return [part for part in self.configs if part not in self.parts]
+
+    @property
+    def needed(self) -> list[str]:
+        """The parts that the new model cannot do without."""
+        without, encoders = (
+            WITHOUT[self.card.family],
+            [part for part in self.configs if part.startswith("text_encoder")],
+        )
+        used = sorted(part for part in encoders if part in self.parts or part not in without)
+        return [*FAMILIES[self.card.family].required, *used, *(f"tokenizer{one[12:]}" for one in used)]
 
     @property
     def schedule(self) -> dict[str, Any]:
@@ -145,9 +159,7 @@ class Fit:
 
     def refuse_gaps(self) -> None:
         """Raises LoadError when a part is missing that the model cannot do without, with what to do."""
-        encoders = sorted(part for part in self.parts if part.startswith("text_encoder"))
-        needed = [*FAMILIES[self.card.family].required, *(f"tokenizer{one[12:]}" for one in encoders)]
-        if gaps := [part for part in needed if part not in self.parts]:
+        if gaps := [part for part in self.needed if part not in self.parts]:
             words = (f"{flag(part)} PATH" if part[:9] != "tokenizer" else "--tokenizers FOLDER" for part in gaps)
             flags = "" if self.whole else f"{' '.join(dict.fromkeys(words))}, or "
             rest = f"--rest {self.card.id} to take what is missing from that card"
@@ -238,8 +250,8 @@ class Inventory:
 
     def check(self) -> None:
         """Raises CheckpointError: the network is in a form that this server does not read, or no card fits."""
-        if "transformer" in self.odd:
-            raise CheckpointError(f"{self.path}: {self.odd['transformer']}")
+        if networks := NETWORKS & self.odd.keys():
+            raise CheckpointError(f"{self.path}: {self.odd[min(networks)]}")
         if self.fits:
             return
         if self.misfits:
@@ -257,7 +269,7 @@ class Inventory:
         fits = {fit.card.id: fit for fit in (self.fits if like else self.bases)}
         if like and like.id not in fits:
             raise CheckpointError(f"{self.path}: is not like {like.id}; it fits {', '.join(fits)}")
-        if not all("transformer" in fit.parts for fit in fits.values()):
+        if not all(fit.card.network in fit.parts for fit in fits.values()):
             raise LoadError(f"{self.path}: the network is not in it; this goes beside one (--vae, --text-encoder ...)")
         if like is None and len(fits) > 1:
             raise LoadError(f"{self.path}: fits {', '.join(fits)}, and the files cannot tell which: say it with --like")
@@ -265,8 +277,8 @@ class Inventory:
 
     def _match(self, fit: Fit) -> bool:
         """Give the fit the parts by its names. False: the network is another, or any part where there is no network."""
-        if network := self.parts.get("transformer"):
-            if self._compare(fit, "transformer", network) != []:
+        if name := next(iter(NETWORKS & self.parts.keys()), ""):
+            if name != fit.card.network or self._compare(fit, name, self.parts[name]) != []:
                 return False
             fit.parts |= self.parts
             if self.path.is_file():  # a folder's parts have configs of their own
@@ -344,14 +356,14 @@ def _read_file(found: Inventory) -> None:
 
 def _fit(card: Card, path: Path, cards: Mapping[str, Card]) -> Fit | None:
     """The card with the configs of its parts; None where its network's is not here, or is another card's."""
-    if "transformer" in card.components:
+    if card.network in card.components:
         return None
     try:
         parts = ModelFolder(card, cards).beside().parts()
     except CheckpointError:
         return None
     fit = Fit(card, path, cards, {part.name: part for part in parts})
-    return fit if fit.network("transformer") else None
+    return fit if fit.network(card.network) else None
 
 
 def _besides(part: Part, found: Found) -> list[str]:

@@ -12,7 +12,8 @@ from rich.table import Table
 from app.cli.options import Folder, Model, body_flags, read_settings, with_flags
 from app.cli.paint import facts_table, show_tables, table
 from app.errors import InvalidValue
-from app.jobs.body import ImageBody, recipe_facts
+from app.jobs.body import ImageBody
+from app.jobs.facts import recipe_facts
 
 app = typer.Typer(help="Measure this machine: a step, an image, a server under load.", no_args_is_help=True)
 

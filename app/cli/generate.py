@@ -20,7 +20,19 @@ from safetensors.numpy import save_file
 
 from app.cards.card import Card
 from app.cards.catalog import Registry
-from app.cli.options import Folder, Labels, Loras, Out, body_flags, find, open_registry, read_settings, with_flags
+from app.cli.options import (
+    NESTED,
+    Folder,
+    Labels,
+    Loras,
+    Out,
+    body_flags,
+    find,
+    nested,
+    open_registry,
+    read_settings,
+    with_flags,
+)
 from app.cli.paint import bars_of, draw, half_blocks, say
 from app.errors import InstepError, InvalidValue
 from app.imaging import Format, grid
@@ -41,7 +53,7 @@ _IDS = re.compile(r"[0-9]{1,9}(,[0-9]{1,9})+")
 KINDS: dict[str, Format] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
-@with_flags(body_flags(EditBody))
+@with_flags(body_flags(EditBody) | NESTED)
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw")] = None,
     image: Annotated[Path | None, _FILE(help="Start from this picture: PNG, JPEG or WebP")] = None,
@@ -57,7 +69,7 @@ def generate(
     """Draw one request without a server, and show it in the terminal."""
     settings = read_settings(models=models)
     registry = open_registry(settings, fields["model"], loras=lora)
-    fields |= {"prompt": prompt, "class_label": labels_of(class_label), "loras": loras_of(lora)}
+    fields = nested(fields) | {"prompt": prompt, "class_label": labels_of(class_label), "loras": loras_of(lora)}
     fields |= {"grid": None if columns is None else {"columns": columns}, "output_format": out and kind_of(out)}
     files = {name: file for name, file in (("image", image), ("mask", mask)) if file}
     job = build(fields, registry, "generate", files, keep_latents=bool(save_latents and in_folder(save_latents)))
@@ -71,7 +83,7 @@ def generate(
     say(console, curl(job, settings, out, files))
 
 
-@with_flags(body_flags(CompareBody, "model", "n"))
+@with_flags(body_flags(CompareBody, "model", "n") | NESTED)
 def compare(
     model: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL", help="Model ids or aliases, one for each column")
@@ -86,7 +98,7 @@ def compare(
     """Draw the same prompts or classes with several models, as one panel with a column for each model."""
     settings = read_settings(models=models)
     registry = open_registry(settings, *(model or ()), loras=lora)
-    fields |= {"models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label)}
+    fields = nested(fields) | {"models": model or None, "prompt": prompt or None, "class_label": labels_of(class_label)}
     fields |= {"loras": loras_of(lora), "output_format": out and kind_of(out)}
     comparison, jobs = plan(fields, registry)
     out = out or Path(f"compare-{comparison.seed}.png")
@@ -154,9 +166,9 @@ def build(
         others = [name for name in EditBody.model_fields.keys() - ImageBody.model_fields if body.get(name) is not None]
         if name := next(iter((*(files or ()), *others)), None):
             raise InvalidValue(f"{name}: needs a picture, --image", param=name)
-        return _job(card, read_body(body), request_id, keep_latents)
+        return _job(card, read_body(body), request_id, registry, keep_latents)
     edit = read_edit(body).sized(card, *look(files["image"]))
-    job = _job(card, edit, request_id, keep_latents)
+    job = _job(card, edit, request_id, registry, keep_latents)
     source = read_source(files["image"], files.get("mask"), False, *edit.reading(job.request.recipe))
     job.request = with_source(job.request, source)
     return job
@@ -165,13 +177,16 @@ def build(
 def plan(body: Body, registry: Registry) -> tuple[CompareBody, list[Job]]:
     """The same of a comparison: its body, complete, and the job of each cell."""
     numbers, comparison = itertools.count(), read_comparison(body, registry)
-    return comparison, cells(comparison, registry, lambda card, one: _job(card, one, f"compare-{next(numbers)}"))
+    return comparison, cells(
+        comparison, registry, lambda card, one: _job(card, one, f"compare-{next(numbers)}", registry)
+    )
 
 
-def _job(card: Card, body: ImageBody, request_id: str, keep_latents: bool = False) -> Job:
-    request = body.to_request(card, request_id, adapters=card.adapters)
+def _job(card: Card, body: ImageBody, request_id: str, registry: Registry, keep_latents: bool = False) -> Job:
+    refiner = body.refined_by(card, registry)
+    request = body.to_request(card, request_id, adapters=card.adapters, refiner=refiner)
     delivery = replace(request.delivery, progress=True, keep_latents=keep_latents)
-    return Job(replace(request, delivery=delivery), card, body, body.output_format or "png", raw=True)
+    return Job(replace(request, delivery=delivery), card, body, body.output_format or "png", raw=True, refiner=refiner)
 
 
 def curl(job: Job, settings: Settings, out: Path, files: Files | None = None) -> str:

@@ -19,7 +19,8 @@ from app.cli.options import Folder, find, open_registry, read_settings
 from app.cli.paint import facts_table, show_tables, table
 from app.errors import LoadError, plain
 from app.jobs.compare import parameters_in_words
-from app.samplers.table import valid_samplers
+from app.samplers.grids import GRIDS
+from app.samplers.table import valid_grids, valid_samplers
 from app.settings import Settings
 from app.worker import plan
 
@@ -97,7 +98,8 @@ def _facts_of(card: Card, cards: Mapping[str, Card]) -> dict[str, str]:
         **{f"file {part}": file for part, file in card.files.items()},
         **{f"shared {part}": target for part, target in card.components.items()},
         "schedule": f"{schedule.kind}, predicts {schedule.prediction}, spacing {schedule.spacing}",
-        "samplers": ", ".join(valid_samplers(schedule)),
+        "samplers": ", ".join(samplers := valid_samplers(schedule)),
+        "schedules": f"{', '.join(GRIDS)} with {', '.join(name for name in samplers if valid_grids(name))}",
         "default sampler": f"{usual.sampler}, {usual.num_inference_steps} steps, guidance {usual.guidance_scale:g}",
         "default size": usual.size,
         "default strength": f"{usual.strength:g}",
@@ -130,7 +132,7 @@ def check(
     found = identify(path.absolute(), registry.cards.models)
     found.check()
     _print_found(found, settings)
-    if "transformer" in found.bases[0].parts:
+    if found.bases[0].card.network in found.bases[0].parts:
         _print_next(found, registry.cards, settings)
 
 
@@ -216,24 +218,23 @@ def _print_found(found: Inventory, settings: Settings) -> None:
         typer.echo(f"{found.path.name} is a torch file, which a server does not load")
     unsure = ": the same shapes, so the files cannot tell which" if len(names) > 1 else ""
     typer.echo(f"fits {', '.join(names)}{unsure}")
-    whole = "transformer" in networks
+    whole = fit.card.network in networks
     parts = list(dict.fromkeys([*networks, *fit.missing, *fit.odd])) if whole else networks
     memory = _memory_of(fit, parts, settings)
     show_tables(table([_row(fit, part, memory) for part in parts], ("part", "state")))
-    if whole:
-        typer.echo(_budget(fit, networks, memory, settings))
-        return
     if found.others:
         typer.echo(
             f"{len(found.others)} tensors belong to no layout that is known here, the first: {short(found.others[0])}"
         )
+    if whole:
+        typer.echo(_budget(fit, networks, memory, settings))
+        return
     typer.echo(f"no network is in it: give it to `instep models add` beside one ({', '.join(map(flag, networks))})")
 
 
 def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
     """A part of the table: how it is stored, why it is not usable or what its absence means, and its sizes."""
     from app.checkpoints.inventory import short
-    from app.families import FAMILIES
 
     there = fit.own.get(part)
     tensors = there.state.values() if there else ()
@@ -241,10 +242,10 @@ def _row(fit: Fit, part: str, memory: Mapping[str, int]) -> dict[str, str]:
         state = f"not usable: {short(fit.odd[part])}"
     elif there:
         state = f"stored as {', '.join(sorted({str(one.dtype).removeprefix('torch.') for one in tensors}))}"
-    elif part in FAMILIES[fit.card.family].required:
-        state = "missing, and needed"
     elif part.startswith("tokenizer"):
         state = f"missing; text_encoder{part.removeprefix('tokenizer')} needs it"
+    elif part in fit.needed:
+        state = "missing, and needed"
     else:
         state = f"missing; {WITHOUT[fit.card.family].get(part, 'it can do without')}"
     return {

@@ -14,7 +14,7 @@ from pydantic_settings import SettingsError as SourceError
 from app.cards.card import Card
 from app.cards.cards import read_cards
 from app.cards.catalog import Registry
-from app.errors import ModelNotFound, SettingsError, first_problem
+from app.errors import InvalidValue, ModelNotFound, SettingsError, first_problem
 from app.settings import LISTS, Settings
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -44,6 +44,13 @@ WITHOUT = {
     *("priority", "deadline"),
 }
 """Fields of a body that have no flag, because a command takes them in another way, or because a server answers."""
+
+NESTED: dict[str, Any] = {
+    "refiner": Annotated[str | None, typer.Option(help='A model that draws the last part; "none" for none')],
+    "switch_at": Annotated[float | None, typer.Option(help="The share after which the refiner draws; 0.8 without")],
+    "crop": Annotated[tuple[int, int] | None, typer.Option(help="SDXL: where to cut", metavar="LEFT TOP")],
+}
+"""Flags of fields that are objects and lists; `nested` makes these of them."""
 
 _METAVARS: dict[Any, str | None] = {bool: None, int: "INTEGER", float: "FLOAT", Path: "PATH"}
 """What stands for a value of these types; all others are text."""
@@ -104,6 +111,17 @@ def body_flags(body: type[BaseModel], *without: str) -> dict[str, Any]:
             option = typer.Option(*names, help=schema["description"], show_default=False)
             found[name] = Annotated[types[0] | None, option]
     return found
+
+
+def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a body for values with the names of NESTED among them. Raises InvalidValue."""
+    found = {name: value for name, value in fields.items() if name != "switch_at"}
+    if found.get("refiner"):
+        switch = {"switch_at": fields["switch_at"]} if fields.get("switch_at") is not None else {}
+        found["refiner"] = {"model": found["refiner"], **switch}
+    elif fields.get("switch_at") is not None:
+        raise InvalidValue("--switch-at: needs --refiner beside it", param="switch_at")
+    return found | ({"crop": [*found["crop"]]} if found.get("crop") else {})
 
 
 def open_registry(settings: Settings, *models: str | None, loras: object = None) -> Registry:

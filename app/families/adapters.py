@@ -1,5 +1,6 @@
 """Adapters: LoRA weights of one model, and the forwards that add them to its linear layers (Hu et al. 2021,
-arXiv:2106.09685). They are never merged, so passes with different adapters share a forward.
+arXiv:2106.09685) and convolutions, where a thin one is followed by one of a single pixel. They are never merged, so
+passes with different adapters share a forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,19 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn.functional import conv2d, linear
 
 from app.families.compiling import as_written, is_compiled
 
 Pairs = Mapping[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]
-"""(part, module) -> (down [r, in], up [out, r]). Modules with the same input may have one `down` object."""
+"""(part, module) -> (down [r, in] or [r, in, h, w] of a convolution, up [out, r]).
+
+Modules with the same input may have one `down` object.
+"""
 
 SHARED = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"), "qkv")
-"""Names of modules that get the same input where they have one parent: one product with all `down` serves them all."""
+"""Names of modules that get the same input where they have one parent and the input is as wide: one product with all
+`down` serves them all. In cross-attention, keys and values do."""
 
 
 class Place(NamedTuple):
@@ -49,8 +54,8 @@ class LoRA(nn.Module):
 def lay_out(pairs: Pairs) -> tuple[dict[str, torch.Tensor], dict[tuple[str, str], Place]]:
     """The parameters of a LoRA by their names, and the places of its modules.
 
-    Parameters: `down` [R, in] for each input, with the rows of all modules that have it, and `up` [out, r] for each
-    module. Modules with one `down` object share its rows.
+    Parameters: `down` [R, in] or [R, in, h, w] for each input, with the rows of all modules that have it, and `up`
+    [out, r] for each module. Modules with one `down` object share its rows.
     """
     downs: dict[str, list[torch.Tensor]] = {}
     ups: dict[str, torch.Tensor] = {}
@@ -59,6 +64,7 @@ def lay_out(pairs: Pairs) -> tuple[dict[str, torch.Tensor], dict[tuple[str, str]
         parent, _, leaf = module.rpartition(".")
         first = next((names[0] for names in SHARED if leaf in names), leaf)
         source, own = (f"{part}.{parent}.{name}".replace(".", "/") for name in (first, leaf))
+        source = f"{source}/{down.shape[1]}"
         rows = downs.setdefault(f"{source}/down", [])
         nth = next((nth for nth, one in enumerate(rows) if one is down), len(rows))
         rows += [down] if nth == len(rows) else []
@@ -151,7 +157,17 @@ class Adapted:
         for source, passes, weights, down, up, columns in changes:
             product = self._products.get(source)
             if product is None:
-                product = linear(x[passes], down).mul_(weights if x.ndim == 3 else weights[..., 0])
+                product = _thin(module, x[passes], down).mul_(weights.view(-1, *[1] * (x.ndim - 1)))
                 self._products[source] = product
-            y[passes].view(-1, y.shape[-1]).addmm_(product[..., columns].flatten(0, -2), up)
+            if isinstance(module, nn.Conv2d):
+                y[passes] += conv2d(product[:, columns], up.T[..., None, None])
+            else:
+                y[passes].view(-1, y.shape[-1]).addmm_(product[..., columns].flatten(0, -2), up)
         return y
+
+
+def _thin(module: nn.Module, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """What `down` makes of an input as the module's own weight does, without a bias."""
+    if isinstance(module, nn.Conv2d):
+        return conv2d(x, down, None, module.stride, module.padding, module.dilation)
+    return linear(x, down)

@@ -29,7 +29,8 @@ POSITIONS_TOLERANCE = 1e-2
 
 _FILE = Path(__file__).with_suffix(".toml")
 _INDEX = r"(0|[1-9][0-9]{0,3})"
-_TOKENS = {"#": _INDEX, "$": _INDEX, "*": r"(weight|bias)", "**": r"(.*)"}
+_TOKENS = {"#": _INDEX, "$": _INDEX, "{": _INDEX, "*": r"(weight|bias)", "**": r"(.*)"}
+_TOKEN = re.compile(r"(\*\*|[#$*]|\{\d\+\d\}|\(.*?\))")
 
 
 def thirds(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
@@ -53,6 +54,11 @@ def matrix(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     return (tensor.view(tensor.shape[:2]),)
 
 
+def transposed(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
+    """A view of x @ w as a linear layer's weight."""
+    return (tensor.mT,)
+
+
 def positions(tensor: torch.Tensor, state: Tensors) -> Iterable[torch.Tensor]:
     """Nothing: the network computes its position embedding, from which a stored one must not differ."""
     side = isqrt(tensor.shape[1])
@@ -69,6 +75,7 @@ _NOT: dict[Change, str] = {
     fused: "does not split into q, k, v and the MLP",
     swapped: "does not split into shift and scale",
     matrix: "is not a convolution of one pixel",
+    transposed: "is not a matrix",
     positions: "is not [1, side * side, width]",
 }
 """The error where a tensor's shape does not allow a change."""
@@ -112,7 +119,7 @@ def _pieces(key: str, tensor: torch.Tensor, change: Change, state: Tensors) -> I
 @cache
 def _pattern(key: str, dot: str = r"\.") -> re.Pattern[str]:
     """The names that a rule of this key reads; groups are indices, words and endings. dot: what stands for its dots."""
-    pieces = re.split(r"(\*\*|[#$*]|\(.*?\))", key)
+    pieces = (one[:1] if one[:1] == "{" else one for one in _TOKEN.split(key))
     words = (_TOKENS.get(one) or (one if one[:1] == "(" else re.escape(one).replace(r"\.", dot)) for one in pieces)
     return re.compile("".join(words))
 
@@ -130,10 +137,15 @@ def _rule(
 
 def _named(key: str, name: str, match: re.Match[str], highest: Callable[[str], int]) -> Iterator[str]:
     """The names, which are more than one where `name` has a `%`."""
-    read = iter(match.groups())
+    read: dict[str, list[str]] = {"#": [], "&": [], "*": [], "**": []}
+    for token, text in zip(_TOKEN.findall(key), match.groups(), strict=True):
+        if token[0] == "{":
+            read["#"] += map(str, divmod(int(text) - int(token[1]), int(token[3])))
+        else:
+            read[{"$": "#", "(": "&"}.get(token[0], token)].append(text)
     if "~" in name:
-        name = name.replace("~", str(highest(key.partition("#")[0]) - int(next(read))))
-    named = re.sub(r"\*\*|[#*&]", lambda _: next(read), name)
+        name = name.replace("~", str(highest(key.partition("#")[0]) - int(read["#"].pop(0))))
+    named = re.sub(r"\*\*|[#*&]", lambda found: read[found[0]].pop(0), name)
     for index in range(highest("blocks.") + 1 if "%" in named else 1):
         yield named.replace("%", str(index))
 
@@ -187,13 +199,22 @@ class Layout:
         return found
 
 
-def _layout(name: str, facts: dict[str, Any]) -> Layout:
+def _layout(name: str, facts: dict[str, Any], others: Mapping[str, Layout]) -> Layout:
     tables = {kind: facts.pop(kind) for kind in list(facts) if kind in _CHANGES}
     lines = ((key, names, _CHANGES[kind]) for kind, table in tables.items() for key, names in table.items())
-    return Layout(name, rules=[rule(key, *names.split(), change=change) for key, names, change in lines], **facts)
+    rules = [rule(key, *names.split(), change=change) for key, names, change in lines]
+    rest = others[facts.pop("rest")].rules if "rest" in facts else ()
+    return Layout(name, rules=[*rules, *rest], **facts)
 
 
-LAYOUTS = [_layout(*entry) for entry in tomllib.loads(_FILE.read_text(encoding="utf-8")).items()]
+def _layouts(text: str) -> list[Layout]:
+    found: dict[str, Layout] = {}
+    for name, facts in tomllib.loads(text).items():
+        found[name] = _layout(name, facts, found)
+    return list(found.values())
+
+
+LAYOUTS = _layouts(_FILE.read_text(encoding="utf-8"))
 
 
 def parts_in(keys: Collection[str]) -> dict[str, Layout]:

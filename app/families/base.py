@@ -1,4 +1,4 @@
-"""Family: a network with its text encoders and VAE, as the engine sees them; what dit.py, sd3.py and flux.py share."""
+"""Family: a network with its text encoders and VAE, as the engine sees them; what the families share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +35,10 @@ class Family(ABC):
     """
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
-    """The classes that each part may have, by its name in model_index.json."""
+    """The classes that each part may have, by its name in model_index.json; the first one is the network."""
     reads: ClassVar[Mapping[str, Callable[[Any, torch.Tensor], States]]] = {}
     """The functions that run the text encoders, by the encoders' names in model_index.json."""
-    required: ClassVar[tuple[str, ...]] = ("transformer", "vae")
+    required: ClassVar[tuple[str, ...]]
     """The parts that the model cannot do without."""
     phases: ClassVar[Mapping[Phase, tuple[str, ...]]]
     """Names of the parts with weights that each phase needs on the device."""
@@ -54,12 +54,13 @@ class Family(ABC):
     dtype: torch.dtype
 
     def __init_subclass__(cls) -> None:
-        cls.phases = {"encode": tuple(cls.reads), "denoise": ("transformer",), "decode": ("vae",)}
+        cls.required = (next(iter(cls.parts)), "vae")
+        cls.phases = {"encode": tuple(cls.reads), "denoise": cls.required[:1], "decode": ("vae",)}
 
     def __init__(self, card: Card, parts: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
         """parts: built components by their names in model_index.json. Raises CheckpointError: they do not fit."""
         self.card, self.device, self.dtype = card, torch.device(device), dtype
-        self.network, self.vae = parts["transformer"], parts["vae"]
+        self.network, self.vae = parts[self.required[0]], parts["vae"]
         self.config = self.network.config
         self.channels: int = self.vae.config.latent_channels
         self.scale = vae.pixels_per_latent(self.vae)

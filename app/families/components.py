@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
@@ -31,7 +37,7 @@ _BUFFER_LIMIT = 2**26
 """Elements of one computed buffer: a DiT-XL at 2048 px has 2^24."""
 
 _KINDS: tuple[Any, ...] = (
-    *(DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel, AutoencoderKL),
+    *(DiTTransformer2DModel, SD3Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel, AutoencoderKL),
     *(CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel),
 )
 _NETWORKS = {kind.__name__: kind for kind in _KINDS} | {"Transformer2DModel": DiTTransformer2DModel}

@@ -1,7 +1,8 @@
 """LoRA: the tensors of an adapter's file, and the modules of a model's networks that they change.
 
-A pair is `down` [rank, inputs] and `up` [outputs, rank]: a module's weight grows by up @ down. Files name modules as
-diffusers does, or as the authors of the network do (`authors.toml`), kohya-ss/sd-scripts with underscores for dots.
+A pair is `down` [rank, inputs], with the kernel's sides for a convolution, and `up` [outputs, rank]: a module's weight
+grows by up @ down. Files name modules as diffusers does, or as the authors of the network do (`authors.toml`),
+kohya-ss/sd-scripts with underscores for dots.
 """
 
 import json
@@ -17,6 +18,7 @@ from torch import nn
 from app.families.authors import Tensors, modules_of, swapped
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+Layer = nn.Linear | nn.Conv2d
 
 RANK, ALPHA, LOST = 1024, 1e6, 1000
 """The most of a pair's rank, of an alpha, and of tensors without a place."""
@@ -29,9 +31,9 @@ _PARTS = {
     "text_encoder": re.compile(r"lora_te1?_|text_encoder\.|text_encoders\.clip_l\.transformer\."),
     "text_encoder_2": re.compile(r"lora_te2_|text_encoder_2\.|text_encoders\.clip_g\.transformer\."),
     "T5": re.compile(r"lora_te3_|text_encoder_3\.|text_encoders\.t5xxl\.transformer\."),
-    "transformer": re.compile(r"lora_unet_|lora_transformer_|lycoris_|(?:(?:transformer|diffusion_model|model)\.)*"),
+    "": re.compile(r"lora_unet_|lora_transformer_|lycoris_|(?:(?:transformer|unet|diffusion_model|model)\.)*"),
 }
-"""How the names of a part's modules begin. A T5 is the last text encoder of its model."""
+"""How the names of a part's modules begin. A T5 is the last text encoder of its model, and "" its network."""
 
 _OTHERS = {
     "one with names of over 256 characters": r"^.{257}",
@@ -49,8 +51,10 @@ _OTHERS = {
     "a LoRA of Qwen-Image": r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mlp|mod)",
     "a LoRA of Wan": r"blocks[._]\d+[._](?:self|cross)_attn[._]",
 }
-"""What a file with such names is, in place of a LoRA of this model; the rest of it would be another adapter."""
-_OWN = {"FluxTransformer2DModel": "a LoRA of FLUX.1", "SD3Transformer2DModel": "a LoRA of Stable Diffusion 3"}
+"""What a file with such names is, in place of a LoRA of this model; the rest of it would be another adapter. A network
+with such names has files with them."""
+_OWN = {"SD3Transformer2DModel": "a LoRA of Stable Diffusion 3"}
+"""The same of a network that has other names than its authors' files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +75,26 @@ def match(state: Tensors, networks: Mapping[str, nn.Module], metadata: Mapping[s
     of the file, where diffusers writes alpha. Raises ValueError in words for a user: what the file is if it is no LoRA
     of this model, or what is wrong in it.
     """
-    keys, own = "\n".join(state), _OWN.get(type(networks.get("transformer")).__name__)
-    for words, pattern in _OTHERS.items():
-        if words != own and (sign := re.search(pattern, keys, re.MULTILINE)):
-            raise ValueError(f"is {words}, by its names ({sign[0][:40]!r}): take a plain LoRA of this model")
-    settings, last = _settings(metadata or {}), max((part for part in networks if part.startswith("text")), default="")
-    linears = {
-        part: {_flat(name): (name, one) for name, one in network.named_modules() if isinstance(one, nn.Linear)}
+    own = next((part for part in networks if not part.startswith("text")), "")
+    last = max((part for part in networks if part.startswith("text")), default="")
+    _refuse_others("\n".join(state), networks.get(own))
+    settings = _settings(metadata or {}, own)
+    layers = {
+        part: {_flat(name): (name, one) for name, one in network.named_modules() if isinstance(one, Layer)}
         for part, network in networks.items()
     }
     found: dict[tuple[str, tuple[str, ...], bool], dict[str, str]] = {}
     lost: dict[str, str] = {}
     for key in state:
-        part, name, half = _read(key, last)
-        modules, turned = _place(name, networks[part], linears[part]) if part in networks else ((), False)
+        part, name, half = _read(key, {"T5": last, "": own})
+        modules, turned = _place(name, networks[part], layers[part]) if part in networks else ((), False)
         if not modules:
             lost[key] = part
         elif found.setdefault((part, modules, turned), {}).setdefault(half, key) != key:
             raise ValueError(f"{key!r} and {found[part, modules, turned][half]!r} are for the same place")
     pairs: dict[tuple[str, str], Pair] = {}
     for (part, modules, turned), halves in found.items():
-        places = dict(linears[part][name] for name in modules)
+        places = dict(layers[part][name] for name in modules)
         try:
             fresh = _pairs({half: state[key] for half, key in halves.items()}, places, turned, settings.get(part, {}))
         except ValueError as error:
@@ -100,19 +103,31 @@ def match(state: Tensors, networks: Mapping[str, nn.Module], metadata: Mapping[s
             if pairs.setdefault((part, module), pair) is not pair:
                 raise ValueError(f"{part}.{module} stands in the file twice")
     beside = set(lost.values()) - {part for part, _ in pairs}
-    if not pairs or len(lost) > LOST or "transformer" in beside:
+    if not pairs or len(lost) > LOST or own in beside:
         raise ValueError(f"is no LoRA of this model: {len(lost)} tensors have no place, as {min(lost, default='')!r}")
     return Matched(pairs, tuple(lost))
 
 
-def _read(key: str, last: str) -> tuple[str, str, str]:
-    """The part, the name there, and "down", "up" or "alpha"; "" for what is none of these."""
+def _refuse_others(keys: str, network: nn.Module | None) -> None:
+    """Raises ValueError where the keys, a line each, are those of another kind of file, or of another network."""
+    names = "\n".join(name for name, _ in network.named_modules()) if network else ""
+    for words, pattern in _OTHERS.items():
+        own = words == _OWN.get(type(network).__name__) or re.search(pattern, names, re.MULTILINE)
+        if not own and (sign := re.search(pattern, keys, re.MULTILINE)):
+            raise ValueError(f"is {words}, by its names ({sign[0][:40]!r}): take a plain LoRA of this model")
+
+
+def _read(key: str, others: Mapping[str, str]) -> tuple[str, str, str]:
+    """The part, the name there, and "down", "up" or "alpha"; "" for what is none of these.
+
+    others: the names of the parts that a model has as "T5" and "".
+    """
     read = _TENSOR.fullmatch(key)
     if read is None:
         return "", "", ""
     name, half = read[1].replace("base_model.model.", ""), read[2] or read[3] or read[4]
     part, start = next((part, begin[0]) for part, sign in _PARTS.items() if (begin := sign.match(name)))
-    return (last if part == "T5" else part), name.removeprefix(start), _HALVES.get(half, half)
+    return others.get(part, part), name.removeprefix(start), _HALVES.get(half, half)
 
 
 def _flat(name: str) -> str:
@@ -120,33 +135,34 @@ def _flat(name: str) -> str:
     return name.replace(".", "_").removeprefix("text_model_")
 
 
-def _place(name: str, network: nn.Module, linears: Collection[str]) -> tuple[tuple[str, ...], bool]:
+def _place(name: str, network: nn.Module, layers: Collection[str]) -> tuple[tuple[str, ...], bool]:
     """The modules of a name in a file, flat, and whether their halves are swapped; none where it has no place."""
-    if _flat(name) in linears:
+    if _flat(name) in layers:
         return (_flat(name),), False
     blocks = len(getattr(network, "transformer_blocks", ()))
     modules, turned = modules_of(type(network).__name__, name, blocks)
     flat = tuple(map(_flat, modules))
-    return (flat, turned) if all(one in linears for one in flat) else ((), False)
+    return (flat, turned) if all(one in layers for one in flat) else ((), False)
 
 
-def _pairs(halves: Tensors, places: Mapping[str, nn.Linear], turned: bool, settings: Mapping[str, Any]) -> list[Pair]:
+def _pairs(halves: Tensors, places: Mapping[str, Layer], turned: bool, settings: Mapping[str, Any]) -> list[Pair]:
     """The pairs of modules that the file has as one: with the same `down`; or where each `up` is zeros for the ranks of
     the others, with its own (split_qkv of sd-scripts). Raises ValueError, as the end of a sentence about the file."""
     down, up = halves.get("down"), halves.get("up")
     if down is None or up is None:
         raise ValueError("is there without its other half")
-    if (down.ndim, up.ndim) != (2, 2) or down.shape[0] != up.shape[1]:
+    if down.ndim < 2 or down.ndim != up.ndim or (down.shape[0], *[1] * (up.ndim - 2)) != up.shape[1:]:
         raise ValueError(f"and its other half have shapes {list(down.shape)} and {list(up.shape)}, which do not agree")
-    rows, rank = [one.out_features for one in places.values()], len(down)
-    for theirs, ours in ((down.shape[1], next(iter(places.values())).in_features), (len(up), sum(rows))):
+    rows, rank = [len(one.weight) for one in places.values()], len(down)
+    for theirs, ours in ((down.shape[1:], next(iter(places.values())).weight.shape[1:]), (up.shape[:1], (sum(rows),))):
         if theirs != ours:
-            raise ValueError(f"is for a width of {theirs}, this network has {ours}")
+            wide, own_wide = (" x ".join(map(str, shape)) for shape in (theirs, ours))
+            raise ValueError(f"is for a width of {wide}, this network has {own_wide}")
     if not 1 <= rank <= RANK:
         raise ValueError(f"has a rank of {rank}, which is not 1 to {RANK}")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise ValueError(f"and its other half hold {down.dtype} and {up.dtype}, not floating point")
-    up = (next(iter(swapped(up, {}))) if turned else up).to(torch.float32, copy=True)
+    up = (next(iter(swapped(up, {}))) if turned else up).flatten(1).to(torch.float32, copy=True)
     up *= _alpha(halves.get("alpha"), next(iter(places)), rank, settings) / rank
     if not down.is_meta and not isfinite(down.sum(dtype=torch.float32) + up.sum()):  # over 10 times faster than each
         raise ValueError("or its other half holds numbers that are not finite")
@@ -170,13 +186,13 @@ def _alpha(tensor: torch.Tensor | None, module: str, rank: int, settings: Mappin
     return found * (sqrt(rank) if tensor is None and settings.get("use_rslora") else 1)
 
 
-def _settings(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """peft's settings by part, as diffusers writes them. Raises ValueError."""
+def _settings(metadata: Mapping[str, str], own: str) -> dict[str, dict[str, Any]]:
+    """peft's settings by part, as diffusers writes them. own: the part of those without one. Raises ValueError."""
     settings: dict[str, dict[str, Any]] = {}
     try:
         for key, value in json.loads(metadata.get("lora_adapter_metadata", "{}")).items():
             part, _, name = key.rpartition(".")
-            settings.setdefault(part or "transformer", {})[name] = dict(value) if name == "alpha_pattern" else value
+            settings.setdefault(part or own, {})[name] = dict(value) if name == "alpha_pattern" else value
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError("has lora_adapter_metadata that is not peft's settings") from error
     return settings

@@ -8,18 +8,46 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.cards.adapters import MOST_LORAS, Lora
-from app.cards.card import Card, parse_size
-from app.cards.catalog import Adapters, find_adapters, find_label
+from app.cards.card import NO_REFINER, Card, Refining, parse_size
+from app.cards.catalog import Adapters, Registry, find_adapters, find_label
 from app.errors import Code, InvalidValue, RequestError, first_problem
-from app.imaging import DEFAULT_QUALITY, FORMATS, Format
-from app.jobs.other_names import hint
+from app.imaging import DEFAULT_QUALITY
+from app.jobs.fields import (
+    WORDS,
+    Base64,
+    Corner,
+    FileFormat,
+    Flag,
+    Labels,
+    Loras,
+    Real,
+    Sides,
+    Text,
+    Texts,
+    Whole,
+    without_effect,
+)
+from app.jobs.other_names import hint, sampler_hint
 from app.keys import NOBODY, ApiKey
-from app.request import ClassLabel, Condition, Delivery, Guidance, ImageSpec, Prompt, Recipe, Request, SkipGuidance
+from app.request import (
+    ClassLabel,
+    Condition,
+    Delivery,
+    Framing,
+    Guidance,
+    ImageSpec,
+    Prompt,
+    Recipe,
+    Refiner,
+    Request,
+    SkipGuidance,
+)
+from app.samplers.grids import GRIDS
 from app.samplers.table import most_steps, valid_samplers
 
 Json = dict[str, Any]
@@ -31,69 +59,19 @@ SEEDS = 2**63
 ANY_SEED = -1
 """A seed that asks for any, as A1111 and those after it write it; the same as none."""
 
-LONGEST, MOST = 32_000, 64
-"""The most characters of a text and entries of a list. The limits `prompt` and `n` of a card are not above these."""
+MOST_TOKENS = 512
+"""The most of a `max_sequence_length` that has no effect: the most of any model."""
+
+MOST_SKIPPED = 11
+"""The most layers of a CLIP that can be left out: CLIP-L has 12."""
 
 PRIORITY_LIMIT = 10
 
 LEAST_STRENGTH, RESIZE, MASK_BLUR = 0.01, "crop", 4.0
 """Of a body with a picture (`app/jobs/edit.py`): the least `strength`, and the defaults of `resize` and `mask_blur`."""
 
-_DETAILS = {
-    "string_too_long": "expects at most {max_length} characters",
-    "too_long": "expects at most {max_length} entries, not {actual_length}",
-    "string_unicode": "has a lone surrogate, which is not text",
-}
-_WORDS = _DETAILS | {
-    "extra_forbidden": "is an unknown field",
-    "missing": "is required",
-    "model_type": "expects a JSON object",
-    "list_type": "expects a list",
-    "string_type": "expects a string",
-}
-"""Our words for pydantic's errors, by type: of a value of the right type, and of all others."""
-
-
-def expects(words: str) -> WrapValidator:
-    """One error for a field, where pydantic has one for each type that the field may have."""
-
-    def check(value: object, inner: Callable[[object], object]) -> object:
-        try:
-            return inner(value)
-        except ValidationError as error:
-            problems = [one for one in error.errors(include_url=False) if one["type"] in _DETAILS]
-            details = [_DETAILS[one["type"]].format(**one.get("ctx", {})) for one in problems]
-            raise ValueError(details[0] if details else f"expects {words}") from None
-
-    return WrapValidator(check)
-
-
-def _as_whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Integer = Annotated[int, Strict(), BeforeValidator(_as_whole)]
-_String = Annotated[str, Strict(), Field(max_length=LONGEST)]
-_Strings = Annotated[list[_String], Field(max_length=MOST)]
-_Classes = Annotated[list[_Integer | _String], Field(max_length=MOST)]
-
-Whole = Annotated[_Integer, expects("a whole number")]
-Real = Annotated[float, Strict(), Field(allow_inf_nan=False), expects("a finite number")]
-Flag = Annotated[bool, Strict(), expects("true or false")]
-Text = Annotated[_String, expects("a string")]
-Texts = Annotated[_String | _Strings, expects("a string or a list of strings")]
-Labels = Annotated[_Integer | _String | _Classes, expects("a class id or a class name, or a list of them")]
-Loras = Annotated[list[Lora], Field(max_length=MOST_LORAS)]
-FileFormat = Annotated[Format, expects(f"one of {', '.join(FORMATS)}")]
-Base64 = Annotated[Literal["b64_json"], expects('"b64_json"; send Accept: image/png for raw bytes')]
-
-
-def without_effect(why: str, *plain: str) -> Any:
-    """A field of OpenAI's clients that has no effect. plain: the values that ask for what is done anyway."""
-    return Field(None, description=f"is ignored: {why}", examples=list(plain))
-
-
 _UNUSED = "is accepted for OpenAI's clients and not used"
+FRAMING = ("original_size", "crop", "target_size")
 SKIPPING = ("skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop")
 
 
@@ -132,11 +110,26 @@ class ImageBody(BaseModel):
     skip_layer_guidance_stop: Real | None = Field(None, description="Share of the steps before which it acts")
     seed: Whole | None = Field(None, description="Seed of the first image; the next ones count up. -1 for any")
     sampler: Text | None = Field(None, description="The solver; GET /v1/models lists those of a model")
+    schedule: Text | None = Field(
+        None,
+        description="The noise levels that the sampler walks: karras, exponential or sgm_uniform; else the model's",
+    )
     class_label: Labels | None = Field(None, description="A class id or name, or a list: one image for each")
     max_sequence_length: Whole | None = Field(None, description="Text length in tokens that T5 is padded to")
+    clip_skip: Whole | None = Field(
+        None, description="Last layers of CLIP that are left out of the prompt; 0 is none, and A1111 counts one more"
+    )
     loras: Loras | None = Field(
         None, description="LoRAs that change the model, each by its name and a weight of -2 to 2; GET /v1/loras"
     )
+    refiner: Refining | None = Field(
+        None, description='A model that draws the last part of the picture, from switch_at on; "none" for none'
+    )
+    original_size: Sides | None = Field(
+        None, description="SDXL: draw as if it were a photograph of this size, which was then cut; default: size"
+    )
+    crop: Corner | None = Field(None, description="SDXL: where it was cut, as [left, top] in pixels; default [0, 0]")
+    target_size: Sides | None = Field(None, description="SDXL: the size that it was cut to; default: size")
     priority: Whole | None = Field(
         None, description="Breaks ties among waiting requests, up to what the key may; higher goes first"
     )
@@ -157,11 +150,13 @@ class ImageBody(BaseModel):
         key: ApiKey = NOBODY,
         patience: float | None = None,
         adapters: Adapters | None = None,
+        refiner: Card | None = None,
     ) -> Request:
         """The complete request for this card: every default and every limit is applied here, once.
 
         key: its owner's name, share and highest priority. patience: seconds after which the client hangs up. adapters:
-        those that it may ask for. Raises InvalidValue naming the field and its range.
+        those that it may ask for. refiner: as `refined_by` finds it. Raises InvalidValue naming the field and its
+        range.
         """
         values = self._values(card)
         conditions = self._conditions(card, values["n"])
@@ -174,22 +169,50 @@ class ImageBody(BaseModel):
             sampler=values["sampler"],
             steps=values["num_inference_steps"],
             guidance=self._guidance(card, values),
-            text_length=values.get("max_sequence_length", 0),
+            text_length=values["max_sequence_length"] if card.has("t5") else card.text_length,
             strength=values.get("strength"),
             adapters=find_adapters(card, self.loras or (), adapters or {}) if self.loras or card.loras else (),
+            grid=values["schedule"] or "",
+            clip_skip=values.get("clip_skip", 0),
+            framing=self._framing(f"{width}x{height}"),
         )
-        card.legs(recipe)  # raises where a strength leaves no step
+        if refiner:
+            recipe = replace(recipe, refiner=self._refiner(card, refiner, recipe))
+        card.legs(recipe)  # raises where a strength leaves no step, or a sampler does not walk the schedule
+        images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
+        return Request(request_id, recipe, images, self._delivery(values, key, patience))
+
+    def _delivery(self, values: dict[str, Any], key: ApiKey, patience: float | None) -> Delivery:
         # NOTE: a client's read timeout is no deadline of a stream, where pings keep it from running out.
         limits = [seconds for seconds in (self.deadline, None if self.stream else patience) if seconds is not None]
-        delivery = Delivery(
+        return Delivery(
             tenant=key.name,
             weight=key.weight,
             priority=min(values["priority"], key.priority),
             deadline=time.monotonic() + min(limits) if limits else None,
             previews=values["partial_images"] if self.stream else 0,
         )
-        images = tuple(ImageSpec(one, (first + i) % SEEDS) for i, one in enumerate(conditions))
-        return Request(request_id, recipe, images, delivery)
+
+    def refined_by(self, card: Card, registry: Registry) -> Card | None:
+        """The card of the model that draws the last part of this card's pictures, if one does. registry: what the key
+        may use. Raises ModelNotFound, InvalidValue."""
+        asked = self.refiner or card.refiner
+        return registry.refiner(card, asked.model) if asked and asked.model != NO_REFINER else None
+
+    def _refiner(self, card: Card, refiner: Card, recipe: Recipe) -> Refiner:
+        """Raises InvalidValue: it does not draw this size, or cannot skip layers as the request wants."""
+        _within(refiner, "refiner", f"{recipe.width}x{recipe.height}", {"pattern": refiner.limits.sizes.pattern})
+        skip = recipe.guidance.skip
+        if skip and skip.scale and refiner.skip_layer_guidance is None:
+            raise InvalidValue(f"refiner: {refiner.id} has no skip-layer guidance", param="refiner")
+        return Refiner(refiner.model, (self.refiner or card.refiner or Refining(model=refiner.id)).switch_at)
+
+    def _framing(self, size: str) -> Framing | None:
+        """What is asked of an SDXL network beside its text; None where that is nothing."""
+        if all(getattr(self, field) is None for field in FRAMING):
+            return None
+        (width, height), (left, top) = parse_size(self.original_size or size), self.crop or (0, 0)
+        return Framing((height, width), (top, left), parse_size(self.target_size or size)[::-1])
 
     def _values(self, card: Card) -> dict[str, Any]:
         """Every field that the card takes, within its bounds, with the card's default where it is absent."""
@@ -255,6 +278,8 @@ _SOME_CARDS: dict[str, tuple[Callable[[Card], bool], str]] = {
         lambda card: card.guidance == "embedded",
         "has no embedded guidance; its guidance_scale is classifier-free guidance",
     ),
+    "clip_skip": (lambda card: card.has("clip_skip"), "reads CLIP as it was trained to"),
+    **dict.fromkeys(FRAMING, (lambda card: card.framing, "has no network that takes sizes, as those of SDXL do")),
     **dict.fromkeys(SKIPPING, (lambda card: card.skip_layer_guidance is not None, "has no skip-layer guidance")),
 }
 """Fields that only some cards take: whether a card does, and why another refuses them."""
@@ -267,20 +292,21 @@ def bounds(card: Card, sampler: str | None = None, kind: type[ImageBody] = Image
     """
     limits, defaults, samplers = card.limits, card.defaults, valid_samplers(card.schedule)
     chosen = sampler if sampler in samplers else defaults.sampler
+    most = most_steps(card.schedule, chosen, limits.num_inference_steps)
     found: dict[str, Json] = {field: {} for field in kind.model_fields} | {
         "n": _span(1, limits.n, 1),
         "size": {"pattern": f"^auto$|{limits.sizes.pattern}", "default": defaults.size},
         "output_compression": _span(0, 100, DEFAULT_QUALITY),
         "partial_images": _span(0, 3, 0),
         "negative_prompt": {"maxLength": limits.prompt},
-        "num_inference_steps": _span(
-            1, most_steps(card.schedule, chosen, limits.num_inference_steps), defaults.num_inference_steps
-        ),
+        "num_inference_steps": _span(1, most, min(most, defaults.num_inference_steps)),
         "guidance_scale": _span(0, limits.guidance_scale, defaults.guidance_scale),
         "true_cfg_scale": _span(0, limits.guidance_scale, 1.0),
         "seed": _span(ANY_SEED, SEEDS - 1),
         "sampler": {"enum": [*samplers, None], "default": defaults.sampler},
-        "max_sequence_length": _span(1, card.text.t5, card.text.t5),
+        "schedule": {"enum": [*GRIDS, None]},
+        "clip_skip": _span(0, MOST_SKIPPED, 0),
+        "max_sequence_length": _span(1, card.text.t5 if card.has("t5") else MOST_TOKENS, card.text_length),
         "priority": _span(-PRIORITY_LIMIT, PRIORITY_LIMIT, 0),
         "deadline": _span(0.1, 86_400),
         "strength": _span(LEAST_STRENGTH, 1, defaults.strength),
@@ -314,7 +340,9 @@ def _within(card: Card, field: str, value: Any, bound: Json) -> Any:
     if "minimum" in bound and not bound["minimum"] <= value <= bound["maximum"]:
         raise InvalidValue(f"{field}: expects {bound['minimum']} to {bound['maximum']}", param=field)
     if "enum" in bound and value not in bound["enum"]:
-        raise InvalidValue(f"{field}: expects one of {', '.join(filter(None, bound['enum']))}", param=field)
+        valid = [*filter(None, bound["enum"])]
+        meant = sampler_hint(value, valid) if field == "sampler" else ""
+        raise InvalidValue(f"{field}: expects one of {', '.join(valid)}{meant}", param=field)
     if "pattern" in bound and not re.fullmatch(bound["pattern"], value):
         message = f'{field}: {card.id} has no size "{value[:32]}"; expects "auto" or {card.limits.sizes}'
         raise InvalidValue(message, param=field)
@@ -352,31 +380,8 @@ def read_as(kind: type[B], raw: object, known: Collection[str]) -> B:
     try:
         return kind(**fields)
     except ValidationError as error:
-        place, reason = first_problem(error.errors(include_url=False), _WORDS)
+        place, reason = first_problem(error.errors(include_url=False), WORDS)
         field = ".".join(place[:3])[:64]
         unserved = field in ("response_format", "output_format") and isinstance(fields[field], str)
         code: Code = "unsupported_parameter" if unserved else "invalid_value"
         raise InvalidValue(f"{field}: {reason}", param=field, code=code) from None
-
-
-def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a body that ask for this recipe."""
-    guidance = recipe.guidance
-    facts = {
-        "model": recipe.model,
-        "size": f"{recipe.width}x{recipe.height}",
-        "sampler": recipe.sampler,
-        "num_inference_steps": recipe.steps,
-        "guidance_scale": guidance.scale if guidance.embedded is None else guidance.embedded,
-    }
-    if recipe.strength is not None:
-        facts["strength"] = recipe.strength
-    if recipe.text_length:
-        facts["max_sequence_length"] = recipe.text_length
-    if guidance.embedded is not None and guidance.guided:
-        facts["true_cfg_scale"] = guidance.scale
-    if recipe.adapters:
-        facts["loras"] = [{"name": name, "weight": weight} for name, weight in recipe.adapters]
-    if skip := guidance.skip:
-        facts |= zip(SKIPPING, (skip.scale, skip.start, skip.stop), strict=True)
-    return facts

@@ -10,13 +10,15 @@ import numpy as np
 from pydantic import BaseModel, Field, Strict
 
 from app.cards.adapters import Lora
-from app.cards.card import Card
+from app.cards.card import NO_REFINER, Card, Refining
 from app.cards.catalog import Registry
 from app.cards.folder import ModelFolder
 from app.errors import InstepError, InvalidValue, RequestError
 from app.imaging import encode_image
 from app.jobs import replies
-from app.jobs.body import LONGEST, ImageBody, Text, expects, first_seed, ignored, read_as, recipe_facts
+from app.jobs.body import ImageBody, first_seed, ignored, read_as
+from app.jobs.facts import recipe_facts, shown
+from app.jobs.fields import LONGEST, Text, expects
 from app.jobs.job import Job
 from app.panel import panel, unreadable
 from app.report import Result
@@ -128,22 +130,46 @@ def _columns(body: CompareBody, registry: Registry) -> list[Card]:
             here = f"{len(cards)} models that take the preset {body.preset} are downloaded here"
             raise InvalidValue(f"models: {here}; name 1 to {MODELS}", param="models")
     unique = {card.id: card for card in cards}
-    return sorted(unique.values(), key=lambda card: (card.parameters is None, card.parameters or 0))
+    counts = {name: _parameters(card, _column(body, card, registry)[1]) for name, card in unique.items()}
+    return sorted(unique.values(), key=lambda card: (counts[card.id] is None, counts[card.id] or 0))
+
+
+def _column(body: CompareBody, card: Card, registry: Registry) -> tuple[CompareBody, Card | None]:
+    """The body of one column, and the card of its refiner: none where the body's does not fit this model.
+
+    Raises ModelNotFound; InvalidValue for the refiner of a card, which must fit.
+    """
+    try:
+        return body, body.refined_by(card, registry)
+    except InvalidValue:
+        if body.refiner is None:
+            raise
+        return body.model_copy(update={"refiner": Refining(model=NO_REFINER)}), None
+
+
+def _parameters(*cards: Card | None) -> int | None:
+    """The number of parameters of a model and its refiner together; None where one does not say."""
+    counts = [card.parameters for card in cards if card]
+    return None if None in counts else sum(filter(None, counts))
 
 
 def cells(body: CompareBody, registry: Registry, complete: Callable[[Card, ImageBody], Job]) -> list[Job]:
     """One job for each row and model, row by row.
 
-    complete: makes the job of a cell by `ImageBody.to_request`. Raises as it, the model before a field with its bounds.
+    complete: makes the job of a cell by `ImageBody.to_request`. Raises as it, the model before a field with its bounds;
+    InvalidValue for a refiner that fits none of the models.
     """
     field, rows = body.rows
+    columns = [(card, *_column(body, card, registry)) for card in map(registry.find, body.models)]
+    if body.refiner and not any(refiner for _, _, refiner in columns):
+        body.refined_by(columns[0][0], registry)
     jobs = []
     for row in rows:
-        for card in map(registry.find, body.models):
+        for card, own, _ in columns:
             try:
                 if field == "prompt" and card.draws_classes:
                     raise InvalidValue("prompt: this model draws classes; compare it by class_label", param="prompt")
-                jobs.append(complete(card, body.model_copy(update={"model": card.id, field: row})))
+                jobs.append(complete(card, own.model_copy(update={"model": card.id, field: row})))
             except RequestError as error:
                 if error.param in {"seed", *_DELIVERY}:
                     raise
@@ -171,7 +197,7 @@ class Cell(BaseModel):
     row: int
     column: int
     model: str
-    parameters: int | None = Field(None, description="Of the model's denoising network, where its card says")
+    parameters: int | None = Field(None, description="Of the denoising networks, where their cards say")
     prompt: str | None = None
     class_label: int | None = None
     seed: int
@@ -180,6 +206,10 @@ class Cell(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     loras: list[Lora] | None = None
+    refiner: Refining | None = None
+    original_size: str | None = None
+    crop: list[int] | None = None
+    target_size: str | None = None
     timings: replies.Stages
 
 
@@ -211,10 +241,10 @@ def panel_answer(body: CompareBody, jobs: Sequence[Job], results: Sequence[Resul
             Cell(
                 row=place // len(models),
                 column=place % len(models),
-                parameters=job.card.parameters,
+                parameters=_parameters(job.card, job.refiner),
                 seed=result.seed,
                 timings=replies.stages([result], 0.0, job.estimate),
-                **dict([replies.shown(job.request.images[0].condition)]),
+                **dict([shown(job.request.images[0].condition)]),
                 **recipe_facts(job.request.recipe),
             )
             for place, (job, result) in enumerate(zip(jobs, results, strict=True))
@@ -246,6 +276,8 @@ def panel_warnings(body: CompareBody, jobs: Sequence[Job], results: Sequence[Res
     found = [text for job in jobs for text in replies.body_warnings(job)]
     for job, result in zip(jobs, results, strict=True):
         found += [f"{job.card.id}: {text}" for text in (*replies.model_warnings(job), *result.warnings)]
+        if body.refiner and body.refiner.model != NO_REFINER and not job.refiner:
+            found.append(f"{job.card.id}: refiner is left out: {body.refiner.model} does not fit")
     if missing := unreadable([job.shows for job in jobs]):
         found.append(f"the panel shows boxes for letters that its font does not have: {missing[:40]}")
     found += replies.file_warnings(jobs[0].format, body.facts())
@@ -253,9 +285,11 @@ def panel_warnings(body: CompareBody, jobs: Sequence[Job], results: Sequence[Res
 
 
 def _heading(job: Job) -> list[str]:
-    count, recipe = parameters_in_words(job.card.parameters), job.request.recipe
+    recipe, cards = job.request.recipe, [job.card, *([job.refiner] if job.refiner else [])]
+    counts = [parameters_in_words(card.parameters) for card in cards]
+    count = None if None in counts else " + ".join(filter(None, counts))
     settings = f"steps {recipe.steps}, guidance {recipe_facts(recipe)['guidance_scale']:g}"
-    return [job.card.id, *([f"{count} parameters"] if count else []), settings]
+    return [" + ".join(card.id for card in cards), *([f"{count} parameters"] if count else []), settings]
 
 
 def parameters_in_words(count: int | None) -> str | None:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from app.cards.card import Card, Size
-from app.jobs.body import MASK_BLUR, RESIZE, Flag, ImageBody, Real, expects, read_as, without_effect
+from app.jobs.body import MASK_BLUR, RESIZE, ImageBody, read_as
+from app.jobs.fields import Flag, Real, expects, without_effect
 from app.request import Recipe, Request, Source
 from app.source import PICTURES
 

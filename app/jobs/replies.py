@@ -17,11 +17,13 @@ import numpy as np
 from pydantic import BaseModel, Field, TypeAdapter
 
 from app.cards.adapters import Lora
-from app.imaging import Format, encode_image, grid, left_out, sheet_size
-from app.jobs.body import MASK_BLUR, RESIZE, SKIPPING, ignored, recipe_facts
+from app.cards.card import Refining
+from app.imaging import Format, encode_image, grid, left_out
+from app.jobs.body import SKIPPING, ignored
+from app.jobs.facts import effective, facts
 from app.jobs.job import Estimate, Job
 from app.report import Preview, Result
-from app.request import ClassLabel, Condition, Prompt, Recipe
+from app.request import ClassLabel, Recipe
 
 Answer = tuple[bytes, dict[str, str]]
 """The content and the headers of a whole answer."""
@@ -39,9 +41,6 @@ SLICE = 3 * 2**16
 
 MARK = secrets.token_hex(16)
 """Stands for a file in a reply, until `spliced` puts it there. Nobody outside this process can write one."""
-
-_OF_EDITS = {"resize": RESIZE, "mask_blur": MASK_BLUR, "overlay": True}
-"""Fields of a body with a picture that decide its pixels beside the recipe, and their defaults."""
 
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 _SYNTAX = re.compile(
@@ -111,7 +110,13 @@ class ImagesReply(BaseModel):
     skip_layer_guidance_scale: float | None = None
     skip_layer_guidance_start: float | None = None
     skip_layer_guidance_stop: float | None = None
+    schedule: str | None = None
+    clip_skip: int | None = None
     loras: list[Lora] | None = None
+    refiner: Refining | None = None
+    original_size: str | None = None
+    crop: list[int] | None = None
+    target_size: str | None = None
     size: str = Field(description="Of the file: of the whole sheet when a grid was asked for")
     output_format: str
     quality: str
@@ -125,7 +130,8 @@ def answer(job: Job, results: Sequence[Result]) -> Answer:
     """The one file that these results make, where a job asks for it alone, else the whole JSON reply."""
     files, seconds = files_of(job, results)
     if job.raw:
-        return file_answer(files[0], job.format, [job.card.model], results[0].seed, warnings(job, results))
+        models, seed = job.request.recipe.models, results[0].seed
+        return file_answer(files[0], job.format, models, seed, warnings(job, results))
     reply = ImagesReply(
         created=int(time.time()),
         data=[Item(b64_json=MARK, **_item(job, group[0])) for group in file_groups(job, results)],
@@ -224,38 +230,6 @@ def spliced(reply: object, files: Sequence[bytes]) -> bytes:
     return b"".join(parts)
 
 
-def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
-    """The body that makes these images again, for the text chunk of their file: complete, and valid to POST."""
-    specs = [job.request.images[index] for index in indices]
-    field, _ = shown(specs[0].condition)
-    values = [shown(spec.condition)[1] for spec in specs]
-    alike = len(set(values)) == 1
-    found: dict[str, Any] = {"model": job.card.id, field: values[0] if alike else values}
-    if isinstance(specs[0].condition, Prompt):
-        found["negative_prompt"] = specs[0].condition.negative or ""
-    if len(specs) > 1 and alike:
-        found["n"] = len(specs)
-    if job.columns:
-        found["grid"] = {"columns": job.columns}
-    for name, default in _OF_EDITS.items():
-        if (value := getattr(job.body, name, None)) not in (None, default):
-            found[name] = value
-    return found | {"seed": specs[0].seed, **recipe_facts(job.request.recipe)}
-
-
-def shown(condition: Condition) -> tuple[str, Any]:
-    """The field of a body that asks for this condition, and its value."""
-    return ("prompt", condition.text) if isinstance(condition, Prompt) else ("class_label", condition.index)
-
-
-def effective(job: Job, images: int) -> dict[str, Any]:
-    """The parameters of a file that shows this many images, those that were absent in the body too."""
-    recipe = job.request.recipe
-    width, height = sheet_size(images, job.columns or 1, recipe.width, recipe.height)
-    file = {"size": f"{width}x{height}", "output_format": job.format, "quality": "auto", "background": "opaque"}
-    return recipe_facts(recipe) | file
-
-
 def usage(recipes: Sequence[Recipe]) -> Usage:
     """Tokens of images, by the recipe of each; a class label counts as one, a source as an image of its size."""
     text = sum(max(1, recipe.text_length) for recipe in recipes)
@@ -337,14 +311,24 @@ def model_warnings(job: Job) -> list[str]:
     without = "" if scale is not None else f", and {card.id} draws without by default"
     in_vain = body.negative_prompt and not guidance.guided
     no_skip = guidance.skip is None or not guidance.skip.scale
-    lines, steps = (plan := card.legs(recipe)[0].table).lines, recipe.steps - plan.first
+    legs = card.legs(recipe)
+    lines, steps = sum(leg.table.lines for leg in legs), recipe.steps - legs[0].table.first
+    alone = legs[0].model if recipe.refiner and len(legs) == 1 else ""
     table: list[Effectless] = [
         ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
         (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),
         ("negative_prompt", in_vain, f"it takes a {guided_by} over 1{without}"),
+        (
+            "max_sequence_length",
+            not card.has("t5") and body.max_sequence_length not in (None, card.text_length),
+            f"{card.id} reads {card.text_length} tokens",
+        ),
+        ("refiner", alone == card.model, f"none of {steps} steps comes after its switch_at"),
         *((field, no_skip and getattr(body, field) is not None, "it takes a scale") for field in SKIPPING[1:]),
     ]
     found = [f"{field} is ignored: {why}" for field, holds, why in table if holds]
+    if job.refiner and alone == job.refiner.model:
+        found.append(f"{card.id} draws no step: all {steps} come after switch_at of refiner")
     if delivery.previews >= lines:
         found.append(f"partial_images: at most {lines - 1} come before an image of {steps} steps")
     if body.priority is not None and body.priority > delivery.priority:

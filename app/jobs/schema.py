@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from app.cards.adapters import MOST_LORAS, STRONGEST
-from app.cards.card import Card
+from app.cards.card import NO_REFINER, Card
 from app.cards.catalog import Adapters, Registry, fitting
 from app.cards.folder import ModelFolder
 from app.imaging import Format
 from app.jobs.body import ImageBody, Json, bounds, most_steps_of
 from app.jobs.compare import FIELDS, MODELS, PRESETS, ROWS, CompareBody, takes_preset
 from app.jobs.edit import EditBody
+from app.samplers.table import valid_grids
 from app.source import PICTURES
 
 NULL: Json = {"type": "null"}
@@ -31,9 +32,11 @@ _ROWS: dict[str, Json] = {"prompt": {"prompt": ["a red apple", "a blue car"]}, "
 """Examples of comparisons by the field that names their rows."""
 
 
-def body_schema(card: Card, names: tuple[str, ...], default: bool, adapters: Adapters | None = None) -> Json:
-    """JSON schema of the bodies that this card takes. default: the card also answers to no name at all. adapters: those
-    that may be asked for."""
+def body_schema(
+    card: Card, names: tuple[str, ...], default: bool, adapters: Adapters | None = None, refiners: Sequence[str] = ()
+) -> Json:
+    """JSON schema of the bodies that this card takes. default: the card also answers to no name at all. adapters,
+    refiners: those that may be asked for."""
     what = "class_label" if card.draws_classes else "prompt"
     single = _single(card)
     many = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": card.limits.n}
@@ -45,13 +48,14 @@ def body_schema(card: Card, names: tuple[str, ...], default: bool, adapters: Ada
     spans[what] = {"anyOf": [*single, many]}
     spans["model"] = {"enum": [*names, *(["", None] if default else [])]}
     spans["loras"] = {"anyOf": [_loras(fitting(card, adapters or {})), NULL]}
+    spans["refiner"] = {"anyOf": [_refiner(refiners), NULL]}
     spans["grid"] = {"anyOf": [_object({"columns": columns}, ["columns"]), NULL]}
     return {
         "title": card.id,
         "description": card.description,
         **_object(_properties(ImageBody, spans), [what] if default else [what, "model"]),
         "anyOf": [{"properties": {what: {"anyOf": single}}}, {"properties": {what: many, "n": {"enum": [1, None]}}}],
-        **({"allOf": fewer} if (fewer := _fewer_steps(card)) else {}),
+        **({"allOf": own} if (own := _by_sampler(card)) else {}),
         "examples": [example(card)],
     }
 
@@ -68,7 +72,7 @@ def edit_schema(card: Card, default: bool, *, form: bool, variation: bool) -> Js
     return {
         **_object(files | shared | own, ["image", *what, *([] if default else ["model"])]),
         "anyOf": [{"$ref": f"{place}/anyOf/{index}"} for index in range(2)],
-        **_fewer_by_reference(card),
+        **_by_reference(card),
     }
 
 
@@ -102,15 +106,26 @@ def _loras(names: list[str]) -> Json:
     return {"type": "array", "items": entry, "maxItems": MOST_LORAS} if names else {"type": "array", "maxItems": 0}
 
 
-def _fewer_steps(card: Card) -> list[Json]:
-    """The conditions that go with the samplers whose grids have room for fewer steps than those of others."""
-    steps, found = most_steps_of(card), []
+def _refiner(names: Sequence[str]) -> Json:
+    switch = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.8}
+    return _object({"model": {"enum": [*names, NO_REFINER]}, "switch_at": switch}, ["model"])
+
+
+def _by_sampler(card: Card) -> list[Json]:
+    """What holds unless the sampler is another one: fewer steps, and no schedule.
+
+    NOTE: schemathesis fails at `if` beside files.
+    """
+    steps, own = most_steps_of(card), card.defaults.sampler
+    rules: list[tuple[list[str], Json]] = [([one for one in steps if valid_grids(one)], {"schedule": NULL})]
     for sampler, most in steps.items():
         if most < max(steps.values()):
-            own = sampler == card.defaults.sampler
-            named: Json = {"properties": {"sampler": {"enum": [sampler, None] if own else [sampler]}}}
-            named["required"] = [] if own else ["sampler"]
-            found.append({"if": named, "then": {"properties": {"num_inference_steps": {"maximum": most}}}})
+            rules.append(([one for one in steps if one != sampler], {"num_inference_steps": {"maximum": most}}))
+    found = []
+    for others, bound in rules:
+        free = {"enum": [*others, *([None] if own in others else [])]}
+        other: Json = {"properties": {"sampler": free}, "required": [] if own in others else ["sampler"]}
+        found.append({"anyOf": [{"properties": bound}, other]})
     return found
 
 
@@ -145,11 +160,17 @@ def compare_schema(registry: Registry, cards: list[Card], kind: str) -> Json:
     optional = kind in PRESETS and 1 <= sum(ModelFolder(card, registry.all).here() for card in cards) <= MODELS
     own = {field: NULL for field in _ROWS if field != kind} | {"stream": {"enum": [False, None]}}
     own["models"] = {"anyOf": [models, NULL]} if optional else models
+    takers = _takers(registry, cards)
+    own["refiner"] = {"anyOf": [_refiner([*takers]), NULL]}
     own["preset"] = {"enum": [kind if kind in PRESETS else None]}
     conditions = [
         {"if": {"properties": {"models": {"contains": {"enum": [*card.names]}}}}, "then": _cells(card, kind)}
         for card in cards
     ]
+    for refiner, names in takers.items():
+        named: Json = {"type": "object", "required": ["model"], "properties": {"model": {"enum": [refiner]}}}
+        asked: Json = {"required": ["refiner"], "properties": {"refiner": named}}
+        conditions.append({"if": asked, "then": {"properties": {"models": {"contains": {"enum": names}}}}})
     return {
         "title": f"by {kind}",
         **_object(
@@ -161,21 +182,31 @@ def compare_schema(registry: Registry, cards: list[Card], kind: str) -> Json:
     }
 
 
+def _takers(registry: Registry, cards: list[Card]) -> dict[str, list[str]]:
+    """Every refiner of these cards, with the names of those that it fits."""
+    found: dict[str, list[str]] = {}
+    for card in cards:
+        for refiner in registry.refiners(card):
+            found.setdefault(refiner, []).extend(card.names)
+    return found
+
+
 def _cells(card: Card, kind: str) -> Json:
     """What a comparison with this model takes: what the body of the model takes, by reference, and up to ROWS rows."""
     place, taken = f"#/components/schemas/ImageBody.{card.id}", bounds(card)
-    shared = [field for field in FIELDS if field in ImageBody.model_fields and field not in (*_ROWS, "stream")]
+    apart = (*_ROWS, "stream", "refiner")
+    shared = [field for field in FIELDS if field in ImageBody.model_fields and field not in apart]
     fields = {field: {"$ref": f"{place}/properties/{field}"} if field in taken else NULL for field in shared}
     if kind in _ROWS:
         single = [{"$ref": f"{place}/properties/{kind}/anyOf/{index}"} for index in range(len(_single(card)))]
         rows = {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": ROWS}
         fields[kind] = {"anyOf": [*single, rows]}
-    return {"properties": fields, **_fewer_by_reference(card)}
+    return {"properties": fields, **_by_reference(card)}
 
 
-def _fewer_by_reference(card: Card) -> Json:
+def _by_reference(card: Card) -> Json:
     place = f"#/components/schemas/ImageBody.{card.id}/allOf"
-    fewer = [{"$ref": f"{place}/{index}"} for index in range(len(_fewer_steps(card)))]
+    fewer = [{"$ref": f"{place}/{index}"} for index in range(len(_by_sampler(card)))]
     return {"allOf": fewer} if fewer else {}
 
 

@@ -53,10 +53,13 @@ class Path:
         return replace(self, here=self.here[steps], there=self.there[steps])
 
 
-Walk = Callable[[Schedule, int], Path]
-"""The path of so many steps on a schedule. Raises InvalidValue(param="num_inference_steps") when they do not fit."""
+Walk = Callable[..., Path]
+"""(schedule, steps) -> the path of so many steps; those of GRIDDED also take the name of a grid. Raises
+InvalidValue(param="num_inference_steps") when the steps do not fit the card's own spacing, whichever the grid."""
 
 # ---- diffusion: alpha-bar from betas -------------------------------------------------------------------------------
+
+LCM_STEPS = 50  # original_inference_steps of scheduling_lcm.py
 
 BETAS: dict[str, Callable[[float, float, int], Array]] = {
     "linear": lambda start, end, count: np.linspace(start, end, count),
@@ -82,6 +85,35 @@ def _respaced(schedule: Schedule, steps: int) -> Array:
     stride = (schedule.train_steps - 1) / max(steps - 1, 1)
     return np.cumsum([0.0] + [stride] * (steps - 1)).round()[::-1]
 
+
+def _levels(schedule: Schedule) -> Array:
+    """sigma / alpha at each training step, [train_steps], rising."""
+    bar = alpha_bar(schedule)
+    return np.asarray(np.sqrt((1 - bar) / bar))
+
+
+def _at_level(levels: Array, level: Array) -> Array:
+    """The timesteps of these levels, whole or not: `_sigma_to_t` of diffusers, linear in the logarithm of the level."""
+    return np.interp(np.log(level), np.log(levels), np.arange(len(levels)))
+
+
+def _sgm_uniform(schedule: Schedule, own: Array, steps: int) -> Array:
+    levels = _levels(schedule)
+    t = np.linspace(schedule.train_steps - 1, 0, steps + 1)[:-1]
+    return np.asarray(np.exp(np.interp(t, np.arange(len(levels)), np.log(levels))))
+
+
+GRIDS: dict[str, Callable[[Schedule, Array, int], Array]] = {
+    "karras": lambda schedule, own, steps: np.linspace(own[0] ** (1 / 7), own[-1] ** (1 / 7), steps) ** 7,
+    "exponential": lambda schedule, own, steps: np.geomspace(own[0], own[-1], steps),
+    "sgm_uniform": _sgm_uniform,
+}
+"""Descending levels sigma / alpha, [steps], that any card may walk in place of its own spacing.
+
+own: descending levels; the first two go from the first of them to the last. karras: Karras et al. 2022, eq. 5, at rho
+7. exponential: even in the logarithm. sgm_uniform: even in time, with the whole of the last stride left for the end:
+modules/sd_schedulers.py of AUTOMATIC1111/stable-diffusion-webui.
+"""
 
 SPACINGS: dict[str, Callable[[Schedule, int], Array]] = {
     "leading": lambda own, steps: (
@@ -126,20 +158,46 @@ def ddim_path(schedule: Schedule, steps: int) -> Path:
     return Path(_preserving(schedule, t), _preserving(schedule, to, after))
 
 
-def dpm_path(schedule: Schedule, steps: int) -> Path:
-    """scheduling_dpmsolver_multistep.py. NOTE: all but trailing lay steps + 1 points and leave out the last."""
+def lcm_path(schedule: Schedule, steps: int) -> Path:
+    """scheduling_lcm.py: some of the 50 timesteps that latent consistency models are distilled on, whatever the card's
+    spacing."""
+    taken = np.floor(np.linspace(0, LCM_STEPS, steps, endpoint=False))
+    return _chain(schedule, _fit(schedule, steps, (LCM_STEPS - taken) * max(schedule.train_steps // LCM_STEPS, 1) - 1))
+
+
+_WHOLE: dict[str, Callable[[Array], Array]] = {"karras": np.round, "exponential": lambda t: np.floor(t + 1e-9)}
+
+
+def dpm_path(schedule: Schedule, steps: int, grid: str = "") -> Path:
+    """scheduling_dpmsolver_multistep.py. NOTE: all but trailing lay steps + 1 points and leave out the last.
+
+    A grid spans all training steps here, whatever the spacing. NOTE: upstream rounds the timesteps of karras and cuts
+    those of exponential to whole numbers; in float32 it may cut the first one, which is whole, to one less.
+    """
     points = steps if schedule.spacing == "trailing" else steps + 1
-    return _chain(schedule, _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, points)[:steps].round()))
+    t = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, points)[:steps].round())
+    if not grid:
+        return _chain(schedule, t)
+    levels = _levels(schedule)
+    sigma = np.append(GRIDS[grid](schedule, levels[::-1], steps), 0.0)
+    t = _WHOLE.get(grid, np.asarray)(_at_level(levels, sigma[:-1]))
+    alpha = 1 / np.sqrt(1 + sigma**2)
+    reached = Points(alpha, alpha * sigma, np.append(t, -1.0), np.ones_like(alpha))
+    return Path(reached[:-1], reached[1:])
 
 
-def exploding_path(schedule: Schedule, steps: int) -> Path:
+def exploding_path(schedule: Schedule, steps: int, grid: str = "") -> Path:
     """Variance-exploding points, alpha = 1 (Karras et al. 2022, eq. 199): the Euler and Heun schedulers of diffusers.
 
-    Between whole timesteps sigma, not its logarithm, is interpolated.
+    Between whole timesteps sigma, not its logarithm, is interpolated. karras and exponential have the ends of the
+    card's spacing.
     """
-    t = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps))
-    bar = alpha_bar(schedule)
-    sigma = np.append(np.interp(t, np.arange(len(bar)), np.sqrt((1 - bar) / bar)), 0.0)
+    t, levels = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps)), _levels(schedule)
+    sigma = np.interp(t, np.arange(len(levels)), levels)
+    if grid:
+        sigma = GRIDS[grid](schedule, sigma, steps)
+        t = _at_level(levels, sigma)
+    sigma = np.append(sigma, 0.0)
     points = Points(np.ones_like(sigma), sigma, np.append(t, 0.0), 1 / np.sqrt(1 + sigma**2))
     init = math.hypot(sigma[0], 1) if schedule.spacing == "leading" else sigma[0]
     return Path(points[:-1], points[1:], init=float(init))
@@ -175,9 +233,15 @@ def _straight(schedule: Schedule, sigma: Array, t: Array) -> Path:
     return Path(points[:-1], points[1:])
 
 
-def flow_path(schedule: Schedule, steps: int) -> Path:
-    """scheduling_flow_match_euler_discrete.py, and its Heun: the spacing the card names."""
+FLOW_GRIDS = GRIDS | {"sgm_uniform": lambda schedule, own, steps: _sd3(schedule, steps + 1)[:-1]}
+"""The same of sigma itself; sgm_uniform as `normal_scheduler` of comfy/samplers.py in ComfyUI makes it for SD3."""
+
+
+def flow_path(schedule: Schedule, steps: int, grid: str = "") -> Path:
+    """scheduling_flow_match_euler_discrete.py, and its Heun: the spacing the card names, or a grid between its ends."""
     sigma = _fit(schedule, steps, FLOW_SPACINGS[schedule.spacing](schedule, steps))
+    if grid:
+        sigma = FLOW_GRIDS[grid](schedule, sigma, steps)
     return _straight(schedule, sigma, sigma * schedule.train_steps)
 
 
@@ -190,6 +254,10 @@ def flow_dpm_path(schedule: Schedule, steps: int) -> Path:
     sigma = 1.0 - np.linspace(1, 1 / schedule.train_steps, steps + 1)
     sigma = _fit(schedule, steps, shifted(sigma, schedule.shift)[:0:-1])
     return _straight(schedule, sigma, np.floor(sigma * schedule.train_steps))
+
+
+GRIDDED: tuple[Walk, ...] = (dpm_path, exploding_path, flow_path)
+"""The walks that take another grid. The others step between whole training steps."""
 
 
 def _fit(schedule: Schedule, steps: int, grid: Array) -> Array:

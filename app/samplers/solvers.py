@@ -96,7 +96,33 @@ def dpmpp_2m(path: Path) -> Lines:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, alg. 2), in lambda = log(alpha / sigma), half the
     log-SNR, for diffusion and flow alike: scheduling_dpmsolver_multistep.py.
     """
-    return _two_step(path, path.here.log_snr, path.there.log_snr)
+    return _two_step(path, first_order(path), path.here.log_snr, path.there.log_snr)
+
+
+def dpmpp_2m_sde(path: Path) -> Lines:
+    """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, appendix): each step goes down to sigma' k and
+    adds noise up to sigma', where k is by how much sigma / alpha shrinks. scheduling_dpmsolver_multistep.py with
+    "sde-dpmsolver++", `sample_dpmpp_2m_sde` of k-diffusion at eta 1.
+    """
+    here, there = path.here, path.there
+    k = there.sigma / there.alpha * here.alpha / here.sigma
+    zero = np.zeros_like(k)
+    one = (here, there.sigma / here.sigma * k, there.alpha * (1 - k**2), zero, there.sigma * np.sqrt(1 - k**2), zero)
+    return _two_step(path, one, here.log_snr, there.log_snr)
+
+
+def lcm(path: Path) -> Lines:
+    """Multistep consistency sampling (Luo et al. 2023, arXiv 2310.04378, alg. 3): x0 with as much fresh noise as the
+    next step wants, none after the last. scheduling_lcm.py.
+
+    NOTE: upstream's consistency function is c_skip x + c_out x0, at sigma_data 0.5 and ten times the timestep. c_skip
+    is under 1e-5 from t = 19 on, so mem, which is x0, is what upstream calls `denoised` but for that.
+    """
+    here, there = path.here, path.there
+    scaled = 10 * here.t
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+    zero = np.zeros_like(scaled)
+    return here, there.alpha * c_skip, there.alpha * c_out, zero, there.sigma, zero
 
 
 def dpmpp_2m_sd3(path: Path) -> Lines:
@@ -104,17 +130,16 @@ def dpmpp_2m_sd3(path: Path) -> Lines:
     Stability-AI/sd3.5, which is k-diffusion's. Its first lambda is finite, so its second step has second order already.
     """
     with np.errstate(divide="ignore"):
-        return _two_step(path, -np.log(path.here.sigma), -np.log(path.there.sigma))
+        return _two_step(path, first_order(path), -np.log(path.here.sigma), -np.log(path.there.sigma))
 
 
-def _two_step(path: Path, start: Array, end: Array) -> Lines:
-    """A first-order step with x0 extrapolated in lambda, from `start` to `end` of each step, through the one before.
-
-    First order at the start, and at the end, where sigma' is 0.
+def _two_step(path: Path, one: Lines, start: Array, end: Array) -> Lines:
+    """These first-order lines with x0 extrapolated in lambda, from `start` to `end` of each step, through the one
+    before. First order at the start, and at the end, where sigma' is 0.
     """
-    a, b = _first_order(path.here, path.there)
+    at, a, b, _, z, zf = one
     ratio = np.zeros_like(a)
     ratio[1:] = (end[1:] - start[1:]) / (start[1:] - start[:-1])
     ratio[path.there.sigma == 0] = 0.0
-    extra, zero = b * ratio / 2, np.zeros_like(a)
-    return path.here, a, b + extra, -extra, zero, zero
+    extra = b * ratio / 2
+    return at, a, b + extra, -extra, z, zf

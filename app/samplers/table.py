@@ -47,6 +47,8 @@ SAMPLERS: dict[str, tuple[Walk, Rule, tuple[str, ...]]] = {
     "euler_ancestral": (grids.exploding_path, solvers.euler_ancestral, DIFFUSION),
     "heun": (grids.exploding_path, solvers.heun, DIFFUSION),
     "dpmpp_2m": (grids.dpm_path, solvers.dpmpp_2m, DIFFUSION),
+    "dpmpp_2m_sde": (grids.dpm_path, solvers.dpmpp_2m_sde, DIFFUSION),
+    "lcm": (grids.lcm_path, solvers.lcm, DIFFUSION),
     "flow_euler": (grids.flow_path, solvers.first_order, FLOW),
     "flow_heun": (grids.flow_path, solvers.heun, FLOW),
     "flow_dpmpp_2m": (grids.flow_dpm_path, solvers.dpmpp_2m, FLOW),
@@ -102,6 +104,11 @@ def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
     return tuple(name for name, prediction in valid_pairs() if prediction == schedule.prediction)
 
 
+def valid_grids(sampler: str) -> tuple[str, ...]:
+    """The grids that a sampler may walk in place of the card's own."""
+    return tuple(grids.GRIDS) if SAMPLERS[sampler][0] in grids.GRIDDED else ()
+
+
 class Leg(NamedTuple):
     """The lines of a row's plan that one model computes."""
 
@@ -110,10 +117,16 @@ class Leg(NamedTuple):
 
 
 def compile_table(
-    schedule: Schedule, sampler: str, steps: int, *, tokens: int | None = None, strength: float | None = None
+    schedule: Schedule,
+    sampler: str,
+    steps: int,
+    *,
+    tokens: int | None = None,
+    strength: float | None = None,
+    grid: str = "",
 ) -> Table:
     """The table of steps without a switch: see `compile_legs`."""
-    (table,) = compile_legs(schedule, sampler, steps, tokens=tokens, strength=strength)
+    (table,) = compile_legs(schedule, sampler, steps, tokens=tokens, strength=strength, grid=grid)
     assert table is not None  # else a strength that leaves no step has raised
     return table
 
@@ -126,19 +139,20 @@ def compile_legs(
     tokens: int | None = None,
     strength: float | None = None,
     switch_at: float | None = None,
+    grid: str = "",
 ) -> tuple[Table | None, ...]:
     """The table of `steps` steps, or of the last ones; with a switch, that of the steps before it and that of those
     after it, None where there are none.
 
     tokens: image tokens, for a resolution-dependent shift; ignored without one. strength: the share of the steps that
     run. switch_at: the share of the training steps' noise after which another network goes on: `denoising_end` and
-    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img.
+    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img. grid: one of GRIDS, "" for the card's own.
 
-    Raises InvalidValue: param "sampler", naming the valid ones; "num_inference_steps", under 1 or more than the grid
-    has room for; "strength", which leaves no step; "size", where the shift depends on it and tokens is None. CardError
-    for betas that leave no signal.
+    Raises InvalidValue: param "sampler" or "schedule", naming the valid ones; "num_inference_steps", under 1 or more
+    than the grid has room for; "strength", which leaves no step; "size", where the shift depends on it and tokens is
+    None. CardError for betas that leave no signal.
     """
-    return _compiled(at_size(schedule, tokens), sampler, steps, strength, switch_at)
+    return _compiled(at_size(schedule, tokens), sampler, steps, strength, switch_at, grid)
 
 
 def first_step(steps: int, strength: float, prediction: str) -> int:
@@ -167,7 +181,7 @@ def at_size(schedule: Schedule, tokens: int | None) -> Schedule:
 
 @lru_cache(maxsize=256)
 def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
-    """The largest number of steps, at most `limit`, that this sampler's grid has room for; at least 1."""
+    """The largest number of steps, at most `limit`, that this sampler has room for, on any grid; at least 1."""
     schedule, (walk, _, _) = at_size(schedule, 1), SAMPLERS[sampler]
 
     def is_over(steps: int) -> bool:
@@ -182,7 +196,7 @@ def most_steps(schedule: Schedule, sampler: str, limit: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _compiled(
-    schedule: Schedule, sampler: str, steps: int, strength: float | None, switch_at: float | None
+    schedule: Schedule, sampler: str, steps: int, strength: float | None, switch_at: float | None, grid: str
 ) -> tuple[Table | None, ...]:
     valid = valid_samplers(schedule)
     if sampler not in valid:
@@ -191,10 +205,15 @@ def _compiled(
             f"valid: {', '.join(valid)}",
             param="sampler",
         )
+    if grid and grid not in valid_grids(sampler):
+        takers = ", ".join(name for name in valid if valid_grids(name))
+        message = f'schedule: "{grid}" does not go with {sampler}; {", ".join(grids.GRIDS)} go with {takers}'
+        raise InvalidValue(message, param="schedule")
     if steps < 1:
         raise InvalidValue(f"num_inference_steps: {steps} is under 1", param="num_inference_steps")
     walk, rule, _ = SAMPLERS[sampler]
-    path, first = walk(schedule, steps), 0 if strength is None else first_step(steps, strength, schedule.prediction)
+    path = walk(schedule, steps, grid) if grid else walk(schedule, steps)
+    first = 0 if strength is None else first_step(steps, strength, schedule.prediction)
     if first == steps:
         message = f"strength: {strength:g} of {steps} steps leaves none to run"
         raise InvalidValue(message, param="strength")

@@ -196,6 +196,7 @@ def test_a_full_queue_is_503_before_any_stream(
     "body",
     [
         {"prompt": "a cat", "negative_prompt": "dog", "guidance_scale": 2.5, "sampler": "flow_heun", "size": "16x48"},
+        {"prompt": "a cat", "sampler": "flow_dpmpp_2m_sd3", "schedule": "karras"},
         {"prompt": "苹果 🍎", "n": 3, "grid": {"columns": 2}, "guidance_scale": 0},
         {"prompt": ["a", "b", "c"], "grid": {"columns": 3}, "max_sequence_length": 7},
         {"model": "tiny-label", "class_label": "goldfish", "num_inference_steps": 9},

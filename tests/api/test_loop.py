@@ -26,7 +26,7 @@ from app.api.front import Front
 from app.api.guard import AHEAD, READ, READ_BODY, READ_CHUNKS, Guarded
 from app.cards.catalog import COMPARED, did_you_mean
 from app.cards.folder import ModelFolder
-from app.jobs.body import LONGEST, MOST
+from app.jobs.fields import LONGEST, MOST
 from app.main import SWITCH
 from app.settings import Settings
 from tests.parts.servers import Server, generate

@@ -24,6 +24,9 @@ def test_a_model_tells_its_facts(http: httpx.Client) -> None:
     model = http.get("/v1/models/tiny-text").json()
     assert (model["family"], model["state"], model["license"]) == ("sd3", "ready", "apache-2.0")
     assert model["samplers"] == ["flow_euler", "flow_heun", "flow_dpmpp_2m", "flow_dpmpp_2m_sd3"]
+    grids = ["karras", "exponential", "sgm_uniform"]
+    walkers = {"flow_euler": grids, "flow_heun": grids, "flow_dpmpp_2m_sd3": grids}
+    assert model["schedules"] == walkers | {"flow_dpmpp_2m": []}
     assert model["defaults"]["num_inference_steps"] == 4
     assert model["limits"]["sizes"] == {"min": 16, "max": 64, "multiple": 16, "square": False}
     assert model["aliases"] == ["gpt-image-1"]

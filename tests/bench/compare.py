@@ -48,7 +48,8 @@ from app.cli.options import Folder, Model, body_flags, open_registry, read_setti
 from app.errors import InvalidValue
 from app.families.base import Family
 from app.families.compiling import allow_compiling
-from app.jobs.body import ImageBody, recipe_facts
+from app.jobs.body import ImageBody
+from app.jobs.facts import recipe_facts
 from app.request import Request
 from app.settings import Settings
 from tests.bench import recorded

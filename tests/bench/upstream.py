@@ -26,6 +26,8 @@ SCHEDULERS: dict[str, Any] = {
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": diffusers.DPMSolverMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
     "flow_euler": diffusers.FlowMatchEulerDiscreteScheduler,
     "flow_heun": diffusers.FlowMatchHeunDiscreteScheduler,
     "flow_dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
@@ -130,6 +132,7 @@ def scheduler_of(schedule: Schedule, sampler: str) -> Any:
             "ddim": {"clip_sample": False, "set_alpha_to_one": schedule.set_alpha_to_one},
             # DiTPipeline drops the channels of a learned variance before its scheduler sees them.
             "ddpm": {"clip_sample": False, "variance_type": schedule.variance.replace("learned_range", "fixed_small")},
+            "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
         }
         return SCHEDULERS[sampler](
             num_train_timesteps=schedule.train_steps,

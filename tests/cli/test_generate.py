@@ -122,6 +122,18 @@ def test_it_draws_saves_and_tells(run: Run) -> None:
     assert np.array_equal(latents, twin.latents[None])
 
 
+def test_another_schedule_is_drawn_and_told(run: Run) -> None:
+    words = ("generate", "red cat", "--model", "tiny-sd3", "--steps", 3, "--seed", 11)
+    _, curl = drawn(run(*words, "--schedule", "karras", "-o", "karras.png"))
+    assert '"schedule": "karras"' in curl
+    picture = Image.open("karras.png")
+    assert json.loads(picture.text["instep"])["schedule"] == "karras"
+    assert "Sampler: flow_euler, Schedule type: Karras" in picture.text["parameters"]
+    body = {"prompt": "red cat", "model": "tiny-sd3", "num_inference_steps": 3, "seed": 11}
+    assert (np.asarray(picture) == direct(body | {"schedule": "karras"})[0].pixels).all()
+    assert (np.asarray(picture) != direct(body)[0].pixels).any()
+
+
 def test_several_images_of_a_class(run: Run) -> None:
     words = ("--class-label", "green", "--model", "tiny-dit", "--steps", 2, "--seed", 3, "-n", 2, "-o", "g.jpg")
     lines = drawn(run("generate", *words, "--save-latents", "l.safetensors"))
@@ -158,6 +170,9 @@ def test_what_is_without_effect_is_said(run: Run) -> None:
         (("red", "--model", "tiny-sd"), 'There is no model "tiny-sd"'),
         (("red", "--model", "tiny-sd3", "--steps", 0), "num_inference_steps: expects 1 to 100"),
         (("red", "--model", "tiny-sd3", "--sampler", "ddim"), "sampler: expects one of flow_euler"),
+        (("red", "--model", "tiny-sd3", "--sampler", "Euler Karras"), '"flow_euler" with "schedule": "karras"?'),
+        (("red", "--model", "tiny-sd3", "--schedule", "beta"), "schedule: expects one of karras"),
+        (("red", "--model", "tiny-sd3", "--clip-skip", 1), "clip_skip: tiny-sd3 reads CLIP as it was trained to"),
         (("red", "--model", "tiny-sd3", "--size", "17x32"), "size: tiny-sd3 has no size"),
         (("--model", "tiny-sd3"), "prompt: is required"),
         (("--model", "tiny-dit", "--class-label", "gren"), "has no such class; did you mean"),

@@ -35,6 +35,7 @@ def test_show_tells_what_a_request_may_ask(run: Run) -> None:
     told = run("models", "show", "tiny-sd3-turbo").stdout
     for part in (
         "flow_euler, flow_heun, flow_dpmpp_2m, flow_dpmpp_2m_sd3",
+        "karras, exponential, sgm_uniform with flow_euler, flow_heun, flow_dpmpp_2m_sd3",
         "tiny-sd3/vae",
         "flow_euler, 4 steps, guidance 0",
         "32x32",

@@ -141,7 +141,7 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tokenizer that is gone": (lambda folder: shutil.rmtree(folder / "tokenizer"), "tokenizer"),
     "an encoder that is gone": (lambda folder: shutil.rmtree(folder / "text_encoder_3"), "text_encoder_3"),
     "another CLIP": (narrow, "the CLIPs' pooled widths are not the network's"),
-    "a part of no use": (index(safety_checker=["diffusers", "Checker"]), 'safety_checker: "Checker" is not a class'),
+    "a part of no use": (index(upscaler=["diffusers", "Upscaler"]), 'upscaler: "Upscaler" is not a class'),
     "a part that is another": (index(vae=["diffusers", "CLIPTextModel"]), 'vae: "CLIPTextModel" is not a class'),
     "lfs": (foreign("vae", "lfs"), FOREIGN["lfs"][1]),
     "a page": (foreign("text_encoder_3", "page"), FOREIGN["page"][1]),

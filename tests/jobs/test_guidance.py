@@ -9,7 +9,8 @@ import pytest
 from app.cards.card import Card, SkipLayers
 from app.cards.cards import read_cards
 from app.errors import InvalidValue
-from app.jobs.body import read_body, recipe_facts
+from app.jobs.body import read_body
+from app.jobs.facts import recipe_facts
 from app.request import Guidance, Recipe, SkipGuidance
 from tests.parts.cards import write_cards
 

@@ -11,7 +11,8 @@ from app.cards.card import Card
 from app.cards.cards import read_cards
 from app.errors import InvalidValue
 from app.imaging import a1111
-from app.jobs.body import read_body, recipe_facts
+from app.jobs.body import read_body
+from app.jobs.facts import recipe_facts
 from app.jobs.schema import body_schema
 from app.request import Recipe
 from tests.parts.cards import adapter, with_adapters, write_cards

@@ -20,15 +20,16 @@ MEANT = {
     # A1111 and Forge
     "steps": "num_inference_steps", "cfg_scale": "guidance_scale", "sampler_name": "sampler",
     "sampler_index": "sampler", "batch_size": "n", "n_iter": "n", "distilled_cfg_scale": "guidance_scale",
-    "sd_model_checkpoint": "model",
+    "sd_model_checkpoint": "model", "schedule_type": "schedule",
     # diffusers
     "num_images_per_prompt": "n", "generator": "seed", "output_type": "output_format", "class_labels": "class_label",
     # ComfyUI, InvokeAI
     "cfg": "guidance_scale", "noise_seed": "seed", "ckpt_name": "model", "positive_prompt": "prompt",
-    "scheduler": "sampler", "negative": "negative_prompt", "iterations": "n",
+    "negative": "negative_prompt", "iterations": "n",
     # Replicate, fal, Stability AI, Black Forest Labs
     "num_outputs": "n", "guidance": "guidance_scale", "output_quality": "output_compression", "num_images": "n",
     "samples": "n", "text_prompts": "prompt", "format": "output_format",
+    "refine": "refiner", "crops_coords_top_left": "crop",
     # vLLM-Omni, SGLang Diffusion
     "num_outputs_per_prompt": "n", "true_cfg": "true_cfg_scale",
     # other ways to write ours
@@ -52,8 +53,11 @@ INSTEAD = {
     "safety_tolerance": "nothing is filtered", "go_fast": "leave it out", "enable_teacache": "leave it out",
     "generator_device": "leave it out", "sync_mode": "leave it out", "webhook_url": "leave it out",
     "extra_body": "beside prompt", "override_settings": "beside prompt", "diffusers_kwargs": "beside prompt",
-    "input": "beside prompt", "messages": "not a conversation", "clip_skip": "leave it out",
-    "enable_hr": "leave it out", "restore_faces": "leave it out", "refiner_switch_at": "leave it out",
+    "input": "beside prompt", "messages": "not a conversation", "clip_stop_at_last_layers": "how many layers",
+    "scheduler": '"dpmpp_2m"', "use_karras_sigmas": '"karras"', "karras": "schedule its noise levels",
+    "enable_hr": "leave it out", "restore_faces": "leave it out",
+    "refiner_switch_at": "refiner has both", "high_noise_frac": "refiner has both", "denoising_end": "refiner has both",
+    "refiner_checkpoint": "refiner has both", "aesthetic_score": "scores of a refiner", "crop_w": "original_size, crop",
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from app.cards.cards import read_card
 from tests.families.plain_shapes import dit_state
 from tests.parts import originals
 from tests.parts.tiny import write_dit, write_flux, write_sd3
+from tests.parts.tiny_unets import write_unet
 
 MODELS = Path(__file__).parents[2] / "models"
 QK_NORM = {"qk_norm": "rms_norm"}
@@ -29,6 +30,13 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "sd3.5-large-turbo": partial(write_sd3, seed=40, **QK_NORM),
     "flux.1-schnell": partial(write_flux, dev=False),
     "flux.1-dev": partial(write_flux, dev=True, seed=70),
+    "sd1.5": partial(write_unet, name="sd15"),
+    "sd2.1": partial(write_unet, name="sd2"),
+    "sd2.1-base": partial(write_unet, name="sd2", seed=100),
+    "sd-turbo": partial(write_unet, name="sd2", seed=150),
+    "sdxl": partial(write_unet, name="sdxl", sdxl="sdxl"),
+    "sdxl-turbo": partial(write_unet, name="sdxl-turbo", seed=200),
+    "sdxl-refiner": partial(write_unet, name="refiner", sdxl="sdxl"),
 }
 TINY = {
     r'size = "\d+x\d+"': 'size = "32x32"',

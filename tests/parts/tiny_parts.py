@@ -59,30 +59,33 @@ def write_pooled_clip(folder: Path, tokenizer: Path, seed: int) -> None:
     write_network(CLIPTextModel(CLIPTextConfig.from_pretrained(folder)), folder, seed, prefix="text_model.")
 
 
-def write_second_clip(folder: Path, tokenizer: Path, seed: int) -> None:
-    """As SD3's CLIP-G: pads with "!", the true eos_token_id, tokenizer.json."""
+def write_second_clip(
+    folder: Path, tokenizer: Path, seed: int, *, projection: bool = True, hidden_act: str = "quick_gelu"
+) -> None:
+    """As SD3's CLIP-G: pads with "!", the true eos_token_id, tokenizer.json. SD 2's has no `projection`."""
     from transformers import CLIPTokenizer
 
     vocab, merges = _bpe()
     CLIPTokenizer(vocab=vocab, merges=merges, pad_token="!", model_max_length=TEXT).save_pretrained(tokenizer)
     eos = vocab["<|endoftext|>"]
-    _write_clip(folder, seed + 1, len(vocab), hidden_size=24, projection_dim=24, eos_token_id=eos, bos_token_id=eos - 1)
+    facts = {"hidden_size": 24, "projection_dim": 24, "eos_token_id": eos, "bos_token_id": eos - 1}
+    _write_clip(folder, seed + 1, len(vocab), projection=projection, hidden_act=hidden_act, **facts)
 
 
-def _write_clip(folder: Path, seed: int, vocab: int, **changes: Any) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def _write_clip(folder: Path, seed: int, vocab: int, projection: bool = True, **changes: Any) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    facts = {"hidden_act": "quick_gelu", **changes}
     config = CLIPTextConfig(
         vocab_size=vocab,
         intermediate_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=TEXT,
-        hidden_act="quick_gelu",
         pad_token_id=0,
-        **changes,
+        **facts,
     )
-    write_network(CLIPTextModelWithProjection(config), folder, seed)
+    write_network((CLIPTextModelWithProjection if projection else CLIPTextModel)(config), folder, seed)
 
 
 def write_t5(folder: Path, tokenizer: Path, seed: int) -> None:

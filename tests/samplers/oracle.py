@@ -17,7 +17,12 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
+from diffusers.schedulers import (
+    scheduling_ddpm,
+    scheduling_dpmsolver_multistep,
+    scheduling_euler_ancestral_discrete,
+    scheduling_lcm,
+)
 
 from app.samplers.grids import Array
 from app.samplers.schedule import Schedule
@@ -59,6 +64,14 @@ class Edit:
     image: torch.Tensor
     strength: float
     mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Later:
+    """A start in the middle of a loop, where another network goes on: the latent, and how many steps have run."""
+
+    latent: torch.Tensor
+    steps: int
 
 
 @dataclass
@@ -108,11 +121,15 @@ def wide() -> Iterator[None]:
         for module in {sys.modules[scheduler.__module__] for scheduler in UPSTREAM.values()}:
             for name, library in (("torch", torch), ("np", np)):
                 patch.setattr(module, name, SimpleNamespace(**{**vars(library), "float32": library.float64}))
-        yield
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
-def diffusion_scheduler(schedule: Schedule, sampler: str, prediction: str) -> Any:
-    """diffusers' scheduler for a diffusion schedule."""
+def diffusion_scheduler(schedule: Schedule, sampler: str, prediction: str, grid: str = "") -> Any:
+    """diffusers' scheduler for a diffusion schedule, with those grids that it knows itself."""
     options: dict[str, Any] = {
         "num_train_timesteps": schedule.train_steps,
         "beta_start": schedule.beta_start,
@@ -124,12 +141,53 @@ def diffusion_scheduler(schedule: Schedule, sampler: str, prediction: str) -> An
         **{
             "ddim": {"clip_sample": False, "set_alpha_to_one": schedule.set_alpha_to_one},
             "ddpm": {"clip_sample": False, "variance_type": schedule.variance},
+            "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
         }.get(sampler, {}),
+        **({f"use_{grid}_sigmas": True} if grid in KNOWN_GRIDS and sampler != "euler_ancestral" else {}),
     }
     return UPSTREAM[sampler](**options)
 
 
-def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float) -> Any:
+KNOWN_GRIDS = ("karras", "exponential")
+"""Grids that diffusers has too."""
+
+
+def sgm_uniform(scheduler: Any, steps: int) -> tuple[Array, Array]:
+    """(timesteps, sigmas) of `sgm_uniform` in A1111's sd_schedulers.py, through k-diffusion's DiscreteSchedule."""
+    log_sigmas = np.log((1 - scheduler.alphas_cumprod.numpy()) / scheduler.alphas_cumprod.numpy()) / 2
+    t = np.linspace(len(log_sigmas) - 1, 0, steps + 1)[:-1]
+    low, w = np.floor(t).astype(int), t - np.floor(t)
+    return t, np.exp((1 - w) * log_sigmas[low] + w * log_sigmas[np.ceil(t).astype(int)])
+
+
+def set_steps(scheduler: Any, schedule: Schedule, sampler: str, steps: int, grid: str = "") -> Any:
+    """The scheduler with its timesteps set; on a grid that it does not know, as diffusers' Euler walks it."""
+    scheduler.set_timesteps(steps)
+    if grid == "sgm_uniform" and "dpmpp" in sampler:
+        t, sigma = sgm_uniform(scheduler, steps)
+        scheduler.timesteps, scheduler.sigmas = torch.from_numpy(t), torch.from_numpy(np.append(sigma, 0))
+    elif grid == "sgm_uniform" or (grid and sampler == "euler_ancestral"):
+        euler = diffusion_scheduler(schedule, "euler", schedule.prediction, grid)
+        if grid in KNOWN_GRIDS:
+            euler.set_timesteps(steps)
+        else:
+            euler.set_timesteps(sigmas=[*sgm_uniform(euler, steps)[1].tolist(), 0.0])
+        _follow(scheduler, euler)
+    return scheduler
+
+
+def _follow(scheduler: Any, euler: Any) -> None:
+    """Let a scheduler walk the points of an Euler; a Heun lists all but the first twice."""
+    s, t = euler.sigmas, euler.timesteps
+    if scheduler.order == 2:
+        s, t = (
+            torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]]),
+            torch.cat([t[:1], t[1:].repeat_interleave(2)]),
+        )
+    scheduler.sigmas, scheduler.timesteps = s, t
+
+
+def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float, grid: str = "") -> Any:
     """diffusers' scheduler for a flow schedule, as the SD3 and the FLUX pipeline set it; mu is the log of the shift."""
     dynamic = schedule.dynamic_shift is not None
     if sampler == "flow_dpmpp_2m":
@@ -141,27 +199,33 @@ def flow_scheduler(schedule: Schedule, sampler: str, steps: int, mu: float) -> A
         )
         scheduler.set_timesteps(steps, **({"mu": mu} if dynamic else {}))
         return scheduler
-    euler = UPSTREAM["flow_euler"](shift=schedule.shift, use_dynamic_shifting=dynamic)
+    own = {f"use_{grid}_sigmas": True} if grid in KNOWN_GRIDS else {}
+    euler = UPSTREAM["flow_euler"](shift=schedule.shift, use_dynamic_shifting=dynamic, **own)
     sigmas = np.linspace(1, 1 / steps, steps) if schedule.spacing == "flux" else None
+    if grid == "sgm_uniform":  # ComfyUI's ends are the sigmas of SD3's first and last training step
+        sigmas = np.linspace(1, euler.sigma_min, steps + 1)[:-1]
     euler.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=mu)
     if sampler == "flow_euler":
         return euler
     heun = UPSTREAM["flow_heun"](shift=schedule.shift)
     heun.set_timesteps(steps)
-    if schedule.spacing == "flux" or dynamic:  # upstream's heun knows SD3's static grid only: it walks euler's here
-        s, t = euler.sigmas, euler.timesteps
-        heun.sigmas = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
-        heun.timesteps = torch.cat([t[:1], t[1:].repeat_interleave(2)])
+    if schedule.spacing == "flux" or dynamic or grid:  # upstream's heun knows SD3's static grid only
+        _follow(heun, euler)
     return heun
 
 
 def begin(
-    scheduler: Any, noise: torch.Tensor, edit: Edit | None
+    scheduler: Any, noise: torch.Tensor, edit: Edit | Later | None
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor, int], torch.Tensor]]:
     """The timesteps that run, the latent before the first of them, and what a mask makes of the latent after each.
 
     As pipeline_stable_diffusion_3_inpaint.py and pipeline_stable_diffusion_xl_inpaint.py have it. noise: the first.
     """
+    if isinstance(edit, Later):  # `denoising_start` of pipeline_stable_diffusion_xl_img2img.py
+        index = edit.steps * scheduler.order
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(index)
+        return scheduler.timesteps[index:], edit.latent, lambda x, step: x
     init = getattr(scheduler, "init_noise_sigma", 1.0)
     if edit is None:
         if hasattr(scheduler, "set_begin_index"):
@@ -184,15 +248,33 @@ def begin(
     return timesteps, start, lambda x, step: torch.where(edit.mask, x, noisy(timesteps[step + 1 : step + 2]))
 
 
+NOISY = (
+    scheduling_ddpm,
+    scheduling_euler_ancestral_discrete,
+    scheduling_dpmsolver_multistep,
+    scheduling_lcm,
+)
+"""Modules of the schedulers that add noise."""
+
+
 def run_upstream(
-    scheduler: Any, net: Network, noise: Sequence[Array], learned: bool = False, edit: Edit | None = None
+    scheduler: Any,
+    net: Network,
+    noise: Sequence[Array],
+    learned: bool = False,
+    edit: Edit | Later | None = None,
+    stop: int | None = None,
 ) -> Run:
-    """The loop of a diffusers pipeline, on a scheduler whose timesteps are set, with the noise of each step given."""
+    """The loop of a diffusers pipeline, on a scheduler whose timesteps are set, with the noise of each step given.
+
+    stop: the step before which it ends, as `denoising_end` of pipeline_stable_diffusion_xl.py.
+    """
     timesteps, x, blend = begin(scheduler, torch.from_numpy(noise[0]), edit)
+    timesteps = timesteps if stop is None else timesteps[: stop * scheduler.order]
     run = Run([], [])
     with pytest.MonkeyPatch.context() as patch:
         given: list[Array] = []
-        for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
+        for module in NOISY:
             patch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(given[-1]))
         for number, (t, fresh) in enumerate(zip(timesteps, noise[1:], strict=True)):
             given.append(fresh)
@@ -200,16 +282,19 @@ def run_upstream(
             out = torch.from_numpy(net(seen.double().numpy(), float(t)))
             full = torch.cat([out, torch.from_numpy(channel(seen.numpy(), float(t)))], dim=1) if learned else out
             step = scheduler.step(full, t, x)
-            run.clean.append(_predicted(scheduler, step, x, out).numpy())
+            run.clean.append(_predicted(scheduler, step, x, out, t).numpy())
             x = blend(step.prev_sample, number)
             run.states.append(x.numpy())
     return run
 
 
-def _predicted(scheduler: Any, step: Any, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _predicted(scheduler: Any, step: Any, x: torch.Tensor, out: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The clean latent that upstream predicted in this step."""
     if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler):
         return scheduler.model_outputs[-1]
+    if isinstance(scheduler, diffusers.LCMScheduler):
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition_discrete(t)
+        return (step.denoised - c_skip * x) / c_out
     if "FlowMatch" in type(scheduler).__name__:
         return x - scheduler.sigmas[scheduler.step_index - 1] * out
     return step.pred_original_sample

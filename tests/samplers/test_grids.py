@@ -62,7 +62,8 @@ def test_diffusion_grids(sampler: str, spacing: str, offset: int) -> None:
             if hasattr(scheduler, "sigmas"):
                 close(path.here.sigma / path.here.alpha, sigma[:-1], EXACT, each)
     # Where leading has an offset, and for the multistep whose grids have a point more, the largest counts do not fit.
-    assert all(steps >= 999 for steps in refused) and len(refused) <= 2
+    most = 50 if sampler == "lcm" else 998
+    assert all(steps > most for steps in refused) and len(refused) <= (950 if sampler == "lcm" else 2)
 
 
 @pytest.mark.slow

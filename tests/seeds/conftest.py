@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.parts.tiny import write_dit, write_flux, write_sd3
+from tests.parts.tiny_unets import write_unet
 
 SMALL = {"min = 16, max = 64, multiple = 16": "min = 16, max = 64, multiple = 8"}
 SKIPPING = {**SMALL, "text = {": "skip_layer_guidance = { layers = [1, 2] }\ntext = {"}
@@ -21,6 +22,7 @@ def seed_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_dits(folder)
     _write_sd3s(folder)
     _write_fluxes(folder)
+    _write_unets(folder)
     return folder
 
 
@@ -58,6 +60,21 @@ def _write_fluxes(folder: Path) -> None:
     }
     for name, config in configs.items():
         write_flux(folder / name, **config)
+
+
+def _write_unets(folder: Path) -> None:
+    deep = {"layers_per_block": 2, "transformer_layers_per_block": (1, 2, 1), "block_out_channels": (16, 16, 32)}
+    wide = {"seed": 60, "attention_head_dim": (2, 2, 4), "upcast_attention": True}
+    configs: dict[str, tuple[str, dict[str, Any]]] = {
+        "sd15": ("sd15", {}),
+        "sd2": ("sd2", wide),
+        "sdxl": ("sdxl", {}),
+        "sdxl-deep": ("sdxl", {"seed": 70, **deep}),
+        "sdxl-turbo": ("sdxl-turbo", {}),
+        "refiner": ("refiner", {"sdxl": "sdxl"}),
+    }
+    for name, (kind, config) in configs.items():
+        write_unet(folder / name, kind, **config)
 
 
 def _edit(folder: Path, edits: dict[str, str]) -> None:

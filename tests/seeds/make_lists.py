@@ -1,10 +1,10 @@
 """The committed lists of names and shapes, made from the authors' own model code at true size, without weights.
 
-    python tests/seeds/make_lists.py dit CHECKOUT COMMIT > tests/seeds/lists/dit.txt      (also: sd3, flux)
+    python tests/seeds/make_lists.py dit CHECKOUT COMMIT > tests/seeds/lists/dit.txt   (also: sd3, flux, unet, clip)
 
 CHECKOUT is a clone of the repository that the head of the list names, at COMMIT; its code wants einops, and timm for
-DiT. Networks are built on the meta device, so this takes seconds and no memory. Tests read the lists (read_lists) and
-need none of this.
+DiT, torchvision for CLIP. Networks are built on the meta device, so this takes seconds and no memory. Tests read the
+lists (read_lists) and need none of this.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from itertools import product
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 Shapes = dict[str, tuple[int, ...]]
@@ -25,6 +26,8 @@ HEADS = {
     "dit": ("facebookresearch/DiT", "models.py", "CC BY-NC 4.0"),
     "sd3": ("Stability-AI/sd3.5", "mmditx.py and sd3_impls.py", "MIT"),
     "flux": ("black-forest-labs/flux", "src/flux/model.py and src/flux/modules/autoencoder.py", "Apache-2.0"),
+    "unet": ("Stability-AI/generative-models", "sgm/modules/diffusionmodules/openaimodel.py", "MIT"),
+    "clip": ("mlfoundations/open_clip", "src/open_clip/transformer.py", "MIT"),
 }
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _RANGE = re.compile(r"\{(\d+)-(\d+)\}")
@@ -72,6 +75,41 @@ def flux() -> Iterator[tuple[str, Any]]:
     sizes = {"resolution": 256, "in_channels": 3, "ch": 128, "out_ch": 3, "ch_mult": [1, 2, 4, 4]}
     sizes |= {"num_res_blocks": 2, "z_channels": 16, "scale_factor": 0.3611, "shift_factor": 0.1159}
     yield "autoencoder", autoencoder.AutoEncoder(autoencoder.AutoEncoderParams(**sizes))
+
+
+def unet() -> Iterator[tuple[str, Any]]:
+    """With the parameters of configs/inference/, and of CompVis/stable-diffusion v1-inference.yaml for sd1."""
+    _bare("sgm", "sgm.modules", "sgm.modules.diffusionmodules")
+    model = importlib.import_module("sgm.modules.diffusionmodules.openaimodel").UNetModel
+    all_ = {"in_channels": 4, "out_channels": 4, "num_res_blocks": 2, "model_channels": 320}
+    early = {**all_, "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "transformer_depth": 1}
+    late = {"num_head_channels": 64, "use_linear_in_transformer": True}
+    xl = {**all_, **late, "attention_resolutions": [4, 2], "num_classes": "sequential"}
+    yield "sd1", model(**early, num_heads=8, context_dim=768)
+    yield "sd2", model(**early, **late, context_dim=1024)
+    depth = {"channel_mult": [1, 2, 4], "transformer_depth": [1, 2, 10]}
+    yield "sdxl", model(**xl, **depth, context_dim=2048, adm_in_channels=2816)
+    xl |= {"model_channels": 384, "channel_mult": [1, 2, 4, 4], "transformer_depth": 4}
+    yield "sdxl-refiner", model(**xl, context_dim=[1280] * 4, adm_in_channels=2560)
+
+
+def clip() -> Iterator[tuple[str, Any]]:
+    """The text towers with their parameters in model_configs/; that of ViT-L-14 is OpenAI's."""
+    _bare("open_clip")
+    model = importlib.import_module("open_clip.transformer").TextTransformer
+    for name, width, heads, layers in (
+        ("ViT-L-14", 768, 12, 12),
+        ("ViT-H-14", 1024, 16, 24),
+        ("ViT-bigG-14", 1280, 20, 32),
+    ):
+        yield name, model(width=width, heads=heads, layers=layers, output_dim=width)
+
+
+def _bare(*packages: str) -> None:
+    """Import modules of these packages without what the packages import beside them."""
+    for name in packages:
+        module = sys.modules[name] = ModuleType(name)
+        module.__path__ = [str(Path(base, *name.split("."))) for base in sys.path[:2]]
 
 
 def folded(shapes: Shapes) -> list[str]:

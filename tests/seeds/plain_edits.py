@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 from torch import Generator, Tensor
 from torch.nn.functional import interpolate
 
 from app.cards.card import Card
 from app.cards.cards import read_card
 from tests.parts.edits import as_field
-from tests.samplers.oracle import Edit, begin, diffusion_scheduler, flow_scheduler, wide
+from tests.samplers.oracle import NOISY, Edit, begin, diffusion_scheduler, flow_scheduler, wide
 from tests.seeds import plain_sd3
 from tests.seeds.upstream import Body, length, opened, opened_image
 
@@ -73,9 +72,11 @@ SAMPLED = {"mode": _mode, "swapped": _after_the_noise}
 def plain_latent(folder: Path, body: Body, fault: Fault = "", pipeline: Any = None) -> Tensor:
     """[1, C, h, w] float64, the final latent of the body of an edit. pipeline: another than that of the folder."""
     pipeline, card = pipeline or opened(folder), read_card(folder / "card.toml")
-    with faulty(fault, body) as body, wide(), _float32_noise():
+    with faulty(fault, body) as body:
         solve = _authors if body["sampler"] == "flow_dpmpp_2m_sd3" else _diffusers
-        return solve(card, body, _network(pipeline, card, body), _drawn(pipeline, body))
+        network, drawn = _network(pipeline, card, body), _drawn(pipeline, body)
+        with wide(), _float32_noise():
+            return solve(card, body, network, drawn)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _diffusers(card: Card, body: Body, network: Network, drawn: Drawn) -> Tensor
         scheduler = diffusion_scheduler(schedule, sampler, schedule.prediction)
         scheduler.set_timesteps(steps)
     timesteps, x, blend = begin(scheduler, drawn.noise, Edit(drawn.image, strength, drawn.mask))
-    random = {"generator": drawn.dice} if sampler in ("ddpm", "euler_ancestral") else {}
+    random = {"generator": drawn.dice} if sampler in ("ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm") else {}
     for number, t in enumerate(timesteps):
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         out = network(seen, float(t))
@@ -141,9 +142,11 @@ def _authors(card: Card, body: Body, network: Network, drawn: Drawn) -> Tensor:
 def _float32_noise() -> Iterator[None]:
     """The noise of steps drawn in float32, whatever the latent's format: its bits depend on that."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
+        for module in NOISY:
             patch.setattr(
-                module, "randn_tensor", lambda shape, generator, **_: torch.randn(shape, generator=generator).double()
+                module,
+                "randn_tensor",
+                lambda shape, generator, **_: torch.randn(shape, generator=generator, dtype=torch.float32).double(),
             )
         yield
 

@@ -1,7 +1,8 @@
 """Images that start from a picture, through HTTP in mixed traffic, against diffusers: final latents, with controls.
 
-SD3 and FLUX with Euler against the img2img and inpaint pipelines; a DiT, and the solvers that no pipeline runs, against
-a plain loop in float64. One real server with its real engine process; everything is asked for at once.
+SD3, FLUX and the U-Nets with the sampler of their scheduler against the img2img and inpaint pipelines; a DiT, and the
+solvers that no pipeline runs, against a plain loop in float64. One real server with its real engine process; everything
+is asked for at once.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ MODELS: dict[str, Body] = {
     "schnell": {**SUBJECT, "size": "40x24", "num_inference_steps": 14, "sampler": "flow_euler"},
     "dev": {**SUBJECT, "size": "24x56", "num_inference_steps": 12, "sampler": "flow_euler"},
     "dit": {"class_label": 3, "size": "32x32", "num_inference_steps": 28, "sampler": "ddim"},
+    "sd2": {**SUBJECT, "size": "40x24", "num_inference_steps": 15, "sampler": "ddim"},
+    "sdxl": {**SUBJECT, "size": "24x56", "num_inference_steps": 12, "sampler": "euler"},
+    "refiner": {**SUBJECT, "size": "40x24", "num_inference_steps": 12, "sampler": "euler"},
 }
+UNETS = ("sd2", "sdxl", "refiner")
 
 
 def body_of(model: str, strength: float = 0.6, masked: bool = True, scale: float = 4.0, **changes: Any) -> Body:
@@ -135,7 +140,7 @@ def theirs(folder: Path, name: str, fault: Fault = "", grow: bool = True) -> tor
     body, folder = CASES[name], folder / CASES[name]["model"]
     if "mask_image" in body and grow:
         body = {**body, "mask_image": as_field(grown(mask_of(body)))}
-    if body["sampler"] != "flow_euler":
+    if body["sampler"] != "flow_euler" and body["model"] not in UNETS:
         return plain_latent(folder, body, fault)
     with faulty(fault, body) as wrong:
         return final_latent(folder, wrong)

@@ -38,6 +38,8 @@ TRUE = {"true_cfg_scale": 4.0, "negative_prompt": "green dog"}
 SKIP = {f"skip_layer_guidance_{name}": value for name, value in (("scale", 2.8), ("start", 0.01), ("stop", 0.4))}
 LONG = {"prompt": " ".join(["a small yellow flower"] * 12)}
 
+UNETS = ("sd1.5", "sd2", "sdxl")
+
 CASES: dict[str, Body] = {
     "dit guided": {"model": "dit", "size": "32x32", "num_inference_steps": 8, "guidance_scale": 4.0},
     "dit": {"model": "dit", "size": "32x32", "num_inference_steps": 5, "guidance_scale": 0.0},
@@ -59,6 +61,13 @@ CASES: dict[str, Body] = {
     "dev at 1": {"model": "dev", "size": "40x24", "num_inference_steps": 5, "guidance_scale": 1.0},
     "dev true": {"model": "dev", "size": "40x24", "num_inference_steps": 8, "guidance_scale": 3.5, **TRUE},
     "dev long": {"model": "dev", "size": "16x56", "num_inference_steps": 4, "guidance_scale": 2.0, **LONG},
+    "sd1.5": {"model": "sd15", "size": "40x24", "num_inference_steps": 20, **GUIDED},
+    "sd2 absent": {"model": "sd2", "size": "24x56", "num_inference_steps": 10, "guidance_scale": 7.5},
+    "sdxl": {"model": "sdxl", "size": "40x24", "num_inference_steps": 30, **GUIDED},
+    "sdxl absent": {"model": "sdxl", "size": "40x24", "num_inference_steps": 8, "guidance_scale": 5.0},
+    "sdxl empty": {"model": "sdxl", "size": "24x40", "num_inference_steps": 6, **GUIDED, "negative_prompt": ""},
+    "sdxl long": {"model": "sdxl-deep", "size": "64x16", "num_inference_steps": 6, **GUIDED, **LONG},
+    "sdxl turbo": {"model": "sdxl-turbo", "size": "40x24", "num_inference_steps": 4, "guidance_scale": 0.0},
     "dev no clip": {"model": "dev-no-clip", "size": "64x24", "num_inference_steps": 6, "guidance_scale": 3.5, **TRUE},
 }
 CONTROLS: list[tuple[str, Body]] = [
@@ -70,9 +79,14 @@ CONTROLS: list[tuple[str, Body]] = [
     ("dev", {"true_cfg_scale": 2.0}),
     ("dev true", {"true_cfg_scale": 3.5}),
     ("dev true", {"guidance_scale": 3.0}),
+    ("sd2 absent", {"negative_prompt": "green cat"}),
+    ("sdxl absent", {"negative_prompt": ""}),
+    ("sdxl empty", {"negative_prompt": None}),
 ]
-CONTROLS += [(name, {"seed": 12}) for name in ("dit guided", "sd3", "sd3.5 medium", "schnell", "dev")]
-CONTROLS += [(name, {"guidance_scale": 3.0}) for name in ("dit guided", "sd3", "sd3.5 medium", "schnell guided", "dev")]
+SEEDED = ("dit guided", "sd3", "sd3.5 medium", "schnell", "dev", "sd1.5", "sdxl")
+SCALED = ("dit guided", "sd3", "sd3.5 medium", "schnell guided", "dev", "sd1.5", "sdxl")
+CONTROLS += [(name, {"seed": 12}) for name in SEEDED]
+CONTROLS += [(name, {"guidance_scale": 3.0}) for name in SCALED]
 
 
 def whole(name: str, **changes: Any) -> Body:
@@ -84,6 +98,8 @@ def whole(name: str, **changes: Any) -> Body:
 def neighbour(name: str, seed: int) -> Body:
     """A request of the case's model and size for another picture, with another sampler, steps and guidance."""
     sampler, steps = ("flow_heun", 3) if seed else ("flow_euler", 15)
+    if name.startswith(UNETS):
+        sampler = sampler.removeprefix("flow_")
     if name.startswith("dit"):
         return whole(name, class_label=207, sampler=("euler_ancestral", "ddpm")[seed], num_inference_steps=9, seed=seed)
     other = {"prompt": "moon and stars", "guidance_scale": (1.5, 6.0)[seed]}

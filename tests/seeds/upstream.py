@@ -31,8 +31,20 @@ EDITS: dict[str, tuple[Any, Any]] = {
         diffusers.StableDiffusion3InpaintPipeline,
     ),
     "FluxPipeline": (diffusers.FluxImg2ImgPipeline, diffusers.FluxInpaintPipeline),
+    "StableDiffusionPipeline": (diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionInpaintPipeline),
+    **dict.fromkeys(
+        ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
+        (diffusers.StableDiffusionXLImg2ImgPipeline, diffusers.StableDiffusionXLInpaintPipeline),
+    ),
 }
 """The pipelines that start from a picture, and from a picture and a mask, by the one that starts from noise."""
+
+
+FACTS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "requires_safety_checker")
+"""What a model_index.json says of a pipeline besides its parts."""
+
+FRAMING = ("original_size", "crops_coords_top_left", "target_size")
+"""What SDXL's pipelines take of the framing, as (height, width) and (top, left)."""
 
 
 @cache
@@ -40,6 +52,8 @@ def opened(folder: Path) -> Any:
     """The pipeline that the folder's model_index.json names, with the parts that it has."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     absent = {name: None for name, entry in index.items() if entry == [None, None]}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        absent |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -56,9 +70,10 @@ def run(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
     runs = {"DiTPipeline": _dit, "StableDiffusion3Pipeline": _sd3, "FluxPipeline": _flux}
     name = type(pipeline).__name__
     if "image" in body:
-        pipeline = EDITS[name]["mask_image" in body](**pipeline.components)
+        facts = {key: pipeline.config[key] for key in FACTS if key in pipeline.config}
+        pipeline = EDITS[name]["mask_image" in body](**pipeline.components, **facts)
         pipeline.set_progress_bar_config(disable=True)
-    return runs[name](pipeline, card, body)
+    return runs.get(name, _unet)(pipeline, card, body)
 
 
 @torch.no_grad()
@@ -137,6 +152,18 @@ def _flux_with_zeros(pipeline: Any, card: Card, body: Body) -> dict[str, torch.T
             pooled = pipeline._get_clip_prompt_embeds(prompt)
         found |= {f"{name}prompt_embeds": text, f"{name}pooled_prompt_embeds": pooled}
     return found
+
+
+def _unet(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
+    """NOTE: an absent negative prompt is not the empty one. Pipelines that start from a picture have its size."""
+    common = _common(card, body)
+    del common["max_sequence_length"]
+    if isinstance(pipeline, (diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionXLImg2ImgPipeline)):
+        del common["width"], common["height"]
+    more = {name: body[name] for name in ("clip_skip", *FRAMING) if name in body}
+    text = {"prompt": body["prompt"], "negative_prompt": body.get("negative_prompt")}
+    latent: torch.Tensor = pipeline(**text, **common, **more, guidance_scale=body["guidance_scale"]).images
+    return latent
 
 
 def _common(card: Card, body: Body) -> dict[str, Any]:
