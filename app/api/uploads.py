@@ -85,5 +85,7 @@ def _count(front: Front, upload: object, size: int, coming: int = 0) -> None:
 def typed_fields(body: type[ImageBody]) -> frozenset[str]:
     """Fields of a body that may be something else than text: numbers, flags, objects, lists of them."""
     found = body.model_json_schema()["properties"].items()
-    types = {name: {one.get("type", "object") for one in field.get("anyOf", [])} for name, field in found}
-    return frozenset(name for name, each in types.items() if each - {"string", "array", "null"}) | {"loras"}
+    types = {
+        name: {one.get("items", one).get("type", "object") for one in field.get("anyOf", [])} for name, field in found
+    }
+    return frozenset(name for name, each in types.items() if each - {"string", "null"})

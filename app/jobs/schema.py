@@ -112,15 +112,20 @@ def _refiner(names: Sequence[str]) -> Json:
 
 
 def _by_sampler(card: Card) -> list[Json]:
-    """The conditions of samplers that have room for fewer steps than others, and of those without another schedule."""
-    steps, found = most_steps_of(card), []
+    """What holds unless the sampler is another one: fewer steps, and no schedule.
+
+    NOTE: schemathesis fails at `if` beside files.
+    """
+    steps, own = most_steps_of(card), card.defaults.sampler
+    rules: list[tuple[list[str], Json]] = [([one for one in steps if valid_grids(one)], {"schedule": NULL})]
     for sampler, most in steps.items():
-        fewer = {"num_inference_steps": {"maximum": most}} if most < max(steps.values()) else {}
-        if then := fewer | ({} if valid_grids(sampler) else {"schedule": NULL}):
-            own = sampler == card.defaults.sampler
-            named: Json = {"properties": {"sampler": {"enum": [sampler, None] if own else [sampler]}}}
-            named["required"] = [] if own else ["sampler"]
-            found.append({"if": named, "then": {"properties": then}})
+        if most < max(steps.values()):
+            rules.append(([one for one in steps if one != sampler], {"num_inference_steps": {"maximum": most}}))
+    found = []
+    for others, bound in rules:
+        free = {"enum": [*others, *([None] if own in others else [])]}
+        other: Json = {"properties": {"sampler": free}, "required": [] if own in others else ["sampler"]}
+        found.append({"anyOf": [{"properties": bound}, other]})
     return found
 
 

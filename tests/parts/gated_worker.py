@@ -99,12 +99,12 @@ def reading(gate: Gate, phase: str, read: Callable[..., Any]) -> Callable[..., A
 def main(folder: Path) -> None:
     if (folder / "broken").exists():
         sys.exit(1)
-    from app.engine import runner
+    from app.engine import row
     from app.engine.runner import Runner
     from app.pool import builder, memory
     from app.worker import process
 
-    runner.LEAST = runner.MOST = 2 * WAIT
+    row.LEAST = row.MOST = 2 * WAIT
     gate = Gate(folder)
     for phase in ("source", "encode", "denoise", "decode"):
         setattr(Runner, phase, gated(gate, phase, getattr(Runner, phase)))

@@ -1,12 +1,13 @@
-"""Files in the layouts of SD3's and FLUX's authors, made of diffusers' tensors: the way back, written plainly.
+"""Files in the layouts of Stable Diffusion's, SD3's and FLUX's authors, made of diffusers' tensors: the way back.
 
-The app's tables go the other way. Tensors may be on the meta device.
+It is written plainly. The app's tables go the other way. Tensors may be on the meta device.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -156,6 +157,100 @@ def flux(own: State) -> State:
                 [own[f"{ours}.{index}.{one}.{kind}"] for one in parts]
             )
     return found
+
+
+_UNET = {
+    **{f"time_embedding.linear_{n}": f"time_embed.{2 * n - 2}" for n in (1, 2)},
+    **{f"add_embedding.linear_{n}": f"label_emb.0.{2 * n - 2}" for n in (1, 2)},
+    **{"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"},
+}
+_RESNET = {
+    **{"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"},
+    **{"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"},
+}
+
+
+def unet(own: State) -> State:
+    """openaimodel.py's names of a UNet2DConditionModel with two layers in each block."""
+    with_attention = {name.split(".")[1] for name in own if re.match(r"up_blocks\.\d+\.attentions", name)}
+    found = {}
+    for name, value in own.items():
+        module, _, kind = name.rpartition(".")
+        found[f"{_UNET.get(module) or _unet_block(module, with_attention)}.{kind}"] = value
+    return found
+
+
+def _unet_block(module: str, with_attention: set[str]) -> str:
+    """with_attention: indices of the up_blocks that have some."""
+    if module.startswith("mid_block."):
+        _, kind, index, rest = module.split(".", 3)
+        return f"middle_block.1.{rest}" if kind == "attentions" else f"middle_block.{2 * int(index)}.{_RESNET[rest]}"
+    side, block, kind, index, rest = module.split(".", 4)
+    if side == "down_blocks":
+        theirs = f"input_blocks.{1 + 3 * int(block) + (2 if kind == 'downsamplers' else int(index))}"
+    else:
+        theirs = f"output_blocks.{3 * int(block) + (2 if kind == 'upsamplers' else int(index))}"
+    places = {"resnets": f"0.{_RESNET.get(rest)}", "attentions": f"1.{rest}", "downsamplers": "0.op"}
+    places["upsamplers"] = f"{1 + (block in with_attention)}.conv"
+    return f"{theirs}.{places[kind]}"
+
+
+_CLIP = {"embeddings.position_embedding.weight": "positional_embedding", "text_projection.weight": "text_projection"}
+_CLIP |= {"embeddings.token_embedding.weight": "token_embedding.weight"}
+_CLIP_BLOCK = {"self_attn.out_proj": "attn.out_proj", "layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+_CLIP_BLOCK |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+
+
+def open_clip(own: State) -> State:
+    """open_clip's names of a CLIP's text model."""
+    bare = {name.removeprefix("text_model."): value for name, value in own.items()}
+    found = {"logit_scale": torch.tensor(4.6)}
+    for name, value in bare.items():
+        module, _, kind = name.rpartition(".")
+        if name in _CLIP:
+            found[_CLIP[name]] = value.T if name == "text_projection.weight" else value
+        elif module == "final_layer_norm":
+            found[f"ln_final.{kind}"] = value
+        else:
+            _, _, index, rest = module.split(".", 3)
+            block = f"transformer.resblocks.{index}"
+            if rest == "self_attn.q_proj":
+                letters = [bare[f"encoder.layers.{index}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                found[f"{block}.attn.in_proj_{kind}"] = torch.cat(letters)
+            elif rest in _CLIP_BLOCK:
+                found[f"{block}.{_CLIP_BLOCK[rest]}.{kind}"] = value
+    return found
+
+
+def last_of_open_clip(own: State) -> State:
+    """What a file of Stable Diffusion 2 has of its CLIP and the model does not use: the 24th block, the projection."""
+    first = {name: value for name, value in own.items() if name.startswith("transformer.resblocks.0.")}
+    width = own["positional_embedding"].shape[1]
+    return {name.replace("resblocks.0.", "resblocks.23."): value.clone() for name, value in first.items()} | {
+        "text_projection": torch.eye(width)
+    }
+
+
+BUFFERS = ("betas", "alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "model_ema.decay", "model_ema.num_updates")
+"""Of training code, in published files of Stable Diffusion."""
+
+
+def unet_file(folder: Path) -> State:
+    """What stands in one file of Stable Diffusion: a diffusers folder, and buffers that nobody uses."""
+    state = {f"model.diffusion_model.{name}": value for name, value in unet(read(folder / "unet")).items()}
+    state |= {f"first_stage_model.{name}": value for name, value in vae(read(folder / "vae")).items()}
+    first, second = folder / "text_encoder", folder / "text_encoder_2"
+    if first.is_dir() and json.loads((first / "config.json").read_text())["hidden_act"] == "gelu":  # an OpenCLIP
+        own = open_clip(read(first))
+        own |= last_of_open_clip(own)
+        state |= {f"cond_stage_model.model.{name}": value for name, value in own.items()}
+    elif first.is_dir():
+        prefix = "conditioner.embedders.0" if second.is_dir() else "cond_stage_model"
+        state |= {f"{prefix}.transformer.{name}": value for name, value in read(first).items()}
+    if second.is_dir():
+        prefix = f"conditioner.embedders.{int(first.is_dir())}.model"
+        state |= {f"{prefix}.{name}": value for name, value in open_clip(read(second)).items()}
+    return state | {name: torch.ones(3) for name in BUFFERS}
 
 
 def vae(own: State) -> State:

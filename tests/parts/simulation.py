@@ -16,18 +16,19 @@ from tests.parts.requests import flat
 
 KEY = Key("model", 64, 64, 24)
 OTHER = Key("other", 64, 64, 24)
+Legs = tuple[tuple[Key, int], ...]
 HELD: Any = object()
 """What stands for the lease of a row that has started."""
 
 _sequence = itertools.count()
 
 
-def row(steps: int, *, guided: bool = False, key: Key = KEY, **request: Any) -> Row:
-    """A row of so many lines; `add` says when it arrived."""
+def row(steps: int, *, guided: bool = False, key: Key = KEY, legs: Legs = (), **request: Any) -> Row:
+    """A row of so many lines; `add` says when it arrived. legs: as `Row.legs`."""
     number = next(_sequence)
     image = ImageSpec(Prompt("a"), number)
     asked = flat(f"r{number}", key.model, (image,), 64, 64, "euler", steps, 4.0, 24, guided=guided, **request)
-    return Row(asked, 0, key, steps, 0.0, number)
+    return Row(asked, 0, key, steps, 0.0, number, legs)
 
 
 class Simulation:
@@ -73,6 +74,9 @@ class Simulation:
             if each.line == each.lines:
                 self.ended[each] = self.now
                 self.batcher.finish(each)
+            elif each.line == each.ends:
+                each.lease = None
+                self.batcher.switch(each)
 
     def run(self, most: int = 100_000) -> None:
         for _ in range(most):

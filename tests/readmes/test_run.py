@@ -14,7 +14,18 @@ from tests.readmes.blocks import BLOCKS, Block
 from tests.readmes.stand import Stand
 
 NEEDS = {
-    "Three pictures": ("dit-xl-2-256", "sd3-medium", "sd3.5-large", "sd3.5-large-turbo", "flux.1-schnell"),
+    "Three pictures": (
+        "dit-xl-2-256",
+        "sd3-medium",
+        "sd3.5-large",
+        "sd3.5-large-turbo",
+        "flux.1-schnell",
+        "sd2.1",
+        "sdxl",
+        "sdxl-refiner",
+    ),
+    "SDXL with its refiner": ("sdxl", "sdxl-refiner"),
+    "A refiner": ("sdxl", "sdxl-refiner"),
 }
 """The models that the text over a block has the reader get first, by its heading."""
 QUICK = "Five minutes"

@@ -13,9 +13,11 @@ from torch import nn
 
 from app.cards.cards import read_cards
 from app.cards.files import INDEX
+from app.cards.folder import ModelFolder
 from app.errors import CheckpointError
 from app.families.authors import from_original
 from app.families.components import blank_network, has_weights, outline_of
+from app.families.text import clip_keys
 from tests.seeds.make_lists import Shapes, folded, read_lists, unfolded
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,20 @@ BIG = {
     "flux.1-dev": ("flux", "flux-dev", 11_901_408_320),
 }
 """card: the list, its network there, parameters as published"""
+
+UNETS = {
+    "sd1.5": ("sd1", 859_520_964, ("ViT-L-14", None)),
+    "sd2.1": ("sd2", 865_910_724, ("ViT-H-14", None)),
+    "sd2.1-base": ("sd2", 865_910_724, ("ViT-H-14", None)),
+    "sd-turbo": ("sd2", 865_910_724, ("ViT-H-14", None)),
+    "sdxl": ("sdxl", 2_567_463_684, ("ViT-L-14", "ViT-bigG-14")),
+    "sdxl-turbo": ("sdxl", 2_567_463_684, ("ViT-L-14", "ViT-bigG-14")),
+    "sdxl-refiner": ("sdxl-refiner", 2_259_526_660, (None, "ViT-bigG-14")),
+}
+"""card: its network's list, parameters as published, the lists of its text encoders"""
+
+CLIPS = {"ViT-L-14": 123_060_480, "ViT-H-14": 340_387_840, "ViT-bigG-14": 694_659_840}
+"""Parameters that a model keeps of each: CLIP-L without its projection, OpenCLIP-H without that and the last block."""
 
 
 @lru_cache
@@ -117,6 +133,46 @@ def test_an_autoencoder_has_the_tensors_of_the_authors_code(name: str) -> None:
     assert learnt(network) == sum(torch.Size(shape).numel() for shape in shapes.values()) == 83_819_683
 
 
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_has_the_tensors_of_the_authors_code(name: str) -> None:
+    title, parameters, _ = UNETS[name]
+    tensors = outline(listed("unet")[title], "UNet2DConditionModel", "unet")
+    network = built(CARDS[name].folder / "unet", "UNet2DConditionModel", tensors)
+    assert learnt(network) == CARDS[name].parameters == parameters
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_text_encoders_of_a_unet_have_the_tensors_of_the_authors_code(name: str) -> None:
+    """As they stand in a single file; CLIP-L has transformers' names there, and here open_clip's, of the same code."""
+    for part, title in zip(("text_encoder", "text_encoder_2"), UNETS[name][2], strict=True):
+        folder = ModelFolder(CARDS[name], CARDS).beside()
+        classes = {one.name: one for one in folder.parts() if one.name.startswith("text_encoder")}
+        assert (part in classes) == (title is not None)
+        if title is None:
+            continue
+        prefix = "cond_stage_model.model." if part == "text_encoder" else "conditioner.embedders.1.model."
+        shapes = {prefix + key: shape for key, shape in listed("clip")[title].items()}
+        own = classes[part]
+        tensors = clip_keys(outline(shapes, own.class_name, part), outline_of(own.class_name, own.folder))
+        assert learnt(built(own.folder, own.class_name, tensors)) == CLIPS[title]
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_autoencoder_of_a_unet_has_the_tensors_of_the_authors_code(name: str) -> None:
+    """SD3's authors' list, with four latent channels and the two convolutions around them (autoencoder.py)."""
+    place = ModelFolder(CARDS[name], CARDS).beside()
+    own = next(one for one in place.parts() if one.name == "vae")
+    shapes = dict(listed("sd3")["autoencoder"])
+    for half, layer in (("encoder", "conv_out"), ("decoder", "conv_in")):
+        for kind in ("weight", "bias"):
+            key = f"{half}.{layer}.{kind}"
+            shapes[key] = tuple({32: 8, 16: 4}.get(size, size) for size in shapes[key])
+    shapes |= {"quant_conv.weight": (8, 8, 1, 1), "quant_conv.bias": (8,)}
+    shapes |= {"post_quant_conv.weight": (4, 4, 1, 1), "post_quant_conv.bias": (4,)}
+    network = built(own.folder, "AutoencoderKL", outline(shapes, "AutoencoderKL", "vae"))
+    assert learnt(network) == sum(torch.Size(shape).numel() for shape in shapes.values()) == 83_653_863
+
+
 def test_another_size_is_refused(tmp_path: Path) -> None:
     """Controls: lists of the next larger network, and one with a tensor too many."""
     shapes = listed("dit")["DiT-XL/2 256"]
@@ -129,6 +185,10 @@ def test_another_size_is_refused(tmp_path: Path) -> None:
     tensors = outline(listed("sd3")["sd3.5-medium"], "SD3Transformer2DModel")
     with pytest.raises(CheckpointError):
         built(CARDS["sd3-medium"].folder / "transformer", "SD3Transformer2DModel", tensors)
+    for card, title in (("sd1.5", "sd2"), ("sdxl", "sdxl-refiner")):
+        tensors = outline(listed("unet")[title], "UNet2DConditionModel", "unet")
+        with pytest.raises(CheckpointError, match=r"has shape|weights"):
+            built(CARDS[card].folder / "unet", "UNet2DConditionModel", tensors)
     tensors = outline(listed("flux")["flux-dev"], "FluxTransformer2DModel")
     with pytest.raises(CheckpointError, match="guidance"):
         built(CARDS["flux.1-schnell"].folder / "transformer", "FluxTransformer2DModel", tensors)
@@ -146,7 +206,8 @@ def test_a_card_tells_what_is_downloaded(name: str) -> None:
     card = CARDS[name]
     parts = json.loads((card.folder / INDEX).read_text())
     networks = {part: entry[1] for part, entry in parts.items() if isinstance(entry, list) and has_weights(entry[1])}
-    numbers = sum(stored(class_name, card.folder / part) for part, class_name in networks.items())
+    own = {part: class_name for part, class_name in networks.items() if part not in card.components}
+    numbers = sum(stored(class_name, card.folder / part) for part, class_name in own.items())
     assert card.bytes == numbers * (4 if card.family == "dit" else 2)
 
 

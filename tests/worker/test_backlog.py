@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from app.jobs.job import Job
 from app.report import Memory, ModelState, Result, Tick, Timings
-from app.request import SkipGuidance
-from app.worker.admission import Backlog, Kind, best, kind_of, merge
+from app.request import Refiner, SkipGuidance
+from app.worker.admission import Backlog, Kind, best, choose, kind_of, merge
 from tests.parts.edits import edited
+from tests.parts.requests import changed
 from tests.parts.supervising import job, request
 
 
@@ -146,3 +147,52 @@ def test_only_what_is_left_of_a_job_moves_to_other_books():
     assert second.images == 1, "what was answered before is no news"
     second.hear(Result(some.request.id, 2, 2, np.zeros(0), Timings(0, 0, 0, 0, 0, 0)))
     assert second.images == 0 and some.future.done()
+
+
+def refined(text: str = "a cat", switch_at: float = 0.5, model: str = "other", **changes: object) -> Job:
+    """Six of eight lines in the first model, two in the other."""
+    return job(changed(request(text, **{"steps": 8, **changes}), refiner=Refiner(model, switch_at)))
+
+
+def test_a_refined_image_costs_its_passes_and_an_encode_in_each_model_and_one_decode():
+    kind = kind_of(refined(guided=True))
+    first = request().recipe.key
+    assert kind.legs == ((first, 12), (first._replace(model="other"), 4))
+    books = Backlog()
+    for model, rate in (("fake", 0.1), ("other", 0.4)):
+        books.hear(ModelState(model, "ready", rates={"32x32": rate}))
+    assert books.image(kind) == pytest.approx(12 * 0.1 + 0.1 + 4 * 0.4 + 0.4 + 0.4)
+    edit = kind_of(job(edited(changed(request(steps=8), refiner=Refiner("other", 0.5)), 0.75)))
+    assert books.image(edit) == pytest.approx(4 * 0.1 + 0.1 + 0.1 + 2 * 0.4 + 0.4 + 0.4), "the source is the first's"
+    books.hear(Tick("other", "decode", 1, 1, 0, 4, 40.0, 1, 0, 32, 32))
+    assert books.image(kind) > books.image(kind_of(job(steps=8, guided=True))) + 4 * 0.4
+
+
+def test_a_leg_without_lines_costs_nothing():
+    late = edited(changed(request(steps=8), refiner=Refiner("other", 0.5)), 0.25)
+    kind = kind_of(job(late))
+    assert kind.legs == ((request().recipe.key._replace(model="other"), 2),)
+    assert kind_of(refined(switch_at=1.0)).legs == ((request().recipe.key, 8),)
+
+
+def test_a_refined_image_is_one_image_of_the_model_that_draws_it_first():
+    books = backlog()
+    books.add(some := refined(seeds=(1, 2)))
+    books.hear(Tick("other", "denoise", 2, 2, 0, 4, 0.1, 2, 0))
+    books.hear(Tick("fake", "denoise", 1, 1, 0, 4, 0.1, 2, 0))
+    assert (books.images, books.images_of("fake"), books.images_of("other")) == (2, (1, 2), (0, 0))
+    answer(books, some, 2)
+    books.end(some.request.id)
+    assert (books.images, books.seconds, books.weights, books.images_of("fake")) == (0, 0, {}, (0, 0))
+
+
+def test_the_worst_of_two_models_is_the_one_that_failed():
+    books = Backlog()
+    for model, state in (("fake", "ready"), ("other", "failed")):
+        books.hear(ModelState(model, state))
+    assert books.worst(["fake"]).state == "ready"
+    assert books.worst(["fake", "none"]).state == "absent"
+    assert books.worst(["fake", "other", "none"]).state == "failed"
+    other = Backlog()
+    other.hear(ModelState("fake", "ready"))
+    assert choose([books, other], ("fake",), 60.0) == 0 and choose([books, other], ("fake", "other"), 60.0) == 1

@@ -11,7 +11,7 @@ import pytest
 from app.errors import LoadError
 from app.jobs.job import Job
 from app.report import Place
-from app.request import ClassLabel, ImageSpec, Prompt
+from app.request import ClassLabel, ImageSpec, Prompt, Refiner
 from app.worker import supervisor
 from app.worker.supervisor import LOADS, Blame
 from tests.parts.requests import changed
@@ -255,3 +255,21 @@ def test_who_asks_for_the_same_as_a_suspect_is_suspect_until_one_is_answered() -
     assert books.lines(twin) == {}
     death(books, (one, 1, 4), *((job(f"more {number}"), 0, 0) for number in range(3)))
     assert books.lines(twin) == {}, "the oldest goes first"
+
+
+def test_a_refiner_that_ends_processes_bars_the_requests_for_it() -> None:
+    books, plain = Blame(), job("one")
+    both = job(changed(request("one"), refiner=Refiner("other", 0.5)))
+    for _ in range(LOADS):
+        assert books.error(both.request) is None
+        death(books, loading={"other"})
+    assert isinstance(books.error(both.request), LoadError) and books.error(plain.request) is None
+
+
+def test_one_that_dies_twice_where_its_second_encode_stands_is_guilty() -> None:
+    """Its line there is that of the first step after it."""
+    books, one = Blame(), job(changed(request("one", steps=8), refiner=Refiner("other", 0.5)))
+    death(books, (one, 0, 6))
+    assert one.apart == {0: 6} and not crashed(books, one)
+    death(books, (one, 0, 6))
+    assert crashed(books, one)

@@ -7,9 +7,9 @@ import pytest
 
 from app.errors import Cancelled, InvalidValue, ModelNotFound
 from app.report import Failure, Preview, Progress, Result, Tick
-from app.request import ClassLabel, ImageSpec, Prompt
+from app.request import ClassLabel, ImageSpec, Prompt, Refiner
 from tests.parts.fake_worker import RATE, colour
-from tests.parts.requests import refused
+from tests.parts.requests import changed, refused
 from tests.parts.supervising import job, request, serving
 from tests.parts.waiting import PATIENCE, until
 
@@ -174,5 +174,13 @@ def test_an_id_is_in_flight_once(play):
             here.supervisor.submit(job(asked))
         await future
         await here.supervisor.submit(job(asked))
+
+    play(scenario)
+
+
+def test_a_refiner_that_no_card_has_is_refused_at_once(play):
+    async def scenario(here):
+        with pytest.raises(ModelNotFound, match='"none"'):
+            here.supervisor.submit(job(changed(request(), refiner=Refiner("none", 0.5))))
 
     play(scenario)
