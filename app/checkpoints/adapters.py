@@ -53,11 +53,16 @@ def networks_of(card: Card, cards: Mapping[str, Card]) -> dict[str, nn.Module]:
     """The networks of a card that adapters may change, without weights; none where their configs are not here."""
     for folder in (ModelFolder(card, cards), ModelFolder(card, cards).beside()):
         try:
-            parts = [part for part in folder.parts() if part.name.startswith((card.network, "text_encoder"))]
+            parts = [part for part in folder.parts() if may_change(card, part.name)]
             return {part.name: network_of(part.class_name, part.folder) for part in parts}
         except (InstepError, OSError, ValueError, RuntimeError):
             continue
     return {}
+
+
+def may_change(card: Card, part: str) -> bool:
+    """Whether adapters may change this part of a card."""
+    return part == card.network or part.startswith("text_encoder")
 
 
 def _read(file: Path, whole: bool) -> tuple[State, dict[str, str]]:

@@ -6,6 +6,7 @@ Only headers are read, and each is checked before it is believed.
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
 from math import isqrt
@@ -35,7 +36,6 @@ BESIDES = {
 
 OWN = ("id", "like", "aliases", "source", "variant", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
-
 
 NETWORKS = {family.required[0] for family in FAMILIES.values()}
 """Names of the parts that denoise."""
@@ -88,11 +88,8 @@ class Fit:
     @property
     def needed(self) -> list[str]:
         """The parts that the new model cannot do without."""
-        without, encoders = (
-            WITHOUT[self.card.family],
-            [part for part in self.configs if part.startswith("text_encoder")],
-        )
-        used = sorted(part for part in encoders if part in self.parts or part not in without)
+        without = WITHOUT[self.card.family]
+        used = sorted(one for one in self.configs if one[:4] == "text" and (one in self.parts or one not in without))
         return [*FAMILIES[self.card.family].required, *used, *(f"tokenizer{one[12:]}" for one in used)]
 
     @property
@@ -356,14 +353,10 @@ def _read_file(found: Inventory) -> None:
 
 def _fit(card: Card, path: Path, cards: Mapping[str, Card]) -> Fit | None:
     """The card with the configs of its parts; None where its network's is not here, or is another card's."""
-    if card.network in card.components:
-        return None
-    try:
-        parts = ModelFolder(card, cards).beside().parts()
-    except CheckpointError:
-        return None
-    fit = Fit(card, path, cards, {part.name: part for part in parts})
-    return fit if fit.network(card.network) else None
+    with suppress(CheckpointError):
+        fit = Fit(card, path, cards, {part.name: part for part in ModelFolder(card, cards).beside().parts()})
+        return fit if card.network not in card.components and fit.network(card.network) else None
+    return None
 
 
 def _besides(part: Part, found: Found) -> list[str]:

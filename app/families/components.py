@@ -213,8 +213,7 @@ def _without_weights(class_name: str, folder: Path, tensors: int) -> nn.Module:
     fields = described.__annotations__ if described else inspect.signature(kind.__init__).parameters
     known = {key: value for key, value in config.items() if key in fields and key != "self"}
     for key, value in known.items():
-        depth = len(value) if isinstance(value, list) else value if "layers" in key and isinstance(value, int) else 0
-        if depth > tensors:
+        if (depth := _depth(key, value)) > tensors:
             raise CheckpointError(f"{folder / 'config.json'}: {key} = {depth}, but the weights hold {tensors} tensors")
     try:
         with torch.device("meta"):
@@ -226,6 +225,14 @@ def _without_weights(class_name: str, folder: Path, tensors: int) -> nn.Module:
             return network
     except Exception as error:
         raise CheckpointError(f"{folder / 'config.json'}: {kind.__name__} refuses it: {error}") from error
+
+
+def _depth(key: str, value: Any) -> int:
+    """The most blocks that a field of a config asks for in one place: entries of a list, and numbers of layers."""
+    inner = [value] if isinstance(value, int) and "layers" in key else []
+    if isinstance(value, list):
+        inner = [len(value), *(_depth(key, one) for one in value)]
+    return max(inner, default=0)
 
 
 def _computed(network: nn.Module) -> list[tuple[nn.Module, str]]:

@@ -143,7 +143,7 @@ class UNet(Family):
 
     def _time_ids(self, numbers: Sequence[tuple[float, ...]]) -> Conditions:
         # NOTE: float32 always. diffusers rounds them to the network's number format: 1023 is 1024 in bfloat16.
-        return {"time_ids": torch.tensor(numbers, device=self.device)} if self.added else {}
+        return {"time_ids": torch.tensor(numbers, dtype=torch.float32, device=self.device)} if self.added else {}
 
     def denoise(self, x: torch.Tensor, t: torch.Tensor, conditions: Conditions) -> Denoised:
         """As the base class; t need not be whole."""

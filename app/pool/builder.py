@@ -7,6 +7,7 @@ import torch
 
 from app.cards.card import Card
 from app.cards.folder import Part
+from app.checkpoints.adapters import may_change
 from app.checkpoints.parts import build_family, part_dtype, part_identity, part_outline, part_stamp, read_parts
 from app.errors import LoadError
 from app.families import FAMILIES
@@ -45,7 +46,7 @@ class Builder:
         """Build an adapter for the networks of a model. Raises LoadError."""
         if name not in card.adapters:
             raise LoadError(f"{name}: the adapter is gone")
-        networks = {part: one.value for part, one in model.parts.items() if one.bytes}
+        networks = {part: one.value for part, one in model.parts.items() if may_change(card, part)}
         one = AdapterComponent(card.adapters[name], networks, self._device, self._dtype)
         one.owners.add(card.id)
         with self._lock:

@@ -18,6 +18,7 @@ from tests.families.plain import build, load
 from tests.parts.engine import load_all
 from tests.parts.tiny import SD3_PARTS, write_dit, write_flux, write_sd3
 from tests.parts.tiny_parts import write_json
+from tests.parts.tiny_unets import write_unets
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,6 +45,14 @@ def fluxes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flux")
     for name in ("schnell", "dev"):
         write_flux(folder / name, dev=name == "dev")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The five tiny U-Nets: tiny-sd15, tiny-sd2, tiny-sdxl, tiny-sdxl-turbo, tiny-refiner."""
+    folder = tmp_path_factory.mktemp("unets")
+    write_unets(folder)
     return folder
 
 

@@ -62,7 +62,7 @@ def ask(
 def serve(pool: Pool, *requests: Request) -> list[Result]:
     """The results of requests that one engine got at once, in their order."""
     bench = Bench(pool).run(requests)
-    assert not bench.failures
+    assert not bench.failures, bench.failures
     return [bench.results[request.id, 0] for request in requests]
 
 

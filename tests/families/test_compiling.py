@@ -95,6 +95,15 @@ def test_flux_at_every_width(fluxes: Path) -> None:
     assert all(block._compiled_call_impl is not None for block in compiled.network.single_transformer_blocks)
 
 
+def test_a_unet_at_every_width(unets: Path) -> None:
+    plain = load(unets / "tiny-sd15")
+    compiled = twin(plain)
+    for passes in (2, 3):
+        held_equal(plain, compiled, passes)
+    blocks = [*compiled.network.down_blocks, *compiled.network.up_blocks]
+    assert len(blocks) == 6 and all(block._compiled_call_impl is not None for block in blocks)
+
+
 def test_served_pictures_of_cards_that_share_a_compiled_network(checkpoints: Path, cache: Path) -> None:
     card = read_card(checkpoints / "dit" / "card.toml").model_copy(update={"id": "dit"})
     other = card.model_copy(update={"id": "other", "schedule": Schedule(kind="diffusion", betas="scaled_linear")})

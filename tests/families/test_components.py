@@ -151,6 +151,16 @@ def test_a_config_that_lies(checkpoints: Path, tmp_path: Path, change: dict[str,
         build_component(CLIP[0], tmp_path, read_state(checkpoints / CLIP[1]), torch.float32)
 
 
+@pytest.mark.parametrize(
+    "change", [{"transformer_layers_per_block": [1, 1, 10**9]}, {"layers_per_block": [1, [10**9]]}], ids=str
+)
+def test_a_config_that_lies_in_a_list(unets: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = json.loads((unets / "tiny-sdxl" / "unet" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=r"config\.json: \w+ = 1000000000, but"):
+        build_component("UNet2DConditionModel", tmp_path, read_state(unets / "tiny-sdxl" / "unet"), torch.float32)
+
+
 def test_a_config_names_no_code_and_no_number_format(checkpoints: Path, tmp_path: Path) -> None:
     config = json.loads((checkpoints / CLIP[1] / "config.json").read_text())
     lies = {
