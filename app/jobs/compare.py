@@ -124,7 +124,9 @@ def _columns(body: CompareBody, registry: Registry) -> list[Card]:
     elif body.preset is None:
         raise InvalidValue("models: is required", param="models")
     else:
-        fitting = [card for card in registry.cards.models.values() if takes_preset(card, body.preset)]
+        refiner = body.refiner.model if body.refiner else ""  # which is no column of its own
+        others = [card for card in registry.cards.models.values() if refiner not in card.names]
+        fitting = [card for card in others if takes_preset(card, body.preset)]
         cards = [card for card in fitting if ModelFolder(card, registry.all).here()]
         if not 1 <= len(cards) <= MODELS:
             here = f"{len(cards)} models that take the preset {body.preset} are downloaded here"

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.cli.options import nested
+from app.cli.options import nested, open_registry
 from app.errors import InvalidValue
 from app.jobs import compare
-from app.jobs.compare import PRESETS
+from app.jobs.compare import PRESETS, read_comparison
+from app.settings import Settings
 from tests.parts.commands import Run, one_line
 from tests.parts.published import write_published
 
@@ -68,6 +69,16 @@ def test_a_picture_with_a_refiner_and_its_curl(run: Run, published: Path) -> Non
         })  # fmt: skip
     assert body.items() >= {"original_size": "512x256", "crop": [3, 4], "target_size": "640x480"}.items()
     assert len({pixels.tobytes() for pixels in drawn.values()}) == 4
+
+
+@pytest.mark.slow  # it writes the files first
+def test_a_preset_without_models_has_no_column_for_its_refiner(published: Path) -> None:
+    registry = open_registry(Settings(models=published))
+    found = {
+        name: read_comparison({"preset": "two_prompts", "refiner": {"model": name}}, registry).models
+        for name in ("sdxl-refiner", "none")
+    }
+    assert found == {"sdxl-refiner": ["sd2.1", "sdxl"], "none": ["sd2.1", "sdxl-refiner", "sdxl"]}
 
 
 @pytest.mark.slow
