@@ -227,13 +227,15 @@ class Engine:
             if row.line == row.lines:
                 self.batcher.finish(row)
                 self.runner.rest(row)
-            elif row.line == row.ends:
+            elif row.line == row.ends and row.stage != "gone":  # by the failure of another row of its request
                 self._switch(row, work.start + work.seconds)
 
     def _switch(self, row: Row, now: float) -> None:
         """Free what a row has of the model of its leg, before it waits for that of the next."""
         self._turns.served(row.key.model, now - row.encode_start)
-        self.runner.part(row)
+        if error := self.runner.part(row):
+            self._fail(row.request.id, error)
+            return
         self.batcher.switch(row)
         row.since = now
 
