@@ -280,7 +280,7 @@ def test_mixed_traffic_equals_each_request_alone(pool: Pool) -> None:
 @pytest.mark.slow
 def test_deterministic_mode_is_bit_equal_alone_and_in_traffic(pool: Pool) -> None:
     requests = [one for one in traffic(pool.cards, 70, seed=6, most=10) if one.recipe.key.size == "32x32"]
-    assert sum(len(pool.cards[one.recipe.model].legs(one.recipe)) == 2 for one in requests) >= 8
+    assert sum(len(pool.cards[one.recipe.model].legs(one.recipe)) == 2 for one in requests) >= 6
     seen = [run_mixed(pool, requests, seed=seed, deterministic=True) for seed in (0, 1)]
     for mixed in seen:
         assert max(tick.rows for tick in mixed.forwards) >= 3 and {tick.passes for tick in mixed.forwards} == {8}
