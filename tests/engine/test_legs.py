@@ -83,7 +83,9 @@ def float32_noise() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (scheduling_ddpm, scheduling_euler_ancestral_discrete):
             patch.setattr(
-                module, "randn_tensor", lambda shape, generator, **_: torch.randn(shape, generator=generator).double()
+                module,
+                "randn_tensor",
+                lambda shape, generator, **_: torch.randn(shape, generator=generator, dtype=torch.float32).double(),
             )
         yield
 
@@ -161,7 +163,9 @@ def _network(family: Family, request: Request) -> Any:
     passes = len(next(iter(conditions.values())))
 
     def output(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-        out, frac = family.denoise(x.float().repeat(passes, 1, 1, 1), torch.full((passes,), t), conditions)
+        out, frac = family.denoise(
+            x.float().repeat(passes, 1, 1, 1), torch.full((passes,), t, dtype=torch.float32), conditions
+        )
         own = out[:1]
         if passes == 2:
             own = out[1:] + recipe.guidance.scale * (own - out[1:])
