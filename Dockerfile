@@ -19,7 +19,7 @@ FROM python:${PYTHON}-slim
 ARG VERSION=0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="Instep" \
-      org.opencontainers.image.description="An HTTP inference server for image diffusion transformers" \
+      org.opencontainers.image.description="An HTTP inference server for image diffusion models" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION"

@@ -33,7 +33,7 @@ _ORIGIN = re.compile(r"https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:[0-9]{1,5})?")
 Application = FastAPI
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-_ABOUT = """Images from diffusion transformers, batched at every denoising step. The `openai` client works unmodified;
+_ABOUT = """Images from diffusion models, batched at every denoising step. The `openai` client works unmodified;
 the bounds below are those of each model."""
 
 probes = APIRouter(tags=["health"])

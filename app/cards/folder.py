@@ -139,17 +139,23 @@ class ModelFolder:
 
     @property
     def path(self) -> Path:
-        """The folder: beside the card, or in the Hub cache. Raises CheckpointError: there is none; NotDownloaded."""
+        """The folder: beside the card, or in the Hub cache. Raises CheckpointError: there is none; NotDownloaded.
+
+        A repository without a model_index.json is there if a part is that the one beside the card names as its own.
+        """
         source = self.card.source
         if source.repo is None:
             folder = (self.card.folder / (source.path or ".")).resolve()
             if not folder.is_dir():
                 raise CheckpointError(f"{self.card.id}: the folder {folder} does not exist")
             return folder
-        own = [name for name in _named(self.card.folder / files.INDEX) if name not in self.card.components]
-        for levels, name in ((0, files.INDEX), *((1, f"{part}/config.json") for part in own)):
-            if found := files.cached_file(source.repo, source.revision, name):
-                return found.parents[levels].resolve()
+        if index := files.cached_file(source.repo, source.revision):
+            return index.parent.resolve()
+        beside = self.card.folder / files.INDEX
+        for part in files.read_classes(beside) if beside.is_file() else ():
+            config = files.cached_file(source.repo, source.revision, f"{part}/config.json")
+            if config and part not in self.card.components:
+                return config.parents[1].resolve()
         raise NotDownloaded(f"{self.card.id}: not downloaded: run `instep models pull {self.card.id}`")
 
     @property
@@ -256,11 +262,6 @@ class ModelFolder:
     def _to_pull(self, part: str) -> NotDownloaded:
         name = self.card.id
         return NotDownloaded(f"{name}: its {part} is not downloaded: run `instep models pull {name}`")
-
-
-def _named(index: Path) -> dict[str, str]:
-    """The classes of an index by part; none where it is not there."""
-    return files.read_classes(index) if index.is_file() else {}
 
 
 def schedule_of(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def part_identity(part: Part) -> tuple[Hashable, ...]:
 
 
 def part_dtype(name: str, device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The number format of a part of a model in `dtype`: a VAE on the CPU is float32 always."""
+    """The number format of a part of a model in `dtype`, which is never float16 (SDXL's VAE overflows in it): a VAE on
+    the CPU is float32 always."""
     return torch.float32 if name == "vae" and device.type == "cpu" else dtype
 
 

@@ -51,7 +51,7 @@ def _fail(message: str) -> NoReturn:
 app = typer.Typer(
     name="instep",
     cls=OneLine,
-    help="Serve image diffusion transformers, batched at every denoising step.",
+    help="Serve image diffusion models, batched at every denoising step.",
     add_completion=False,
     no_args_is_help=True,
 )

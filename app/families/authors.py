@@ -192,7 +192,7 @@ class Layout:
         except ValueError as error:
             after = f" after {self.prefix}" if self.prefix else ""
             raise ValueError(f"{error!s:.400} (in the layout of {self.name}{after})") from error
-        norm = found.get("text_model.final_layer_norm.weight")
+        norm = own.get("text_model.final_layer_norm.weight")
         unprojected = class_name == "CLIPTextModelWithProjection" and "text_projection.weight" not in found
         if unprojected and norm is not None and norm.ndim == 1:
             found["text_projection.weight"] = torch.eye(norm.shape[0], dtype=norm.dtype, device=norm.device)

@@ -1,6 +1,6 @@
 """Text: prompts to embeddings, padded as diffusers pads them, each different text once; and the cache of them.
 
-How a network joins the encoders' outputs is in sd3.py and flux.py.
+How a network joins the encoders' outputs is in sd3.py, flux.py and unet.py.
 """
 
 from collections import OrderedDict

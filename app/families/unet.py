@@ -126,6 +126,7 @@ class UNet(Family):
         found = {name: value.repeat(len(passes), *[1] * (value.ndim - 1)) for name, value in blank}
         for skipped in {one.clip_skip for one in passes}:
             at = [i for i, one in enumerate(passes) if one.condition and one.clip_skip == skipped]
+            # SDXL was trained on the last layer but one without the norm, the others on the last layer after it.
             own = partial(read_layer, read, (skipped + self.added, not self.added))
             for name, value in super().encode([passes[i] for i in at], text_length, batch, own).items() if at else ():
                 found[name][at] = value

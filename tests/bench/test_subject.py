@@ -19,6 +19,7 @@ from tests.families.plain import ask, serve
 from tests.parts.engine import load_all
 from tests.parts.tiny import write_flux
 from tests.parts.tiny_parts import read_state
+from tests.parts.tiny_unets import write_unet
 
 
 def test_they_load_through_the_pool_and_draw(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,6 +49,21 @@ def test_every_weight_is_random_in_the_format_and_norms_are_one(tiny: Path, tmp_
     assert norms and all(bool((value == 1).all()) for value in norms)
     kernel = state["decoder.conv_in.weight"].float()
     assert 0.015 < kernel.std() < 0.025 and abs(kernel.mean()) < 0.005
+
+
+@pytest.mark.parametrize("name", ["tiny-sd15", "tiny-sdxl", "tiny-refiner"])
+def test_a_unet_without_its_tokenizers_draws(tmp_path: Path, name: str) -> None:
+    """Of configs alone, those of another card's parts too: texts are zeros."""
+    for folder in {name, "tiny-sdxl"}:
+        write_unet(tmp_path / "here" / folder, folder.removeprefix("tiny-"))
+    for file in (*(tmp_path / "here").glob("*/tokenizer*/*"), *(tmp_path / "here").rglob("*.safetensors")):
+        file.unlink()
+    cards = read_cards(tmp_path / "here")
+    card = write_random(cards[name], cards, tmp_path / "made", torch.float32)
+    pool = load_all(Pool(read_cards(tmp_path / "made"), "cpu", torch.float32))
+    (drawn,) = serve(pool, ask(card.id, Prompt("red"), steps=2, guidance=3.0, sampler="euler", size=(40, 24)))
+    pool.close()
+    assert np.isfinite(drawn.latents).all() and drawn.latents.std() > 0
 
 
 def test_an_encoder_without_its_tokenizer_is_left_out(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from app.families.base import Family
 from app.families.flux import pack
 from app.request import ClassLabel, Condition, ImageSpec, Prompt, Request
 from app.samplers.schedule import Schedule
-from tests.parts.requests import passes
+from tests.parts.requests import changed
 
 _UNTYPED: Any = diffusers
 
@@ -63,8 +63,9 @@ class Upstream:
         self.pipeline.set_progress_bar_config(disable=True)
         if compiled:
             # NOTE: of a copy of the module, for the engine runs the family's own; the tensors stay the same.
-            self.pipeline.transformer = _copied(self.pipeline.transformer)
-            self.pipeline.transformer.compile()
+            network = _copied(getattr(self.pipeline, family.card.network))
+            setattr(self.pipeline, family.card.network, network)
+            network.compile()
 
     @torch.inference_mode()
     def draw(self, request: Request, index: int = 0) -> np.ndarray:
@@ -83,12 +84,14 @@ class Upstream:
         return np.asarray((self.pipeline(**call(request, image), output_type="np").images[0] * 255).round(), np.uint8)
 
     def _text_call(self, request: Request, image: ImageSpec) -> dict[str, Any]:
-        """The arguments of SD3's and FLUX's pipelines."""
+        """The arguments of the pipelines of prompts."""
         shape = self.family.latent_shape(request.recipe.width, request.recipe.height)
-        noise = torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(image.seed))
-        noise = noise.to(self.family.device, self._dtype)
+        dice = torch.Generator("cpu").manual_seed(image.seed)
+        noise = torch.randn((1, *shape), generator=dice).to(self.family.device, self._dtype)
         guidance = request.recipe.guidance.scale if request.recipe.guidance.guided else 1.0
-        if self.family.card.family == "flux":
+        if self.family.card.network == "unet":
+            scales = {"guidance_scale": guidance, "generator": dice}
+        elif self.family.card.family == "flux":
             noise = pack(noise)
             scales = {"true_cfg_scale": guidance, "guidance_scale": request.recipe.guidance.embedded or 0.0}
         else:
@@ -100,7 +103,7 @@ class Upstream:
             "width": request.recipe.width,
             "height": request.recipe.height,
             "num_inference_steps": request.recipe.steps,
-            "max_sequence_length": request.recipe.text_length,
+            **({"max_sequence_length": request.recipe.text_length} if self.family.card.has("t5") else {}),
         }
 
     def _skipping(self, request: Request) -> dict[str, Any]:
@@ -118,10 +121,12 @@ class Upstream:
         if all(value is not None for name, value in parts.items() if name.startswith("text_encoder")):
             return {"prompt": condition.text, "negative_prompt": condition.negative}
         given = {}
-        for prefix, one in (("", Prompt(condition.text)), ("negative_", self.family.opposite(condition))):
-            encoded = self.family.encode(passes([one]), request.recipe.text_length)
+        both = self.family.passes(condition, changed(request, guidance=2.0).recipe)
+        for prefix, one in zip(("", "negative_"), both, strict=True):
+            encoded = self.family.encode([one], request.recipe.text_length)
             given[f"{prefix}prompt_embeds"] = encoded["text"].to(self._dtype)
-            given[f"{prefix}pooled_prompt_embeds"] = encoded["pooled"].to(self._dtype)
+            if "pooled" in encoded:
+                given[f"{prefix}pooled_prompt_embeds"] = encoded["pooled"].to(self._dtype)
         return given
 
 
@@ -198,7 +203,19 @@ def _flux(family: Any, dtype: torch.dtype) -> Any:
     )
 
 
-_PIPELINES = {"dit": _dit, "sd3": _sd3, "flux": _flux}
+def _unet(family: Any, dtype: torch.dtype) -> Any:
+    first, second = family.encoders["text_encoder"], family.encoders["text_encoder_2"]
+    parts = {"unet": _as(family.network, dtype), "vae": _as(family.vae, dtype)}
+    parts["scheduler"] = scheduler_of(family.card.schedule, "euler")
+    if family.added:
+        encoders = _encoders(("", first), ("_2", second), dtype=dtype)
+        zeros = family.card.force_zeros
+        return _UNTYPED.StableDiffusionXLPipeline(**parts, **encoders, force_zeros_for_empty_prompt=zeros)
+    unserved = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return _UNTYPED.StableDiffusionPipeline(**parts, **_encoders(("", first), dtype=dtype), **unserved)
+
+
+_PIPELINES = {"dit": _dit, "sd3": _sd3, "flux": _flux, "unet": _unet}
 
 
 def _encoders(*named: tuple[str, Any], dtype: torch.dtype) -> dict[str, Any]:

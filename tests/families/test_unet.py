@@ -14,9 +14,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from app.cards.card import Card
 from app.cards.cards import read_cards
+from app.cards.folder import ModelFolder
 from app.checkpoints.parts import build_family, build_parts
 from app.errors import CheckpointError, InvalidValue
 from app.families import FAMILIES, UNet
+from app.families.components import has_weights, network_of
 from app.families.text import TextCache, read_texts, token_ids
 from app.request import ClassLabel, Framing, Guidance, Pass, Prompt, Recipe
 from tests.families.plain import CPU
@@ -25,6 +27,7 @@ from tests.parts.requests import passes
 from tests.parts.tiny_unets import KINDS
 
 TEXTS = ["a red apple", "", "a small yellow flower"]
+MODELS = Path(__file__).parents[2] / "models"
 NAMES = ("tiny-sd15", "tiny-sd2", "tiny-sdxl", "tiny-refiner")
 
 
@@ -197,6 +200,21 @@ def test_parts_that_do_not_fit_are_refused(cards: dict[str, Card], parts: Any, n
     model, change, reason = LACKS[name]
     with pytest.raises(CheckpointError, match=reason):
         build_family(cards[model], {**parts[model], **change(parts[model])}, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("sd1.5", 0), ("sd2.1", 0), ("sdxl", 6), ("sdxl-refiner", 5)])
+def test_the_shipped_configs_fit_together(name: str, numbers: int) -> None:
+    """At true size, without weights: with the CLIPs, and without, as in a benchmark."""
+    shipped = read_cards(MODELS)
+    found = [part for part in ModelFolder(shipped[name], shipped).beside().parts() if has_weights(part.class_name)]
+    parts = {part.name: network_of(part.class_name, part.folder) for part in found}
+    tokenizers = {one.replace("text_encoder", "tokenizer"): object() for one in parts if one.startswith("text_encoder")}
+    whole = build_family(shipped[name], {**parts, **tokenizers}, CPU, torch.bfloat16)
+    bare = build_family(shipped[name], {one: parts[one] for one in ("unet", "vae")}, CPU, torch.bfloat16)
+    shapes = [{key: value.shape for key, value in one.blank(77).items()} for one in (whole, bare)]
+    assert shapes[0] == shapes[1] and shapes[0]["text"][1:] == (77, whole.config.cross_attention_dim)
+    assert whole.numbers == bare.numbers == numbers and shapes[0].get("pooled", (1, 1280)) == (1, 1280)
+    assert whole.latent_shape(1024, 768) == (4, 96, 128) and whole.latent_shape(520, 512) == (4, 64, 65)
 
 
 def test_a_card_names_the_network_of_its_family() -> None:

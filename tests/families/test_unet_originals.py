@@ -113,6 +113,17 @@ def test_a_name_that_no_rule_reads_is_refused(folders: dict[str, Path], name: st
         from_original("CLIPTextModelWithProjection", originals.unet_file(folders["sdxl"]) | other, "text_encoder_2")
 
 
+def test_a_projection_that_is_missing_is_not_made_up(folders: dict[str, Path]) -> None:
+    """As it is for SD3's CLIP-L, of which files have none."""
+    file = originals.unet_file(folders["sdxl"])
+    del file["conditioner.embedders.1.model.text_projection"]
+    found = from_original("CLIPTextModelWithProjection", file, "text_encoder_2")
+    assert (
+        "text_projection.weight" not in found
+        and len(found) == len(originals.read(folders["sdxl"] / "text_encoder_2")) - 1
+    )
+
+
 def test_two_tensors_of_one_name_are_refused(folders: dict[str, Path]) -> None:
     """The two places where an upsampler may stand."""
     file = originals.unet_file(folders["sdxl"])

@@ -36,14 +36,20 @@ CASES = [
     ("schnell", "flow_dpmpp_2m", 4, 3.0, (32, 32)),
     ("dev", "flow_euler", 4, 3.0, (32, 48)),
     ("dev", "flow_dpmpp_2m", 4, 1.0, (64, 64)),
+    ("tiny-sd2", "ddim", 5, 4.0, (32, 48)),
+    ("tiny-sdxl", "euler", 5, 4.0, (40, 24)),
+    ("tiny-sdxl", "euler_ancestral", 4, 1.0, (32, 32)),
 ]
 
 
 @pytest.fixture(scope="module")
-def drawing(checkpoints: Path, fluxes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pool, dict[str, Card]]:
+def drawing(
+    checkpoints: Path, fluxes: Path, unets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Pool, dict[str, Card]]:
     folder = tmp_path_factory.mktemp("no-clip")
     write_sd3(folder / "no-clip", leave_out=("text_encoder_2",))
     places = {name: checkpoints / name for name in ("sd3", "no-t5", "dit")}
+    places |= {name: unets / name for name in ("tiny-sd2", "tiny-sdxl")}
     places |= {"no-clip": folder / "no-clip", "schnell": fluxes / "schnell", "dev": fluxes / "dev"}
     cards = {name: read_card(at / "card.toml").model_copy(update={"id": name}) for name, at in places.items()}
     pool = load_all(Pool(cards, "cpu", torch.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -46,6 +47,17 @@ PLAIN: list[dict[str, Any]] = [
     {"background": "opaque", "quality": "standard", "moderation": "low", "user": "me", "safety_identifier": "x"},
     {"prompt": "a cat (black and white), 16:9, at (10:30), smiling :) [sic]; C++ <3", "partial_images": 0},
 ]
+
+
+@pytest.mark.parametrize(("length", "found"), [(None, 0), (77, 0), (24, 1), (512, 1)])
+def test_a_text_length_has_no_effect_where_there_is_no_t5(length: int | None, found: int) -> None:
+    """The key of its rows has CLIP's length, whatever is asked for."""
+    card = read_cards(Path(__file__).parents[2] / "models")["sdxl"]
+    body = read_body({"prompt": "a", "max_sequence_length": length})
+    job = Job(body.to_request(card, "job"), card, body)
+    assert job.request.recipe.key.text_length == 77
+    warning = "max_sequence_length is ignored: sdxl reads 77 tokens"
+    assert warnings(job, []).count(warning) == found == len(warnings(job, []))
 
 
 def said(reply: httpx.Response) -> list[str]:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from app.report import Result
 from app.request import Request
 from tests.families.plain import final, serve
 from tests.parts.close import SAME, apart, close
-from tests.parts.engine import load_all
+from tests.parts.engine import Bench, load_all
 from tests.parts.loras import loaded, surveyed
 from tests.parts.requests import changed
 from tests.parts.unet_loras import Format, Pairs, draw, merged, write
@@ -108,16 +109,21 @@ def asked(cards: dict[str, Card], stack: dict[str, float], name: str, **changes:
 
 
 @pytest.fixture(scope="module")
-def results(cards: dict[str, Card]) -> Iterator[list[Result]]:
+def pool(cards: dict[str, Card]) -> Iterator[Pool]:
+    loaded_ = load_all(Pool({name: cards[name] for name in SIZES}, "cpu", torch.float32))
+    yield loaded_
+    loaded_.close()
+
+
+@pytest.fixture(scope="module")
+def results(cards: dict[str, Card], pool: Pool) -> list[Result]:
     """Every stack, among rows of its model and size with other weights and with none."""
-    pool = load_all(Pool({name: cards[name] for name in SIZES}, "cpu", torch.float32))
     near = []
     for number, stack in enumerate(STACKS):
         near.append(asked(cards, {name: -weight for name, weight in stack.items()}, f"near-{number}", seed=3))
         near.append(changed(asked(cards, stack, f"bare-{number}", prompt="moon"), adapters=()))
     found = serve(pool, *near, *(asked(cards, stack, f"case-{number}") for number, stack in enumerate(STACKS)))
-    yield found[len(near) :]
-    pool.close()
+    return found[len(near) :]
 
 
 def plain(
@@ -140,6 +146,18 @@ def theirs(models: Path, loras: Path, number: int) -> torch.Tensor:
 
 def test_the_traffic_was_mixed(results: list[Result]) -> None:
     assert sum(one.timings.shared > 1 for one in results) >= len(results) // 2
+
+
+def test_deterministic_mode_is_bit_equal_alone_and_among_others(cards: dict[str, Card], pool: Pool) -> None:
+    """With convolutions too."""
+    stacks = [{"sd15-layers": 0.8}, {"sd15-layers": -0.5, "sd15-clip": 1.0}, {"sd15-blocks": 0.6}]
+    rows = [asked(cards, stack, f"row-{number}", seed=number) for number, stack in enumerate(stacks)]
+    rows.append(changed(rows[0], id="bare", adapters=()))
+    together = Bench(pool, deterministic=True).run(rows)
+    assert max(tick.rows for tick in together.forwards) > 1 and not together.failures
+    for row in rows:
+        alone = Bench(pool, deterministic=True).run([row])
+        assert np.array_equal(alone.results[row.id, 0].latents, together.results[row.id, 0].latents)
 
 
 UPSTREAM = [number for number, stack in enumerate(STACKS) if all(FILES[name].upstream for name in stack)]

@@ -45,6 +45,8 @@ CASES: list[tuple[str, Body]] = [
     ("sdxl-deep", {"size": "40x40", "num_inference_steps": 4, "guidance_scale": 1.0, "seed": 2**31}),
     ("sdxl-turbo", {"size": "40x24", "num_inference_steps": 4, "guidance_scale": 0.0}),
     ("sdxl-turbo", {"size": "32x56", "num_inference_steps": 1, "guidance_scale": 0.0, "seed": 8}),
+    ("sd15", {"size": "24x40", "num_inference_steps": 6, "guidance_scale": 5.0, "clip_skip": 2, **GREEN}),
+    ("sdxl", {"size": "24x40", "num_inference_steps": 6, "guidance_scale": 5.0, "clip_skip": 1, **GREEN}),
 ]
 
 
@@ -144,6 +146,8 @@ def test_deterministic_mode_is_bit_equal_alone_and_among_others(cards: dict[str,
         (8, {"crops_coords_top_left": (31, 7)}),
         (8, {"target_size": (640, 1023)}),
         (11, {"model": "leading"}),
+        (13, {"clip_skip": 1}),
+        (14, {"clip_skip": 0}),
     ],
     ids=str,
 )

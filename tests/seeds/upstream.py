@@ -161,6 +161,9 @@ def _unet(pipeline: Any, card: Card, body: Body) -> torch.Tensor:
     if isinstance(pipeline, (diffusers.StableDiffusionImg2ImgPipeline, diffusers.StableDiffusionXLImg2ImgPipeline)):
         del common["width"], common["height"]
     more = {name: body[name] for name in ("clip_skip", *FRAMING) if name in body}
+    if "clip_skip" in more and "text_encoder_2" not in pipeline.components:
+        # The pipeline looks for the last norm where transformers had it before version 5.
+        vars(pipeline.text_encoder)["text_model"] = pipeline.text_encoder
     text = {"prompt": body["prompt"], "negative_prompt": body.get("negative_prompt")}
     latent: torch.Tensor = pipeline(**text, **common, **more, guidance_scale=body["guidance_scale"]).images
     return latent
