@@ -61,7 +61,7 @@ def answered(bench: Bench) -> set[str]:
     return {name for name, _ in bench.results} | bench.failures.keys()
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.2, 1.5, 2.0, 2.2, 2.5])
+@pytest.mark.parametrize("factor", [1.0, 1.4, 2.0, 2.5])
 @pytest.mark.parametrize("seed", range(2))
 def test_all_are_answered_in_any_memory(
     roomy: Pool, cards: dict[str, Card], pools: list[Pool], network: int, factor: float, seed: int
