@@ -47,17 +47,21 @@ def pools() -> Iterator[list[Pool]]:
 @pytest.fixture(scope="module")
 def network(roomy: Pool) -> int:
     """Bytes of the larger network, which no other phase exceeds: with less nothing is drawn."""
-    phases = [model.components((phase,)) for model in roomy.models.values() for phase in PHASES]
-    largest = max(sum(one.bytes for one in parts) for parts in phases)
-    assert largest == sum(one.bytes for one in roomy.components(PAIRS["tiny-sd3"], "denoise"))
-    return largest
+    sizes = {
+        (name, phase): sum(one.bytes for one in roomy.components(name, phase))
+        for name in roomy.cards
+        for phase in PHASES
+    }
+    largest = max(sizes, key=lambda place: sizes[place])
+    assert largest[0] in ("tiny-sdxl", PAIRS["tiny-sdxl"]) and largest[1] == "denoise"
+    return sizes[largest]
 
 
 def answered(bench: Bench) -> set[str]:
     return {name for name, _ in bench.results} | bench.failures.keys()
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.2, 1.5, 2.0, 2.2, 2.5])
+@pytest.mark.parametrize("factor", [1.0, 1.4, 2.0, 2.5])
 @pytest.mark.parametrize("seed", range(2))
 def test_all_are_answered_in_any_memory(
     roomy: Pool, cards: dict[str, Card], pools: list[Pool], network: int, factor: float, seed: int

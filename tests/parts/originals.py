@@ -247,6 +247,7 @@ def unet_file(folder: Path) -> State:
     elif first.is_dir():
         prefix = "conditioner.embedders.0" if second.is_dir() else "cond_stage_model"
         state |= {f"{prefix}.transformer.{name}": value for name, value in read(first).items()}
+        state[f"{prefix}.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     if second.is_dir():
         prefix = f"conditioner.embedders.{int(first.is_dir())}.model"
         state |= {f"{prefix}.{name}": value for name, value in open_clip(read(second)).items()}
