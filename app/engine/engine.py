@@ -309,7 +309,7 @@ class Engine:
         for key, _ in rows[0].legs if rows else ():
             self._pool.want(key.model)
             if failure := self._pool.failure(key.model, rows[0].adapters if key == rows[0].key else ()):
-                self._fail(request.id, failure)
+                self._fail(request.id, _blaming(key.model, failure, rows))
 
     def _answer(self, row: Row) -> None:
         """Drop a row that has its image."""
@@ -334,7 +334,7 @@ class Engine:
         for request_id, rows in list(self._open.items()):
             needed = (own for row in rows for own, _ in row.ahead)
             if any(own.model == model and key in (None, own) for own in needed):
-                self._fail(request_id, error)
+                self._fail(request_id, _blaming(model, error, rows))
 
     def _hear(self) -> None:
         """Report what has happened in the pool, and the memory in use when that has changed.
@@ -371,3 +371,8 @@ class Engine:
 
     def _used(self) -> Memory:
         return Memory({**self._pool.bytes, **self.runner.bytes})
+
+
+def _blaming(model: str, error: InstepError, rows: list[Row]) -> InstepError:
+    """The error of a model for a request of these rows: of the field `refiner`, where that names it."""
+    return error if model == rows[0].request.recipe.model else error.again(param="refiner")
