@@ -89,6 +89,20 @@ def test_skip_layer_guidance_acts_on_lines_of_all_legs(pool: FakePool, share: tu
     apart(without, whole, SAME)
 
 
+@pytest.mark.parametrize("switch_at", [0.2, 0.8])
+def test_where_the_shift_depends_on_the_size_the_legs_do_not(switch_at: float) -> None:
+    """What counts a row's lines knows no number of tokens; what compiles its tables does."""
+    dynamic = {"base_tokens": 1, "max_tokens": 17, "base": 0.0, "max": 3.0}
+    facts = {"schedule": {"kind": "flow", "spacing": "flux", "dynamic_shift": dynamic}}
+    pool = FakePool(*(FakeFamily(card(name, **facts)) for name in ("fake", "second")))
+    asked, static = request("x", steps=10, width=64, height=64), FakePool(FakeFamily(card()))
+    whole, other = (Bench(one).run([asked]).results["x", 0].latents for one in (pool, static))
+    bench = Bench(pool).run([changed(asked, refiner=Refiner("second", switch_at))])
+    assert {tick.model for tick in bench.forwards} == {"fake", "second"} and len(bench.forwards) == 10
+    close(bench.results["x", 0].latents, whole, SAME)
+    apart(other, whole, SAME)
+
+
 def test_a_switch_without_memory_for_the_copies_fails_its_request_alone(
     pool: FakePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
