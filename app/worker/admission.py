@@ -153,8 +153,8 @@ class Backlog:
             del self._images[kind]
             if not any(other.tenant == kind.tenant for other in self._images):
                 del self.weights[kind.tenant]
-            if not any(other.key.model == kind.key.model for other in self._images):
-                self._rows.pop(kind.key.model, None)
+            drawing = {key.model for other in self._images for key, _ in other.legs}
+            self._rows = {model: rows for model, rows in self._rows.items() if model in drawing}
         if not self._images:
             self._running = 0
 

@@ -6,7 +6,7 @@ import pytest
 
 from app.report import ModelState, Tick
 from app.request import Key
-from app.worker.admission import DEFAULT_RATE, OUTLIER, PACE, Rates
+from app.worker.admission import DEFAULT_RATE, OUTLIER, PACE, Kind, Rates
 
 
 def measured(**rates: float) -> Rates:
@@ -21,9 +21,9 @@ def tick(phase: str, seconds: float, rows: int = 1, size: int = 32) -> Tick:
 
 def test_an_image_is_its_passes_and_one_each_for_what_was_not_seen():
     costs = measured(**{"32x32": 0.5})
-    assert costs.image(Key("fake", 32, 32, 24), 4) == pytest.approx((4 + 2) * 0.5)
+    assert costs.image(Kind("", Key("fake", 32, 32, 24), 4)) == pytest.approx((4 + 2) * 0.5)
     assert costs.measured("fake") and not costs.measured("other")
-    assert costs.image(Key("other", 32, 32, 24), 10) == pytest.approx(12 * DEFAULT_RATE)
+    assert costs.image(Kind("", Key("other", 32, 32, 24), 10)) == pytest.approx(12 * DEFAULT_RATE)
 
 
 def test_a_rate_of_an_unmeasured_size_goes_by_area():
@@ -45,8 +45,8 @@ def test_encode_and_decode_are_learned_by_image_and_size():
     for _ in range(200):
         costs.hear(tick("encode", 0.8, rows=4))
         costs.hear(tick("decode", 3.0))
-    assert costs.image(Key("fake", 32, 32, 24), 10) == pytest.approx(0.2 + 10 + 3.0, rel=1e-3)
-    assert costs.image(Key("fake", 64, 64, 24), 10) == pytest.approx(12.0)
+    assert costs.image(Kind("", Key("fake", 32, 32, 24), 10)) == pytest.approx(0.2 + 10 + 3.0, rel=1e-3)
+    assert costs.image(Kind("", Key("fake", 64, 64, 24), 10)) == pytest.approx(12.0)
 
 
 def test_a_pass_takes_what_the_engine_has_learned():
@@ -60,10 +60,10 @@ def test_a_pass_takes_what_the_engine_has_learned():
 def test_one_slow_decode_moves_little_and_many_move_it_all_the_way():
     costs = measured(**{"32x32": 1.0})
     costs.hear(tick("decode", 1000.0))
-    assert costs.image(Key("fake", 32, 32, 24), 0) == pytest.approx(1.0 + 1.0 + PACE * (OUTLIER - 1))
+    assert costs.image(Kind("", Key("fake", 32, 32, 24), 0)) == pytest.approx(1.0 + 1.0 + PACE * (OUTLIER - 1))
     for _ in range(200):
         costs.hear(tick("decode", 1000.0))
-    assert costs.image(Key("fake", 32, 32, 24), 0) == pytest.approx(1001.0, rel=1e-3)
+    assert costs.image(Kind("", Key("fake", 32, 32, 24), 0)) == pytest.approx(1001.0, rel=1e-3)
 
 
 def test_the_nearest_of_many_sizes_is_found():
