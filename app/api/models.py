@@ -166,7 +166,13 @@ async def _one(front: Front, card: Card) -> ModelEntry:
 def _fitted(front: Front, card: Card, entry: ModelEntry) -> ModelEntry:
     """The entry with what depends on the key. NOTE: entries are shared by all who ask at once."""
     registry = front.registry
-    found = {"loras": fitting(card, registry.adapters or {}), "refiners": registry.refiners(card)}
+    hidden = card.refiner and card.refiner.model not in registry.cards.owners
+    defaults = {name: value for name, value in entry.defaults.items() if not (hidden and name == "refiner")}
+    found: dict[str, Any] = {
+        "defaults": defaults,
+        "loras": fitting(card, registry.adapters or {}),
+        "refiners": registry.refiners(card),
+    }
     return entry.model_copy(update=found)
 
 

@@ -80,12 +80,16 @@ class Registry:
         raise self.missing(name)
 
     def refiner(self, card: Card, name: str) -> Card:
-        """The card of this name as the refiner of another one. Raises ModelNotFound, InvalidValue: it does not fit."""
+        """The card of this name as the refiner of another one. Raises ModelNotFound, NotDownloaded, InvalidValue: it
+        does not fit."""
         if name not in self._owners:
             raise self.missing(name, "refiner.model")
         found = self._owners[name]
         for one in (card.model, found.model):
             self._latents[one] = self._latents[one] or latent_facts(self.all[one], self.all)  # its files may be new
+            fault = None if self._latents[one] else ModelFolder(self.all[one], self.all).fault()
+            if isinstance(fault, NotDownloaded):
+                raise fault
         if why := self._unlike(card, found):
             message = f"refiner.model: {found.id} cannot go on with pictures of {card.id}: {why}"
             raise InvalidValue(message, param="refiner.model")

@@ -69,7 +69,7 @@ class Batcher:
 
     def heads(self) -> list[Row]:
         """The row of each kit that has waited longest, oldest first; of many kits the first ones."""
-        firsts = [next(iter(rows)) for queue in self.queues.values() for rows in queue.kits.values()]
+        firsts = [rows[0] for queue in self.queues.values() for rows in queue.kits.values()]
         heads: dict[Kit, Row] = {}
         for row in sorted(firsts, key=lambda row: row.sequence):
             heads.setdefault(row.kit, row)

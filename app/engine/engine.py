@@ -227,13 +227,15 @@ class Engine:
             if row.line == row.lines:
                 self.batcher.finish(row)
                 self.runner.rest(row)
-            elif row.line == row.ends:
+            elif row.line == row.ends and row.stage != "gone":  # by the failure of another row of its request
                 self._switch(row, work.start + work.seconds)
 
     def _switch(self, row: Row, now: float) -> None:
         """Free what a row has of the model of its leg, before it waits for that of the next."""
         self._turns.served(row.key.model, now - row.encode_start)
-        self.runner.part(row)
+        if error := self.runner.part(row):
+            self._fail(row.request.id, error)
+            return
         self.batcher.switch(row)
         row.since = now
 
@@ -307,7 +309,7 @@ class Engine:
         for key, _ in rows[0].legs if rows else ():
             self._pool.want(key.model)
             if failure := self._pool.failure(key.model, rows[0].adapters if key == rows[0].key else ()):
-                self._fail(request.id, failure)
+                self._fail(request.id, _blaming(key.model, failure, rows))
 
     def _answer(self, row: Row) -> None:
         """Drop a row that has its image."""
@@ -332,7 +334,7 @@ class Engine:
         for request_id, rows in list(self._open.items()):
             needed = (own for row in rows for own, _ in row.ahead)
             if any(own.model == model and key in (None, own) for own in needed):
-                self._fail(request_id, error)
+                self._fail(request_id, _blaming(model, error, rows))
 
     def _hear(self) -> None:
         """Report what has happened in the pool, and the memory in use when that has changed.
@@ -369,3 +371,8 @@ class Engine:
 
     def _used(self) -> Memory:
         return Memory({**self._pool.bytes, **self.runner.bytes})
+
+
+def _blaming(model: str, error: InstepError, rows: list[Row]) -> InstepError:
+    """The error of a model for a request of these rows: of the field `refiner`, where that names it."""
+    return error if model == rows[0].request.recipe.model else error.again(param="refiner")

@@ -90,6 +90,7 @@ def _shortness(row: Row) -> tuple[int, int, float, float, int]:
 
 
 _arrival, _aging = attrgetter("arrived", "sequence"), attrgetter("ages_at", "sequence")
+_number = attrgetter("sequence")
 
 
 class Lane:
@@ -131,7 +132,7 @@ class Lane:
 class Queue:
     """The rows of one key: those that wait, in a lane for each tenant, those that are started, and one order for all.
 
-    caps: of the key, as the batcher asked for them last. waiting: by arrival. kits: the same by adapters. arrivals:
+    caps: of the key, as the batcher asked for them last. kits: those that wait, by adapters, oldest first. arrivals:
     rows that enter their lane once the key's rate is known, because the age limit is a multiple of it. finished: how
     many wait to be decoded; they keep their slots until then.
     """
@@ -140,7 +141,7 @@ class Queue:
         self.key = key
         self.caps = UNMEASURED
         self.waiting: OrderedDict[Row, None] = OrderedDict()
-        self.kits: dict[Kit, OrderedDict[Row, None]] = {}
+        self.kits: dict[Kit, list[Row]] = {}
         self.arrivals: dict[Row, None] = {}
         self.started: list[Row] = []
         self.finished = 0
@@ -154,15 +155,13 @@ class Queue:
     def add(self, row: Row) -> None:
         """Add a row that has arrived."""
         self.waiting[row] = self.arrivals[row] = None
-        kit = self.kits.setdefault(row.kit, OrderedDict())
-        kit[row] = None
-        if row.begun:  # it came before those that wait here
-            kit.move_to_end(row, last=False)
+        insort(self.kits.setdefault(row.kit, []), row, key=_number)
 
     def leave(self, row: Row) -> None:
         """Remove a waiting row that is started, or gone."""
-        del self.waiting[row], self.kits[row.kit][row]
-        if not self.kits[row.kit]:
+        kit = self.kits[row.kit]
+        del self.waiting[row], kit[bisect_left(kit, row.sequence, key=_number)]
+        if not kit:
             del self.kits[row.kit]
         if row in self.arrivals:
             del self.arrivals[row]

@@ -257,10 +257,17 @@ class Runner:
             self.slots[row.key].release(row.slot)
             row.slot = -1
 
-    def part(self, row: Row) -> None:
-        """Release what a row that has run a leg has of its model, but for copies of what goes on in the next leg."""
-        row.start = self.slots[row.key].start(row.slot)
+    def part(self, row: Row) -> InstepError | None:
+        """Release what a row that has run a leg has of its model, but for copies of what goes on in the next leg; the
+        error where there is no memory for these, and nothing is released."""
+
+        def copy() -> None:
+            row.start = self.slots[row.key].start(row.slot)
+
+        if error := attempt(copy, "the switch"):
+            return error
         self.release(row)
+        return None
 
     def source(self, rows: list[Row], work: Work) -> None:
         """Encode the pictures that the rows start from, each once, for as long as a row needs it."""
@@ -308,7 +315,8 @@ class Runner:
             for name, cut in zip(("prompt", "negative prompt"), cuts, strict=False)
             if cut
         )
-        plan = plan_of(table, recipe.guidance, row.skipping)
+        skipping = range(*(max(0, line - row.begins) for line in (row.skipping.start, row.skipping.stop)))
+        plan = plan_of(table, recipe.guidance, skipping)
         row.slot = slots.take(plan, start.x, conditions, start.dice, start.kept)
         row.start, row.warnings = None, tuple(dict.fromkeys((*row.warnings, *warnings)))
 

@@ -114,7 +114,7 @@ def prompt_text(condition: Condition | None) -> str:
 
 
 class TextCache:
-    """Outputs by (encoder, text, length, adapters) in at most `budget` bytes of the device.
+    """Outputs by (encoder, text, length, batch, adapters) in at most `budget` bytes of the device.
 
     The least recently used leaves first. Models that share an encoder share its outputs. The empty prompt of each
     encoder stays at the length last asked for, whatever the budget. version: of a network's weights, which may have
@@ -124,7 +124,7 @@ class TextCache:
     def __init__(self, budget: int, version: Callable[[object], int]) -> None:
         self.bytes = self._hits = self._misses = 0
         self._budget, self._version = budget, version
-        self.kept: OrderedDict[tuple[Encoder, str, int, tuple[object, ...]], States] = OrderedDict()
+        self.kept: OrderedDict[tuple[Encoder, str, int, int | None, tuple[object, ...]], States] = OrderedDict()
         self._versions: dict[Encoder, int] = {}
         self._models: dict[Encoder, set[str]] = {}  # that asked for it
         self._empty: dict[Encoder, int] = {}  # the length at which its empty prompt was last asked for
@@ -144,7 +144,7 @@ class TextCache:
         self._models.setdefault(encoder, set()).add(model)
         used = tuple((lora, weight) for lora, weight in used if encoder.network in lora.places)
         own = tuple((lora, self._version(lora), weight) for lora, weight in used)
-        unique = {text: (encoder, text, length, own) for text in texts}
+        unique = {text: (encoder, text, length, batch, own) for text in texts}
         fresh = [text for text, name in unique.items() if name not in self.kept]
         if fresh:
             with Adapted(encoder.network, spans_of_all(used, encoder.network.device)) if used else nullcontext():
@@ -178,7 +178,7 @@ class TextCache:
 
     def _trim(self) -> None:
         for name in list(self.kept) if self.bytes > self._budget else ():
-            encoder, text, length, own = name
+            encoder, text, length, _, own = name
             if self.bytes > self._budget and (text or own or self._empty.get(encoder) != length):
                 self.bytes -= _bytes(self.kept.pop(name))
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from app.errors import InvalidValue
 from app.families.base import CLIP_TOKENIZER, Conditions, Denoised, Family, Outputs
 from app.families.text import Encoder, Read, States, read_texts
 from app.request import Condition, Framing, Pass, Prompt, Recipe
@@ -29,11 +30,14 @@ def layer(skipped: int, normed: bool) -> Callable[[Any, torch.Tensor], States]:
     """The function that picks the hidden states [B, length, width] of a CLIP without its last `skipped` layers, and
     where it has a projection, the pooled state [B, projection] of all layers.
 
-    normed: whether the CLIP's last norm is applied to them.
+    normed: whether the CLIP's last norm is applied to them. The function raises InvalidValue: it has too few layers.
     """
 
     def states(network: Any, ids: torch.Tensor) -> States:
         output = network(ids, output_hidden_states=True)
+        if skipped >= len(output.hidden_states):
+            most = len(output.hidden_states) - (1 if normed else 2)
+            raise InvalidValue(f"clip_skip: this model can leave out 0 to {most} layers", param="clip_skip")
         hidden = output.hidden_states[-1 - skipped]
         pooled = output.get("text_embeds")
         return (network.final_layer_norm(hidden) if normed else hidden, *(() if pooled is None else (pooled,)))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.cards.card import NO_REFINER, Card, Refining, parse_size
 from app.cards.catalog import Adapters, Registry, find_adapters, find_label
-from app.errors import Code, InvalidValue, RequestError, first_problem
+from app.errors import Code, InvalidValue, ModelNotFound, RequestError, first_problem
 from app.imaging import DEFAULT_QUALITY
 from app.jobs.fields import (
     WORDS,
@@ -195,9 +195,18 @@ class ImageBody(BaseModel):
 
     def refined_by(self, card: Card, registry: Registry) -> Card | None:
         """The card of the model that draws the last part of this card's pictures, if one does. registry: what the key
-        may use. Raises ModelNotFound, InvalidValue."""
+        may use. Raises as `Registry.refiner`."""
         asked = self.refiner or card.refiner
-        return registry.refiner(card, asked.model) if asked and asked.model != NO_REFINER else None
+        if not asked or asked.model == NO_REFINER:
+            return None
+        try:
+            return registry.refiner(card, asked.model)
+        except (ModelNotFound, InvalidValue) as error:
+            if self.refiner:
+                raise
+            # NOTE: a key that may not use the model must not read its name.
+            why = error.message if isinstance(error, InvalidValue) else f"refiner: this key has not that of {card.id}"
+            raise error.again(f'{why}; {{"model": "{NO_REFINER}"}} draws without it', "refiner") from None
 
     def _refiner(self, card: Card, refiner: Card, recipe: Recipe) -> Refiner:
         """Raises InvalidValue: it does not draw this size, or cannot skip layers as the request wants."""

@@ -23,7 +23,8 @@ def facts(job: Job, indices: Sequence[int]) -> dict[str, Any]:
     alike = len(set(values)) == 1
     found: dict[str, Any] = {"model": job.card.id, field: values[0] if alike else values}
     negative = getattr(specs[0].condition, "negative", "")
-    if not job.card.draws_classes and not (negative is None and job.card.force_zeros):
+    cards = [job.card, *([job.refiner] if job.refiner else [])]
+    if not job.card.draws_classes and not (negative is None and any(card.force_zeros for card in cards)):
         found["negative_prompt"] = negative or ""
     if len(specs) > 1 and alike:
         found["n"] = len(specs)

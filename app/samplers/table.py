@@ -138,7 +138,8 @@ def compile_legs(
 
     tokens: image tokens, for a resolution-dependent shift; ignored without one. strength: the share of the steps that
     run. switch_at: the share of the training steps' noise after which another network goes on: `denoising_end` and
-    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img. grid: one of GRIDS, "" for the card's own.
+    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img, for the smallest image where the shift depends
+    on the size: every size has as many lines before the switch. grid: one of GRIDS, "" for the card's own.
 
     Raises InvalidValue: param "sampler" or "schedule", naming the valid ones; "num_inference_steps", under 1 or more
     than the grid has room for; "strength", which leaves no step; "size", where the shift depends on it and tokens is
@@ -204,7 +205,7 @@ def _compiled(
     if steps < 1:
         raise InvalidValue(f"num_inference_steps: {steps} is under 1", param="num_inference_steps")
     walk, rule, _ = SAMPLERS[sampler]
-    path = walk(schedule, steps, grid) if grid else walk(schedule, steps)
+    path, smallest = (walk(own, steps, grid) if grid else walk(own, steps) for own in (schedule, at_size(schedule, 1)))
     first = 0 if strength is None else first_step(steps, strength, schedule.prediction)
     if first == steps:
         message = f"strength: {strength:g} of {steps} steps leaves none to run"
@@ -212,7 +213,7 @@ def _compiled(
     if switch_at is None:
         return (_between(schedule, rule, path, first, steps),)
     cutoff = round(schedule.train_steps - switch_at * schedule.train_steps)
-    switch = max(first, int(np.count_nonzero(path.here.t >= cutoff)))
+    switch = max(first, int(np.count_nonzero(smallest.here.t >= cutoff)))
     return _between(schedule, rule, path, first, switch), _between(schedule, rule, path, switch, steps)
 
 

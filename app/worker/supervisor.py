@@ -254,7 +254,8 @@ class Supervisor:
         sizes = {model: self._cards[model].defaults.size for model in self._preloads}
         preload = ",".join(model for model, size in sizes.items() if not self._blame.of(model, size))
         jobs = [job for backlog in self._backlogs for job in backlog.jobs.values()]
-        cards = Cards({job.card.id: job.card for job in jobs}).models | self._cards
+        own = {card.id: card for job in jobs for card in (job.card, job.refiner) if card}
+        cards = Cards(own).models | self._cards
         return "start", self._settings.model_copy(update={"preload": preload}), cards, device
 
     def _hear(self, report: Report, worker: str) -> None:

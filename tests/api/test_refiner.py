@@ -24,10 +24,10 @@ FINE = {"model": "finer", "switch_at": 0.5}
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with models that fit each other; BOB's key is for two of them."""
+    """A server with models that fit each other; BOB's key is for three of them."""
     folder = write_refiners(tmp_path_factory.mktemp("studio") / "models")
     keys = folder.parent / "keys.toml"
-    keys.write_text(f'[keys.bob]\nkey = "{BOB}"\nmodels = ["base", "shared"]\n', encoding="utf-8")
+    keys.write_text(f'[keys.bob]\nkey = "{BOB}"\nmodels = ["base", "shared", "auto"]\n', encoding="utf-8")
     facts = {"api_keys": f"alice={ALICE}", "api_keys_file": str(keys), "devices": "cpu", "port": 0, "drain": 5}
     with Server(Settings(models=folder, **facts)) as server:
         yield server.ready()
@@ -72,7 +72,7 @@ def test_a_key_needs_both_models(studio: Server) -> None:
     hidden, absent = (error(post(studio, BOB, refiner={"model": name}), 404) for name in ("fine", "feni"))
     assert hidden["message"].replace("fine", "feni") == absent["message"] and hidden["param"] == absent["param"]
     assert post(studio, BOB, refiner={"model": "shared"}).status_code == 200
-    for key, names in ((ALICE, ["auto", "fine", "shared"]), (BOB, ["shared"])):
+    for key, names in ((ALICE, ["auto", "fine", "shared"]), (BOB, ["auto", "shared"])):
         get = httpx.Client(base_url=studio.url, headers=bearer(key)).get
         assert get("/v1/models/base").json()["refiners"] == names
         listed = {one["id"]: one["refiners"] for one in get("/v1/models").json()["data"]}
@@ -92,6 +92,13 @@ def test_the_default_of_a_card_is_listed_and_can_be_left_out(studio: Server) -> 
     assert entry["defaults"]["refiner"] == {"model": "fine", "switch_at": 0.5}
     assert post(studio, model="auto").json()["refiner"] == {"model": "fine", "switch_at": 0.5}
     assert "refiner" not in post(studio, model="auto", refiner={"model": "none"}).json()
+
+
+def test_a_default_that_a_key_may_not_use_is_no_default_in_its_list(studio: Server) -> None:
+    get = httpx.Client(base_url=studio.url, headers=bearer(BOB)).get
+    for entry in (get("/v1/models/auto").json(), get("/v1/models").json()["data"][0]):
+        assert entry["id"] == "auto" and "refiner" not in entry["defaults"] and '"fine"' not in json.dumps(entry)
+    assert error(post(studio, BOB, model="auto"), 404)["message"].startswith("refiner: this key has not that of auto")
 
 
 @pytest.mark.parametrize(

@@ -367,3 +367,19 @@ def test_a_latent_that_the_last_line_before_the_switch_spoils_fails_its_row_alon
     assert [(name, one.error.code) for name, one in bench.failures.items()] == [("bad", "non_finite_output")]
     assert is_empty(bench, pool)
     close(bench.results["good", 0].latents, alone(pool, good), SAME)
+
+
+@pytest.mark.parametrize(("broken", "field"), [("tiny-dit", None), (PAIRS["tiny-dit"], "refiner")])
+def test_an_error_of_the_refiner_is_of_that_field(
+    cards: dict[str, Card], tmp_path: Path, broken: str, field: str | None
+) -> None:
+    others = {one: card for one, card in cards.items() if one in ("tiny-dit", PAIRS["tiny-dit"])}
+    pool = Pool(others | {broken: others[broken].model_copy(update={"folder": tmp_path})}, "cpu", torch.float32)
+    try:
+        bench = Bench(pool)
+        bench.engine.submit(refined(draw("broken", 4, model="tiny-dit", sampler="ddim"), 0.5))
+        bench.until(lambda: bench.failures, failing=True)
+        error = bench.failures["broken"].error
+        assert (error.code, error.param) == ("model_load_failed", field)
+    finally:
+        pool.close()

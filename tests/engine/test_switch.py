@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from app.engine.costs import Curve
 from app.engine.row import Row, rows_of
+from app.engine.step import Slots, Start
 from app.errors import Cancelled, CheckpointError, DeadlineExceeded, ModelNotFound, OutOfMemory
 from app.report import ModelState, Tick
-from app.request import Key, Refiner, Request
+from app.request import Key, Refiner, Request, SkipGuidance
 from tests.engine.test_apart import Page, Watched
+from tests.parts.close import SAME, apart, close
 from tests.parts.engine import Bench, FakeCosts, FakeFamily, FakePool, Still, card, request
 from tests.parts.requests import changed
 from tests.parts.simulation import KEY, OTHER, Simulation, fixed, row
@@ -74,6 +77,50 @@ def test_between_its_legs_it_has_no_memory_of_either_model(pool: FakePool) -> No
     pool.present.add("second")
     bench.run()
     assert list(bench.results) == [("a", 0)] and held(bench, pool) == 0
+
+
+@pytest.mark.parametrize("share", [(0.0, 0.6), (0.3, 0.9), (0.8, 1.0)])
+def test_skip_layer_guidance_acts_on_lines_of_all_legs(pool: FakePool, share: tuple[float, float]) -> None:
+    """Two models that compute the same draw what one draws, however the lines that skip lie about the switch."""
+    plain, skip = request("x", steps=10), SkipGuidance(2.0, *share)
+    asked = [plain, changed(plain, skip=skip), changed(refined("x", steps=10), skip=skip)]
+    without, whole, both = (Bench(pool).run([one]).results["x", 0].latents for one in asked)
+    close(both, whole, SAME)
+    apart(without, whole, SAME)
+
+
+@pytest.mark.parametrize("switch_at", [0.2, 0.8])
+def test_where_the_shift_depends_on_the_size_the_legs_do_not(switch_at: float) -> None:
+    """What counts a row's lines knows no number of tokens; what compiles its tables does."""
+    dynamic = {"base_tokens": 1, "max_tokens": 17, "base": 0.0, "max": 3.0}
+    facts = {"schedule": {"kind": "flow", "spacing": "flux", "dynamic_shift": dynamic}}
+    pool = FakePool(*(FakeFamily(card(name, **facts)) for name in ("fake", "second")))
+    asked, static = request("x", steps=10, width=64, height=64), FakePool(FakeFamily(card()))
+    whole, other = (Bench(one).run([asked]).results["x", 0].latents for one in (pool, static))
+    bench = Bench(pool).run([changed(asked, refiner=Refiner("second", switch_at))])
+    assert {tick.model for tick in bench.forwards} == {"fake", "second"} and len(bench.forwards) == 10
+    close(bench.results["x", 0].latents, whole, SAME)
+    apart(other, whole, SAME)
+
+
+def test_a_switch_without_memory_for_the_copies_fails_its_request_alone(
+    pool: FakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which another row comes to the switch with it."""
+    whole, start, full = Bench(pool).run([refined("good")]).results["good", 0].latents, Slots.start, [True]
+
+    def copies(slots: Slots, slot: int) -> Start:
+        if full:
+            full.pop()
+            raise torch.OutOfMemoryError("no room")
+        return start(slots, slot)
+
+    monkeypatch.setattr(Slots, "start", copies)
+    bad = refined("bad")
+    bench = Bench(pool).run([replace(bad, images=bad.images * 2), refined("good")])
+    assert {name: type(one.error) for name, one in bench.failures.items()} == {"bad": OutOfMemory}
+    assert held(bench, pool) == 0
+    close(bench.results["good", 0].latents, whole, SAME)
 
 
 def test_without_either_model_there_is_an_error_that_names_it(pool: FakePool) -> None:
@@ -278,6 +325,22 @@ def test_the_older_half_drawn_row_goes_before_younger_ones_of_the_same_work() ->
     assert old.line == 2 and old.key == OTHER and simulation.batcher.heads() == [old]
     simulation.run()
     assert sorted(simulation.ended, key=simulation.ended.__getitem__)[0] is old
+
+
+def test_of_many_half_drawn_rows_the_oldest_is_the_head() -> None:
+    batcher = Simulation(fixed(4)).batcher
+    half = [row(5, legs=((KEY, 2), (OTHER, 3))) for _ in range(3)]
+    for one in (*half, row(3, key=OTHER)):
+        batcher.add(one)
+    for one in half:
+        batcher.start(one)
+        one.line = 2
+    for nth in (1, 0, 2):
+        batcher.switch(half[nth])
+    for one in half:
+        assert batcher.heads() == [one]
+        batcher.remove(one)
+    assert [one.lines for one in batcher.heads()] == [3]
 
 
 def test_rows_age_by_all_that_they_have_waited_in_both_queues() -> None:

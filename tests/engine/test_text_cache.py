@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.cards.card import Card
+from app.cards.card import Bucket, Card
 from app.cards.cards import read_card
 from app.errors import SettingsError
 from app.pool.policy import claim
@@ -149,6 +149,17 @@ def test_an_encoder_that_was_away_is_asked_again_only_if_its_files_changed(
     fresh, _ = answer(Bench(made(), deterministic=True), request)
     assert counted == (4, 2) and np.array_equal(after.latents, fresh.latents)
     assert not np.array_equal(after.latents, before.latents)
+
+
+def test_models_with_other_buckets_have_their_own_bits(cards: dict[str, Card], made: Callable[[], Pool]) -> None:
+    """The number of texts in a forward decides bits: what one model encoded is not what the other one would have."""
+    cards["flux"] = cards["flux"].model_copy(update={"bucket": Bucket(encode=4)})
+    pool = made()
+    bench = Bench(pool, deterministic=True)
+    assert answer(bench, prompt("sd3", "red apple"))[1] == (0, 3)
+    after, counted = answer(bench, prompt("flux", "red apple"))
+    alone, _ = answer(Bench(pool, deterministic=True), prompt("flux", "red apple"))
+    assert counted == (0, 2) and np.array_equal(after.latents, alone.latents)
 
 
 def test_texts_are_counted_once_a_batch_for_each_encoder(made: Callable[[], Pool]) -> None:

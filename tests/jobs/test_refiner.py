@@ -21,7 +21,7 @@ from app.jobs.replies import ImagesReply, warnings
 from app.jobs.schema import body_schema
 from app.request import Framing, Recipe, Refiner
 from app.settings import Settings
-from tests.parts.refiners import write_model, write_refiners
+from tests.parts.refiners import PLAIN, write_model, write_refiners
 from tests.parts.requests import refused
 
 
@@ -113,9 +113,29 @@ def test_a_key_needs_both_models(registry: Registry) -> None:
             job_of(view, refiner={"model": name})
         messages.append(error.value.message.replace(name, "?"))
     assert messages[0] == messages[1]
-    with refused("model_not_found"):
+    with refused("model_not_found", '^refiner: this key has not that of auto; {"model": "none"} draws without it$'):
         job_of(view, "auto")
     assert recipe(view, "auto", refiner={"model": "none"}).refiner is None
+
+
+def test_the_error_of_a_default_says_how_to_draw_without_it(tmp_path: Path) -> None:
+    write_model(tmp_path, "base", more='refiner = { model = "scaled" }\n')
+    write_model(tmp_path, "scaled", scaling_factor=1.25)
+    registry = Registry(read_cards(tmp_path), Settings(models=tmp_path))
+    with refused("invalid_value", 'scaling_factor is 1.25, not 1.5; {"model": "none"} draws without it$') as error:
+        job_of(registry)
+    assert error.value.param == "refiner"
+    with refused("invalid_value", "scaling_factor is 1.25, not 1.5$"):
+        job_of(registry, refiner={"model": "scaled"})
+
+
+def test_one_that_is_not_downloaded_is_refused_with_the_command_that_gets_it(tmp_path: Path) -> None:
+    write_model(tmp_path, "base")
+    write_model(tmp_path, "away", PLAIN.replace('path = "."', f'repo = "some/one", revision = "{"0" * 40}"'))
+    (tmp_path / "away" / "vae" / "config.json").unlink()
+    registry = Registry(read_cards(tmp_path), Settings(models=tmp_path))
+    with refused("model_not_downloaded", "away: not downloaded: run `instep models pull away`"):
+        job_of(registry, refiner={"model": "away"})
 
 
 def test_files_that_come_later_are_seen(tmp_path: Path) -> None:
@@ -192,6 +212,10 @@ def test_an_absent_negative_prompt_stays_absent_where_that_is_not_an_empty_one(r
     again = job_of(registry, negative_prompt="")
     again.card = job.card
     assert facts(again, [0])["negative_prompt"] == ""
+    other = job_of(registry, refiner={"model": "fine"})
+    assert facts(other, [0])["negative_prompt"] == "" and other.refiner
+    other.refiner = other.refiner.model_copy(update={"force_zeros": True})
+    assert "negative_prompt" not in facts(other, [0])
 
 
 def test_the_line_of_a1111_names_it_as_its_users_know_it(registry: Registry) -> None:

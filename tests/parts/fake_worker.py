@@ -161,8 +161,8 @@ class FakeWorker:
         self.emit(ModelState(model, "ready", seconds=seconds, device_bytes=1_000_000, rates=rates))
 
     def admit(self, request: Request) -> None:
-        if request.recipe.model not in self.cards:
-            self.emit(Failure(request.id, ModelNotFound(f'There is no model "{request.recipe.model}".', param="model")))
+        if missing := set(request.recipe.models) - self.cards.keys():
+            self.emit(Failure(request.id, ModelNotFound(f'There is no model "{min(missing)}".', param="model")))
             return
         if any(words(spec.condition).startswith("!load") for spec in request.images):
             self.ready.discard(request.recipe.model)

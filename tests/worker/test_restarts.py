@@ -12,13 +12,13 @@ import pytest
 
 from app.errors import Cancelled
 from app.report import Failure, ModelState, Progress, Result
-from app.request import Prompt
+from app.request import Prompt, Refiner
 from app.worker import child
 from app.worker.supervisor import LOADS, Supervisor
 from app.worker.wire import Pulse
 from tests.parts.fake_worker import RATE, colour
-from tests.parts.requests import refused
-from tests.parts.supervising import job, request, serving
+from tests.parts.requests import changed, refused
+from tests.parts.supervising import CARDS, job, request, serving
 from tests.parts.waiting import run, until
 from tests.parts.workers import HELLO, script
 
@@ -465,6 +465,21 @@ def test_a_preload_that_ends_processes_is_left_out_and_the_others_are_served(mon
             await until(lambda: supervisor.live)
             assert len(await supervisor.submit(job(model="other"))) == 1
             assert not supervisor.ready and supervisor.states["fake"].state == "absent"
+
+    run(scenario)
+
+
+def test_the_next_process_has_the_cards_of_both_models_of_an_open_request():
+    async def scenario():
+        async with serving() as here:
+            supervisor = here.supervisor
+            asked = job(changed(request("!slow 0.5", steps=10), refiner=Refiner("other", 0.5)))
+            asked.refiner = CARDS["other"]
+            supervisor.submit(asked)
+            await until(lambda: supervisor.running == 1)
+            supervisor.reload({"fake": CARDS["fake"]}, "info")
+            await dead(supervisor)
+            assert len(await asked) == 1
 
     run(scenario)
 
