@@ -15,7 +15,7 @@ from app.cards.adapters import MOST_LORAS, Adapter, Lora
 from app.cards.files import Variant
 from app.request import Recipe
 from app.samplers.schedule import Schedule, Section
-from app.samplers.table import Leg, compile_legs, valid_samplers
+from app.samplers.table import Table, compile_legs, valid_samplers
 
 Size = tuple[int, int]
 SIDES = "^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$"
@@ -256,8 +256,8 @@ class Card(Section):
         """Whether pictures are drawn from a class label instead of a prompt."""
         return self.has("classes")
 
-    def legs(self, recipe: Recipe, tokens: int = 1) -> tuple[Leg, ...]:
-        """What each model of a recipe computes, the refiner last. Raises InvalidValue.
+    def legs(self, recipe: Recipe, tokens: int = 1) -> dict[str, Table]:
+        """The table that each model of a recipe computes, by the model; the refiner's last. Raises InvalidValue.
 
         tokens: of the image; they change no number of lines.
         """
@@ -272,7 +272,7 @@ class Card(Section):
             grid=recipe.grid,
         )
         models = [recipe.model, refiner.model] if refiner else [recipe.model]
-        return tuple(Leg(model, table) for model, table in zip(models, tables, strict=True) if table)
+        return {model: table for model, table in zip(models, tables, strict=True) if table}
 
     @property
     def text_length(self) -> int:

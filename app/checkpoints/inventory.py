@@ -34,7 +34,7 @@ BESIDES = {
 }
 """Keys of configs that distinguish networks of the same shapes."""
 
-OWN = ("id", "like", "aliases", "source", "variant", "components", "files", "bytes", "gated")
+OWN = ("id", "like", "aliases", "source", "variant", "refiner", "components", "files", "bytes", "gated")
 """Fields of a card that are not taken from the one that it is like."""
 
 NETWORKS = {family.required[0] for family in FAMILIES.values()}
@@ -184,10 +184,12 @@ class Fit:
         try:
             if not self.whole:
                 self._write_layout(folder)
+            zeros = read_json(self.path / INDEX).get("force_zeros_for_empty_prompt") if self.whole else None
             card = {
                 "id": folder.name,
                 "like": self.card.id,
                 **{name: value for name, value in read_toml(self.card.file).items() if name not in OWN},
+                **({} if zeros is None else {"force_zeros": zeros}),
                 "schedule": self.schedule,
                 "source": {"path": str(self.path) if self.whole else "."},
             }

@@ -312,9 +312,9 @@ def rows_of(request: Request, cards: Mapping[str, Card], now: float, numbers: It
         if model not in cards:
             raise ModelNotFound(f"there is no model {model}", param="model" if model == recipe.model else "refiner")
     tables = cards[recipe.model].legs(recipe)
-    legs = tuple((_key(recipe, cards[leg.model]), leg.table.lines) for leg in tables)
+    legs = tuple((_key(recipe, cards[model]), table.lines) for model, table in tables.items())
     key, lines = legs[0][0], sum(own for _, own in legs)
-    skipping = recipe.skipping(lines, tables[0].table.first)
+    skipping = recipe.skipping(lines, next(iter(tables.values())).first)
     arrived, apart = now if delivery.arrived is None else delivery.arrived, dict(delivery.apart)
     return [
         Row(request, index, key, lines, arrived, next(numbers), legs, skipping=skipping, apart=apart.get(index, -2))

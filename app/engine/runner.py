@@ -305,7 +305,7 @@ class Runner:
         recipe, caps = row.request.recipe, self._costs.caps[row.key]
         shape = family.latent_shape(recipe.width, recipe.height)
         tokens = family.image_tokens(recipe.width, recipe.height)
-        table = self._pool.cards[recipe.model].legs(recipe, tokens)[row.leg].table
+        table = self._pool.cards[recipe.model].legs(recipe, tokens)[row.key.model]
         start = row.start or start_of(row, table, shape)
         slots = self.slots.open(row.key, caps.bytes, caps.slots, shape, family.device)
         passes = family.passes(row.condition, recipe)

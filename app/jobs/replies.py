@@ -312,8 +312,11 @@ def model_warnings(job: Job) -> list[str]:
     in_vain = body.negative_prompt and not guidance.guided
     no_skip = guidance.skip is None or not guidance.skip.scale
     legs = card.legs(recipe)
-    lines, steps = sum(leg.table.lines for leg in legs), recipe.steps - legs[0].table.first
-    alone = legs[0].model if recipe.refiner and len(legs) == 1 else ""
+    lines, steps = (
+        sum(table.lines for table in legs.values()),
+        recipe.steps - min(table.first for table in legs.values()),
+    )
+    alone = next(iter(legs)) if recipe.refiner and len(legs) == 1 else ""
     table: list[Effectless] = [
         ("prompt", card.draws_classes and body.class_label is not None and body.prompt, f"{card.id} draws class_label"),
         (guided_by, scale is not None and 0 < scale < 1, "1 or less draws without guidance"),

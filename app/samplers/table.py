@@ -14,7 +14,6 @@ from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -107,13 +106,6 @@ def valid_samplers(schedule: Schedule) -> tuple[str, ...]:
 def valid_grids(sampler: str) -> tuple[str, ...]:
     """The grids that a sampler may walk in place of the card's own."""
     return tuple(grids.GRIDS) if SAMPLERS[sampler][0] in grids.GRIDDED else ()
-
-
-class Leg(NamedTuple):
-    """The lines of a row's plan that one model computes."""
-
-    model: str
-    table: Table
 
 
 def compile_table(

@@ -54,7 +54,7 @@ def kind_of(job: Job) -> Kind:
     # The engine compiles the same tables, for the image's own number of tokens. No cost depends on the text length.
     legs = [
         (recipe.key._replace(model=model), recipe.passes(table.lines, table.first))
-        for model, table in job.card.legs(recipe)
+        for model, table in job.card.legs(recipe).items()
     ]
     return Kind(job.request.delivery.tenant, *legs[0], recipe.strength is not None, tuple(legs[1:]))
 

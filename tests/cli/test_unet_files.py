@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -84,6 +86,25 @@ def test_a_single_file_draws_what_its_folder_draws(
     assert run("models", "check").exit_code == 0
     ours, theirs = picture(run, "mine", tmp_path), picture(run, name, tmp_path)
     assert np.array_equal(ours, theirs) and np.ptp(ours) > 20
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_a_folder_says_what_an_absent_negative_prompt_is(run: Run, store: Path, tmp_path: Path, zeros: bool) -> None:
+    """Not the card that it is like; and no refiner comes with that."""
+    folder = tmp_path / "theirs"
+    shutil.copytree(store / "sdxl", folder)
+    (folder / "card.toml").unlink()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": zeros}))
+    like = tmp_path / "models" / "sdxl"
+    like.unlink()
+    shutil.copytree(folder, like)
+    like_card = (store / "sdxl-turbo" / "card.toml").read_text().replace("sdxl-turbo", "sdxl")
+    (like / "card.toml").write_text('refiner = { model = "sdxl-refiner" }\n' + like_card)
+    made = run("models", "add", folder, "--id", "mine", "--like", "sdxl")
+    assert made.exit_code == 0, made.output
+    card = tomllib.loads((store / "mine" / "card.toml").read_text())
+    assert card["force_zeros"] is zeros and "refiner" not in card
 
 
 @pytest.mark.parametrize(

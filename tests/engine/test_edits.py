@@ -342,7 +342,7 @@ def test_skip_layer_guidance_covers_the_same_steps_of_a_late_table(
     steps, skip, cards = 20, SkipGuidance(2.5, 0.2, 0.65), tiny_pool.cards
     whole = changed(draw("whole", steps, 4.0, sampler=sampler), skip=skip)
     (full,), (late,) = (list(rows_of(one, cards, 0.0, iter(range(9)))) for one in (whole, edited(whole, strength)))
-    first = cards["tiny-sd3"].legs(late.request.recipe)[0].table.first
+    first = cards["tiny-sd3"].legs(late.request.recipe)["tiny-sd3"].first
     before = first * (2 if sampler == "flow_heun" else 1)
     assert late.lines == full.lines - before
     assert list(late.skipping) == [line - before for line in full.skipping if line >= before]

@@ -107,7 +107,7 @@ def test_a_strength_out_of_range_is_refused(registry: Registry, strength: object
 
 def test_a_strength_that_leaves_no_step_is_refused(registry: Registry) -> None:
     enough = job(registry, model="tiny-label", strength=0.25)
-    assert enough.card.legs(enough.request.recipe)[0].table.lines == 1
+    assert enough.card.legs(enough.request.recipe)["tiny-label"].lines == 1
     with pytest.raises(InvalidValue) as caught:
         job(registry, model="tiny-label", strength=0.24)
     assert caught.value.param == "strength"

@@ -132,5 +132,5 @@ def test_faults_are_told_from_the_two_pipelines(models: Path, answers: dict[str,
 def test_30_steps_at_0_8_are_23_lines_and_7(models: Path, answers: dict[str, Answer]) -> None:
     recipe = Recipe("tiny-sdxl", 40, 24, "euler", 30, Guidance(5.0), 24, refiner=Refiner("tiny-refiner", 0.8))
     for card in (read_cards(models)["tiny-sdxl"], read_cards(Path("models"))["sdxl"]):
-        assert [leg.table.lines for leg in card.legs(recipe)] == [23, 7]
+        assert [table.lines for table in card.legs(recipe).values()] == [23, 7]
     assert answers["23 and 7"].reply["timings"]["steps"] == 30
