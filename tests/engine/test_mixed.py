@@ -66,8 +66,8 @@ def cancelled(mixed: Bench) -> set[str]:
 
 
 def test_mixed_traffic_equals_each_request_alone(tiny_pool: Pool) -> None:
-    requests = traffic(tiny_pool.cards, 72, seed=6)
-    mixed = run_mixed(tiny_pool, requests, seed=0, cancel_every=3)
+    requests = traffic(tiny_pool.cards, 108, seed=6)
+    mixed = run_mixed(tiny_pool, requests, seed=40, cancel_every=3)
     assert max(tick.rows for tick in mixed.forwards) >= 4, "the traffic never shared a forward"
     gone = cancelled(mixed)
     assert gone == set(mixed.failures) and len(gone) >= len(requests) // 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,12 +14,15 @@ Run = Callable[..., Result]
 
 
 def call(*words: object) -> Result:
-    """Run a command. The number of torch's threads is afterwards what it was before."""
-    threads = torch.get_num_threads()
+    """Run a command. The number of torch's threads and where logs go are afterwards what they were before."""
+    threads, root = torch.get_num_threads(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     try:
         return CliRunner().invoke(app, [str(word) for word in words])
     finally:
         torch.set_num_threads(threads)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def one_line(result: Result) -> str:
