@@ -47,6 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoints of the layouts of the cards that the commands name."""
     folder = tmp_path_factory.mktemp("seeds") / "models"
     write_published(folder, "dit-xl-2-256", "sd3-medium", "sd3.5-large", "sd3.5-large-turbo", "flux.1-schnell")
+    write_published(folder, "sd2.1", "sdxl", "sdxl-refiner")
     return folder
 
 
@@ -90,7 +91,8 @@ def test_the_readme_asks_for_what_people_ask_for() -> None:
     for one, model in ((turbo, "sd3.5-large-turbo"), (schnell, "flux.1-schnell")):
         assert (one["--model"], one["--steps"], one["--guidance"], one["--seed"]) == (model, "4", "0", "0")
         assert one["words"].startswith("generate ")
-    assert (compare["words"], compare["--preset"]) == ("compare sd3-medium", "two_prompts")
+    assert (compare["words"], compare["--preset"]) == ("compare sd2.1", "two_prompts")
+    assert compare["--refiner"] == "sdxl-refiner"
 
 
 @pytest.mark.parametrize("place", range(4), ids=["dit", "turbo", "schnell", "compare"])
@@ -140,8 +142,9 @@ def test_the_panel_of_the_preset(run: Run) -> None:
     line = commands()[3]
     run(line)
     request = facts(options(line)["-o"])
-    assert request["models"] == ["sd3-medium", "sd3.5-large"] and request["seed"] == 0
+    assert request["models"] == ["sd2.1", "sd3-medium", "sdxl", "sd3.5-large"] and request["seed"] == 0
+    assert request["refiner"] == {"model": "sdxl-refiner", "switch_at": 0.8}, "sdxl is the third with it, by size"
     assert request["prompt"] == PRESETS["two_prompts"]["prompt"]
     assert (request["num_inference_steps"], request["guidance_scale"]) == (28, 7.0)
     height, width, _ = pixels(options(line)["-o"]).shape
-    assert width > 2 * 256 + 100 and height > 2 * 256 + 40
+    assert width > 4 * 256 + 100 and height > 2 * 256 + 40
