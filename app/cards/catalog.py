@@ -166,8 +166,8 @@ def warn_of(cards: Cards) -> None:
 
 
 def faults(registry: Registry) -> list[tuple[Path, str]]:
-    """What is wrong with LoRAs, by file: those that fit no model, tensors that have no place in a model that they fit,
-    and variants that cannot have theirs."""
+    """What is wrong with LoRAs and refiners, by file: LoRAs that fit no model, tensors that have no place in a model
+    that they fit, variants that cannot have theirs, and cards with a refiner that does not fit."""
     found = []
     for one in (registry.adapters or {}).values():
         found += [(one.file, one.problem)] if one.problem else []
@@ -179,6 +179,10 @@ def faults(registry: Registry) -> list[tuple[Path, str]]:
     for card in registry.all.values():
         try:
             find_adapters(card, (), registry.adapters or {})
+            if card.refiner:
+                registry.refiner(card, card.refiner.model)
+        except NotDownloaded:
+            continue  # whether it fits shows when its configs are here
         except InvalidValue as error:
             found.append((card.file, error.message))
     return found

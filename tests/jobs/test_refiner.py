@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from app.cards.cards import read_cards
-from app.cards.catalog import Registry
+from app.cards.catalog import Registry, faults
 from app.errors import Code, InstepError
 from app.imaging import a1111
 from app.jobs.body import read_body
@@ -127,6 +127,17 @@ def test_the_error_of_a_default_says_how_to_draw_without_it(tmp_path: Path) -> N
     assert error.value.param == "refiner"
     with refused("invalid_value", "scaling_factor is 1.25, not 1.5$"):
         job_of(registry, refiner={"model": "scaled"})
+
+
+def test_a_default_that_does_not_fit_is_a_fault_that_a_reload_reports(tmp_path: Path) -> None:
+    write_model(tmp_path, "base", more='refiner = { model = "scaled" }\n')
+    write_model(tmp_path, "fits", more='refiner = { model = "base" }\n')
+    write_model(tmp_path, "scaled", scaling_factor=1.25)
+    write_model(tmp_path, "late", more='refiner = { model = "away" }\n')
+    write_model(tmp_path, "away", PLAIN.replace('path = "."', f'repo = "some/one", revision = "{"0" * 40}"'))
+    (tmp_path / "away" / "vae" / "config.json").unlink()
+    ((file, why),) = faults(Registry(read_cards(tmp_path), Settings(models=tmp_path)))
+    assert file == tmp_path / "base" / "card.toml" and why.endswith("VAE's scaling_factor is 1.25, not 1.5")
 
 
 def test_one_that_is_not_downloaded_is_refused_with_the_command_that_gets_it(tmp_path: Path) -> None:
