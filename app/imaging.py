@@ -59,7 +59,7 @@ _A1111 = {
     "class_label": "Class label",
 }
 _GRIDS = {"karras": "Karras", "exponential": "Exponential", "sgm_uniform": "SGM Uniform"}
-"""Names of fields in A1111's line, and of schedules there. Its Clip skip is one more than ours."""
+"""The names that A1111's line has for fields and for schedules. Its Clip skip is one more than `clip_skip`."""
 
 
 def encode_image(pixels: np.ndarray, format: Format, compression: int | None, facts: dict[str, Any]) -> bytes:

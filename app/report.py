@@ -22,7 +22,7 @@ Place = tuple[str, int, int]
 class Timings:
     """Where one image's time went, in seconds; `steps` are lines run, `shared` the mean rows of its forwards.
 
-    queue: its waits, also that for a refiner. encode: of its texts, for every model that draws it.
+    queue: its waits, also for a refiner. encode: its texts, for every model that draws it.
     """
 
     queue: float

@@ -32,8 +32,8 @@ Condition = Prompt | ClassLabel
 class Pass(NamedTuple):
     """What one pass through the network is conditioned on.
 
-    condition: None is no text at all, which need not be the text "". numbers: what an SDXL network takes beside its
-    text. clip_skip: how many of the last layers of a CLIP are left out.
+    condition: None is no text at all, which is zeros and not the text "". numbers: the sizes and scores that an SDXL
+    network takes beside its text. clip_skip: how many of the last layers of a CLIP are left out.
     """
 
     condition: Condition | None
@@ -90,8 +90,10 @@ class Guidance:
 
 
 class Framing(NamedTuple):
-    """What an SDXL network is asked to draw as if it were cut from a photograph: (height, width), (top, left), (height,
-    width) in pixels, as in section 2.2 of Podell et al. 2023 (arXiv:2307.01952)."""
+    """The photograph that an SDXL picture is to look cut from, in pixels (Podell et al. 2023, arXiv:2307.01952, 2.2).
+
+    original, target: (height, width) of the photograph and of the cut. crop: (top, left) of the cut.
+    """
 
     original: tuple[int, int]
     crop: tuple[int, int]
@@ -99,7 +101,7 @@ class Framing(NamedTuple):
 
 
 class Refiner(NamedTuple):
-    """A second model that draws the last part of a picture. switch_at: the share of the noise after which it does."""
+    """A second model that draws the last part of a picture. switch_at: the share of the noise process before it."""
 
     model: str
     switch_at: float
@@ -138,7 +140,7 @@ class Recipe:
 
     @property
     def key(self) -> Key:
-        """The key of the rows that are drawn by this recipe, before a refiner has them."""
+        """The key of the rows of this recipe, until they switch to its refiner."""
         return Key(self.model, self.width, self.height, self.text_length)
 
     def skipping(self, lines: int, started: int = 0) -> range:

@@ -27,7 +27,7 @@ _ROUTES = ("classes", "load", "unload")
 """Last words of /v1/models/{model}/..., so no name of a model may end in them."""
 
 NO_REFINER = "none"
-"""What a body names in place of a refiner, to draw without the one of the card."""
+"""The model that a body names as its refiner to draw without the card's own."""
 
 
 Trait = Literal["classes", "clip_skip", "embedded_guidance", "skip_layers", "t5", "torch_files", "unet"]
@@ -42,7 +42,7 @@ TRAITS: dict[str, set[Trait]] = {
 classes: pictures are drawn from a class label, not a prompt. clip_skip: a request may leave out CLIP's last layers.
 embedded_guidance: the network may take the guidance scale as an input. skip_layers: skip-layer guidance is possible.
 t5: its longest text encoder is a T5, whose length a request chooses. torch_files: the authors publish .pt files, to be
-converted. unet: a U-Net denoises, and no transformer.
+converted. unet: a U-Net denoises, not a transformer.
 """
 
 
@@ -156,9 +156,9 @@ def _share(value: object) -> object:
 
 
 class Refining(Section):
-    """A model that draws the last part of a picture, from `switch_at` of the noise process on (SDXL's refiner).
+    """A second model that draws the last part of a picture, as SDXL's refiner does.
 
-    model: its id or alias, or NO_REFINER for none.
+    model: its id or alias, or "none". switch_at: the share of the noise process that the first model draws.
     """
 
     model: Annotated[str, Strict(), Field(min_length=1, max_length=128)]
@@ -184,11 +184,11 @@ class Card(Section):
     copied settings from. classes: their number where model_index.json names none, or is not downloaded yet. components:
     parts that another card shares, as "<card id>/<folder>". files: parts with their tensors in one safetensors file of
     the authors' own layout. guidance: "cfg" takes two passes above a scale of 1; "embedded" (FLUX.1-dev) is an input of
-    the network, where 1 is a scale like others. force_zeros: an absent negative prompt is zeros (SDXL), else it is the
-    text "". framing: the network takes sizes beside its text (SDXL). refiner: of a request that names none. parameters:
-    of the denoising network. bytes: of all weights as downloaded. variant: of the files that are downloaded, where a
-    repository has it. adapters: all LoRAs here by name, also those for other models; they are no part of the card's
-    JSON.
+    the network, where 1 is a scale like others. force_zeros: an absent negative prompt is encoded as zeros (SDXL), else
+    as the text "". framing: the network takes sizes beside its text (SDXL). refiner: the one of a request that names
+    none. parameters: of the denoising network. bytes: of all weights as downloaded. variant: which files of weights are
+    downloaded, if the repository has them. adapters: all LoRAs here by name, also those for other models; they are no
+    part of the card's JSON.
     """
 
     id: Annotated[str, Field(pattern=f"^{ID}$")]
@@ -257,9 +257,9 @@ class Card(Section):
         return self.has("classes")
 
     def legs(self, recipe: Recipe, tokens: int = 1) -> dict[str, Table]:
-        """The table that each model of a recipe computes, by the model; the refiner's last. Raises InvalidValue.
+        """The table that each model of a recipe computes, by the model's id, in order; a model without a line has none.
 
-        tokens: of the image; they change no number of lines.
+        tokens: of the image; the number of lines does not depend on them. Raises InvalidValue as `compile_legs`.
         """
         refiner = recipe.refiner
         tables = compile_legs(

@@ -25,7 +25,7 @@ class Cards(dict[str, Card]):
 
     @classmethod
     def of(cls, found: Mapping[Path, Card], errors: Mapping[Path, CardError]) -> Cards:
-        """These cards by their files, but one with a name that is the id of another, or a name of one before."""
+        """Make Cards of these, and skip each one with a name that is another's id or that an earlier one has."""
         cards, found = cls(), dict(sorted(found.items(), key=lambda item: item[0]))
         for file, error in errors.items():
             cards.skip(file, error)
@@ -47,11 +47,11 @@ class Cards(dict[str, Card]):
 
     @property
     def models(self) -> dict[str, Card]:
-        """Those with weights of their own, which are all that an engine knows."""
+        """The cards with weights of their own; an engine knows no others."""
         return {name: card for name, card in self.items() if not card.base}
 
     def skip(self, file: Path, error: CardError, card: Card | None = None) -> None:
-        """Leave this file out, and with its card those that take parts of it."""
+        """Leave this file out, and all cards that depend on its card."""
         self.skipped[file] = error
         self._reasons = {**dict.fromkeys((file.parent.name, *(card.names if card else ())), error), **self._reasons}
         if card and self.get(card.id) is card:

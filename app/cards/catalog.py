@@ -80,8 +80,8 @@ class Registry:
         raise self.missing(name)
 
     def refiner(self, card: Card, name: str) -> Card:
-        """The card of this name as the refiner of another one. Raises ModelNotFound, NotDownloaded, InvalidValue: it
-        does not fit."""
+        """Find a refiner for this card by its name. Raises ModelNotFound, NotDownloaded; InvalidValue: it does not
+        fit."""
         if name not in self._owners:
             raise self.missing(name, "refiner.model")
         found = self._owners[name]

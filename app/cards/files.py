@@ -35,11 +35,11 @@ STEMS = ("diffusion_pytorch_model", "model")
 BIN = f"{STEMS[0]}.bin"
 
 Variant = Literal["", "fp16"]
-"""Of files of weights: the plain ones, or the copies in another number format that some repositories have beside."""
+"""Which files of weights: the plain ones, or copies in another number format, which some repositories have too."""
 VARIANTS: tuple[Variant, ...] = ("", "fp16")
 
 NO_PARTS = ("scheduler", "feature_extractor", "safety_checker", "image_encoder")
-"""Names in a model_index.json that are no parts here: SD 1.5 has a checker of pictures that is not served."""
+"""Entries of a model_index.json that are not served, such as the safety checker of SD 1.5."""
 
 _FIRST = 512
 """Bytes at the start of a file that are compared; a Git LFS pointer has about 130 in all."""

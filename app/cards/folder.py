@@ -141,7 +141,8 @@ class ModelFolder:
     def path(self) -> Path:
         """The folder: beside the card, or in the Hub cache. Raises CheckpointError: there is none; NotDownloaded.
 
-        A repository without a model_index.json is there if a part is that the one beside the card names as its own.
+        A repository without a model_index.json counts as downloaded if it has a part that the index beside the card
+        names and that the card does not take from another one.
         """
         source = self.card.source
         if source.repo is None:
@@ -160,7 +161,7 @@ class ModelFolder:
 
     @property
     def index_file(self) -> Path:
-        """Its model_index.json: in the folder, or beside the card of a repository that has parts alone."""
+        """Its model_index.json: in the folder, or beside the card if the repository has none."""
         file, beside = self.path / files.INDEX, self.card.folder / files.INDEX
         return beside if self.card.source.repo and not file.exists() and beside.is_file() else file
 

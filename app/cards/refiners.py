@@ -15,8 +15,10 @@ _VAE = {"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "
 
 
 def latent_facts(card: Card, cards: Mapping[str, Card]) -> dict[str, Any]:
-    """What the latents of a model are, by its VAE's config.json: that of its files, or the one beside its card. Empty
-    where there is none to read."""
+    """Describe the latents of a model by its VAE's config.json, from its files or from beside its card.
+
+    Empty if neither can be read.
+    """
     try:
         folder = ModelFolder(card, cards)
         try:
@@ -35,7 +37,7 @@ def latent_facts(card: Card, cards: Mapping[str, Card]) -> dict[str, Any]:
 def unlike(base: Card, refiner: Card, own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Why one model cannot go on where another one stops, with both values; empty where it can.
 
-    own, other: the `latent_facts` of the two. Weights are not compared: what a VAE is called by its config is believed.
+    own, other: the `latent_facts` of the two. Weights are not compared; the VAE's configs are trusted.
     """
     if base.model == refiner.model:
         return "it is the same model"

@@ -221,7 +221,7 @@ def needs(card: Card, cards: Mapping[str, Card], opened: Callable[[str, str | No
 def _open(card: Card, opened: Callable[[str, str | None], Repo]) -> tuple[Repo, set[str]]:
     """The repository of a card, and the parts that its model_index.json names.
 
-    Where the repository has only the card's own parts, it is the one beside the card that names them.
+    If the repository has only the card's own parts, the model_index.json beside the card names them.
     """
     repo, beside = opened(str(card.source.repo), card.source.revision), card.folder / INDEX
     if INDEX not in repo.files and not (beside.is_file() and _has_parts(repo, beside, card)):

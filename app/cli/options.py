@@ -50,7 +50,7 @@ NESTED: dict[str, Any] = {
     "switch_at": Annotated[float | None, typer.Option(help="The share after which the refiner draws; 0.8 without")],
     "crop": Annotated[tuple[int, int] | None, typer.Option(help="SDXL: where to cut", metavar="LEFT TOP")],
 }
-"""Flags of fields that are objects and lists; `nested` makes these of them."""
+"""Flags for fields that are objects or lists; `nested` turns their values into these fields."""
 
 _METAVARS: dict[Any, str | None] = {bool: None, int: "INTEGER", float: "FLOAT", Path: "PATH"}
 """What stands for a value of these types; all others are text."""
@@ -114,7 +114,7 @@ def body_flags(body: type[BaseModel], *without: str) -> dict[str, Any]:
 
 
 def nested(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a body for values with the names of NESTED among them. Raises InvalidValue."""
+    """The fields of a body, with the values of the flags of NESTED in their places. Raises InvalidValue."""
     found = {name: value for name, value in fields.items() if name != "switch_at"}
     if found.get("refiner"):
         switch = {"switch_at": fields["switch_at"]} if fields.get("switch_at") is not None else {}

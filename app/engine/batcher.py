@@ -87,7 +87,7 @@ class Batcher:
         self.queues[row.key].started.append(row)
 
     def switch(self, row: Row) -> None:
-        """A row that has run the last line of a leg waits for the model of the next, as one that came when it did."""
+        """Queue a row that has run the last line of a leg for the model of the next, by its first arrival."""
         self.queues[row.key].started.remove(row)
         row.switch()
         self._queue(row)
@@ -166,7 +166,7 @@ class Batcher:
         return able
 
     def _takes(self, row: Row) -> float:
-        """Seconds of what is left of a row, alone on the device; a leg whose key is not measured yet takes none."""
+        """Seconds that the rest of a row takes alone on the device; a leg with a key not measured yet counts as 0."""
         measured = ((passes, self._caps(key)) for key, passes in row.ahead)
         return sum(passes * caps.rate for passes, caps in measured if caps)
 

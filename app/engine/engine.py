@@ -231,7 +231,7 @@ class Engine:
                 self._switch(row, work.start + work.seconds)
 
     def _switch(self, row: Row, now: float) -> None:
-        """Free what a row has of the model of its leg, before it waits for that of the next."""
+        """Release what a row holds of its leg's model and queue it for the next; fail it if memory runs out."""
         self._turns.served(row.key.model, now - row.encode_start)
         if error := self.runner.part(row):
             self._fail(row.request.id, error)
@@ -291,7 +291,7 @@ class Engine:
             self._add(self._waiting.pop(request.id))
 
     def _used_models(self) -> set[str]:
-        """The models of open requests, those of the legs that are over too: a table comes from the first one's card."""
+        """The models of open requests, also those of past legs: all tables come from the first model's card."""
         return {model for rows in self._open.values() for model in rows[0].request.recipe.models}
 
     def _add(self, request: Request) -> None:
@@ -374,5 +374,5 @@ class Engine:
 
 
 def _blaming(model: str, error: InstepError, rows: list[Row]) -> InstepError:
-    """The error of a model for a request of these rows: of the field `refiner`, where that names it."""
+    """The error of a model for the request of these rows, with the param `refiner` if the model is its refiner."""
     return error if model == rows[0].request.recipe.model else error.again(param="refiner")

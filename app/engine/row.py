@@ -54,14 +54,14 @@ def default_key(card: Card) -> Key:
 class Row:
     """One image of a request, from its arrival to its pixels.
 
-    legs: the key of each model that draws it, with the lines of its table; leg: which of them it is in. key, begins and
-    ends, the first line and the one after the last, are of that leg; lines of all legs. line: the next one to run.
+    legs: the key of each model that draws it, with the lines of its table. leg: the index of the present one. key: of
+    the present leg. begins, ends: its first line and the one after its last. lines: of all legs. line: the next to run.
     skipping: lines with a pass more, for skip-layer guidance. each: passes of a line without that; total: of all lines.
     slot: its place in the key's `Slots` once started. lease: the components of its network, which stay meanwhile.
-    start: with what it goes into the slot of its next leg, while it waits for that.
+    start: what it takes into the slot of its next leg, while it waits for that.
     Times are on the engine's clock, in seconds. ages_at: it counts as aged from then on, while it waits. since: when it
     was last computed or encoded, or came. queued, encoded: how long it waited, in every leg, and how long its encodes
-    took. encode_start: of this leg. apart: the last line, counted as in `place`, at which it shares no work.
+    took. encode_start: of the present leg. apart: the last line, counted as in `place`, at which it shares no work.
     posterior: of the source that it starts from, as `Family.posterior`, once that is encoded. adapters: names.
     """
 
@@ -163,7 +163,7 @@ class Row:
 
     @property
     def place(self) -> Place:
-        """What its next work computes; a later leg is encoded where its first line stands."""
+        """The line that its next work computes, -1 for the first encode; a later encode counts as the line after it."""
         return self.request.id, self.index, -1 if self.stage == "waiting" and not self.begun else self.line
 
     @property

@@ -258,8 +258,10 @@ class Runner:
             row.slot = -1
 
     def part(self, row: Row) -> InstepError | None:
-        """Release what a row that has run a leg has of its model, but for copies of what goes on in the next leg; the
-        error where there is no memory for these, and nothing is released."""
+        """Copy what a row takes into its next leg, and release everything it holds of the model of the last one.
+
+        Returns the error if there is no memory for the copies; then nothing is released.
+        """
 
         def copy() -> None:
             row.start = self.slots[row.key].start(row.slot)

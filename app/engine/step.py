@@ -68,7 +68,7 @@ class Masks:
         self.place[slot] = place
 
     def of(self, slot: int) -> Kept | None:
-        """Copies of what a row keeps; None without a mask."""
+        """Copies of what a row's mask keeps; None without a mask."""
         at = self.place[slot]
         return None if at < 0 else (self.source[at].clone(), self.noise[at].clone(), self.new[at, 0].clone())
 
@@ -163,7 +163,7 @@ class Slots:
         self._free.append(slot)
 
     def start(self, slot: int) -> Start:
-        """Copies of what a row goes on with in a slot of another key."""
+        """What a row needs to go on in a slot of another key: copies of tensors, and its generator."""
         return Start(self.x[slot].clone(), self._dice.get(slot), self.masks.of(slot))
 
     def draw(self, rows: np.ndarray) -> None:

@@ -1,6 +1,6 @@
-"""Adapters: LoRA weights of one model, and the forwards that add them to its linear layers (Hu et al. 2021,
-arXiv:2106.09685) and convolutions, where a thin one is followed by one of a single pixel. They are never merged, so
-passes with different adapters share a forward.
+"""Adapters: LoRA weights of one model, and the forwards that add them to its linear layers and convolutions (Hu et al.
+2021, arXiv:2106.09685). For a convolution, `down` is one with few outputs, and `up` one of 1 x 1. Weights are never
+merged, so passes with different adapters share a forward.
 """
 
 from collections.abc import Mapping, Sequence
@@ -167,7 +167,7 @@ class Adapted:
 
 
 def _thin(module: nn.Module, x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """What `down` makes of an input as the module's own weight does, without a bias."""
+    """Apply `down` to the module's input, in the way the module applies its own weight, without a bias."""
     if isinstance(module, nn.Conv2d):
         return conv2d(x, down, None, module.stride, module.padding, module.dilation)
     return linear(x, down)

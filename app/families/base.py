@@ -35,7 +35,7 @@ class Family(ABC):
     """
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]]
-    """The classes that each part may have, by its name in model_index.json; the first one is the network."""
+    """The classes that each part may have, by its name in model_index.json; the first part is the network."""
     reads: ClassVar[Mapping[str, Callable[[Any, torch.Tensor], States]]] = {}
     """The functions that run the text encoders, by the encoders' names in model_index.json."""
     required: ClassVar[tuple[str, ...]]

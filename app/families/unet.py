@@ -27,8 +27,8 @@ _OTHERS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time
 
 @cache
 def layer(skipped: int, normed: bool) -> Callable[[Any, torch.Tensor], States]:
-    """The function that picks the hidden states [B, length, width] of a CLIP without its last `skipped` layers, and
-    where it has a projection, the pooled state [B, projection] of all layers.
+    """Return a function that reads the hidden states [B, length, width] of a CLIP without its last `skipped` layers,
+    and if it has a projection, the pooled state [B, projection] after all layers.
 
     normed: whether the CLIP's last norm is applied to them. The function raises InvalidValue: it has too few layers.
     """
@@ -48,15 +48,15 @@ def layer(skipped: int, normed: bool) -> Callable[[Any, torch.Tensor], States]:
 def read_layer(
     read: Read, which: tuple[int, bool], encoder: Encoder, texts: Sequence[str], length: int, batch: int | None
 ) -> States:
-    """As `read`, of another layer of the encoder. which: as `layer` takes them."""
+    """As `read`, but from the layer that `layer(*which)` reads."""
     return read(encoder._replace(states=layer(*which)), texts, length, batch)
 
 
 class UNet(Family):
-    """A U-Net with its VAE and the CLIPs that it was trained with: all of them, or none, which is zeros.
+    """A U-Net with its VAE and the CLIPs that it was trained with; without any CLIP, all texts are zeros.
 
     Conditions: `text` [P, card.text.clip, width of the CLIPs together]. Where the config has added conditions (SDXL):
-    `pooled` [P, projection of the second CLIP], and `time_ids` float32 [P, FRAMED or SCORED], the numbers of passes.
+    `pooled` [P, projection of the second CLIP], and `time_ids` float32 [P, FRAMED or SCORED], `Pass.numbers`.
     """
 
     parts: ClassVar = {

@@ -60,7 +60,7 @@ ANY_SEED = -1
 """A seed that asks for any, as A1111 and those after it write it; the same as none."""
 
 MOST_TOKENS = 512
-"""The most of a `max_sequence_length` that has no effect: the most of any model."""
+"""The largest `max_sequence_length` where the field has no effect: the largest of any model."""
 
 MOST_SKIPPED = 11
 """The most layers of a CLIP that can be left out: CLIP-L has 12."""
@@ -209,7 +209,7 @@ class ImageBody(BaseModel):
             raise error.again(f'{why}; {{"model": "{NO_REFINER}"}} draws without it', "refiner") from None
 
     def _refiner(self, card: Card, refiner: Card, recipe: Recipe) -> Refiner:
-        """Raises InvalidValue: it does not draw this size, or cannot skip layers as the request wants."""
+        """The refiner of a recipe. Raises InvalidValue: it does not draw this size, or has no skip-layer guidance."""
         _within(refiner, "refiner", f"{recipe.width}x{recipe.height}", {"pattern": refiner.limits.sizes.pattern})
         skip = recipe.guidance.skip
         if skip and skip.scale and refiner.skip_layer_guidance is None:
@@ -217,7 +217,7 @@ class ImageBody(BaseModel):
         return Refiner(refiner.model, (self.refiner or card.refiner or Refining(model=refiner.id)).switch_at)
 
     def _framing(self, size: str) -> Framing | None:
-        """What is asked of an SDXL network beside its text; None where that is nothing."""
+        """The sizes that an SDXL network takes beside its text; None if the body has none of these fields."""
         if all(getattr(self, field) is None for field in FRAMING):
             return None
         (width, height), (left, top) = parse_size(self.original_size or size), self.crop or (0, 0)

@@ -1,4 +1,4 @@
-"""Facts: the fields of a body that ask for what was drawn, for the reply and for the text of a file."""
+"""Facts: the fields of a body that draw the same again, for the reply and for the text of a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of a body's fields, each with one error in our words where a value is of another type."""
+"""The types of a body's fields, each with one plain error for a value of another type."""
 
 from __future__ import annotations
 

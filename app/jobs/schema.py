@@ -112,7 +112,7 @@ def _refiner(names: Sequence[str]) -> Json:
 
 
 def _by_sampler(card: Card) -> list[Json]:
-    """What holds unless the sampler is another one: fewer steps, and no schedule.
+    """The rules for some samplers: fewer steps, or no schedule. Each holds unless the body has another sampler.
 
     NOTE: schemathesis fails at `if` beside files.
     """

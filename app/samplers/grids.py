@@ -189,8 +189,8 @@ def dpm_path(schedule: Schedule, steps: int, grid: str = "") -> Path:
 def exploding_path(schedule: Schedule, steps: int, grid: str = "") -> Path:
     """Variance-exploding points, alpha = 1 (Karras et al. 2022, eq. 199): the Euler and Heun schedulers of diffusers.
 
-    Between whole timesteps sigma, not its logarithm, is interpolated. karras and exponential have the ends of the
-    card's spacing.
+    Between whole timesteps sigma, not its logarithm, is interpolated. karras and exponential start
+    and end where the card's spacing does.
     """
     t, levels = _fit(schedule, steps, SPACINGS[schedule.spacing](schedule, steps)), _levels(schedule)
     sigma = np.interp(t, np.arange(len(levels)), levels)
@@ -234,11 +234,11 @@ def _straight(schedule: Schedule, sigma: Array, t: Array) -> Path:
 
 
 FLOW_GRIDS = GRIDS | {"sgm_uniform": lambda schedule, own, steps: _sd3(schedule, steps + 1)[:-1]}
-"""The same of sigma itself; sgm_uniform as `normal_scheduler` of comfy/samplers.py in ComfyUI makes it for SD3."""
+"""The same for flows, in sigma itself; sgm_uniform is `normal_scheduler` of comfy/samplers.py in ComfyUI for SD3."""
 
 
 def flow_path(schedule: Schedule, steps: int, grid: str = "") -> Path:
-    """scheduling_flow_match_euler_discrete.py, and its Heun: the spacing the card names, or a grid between its ends."""
+    """scheduling_flow_match_euler_discrete.py, and its Heun: the card's spacing, or a grid between its ends."""
     sigma = _fit(schedule, steps, FLOW_SPACINGS[schedule.spacing](schedule, steps))
     if grid:
         sigma = FLOW_GRIDS[grid](schedule, sigma, steps)

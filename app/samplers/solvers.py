@@ -101,7 +101,7 @@ def dpmpp_2m(path: Path) -> Lines:
 
 def dpmpp_2m_sde(path: Path) -> Lines:
     """SDE-DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv 2211.01095, appendix): each step goes down to sigma' k and
-    adds noise up to sigma', where k is by how much sigma / alpha shrinks. scheduling_dpmsolver_multistep.py with
+    adds noise up to sigma', where sigma / alpha shrinks by the factor k. scheduling_dpmsolver_multistep.py with
     "sde-dpmsolver++", `sample_dpmpp_2m_sde` of k-diffusion at eta 1.
     """
     here, there = path.here, path.there
@@ -116,7 +116,7 @@ def lcm(path: Path) -> Lines:
     next step wants, none after the last. scheduling_lcm.py.
 
     NOTE: upstream's consistency function is c_skip x + c_out x0, at sigma_data 0.5 and ten times the timestep. c_skip
-    is under 1e-5 from t = 19 on, so mem, which is x0, is what upstream calls `denoised` but for that.
+    is under 1e-5 from t = 19 on, so mem, which is x0, is upstream's `denoised` but for that.
     """
     here, there = path.here, path.there
     scaled = 10 * here.t
@@ -134,8 +134,9 @@ def dpmpp_2m_sd3(path: Path) -> Lines:
 
 
 def _two_step(path: Path, one: Lines, start: Array, end: Array) -> Lines:
-    """These first-order lines with x0 extrapolated in lambda, from `start` to `end` of each step, through the one
-    before. First order at the start, and at the end, where sigma' is 0.
+    """Make second-order lines of the first-order lines `one`: x0 is extrapolated in lambda from the step before.
+
+    start, end: lambda at both ends of each step. The first step stays first-order, and so does one to sigma' = 0.
     """
     at, a, b, _, z, zf = one
     ratio = np.zeros_like(a)

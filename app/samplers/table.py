@@ -117,7 +117,7 @@ def compile_table(
     strength: float | None = None,
     grid: str = "",
 ) -> Table:
-    """The table of steps without a switch: see `compile_legs`."""
+    """The table of a row without a switch: see `compile_legs`."""
     (table,) = compile_legs(schedule, sampler, steps, tokens=tokens, strength=strength, grid=grid)
     assert table is not None  # else a strength that leaves no step has raised
     return table
@@ -133,13 +133,13 @@ def compile_legs(
     switch_at: float | None = None,
     grid: str = "",
 ) -> tuple[Table | None, ...]:
-    """The table of `steps` steps, or of the last ones; with a switch, that of the steps before it and that of those
-    after it, None where there are none.
+    """The table of `steps` steps, or with a strength, of the last ones. With a switch there are two tables: of the
+    steps before it and of those after it; one without steps is None.
 
     tokens: image tokens, for a resolution-dependent shift; ignored without one. strength: the share of the steps that
-    run. switch_at: the share of the training steps' noise after which another network goes on: `denoising_end` and
-    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img, for the smallest image where the shift depends
-    on the size: every size has as many lines before the switch. grid: one of GRIDS, "" for the card's own.
+    run. switch_at: the share of the training steps after which another network goes on: `denoising_end` and
+    `denoising_start` of pipeline_stable_diffusion_xl.py and its img2img. If the shift depends on the size, the smallest
+    image decides, so that all sizes have equally many lines before the switch. grid: one of GRIDS, "" for the card's.
 
     Raises InvalidValue: param "sampler" or "schedule", naming the valid ones; "num_inference_steps", under 1 or more
     than the grid has room for; "strength", which leaves no step; "size", where the shift depends on it and tokens is

@@ -191,7 +191,7 @@ class Backlog:
         return self._states.get(model) or ModelState(model, "absent")
 
     def worst(self, models: Iterable[str]) -> ModelState:
-        """How the least useful of these models stands here; one that failed is of no use at all."""
+        """The state of the least useful of these models here; one that failed is the least useful of all."""
         return max(map(self.state, models), key=lambda known: (known.state == "failed", _USEFUL.index(known.state)))
 
     def proved(self, model: str) -> bool:
