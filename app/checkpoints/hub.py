@@ -73,8 +73,8 @@ class Repo:
         """The files that a server reads for these parts (folders): settings, tokenizers, weights.
 
         bare: parts that have their weights elsewhere. torch: whether diffusers' torch files will do, which `instep
-        models convert` reads, for parts without safetensors; else raises CheckpointError for those. variant: of the
-        weights where there are several.
+        models convert` reads, for parts without safetensors; else raises CheckpointError for those. variant: the
+        one to take of weights that come in several.
         """
         found: list[str] = []
         for part in parts:

@@ -51,10 +51,12 @@ _OTHERS = {
     "a LoRA of Qwen-Image": r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mlp|mod)",
     "a LoRA of Wan": r"blocks[._]\d+[._](?:self|cross)_attn[._]",
 }
-"""What a file with such names is, in place of a LoRA of this model; the rest of it would be another adapter. A network
-with such names has files with them."""
+"""What a file with such names is, in place of a LoRA of this model; the rest of it would be another adapter.
+
+A pattern that fits names of the network's own modules refuses nothing.
+"""
 _OWN = {"SD3Transformer2DModel": "a LoRA of Stable Diffusion 3"}
-"""The same of a network that has other names than its authors' files."""
+"""The kind of file that is right for a network with other names than its authors' files have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def match(state: Tensors, networks: Mapping[str, nn.Module], metadata: Mapping[s
 
 
 def _refuse_others(keys: str, network: nn.Module | None) -> None:
-    """Raises ValueError where the keys, a line each, are those of another kind of file, or of another network."""
+    """Raise ValueError if the keys, a line each, are those of another kind of file or of another network."""
     names = "\n".join(name for name, _ in network.named_modules()) if network else ""
     for words, pattern in _OTHERS.items():
         own = words == _OWN.get(type(network).__name__) or re.search(pattern, names, re.MULTILINE)
