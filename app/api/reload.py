@@ -72,7 +72,7 @@ async def _reload(app: FastAPI) -> Reloaded:
     for problem in found.problems:
         log.error("not reloaded", **problem)
     for file, why in faults(app.state.front.registry):
-        log.warning("at fault", file=plain(str(file)), reason=why)
+        log.warning("has a fault", file=plain(str(file)), reason=why)
         found.problems.append({"file": plain(str(file)), "reason": why})
     return found
 

@@ -46,8 +46,8 @@ WITHOUT = {
 """Fields of a body that have no flag, because a command takes them in another way, or because a server answers."""
 
 NESTED: dict[str, Any] = {
-    "refiner": Annotated[str | None, typer.Option(help='A model that draws the last part; "none" for none')],
-    "switch_at": Annotated[float | None, typer.Option(help="The share after which the refiner draws; 0.8 without")],
+    "refiner": Annotated[str | None, typer.Option(help='A model that draws the last part; "none" draws without')],
+    "switch_at": Annotated[float | None, typer.Option(help="The share after which the refiner draws; 0.8 by default")],
     "crop": Annotated[tuple[int, int] | None, typer.Option(help="SDXL: where to cut", metavar="LEFT TOP")],
 }
 """Flags for fields that are objects or lists; `nested` turns their values into these fields."""

@@ -123,7 +123,7 @@ class ImageBody(BaseModel):
         None, description="LoRAs that change the model, each by its name and a weight of -2 to 2; GET /v1/loras"
     )
     refiner: Refining | None = Field(
-        None, description='A model that draws the last part of the picture, from switch_at on; "none" for none'
+        None, description='A model that draws the last part of the picture, from switch_at on; "none" draws without'
     )
     original_size: Sides | None = Field(
         None, description="SDXL: draw as if it were a photograph of this size, which was then cut; default: size"
@@ -205,7 +205,9 @@ class ImageBody(BaseModel):
             if self.refiner:
                 raise
             # NOTE: a key that may not use the model must not read its name.
-            why = error.message if isinstance(error, InvalidValue) else f"refiner: this key has not that of {card.id}"
+            why = (
+                error.message if isinstance(error, InvalidValue) else f"refiner: this key may not use that of {card.id}"
+            )
             raise error.again(f'{why}; {{"model": "{NO_REFINER}"}} draws without it', "refiner") from None
 
     def _refiner(self, card: Card, refiner: Card, recipe: Recipe) -> Refiner:

@@ -98,7 +98,9 @@ def test_a_default_that_a_key_may_not_use_is_no_default_in_its_list(studio: Serv
     get = httpx.Client(base_url=studio.url, headers=bearer(BOB)).get
     for entry in (get("/v1/models/auto").json(), get("/v1/models").json()["data"][0]):
         assert entry["id"] == "auto" and "refiner" not in entry["defaults"] and '"fine"' not in json.dumps(entry)
-    assert error(post(studio, BOB, model="auto"), 404)["message"].startswith("refiner: this key has not that of auto")
+    assert error(post(studio, BOB, model="auto"), 404)["message"].startswith(
+        "refiner: this key may not use that of auto"
+    )
 
 
 @pytest.mark.parametrize(

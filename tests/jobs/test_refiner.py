@@ -113,7 +113,7 @@ def test_a_key_needs_both_models(registry: Registry) -> None:
             job_of(view, refiner={"model": name})
         messages.append(error.value.message.replace(name, "?"))
     assert messages[0] == messages[1]
-    with refused("model_not_found", '^refiner: this key has not that of auto; {"model": "none"} draws without it$'):
+    with refused("model_not_found", '^refiner: this key may not use that of auto; {"model": "none"} draws without it$'):
         job_of(view, "auto")
     assert recipe(view, "auto", refiner={"model": "none"}).refiner is None
 
