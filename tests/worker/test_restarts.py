@@ -67,7 +67,7 @@ def test_many_deaths_in_a_row_fail_nobody():
     async def scenario():
         async with serving() as here:
             supervisor = here.supervisor
-            jobs = [supervisor.submit(job("!slow 1", steps=20, seeds=(number,))) for number in range(4)]
+            jobs = [supervisor.submit(job("!slow 3", steps=20, seeds=(number,))) for number in range(4)]
             for _ in range(5):
                 await until(lambda: supervisor.running == 4)
                 await dead(supervisor)
@@ -104,7 +104,7 @@ def test_they_are_begun_again_in_the_order_in_which_they_came():
     async def scenario():
         async with serving() as here:
             supervisor, order = here.supervisor, []
-            jobs = [supervisor.submit(job("!slow 0.3", seeds=(number,))) for number in range(4)]
+            jobs = [supervisor.submit(job("!slow 2", seeds=(number,))) for number in range(4)]
             await until(lambda: supervisor.running == 4)
             await dead(supervisor)
             jobs += [supervisor.submit(job(seeds=(number,))) for number in (4, 5)]
@@ -138,7 +138,7 @@ def test_a_client_that_leaves_while_no_engine_lives_is_not_served_later():
     async def scenario():
         async with serving() as here:
             supervisor = here.supervisor
-            stays, leaves = (supervisor.submit(job("!slow 0.3", seeds=(number,))) for number in (1, 2))
+            stays, leaves = (supervisor.submit(job("!slow 2", seeds=(number,))) for number in (1, 2))
             await until(lambda: supervisor.running == 2)
             await dead(supervisor)
             leaves.cancel()
@@ -340,9 +340,9 @@ def test_the_other_worker_takes_them_at_once():
     async def scenario():
         async with serving(devices="cpu,cpu") as here:
             supervisor = here.supervisor
-            lost = supervisor.submit(job("!slow 0.5", steps=20))
+            lost = supervisor.submit(job("!slow 2", steps=20))
             victim = supervisor.queues.index(max(supervisor.queues))
-            kept = supervisor.submit(job("!slow 0.5", steps=20))
+            kept = supervisor.submit(job("!slow 2", steps=20))
             await until(lambda: supervisor.running == 2)
             await dead(supervisor, victim)
             assert supervisor.stranded("fake") == 0 and supervisor.queues[victim] == 0.0
@@ -473,7 +473,7 @@ def test_the_next_process_has_the_cards_of_both_models_of_an_open_request():
     async def scenario():
         async with serving() as here:
             supervisor = here.supervisor
-            asked = job(changed(request("!slow 0.5", steps=10), refiner=Refiner("other", 0.5)))
+            asked = job(changed(request("!slow 2", steps=10), refiner=Refiner("other", 0.5)))
             asked.refiner = CARDS["other"]
             supervisor.submit(asked)
             await until(lambda: supervisor.running == 1)
