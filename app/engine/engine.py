@@ -310,6 +310,7 @@ class Engine:
             self._pool.want(key.model)
             if failure := self._pool.failure(key.model, rows[0].adapters if key == rows[0].key else ()):
                 self._fail(request.id, _blaming(key.model, failure, rows))
+                return
 
     def _answer(self, row: Row) -> None:
         """Drop a row that has its image."""
