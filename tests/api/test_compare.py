@@ -266,9 +266,12 @@ def test_every_cell_is_counted_and_the_log_tells_of_all(
 ) -> None:
     caplog.set_level(logging.INFO, logger="instep.access")
     before = {name: outcomes(alice, name) for name in ("tiny-text", "large-text")}
-    assert compare(alice, {"models": ["tiny-text", "large-text"], "prompt": TWO, "seed": 3}).status_code == 200
+    reply = compare(alice, {"models": ["tiny-text", "large-text"], "prompt": TWO, "seed": 3})
+    assert reply.status_code == 200
     assert all(grown(alice, name, counts) == {"answered": 2.0} for name, counts in before.items())
-    (line,) = [line for line in lines(caplog, 1) if line["path"] == "/v1/images/compare"]
+    mine = reply.headers["x-request-id"]
+    eventually(lambda: any(line["request_id"] == mine for line in lines(caplog)))
+    (line,) = [line for line in lines(caplog) if line["request_id"] == mine]
     facts = {"status": 200, "models": ["tiny-text", "large-text"], "images": 4, "seed": 3, "key": "alice"}
     assert {name: line[name] for name in facts} == facts and line["denoise_ms"] > 0 and line["image_encode_ms"] > 0
     assert "apple" not in json.dumps(line)

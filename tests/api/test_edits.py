@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
@@ -250,13 +249,15 @@ def test_a_deadline_bounds_the_decoding(http: httpx.Client, slow: str) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_leaves_ends_the_decoding(
-    http: httpx.Client, url: str, slow: str, caplog: pytest.LogCaptureFixture
+    http: httpx.Client,
+    url: str,
+    slow: str,
+    log: pytest.LogCaptureFixture,  # noqa: F811
 ) -> None:
-    caplog.set_level(logging.INFO, logger="instep.access")
     name = 'requests_failed_total{model="tiny-text",reason="cancelled"}'
     before = counted(http, name)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/images/edits", json={"prompt": "a", "image": slow}, timeout=0.5)
     eventually(lambda: counted(http, name) == before + 1)
-    (line,) = [line for line in lines(caplog, 1) if line["path"] == "/v1/images/edits"]
+    (line,) = [line for line in lines(log, 1) if line["path"] == "/v1/images/edits"]
     assert (line["status"], line["error"]) == (499, "cancelled") and "queue_ms" not in line

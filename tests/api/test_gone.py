@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from app.report import Result
-from tests.api.test_access import lines
+from tests.api.test_access import lines, log  # noqa: F401
 from tests.parts.servers import Server, generate
 from tests.parts.waiting import eventually
 from tests.parts.wires import connect
@@ -28,16 +28,19 @@ def cancelled(http: httpx.Client, model: str = "tiny-text") -> float:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_its_request(
-    http: httpx.Client, url: str, server: Server, caplog: pytest.LogCaptureFixture, stream: bool
+    http: httpx.Client,
+    url: str,
+    server: Server,
+    log: pytest.LogCaptureFixture,
+    stream: bool,  # noqa: F811
 ) -> None:
-    caplog.set_level(logging.INFO, logger="instep.access")
     before = cancelled(http)
     with pytest.raises(httpx.ReadTimeout):
         body = {"prompt": "!slow 60", "num_inference_steps": 50, "stream": stream}
         httpx.post(f"{url}/v1/images/generations", json=body, timeout=0.3)
     eventually(lambda: cancelled(http) == before + 1)
     eventually(lambda: server.supervisor.running + server.supervisor.waiting == 0)
-    (line,) = [line for line in lines(caplog, 1) if line["path"] == "/v1/images/generations"]
+    (line,) = [line for line in lines(log, 1) if line["path"] == "/v1/images/generations"]
     assert (line["status"], line["error"]) == (499, "cancelled")
 
 
@@ -59,11 +62,15 @@ LEFT = {
 @pytest.mark.parametrize("what", LEFT)
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 def test_leaving_is_no_error_of_the_server(
-    url: str, server: Server, caplog: pytest.LogCaptureFixture, what: str, reset: bool
+    url: str,
+    server: Server,
+    log: pytest.LogCaptureFixture,
+    what: str,
+    reset: bool,  # noqa: F811
 ) -> None:
     """No line above info, no traceback, from whatever logger; and nothing goes on being drawn."""
     route, body, accept = LEFT[what]
-    caplog.set_level(logging.INFO)
+    log.set_level(logging.INFO)
     sent = json.dumps({"num_inference_steps": 50, **body}).encode()
     head = f"POST /v1/images/{route} HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\nContent-Length: {len(sent)}\r\n\r\n"
     with connect(url) as wire:
@@ -73,11 +80,11 @@ def test_leaving_is_no_error_of_the_server(
         if reset:
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     eventually(lambda: server.supervisor.running + server.supervisor.waiting == 0)
-    (line,) = [line for line in lines(caplog, 1) if line["path"] == f"/v1/images/{route}"]
+    (line,) = [line for line in lines(log, 1) if line["path"] == f"/v1/images/{route}"]
     assert line["status"] == (500 if "fails" in what else 499)
     gc.collect()  # an exception that nobody took is logged when its future is collected
     time.sleep(0.05)
-    assert [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info] == []
+    assert [record for record in log.records if record.levelno > logging.INFO or record.exc_info] == []
 
 
 @pytest.mark.parametrize("what", LEFT)

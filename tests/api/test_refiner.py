@@ -18,6 +18,7 @@ from tests.api.test_access import lines
 from tests.api.test_edits import IMAGE
 from tests.parts.refiners import write_refiners
 from tests.parts.servers import ALICE, BOB, Server, bearer
+from tests.parts.waiting import eventually
 
 FINE = {"model": "finer", "switch_at": 0.5}
 
@@ -48,7 +49,7 @@ def test_a_reply_and_a_file_have_it(studio: Server, caplog: pytest.LogCaptureFix
     sizes = {"original_size": "512x256", "crop": [3, 4], "target_size": "640x480"}
     with caplog.at_level(logging.INFO):
         told = post(studio, refiner=FINE, **sizes).json()
-        assert any(line.get("refiner") == "fine" for line in lines(caplog, 1))
+        eventually(lambda: any(line.get("refiner") == "fine" for line in lines(caplog)))
     assert told["refiner"] == {"model": "fine", "switch_at": 0.5} and told.items() >= sizes.items()
     assert not {"refiner", *sizes} & post(studio).json().keys()
     file = post(studio, refiner=FINE, png=True, **sizes)
