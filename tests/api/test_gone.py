@@ -31,8 +31,8 @@ def test_a_client_that_leaves_cancels_its_request(
     http: httpx.Client,
     url: str,
     server: Server,
-    log: pytest.LogCaptureFixture,
-    stream: bool,  # noqa: F811
+    log: pytest.LogCaptureFixture,  # noqa: F811
+    stream: bool,
 ) -> None:
     before = cancelled(http)
     with pytest.raises(httpx.ReadTimeout):
@@ -64,9 +64,9 @@ LEFT = {
 def test_leaving_is_no_error_of_the_server(
     url: str,
     server: Server,
-    log: pytest.LogCaptureFixture,
+    log: pytest.LogCaptureFixture,  # noqa: F811
     what: str,
-    reset: bool,  # noqa: F811
+    reset: bool,
 ) -> None:
     """No line above info, no traceback, from whatever logger; and nothing goes on being drawn."""
     route, body, accept = LEFT[what]
