@@ -23,7 +23,9 @@ export function App() {
   }, []);
   return html`
     <header class="bar">
-      <h1><svg width="22" height="22" viewBox="0 0 32 32" aria-hidden="true"><use href="page/icon.svg#steps" /></svg>Instep</h1>
+      <h1><svg width="20" height="20" viewBox="0 0 32 32" fill="currentColor" aria-hidden="true">
+        <rect x="2" y="20" width="8" height="10" rx="2" /><rect x="12" y="11" width="8" height="19" rx="2" />
+        <rect x="22" y="2" width="8" height="28" rx="2" /></svg>Instep</h1>
       <label class="button">Open a picture<input class="unseen" type="file" accept=${KINDS.join(",")} onChange=${opened} /></label>
       ${key() && !asksKey && html`<button type="button" onClick=${forget}>Forget the key</button>`}
       <a href="docs">API</a>
