@@ -26,7 +26,7 @@ function Run({ run }) {
   const failed = run.cells.some((cell) => cell.status === "failed");
   return html`<article class="run" aria-busy=${!ended}>
     <header class="row">
-      <h2>${prompt ?? class_label ?? ""}</h2>
+      <h2>${prompt || class_label || "no prompt"}</h2>
       ${ended && failed && html`<button type="button" onClick=${() => again(run)}>Try again</button>`}
       ${ended
         ? html`<button type="button" aria-label="Take off the page" onClick=${() => dismiss(run)}>✕</button>`
@@ -43,10 +43,11 @@ function Cell({ cell, run }) {
   const { record, preview, label, seed } = cell;
   const what = cell.body.prompt ?? String(cell.body.class_label);
   const left = cell.steps ? 1 - cell.step / cell.steps : 1;
+  const shape = { "--shape": shapeOf(cell) };
   return html`<figure class=${`cell ${cell.status}`}>
-    ${record && html`<button type="button" class="frame" aria-label=${`Open ${what}`} onClick=${() => set({ opened: record })}>
+    ${record && html`<button type="button" class="frame" style=${shape} aria-label=${`Open ${what}`} onClick=${() => set({ opened: record })}>
       <${Picture} blob=${record.blob} alt=${what} /></button>`}
-    ${!record && html`<div class="frame">
+    ${!record && html`<div class="frame" style=${shape}>
       ${preview && html`<${Picture} blob=${preview} alt=${`Preview of ${what}`} />`}
       ${isOpen(cell) && html`<div class="noise" style=${{ opacity: preview ? left / 2 : left }}></div>`}
     </div>`}
@@ -59,6 +60,12 @@ function Cell({ cell, run }) {
       ${record && html`<${Actions} record=${record} />`}
     </figcaption>
   </figure>`;
+}
+
+/** Width through height. */
+function shapeOf({ body, record }) {
+  const [width, height] = (record?.reply.size ?? body.size ?? "").split("x").map(Number);
+  return width && height ? width / height : 1;
 }
 
 function isOpen({ status }) {
