@@ -1,0 +1,61 @@
+import { key, origin } from "./api.js";
+import { html } from "./html.js";
+import { useState } from "./lib/hooks.js";
+import { download } from "./picture.js";
+import * as pictures from "./pictures.js";
+import { change, fill } from "./request.js";
+import { curl, python } from "./snippets.js";
+import { startFrom } from "./source.js";
+import { get, set } from "./store.js";
+
+const COPIED = 1500; // milliseconds for which a button says that it has copied
+
+/** What can be done with a finished picture. */
+export function Actions({ record }) {
+  const [copied, setCopied] = useState("");
+  const facts = record.facts ?? {};
+  const copy = async (name, write) => {
+    await toClipboard(write({ origin: origin(), path: record.path, facts, closed: Boolean(key()), masked: Boolean(record.mask) }));
+    setCopied(name);
+    setTimeout(() => setCopied(""), COPIED);
+  };
+  const name = `instep-${facts.seed ?? record.created}.png`;
+  return html`<div class="actions">
+    <button type="button" onClick=${() => useSeed(facts.seed)}>Use this seed</button>
+    <button type="button" onClick=${() => restore(record)}>Use its settings</button>
+    <button type="button" onClick=${() => startFrom(record.blob, name)}>Edit</button>
+    <button type="button" onClick=${() => copy("curl", curl)}>${copied === "curl" ? "Copied" : "Copy as curl"}</button>
+    <button type="button" onClick=${() => copy("python", python)}>${copied === "python" ? "Copied" : "Copy as Python"}</button>
+    <button type="button" onClick=${() => download(record.blob, name)}>Download</button>
+    ${record.source && html`<button type="button" onClick=${() => download(record.source, "source.png")}>Download the source</button>`}
+    ${record.mask && html`<button type="button" onClick=${() => download(record.mask, "mask.png")}>Download the mask</button>`}
+    <button type="button" onClick=${() => remove(record)}>Delete</button>
+  </div>`;
+}
+
+function useSeed(seed) {
+  change("seed", seed);
+  set({ locked: true, opened: null });
+}
+
+async function restore({ facts, source, mask }) {
+  set({ opened: null, source: source && { blob: source, name: "its source", mask } });
+  await fill(facts ?? {});
+}
+
+async function remove({ id }) {
+  set({ pictures: get().pictures.filter((one) => one.id !== id), opened: null });
+  for (const run of get().runs) run.cells = run.cells.filter((cell) => cell.record?.id !== id);
+  set({ runs: get().runs.filter((run) => run.cells.length) });
+  await pictures.remove(id);
+}
+
+/** NOTE: without https only this machine's own pages may use the clipboard's interface. */
+async function toClipboard(words) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(words);
+  const area = Object.assign(document.createElement("textarea"), { value: words });
+  (document.querySelector("dialog[open]") ?? document.body).append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}

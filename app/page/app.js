@@ -1,0 +1,126 @@
+import { keepKey, key, read } from "./api.js";
+import { Form } from "./form.js";
+import { Dialog, Gallery, Opened } from "./gallery.js";
+import { html } from "./html.js";
+import { useEffect, useState } from "./lib/hooks.js";
+import { Picture } from "./picture.js";
+import * as pictures from "./pictures.js";
+import { readFacts } from "./png.js";
+import { choose, fill } from "./request.js";
+import { startFrom } from "./source.js";
+import { Stage } from "./stage.js";
+import { get, set, useStore } from "./store.js";
+
+const KINDS = ["image/png", "image/jpeg", "image/webp"];
+
+/** The whole page. */
+export function App() {
+  const { asksKey, fault } = useStore();
+  useEffect(() => {
+    load();
+    pictures.all().then((all) => set({ pictures: all }), () => {});
+    return listen({ dragover: (event) => event.preventDefault(), drop, paste });
+  }, []);
+  return html`
+    <header class="bar">
+      <h1><svg width="20" height="20" viewBox="0 0 32 32" fill="currentColor" aria-hidden="true">
+        <rect x="2" y="20" width="8" height="10" rx="2" /><rect x="12" y="11" width="8" height="19" rx="2" />
+        <rect x="22" y="2" width="8" height="28" rx="2" /></svg>Instep</h1>
+      <label class="button">Open a picture<input class="unseen" type="file" accept=${KINDS.join(",")} onChange=${opened} /></label>
+      ${key() && !asksKey && html`<button type="button" onClick=${forget}>Forget the key</button>`}
+      <a href="docs">API</a>
+    </header>
+    ${fault && html`<p class="fault banner" role="alert">${fault} <button type="button" onClick=${() => set({ fault: "" })}>Dismiss</button></p>`}
+    <main>
+      ${asksKey ? html`<${AskKey} />` : html`<${Form} />`}
+      <div class="right"><${Stage} /><${Gallery} /></div>
+    </main>
+    <${Opened} />
+    <${Dropped} />`;
+}
+
+async function load() {
+  try {
+    const { data } = await read("v1/models");
+    const remembered = get().model?.id;
+    const first = data.find((one) => one.id === remembered) ?? data.find((one) => one.downloaded) ?? data[0];
+    set({ models: data, asksKey: false, fault: data.length ? "" : "This server has no models." });
+    if (first) await choose(first.id);
+  } catch (error) {
+    set(error.status === 401 ? { asksKey: true } : { fault: error.message });
+  }
+}
+
+function forget() {
+  keepKey("");
+  set({ models: [], model: null });
+  load();
+}
+
+function AskKey() {
+  const [wrong, setWrong] = useState(false);
+  const send = async (event) => {
+    event.preventDefault();
+    keepKey(new FormData(event.target).get("key").trim());
+    await load();
+    setWrong(get().asksKey);
+  };
+  return html`<form class="form" onSubmit=${send} aria-label="Key">
+    <label class="field wide"><span>API key</span><input name="key" type="password" autocomplete="off" required autofocus /></label>
+    ${wrong && html`<p class="fault wide" role="alert">This server does not know this key.</p>`}
+    <p class="muted wide">This server draws for those who have a key. It stays in this tab until you close it.</p>
+    <div class="draw"><button class="primary" type="submit">Continue</button></div>
+  </form>`;
+}
+
+function listen(handlers) {
+  for (const [name, handler] of Object.entries(handlers)) window.addEventListener(name, handler);
+  return () => {
+    for (const [name, handler] of Object.entries(handlers)) window.removeEventListener(name, handler);
+  };
+}
+
+function drop(event) {
+  event.preventDefault();
+  offer(event.dataTransfer.files[0]);
+}
+
+function paste(event) {
+  const file = event.clipboardData?.files[0];
+  if (file) offer(file);
+}
+
+function opened(event) {
+  offer(event.target.files[0]);
+  event.target.value = "";
+}
+
+/** Ask what to do with a picture from outside. */
+async function offer(file) {
+  if (!file) return;
+  if (!KINDS.includes(file.type)) {
+    set({ fault: `${file.name} is no PNG, JPEG or WebP.` });
+    return;
+  }
+  const { facts } = await readFacts(file);
+  set({ dropped: { blob: file, name: file.name, facts } });
+}
+
+function Dropped() {
+  const { dropped, model } = useStore();
+  if (!dropped) return null;
+  const { blob, name, facts } = dropped;
+  const close = () => set({ dropped: null });
+  const use = () => {
+    close();
+    fill(facts);
+  };
+  return html`<${Dialog} label=${name} onClose=${close}>
+    <${Picture} blob=${blob} alt=${name} />
+    ${facts && html`<p>It says how it was drawn: ${facts.prompt ?? facts.class_label ?? ""}</p>`}
+    <div class="actions">
+      ${model && html`<button type="button" class="primary" onClick=${() => startFrom(blob, name)}>Draw from this picture</button>`}
+      ${model && facts && html`<button type="button" onClick=${use}>Use its settings</button>`}
+    </div>
+  <//>`;
+}

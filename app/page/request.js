@@ -1,0 +1,51 @@
+/** From the form to the body of a request, and back. */
+
+import { read } from "./api.js";
+import { kindOf } from "./fields.js";
+import { get, set } from "./store.js";
+
+const SEEDS = 2 ** 32;
+
+/** Where a model is; its id may have slashes. */
+export function addressOf(id) {
+  return `v1/models/${id.split("/").map(encodeURIComponent).join("/")}`;
+}
+
+/** The body that the form asks for, with a seed. */
+export function bodyOf({ model, values, locked }) {
+  const seed = locked && values.seed !== undefined ? values.seed : crypto.getRandomValues(new Uint32Array(1))[0] % SEEDS;
+  const asked = Object.entries(values).filter(([name, value]) => value !== undefined && name in model.fields);
+  const previews = kindOf(model.fields.partial_images).maximum;
+  const body = { ...Object.fromEntries(asked), model: model.id, seed, partial_images: previews };
+  if (model.condition === "prompt") return { prompt: "", ...body };
+  if (/^\d+$/.test(body.class_label)) body.class_label = Number(body.class_label);
+  return body;
+}
+
+/** Set one field; undefined is the model's default. */
+export function change(name, value) {
+  set({ values: { ...get().values, [name]: value } });
+}
+
+/** Fill the form with the body of a picture, its model first. Fields that the page does not show stay as they are. */
+export async function fill({ model, ...facts }) {
+  const known = get().models.find((one) => one.id === model || one.aliases.includes(model));
+  if (known && known.id !== get().model?.id) await choose(known.id);
+  const { fields } = get().model;
+  const values = Object.fromEntries(Object.entries(facts).filter(([name]) => name in fields));
+  const missing = known || !model ? "" : `This server has no model ${model}; the form has the rest.`;
+  set({ values, locked: "seed" in values, fault: missing });
+}
+
+/** Choose a model. What the person wrote stays, the settings are those of the new model. */
+export async function choose(id) {
+  try {
+    const model = await read(addressOf(id));
+    const kept = ["prompt", "negative_prompt", "seed", "n"].filter((name) => name in model.fields && get().values[name] !== undefined);
+    const values = Object.fromEntries(kept.map((name) => [name, get().values[name]]));
+    const compare = get().compare && { ...get().compare, values: undefined };
+    set({ model, values, compare, fault: "", asksKey: false });
+  } catch (error) {
+    set(error.status === 401 ? { asksKey: true } : { fault: error.message });
+  }
+}

@@ -1,0 +1,82 @@
+import { Actions } from "./actions.js";
+import { html } from "./html.js";
+import { Picture } from "./picture.js";
+import { again, cancel, dismiss } from "./runs.js";
+import { set, useStore } from "./store.js";
+
+/** What is being drawn and what was drawn last, newest first. */
+export function Stage() {
+  const { runs, tally } = useStore();
+  return html`<section class="stage" aria-label="Drawing">
+    <p class="tally" role="status">${tally && html`<${Tally} ...${tally} />`}</p>
+    ${!runs.length && html`<div class="empty"><p>Say what to draw, and press Draw. Pictures appear here while they are made.</p>
+      <p class="muted">Drop a picture anywhere to draw from it, or to read its settings.</p></div>`}
+    ${runs.map((run) => html`<${Run} key=${run.id} run=${run} />`)}
+  </section>`;
+}
+
+function Tally({ images, forwards, alone }) {
+  return html`<strong>${images} ${images === 1 ? "image" : "images"} in ${forwards} ${forwards === 1 ? "forward" : "forwards"}</strong>
+    ${alone > forwards && html`<span class="muted"> One after another they take ${alone}.</span>`}`;
+}
+
+function Run({ run }) {
+  const ended = run.status === "ended";
+  const { prompt, class_label } = run.requests[0].body;
+  const failed = run.cells.some((cell) => cell.status === "failed");
+  return html`<article class="run" aria-busy=${!ended}>
+    <header class="row">
+      <h2>${prompt ?? class_label ?? ""}</h2>
+      ${ended && failed && html`<button type="button" onClick=${() => again(run)}>Try again</button>`}
+      ${ended
+        ? html`<button type="button" aria-label="Take off the page" onClick=${() => dismiss(run)}>✕</button>`
+        : html`<button type="button" onClick=${() => cancel(run)}>Cancel</button>`}
+    </header>
+    ${run.fault && html`<p class="fault" role="alert">${run.fault}</p>`}
+    <div class=${`cells ${run.cells.length > 1 ? "several" : ""}`}>
+      ${run.cells.map((cell) => html`<${Cell} key=${`${cell.request}-${cell.image}`} cell=${cell} run=${run} />`)}
+    </div>
+  </article>`;
+}
+
+function Cell({ cell, run }) {
+  const { record, preview, label, seed } = cell;
+  const what = cell.body.prompt ?? String(cell.body.class_label);
+  const left = cell.steps ? 1 - cell.step / cell.steps : 1;
+  return html`<figure class=${`cell ${cell.status}`}>
+    ${record && html`<button type="button" class="frame" aria-label=${`Open ${what}`} onClick=${() => set({ opened: record })}>
+      <${Picture} blob=${record.blob} alt=${what} /></button>`}
+    ${!record && html`<div class="frame">
+      ${preview && html`<${Picture} blob=${preview} alt=${`Preview of ${what}`} />`}
+      ${isOpen(cell) && html`<div class="noise" style=${{ opacity: preview ? left / 2 : left }}></div>`}
+    </div>`}
+    <figcaption>
+      ${label && html`<strong>${label}</strong>`}
+      ${isOpen(cell) && html`<progress aria-label=${`Progress of ${label || what}`} max=${cell.steps || 1} value=${cell.step}></progress>`}
+      <span class="muted numbers">${stateOf(cell, seed)}</span>
+      ${cell.fault && cell.fault !== run.fault && html`<span class="fault" role="alert">${cell.fault}</span>`}
+      ${record?.reply.warnings?.map((warning) => html`<span class="muted">${warning}</span>`)}
+      ${record && html`<${Actions} record=${record} />`}
+    </figcaption>
+  </figure>`;
+}
+
+function isOpen({ status }) {
+  return status === "waiting" || status === "queued" || status === "drawing";
+}
+
+/** One line about a cell: where it waits, its step, or how long it took. */
+function stateOf({ status, step, steps, position, ready, record }, seed) {
+  if (status === "queued") {
+    const seconds = Math.max(0, Math.round((ready - Date.now()) / 1000));
+    const line = position ? `${position} before it in the queue` : "first in the queue";
+    return seconds ? `${line}, about ${seconds} s` : line;
+  }
+  if (status === "drawing") return `step ${step} of ${steps}`;
+  if (status === "done") {
+    const { timings = {} } = record.reply;
+    const seconds = (timings.queue ?? 0) + (timings.encode ?? 0) + (timings.denoise ?? 0) + (timings.decode ?? 0);
+    return `${timings.steps} steps in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s, ${(timings.shared ?? 1).toFixed(1)} images a forward, seed ${seed}`;
+  }
+  return { waiting: "waiting for a connection", cancelled: "cancelled" }[status] ?? "";
+}
