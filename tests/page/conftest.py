@@ -24,7 +24,7 @@ from tests.parts.waiting import eventually
 from tests.parts.workers import SURVEY
 
 Visits = Callable[..., Visit]
-"""`visits(look)` makes a visit that has not opened the page yet. Faults that nobody expected fail the test at its end."""
+"""`visits(look)` makes a visit that has not opened the page yet. Faults that nobody expected fail the test."""
 
 CONTRASTS = (Look(390, dark=True, closed=True), Look(1280))
 LORAS = {"ink": 'fits = ["tiny-sd3"]\ndescription = "black lines"\n', "wash": 'fits = ["tiny-sd3"]\n'}

@@ -9,10 +9,8 @@ import httpx
 import pytest
 from playwright.sync_api import Page, Request, expect
 
-from app.request import LabelIndex
-from tests.page.steps import button, choose_model, colour_of, draw, form, kept, stage
+from tests.page.steps import button, choose_model, form
 from tests.parts.browser import Visit
-from tests.parts.fake_worker import colour
 from tests.parts.servers import ALICE, bearer
 
 pytestmark = pytest.mark.slow
