@@ -1,53 +1,41 @@
-"""Modules of the page by themselves, in a real Chromium and on an empty page."""
+"""Modules of the page by themselves, on an empty page: the store, the readers, the snippets, the mask's brush."""
 
 from __future__ import annotations
 
 import http.server
-import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import BrowserContext, Page
 
-FOLDER = Path(__file__).parents[2] / "app"
+from tests.parts.servers import ROOT
+
+BLANK = b'<!DOCTYPE html><link rel="stylesheet" href="page/mask.css"><title>blank</title><body></body>'
 
 
-class Files(http.server.SimpleHTTPRequestHandler):
+class _Files(http.server.SimpleHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path != "/blank":
             return super().do_GET()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
-        self.wfile.write(b"<!DOCTYPE html><title>blank</title><body></body>")
+        self.wfile.write(BLANK)
 
     def log_message(self, *words: object) -> None:
         pass
 
 
-@pytest.fixture(scope="module")
-def site() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(FOLDER)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        program = shutil.which("chromium")
-        yield playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-
-
-@pytest.fixture
-def tab(chromium: Browser, site: str) -> Iterator[Page]:
-    with chromium.new_context() as context:
-        yield opened(context, site)
+@contextmanager
+def serving() -> Iterator[str]:
+    """The address of a server that has the files of the page, and an empty page at /blank."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Files, directory=str(ROOT / "app"))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def opened(context: BrowserContext, site: str) -> Page:
@@ -56,6 +44,6 @@ def opened(context: BrowserContext, site: str) -> Page:
     return page
 
 
-def run(page: Page, module: str, words: str, argument: object = None) -> Any:
-    """What `words` returns, an expression in which `m` is the module and `given` the argument."""
-    return page.evaluate(f"async (given) => {{ const m = await import('/page/{module}.js'); {words} }}", argument)
+def run(page: Page, module: str, words: str, given: object = None) -> Any:
+    """What `words` return, the body of a function in which `m` is the module."""
+    return page.evaluate(f"async (given) => {{ const m = await import('/page/{module}.js'); {words} }}", given)

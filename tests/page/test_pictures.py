@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page
 
-from tests.page.modules import chromium, opened, run, site, tab  # noqa: F401
+from tests.page.modules import opened, run
 
 pytestmark = pytest.mark.slow
 

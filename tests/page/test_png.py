@@ -18,7 +18,7 @@ from playwright.sync_api import Page
 
 from app.imaging import FORMATS, Format, a1111, encode_image
 from app.samplers.table import SAMPLERS
-from tests.page.modules import chromium, run, site, tab  # noqa: F401
+from tests.page.modules import run
 
 pytestmark = pytest.mark.slow
 
