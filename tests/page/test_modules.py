@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import http.server
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page
 
 pytestmark = pytest.mark.slow
 
@@ -39,16 +38,9 @@ def site() -> Iterator[str]:
     server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        program = shutil.which("chromium")
-        yield playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-
-
 @pytest.fixture
-def tab(chromium: Browser, site: str) -> Iterator[Page]:
-    with chromium.new_context() as context:
+def tab(browser: Browser, site: str) -> Iterator[Page]:
+    with browser.new_context() as context:
         yield opened(context, site)
 
 
