@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
 
@@ -43,6 +45,11 @@ def form(page: Page) -> Locator:
     return page.get_by_role("form", name="What to draw")
 
 
+def field(page: Page, label: str) -> Locator:
+    """A control of the form."""
+    return form(page).get_by_label(label, exact=True)
+
+
 def stage(page: Page) -> Locator:
     """Where pictures are drawn."""
     return page.get_by_role("region", name="Drawing")
@@ -58,14 +65,14 @@ def kept(page: Page, name: str | re.Pattern[str] = "") -> Locator:
 
 
 def choose_model(page: Page, name: str) -> None:
-    form(page).get_by_label("Model", exact=True).select_option(name)
+    field(page, "Model").select_option(name)
+    expect(field(page, "Model")).to_have_value(name)
 
 
 def draw(page: Page, prompt: str, **fields: object) -> None:
     """Fill the prompt and fields by their labels, and press Draw."""
-    form(page).get_by_label("Prompt", exact=True).fill(prompt)
-    for label, value in fields.items():
-        form(page).get_by_label(label, exact=True).fill(str(value))
+    for label, value in {"Prompt": prompt, **fields}.items():
+        field(page, label).fill(str(value))
     button(page, "Draw").click()
 
 
@@ -73,3 +80,10 @@ def colour_of(image: Locator) -> tuple[int, ...]:
     """The colour of its first pixel, once it is there."""
     expect(image).to_be_visible()
     return tuple(image.evaluate(PIXEL))
+
+
+def sent(page: Page, press: str = "Draw") -> dict[str, Any]:
+    """The body that pressing this button sends."""
+    with page.expect_request(lambda request: request.method == "POST") as waited:
+        button(page, press).click()
+    return dict(json.loads(waited.value.post_data or ""))
