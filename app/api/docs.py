@@ -13,12 +13,13 @@ from importlib.resources import files
 import fastapi_swagger  # type: ignore[import-untyped]
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
 from app.api.access import ADMIN, OPEN
 from app.api.errors import ErrorReply
 from app.api.front import Front, front_of
+from app.api.page import SAFE
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
 from app.jobs.body import Json
@@ -48,24 +49,12 @@ PAGE = """<!DOCTYPE html>
 """
 START = b"""SwaggerUIBundle({ url: "openapi.json", dom_id: "#page", deepLinking: true, validatorUrl: null });
 """
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""Nothing from elsewhere, nothing inline."""
-
 TYPES = {
     "swagger-ui.css": "text/css",
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
     "start.js": "text/javascript",
 }
-
-
-@router.get("/")
-async def home() -> RedirectResponse:
-    """To the docs, until there is a page. NOTE: relative, so that it is right behind a proxy with a prefix too."""
-    return RedirectResponse("docs")
 
 
 @router.get("/openapi.json")
@@ -77,7 +66,7 @@ async def openapi(request: Request) -> Response:
 @router.get("/docs")
 async def docs() -> HTMLResponse:
     """Swagger UI. NOTE: a browser sends no key to it: with keys, /openapi.json is for programs."""
-    return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
+    return HTMLResponse(PAGE, headers=SAFE)
 
 
 @router.get("/docs/{name}")
@@ -86,8 +75,7 @@ async def part(name: str) -> Response:
     if name not in TYPES:
         raise HTTPException(404)
     data = START if name == "start.js" else _file(name)
-    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
-    return Response(data, media_type=TYPES[name], headers=headers)
+    return Response(data, media_type=TYPES[name], headers={**SAFE, "Cache-Control": "max-age=3600"})
 
 
 @cache
