@@ -12,11 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 from app.api import reload
 from app.settings import Settings
 from app.worker.supervisor import WORKER
+from tests.page.modules import opened, serving
 from tests.page.steps import arrive
 from tests.parts.browser import Look, Visit, browsing
 from tests.parts.servers import ALICE, BOB, ROOT, Server, bearer
@@ -94,3 +95,17 @@ def look(request: pytest.FixtureRequest) -> Look:
 def visit(visits: Visits, look: Look) -> Visit:
     """The page, open, with the key where the server has keys."""
     return arrive(visits(look))
+
+
+@pytest.fixture(scope="package")
+def site() -> Iterator[str]:
+    """The address of the page's files alone."""
+    with serving() as address:
+        yield address
+
+
+@pytest.fixture
+def tab(browser: Browser, site: str) -> Iterator[Page]:
+    """An empty page, in a profile of its own."""
+    with browser.new_context() as context:
+        yield opened(context, site)
