@@ -16,6 +16,7 @@ from app.cards.card import NO_REFINER, Card
 from app.cards.catalog import Adapters, Registry, fitting
 from app.cards.folder import ModelFolder
 from app.imaging import Format
+from app.jobs.batch import REQUESTS, BatchBody
 from app.jobs.body import ImageBody, Json, bounds, most_steps_of
 from app.jobs.compare import FIELDS, MODELS, PRESETS, ROWS, CompareBody, takes_preset
 from app.jobs.edit import EditBody
@@ -74,6 +75,13 @@ def edit_schema(card: Card, default: bool, *, form: bool, variation: bool) -> Js
         "anyOf": [{"$ref": f"{place}/anyOf/{index}"} for index in range(2)],
         **_by_reference(card),
     }
+
+
+def batch_schema(bodies: list[Json]) -> Json:
+    """JSON schema of batches of these bodies, which are references."""
+    description = BatchBody.model_json_schema()["properties"]["requests"]["description"]
+    requests = {"type": "array", "items": {"anyOf": bodies}, "minItems": 1, "maxItems": REQUESTS}
+    return _object({"requests": {"description": description, **requests}}, ["requests"])
 
 
 def _properties(kind: type[ImageBody], spans: Mapping[str, Json]) -> Json:

@@ -19,7 +19,7 @@ const OURS = [
 const SAMPLERS = new Map([...OURS.map((name) => [plain(name), name]), ["eulera", "euler_ancestral"]]);
 const SCHEDULES = new Map(["karras", "exponential", "sgm_uniform"].map((name) => [plain(name), name]));
 
-/** Read a PNG: `{ facts, parameters }`, the request as an object and the text for A1111's readers; null where absent. */
+/** Read a PNG: `{ facts, parameters }`, the request as an object and the text that A1111 writes, or null. */
 export async function readPng(blob) {
   return reading(blob, pngTexts);
 }
