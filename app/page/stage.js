@@ -17,7 +17,7 @@ export function Stage() {
 
 function Tally({ images, forwards, alone }) {
   return html`<strong>${images} ${images === 1 ? "image" : "images"} in ${forwards} ${forwards === 1 ? "forward" : "forwards"}</strong>
-    ${alone > forwards && html`<span class="muted"> One after another they take ${alone}.</span>`}`;
+    ${alone > forwards && html`<span class="muted"> One after another they would take ${alone}.</span>`}`;
 }
 
 function Run({ run }) {
@@ -56,8 +56,8 @@ function Cell({ cell, run }) {
       ${isOpen(cell) && html`<progress aria-label=${`Progress of ${label || what}`} max=${cell.steps || 1} value=${cell.step}></progress>`}
       <span class="muted numbers">${stateOf(cell, seed)}</span>
       ${cell.fault && cell.fault !== run.fault && html`<span class="fault" role="alert">${cell.fault}</span>`}
-      ${record?.reply.warnings?.map((warning) => html`<span class="muted">${warning}</span>`)}
-      ${record && html`<${Actions} record=${record} />`}
+      ${warningsOf(record).map((warning) => html`<span class="muted">${warning}</span>`)}
+      ${record && run.cells.length === 1 && html`<${Actions} record=${record} />`}
     </figcaption>
   </figure>`;
 }
@@ -72,6 +72,11 @@ function isOpen({ status }) {
   return status === "waiting" || status === "queued" || status === "drawing";
 }
 
+/** The server's warnings, but for those about previews, which nobody asked for by name. */
+function warningsOf(record) {
+  return (record?.reply.warnings ?? []).filter((warning) => !warning.startsWith("partial_images"));
+}
+
 /** One line about a cell: where it waits, its step, or how long it took. */
 function stateOf({ status, step, steps, position, ready, record }, seed) {
   if (status === "queued") {
@@ -83,7 +88,9 @@ function stateOf({ status, step, steps, position, ready, record }, seed) {
   if (status === "done") {
     const { timings = {} } = record.reply;
     const seconds = (timings.queue ?? 0) + (timings.encode ?? 0) + (timings.denoise ?? 0) + (timings.decode ?? 0);
-    return `${timings.steps} steps in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s, ${(timings.shared ?? 1).toFixed(1)} images a forward, seed ${seed}`;
+    const shared = (timings.shared ?? 1).toFixed(1);
+    const taken = `${timings.steps === 1 ? "1 step" : `${timings.steps} steps`} in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+    return `${taken}, ${shared} images a forward, seed ${seed}`;
   }
   return { waiting: "waiting for a connection", cancelled: "cancelled" }[status] ?? "";
 }
