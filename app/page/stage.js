@@ -54,7 +54,7 @@ function Cell({ cell, run }) {
     <figcaption>
       ${label && html`<strong>${label}</strong>`}
       ${isOpen(cell) && html`<progress aria-label=${`Progress of ${label || what}`} max=${cell.steps || 1} value=${cell.step}></progress>`}
-      <span class="muted numbers">${stateOf(cell, seed)}</span>
+      <span class="muted numbers">${stateOf(cell, seed, run.loading)}</span>
       ${cell.fault && cell.fault !== run.fault && html`<span class="fault" role="alert">${cell.fault}</span>`}
       ${warningsOf(record).map((warning) => html`<span class="muted">${warning}</span>`)}
       ${record && run.cells.length === 1 && html`<${Actions} record=${record} />`}
@@ -78,7 +78,8 @@ function warningsOf(record) {
 }
 
 /** One line about a cell: where it waits, its step, or how long it took. */
-function stateOf({ status, step, steps, position, ready, record }, seed) {
+function stateOf({ status, step, steps, position, ready, record }, seed, loading) {
+  if (status === "queued" && loading) return `${loading} is being loaded`;
   if (status === "queued") {
     const seconds = Math.max(0, Math.round((ready - Date.now()) / 1000));
     const line = position ? `${position} before it in the queue` : "first in the queue";
