@@ -5,6 +5,25 @@ import { kindOf } from "./fields.js";
 import { get, set } from "./store.js";
 
 const SEEDS = 2 ** 32;
+const FORM = "instep-form";
+
+/** Keep what the form says for the next visit. */
+export function remember({ model, values, locked }) {
+  try {
+    if (model) localStorage.setItem(FORM, JSON.stringify({ id: model.id, values, locked }));
+  } catch {
+    // a private window keeps nothing
+  }
+}
+
+/** What the form said at the last visit: { id, values, locked }, or {}. */
+export function remembered() {
+  try {
+    return JSON.parse(localStorage.getItem(FORM)) ?? {};
+  } catch {
+    return {};
+  }
+}
 
 /** Where a model is; its id may have slashes. */
 export function addressOf(id) {
