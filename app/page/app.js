@@ -6,7 +6,7 @@ import { useEffect, useState } from "./lib/hooks.js";
 import { Picture } from "./picture.js";
 import * as pictures from "./pictures.js";
 import { readFacts } from "./png.js";
-import { choose, fill, remember, remembered } from "./request.js";
+import { choose, fill, fitting, remember, remembered } from "./request.js";
 import { startFrom } from "./source.js";
 import { Stage } from "./stage.js";
 import { get, set, useStore } from "./store.js";
