@@ -37,6 +37,7 @@ export function bodyOf({ model, values, locked }) {
   const previews = kindOf(model.fields.partial_images).maximum;
   const body = { ...Object.fromEntries(asked), model: model.id, seed, partial_images: previews };
   if (model.condition === "prompt") return { prompt: "", ...body };
+  delete body.prompt; // it stays in the form, for a model that draws prompts
   if (/^\d+$/.test(body.class_label)) body.class_label = Number(body.class_label);
   return body;
 }
