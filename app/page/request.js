@@ -40,6 +40,7 @@ export function bodyOf({ model, values, locked }) {
   const body = { ...Object.fromEntries(asked), model: model.id, seed, partial_images: previews };
   if (!model.schedules[body.sampler ?? model.defaults.sampler]?.includes(body.schedule)) delete body.schedule;
   if (model.condition === "prompt") return { prompt: "", ...body };
+  delete body.prompt; // it stays in the form, for a model that draws prompts
   if (/^\d+$/.test(body.class_label)) body.class_label = Number(body.class_label);
   return body;
 }
