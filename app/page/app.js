@@ -18,7 +18,7 @@ export function App() {
   const { asksKey, fault } = useStore();
   useEffect(() => {
     load();
-    pictures.all().then((all) => set({ pictures: all }));
+    pictures.all().then(join);
     return listen({ dragover, dragleave, drop, paste });
   }, []);
   useEffect(() => remember(get()));
@@ -54,6 +54,12 @@ async function load() {
   }
 }
 
+/** Put the pictures of earlier visits behind those that were drawn meanwhile. */
+function join(all) {
+  const drawn = get().pictures;
+  set({ pictures: [...drawn, ...all.filter(({ id }) => drawn.every((one) => one.id !== id))] });
+}
+
 function forget() {
   keepKey("");
   set({ models: [], model: null });
@@ -66,10 +72,11 @@ function AskKey() {
     event.preventDefault();
     keepKey(new FormData(event.target).get("key").trim());
     await load();
-    setWrong(get().asksKey);
+    setWrong(get().asksKey && !get().fault);
   };
   return html`<form class="form" onSubmit=${send} aria-label="Key">
-    <label class="field wide"><span>API key</span><input name="key" type="password" autocomplete="off" required autofocus /></label>
+    <label class="field wide"><span>API key</span><input name="key" type="password" autocomplete="off" required autofocus pattern="\\s*[!-~]+\\s*"
+      title="letters, digits and signs without spaces" /></label>
     ${wrong && html`<p class="fault wide" role="alert">This server does not know this key.</p>`}
     <p class="muted wide">This server draws for those who have a key. It stays in this tab until you close it.</p>
     <div class="draw"><button class="primary" type="submit">Continue</button></div>
@@ -84,6 +91,7 @@ function listen(handlers) {
 }
 
 function dragover(event) {
+  if (!event.dataTransfer.types.includes("Files")) return; // text that goes into a field
   event.preventDefault();
   document.body.classList.add("dropping");
 }
@@ -93,8 +101,9 @@ function dragleave(event) {
 }
 
 function drop(event) {
-  event.preventDefault();
   document.body.classList.remove("dropping");
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
   offer(event.dataTransfer.files[0]);
 }
 

@@ -56,8 +56,9 @@ export async function fill({ model, ...facts }) {
   if (known && known.id !== get().model?.id) await choose(known.id);
   if (known && known.id !== get().model?.id) return; // it is gone meanwhile, as the page says
   const { values, left } = fitting(get().model, facts);
-  const missing = known || !model ? "" : `This server has no model ${model}; the form has the rest. `;
-  const without = left.length ? `${get().model.id} does not take this ${left.join(", ")}.` : "";
+  const isMissing = !known && typeof model === "string";
+  const missing = isMissing ? `This server has no model ${model}; the form has the rest. ` : "";
+  const without = left.length ? `${get().model.id} does not take its ${left.slice(0, 5).join(", ")}.` : "";
   set({ values, locked: "seed" in values, fault: missing + without });
 }
 

@@ -113,7 +113,7 @@ def drop(page: Page, name: str, kind: str, data: bytes) -> None:
 
 def paint(page: Page) -> None:
     """Draw a stroke with the brush through the middle of the source, by finger where there is touch."""
-    canvas = source(page).get_by_role("img", name="Mask")
+    canvas = source(page).get_by_label("Mask", exact=True)
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None
