@@ -48,7 +48,8 @@ async function load() {
     const first = known ?? data.find((one) => one.downloaded) ?? data[0];
     set({ models: data, asksKey: false, fault: data.length ? "" : "This server has no models." });
     if (first) await choose(first.id);
-    if (known) set({ values: values ?? {}, locked: Boolean(locked) });
+    const { model } = get();
+    if (known && known.id === model?.id) set({ values: fitting(model, Object(values)).values, locked: Boolean(locked) });
   } catch (error) {
     set(error.status === 401 ? { asksKey: true } : { fault: error.message });
   }

@@ -53,12 +53,13 @@ export function kindOf(schema) {
 
 /** Whether a value of unknown origin is one of a field. */
 export function takes(schema, value) {
-  const { type, anyOf, items, minimum, maximum, maxLength, pattern, properties = {}, required = [] } = schema;
+  const { type, anyOf, items, minimum, maximum, pattern, properties = {}, required = [] } = schema;
+  const most = schema.maxLength ?? schema.maxItems;
   return (
     (!type || TYPES[type](value)) &&
     (!anyOf || anyOf.some((one) => takes(one, value))) &&
     (!schema.enum || schema.enum.includes(value)) &&
-    !(value < minimum || value > maximum || value?.length > maxLength) &&
+    !(value < minimum || value > maximum || value?.length > most) &&
     (!pattern || new RegExp(pattern).test(value)) &&
     (!items || value.every((one) => takes(items, one))) &&
     required.every((name) => Object.hasOwn(value, name)) &&

@@ -23,8 +23,13 @@ Visits = Callable[..., Visit]
 
 
 @pytest.fixture
-def page(visits: Visits) -> Page:
-    return arrive(visits(DESK)).page
+def visit(visits: Visits) -> Visit:
+    return arrive(visits(DESK))
+
+
+@pytest.fixture
+def page(visit: Visit) -> Page:
+    return visit.page
 
 
 def drop_facts(page: Page, facts: dict[str, Any]) -> None:
@@ -73,11 +78,13 @@ def test_of_a_sheet_the_first_prompt_is_drawn_alone(page: Page) -> None:
 
 def test_a_form_that_was_kept_by_another_version_is_no_trap(visits: Visits) -> None:
     visit = visits(DESK)
+    visit.open()
+    visit.page.wait_for_load_state("networkidle")
     for text in ("5", "{", '{"id": "tiny-sd3"}', '{"id": "tiny-sd3", "values": {"loras": 5, "prompt": []}}', "null"):
-        visit.open()
         visit.page.evaluate("(text) => localStorage.setItem('instep-form', text)", text)
         visit.page.reload()
         expect(button(visit.page, "Draw")).to_be_visible()
+        visit.page.wait_for_load_state("networkidle")
 
 
 def test_nothing_to_compare_is_said(page: Page) -> None:
@@ -134,8 +141,8 @@ def test_classes_of_an_older_search_do_not_come_back(page: Page) -> None:
     choose_model(page, "tiny-dit")
     held: list[Route] = []
     page.route("**/classes?q=slow", lambda route: held.append(route))
-    field(page, "Class").fill("slow")
-    page.wait_for_request("**/classes?q=slow")
+    with page.expect_request("**/classes?q=slow"):
+        field(page, "Class").fill("slow")
     with page.expect_response("**/classes?q=1"):
         field(page, "Class").fill("1")
     expect(page.locator("#classes option")).to_have_count(1)
@@ -159,7 +166,9 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_a_stream_that_breaks_off_fails_the_picture_and_can_be_tried_again(page: Page, name: str) -> None:
+def test_a_stream_that_breaks_off_fails_the_picture_and_can_be_tried_again(visit: Visit, name: str) -> None:
+    page = visit.page
+    visit.expect("failed: .*/generations net::ERR_ABORTED")  # what is no stream is not read to its end
     headers = {"Content-Type": "text/event-stream"}
     page.route("**/v1/images/generations", lambda route: route.fulfill(body=STREAMS[name], headers=headers), times=1)
     draw(page, "a fox")
@@ -180,8 +189,7 @@ def test_an_error_of_the_whole_stream_fails_all_that_are_open(page: Page) -> Non
     expect(stage(page).get_by_text("This server stops.")).to_have_count(3)
 
 
-def test_a_server_that_is_gone_and_comes_back(visits: Visits) -> None:
-    visit = arrive(visits(DESK))
+def test_a_server_that_is_gone_and_comes_back(visit: Visit) -> None:
     visit.expect("ERR_CONNECTION_REFUSED", "failed: .*")
     page = visit.page
     page.route("**/v1/images/generations", lambda route: route.abort("connectionrefused"), times=1)
@@ -191,7 +199,9 @@ def test_a_server_that_is_gone_and_comes_back(visits: Visits) -> None:
     expect(kept(page)).to_have_count(1)
 
 
-def test_metrics_that_never_come_hold_nothing_up(page: Page) -> None:
+def test_metrics_that_never_come_hold_nothing_up(visit: Visit) -> None:
+    page = visit.page
+    visit.expect("failed: .*/metrics net::ERR_ABORTED")
     page.route("**/metrics", lambda route: None)
     draw(page, "a fox")
     expect(kept(page)).to_have_count(1)
