@@ -56,8 +56,9 @@ def form(page: Page) -> Locator:
 
 
 def field(page: Page, label: str) -> Locator:
-    """A control of the form."""
-    return form(page).get_by_label(label, exact=True)
+    """A control of the form. A list of choices is found by its role: the words of its label would have the choices."""
+    choices = form(page).get_by_role("combobox", name=label, exact=True)
+    return choices.or_(form(page).get_by_label(label, exact=True))
 
 
 def stage(page: Page) -> Locator:
