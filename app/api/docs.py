@@ -22,10 +22,11 @@ from app.api.front import Front, front_of
 from app.api.page import SAFE
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
+from app.jobs.batch import REQUESTS
 from app.jobs.body import Json
 from app.jobs.compare import CompareReply
 from app.jobs.replies import ImagesReply
-from app.jobs.schema import body_schema, edit_schema, example, place_comparison
+from app.jobs.schema import batch_schema, body_schema, edit_schema, example, place_comparison
 from app.keys import Keyring
 from app.source import PICTURES
 
@@ -136,6 +137,8 @@ def _route(model: type[BaseModel], description: str, *media: str, form: bool = F
 _DRAWN = "JSON; the file itself for Accept: image/*; events for stream: true"
 IMAGE_ROUTE = _route(ImagesReply, _DRAWN, "text/event-stream")
 EDIT_ROUTE = _route(ImagesReply, _DRAWN, "text/event-stream", form=True)
+BATCH_ROUTE = _route(ImagesReply, "") | {"response_class": Response}
+BATCH_ROUTE["responses"][200] = {"description": "Events", "content": {"text/event-stream": {}}}
 COMPARE_ROUTE = _route(CompareReply, "JSON; the panel itself for Accept: image/*")
 
 
@@ -163,6 +166,9 @@ def _place_bodies(document: Json, registry: Registry) -> None:
         names.append({"$ref": f"#/components/schemas/{name}"})
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": names}
+    several = document["paths"]["/v1/images/batch"]["post"]["requestBody"]["content"]["application/json"]
+    several["schema"] = batch_schema(names)
+    several["example"] = {"requests": [example(card) for card in registry.cards.values()][:REQUESTS]}
     content["examples"] = {
         card.id: {"summary": card.description or card.id, "value": example(card)} for card in registry.cards.values()
     }

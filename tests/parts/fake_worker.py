@@ -223,7 +223,7 @@ class FakeWorker:
     def misbehave(self, row: Row, text: str) -> None:
         request = row.request
         if text.startswith("!nan"):
-            if row.step < int(text[4:] or 0):
+            if row.step < int(next(filter(str.isdigit, text.split()), 0)):
                 return
             self.fail(
                 request.id, EngineError("The network produced numbers that are not finite.", code="non_finite_output")
