@@ -19,9 +19,13 @@ FILES = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.rglob("*")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", "": "text/plain"}
 
 
-def links(text: str) -> list[str]:
-    """The addresses that a page or a module names."""
-    return re.findall(r'(?:src|href)="([^"#]+)"', text) + re.findall(r'\bfrom\s*"([^"]+)"', text)
+PROXY = "https://proxy/a/prefix/"
+
+
+def links(address: str, text: str) -> set[str]:
+    """What a page or a module names: modules beside itself, all else beside the page."""
+    modules = {urljoin(address, name) for name in re.findall(r'\b(?:from|import)\s*"(\.[^"]+)"', text)}
+    return modules | {urljoin(PROXY, name) for name in re.findall(r'(?:src|href)="([^"#$]+)"', text)}
 
 
 def test_every_file_comes_as_it_is_and_is_asked_for_once(closed: Server) -> None:
@@ -50,16 +54,15 @@ def test_a_page_may_load_from_this_server_alone(http: httpx.Client) -> None:
 
 def test_what_the_page_names_is_there_also_behind_a_prefix(http: httpx.Client) -> None:
     """Its files and theirs, by addresses that are right wherever a proxy puts it."""
-    todo, seen = ["https://proxy/a/prefix/"], set()
+    todo, seen = {PROXY}, set()
     while todo:
-        address = todo.pop()
-        seen.add(address)
-        assert address.startswith("https://proxy/a/prefix/")
-        reply = http.get(address.removeprefix("https://proxy/a/prefix"))
+        seen.add(address := todo.pop())
+        assert address.startswith(PROXY)
+        reply = http.get(f"/{address.removeprefix(PROXY)}")
         assert reply.status_code == 200, address
         if reply.headers["content-type"].startswith(("text/html", "text/javascript")) and "docs" not in address:
-            todo += {urljoin(address, name) for name in links(reply.text)} - seen
-    assert {"https://proxy/a/prefix/page/lib/preact.js", "https://proxy/a/prefix/docs"} <= seen
+            todo |= links(address, reply.text) - seen
+    assert {f"{PROXY}page/lib/preact.js", f"{PROXY}docs"} <= seen
 
 
 @pytest.mark.parametrize(
