@@ -160,15 +160,12 @@ def test_nothing_is_wider_than_a_phone(visits: Visits, look: Look) -> None:
 
 def focused(page: Page) -> str:
     """The name of what has the focus, as a screen reader says it."""
-    return (
-        str(
-            page.evaluate("""() => {
-      const one = document.activeElement;
-      return one.getAttribute("aria-label") ?? one.labels?.[0]?.innerText ?? one.innerText ?? "";
-    }""")
-        )
-        .strip()
-        .split("\n")[0]
+    return str(
+        page.evaluate("""() => {
+          const one = document.activeElement;
+          const label = one.getAttribute("aria-label")?.replaceAll("\\n", " ");
+          return label ?? (one.labels?.[0] ?? one).innerText.trim().split("\\n")[0];
+        }""")
     )
 
 
