@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, 
 
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server", OFFLINE)
-PATIENCE = 6_000
+PATIENCE = 30_000
 """Milliseconds after which an element is not waited for any longer."""
 
 BLOBS = """
