@@ -169,14 +169,14 @@ def forget_secrets() -> None:
 
 
 def greet(front: Front, host: str, port: int) -> None:
-    """The last words of a start: where it listens and a curl to paste, plain on a terminal, else a line of the log."""
+    """The last words of a start: a curl to paste and the address of the page, on a terminal; else a line of the log."""
     url, closed = url_of(host, port), bool(front.keys.clients)
     curl = first_curl(url, front.registry.default, key=closed)
     if not sys.stderr.isatty():
         logs.logger("instep").info("listening", url=url, address=f"{host}:{port}", curl=curl)
         return
-    keys = ", with one of your keys in INSTEP_KEY" if closed else f" (docs: {url}/docs)"
-    print(f"Instep listens on {url}{keys}. A first picture:\n{curl}", file=sys.stderr, flush=True)
+    keys = ", with one of your keys in INSTEP_KEY" if closed else ""
+    print(f"A first picture{keys}:\n{curl}\nInstep draws at {url}", file=sys.stderr, flush=True)
 
 
 def few_words() -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:

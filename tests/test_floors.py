@@ -72,7 +72,7 @@ SHARES = {
 }
 """What each later capability may add to SIZE."""
 
-BUILT: tuple[str, ...] = ("nothing accepted is lost", "edits", "LoRA", "U-Nets and a refiner")
+BUILT: tuple[str, ...] = ("nothing accepted is lost", "edits", "LoRA", "U-Nets and a refiner", "the page")
 """The capabilities that are there."""
 
 DESCRIBED = 0.12

@@ -25,8 +25,8 @@ PROBES = ("/health", "/healthz", "/readyz")
 """Routes that wait for no turn and have room over the caps, so that a crowd does not look like a server that is stuck.
 An orchestrator would restart it."""
 
-OPEN = frozenset({"/healthz", "/readyz", "/metrics"})
-"""Routes that never need a key: probes and scrapers send none."""
+OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/", "/page/{path}"})
+"""Routes that never need a key: probes, scrapers and a browser that opens a page send none."""
 
 ADMIN = frozenset({"/v1/models/{model}/load", "/v1/models/{model}/unload", "/v1/reload"})
 """Routes that need the admin key, also on a server that is open to all."""
@@ -38,7 +38,7 @@ DRAIN_LIMIT = 32 * 1024 * 1024  # bytes of a request that are read and dropped; 
 CLIENT_GONE = 499
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_QUIET = (*PROBES, "/metrics")
+_QUIET = (*PROBES, "/metrics", "/page/{path}")
 log = logger("instep.access")
 
 Answer = Callable[[InstepError, str], Response]

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from app.api import docs, images, models, reload
+from app.api import docs, images, models, page, reload
 from app.api.access import Access, Answer, authorize
 from app.api.errors import ErrorReply, error_response, on_error, on_http_error, on_invalid
 from app.api.front import Front, front_of
@@ -91,7 +91,7 @@ def build(front: Front, lifespan: Lifespan, version: str) -> Application:
         },
     )
     app.state.front = front
-    for router in (images.router, models.router, models.loras, reload.router, probes, docs.router):
+    for router in (images.router, models.router, models.loras, reload.router, probes, docs.router, page.router):
         app.include_router(router)
     if front.settings.cors_origins:
         app.add_middleware(_Cors, **_cors(front.settings))

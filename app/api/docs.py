@@ -13,18 +13,20 @@ from importlib.resources import files
 import fastapi_swagger  # type: ignore[import-untyped]
 from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel
 
 from app.api.access import ADMIN, OPEN
 from app.api.errors import ErrorReply
 from app.api.front import Front, front_of
+from app.api.page import SAFE
 from app.cards.catalog import Registry
 from app.imaging import FORMATS
+from app.jobs.batch import REQUESTS
 from app.jobs.body import Json
 from app.jobs.compare import CompareReply
 from app.jobs.replies import ImagesReply
-from app.jobs.schema import body_schema, edit_schema, example, place_comparison
+from app.jobs.schema import batch_schema, body_schema, edit_schema, example, place_comparison
 from app.keys import Keyring
 from app.source import PICTURES
 
@@ -48,24 +50,12 @@ PAGE = """<!DOCTYPE html>
 """
 START = b"""SwaggerUIBundle({ url: "openapi.json", dom_id: "#page", deepLinking: true, validatorUrl: null });
 """
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-"""Nothing from elsewhere, nothing inline."""
-
 TYPES = {
     "swagger-ui.css": "text/css",
     "swagger-ui-bundle.js": "text/javascript",
     "favicon-32x32.png": "image/png",
     "start.js": "text/javascript",
 }
-
-
-@router.get("/")
-async def home() -> RedirectResponse:
-    """To the docs, until there is a page. NOTE: relative, so that it is right behind a proxy with a prefix too."""
-    return RedirectResponse("docs")
 
 
 @router.get("/openapi.json")
@@ -77,7 +67,7 @@ async def openapi(request: Request) -> Response:
 @router.get("/docs")
 async def docs() -> HTMLResponse:
     """Swagger UI. NOTE: a browser sends no key to it: with keys, /openapi.json is for programs."""
-    return HTMLResponse(PAGE, headers={"Content-Security-Policy": POLICY})
+    return HTMLResponse(PAGE, headers=SAFE)
 
 
 @router.get("/docs/{name}")
@@ -86,8 +76,7 @@ async def part(name: str) -> Response:
     if name not in TYPES:
         raise HTTPException(404)
     data = START if name == "start.js" else _file(name)
-    headers = {"Cache-Control": "max-age=3600", "X-Content-Type-Options": "nosniff"}
-    return Response(data, media_type=TYPES[name], headers=headers)
+    return Response(data, media_type=TYPES[name], headers={**SAFE, "Cache-Control": "max-age=3600"})
 
 
 @cache
@@ -148,6 +137,8 @@ def _route(model: type[BaseModel], description: str, *media: str, form: bool = F
 _DRAWN = "JSON; the file itself for Accept: image/*; events for stream: true"
 IMAGE_ROUTE = _route(ImagesReply, _DRAWN, "text/event-stream")
 EDIT_ROUTE = _route(ImagesReply, _DRAWN, "text/event-stream", form=True)
+BATCH_ROUTE = _route(ImagesReply, "") | {"response_class": Response}
+BATCH_ROUTE["responses"][200] = {"description": "Events", "content": {"text/event-stream": {}}}
 COMPARE_ROUTE = _route(CompareReply, "JSON; the panel itself for Accept: image/*")
 
 
@@ -175,6 +166,9 @@ def _place_bodies(document: Json, registry: Registry) -> None:
         names.append({"$ref": f"#/components/schemas/{name}"})
     content = document["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]
     content["schema"] = {"anyOf": names}
+    several = document["paths"]["/v1/images/batch"]["post"]["requestBody"]["content"]["application/json"]
+    several["schema"] = batch_schema(names)
+    several["example"] = {"requests": [example(card) for card in registry.cards.values()][:REQUESTS]}
     content["examples"] = {
         card.id: {"summary": card.description or card.id, "value": example(card)} for card in registry.cards.values()
     }

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.api.docs import COMPARE_ROUTE, EDIT_ROUTE, IMAGE_ROUTE
+from app.api.docs import BATCH_ROUTE, COMPARE_ROUTE, EDIT_ROUTE, IMAGE_ROUTE
 from app.api.errors import envelope
 from app.api.front import Front, accepted_format, facts_of, front_of, key_of, read_json
 from app.api.uploads import upload
@@ -30,11 +30,12 @@ from app.errors import (
     Unavailable,
 )
 from app.imaging import Format
+from app.jobs import replies
+from app.jobs.batch import batch_jobs, of_request
 from app.jobs.body import ImageBody, read_body
 from app.jobs.compare import cells, panel_answer, read_comparison, with_model
 from app.jobs.edit import read_edit, with_source
 from app.jobs.job import Job
-from app.jobs.replies import Answer, answer, completed_event, partial_event
 from app.logs import logger
 from app.report import Preview, Progress, Result
 from app.request import Source
@@ -49,8 +50,10 @@ or does not fit is known by then. What waits longer needs the pings that only a 
 
 _SECONDS = re.compile(r"[0-9]{1,8}(\.[0-9]{1,20})?")
 
-News = Preview | Progress | Result | bytes | None
-Encode = Callable[[list[list[Result]]], Answer]
+News = tuple[int, Preview | Progress | Result | None] | bytes
+"""A report of the job at this place, None for its end; or what is sent as it is."""
+
+Encode = Callable[[list[list[Result]]], replies.Answer]
 
 router = APIRouter()
 log = logger("instep.access")
@@ -66,7 +69,27 @@ async def create_image(request: Request) -> Response:
     without effect; beside bytes they are the headers X-Model and X-Warning.
     """
     started = time.perf_counter()
-    return await drawn(request, prepared(request, started, read_body(await read_json(request))))
+    job = prepared(request, started, read_body(await read_json(request)))
+    return await drawn(request, noted(job))
+
+
+@router.post("/v1/images/batch", **BATCH_ROUTE)
+async def draw_batch(request: Request) -> Response:
+    """Draw several requests, for any models, and answer all of them in one stream of events.
+
+    A browser opens six connections to a server at most; this takes one. The events are those of `generations` with
+    `stream`, and the data of each has the `request_index`. An error of one request is an event, and the others go on.
+    All are accepted before one is drawn: an error before that is the answer. At most 67 megapixels in all.
+    """
+    front, facts, started = front_of(request), facts_of(request), time.perf_counter()
+    raw = await read_json(request)
+    jobs = await front.in_thread(batch_jobs, raw, partial(prepared, request, started))
+    del facts["model"]
+    facts |= {"models": [*dict.fromkeys(job.card.model for job in jobs)], "requests": len(jobs)}
+    facts |= {"images": sum(len(job.request.images) for job in jobs)}
+    events = EventStream(front, jobs)
+    submit(front, jobs, key_of(request).queue, "requests")
+    return events
 
 
 @router.post("/v1/images/variations", summary="Vary Image", **EDIT_ROUTE)
@@ -90,7 +113,7 @@ async def edit_image(request: Request) -> Response:
         source = await _decoded(request, job, partial(read_source, sent.image, sent.mask, sent.by_white, *shape))
     job.request = await front.in_thread(with_source, job.request, source)
     facts |= {"strength": job.request.recipe.strength, "masked": job.request.recipe.masked}
-    return await drawn(request, job)
+    return await drawn(request, noted(job))
 
 
 async def _decoded(request: Request, job: Job, read: Callable[[], Source]) -> Source:
@@ -120,7 +143,6 @@ async def compare_images(request: Request) -> Response:
     the answer.
     """
     front, facts, started = front_of(request), facts_of(request), time.perf_counter()
-    queue = key_of(request).queue
     raw = await read_json(request)
     body = await front.in_thread(read_comparison, raw, front.registry)
     wanted = accepted_format(request, body.output_format)
@@ -128,10 +150,7 @@ async def compare_images(request: Request) -> Response:
     complete = partial(job_of, request, started, format=format, raw=wanted is not None)
     jobs = await front.in_thread(cells, body, front.registry, complete)
     facts |= {"models": body.models, "seed": body.seed, "images": len(jobs)}
-    try:
-        submit(front, jobs, queue)
-    except (Unavailable, RateLimited) as error:
-        raise _for_good(front, jobs, queue) or error from None
+    submit(front, jobs, key_of(request).queue, "models")
     try:
         return await reply(request, front, jobs, lambda results: panel_answer(body, jobs, [one for (one,) in results]))
     except (EngineError, LoadError) as error:
@@ -139,29 +158,34 @@ async def compare_images(request: Request) -> Response:
 
 
 def prepared(request: Request, started: float, body: ImageBody) -> Job:
-    """The job of a body, and its facts for the log. Raises RequestError, ModelNotFound."""
-    facts, card = facts_of(request), front_of(request).registry.find(body.model)
-    facts["model"] = card.model
+    """The job of a body. Raises RequestError, ModelNotFound."""
+    card = front_of(request).registry.find(body.model)
+    facts_of(request)["model"] = card.model
     wanted = accepted_format(request, body.output_format)
     format = wanted or body.output_format or "png"
     job = job_of(request, started, card, body, format, wanted is not None)
     images = job.request.images
-    facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images)}
-    facts |= {"refiner": job.refiner.id} if job.refiner else {}
     if job.raw and not body.stream and len(images) > 1 and not job.columns:
         message = f'grid: {len(images)} images as one image/{format} take {{"columns": 1}} or more'
         raise InvalidValue(message, param="grid")
     return job
 
 
+def noted(job: Job) -> Job:
+    """The job, with facts for the log of a request that has one job."""
+    images, refiner = job.request.images, {"refiner": job.refiner.id} if job.refiner else {}
+    job.facts |= {"seed": images[0].seed, "steps": job.request.recipe.steps, "images": len(images), **refiner}
+    return job
+
+
 async def drawn(request: Request, job: Job) -> Response:
     """Submit a job and answer with its images, as a whole or as a stream. Raises as `submit` and `reply`."""
     front = front_of(request)
-    events = EventStream(front, job) if job.body.stream else None
+    events = EventStream(front, [job]) if job.body.stream else None
     submit(front, [job], key_of(request).queue)
     if events:
-        return await events.begin(request)
-    return await reply(request, front, [job], lambda results: answer(job, results[0]))
+        return events if job.body.progress else await events.begin(request)
+    return await reply(request, front, [job], lambda results: replies.answer(job, results[0]))
 
 
 def job_of(
@@ -183,20 +207,23 @@ def patience(request: Request) -> float | None:
     return seconds if seconds > 0 else None
 
 
-def submit(front: Front, jobs: Sequence[Job], limit: float | None) -> None:
-    """Submit all of these jobs; when one is refused, none is in flight. limit: as in `Supervisor.submit`.
+def submit(front: Front, jobs: Sequence[Job], limit: float | None, field: str = "") -> None:
+    """Submit all of these jobs; when one is refused, none is in flight. limit: as in `Supervisor.submit`. field: of the
+    body that made several jobs.
 
-    Raises Unavailable, RateLimited, DeadlineExceeded.
+    Raises Unavailable, RateLimited, DeadlineExceeded, and InvalidValue where no later time would take them.
     """
     for place, job in enumerate(jobs):
         try:
             front.supervisor.submit(job, limit=limit)
-        except InstepError:
+        except InstepError as error:
             for earlier in jobs[:place]:
                 earlier.cancel()
                 front.metrics.failed(earlier.card.model, Cancelled.code)
             job.facts["model"] = job.card.model
-            raise
+            busy = field and isinstance(error, Unavailable | RateLimited)
+            named = error if job.place is None else of_request(error, job.place)
+            raise (busy and _for_good(front, jobs, limit, field)) or named from None
 
 
 async def reply(request: Request, front: Front, jobs: Sequence[Job], encode: Encode) -> Response:
@@ -261,49 +288,58 @@ async def _watched(request: Request, jobs: Sequence[Job]) -> AsyncIterator[None]
         watcher.cancel()
 
 
-def _for_good(front: Front, jobs: Sequence[Job], queue: float | None) -> InvalidValue | None:
-    """The error where a comparison by itself is more than may wait, as no later time would take it; else None."""
+def _for_good(front: Front, jobs: Sequence[Job], queue: float | None, field: str) -> InvalidValue | None:
+    """The error where these jobs by themselves are more than may wait, as no later time would take it; else None."""
     costs = [job.estimate.cost for job in jobs if job.estimate]
     limit = front.settings.max_wait * max(1, front.supervisor.live)
     limit = limit if queue is None else min(limit, queue)
     if sum(costs) <= limit:
         return None
-    message = f"models: the first {len(costs)} of {len(jobs)} pictures are {sum(costs):.0f} seconds of work already, "
+    what = "pictures" if field == "models" else field
+    message = f"{field}: the first {len(costs)} of {len(jobs)} {what} are {sum(costs):.0f} seconds of work already, "
     return InvalidValue(
-        f"{message}and {limit:.0f} may wait here; ask for fewer, smaller or with fewer steps", param="models"
+        f"{message}and {limit:.0f} may wait here; ask for fewer, smaller or with fewer steps", param=field
     )
 
 
 class EventStream(StreamingResponse):
-    """The answer to a job as server-sent events: previews, then each finished image, or an error after the 200."""
+    """The answer to jobs as server-sent events: previews, then each finished image, or an error after the 200.
+
+    An error ends its job, and the others go on.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, front: Front, job: Job) -> None:
+    def __init__(self, front: Front, jobs: Sequence[Job]) -> None:
         self._front = front
-        self._job = job
-        news: asyncio.Queue[News] = asyncio.Queue()
-        self._news = news
-        self._first: News = None
-        self._counted = False
-        job.on_report = news.put_nowait
-        job.on_restart = partial(news.put_nowait, b": restarted\n\n")
-        job.future.add_done_callback(lambda _: news.put_nowait(None))
+        self._open = dict(enumerate(jobs))
+        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._first: News | None = None
+        for place, job in self._open.items():
+            self._follow(place, job)
         super().__init__(self._events(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
+    def _follow(self, place: int, job: Job) -> None:
+        """NOTE: what hears of the job knows its place alone, or it would keep its pictures."""
+        put = self._news.put_nowait
+        job.on_report = lambda report: put((place, report))
+        job.on_restart = partial(put, b": restarted\n\n")
+        job.future.add_done_callback(lambda _: put((place, None)))
+
     async def begin(self, request: Request) -> EventStream:
-        """Wait for the engine's first report, at most HOLD seconds, and return itself.
+        """Wait for the engine's first report of the one job, at most HOLD seconds, and return itself.
 
         Raises the error of a job that failed before there was anything to show, so that it is an HTTP status, and
         Cancelled when the client leaves.
         """
+        (job,) = self._open.values()
         try:
-            async with _watched(request, [self._job]):
+            async with _watched(request, [job]):
                 self._first = await self._next(HOLD)
-                if self._first is None:
-                    self._job.result()
+                if self._first == (0, None):
+                    job.result()
         except Exception as error:
-            raise failed(self._front, [self._job], error) from None
+            raise failed(self._front, [job], error) from None
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -311,32 +347,46 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if not self._counted:
-                failed(self._front, [self._job], Cancelled("The client left before the stream ended."))
+            if self._open:
+                failed(self._front, [*self._open.values()], Cancelled("The client left before the stream ended."))
+                self._open.clear()
 
     async def _events(self) -> AsyncIterator[bytes]:
-        job, news = self._job, self._first
+        for event in [replies.accepted_event(job) for job in self._open.values() if job.body.progress]:
+            yield event
+        news = self._first or await self._next(PING)
+        while True:
+            if isinstance(news, bytes):
+                yield news
+            elif news[0] in self._open:
+                async for event in self._shown(*news):
+                    yield event
+            if not self._open:
+                return
+            news = await self._next(PING)
+
+    async def _shown(self, place: int, report: Preview | Progress | Result | None) -> AsyncIterator[bytes]:
+        """The events, one at most, that show a report of a job, or the end of it."""
+        job = self._open[place]
         try:
-            while news is not None:
-                if isinstance(news, bytes):
-                    yield news
-                elif isinstance(news, Preview):
-                    yield await self._front.in_thread(partial_event, job, news)
-                elif isinstance(news, Result) and not job.columns:
-                    yield await self._front.in_thread(completed_event, job, [news])
-                news = await self._next(PING)
-            results = job.result()
-            if job.columns:
-                yield await self._front.in_thread(completed_event, job, results)
-            self._counted = True
-            answered(self._front, [job])
+            if isinstance(report, Progress):
+                yield replies.progress_event(job, report)
+            elif isinstance(report, Preview):
+                yield await self._front.in_thread(replies.partial_event, job, report)
+            elif report and not job.columns:
+                yield await self._front.in_thread(replies.completed_event, job, [report])
+            elif not report:
+                results = job.result()
+                if job.columns:
+                    yield await self._front.in_thread(replies.completed_event, job, results)
+                del self._open[place]
+                answered(self._front, [job])
         except Exception as error:
-            self._counted = True
-            problem = envelope(failed(self._front, [job], error))
-            yield f"data: {problem.model_dump_json()}\n\n".encode()
+            self._open.pop(place, None)
+            yield replies.error_event(job, envelope(failed(self._front, [job], error)).model_dump())
 
     async def _next(self, seconds: float) -> News:
-        """The next news, a ping after so many seconds of silence, or None at the end."""
+        """The next news, or a ping after so many seconds of silence."""
         try:
             return await asyncio.wait_for(self._news.get(), seconds)
         except TimeoutError:

@@ -14,6 +14,7 @@ from app.cards.catalog import fitting, search
 from app.cards.folder import ModelFolder
 from app.errors import NotDownloaded, Unavailable, plain
 from app.jobs.body import most_steps_of
+from app.jobs.schema import fields_schema
 from app.report import ModelState
 from app.samplers.table import valid_grids
 
@@ -57,6 +58,14 @@ class ModelEntry(BaseModel):
     parameters: int | None = Field(description="Of the denoising network; null where the card does not say")
     bytes: int | None = Field(description="Of all weights as they are downloaded; null where the card does not say")
     downloaded: bool = Field(description="Whether all its files are on this machine")
+
+
+class Model(ModelEntry):
+    """A model alone, with what a request for it may ask for."""
+
+    fields: dict[str, Any] = Field(
+        description="JSON schemas of the fields of bodies for it, also of edits, in its bounds and with its defaults"
+    )
 
 
 class ModelList(BaseModel):
@@ -123,9 +132,12 @@ async def unload_model(request: Request, model: str) -> ModelEntry:
 
 # NOTE: the last of them: before the others it would take "a/load" for a name.
 @router.get("/{model:path}", responses=NOT_FOUND)
-async def get_model(request: Request, model: str) -> ModelEntry:
-    """One model, by id or alias, which may have slashes."""
-    return await _one(*_found(request, model))
+async def get_model(request: Request, model: str) -> Model:
+    """One model, by id or alias, which may have slashes; with the fields that a request for it may have."""
+    front, card = _found(request, model)
+    entry, registry = await _one(front, card), front.registry
+    fields = fields_schema(card, registry.adapters or {}, entry.refiners)
+    return Model(**entry.model_dump(), fields=fields)
 
 
 async def _ordered(request: Request, name: str, order: Literal["load", "unload"]) -> ModelEntry:

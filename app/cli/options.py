@@ -41,7 +41,7 @@ SHORT = {
 
 WITHOUT = {
     *("prompt", "class_label", "models", "response_format", "output_format", "stream", "partial_images"),
-    *("priority", "deadline"),
+    *("progress", "priority", "deadline"),
 }
 """Fields of a body that have no flag, because a command takes them in another way, or because a server answers."""
 

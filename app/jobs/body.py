@@ -51,7 +51,7 @@ from app.samplers.grids import GRIDS
 from app.samplers.table import most_steps, valid_samplers
 
 Json = dict[str, Any]
-B = TypeVar("B", bound="ImageBody")
+B = TypeVar("B", bound=BaseModel)
 
 SEEDS = 2**63
 """Seeds are 0 to SEEDS - 1; image i of a request uses (seed + i) mod SEEDS."""
@@ -97,6 +97,7 @@ class ImageBody(BaseModel):
     output_compression: Whole | None = Field(None, description="Quality of jpeg and webp, 0 to 100")
     stream: Flag | None = Field(None, description="Server-sent events instead of one reply")
     partial_images: Whole | None = Field(None, description="Previews of each image while it is drawn, with stream")
+    progress: Flag | None = Field(None, description="An event for every step of each image, with stream")
     negative_prompt: Text | None = Field(None, description="What guidance moves away from")
     num_inference_steps: Whole | None = Field(None, description="Denoising steps")
     guidance_scale: Real | None = Field(
@@ -191,6 +192,7 @@ class ImageBody(BaseModel):
             priority=min(values["priority"], key.priority),
             deadline=time.monotonic() + min(limits) if limits else None,
             previews=values["partial_images"] if self.stream else 0,
+            progress=bool(self.stream and self.progress),
         )
 
     def refined_by(self, card: Card, registry: Registry) -> Card | None:

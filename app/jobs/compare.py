@@ -79,7 +79,8 @@ class CompareBody(ImageBody):
         return self.model_dump(exclude_none=True, exclude=_ASIDE)
 
 
-FIELDS = tuple(field for field in CompareBody.model_fields if field not in ("model", "n", "grid", "partial_images"))
+_ELSEWHERE = ("model", "n", "grid", "partial_images", "progress")
+FIELDS = tuple(field for field in CompareBody.model_fields if field not in _ELSEWHERE)
 """Fields of a comparison. `stream` is among them, because it is refused in words of its own."""
 
 
@@ -176,10 +177,16 @@ def cells(body: CompareBody, registry: Registry, complete: Callable[[Card, Image
                 if error.param in {"seed", *_DELIVERY}:
                     raise
                 raise error.again(f"{card.id}: {error.message}") from None
-    pixels = sum(job.request.recipe.width * job.request.recipe.height for job in jobs)
+    return bounded(jobs, "a comparison", "size")
+
+
+def bounded(jobs: list[Job], what: str, field: str) -> list[Job]:
+    """These jobs. Raises InvalidValue, naming the field, where they have more than PIXELS."""
+    recipes = [job.request.recipe for job in jobs for _ in job.request.images]
+    pixels = sum(recipe.width * recipe.height for recipe in recipes)
     if pixels > PIXELS:
-        message = f"size: {len(jobs)} pictures have {pixels / 1e6:.0f} megapixels together"
-        raise InvalidValue(f"{message}; a comparison has at most {PIXELS / 1e6:.0f}", param="size")
+        message = f"{field}: {len(recipes)} pictures have {pixels / 1e6:.0f} megapixels together"
+        raise InvalidValue(f"{message}; {what} has at most {PIXELS / 1e6:.0f}", param=field)
     return jobs
 
 

@@ -47,8 +47,8 @@ class Job:
     `time.perf_counter()`. facts: for its line of the log, which never has a prompt. imaging: seconds that its files
     took. accepted: when a server took it, on the clock of `time.monotonic()`. sent: how many engine processes got it;
     `on_restart` is called for each after the first. apart: lines by index, up to which that image shares no forward,
-    because a process died there. refiner: the card of the recipe's refiner. Raises InvalidValue: a sheet longer than
-    its format can be.
+    because a process died there. refiner: the card of the recipe's refiner. place: its index in a batch. Raises
+    InvalidValue: a sheet longer than its format can be.
     """
 
     request: Request
@@ -68,6 +68,7 @@ class Job:
     apart: dict[int, int] = field(default_factory=dict)
     results: dict[int, Result] = field(default_factory=dict)
     refiner: Card | None = None
+    place: int | None = None
     future: Future[list[Result]] = field(default_factory=Future)
 
     def __post_init__(self) -> None:

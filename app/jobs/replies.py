@@ -22,7 +22,7 @@ from app.imaging import Format, encode_image, grid, left_out
 from app.jobs.body import SKIPPING, ignored
 from app.jobs.facts import effective, facts
 from app.jobs.job import Estimate, Job
-from app.report import Preview, Result
+from app.report import Preview, Progress, Result
 from app.request import ClassLabel, Recipe
 
 Answer = tuple[bytes, dict[str, str]]
@@ -187,11 +187,23 @@ def overlaid(job: Job, image: Result | Preview) -> np.ndarray:
     return laid
 
 
+def accepted_event(job: Job) -> bytes:
+    """What was expected of a job when it was accepted, as a server-sent event."""
+    assert job.estimate
+    return _event(job, "accepted", _expected(job.estimate))
+
+
+def progress_event(job: Job, progress: Progress) -> bytes:
+    """A step of one image as a server-sent event."""
+    place = {"image_index": _place(job, progress.index)}
+    return _event(job, "progress", {**place, "step": progress.step, "steps": progress.steps})
+
+
 def partial_event(job: Job, preview: Preview) -> bytes:
     """A preview as a server-sent event. The file carries no facts: it is not the image that they make."""
     file = encode_image(overlaid(job, preview), job.format, job.body.output_compression, {})
     place = {"partial_image_index": preview.partial, "image_index": _place(job, preview.index)}
-    return _event(job, "partial_image", file, place | effective(job, 1))
+    return _event(job, "partial_image", place | effective(job, 1), file)
 
 
 def completed_event(job: Job, results: Sequence[Result]) -> bytes:
@@ -200,7 +212,13 @@ def completed_event(job: Job, results: Sequence[Result]) -> bytes:
     place = None if job.columns else _place(job, results[0].index)
     image = {"image_index": place, **_item(job, results[0])}
     fields = image | _cost(job, results, seconds) | effective(job, len(results))
-    return _event(job, "completed", file, fields)
+    return _event(job, "completed", fields, file)
+
+
+def error_event(job: Job, error: dict[str, Any]) -> bytes:
+    """The envelope of the error that ends a job, as a server-sent event without a name."""
+    event = error if job.place is None else {**error, "request_index": job.place}
+    return b"".join([b"data: ", spliced(event, []), b"\n\n"])
 
 
 def _place(job: Job, index: int) -> int | None:
@@ -208,12 +226,13 @@ def _place(job: Job, index: int) -> int | None:
     return index if len(job.request.images) > 1 else None
 
 
-def _event(job: Job, name: str, file: bytes, fields: dict[str, Any]) -> bytes:
-    """One server-sent event with its file. JSON has no newlines, so it is one data line."""
+def _event(job: Job, name: str, fields: dict[str, Any], *files: bytes) -> bytes:
+    """One server-sent event, with its file if it has one. JSON has no newlines, so it is one data line."""
     kind = f"{'image_edit' if job.request.source else 'image_generation'}.{name}"
-    event = {"type": kind, "b64_json": MARK, "created_at": int(time.time()), **fields}
+    image = {"b64_json": MARK, "created_at": int(time.time())} if files else {}
+    event = {"type": kind, "request_index": job.place, **image, **fields}
     present = {name: value for name, value in event.items() if value is not None}
-    return b"".join([f"event: {kind}\ndata: ".encode(), spliced(present, [file]), b"\n\n"])
+    return b"".join([f"event: {kind}\ndata: ".encode(), spliced(present, files), b"\n\n"])
 
 
 def spliced(reply: object, files: Sequence[bytes]) -> bytes:
@@ -245,14 +264,20 @@ def stages(results: Sequence[Result], image_encode: float, estimate: Estimate | 
     timings = [result.timings for result in results]
     seconds = {name: max(getattr(one, name) for one in timings) for name in ("queue", "encode", "denoise", "decode")}
     seconds["image_encode"] = image_encode
-    if estimate:
-        seconds |= {"cost": estimate.cost, "estimated_wait": estimate.wait}
     return Stages(
         steps=max(one.steps for one in timings),
         shared=round(sum(one.shared for one in timings) / len(timings), 2),
-        queue_position=estimate.position if estimate else None,
         **{name: round(value, 5) for name, value in seconds.items()},
+        **(_expected(estimate) if estimate else {}),
     )
+
+
+def _expected(estimate: Estimate) -> dict[str, Any]:
+    return {
+        "queue_position": estimate.position,
+        "estimated_wait": round(estimate.wait, 5),
+        "cost": round(estimate.cost, 5),
+    }
 
 
 def _cost(job: Job, results: Sequence[Result], imaging: float) -> dict[str, Any]:
@@ -286,6 +311,7 @@ def body_warnings(job: Job) -> list[str]:
         ("output_format", body.output_format not in (None, job.format), f"Accept asks for image/{job.format}"),
         ("output_compression", png and body.output_compression is not None, "png is lossless; jpeg and webp are not"),
         ("partial_images", body.partial_images and not body.stream, "previews come with stream"),
+        ("progress", body.progress and not body.stream, "steps are shown with stream"),
         ("Accept", body.stream and job.raw, "stream answers with events"),
         ("mask_blur", not masked and getattr(body, "mask_blur", None) is not None, "there is no mask"),
         ("overlay", not masked and getattr(body, "overlay", None) is not None, "there is no mask"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from app.cards.card import NO_REFINER, Card
 from app.cards.catalog import Adapters, Registry, fitting
 from app.cards.folder import ModelFolder
 from app.imaging import Format
-from app.jobs.body import ImageBody, Json, bounds, most_steps_of
+from app.jobs.batch import REQUESTS, BatchBody
+from app.jobs.body import ImageBody, Json, bounds, ignored, most_steps_of
 from app.jobs.compare import FIELDS, MODELS, PRESETS, ROWS, CompareBody, takes_preset
 from app.jobs.edit import EditBody
 from app.samplers.table import valid_grids
@@ -76,6 +78,28 @@ def edit_schema(card: Card, default: bool, *, form: bool, variation: bool) -> Js
     }
 
 
+def fields_schema(card: Card, adapters: Adapters, refiners: Sequence[str]) -> dict[str, Json]:
+    """The schema of every field with an effect that bodies for this card may have, those with a picture too, by name.
+
+    A class name is any text there: a model may have thousands.
+    """
+    found = body_schema(card, card.names, False, adapters, refiners)["properties"]
+    own = _properties(EditBody, {name: span for name, span in bounds(card, kind=EditBody).items() if name not in found})
+    if card.draws_classes:
+        single = [_single(card)[0], {"type": "string"}]
+        found["class_label"] = _plain(ImageBody)["class_label"] | {
+            "anyOf": [*single, {"type": "array", "items": {"anyOf": single}, "minItems": 1, "maxItems": card.limits.n}]
+        }
+    return {name: field for name, field in (found | own).items() if name not in ignored(EditBody)}
+
+
+def batch_schema(bodies: list[Json]) -> Json:
+    """JSON schema of batches of these bodies, which are references."""
+    description = BatchBody.model_json_schema()["properties"]["requests"]["description"]
+    requests = {"type": "array", "items": {"anyOf": bodies}, "minItems": 1, "maxItems": REQUESTS}
+    return _object({"requests": {"description": description, **requests}}, ["requests"])
+
+
 def _properties(kind: type[ImageBody], spans: Mapping[str, Json]) -> Json:
     """The schemas of these fields: types and descriptions of the model, ranges of the card."""
     return {field: _plain(kind)[field] | span for field, span in spans.items()}
@@ -96,7 +120,7 @@ def _single(card: Card) -> list[Json]:
     """The schemas of one prompt or label. NOTE: a name that two classes share is no way to name one."""
     if not card.draws_classes:
         return [{"type": "string", "maxLength": card.limits.prompt}]
-    names = [name for name in card.labels if card.labels.count(name) == 1]
+    names = [name for name, count in Counter(card.labels).items() if count == 1]
     return [{"type": "integer", "minimum": 0, "maximum": max(0, len(card.labels) - 1)}, {"enum": names}]
 
 

@@ -6,7 +6,8 @@ import { useEffect, useState } from "./lib/hooks.js";
 import { Picture } from "./picture.js";
 import * as pictures from "./pictures.js";
 import { readFacts } from "./png.js";
-import { choose, fill } from "./request.js";
+import { choose, fill, remember, remembered } from "./request.js";
+import { cancel } from "./runs.js";
 import { startFrom } from "./source.js";
 import { Stage } from "./stage.js";
 import { get, set, useStore } from "./store.js";
@@ -18,9 +19,10 @@ export function App() {
   const { asksKey, fault } = useStore();
   useEffect(() => {
     load();
-    pictures.all().then((all) => set({ pictures: all }), () => {});
-    return listen({ dragover: (event) => event.preventDefault(), drop, paste });
+    pictures.all().then((all) => set({ pictures: all }));
+    return listen({ dragover, dragleave, drop, paste, keydown });
   }, []);
+  useEffect(() => remember(get()));
   return html`
     <header class="bar">
       <h1><svg width="20" height="20" viewBox="0 0 32 32" fill="currentColor" aria-hidden="true">
@@ -42,10 +44,12 @@ export function App() {
 async function load() {
   try {
     const { data } = await read("v1/models");
-    const remembered = get().model?.id;
-    const first = data.find((one) => one.id === remembered) ?? data.find((one) => one.downloaded) ?? data[0];
+    const { id, values, locked } = remembered();
+    const known = data.find((one) => one.id === id);
+    const first = known ?? data.find((one) => one.downloaded) ?? data[0];
     set({ models: data, asksKey: false, fault: data.length ? "" : "This server has no models." });
     if (first) await choose(first.id);
+    if (known) set({ values: values ?? {}, locked: Boolean(locked) });
   } catch (error) {
     set(error.status === 401 ? { asksKey: true } : { fault: error.message });
   }
@@ -80,8 +84,25 @@ function listen(handlers) {
   };
 }
 
+function dragover(event) {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+}
+
+function dragleave(event) {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+}
+
+/** Escape cancels what was started last, where there is no window for it to close. */
+function keydown(event) {
+  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  const run = get().runs.find(({ status }) => status !== "ended");
+  if (run) cancel(run);
+}
+
 function drop(event) {
   event.preventDefault();
+  document.body.classList.remove("dropping");
   offer(event.dataTransfer.files[0]);
 }
 

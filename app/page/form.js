@@ -24,7 +24,7 @@ export function Form() {
       ${source && html`<${Source} />`}
       ${model.condition === "prompt" && html`<label class="field wide">
         <span>Prompt</span>
-        <textarea rows="3" value=${values.prompt ?? ""} maxlength=${kindOf(model.fields.prompt).maxLength}
+        <textarea rows="3" required=${!source} value=${values.prompt ?? ""} maxlength=${kindOf(model.fields.prompt).maxLength}
           placeholder="red apple on a blue background" onKeyDown=${sendByKey}
           onInput=${(event) => change("prompt", event.target.value)}></textarea>
       </label>`}
@@ -57,6 +57,7 @@ export function submit() {
   set({ fault: "" });
   try {
     start(requestsOf(state), state.source);
+    if (matchMedia("(max-width: 820px)").matches) document.querySelector(".stage").scrollIntoView();
   } catch (error) {
     set({ fault: error.message });
   }

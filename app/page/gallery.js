@@ -1,4 +1,5 @@
 import { Actions } from "./actions.js";
+import { labelOf } from "./fields.js";
 import { html } from "./html.js";
 import { useEffect, useRef, useState } from "./lib/hooks.js";
 import { Picture } from "./picture.js";
@@ -39,7 +40,7 @@ export function Opened() {
   const { opened } = useStore();
   return opened && html`<${Dialog} label=${nameOf(opened)} onClose=${() => set({ opened: null })}>
     <${Picture} blob=${opened.blob} alt=${nameOf(opened)} />
-    <dl class="facts">${Object.entries(opened.facts ?? {}).map(([name, value]) => html`<div key=${name}><dt>${name}</dt>
+    <dl class="facts">${Object.entries(opened.facts ?? {}).filter(([, value]) => value !== "").map(([name, value]) => html`<div key=${name}><dt>${labelOf(name)}</dt>
       <dd>${typeof value === "string" ? value : JSON.stringify(value)}</dd></div>`)}</dl>
     <${Actions} record=${opened} />
   <//>`;

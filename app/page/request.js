@@ -5,6 +5,25 @@ import { kindOf } from "./fields.js";
 import { get, set } from "./store.js";
 
 const SEEDS = 2 ** 32;
+const FORM = "instep-form";
+
+/** Keep what the form says for the next visit. */
+export function remember({ model, values, locked }) {
+  try {
+    if (model) localStorage.setItem(FORM, JSON.stringify({ id: model.id, values, locked }));
+  } catch {
+    // a private window keeps nothing
+  }
+}
+
+/** What the form said at the last visit: { id, values, locked }, or {}. */
+export function remembered() {
+  try {
+    return JSON.parse(localStorage.getItem(FORM)) ?? {};
+  } catch {
+    return {};
+  }
+}
 
 /** Where a model is; its id may have slashes. */
 export function addressOf(id) {
@@ -18,6 +37,7 @@ export function bodyOf({ model, values, locked }) {
   const previews = kindOf(model.fields.partial_images).maximum;
   const body = { ...Object.fromEntries(asked), model: model.id, seed, partial_images: previews };
   if (model.condition === "prompt") return { prompt: "", ...body };
+  delete body.prompt; // it stays in the form, for a model that draws prompts
   if (/^\d+$/.test(body.class_label)) body.class_label = Number(body.class_label);
   return body;
 }

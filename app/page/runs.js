@@ -1,11 +1,13 @@
 /** What is drawn: each run is one request or several that are compared, each cell one image of it. */
 
-import { events, Fault, text } from "./api.js";
+import { events, Fault, read, text } from "./api.js";
+import { addressOf } from "./request.js";
 import { get, set } from "./store.js";
 import * as pictures from "./pictures.js";
 import { readFacts } from "./png.js";
 
 const STREAMS = 4; // a browser opens six connections to a host, and the form needs some
+const LOOK = 1000; // milliseconds between two looks at a model that is being loaded
 const SHOWN = 8; // runs that stay on the page
 const DRAW = "v1/images/generations";
 const EDIT = "v1/images/edits";
@@ -35,6 +37,7 @@ export function start(requests, source = null) {
 
 /** Give a run up: the server stops drawing it at the next step. */
 export function cancel(run) {
+  if (run.status === "ended") return;
   run.controller.abort();
   if (waiting.includes(run)) {
     waiting.splice(waiting.indexOf(run), 1);
@@ -83,6 +86,7 @@ async function draw(run) {
   try {
     await before;
     const [path, body] = await message(run);
+    followLoad(run);
     for await (const event of events(path, body, run.controller.signal)) await take(run, event, path);
     failCells(run, "The stream ended before the picture was done.");
   } catch (error) {
@@ -91,6 +95,17 @@ async function draw(run) {
     run.param = error.param;
     if (error instanceof Fault && error.status === 401) set({ asksKey: true });
     if (!(error instanceof Fault)) console.error(error);
+  }
+}
+
+/** Until its first step, look whether the model of a run is being loaded. */
+async function followLoad(run) {
+  const { model } = run.requests[0].body;
+  while (run.status === "running" && !run.cells.some((cell) => cell.step || cell.record)) {
+    const { state } = await read(addressOf(model)).catch(() => ({}));
+    run.loading = state === "loading" ? model : "";
+    set({});
+    await new Promise((resolve) => setTimeout(resolve, LOOK));
   }
 }
 

@@ -9,7 +9,7 @@ export function Source() {
     <div class="row"><h2>Start from ${source.name}</h2>
       <button type="button" onClick=${() => set({ source: null })}>Remove the picture</button></div>
     <${MaskEditor} picture=${source.blob} value=${source.mask} onChange=${(mask) => set({ source: { ...get().source, mask } })} />
-    <p class="muted">Paint what is drawn anew. Without a mask the whole picture changes, as much as Strength says.</p>
+    <p class="muted">Paint what is drawn anew; Strength 1 leaves nothing of it. Without a mask the whole picture changes.</p>
   </section>`;
 }
 

@@ -17,7 +17,7 @@ export function Stage() {
 
 function Tally({ images, forwards, alone }) {
   return html`<strong>${images} ${images === 1 ? "image" : "images"} in ${forwards} ${forwards === 1 ? "forward" : "forwards"}</strong>
-    ${alone > forwards && html`<span class="muted"> One after another they take ${alone}.</span>`}`;
+    ${alone > forwards && html`<span class="muted"> One after another they would take ${alone}.</span>`}`;
 }
 
 function Run({ run }) {
@@ -26,7 +26,7 @@ function Run({ run }) {
   const failed = run.cells.some((cell) => cell.status === "failed");
   return html`<article class="run" aria-busy=${!ended}>
     <header class="row">
-      <h2>${prompt ?? class_label ?? ""}</h2>
+      <h2>${prompt || class_label || "no prompt"}</h2>
       ${ended && failed && html`<button type="button" onClick=${() => again(run)}>Try again</button>`}
       ${ended
         ? html`<button type="button" aria-label="Take off the page" onClick=${() => dismiss(run)}>✕</button>`
@@ -43,30 +43,43 @@ function Cell({ cell, run }) {
   const { record, preview, label, seed } = cell;
   const what = cell.body.prompt ?? String(cell.body.class_label);
   const left = cell.steps ? 1 - cell.step / cell.steps : 1;
+  const shape = { "--shape": shapeOf(cell) };
   return html`<figure class=${`cell ${cell.status}`}>
-    ${record && html`<button type="button" class="frame" aria-label=${`Open ${what}`} onClick=${() => set({ opened: record })}>
+    ${record && html`<button type="button" class="frame" style=${shape} aria-label=${`Open ${what}`} onClick=${() => set({ opened: record })}>
       <${Picture} blob=${record.blob} alt=${what} /></button>`}
-    ${!record && html`<div class="frame">
+    ${!record && html`<div class="frame" style=${shape}>
       ${preview && html`<${Picture} blob=${preview} alt=${`Preview of ${what}`} />`}
       ${isOpen(cell) && html`<div class="noise" style=${{ opacity: preview ? left / 2 : left }}></div>`}
     </div>`}
     <figcaption>
       ${label && html`<strong>${label}</strong>`}
       ${isOpen(cell) && html`<progress aria-label=${`Progress of ${label || what}`} max=${cell.steps || 1} value=${cell.step}></progress>`}
-      <span class="muted numbers">${stateOf(cell, seed)}</span>
+      <span class="muted numbers">${stateOf(cell, seed, run.loading)}</span>
       ${cell.fault && cell.fault !== run.fault && html`<span class="fault" role="alert">${cell.fault}</span>`}
-      ${record?.reply.warnings?.map((warning) => html`<span class="muted">${warning}</span>`)}
-      ${record && html`<${Actions} record=${record} />`}
+      ${warningsOf(record).map((warning) => html`<span class="muted">${warning}</span>`)}
+      ${record && run.cells.length === 1 && html`<${Actions} record=${record} />`}
     </figcaption>
   </figure>`;
+}
+
+/** Width through height. */
+function shapeOf({ body, record }) {
+  const [width, height] = (record?.reply.size ?? body.size ?? "").split("x").map(Number);
+  return width && height ? width / height : 1;
 }
 
 function isOpen({ status }) {
   return status === "waiting" || status === "queued" || status === "drawing";
 }
 
+/** The server's warnings, but for those about previews, which nobody asked for by name. */
+function warningsOf(record) {
+  return (record?.reply.warnings ?? []).filter((warning) => !warning.startsWith("partial_images"));
+}
+
 /** One line about a cell: where it waits, its step, or how long it took. */
-function stateOf({ status, step, steps, position, ready, record }, seed) {
+function stateOf({ status, step, steps, position, ready, record }, seed, loading) {
+  if (status === "queued" && loading) return `${loading} is being loaded`;
   if (status === "queued") {
     const seconds = Math.max(0, Math.round((ready - Date.now()) / 1000));
     const line = position ? `${position} before it in the queue` : "first in the queue";
@@ -76,7 +89,9 @@ function stateOf({ status, step, steps, position, ready, record }, seed) {
   if (status === "done") {
     const { timings = {} } = record.reply;
     const seconds = (timings.queue ?? 0) + (timings.encode ?? 0) + (timings.denoise ?? 0) + (timings.decode ?? 0);
-    return `${timings.steps} steps in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s, ${(timings.shared ?? 1).toFixed(1)} images a forward, seed ${seed}`;
+    const shared = (timings.shared ?? 1).toFixed(1);
+    const taken = `${timings.steps === 1 ? "1 step" : `${timings.steps} steps`} in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
+    return `${taken}, ${shared} images a forward, seed ${seed}`;
   }
   return { waiting: "waiting for a connection", cancelled: "cancelled" }[status] ?? "";
 }

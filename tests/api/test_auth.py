@@ -43,7 +43,7 @@ def routes(parts: list[BaseRoute], prefix: str = "") -> Iterator[tuple[str, str]
 
 def unguarded(app: FastAPI, http: httpx.Client) -> set[str]:
     """Paths that answer anything but 401 to who brings no key."""
-    names = {"model": "tiny-text", "name": "start.js"}
+    names = {"model": "tiny-text", "name": "start.js", "path": "start.js"}
     asked = [(path, http.request(method, path.format(**names))) for method, path in routes(app.routes)]
     assert all(reply.headers["www-authenticate"] == "Bearer" for _, reply in asked if reply.status_code == 401)
     return {path for path, reply in asked if reply.status_code != 401}

@@ -109,7 +109,7 @@ ANSWERS: dict[str, tuple[int, str, Asked]] = {
     "picture": (200, ALICE, lambda http: http.post(IMAGES, json={"prompt": "a"}, headers={"Accept": "image/png"})),
     "warned": (200, ALICE, lambda http: http.post(IMAGES, json=WARNED, headers={"Accept": "image/png"})),
     "stream": (200, ALICE, lambda http: http.post(IMAGES, json={"prompt": "a", "stream": True})),
-    "root": (307, ALICE, lambda http: http.get("/")),
+    "root": (200, ALICE, lambda http: http.get("/")),
     "page": (200, ALICE, lambda http: http.get("/docs")),
     "head": (200, ALICE, lambda http: http.head("/v1/models")),
     "probe": (200, ALICE, lambda http: http.get("/healthz")),

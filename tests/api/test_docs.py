@@ -11,14 +11,13 @@ import pytest
 
 from app.api import docs
 from tests.api.browser import look
-from tests.parts.servers import ALICE, Server, bearer
 
 FILES = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript", "start.js": "text/javascript"}
 
 
 def test_a_browser_shows_every_operation_and_needs_no_other_host(http: httpx.Client, url: str, tmp_path: Path) -> None:
-    """From `/`, as a new user comes. Nothing is refused by the page's own policy, and nothing is missing."""
-    seen = look(f"{url}/", tmp_path)
+    """Nothing is refused by the page's own policy, and nothing is missing."""
+    seen = look(f"{url}/docs", tmp_path)
     shown = {path.replace("\u200b", "") for path in re.findall(r'data-path="([^"]+)"', seen.html)}
     assert shown == set(http.get("/openapi.json").json()["paths"])
     assert seen.console == []
@@ -68,11 +67,3 @@ def test_the_page_is_not_inline_and_of_this_server_alone(http: httpx.Client) -> 
         assert part.headers["content-type"].partition(";")[0] == FILES.get(name, "image/png")
     for name in ("nothing.js", "__init__.py", "..%2Fmain.py", "%2Fetc%2Fpasswd"):
         assert http.get(f"/docs/{name}").json()["error"]["code"] == "not_found"
-
-
-def test_the_root_leads_to_the_docs(http: httpx.Client, closed: Server) -> None:
-    reply = http.get("/")
-    assert (reply.status_code, reply.headers["location"]) == (307, "docs")
-    assert http.get("/", follow_redirects=True).url.path == "/docs"
-    assert httpx.get(f"{closed.url}/").status_code == 401
-    assert httpx.get(f"{closed.url}/", headers=bearer(ALICE)).status_code == 307

@@ -52,11 +52,17 @@ LEFT = {
     "raw bytes": ("generations", {"prompt": SLOW}, "image/png"),
     "a stream": ("generations", {"prompt": SLOW, "n": 3, "stream": True}, "application/json"),
     "previews": ("generations", {"prompt": SLOW, "stream": True, "partial_images": 3}, "application/json"),
+    "steps": ("generations", {"prompt": SLOW, "stream": True, "progress": True}, "application/json"),
+    "a batch": ("batch", {"prompt": SLOW, "progress": True}, "application/json"),
     "a comparison": ("compare", COMPARED, "application/json"),
     "a panel": ("compare", COMPARED, "image/png"),
     "a comparison that fails": ("compare", FAILING, "application/json"),
 }
-"""What a client leaves in the middle: route, body and Accept."""
+"""What a client leaves in the middle: route, body (of a batch, that of each of its requests) and Accept."""
+
+
+def whole(route: str, body: dict[str, object]) -> dict[str, object]:
+    return {"requests": [body] * 3} if route == "batch" else body
 
 
 @pytest.mark.parametrize("what", LEFT)
@@ -71,7 +77,7 @@ def test_leaving_is_no_error_of_the_server(
     """No line above info, no traceback, from whatever logger; and nothing goes on being drawn."""
     route, body, accept = LEFT[what]
     log.set_level(logging.INFO)
-    sent = json.dumps({"num_inference_steps": 50, **body}).encode()
+    sent = json.dumps(whole(route, {"num_inference_steps": 50, **body})).encode()
     head = f"POST /v1/images/{route} HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\nContent-Length: {len(sent)}\r\n\r\n"
     with connect(url) as wire:
         wire.sendall(head.encode() + sent)
@@ -91,7 +97,8 @@ def test_leaving_is_no_error_of_the_server(
 def test_pictures_go_with_their_answer_without_a_garbage_collector(http: httpx.Client, what: str) -> None:
     """They are megabytes each, which it does not see, and a request of some seconds is old to it: it comes late."""
     route, body, accept = LEFT[what]
-    sent = {**body, "prompt": ["a cat", "a dog"] if route == "compare" else "a cat", "num_inference_steps": 4}
+    prompt = ["a cat", "a dog"] if route == "compare" else "a cat"
+    sent = whole(route, {**body, "prompt": prompt, "num_inference_steps": 4})
     headers = {"Accept": accept}
     gc.collect()
     gc.disable()

@@ -11,9 +11,9 @@ from tests.api.test_access import lines, log  # noqa: F401
 from tests.parts.servers import ALICE, BOB, Server, bearer
 from tests.parts.wires import answer, connect
 
-OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics", "/", "/page/page.css", "/page/nothing")
 PATHS = (
-    *("/", "/docs", "/docs/start.js", "/docs/swagger-ui-bundle.js", "/docs/nothing", "/openapi.json", "/health"),
+    *("/docs", "/docs/start.js", "/docs/swagger-ui-bundle.js", "/docs/nothing", "/openapi.json", "/health"),
     *("/v1/models", "/v1/models/tiny-text", "/v1/models/nope", "/v1/models/tiny-label/classes?q=gold", "/nothing"),
     *("/v1/images/generations", "/v1/models/tiny-label/load"),
 )

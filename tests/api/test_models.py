@@ -36,6 +36,29 @@ def test_a_model_tells_its_facts(http: httpx.Client) -> None:
     assert (other["parameters"], other["bytes"], other["gated"]) == (None, None, False)
 
 
+def test_a_model_alone_has_the_fields_of_its_bodies(http: httpx.Client) -> None:
+    """In the bounds that a body is checked by, and with the defaults that a reply has."""
+    model = http.get("/v1/models/tiny-text").json()
+    fields = model["fields"]
+    assert {"prompt", "num_inference_steps", "loras", "progress", "strength", "resize", "overlay"} <= fields.keys()
+    assert not {"class_label", "clip_skip", "user", "quality", "image"} & fields.keys()
+    assert all(field["description"] for field in fields.values())
+    low, high = fields["num_inference_steps"]["minimum"], fields["num_inference_steps"]["maximum"]
+    for steps, status in ((low - 1, 400), (low, 200), (high, 200), (high + 1, 400)):
+        assert generate(http, {"prompt": "a", "num_inference_steps": steps}).status_code == status
+    reply = generate(http, {"prompt": "a"}).json()
+    same = ("num_inference_steps", "guidance_scale", "sampler", "size", "max_sequence_length")
+    assert {name: fields[name]["default"] for name in same} == {name: reply[name] for name in same}
+    assert fields["strength"]["default"] == model["defaults"]["strength"]
+    assert all("fields" not in entry for entry in http.get("/v1/models").json()["data"])
+
+
+def test_the_fields_of_a_model_of_classes_do_not_list_them(http: httpx.Client) -> None:
+    fields = http.get("/v1/models/tiny-label").json()["fields"]
+    assert fields["class_label"]["anyOf"][:2] == [{"type": "integer", "minimum": 0, "maximum": 5}, {"type": "string"}]
+    assert "goldfish" not in str(fields) and "negative_prompt" not in fields
+
+
 def test_the_document_says_what_the_facts_of_a_model_are(http: httpx.Client) -> None:
     entry = http.get("/openapi.json").json()["components"]["schemas"]["ModelEntry"]
     facts = {"parameters", "bytes", "gated", "license", "downloaded"}

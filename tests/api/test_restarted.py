@@ -19,6 +19,7 @@ from PIL import Image
 from app.request import Prompt
 from app.settings import Settings
 from app.worker import child
+from tests.api.streams import events, kinds, of_each
 from tests.api.test_access import lines, log  # noqa: F401
 from tests.parts.fake_worker import colour
 from tests.parts.servers import Server, generate
@@ -129,6 +130,27 @@ def test_a_stream_goes_on_after_its_previews_with_one_picture_each(own: Server) 
     }
     after = [event for event in events if event["type"].endswith("partial_image")][-3:]
     assert [(event["image_index"], event["partial_image_index"]) for event in after] == [(1, 0), (1, 1), (1, 2)]
+
+
+def test_steps_begin_again_with_each_request_of_a_batch(own: Server) -> None:
+    """After the comment, from 1, for the images that are left alone: each picture comes once."""
+    slow = {"prompt": "!slow 1.5", "model": "tiny-text", "num_inference_steps": 20, "progress": True}
+    body = {"requests": [{**slow, "prompt": "a cat"}, slow, {**slow, "seed": 3}]}
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(httpx.post, f"{own.url}/v1/images/batch", json=body, timeout=60)
+        eventually(lambda: own.supervisor.images("tiny-text")[1] == 2)
+        kill(own)
+        text = future.result().text
+    before, after = text.split(": restarted\n\n", 1)
+    assert after.count(": restarted\n\n") == 1 and text.count(".accepted\n") == 3
+    early, late = of_each(events(before), 3), of_each(events(after), 3)
+    assert kinds(early[0])[-1] == "completed" and late[0] == []
+    for request in (1, 2):
+        steps = [event["step"] for event in early[request] if event["type"].endswith("progress")]
+        assert steps == [*range(1, len(steps) + 1)] and len(steps) < 20
+        assert kinds(late[request]) == [*["progress"] * 20, "completed"]
+        assert [event["step"] for event in late[request][:-1]] == [*range(1, 21)]
+    assert pixel(b64decode(late[2][-1]["b64_json"])) == colour(Prompt("!slow 1.5"), 3)
 
 
 def test_the_openai_client_reads_over_the_comment(own: Server) -> None:

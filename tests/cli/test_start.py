@@ -72,9 +72,9 @@ def test_a_terminal_ends_with_the_address_and_a_curl_that_works(tiny: Path, cach
     """The real console script and a real model; and however little is logged."""
     flags = ("--models", str(tiny), "--cache", str(cache), "--default-model", "tiny-sd3", "--log-level", "error")
     with started(CONSOLE, True, *flags) as start:
-        where, curl = lines(start)[-2:]
-        (url,) = re.findall(r"^Instep listens on (http://127\.0\.0\.1:\d+) \(", where)
-        assert where == f"Instep listens on {url} (docs: {url}/docs). A first picture:"
+        words, curl, where = lines(start)[-3:]
+        (url,) = re.findall(r"^Instep draws at (http://127\.0\.0\.1:\d+)$", where)
+        assert words == "A first picture:"
         assert curl.startswith(f"curl {url}/v1/images/generations ")
         assert pasted(curl, tmp_path) == (32, 32)
 
@@ -96,7 +96,8 @@ def test_a_terminal_is_told_that_keys_are_wanted(tmp_path: Path) -> None:
     models = write_cards(tmp_path / "models")
     flags = ("--models", str(models), "--default-model", "tiny-text", "--host", "::1")
     with started(FAKED, True, *flags, INSTEP_API_KEYS=f"alice={KEY}") as start:
-        where, curl = lines(start)[-2:]
-        assert re.search(r"^Instep listens on http://\[::1\]:\d+, with one of your keys in INSTEP_KEY\.", where)
+        words, curl, where = lines(start)[-3:]
+        assert re.fullmatch(r"Instep draws at http://\[::1\]:\d+", where)
+        assert words == "A first picture, with one of your keys in INSTEP_KEY:"
         assert KEY not in start.words
         assert pasted(curl, tmp_path, INSTEP_KEY=KEY) == (32, 32)

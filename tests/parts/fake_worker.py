@@ -3,7 +3,7 @@
 Every image is one solid colour, `colour(condition, seed)`.
 
 Rows advance together, one step a tick of STEP seconds, as the engine's do. Prompts that begin with "!" misbehave:
-    !nan        the request fails with non_finite_output at its second step
+    !nan        the request fails with non_finite_output at its second step; !nan 6 at its sixth, if it has one
     !oom        the request fails with OutOfMemory at its second step
     !load       the request fails with CheckpointError before its first step
     !hang       announces 0.3 seconds, then says nothing for ever
@@ -223,6 +223,8 @@ class FakeWorker:
     def misbehave(self, row: Row, text: str) -> None:
         request = row.request
         if text.startswith("!nan"):
+            if row.step < int(next(filter(str.isdigit, text.split()), 0)):
+                return
             self.fail(
                 request.id, EngineError("The network produced numbers that are not finite.", code="non_finite_output")
             )
