@@ -57,6 +57,7 @@ export function submit() {
   set({ fault: "" });
   try {
     start(requestsOf(state), state.source);
+    if (matchMedia("(max-width: 820px)").matches) document.querySelector(".stage").scrollIntoView();
   } catch (error) {
     set({ fault: error.message });
   }

@@ -56,8 +56,9 @@ def form(page: Page) -> Locator:
 
 
 def field(page: Page, label: str) -> Locator:
-    """A control of the form."""
-    return form(page).get_by_label(label, exact=True)
+    """A control of the form. A list of choices is found by its role: the words of its label would have the choices."""
+    choices = form(page).get_by_role("combobox", name=label, exact=True)
+    return choices.or_(form(page).get_by_label(label, exact=True))
 
 
 def stage(page: Page) -> Locator:
@@ -113,7 +114,8 @@ def drop(page: Page, name: str, kind: str, data: bytes) -> None:
 
 def paint(page: Page) -> None:
     """Draw a stroke with the brush through the middle of the source, by finger where there is touch."""
-    canvas = source(page).get_by_role("img", name="Mask")
+    canvas = source(page).get_by_role("application", name="Mask")
+    expect(canvas.locator("..")).to_have_attribute("aria-busy", "false")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None
