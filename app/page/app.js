@@ -7,6 +7,7 @@ import { Picture } from "./picture.js";
 import * as pictures from "./pictures.js";
 import { readFacts } from "./png.js";
 import { choose, fill, fitting, remember, remembered } from "./request.js";
+import { cancel } from "./runs.js";
 import { startFrom } from "./source.js";
 import { Stage } from "./stage.js";
 import { get, set, useStore } from "./store.js";
@@ -19,7 +20,7 @@ export function App() {
   useEffect(() => {
     load();
     pictures.all().then(join);
-    return listen({ dragover, dragleave, drop, paste });
+    return listen({ dragover, dragleave, drop, paste, keydown });
   }, []);
   useEffect(() => remember(get()));
   return html`
@@ -99,6 +100,13 @@ function dragover(event) {
 
 function dragleave(event) {
   if (!event.relatedTarget) document.body.classList.remove("dropping");
+}
+
+/** Escape cancels what was started last, where there is no window for it to close. */
+function keydown(event) {
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+  const run = get().runs.find(({ status }) => status !== "ended");
+  if (run) cancel(run);
 }
 
 function drop(event) {

@@ -62,8 +62,9 @@ export function submit() {
   set({ fault: "" });
   try {
     const requests = requestsOf(state);
-    if (requests.length) start(requests, state.source);
-    else set({ fault: "There is nothing to compare: give one value at least." });
+    if (!requests.length) return set({ fault: "There is nothing to compare: give one value at least." });
+    start(requests, state.source);
+    if (matchMedia("(max-width: 820px)").matches) document.querySelector(".stage").scrollIntoView();
   } catch (error) {
     set({ fault: error.message });
   }

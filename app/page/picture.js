@@ -1,10 +1,10 @@
 import { html } from "./html.js";
-import { useEffect, useRef } from "./lib/hooks.js";
+import { useLayoutEffect, useRef } from "./lib/hooks.js";
 
 /** An image of a blob. Its address lives as long as the blob is shown, and is revoked afterwards. */
 export function Picture({ blob, alt, ...more }) {
   const image = useRef(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const url = URL.createObjectURL(blob);
     image.current.src = url;
     return () => URL.revokeObjectURL(url);

@@ -37,6 +37,7 @@ export function start(requests, source = null) {
 
 /** Give a run up: the server stops drawing it at the next step. */
 export function cancel(run) {
+  if (run.status === "ended") return;
   run.controller.abort();
   if (waiting.includes(run)) {
     waiting.splice(waiting.indexOf(run), 1);

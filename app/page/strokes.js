@@ -23,6 +23,7 @@ export class Mask {
     this.canvas = canvasOf(...sides); // with all strokes
     this.ground = canvasOf(...sides); // without those that can be undone
     this.strokes = [];
+    for (const canvas of [this.canvas, this.ground]) canvas.getContext("2d", { willReadFrequently: true });
   }
 
   /** Begin a stroke, or do a whole one. */

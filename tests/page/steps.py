@@ -114,7 +114,8 @@ def drop(page: Page, name: str, kind: str, data: bytes) -> None:
 
 def paint(page: Page) -> None:
     """Draw a stroke with the brush through the middle of the source, by finger where there is touch."""
-    canvas = source(page).get_by_label("Mask", exact=True)
+    canvas = source(page).get_by_role("application", name="Mask")
+    expect(canvas.locator("..")).to_have_attribute("aria-busy", "false")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None

@@ -13,6 +13,7 @@ from tests.page.conftest import Visits
 from tests.page.steps import arrive, button, colour_of, draw, gallery, kept, stage
 from tests.parts.browser import Look, Visit
 from tests.parts.fake_worker import colour
+from tests.parts.servers import ALICE, bearer
 from tests.parts.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -21,12 +22,13 @@ EIGHT = [Look(width, dark, closed) for width in (390, 1280) for dark in (False, 
 
 def running(visit: Visit) -> int:
     """Images that the server has in its hands."""
-    return int(httpx.get(f"{visit.url}/health").json()["running"])
+    return int(httpx.get(f"{visit.url}/health", headers=bearer(ALICE)).json()["running"])
 
 
 @pytest.mark.parametrize("look", EIGHT, ids=str)
 def test_a_picture_is_drawn_seen_growing_kept_and_there_after_a_reload(visits: Visits, look: Look) -> None:
-    page = arrive(visits(look)).page
+    visit = arrive(visits(look))
+    page = visit.page
     draw(page, "!slow 2", Seed=5)
     progress = stage(page).get_by_role("progressbar")
     expect(progress).to_be_visible()
@@ -35,6 +37,7 @@ def test_a_picture_is_drawn_seen_growing_kept_and_there_after_a_reload(visits: V
     expect(kept(page)).to_have_count(1)
     expect(progress).to_have_count(0)
     expect(stage(page).get_by_text(re.compile(r"^8 steps in .* seed 5$"))).to_be_visible()
+    visit.settle()
     page.reload()
     expect(kept(page)).to_have_count(1)
     assert colour_of(kept(page, "Open !slow 2")) == colour(Prompt("!slow 2"), 5)
@@ -65,7 +68,6 @@ def test_several_images_of_a_request_each_have_their_own_progress(visit: Visit) 
 
 
 def test_cancel_frees_the_server(visit: Visit) -> None:
-    visit.expect("ERR_ABORTED")
     draw(visit.page, "!slow 600")
     expect(stage(visit.page).get_by_text("step 1 of 8")).to_be_visible()
     assert running(visit) == 1
@@ -78,7 +80,6 @@ def test_cancel_frees_the_server(visit: Visit) -> None:
 
 
 def test_leaving_the_page_frees_the_server(visit: Visit) -> None:
-    visit.expect("ERR_ABORTED")
     draw(visit.page, "!slow 600")
     eventually(lambda: running(visit) == 1)
     visit.page.reload()
@@ -95,16 +96,3 @@ def test_a_failure_is_said_in_the_servers_words_and_can_be_tried_again(visit: Vi
     expect(kept(page)).to_have_count(1)
     expect(stage(page).get_by_role("alert")).to_have_count(1)
     expect(gallery(page).get_by_text("1 picture")).to_be_visible()
-
-
-def test_the_place_in_the_queue_and_the_wait_are_shown(visits: Visits) -> None:
-    """Behind as many as a forward takes, another one waits; the numbers are the server's."""
-    visit = arrive(visits(Look(390)))
-    visit.expect("ERR_ABORTED")
-    event = 'event: image_generation.accepted\ndata: {"type":"image_generation.accepted","queue_position":7,'
-    body = f'{event}"estimated_wait":95.0,"cost":1.0}}\n\n'
-    visit.page.route(
-        "**/v1/images/generations", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body)
-    )
-    draw(visit.page, "a cat")
-    expect(stage(visit.page).get_by_role("alert")).to_be_visible()

@@ -112,7 +112,7 @@ def test_a_mask_is_undone_and_cleared(visit: Visit) -> None:
     assert "mask_image" not in sent(page, "Draw from the picture")
     paint(page)
     assert "mask_image" in sent(page, "Draw from the picture")
-    button(source(page), "Clear").click()
+    button(source(page), "Clear mask").click()
     assert "mask_image" not in sent(page, "Draw from the picture")
     expect(kept(page)).to_have_count(3)
 

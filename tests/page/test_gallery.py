@@ -40,7 +40,7 @@ def test_a_picture_opens_large_with_its_settings_and_closes(visit: Visit) -> Non
     kept(page).click()
     dialog = page.get_by_role("dialog", name="a cat")
     assert colour_of(dialog.get_by_role("img", name="a cat")) == colour(Prompt("a cat"), 5)
-    for words in ("num_inference_steps", "flow_euler", "tiny-sd3"):
+    for words in ("Steps", "flow_euler", "tiny-sd3"):
         expect(dialog.get_by_text(words, exact=True)).to_be_visible()
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,17 +87,26 @@ class Visit:
         self.faults: list[str] = []
         self.addresses: list[str] = []
         self.expected: list[str] = []
+        self._open: set[Request] = set()
         self.context = browser.new_context(**look.options, locale="en-GB", **options)
         self.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
         self.context.set_default_timeout(PATIENCE)
         self.context.add_init_script(BLOBS)
         self.context.on("request", self._sent)
-        self.context.on("requestfailed", lambda one: self.faults.append(f"failed: {one.url[:200]} {one.failure}"))
+        self.context.on("requestfinished", lambda one: self._open.discard(one))
+        self.context.on("requestfailed", self._failed)
         self.context.on("console", self._console)
         self.context.on("weberror", lambda one: self.faults.append(f"exception: {one.error}"))
         self.page: Page = self.context.new_page()
 
+    def _failed(self, request: Request) -> None:
+        """NOTE: a stream that a script reads to its end piece by piece counts as aborted, as often as not."""
+        self._open.discard(request)
+        if request.method != "POST" or request.failure != "net::ERR_ABORTED":
+            self.faults.append(f"failed: {request.url[:200]} {request.failure}")
+
     def _sent(self, request: Request) -> None:
+        self._open.add(request)
         self.addresses.append(request.url)
         parts = urlsplit(request.url)
         if parts.scheme not in ("blob", "data") and f"{parts.scheme}://{parts.netloc}" != self.url:
@@ -122,5 +132,14 @@ class Visit:
         """How many addresses of blobs are open."""
         return int(self.page.evaluate("blobUrls.size"))
 
+    def settle(self) -> None:
+        """Wait until every request has ended."""
+        until = time.monotonic() + PATIENCE / 1000
+        while self._open:
+            assert time.monotonic() < until, [one.url for one in self._open]
+            self.page.wait_for_timeout(10)
+
     def close(self) -> None:
+        """Leave, once every request has ended."""
+        self.settle()
         self.context.close()
