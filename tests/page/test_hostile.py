@@ -285,10 +285,11 @@ def test_a_clipboard_that_is_refused_has_another_way(page: Page) -> None:
 
 def test_text_can_be_dragged_into_the_prompt(page: Page) -> None:
     prevented = page.evaluate("""() => {
-      const transfer = new DataTransfer();
-      transfer.setData("text/plain", "a fox");
-      const options = { dataTransfer: transfer, bubbles: true, cancelable: true };
-      return ["dragover", "drop"].map((name) => new DragEvent(name, options)).map((event) => !document.querySelector("textarea").dispatchEvent(event));
+      const dataTransfer = new DataTransfer();
+      dataTransfer.setData("text/plain", "a fox");
+      const options = { dataTransfer, bubbles: true, cancelable: true };
+      const field = document.querySelector("textarea");
+      return ["dragover", "drop"].map((name) => !field.dispatchEvent(new DragEvent(name, options)));
     }""")
     assert prevented == [False, False]
 
