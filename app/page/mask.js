@@ -22,10 +22,10 @@ export function MaskEditor({ picture, value, onChange }) {
   const state = useRef({ at: [0, 0], painting: false, turn: 0, sent: null }).current;
 
   useLayoutEffect(() => {
-    const turn = ++state.turn;
+    let current = true;
     setMask(null);
     createImageBitmap(picture).then((bitmap) => {
-      if (turn !== state.turn) return bitmap.close();
+      if (!current) return bitmap.close();
       const made = new Mask(bitmap.width, bitmap.height);
       const { width, height } = made.canvas;
       Object.assign(shown.current, { width, height }).getContext("2d").drawImage(bitmap, 0, 0, width, height);
@@ -35,8 +35,11 @@ export function MaskEditor({ picture, value, onChange }) {
       Object.assign(state, { at: [width / 2, height / 2], painting: false, sent: null });
       setSize(Math.max(1, Math.round(Math.max(width, height) / 10)));
       setMask(made);
-    }, () => turn === state.turn && setMask(false));
-    return () => void (state.turn += 1);
+    }, () => current && setMask(false));
+    return () => {
+      current = false;
+      state.turn += 1; // what is on its way is the mask of another picture
+    };
   }, [picture]);
 
   // Before the browser goes on, so that no later stroke has been sent: else an own mask looked like one from outside.
