@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import ssl
 from collections.abc import Iterator
+from functools import cache as once
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
+from app.families.components import network_of, outline_of
 from app.settings import Settings
 from tests.parts.cards import write_cards
 from tests.parts.commands import Run, call
@@ -23,6 +27,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_PATIENCE))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: the garbage collector skips it, as in `app.main`, and does not run meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_list_of_certificates() -> Iterator[None]:
+    """Reading it takes a client 30 ms, and hundreds are made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", once(ssl.create_default_context))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_networks() -> Iterator[None]:
+    """Those of a module's folders are of no use to the next, and a hundred of them are work for the collector."""
+    yield
+    outline_of.cache_clear()
+    network_of.cache_clear()
 
 
 @pytest.fixture(scope="module")

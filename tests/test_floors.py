@@ -87,11 +87,11 @@ PRIVATE = 10
 
 FOREIGN = {
     *("_exit", "_asdict", "_replace", "_didModify"),
-    *("_dynamo", "_compiled_call_impl", "_attn_implementation"),
+    *("_get_command", "_dynamo", "_compiled_call_impl", "_attn_implementation"),
     *("_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"),
     *("_get_clip_prompt_embeds", "_get_t5_prompt_embeds"),
 }
-"""Names that begin with an underscore in Python, torch, transformers and diffusers; ours have other names."""
+"""Names that begin with an underscore in Python, typer, torch, transformers and diffusers; ours have other names."""
 
 TORCH = ("torch", "diffusers", "transformers", "safetensors.torch")
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
+from typer import testing
 from typer.testing import CliRunner, Result
 
 from app.cli.commands import app
 
 Run = Callable[..., Result]
+
+testing._get_command = cache(testing._get_command)  # the tree of commands, built once
 
 
 def call(*words: object) -> Result:

@@ -84,6 +84,7 @@ class Sender(BaseHTTPRequestHandler):
     """What both hosts do."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def send(self, hub: Hub, path: str, body: bytes, headers: dict[str, str] | None = None) -> None:
         """A file, or the range of it that is asked for, and whatever is wrong with it today."""
