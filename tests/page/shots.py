@@ -107,6 +107,8 @@ def asked(browser: Browser, url: str, look: Look, out: Path) -> None:
 
 def save(visit: Visit, state: str, out: Path) -> None:
     dialog = visit.page.get_by_role("dialog").count() > 0
+    if not dialog:
+        visit.page.evaluate("scrollTo(0, 0)")  # what stays in sight while one scrolls would be in the middle
     file = out / f"{state}-{str(visit.look).rpartition('-')[0]}.png"
     visit.page.screenshot(path=file, full_page=not dialog)
     print(file)
