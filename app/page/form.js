@@ -64,7 +64,6 @@ export function submit() {
     const requests = requestsOf(state);
     if (!requests.length) return set({ fault: "There is nothing to compare: give one value at least." });
     start(requests, state.source);
-    if (matchMedia("(max-width: 820px)").matches) document.querySelector(".stage").scrollIntoView();
   } catch (error) {
     set({ fault: error.message });
   }
