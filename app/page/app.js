@@ -117,8 +117,8 @@ function drop(event) {
 }
 
 function paste(event) {
-  const file = event.clipboardData?.files[0];
-  if (file) offer(file);
+  const { files, types } = event.clipboardData;
+  if (!types.includes("text/plain")) offer(files[0]); // else it is text that also comes as a picture of it
 }
 
 function opened(event) {

@@ -54,7 +54,7 @@ export function change(name, value) {
 export async function fill({ model, ...facts }) {
   const known = get().models.find((one) => one.id === model || one.aliases.includes(model));
   if (known && known.id !== get().model?.id) await choose(known.id);
-  if (known && known.id !== get().model?.id) return; // it is gone meanwhile, as the page says
+  if (!get().model || (known && known.id !== get().model.id)) return; // it is gone meanwhile, as the page says
   const { values, left } = fitting(get().model, facts);
   const isMissing = !known && typeof model === "string";
   const missing = isMissing ? `This server has no model ${model}; the form has the rest. ` : "";

@@ -11,9 +11,10 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from app.imaging import encode_image
+from app.settings import Settings
 from tests.page.steps import arrive, button, choose_model, draw, drop, field, kept, sent, stage
 from tests.parts.browser import Look, Visit
-from tests.parts.servers import ALICE
+from tests.parts.servers import ALICE, Served, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +198,51 @@ def test_a_server_that_is_gone_and_comes_back(visit: Visit) -> None:
     expect(stage(page).get_by_role("alert")).to_contain_text("does not answer")
     button(page, "Try again").click()
     expect(kept(page)).to_have_count(1)
+
+
+def test_a_server_that_dies_in_the_middle_and_is_started_again(visits: Visits, settings: Settings) -> None:
+    facts = settings.model_copy(update={"port": free_port()})
+    with Served(facts) as server:
+        server.wait_ready()
+        visit = visits(DESK, server.url)
+        visit.expect("status of 503", "ERR_", "failed: ")
+        page = arrive(visit).page
+        draw(page, "!slow 60", Steps=20)
+        expect(stage(page).get_by_text("step 1 of 20")).to_be_visible()
+    expect(stage(page).get_by_role("alert")).to_contain_text("broke")
+    draw(page, "a fox")
+    expect(stage(page).get_by_role("alert").first).to_contain_text("does not answer")
+    with Served(facts) as server:
+        server.wait_ready()
+        button(page, "Try again").first.click()
+        expect(kept(page, "a fox")).to_have_count(1)
+
+
+def test_one_of_two_is_cancelled_and_the_other_goes_on(page: Page) -> None:
+    draw(page, "!slow 60", Steps=20)
+    expect(stage(page).get_by_text("step 1 of 20")).to_be_visible()
+    draw(page, "!slow 3", Steps=20)
+    expect(stage(page).get_by_text("step 1 of 20")).to_have_count(2)
+    button(page, "Cancel").last.click()
+    expect(stage(page).get_by_text("cancelled")).to_have_count(1)
+    expect(kept(page)).to_have_count(1)
+    expect(stage(page).get_by_role("alert")).to_have_count(0)
+
+
+def test_a_picture_of_one_whose_key_is_forgotten(visits: Visits) -> None:
+    visit = arrive(visits(CLOSED))
+    visit.expect("status of 401")
+    page = visit.page
+    draw(page, "a fox")
+    expect(kept(page)).to_have_count(1)
+    button(page, "Forget the key").click()
+    expect(page.get_by_label("API key")).to_be_visible()
+    button(page, "Use its settings").click()
+    button(page, "Use this seed").click()
+    button(page, "Edit").click()
+    page.get_by_label("API key").fill(ALICE)
+    page.get_by_role("button", name="Continue").click()
+    expect(field(page, "Prompt")).to_have_value("a fox")
 
 
 def test_metrics_that_never_come_hold_nothing_up(visit: Visit) -> None:
