@@ -1,6 +1,6 @@
 """A survey of LoRAs without torch: the same pickle comes in and the same JSON goes out as of app.checkpoints.adapters.
 
-A file is TOML with the fields of an Adapter; `fits` names models. INSTEP_FAKE_SURVEY: it waits until this file is there.
+A file is TOML with the fields of an Adapter; `fits` names models. INSTEP_FAKE_SURVEY: a file that it waits for.
 """
 
 from __future__ import annotations
