@@ -91,6 +91,14 @@ def test_the_context_is_what_is_copied_and_no_more() -> None:
     ]
 
 
+def test_the_page_is_in_the_image() -> None:
+    """The folder app/ is copied whole, and its wheel has the page (tests/api/test_page.py)."""
+    assert ("COPY", "app app") in instructions()
+    assert [
+        line for line in ignored() if line[0] != "!" and line not in ("*", "**/__pycache__", "models/recipes")
+    ] == []
+
+
 def test_no_secret_is_asked_for_or_set_in_the_image() -> None:
     named = [rest for name, rest in instructions() if name in ("ARG", "ENV", "LABEL")]
     assert [rest for rest in named if SECRET.search(rest)] == []

@@ -52,7 +52,11 @@ async function remove({ id }) {
 
 /** NOTE: without https only this machine's own pages may use the clipboard's interface. */
 async function toClipboard(words) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(words);
+  try {
+    return await navigator.clipboard.writeText(words);
+  } catch {
+    // it is not there, or the browser does not allow it
+  }
   const area = Object.assign(document.createElement("textarea"), { value: words });
   (document.querySelector("dialog[open]") ?? document.body).append(area);
   area.select();

@@ -1,16 +1,28 @@
 /** Calls of the server that sent this page, by addresses relative to it, with the key of this tab. */
 
 const KEY = "instep-key";
+const PATIENCE = 3000; // milliseconds
+
+let kept = storage((store) => store.getItem(KEY)) ?? "";
 
 /** The key of this tab; "" if there is none. */
 export function key() {
-  return sessionStorage.getItem(KEY) ?? "";
+  return kept;
 }
 
 /** Keep a key until the tab is closed; an empty one forgets it. */
 export function keepKey(value) {
-  if (value) sessionStorage.setItem(KEY, value);
-  else sessionStorage.removeItem(KEY);
+  kept = value;
+  storage((store) => (value ? store.setItem(KEY, value) : store.removeItem(KEY)));
+}
+
+/** NOTE: a browser that blocks cookies throws at the name alone. */
+function storage(use) {
+  try {
+    return use(sessionStorage);
+  } catch {
+    return null; // the key lives until a reload
+  }
 }
 
 /** Where the server is, without a slash at the end. */
@@ -37,7 +49,7 @@ async function call(path, options = {}) {
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
-  throw new Fault(response.status, body.error, response.headers.get("Retry-After") ?? "");
+  throw new Fault(response.status, body?.error ?? {}, response.headers.get("Retry-After") ?? "");
 }
 
 /** The JSON at this address. Throws a Fault. */
@@ -45,9 +57,9 @@ export async function read(path) {
   return (await call(path)).json();
 }
 
-/** The text at this address. Throws a Fault. */
+/** The text at this address. Throws a Fault, also if it does not come within some seconds. */
 export async function text(path) {
-  return (await call(path)).text();
+  return (await call(path, { signal: AbortSignal.timeout(PATIENCE) })).text();
 }
 
 /**

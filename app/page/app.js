@@ -6,7 +6,7 @@ import { useEffect, useState } from "./lib/hooks.js";
 import { Picture } from "./picture.js";
 import * as pictures from "./pictures.js";
 import { readFacts } from "./png.js";
-import { choose, fill, remember, remembered } from "./request.js";
+import { choose, fill, fitting, remember, remembered } from "./request.js";
 import { cancel } from "./runs.js";
 import { startFrom } from "./source.js";
 import { Stage } from "./stage.js";
@@ -19,7 +19,7 @@ export function App() {
   const { asksKey, fault } = useStore();
   useEffect(() => {
     load();
-    pictures.all().then((all) => set({ pictures: all }));
+    pictures.all().then(join);
     return listen({ dragover, dragleave, drop, paste, keydown });
   }, []);
   useEffect(() => remember(get()));
@@ -49,10 +49,17 @@ async function load() {
     const first = known ?? data.find((one) => one.downloaded) ?? data[0];
     set({ models: data, asksKey: false, fault: data.length ? "" : "This server has no models." });
     if (first) await choose(first.id);
-    if (known) set({ values: values ?? {}, locked: Boolean(locked) });
+    const { model } = get();
+    if (known && known.id === model?.id) set({ values: fitting(model, Object(values)).values, locked: Boolean(locked) });
   } catch (error) {
     set(error.status === 401 ? { asksKey: true } : { fault: error.message });
   }
+}
+
+/** Put the pictures of earlier visits behind those that were drawn meanwhile. */
+function join(all) {
+  const drawn = get().pictures;
+  set({ pictures: [...drawn, ...all.filter(({ id }) => drawn.every((one) => one.id !== id))] });
 }
 
 function forget() {
@@ -67,10 +74,11 @@ function AskKey() {
     event.preventDefault();
     keepKey(new FormData(event.target).get("key").trim());
     await load();
-    setWrong(get().asksKey);
+    setWrong(get().asksKey && !get().fault);
   };
   return html`<form class="form" onSubmit=${send} aria-label="Key">
-    <label class="field wide"><span>API key</span><input name="key" type="password" autocomplete="off" required autofocus /></label>
+    <label class="field wide"><span>API key</span><input name="key" type="password" autocomplete="off" required autofocus pattern="\\s*[!-~]+\\s*"
+      title="letters, digits and signs without spaces" /></label>
     ${wrong && html`<p class="fault wide" role="alert">This server does not know this key.</p>`}
     <p class="muted wide">This server draws for those who have a key. It stays in this tab until you close it.</p>
     <div class="draw"><button class="primary" type="submit">Continue</button></div>
@@ -85,6 +93,7 @@ function listen(handlers) {
 }
 
 function dragover(event) {
+  if (!event.dataTransfer.types.includes("Files")) return; // text that goes into a field
   event.preventDefault();
   document.body.classList.add("dropping");
 }
@@ -95,20 +104,21 @@ function dragleave(event) {
 
 /** Escape cancels what was started last, where there is no window for it to close. */
 function keydown(event) {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
   const run = get().runs.find(({ status }) => status !== "ended");
   if (run) cancel(run);
 }
 
 function drop(event) {
-  event.preventDefault();
   document.body.classList.remove("dropping");
+  if (!event.dataTransfer.types.includes("Files")) return;
+  event.preventDefault();
   offer(event.dataTransfer.files[0]);
 }
 
 function paste(event) {
-  const file = event.clipboardData?.files[0];
-  if (file) offer(file);
+  const { files, types } = event.clipboardData;
+  if (!types.includes("text/plain")) offer(files[0]); // else it is text that also comes as a picture of it
 }
 
 function opened(event) {

@@ -12,7 +12,7 @@ export function requestsOf(state) {
   const body = bodyOf(state);
   if (!state.compare || state.source) return [{ label: "", body }];
   const { field } = state.compare;
-  return valuesOf(state).map((value) => ({ label: wordsOf(field, value), body: { ...onlyShared(field, body), n: 1, [field]: value } }));
+  return valuesOf(state).slice(0, MOST).map((value) => ({ label: wordsOf(field, value), body: { ...onlyShared(field, body), n: 1, [field]: value } }));
 }
 
 /** A model may not take the settings of another: it gets those that all have. */
@@ -33,7 +33,7 @@ function valuesOf({ model, models, compare }) {
   if (choicesOf(field, model, models).length) return values ?? choicesOf(field, model, models).slice(0, 2);
   const typed = values ?? (field === "num_inference_steps" ? usualSteps(kind) : "1, 3, 5, 8");
   const numbers = typed.split(/[ ,;]+/).filter(Boolean).map(Number).filter(Number.isFinite);
-  return [...new Set(numbers)].slice(0, MOST);
+  return [...new Set(numbers)];
 }
 
 function usualSteps({ initial }) {

@@ -20,10 +20,14 @@ export const MAIN = ["num_inference_steps", "guidance_scale", "true_cfg_scale", 
 /** Fields of a request that starts from a picture. */
 export const EDITING = ["strength", "resize", "mask_blur", "overlay"];
 
-/** Fields that the page fills in by itself, has controls of another kind for, or has no use for. */
-const APART = [
-  ...["prompt", "class_label", "negative_prompt", "seed", "loras", "refiner", "model"],
+/** Fields of how pictures are sent, which the page fills in by itself. */
+export const SENDING = [
   ...["stream", "progress", "partial_images", "response_format", "output_format", "output_compression", "grid"],
+];
+
+/** Fields that the page has controls of another kind for, or no use for. */
+const APART = [
+  ...["prompt", "class_label", "negative_prompt", "seed", "loras", "refiner", "model", ...SENDING],
   ...["quality", "background", "moderation", "style", "complexity", "user", "safety_identifier", "input_fidelity"],
 ];
 
@@ -46,6 +50,32 @@ export function kindOf(schema) {
   const { minimum, maximum, maxLength } = Object.assign({}, ...parts.toReversed());
   return { type: options ? "enum" : types[0], options, minimum, maximum, maxLength, initial: schema.default };
 }
+
+/** Whether a value of unknown origin is one of a field. */
+export function takes(schema, value) {
+  const { type, anyOf, items, minimum, maximum, pattern, properties = {}, required = [] } = schema;
+  const most = schema.maxLength ?? schema.maxItems;
+  return (
+    (!type || TYPES[type](value)) &&
+    (!anyOf || anyOf.some((one) => takes(one, value))) &&
+    (!schema.enum || schema.enum.includes(value)) &&
+    !(value < minimum || value > maximum || value?.length > most) &&
+    (!pattern || new RegExp(pattern).test(value)) &&
+    (!items || value.every((one) => takes(items, one))) &&
+    required.every((name) => Object.hasOwn(value, name)) &&
+    Object.keys(properties).every((name) => !Object.hasOwn(value, name) || takes(properties[name], value[name]))
+  );
+}
+
+const TYPES = {
+  string: (value) => typeof value === "string",
+  number: Number.isFinite,
+  integer: Number.isSafeInteger,
+  boolean: (value) => typeof value === "boolean",
+  array: Array.isArray,
+  object: (value) => typeof value === "object" && value !== null && !Array.isArray(value),
+  null: (value) => value === null,
+};
 
 /** What a person typed as a value of this kind; undefined for nothing, which is the model's default. */
 export function valueOf(kind, typed) {

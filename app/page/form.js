@@ -10,17 +10,22 @@ import { get, set, useStore } from "./store.js";
 
 /** The form: everything that a request for the chosen model can say. */
 export function Form() {
-  const { models, model, values, compare, source } = useStore();
-  if (!model) return html`<form class="form"><p class="muted">Loading the models ...</p></form>`;
+  const { models, model, values, compare, source, fault } = useStore();
+  if (!model) return html`<form class="form"><p class="muted">${fault ? "There is no model." : "Loading the models ..."}</p></form>`;
   const field = (name) => html`<${Field} key=${name} name=${name} />`;
   const here = (names) => names.filter((name) => name in model.fields);
   const draw = (event) => {
     event.preventDefault();
     submit();
   };
-  const sendByKey = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && draw(event);
+  const sendByKey = (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    event.target.form.requestSubmit();
+  };
+  const unfold = (event) => event.target.closest("details")?.setAttribute("open", ""); // else nobody sees what is wrong
   return html`
-    <form class="form" onSubmit=${draw} aria-label="What to draw">
+    <form class="form" onSubmit=${draw} onInvalidCapture=${unfold} aria-label="What to draw">
       ${source && html`<${Source} />`}
       ${model.condition === "prompt" && html`<label class="field wide">
         <span>Prompt</span>
@@ -56,8 +61,9 @@ export function submit() {
   const state = get();
   set({ fault: "" });
   try {
-    start(requestsOf(state), state.source);
-    if (matchMedia("(max-width: 820px)").matches) document.querySelector(".stage").scrollIntoView();
+    const requests = requestsOf(state);
+    if (!requests.length) return set({ fault: "There is nothing to compare: give one value at least." });
+    start(requests, state.source);
   } catch (error) {
     set({ fault: error.message });
   }
@@ -107,12 +113,16 @@ function Class() {
   const [found, setFound] = useState([]);
   const typed = String(values.class_label ?? "");
   useEffect(() => {
+    let current = true;
     const timer = setTimeout(async () => {
       const path = `${addressOf(model.id)}/classes?q=${encodeURIComponent(typed)}`;
       const { data } = await read(path).catch(() => ({ data: [] }));
-      setFound(data.slice(0, 50));
+      if (current) setFound(data.slice(0, 50));
     }, 120);
-    return () => clearTimeout(timer);
+    return () => {
+      current = false;
+      clearTimeout(timer);
+    };
   }, [model.id, typed]);
   const twice = (entry) => found.some((other) => other.name === entry.name && other.id !== entry.id);
   return html`<label class="field wide"><span>Class</span>
@@ -130,7 +140,7 @@ function Seed() {
     set({ values: { ...get().values, seed }, locked: seed !== undefined });
   };
   return html`<div class="field seed wide">
-    <label><span>Seed</span><input type="number" min="0" step="1" inputmode="numeric" placeholder="a new one each time"
+    <label><span>Seed</span><input type="number" min="0" max=${Number.MAX_SAFE_INTEGER} step="1" inputmode="numeric" placeholder="a new one each time"
       value=${locked ? values.seed ?? "" : ""} onInput=${put} /></label>
     <label class="check"><input type="checkbox" checked=${locked} disabled=${values.seed === undefined}
       onChange=${(event) => set({ locked: event.target.checked })} />Lock seed</label>

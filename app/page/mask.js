@@ -1,9 +1,9 @@
 import { html } from "./html.js";
-import { useEffect, useLayoutEffect, useReducer, useRef, useState } from "./lib/hooks.js";
+import { useLayoutEffect, useReducer, useRef, useState } from "./lib/hooks.js";
 import { canvasOf, Mask } from "./strokes.js";
 
 const SHOWN = 1024; // pixels of the longer side of what is shown over the picture
-const STRIPE = 14; // pixels of those from one stripe to the next
+const STRIPE = 24; // pixels of those from one stripe to the next
 const TALLEST = 60; // percent of the window's height
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -21,11 +21,11 @@ export function MaskEditor({ picture, value, onChange }) {
   const [shown, tint, ring] = [useRef(null), useRef(null), useRef(null)];
   const state = useRef({ at: [0, 0], painting: false, turn: 0, sent: null }).current;
 
-  useEffect(() => {
-    const turn = ++state.turn;
+  useLayoutEffect(() => {
+    let current = true;
     setMask(null);
     createImageBitmap(picture).then((bitmap) => {
-      if (turn !== state.turn) return bitmap.close();
+      if (!current) return bitmap.close();
       const made = new Mask(bitmap.width, bitmap.height);
       const { width, height } = made.canvas;
       Object.assign(shown.current, { width, height }).getContext("2d").drawImage(bitmap, 0, 0, width, height);
@@ -35,8 +35,11 @@ export function MaskEditor({ picture, value, onChange }) {
       Object.assign(state, { at: [width / 2, height / 2], painting: false, sent: null });
       setSize(Math.max(1, Math.round(Math.max(width, height) / 10)));
       setMask(made);
-    }, () => turn === state.turn && setMask(false));
-    return () => void (state.turn += 1);
+    }, () => current && setMask(false));
+    return () => {
+      current = false;
+      state.turn += 1; // what is on its way is the mask of another picture
+    };
   }, [picture]);
 
   // Before the browser goes on, so that no later stroke has been sent: else an own mask looked like one from outside.
@@ -185,12 +188,12 @@ function hatch(canvas, mask) {
 function stripes() {
   const tile = canvasOf(STRIPE, STRIPE);
   const context = tile.getContext("2d");
-  for (const [strokeStyle, shift] of [["black", 0], ["white", 2]]) {
-    Object.assign(context, { strokeStyle, lineWidth: 1.5 });
+  for (const [strokeStyle, shift] of [["black", 0], ["white", 3]]) {
+    Object.assign(context, { strokeStyle, lineWidth: 2.5 });
     context.beginPath();
     for (const left of [-STRIPE, 0, STRIPE]) {
-      context.moveTo(left + shift - 2, STRIPE + 2);
-      context.lineTo(left + shift + STRIPE + 2, -2);
+      context.moveTo(left + shift - 4, STRIPE + 4);
+      context.lineTo(left + shift + STRIPE + 4, -4);
     }
     context.stroke();
   }

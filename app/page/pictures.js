@@ -4,8 +4,10 @@
  * A record is `{ id, created, blob, facts, path, reply, source, mask }`. No function here ever rejects.
  */
 
+/** The most records that are kept. */
+export const MOST = 300;
+
 const STORE = "pictures";
-const MOST = 300;
 const TRIES = 3; // to write into a store that is full, with DROPPED of the oldest records gone before each
 const DROPPED = 10;
 const PATIENCE = 3000; // ms; a database that another tab deletes just now opens later than that, or never

@@ -120,7 +120,8 @@ async function message({ requests, source }) {
 }
 
 async function take(run, event, path) {
-  const cells = run.cells.filter((cell) => cell.request === (event.request_index ?? 0));
+  const { request_index: request } = event; // an event without it is about the whole stream
+  const cells = run.cells.filter((cell) => request === undefined || cell.request === request);
   const cell = cells.find(({ image }) => image === (event.image_index ?? 0));
   const kind = event.error ? "error" : event.type.split(".").at(-1);
   if (kind === "error") cells.filter(open).forEach((one) => Object.assign(one, { status: "failed", fault: event.error.message }));
@@ -128,6 +129,8 @@ async function take(run, event, path) {
     const ready = Date.now() + 1000 * event.estimated_wait;
     cells.forEach((one) => Object.assign(one, { status: "queued", position: event.queue_position, ready }));
   }
+  if (kind === "error" || kind === "accepted") return set({});
+  if (!cell) return;
   if (kind === "progress") Object.assign(cell, { status: "drawing", step: event.step, steps: event.steps });
   if (kind === "partial_image") cell.preview = blobOf(event.b64_json);
   if (kind === "completed") await complete(run, cell, event, path === BATCH ? DRAW : path);
@@ -141,8 +144,8 @@ async function complete(run, cell, event, path) {
   const { blob: source = null, mask = null } = run.source ?? {};
   cell.record = { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), created: Date.now(), blob, facts, path, reply, source, mask };
   Object.assign(cell, { status: "done", preview: null });
-  set({ pictures: [cell.record, ...get().pictures] });
-  await pictures.add(cell.record);
+  set({ pictures: [cell.record, ...get().pictures].slice(0, pictures.MOST) });
+  pictures.add(cell.record).then(() => set({})); // the stream goes on meanwhile
 }
 
 function failCells(run, fault) {
@@ -184,13 +187,18 @@ async function counters() {
 }
 
 function blobOf(encoded) {
-  return new Blob([Uint8Array.from(atob(encoded), (letter) => letter.charCodeAt(0))], { type: "image/png" });
+  const letters = atob(encoded);
+  const bytes = new Uint8Array(letters.length);
+  for (let at = 0; at < bytes.length; at += 1) bytes[at] = letters.charCodeAt(at);
+  return new Blob([bytes], { type: "image/png" });
 }
 
 async function base64(blob) {
   const reader = new FileReader();
   const loaded = new Promise((resolve, reject) => Object.assign(reader, { onload: resolve, onerror: reject }));
   reader.readAsDataURL(blob);
-  await loaded;
+  await loaded.catch(() => {
+    throw new Fault(0, { message: "This picture can no longer be read. Open it again." });
+  });
   return reader.result.slice(reader.result.indexOf(",") + 1);
 }

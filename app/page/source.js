@@ -1,11 +1,14 @@
 import { html } from "./html.js";
+import { useEffect, useRef } from "./lib/hooks.js";
 import { MaskEditor } from "./mask.js";
 import { get, set, useStore } from "./store.js";
 
 /** The picture that the next one starts from, with the brush for its mask. */
 export function Source() {
   const { source } = useStore();
-  return html`<section class="source wide" aria-label="Picture to start from">
+  const section = useRef(null);
+  useEffect(() => section.current.scrollIntoView({ block: "nearest" }), [source.blob]);
+  return html`<section ref=${section} class="source wide" aria-label="Picture to start from">
     <div class="row"><h2>Start from ${source.name}</h2>
       <button type="button" onClick=${() => set({ source: null })}>Remove the picture</button></div>
     <${MaskEditor} picture=${source.blob} value=${source.mask} onChange=${(mask) => set({ source: { ...get().source, mask } })} />

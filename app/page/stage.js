@@ -1,5 +1,6 @@
 import { Actions } from "./actions.js";
 import { html } from "./html.js";
+import { useEffect, useRef } from "./lib/hooks.js";
 import { Picture } from "./picture.js";
 import { again, cancel, dismiss } from "./runs.js";
 import { set, useStore } from "./store.js";
@@ -21,10 +22,12 @@ function Tally({ images, forwards, alone }) {
 }
 
 function Run({ run }) {
+  const article = useRef(null);
+  useEffect(() => article.current.scrollIntoView({ block: "nearest" }), []);
   const ended = run.status === "ended";
   const { prompt, class_label } = run.requests[0].body;
   const failed = run.cells.some((cell) => cell.status === "failed");
-  return html`<article class="run" aria-busy=${!ended}>
+  return html`<article ref=${article} class="run" aria-busy=${!ended}>
     <header class="row">
       <h2>${prompt || class_label || "no prompt"}</h2>
       ${ended && failed && html`<button type="button" onClick=${() => again(run)}>Try again</button>`}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from app.settings import Settings
 from app.worker.supervisor import WORKER
-from tests.api.streams import batch, events, kinds, of_each
+from tests.api.streams import batch, events, kinds, of_each, read
 from tests.parts.servers import Server, generate
 
 pytestmark = pytest.mark.slow
@@ -65,3 +67,24 @@ def test_twelve_requests_of_1_to_50_steps_share_forwards(real_http: httpx.Client
         assert kinds(own).count("partial_image") == (steps > 1)
         assert np.abs(pixels(base64.b64decode(own[-1]["b64_json"])) - picture).max() <= 1
     assert max(STEPS) <= shared <= max(STEPS) + 10 < sum(STEPS) / 3
+
+
+def test_an_engine_that_dies_costs_a_batch_time_and_no_picture(real: Server, real_http: httpx.Client) -> None:
+    """Killed at the first step that is seen: both begin again and are what they would have been. Heun's sampler has
+    nearly two steps for each that is asked for."""
+    shape = {"model": MODEL, "prompt": "a", "size": "64x64", "sampler": "flow_heun"}
+    bodies = [shape | {"num_inference_steps": steps, "seed": steps} for steps in (99, 100)]
+    alone = [pixels(generate(real_http, body, "image/png").content) for body in bodies]
+    asked = {"requests": [body | {"progress": True} for body in bodies]}
+    found, (pid,) = [], real.supervisor.pids
+    with real_http.stream("POST", "/v1/images/batch", json=asked) as reply:
+        for event in read(reply.iter_lines()):
+            found.append(event)
+            if kinds(found[-1:]) == ["progress"] and kinds(found).count("progress") == 1:
+                os.kill(pid, signal.SIGKILL)
+    for lines, picture, own in zip((197, 199), alone, of_each(found, 2), strict=True):
+        assert np.abs(pixels(base64.b64decode(own[-1]["b64_json"])) - picture).max() <= 1
+        steps = [event["step"] for event in own if event["type"].endswith("progress")]
+        assert kinds(own).count("completed") == 1 and own[-1]["timings"]["steps"] == lines
+        assert steps[-lines:] == [*range(1, lines + 1)]
+    assert kinds(found).count("progress") > 197 + 199

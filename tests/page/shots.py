@@ -30,7 +30,7 @@ def empty(page: Page) -> None:
 
 def drawing(page: Page) -> None:
     draw(page, "red apple on a blue background", Steps=250, Images=4)
-    expect(stage(page).get_by_text(re.compile(r"step 1\d\d of 250")).first).to_be_visible()
+    stage(page).get_by_text(re.compile(r"step 1\d\d of 250")).first.wait_for()
 
 
 def done(page: Page) -> None:
@@ -59,7 +59,7 @@ def compare(page: Page) -> None:
     field(page, "What differs").select_option(label="Steps")
     field(page, "Values, with commas between them").fill("1, 2, 4, 8, 28, 250")
     form(page).get_by_role("button", name="side by side").click()
-    expect(stage(page).get_by_text(re.compile(r"step [5-9]\d of 250"))).to_be_visible()
+    stage(page).get_by_text(re.compile(r"step ([5-9]|1\d)\d of 250")).wait_for()
 
 
 def compared(page: Page) -> None:
@@ -107,6 +107,8 @@ def asked(browser: Browser, url: str, look: Look, out: Path) -> None:
 
 def save(visit: Visit, state: str, out: Path) -> None:
     dialog = visit.page.get_by_role("dialog").count() > 0
+    if not dialog:
+        visit.page.evaluate("scrollTo(0, 0)")  # what stays in sight while one scrolls would be in the middle
     file = out / f"{state}-{str(visit.look).rpartition('-')[0]}.png"
     visit.page.screenshot(path=file, full_page=not dialog)
     print(file)

@@ -1,4 +1,4 @@
-"""Many requests at once, with the real worker and the models that come with Instep."""
+"""Many requests at once, with the real worker and the models that come with Instep where a test has no other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from tests.page.conftest import Visits
 from tests.page.steps import arrive, button, draw, field, form, kept, stage
-from tests.parts.browser import Look
+from tests.parts.browser import Look, Visit
 from tests.parts.servers import Server
 
 pytestmark = pytest.mark.slow
@@ -37,13 +37,20 @@ def test_twelve_requests_at_once_show_live_progress_and_share_forwards(visits: V
     assert found and 50 <= int(found[1]) < sum(STEPS) / 2
 
 
-def test_twelve_presses_of_draw_all_come_to_their_end(visits: Visits, studio: Server) -> None:
-    """As twelve requests of their own, more than a browser has connections for."""
-    page = arrive(visits(Look(390), studio.url)).page
-    for steps in STEPS:
-        draw(page, "sunflower", Steps=steps)
-    expect(kept(page)).to_have_count(12)
-    expect(stage(page).get_by_text(TALLY)).to_be_visible()
+def test_what_there_is_no_connection_for_waits_its_turn(visit: Visit) -> None:
+    """Four are drawn at once, as a browser has few connections, and eight more follow. With the fake worker."""
+    page = visit.page
+    for _ in range(4):
+        draw(page, "!slow 600")
+    for steps in STEPS[:8]:
+        draw(page, "a cat", Steps=steps)
+    expect(stage(page).get_by_text("waiting for a connection")).to_have_count(8)
+    button(stage(page), "Cancel").first.click()
+    expect(stage(page).get_by_text("cancelled", exact=True)).to_have_count(1)
+    for _ in range(4):
+        button(stage(page), "Cancel").last.click()
+    expect(kept(page)).to_have_count(7)
+    expect(stage(page).get_by_text(re.compile(r"^7 images in \d+ forwards$"))).to_be_visible()
 
 
 def test_the_place_in_the_queue_and_the_wait_are_shown(visits: Visits, studio: Server) -> None:

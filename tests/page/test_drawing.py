@@ -31,7 +31,7 @@ def test_a_picture_is_drawn_seen_growing_kept_and_there_after_a_reload(visits: V
     page = visit.page
     draw(page, "!slow 2", Seed=5)
     progress = stage(page).get_by_role("progressbar")
-    expect(progress).to_be_visible()
+    expect(progress).to_be_in_viewport()
     expect(stage(page).get_by_text(re.compile(r"step [1-7] of 8"))).to_be_visible()
     assert colour_of(stage(page).get_by_role("img", name="Preview of !slow 2")) == colour(Prompt("!slow 2"), 5)
     expect(kept(page)).to_have_count(1)

@@ -79,7 +79,7 @@ def test_a_picture_of_the_gallery_is_edited(visit: Visit) -> None:
     draw(page, "a cat", Seed=5)
     expect(kept(page)).to_have_count(1)
     button(stage(page), "Edit").click()
-    expect(source(page)).to_be_visible()
+    expect(source(page)).to_be_in_viewport()
     body = sent(page, "Draw from the picture")
     assert tuple(opened(body["image"])[0, 0]) == colour(Prompt("a cat"), 5)
     expect(kept(page)).to_have_count(2)
