@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from app.cards.card import Card
@@ -93,6 +94,7 @@ def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
         apart(other, latents[0], SAME)
 
 
+@pytest.mark.slow
 def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny: Path) -> None:
     pool = load_all(Pool(read_cards(tiny), "cpu", torch.bfloat16))
     requests = [request for request in traffic(pool.cards, 42, seed=8) if request.recipe.steps <= 10]
