@@ -141,6 +141,11 @@ class Visit:
             assert time.monotonic() < until, [one.url for one in self._open]
             self.page.wait_for_timeout(10)
 
+    def reload(self) -> None:
+        """Load the page again, once every request has ended."""
+        self.settle()
+        self.page.reload()
+
     def close(self) -> None:
         """Leave, once every request has ended."""
         self.settle()
