@@ -43,11 +43,12 @@ async function restore({ facts, source, mask }) {
   await fill(facts ?? {});
 }
 
+/** NOTE: a picture leaves the page once it has left the gallery's store, so that a reload cannot bring it back. */
 async function remove({ id }) {
+  await pictures.remove(id);
   set({ pictures: get().pictures.filter((one) => one.id !== id), opened: null });
   for (const run of get().runs) run.cells = run.cells.filter((cell) => cell.record?.id !== id);
   set({ runs: get().runs.filter((run) => run.cells.length) });
-  await pictures.remove(id);
 }
 
 /** NOTE: without https only this machine's own pages may use the clipboard's interface. */

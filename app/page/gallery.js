@@ -31,8 +31,8 @@ function nameOf({ facts, reply }) {
 
 async function clear() {
   if (!confirm("Delete all pictures that this browser keeps?")) return;
-  set({ pictures: [] });
   await pictures.clear();
+  set({ pictures: [] });
 }
 
 /** One picture, large, with its settings. */

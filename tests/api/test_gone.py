@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from app.report import Result
+from app.worker import child
 from tests.api.test_access import lines, log  # noqa: F401
 from tests.parts.servers import Server, generate
 from tests.parts.waiting import eventually
@@ -66,7 +67,7 @@ def whole(route: str, body: dict[str, object]) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("what", LEFT)
-@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("reset", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["closed", "reset"])
 def test_leaving_is_no_error_of_the_server(
     url: str,
     server: Server,
@@ -130,7 +131,10 @@ def test_a_client_that_leaves_hurts_nobody_else(http: httpx.Client, url: str) ->
     assert generate(http, {"prompt": "a cat"}).status_code == 200
 
 
-def test_the_worker_dies_and_the_service_goes_on(http: httpx.Client, server: Server) -> None:
+def test_the_worker_dies_and_the_service_goes_on(
+    http: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "FIRST_DELAY", 0.05)
     before = server.supervisor.restarts
     reply = generate(http, {"prompt": "!die"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (500, "crashed")

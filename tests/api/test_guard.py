@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
 import httpx
@@ -49,21 +50,26 @@ def test_a_silent_client_is_closed_without_a_word(server: Server) -> None:
         assert heard(wire) == b""
 
 
-@pytest.mark.parametrize(
-    ("start", "drop"),
-    [
-        (b"G", b"E"),
-        (GET, b"X-A: b\r\n"),
-        (POST + b"Content-Length: 1000\r\n\r\n", b"{"),
-        (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n"),
-        (POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n", b""),
-    ],
-    ids=["line", "header", "body", "chunks", "nothing"],
-)
-def test_a_client_that_drips_its_request_gets_408(server: Server, start: bytes, drop: bytes) -> None:
-    with connect(server.url) as wire:
-        said = dripped(wire, start, repeat(drop)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
-        assert refusal(said) == (408, "request_timeout")
+DRIPS = {
+    "line": (b"G", b"E"),
+    "header": (GET, b"X-A: b\r\n"),
+    "body": (POST + b"Content-Length: 1000\r\n\r\n", b"{"),
+    "chunks": (POST + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n"),
+    "nothing": (POST + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n", b""),
+}
+"""How a request begins, and what goes on dripping."""
+
+
+def test_a_client_that_drips_its_request_gets_408(server: Server) -> None:
+    """One of every kind, at once."""
+
+    def said(start: bytes, drop: bytes) -> tuple[int, str]:
+        with connect(server.url) as wire:
+            return refusal(dripped(wire, start, repeat(drop)).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n"))
+
+    with ThreadPoolExecutor(len(DRIPS)) as pool:
+        found = dict(zip(DRIPS, pool.map(said, *zip(*DRIPS.values(), strict=True)), strict=True))
+    assert found == dict.fromkeys(DRIPS, (408, "request_timeout"))
 
 
 def test_a_head_has_less_time_than_a_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +161,7 @@ def test_refusals_are_counted_by_their_code(server: Server) -> None:
         assert f'instep_requests_rejected_total{{model="",reason="{code}"}}' in text
 
 
+@pytest.mark.slow
 def test_a_refused_client_that_never_stops_is_cut_off(server: Server) -> None:
     with connect(server.url) as wire:
         wire.sendall(b"\x00")

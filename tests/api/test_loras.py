@@ -264,13 +264,14 @@ def test_a_folder_that_is_gone_has_none(studio: Studio) -> None:
 
 def test_until_they_are_known_a_request_for_them_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reload, "SURVEY", SURVEY)
-    monkeypatch.setenv("INSTEP_FAKE_SURVEY", "4")
+    monkeypatch.setenv("INSTEP_FAKE_SURVEY", str(tmp_path / "go"))
     studio = Studio(tmp_path)
     with studio.server:
         eventually(lambda: studio.post().status_code == 200)
         for reply in (studio.post(loras=[{"name": "ink"}]), studio.post(model="tiny-ink"), studio.get("/v1/loras")):
             assert "still reads its LoRAs" in message(reply, 503) and int(reply.headers["retry-after"]) > 0
         assert studio.get("/readyz").status_code == 503 and not studio.get("/health").json()["ready"]
+        (tmp_path / "go").touch()
         studio.server.ready()
         assert studio.post(loras=[{"name": "ink"}]).status_code == 200
 

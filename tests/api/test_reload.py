@@ -32,14 +32,20 @@ class Stand:
     """A server with files of its own. flags: of the command line, which go before the file."""
 
     def __init__(self, folder: Path, **flags: Any) -> None:
-        self.models, self.keys, self.config = write_cards(folder / "models"), folder / "keys.toml", folder / "i.toml"
-        self.grant(alice=f'key = "{ALICE}"', bob=f'key = "{BOB}"\nmodels = ["tiny-label"]')
-        self.set('alias = "painter=tiny-text"')
-        self.prepare()
+        self.folder = folder
+        self.models, self.keys, self.config = folder / "models", folder / "keys.toml", folder / "i.toml"
+        self.write()
         files = {"models": self.models, "api_keys_file": self.keys, "config": self.config}
         facts = {"port": 0, "drain": 5, **{name: str(file) for name, file in files.items()}}
         flags = {**facts, "devices": "cpu", "preload": "all", **flags}
         self.server = Server(read_settings(**flags, admin_key=ADMIN), reread=lambda: read_settings(**flags))
+
+    def write(self) -> None:
+        """The files as they are at the start."""
+        write_cards(self.models)
+        self.grant(alice=f'key = "{ALICE}"', bob=f'key = "{BOB}"\nmodels = ["tiny-label"]')
+        self.set('alias = "painter=tiny-text"')
+        self.prepare()
 
     def prepare(self) -> None:
         """Write more files before the server is made."""
@@ -72,13 +78,26 @@ class Stand:
         return [model["id"] for model in self.get("/v1/models", key).json()["data"]]
 
 
-@pytest.fixture
-def stand(tmp_path: Path) -> Iterator[Stand]:
-    stand, level = Stand(tmp_path), logging.getLogger().level
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
+    stand, level = Stand(tmp_path_factory.mktemp("stand")), logging.getLogger().level
     with stand.server:
         stand.server.ready()
         yield stand
     logging.getLogger().setLevel(level)
+
+
+@pytest.fixture
+def stand(served: Stand) -> Iterator[Stand]:
+    """One server for all tests, which each finds as it was at its start."""
+    before = served.models_less_time()
+    assert served.names(BOB) == ["tiny-label"]
+    yield served
+    shutil.rmtree(served.folder)
+    served.write()
+    assert served.reload()["problems"] == []
+    served.server.ready()
+    assert served.models_less_time() == before
 
 
 def test_without_a_change_nothing_changes(stand: Stand) -> None:
@@ -315,6 +334,9 @@ def test_reloads_do_not_run_at_once(stand: Stand, monkeypatch: pytest.MonkeyPatc
             running -= 1
 
     object.__setattr__(front, "reread", slow)
-    with ThreadPoolExecutor(16) as pool:
-        assert list(pool.map(lambda _: stand.reload(), range(32))) == [NOTHING] * 32
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            assert list(pool.map(lambda _: stand.reload(), range(32))) == [NOTHING] * 32
+    finally:
+        object.__setattr__(front, "reread", reread)
     assert most == 1 <= runs <= 32

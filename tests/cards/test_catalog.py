@@ -29,17 +29,23 @@ def opened(folder: Path, default: str = "") -> Registry:
     return Registry(read_cards(folder), Settings(models=folder, default_model=default))
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """Tiny checkpoints under the ids of shipped cards: emoji-dit, emoji-mmdit, sd3.5-medium; and a user's DiT."""
-    write_dit(tmp_path / "emoji-dit")
-    write_dit(tmp_path / "a-dit")
-    write_sd3(tmp_path / "emoji-mmdit")
-    write_sd3(tmp_path / "sd3.5-medium")
-    for folder in tmp_path.iterdir():
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("written")
+    for name, write in {"emoji-dit": write_dit, "emoji-mmdit": write_sd3}.items():
+        write(models / name)
+    shutil.copytree(models / "emoji-dit", models / "a-dit")
+    shutil.copytree(models / "emoji-mmdit", models / "sd3.5-medium")
+    for folder in models.iterdir():
         card = folder / "card.toml"
         card.write_text(re.sub(r'id = "tiny-\w+"', f'id = "{folder.name}"', card.read_text(), count=1))
-    return tmp_path
+    return models
+
+
+@pytest.fixture
+def models(written: Path, tmp_path: Path) -> Path:
+    """Tiny checkpoints under the ids of shipped cards: emoji-dit, emoji-mmdit, sd3.5-medium; and a user's DiT."""
+    return Path(shutil.copytree(written, tmp_path, dirs_exist_ok=True))
 
 
 def mine(models: Path) -> Path:

@@ -331,6 +331,7 @@ WRITERS: tuple[Callable[[Path], dict[str, str]], ...] = (
 )
 
 
+@pytest.mark.slow
 def test_two_hundred_wrong_files_are_refused_by_name_and_others_fit(cards: Cards, folder: Path) -> None:
     for name in ("000", "mmm", "zzz"):
         save_file(GOOD, folder / f"{name}.safetensors")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.parts import originals
 from tests.parts.commands import Run, one_line
+from tests.parts.tiers import tiers
 from tests.parts.tiny_unets import write_unet
 
 KINDS = {"sd1.5": "sd15", "sd2.1": "sd2", "sd2.1-base": "sd2", "sdxl": "sdxl", "sdxl-turbo": "sdxl-turbo"}
@@ -58,7 +59,7 @@ def picture(run: Run, model: str, out: Path) -> np.ndarray:
     return np.asarray(Image.open(out / f"{model}.png"), dtype=int)
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", tiers(zip(PARTS, strict=True), "sdxl".__eq__))
 def test_a_single_file_is_recognised_and_added(run: Run, written: Path, store: Path, name: str) -> None:
     file = written / f"my-{name}.safetensors"
     told = run("models", "check", file)
@@ -115,6 +116,7 @@ def test_a_folder_says_what_an_absent_negative_prompt_is(run: Run, store: Path, 
     ],
     ids=["sd2.1", "sdxl"],
 )
+@pytest.mark.slow
 def test_what_no_tensor_can_tell_has_to_be_said(
     run: Run, written: Path, store: Path, name: str, both: list[str]
 ) -> None:
@@ -156,6 +158,7 @@ def test_another_network_fits_no_card(
     assert said.startswith(f"{file}: fits no card; the nearest is {name}, but its unet is another: ") and words in said
 
 
+@pytest.mark.slow
 def test_encoders_cannot_be_left_out(run: Run, written: Path, store: Path, tmp_path: Path) -> None:
     state = load_file(written / "my-sdxl.safetensors")
     bare = {name: value for name, value in state.items() if not name.startswith("conditioner.embedders.1.")}

@@ -46,10 +46,10 @@ def write_half(file: Path, shards: int = 1) -> None:
     (file.parent / f"{file.name}.index.fp16.json").write_text(json.dumps(index))
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
-    """A card of SDXL, of which the Hub has the files in both number formats and copies in others."""
-    repo, folder = tmp_path / "hub" / "lab" / "xl", tmp_path / "models"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("unet")
+    repo, folder = work / "hub" / "lab" / "xl", work / "models"
     write_unet(repo, "sdxl")
     for file in sorted(repo.rglob("*.safetensors")):
         write_half(file, shards=2 if file.parent.name == "text_encoder_2" else 1)
@@ -62,7 +62,13 @@ def models(tmp_path: Path) -> Path:
     (repo / "card.toml").unlink()
     card = folder / "xl" / "card.toml"
     card.write_text(card.read_text().replace('path = "."', 'repo = "lab/xl"') + 'variant = "fp16"\n')
-    return folder
+    return work
+
+
+@pytest.fixture
+def models(written: Path, tmp_path: Path) -> Path:
+    """A card of SDXL, of which the Hub has the files in both number formats and copies in others."""
+    return Path(shutil.copytree(written, tmp_path, dirs_exist_ok=True)) / "models"
 
 
 @pytest.fixture

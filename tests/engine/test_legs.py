@@ -174,7 +174,7 @@ def _network(family: Family, request: Request) -> Any:
     return output
 
 
-@pytest.mark.parametrize("guidance", [0.0, 3.0])
+@pytest.mark.parametrize("guidance", [3.0, pytest.param(0.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("model", "sampler"), [(model, one) for model, some in SAMPLERS.items() for one in some])
 def test_it_is_two_loops_of_diffusers(pool: Pool, model: str, sampler: str, guidance: float) -> None:
     """Noise goes on from the same generator, solvers with two lines switch between steps, and a multistep solver
@@ -186,7 +186,7 @@ def test_it_is_two_loops_of_diffusers(pool: Pool, model: str, sampler: str, guid
         apart(by_hand(pool, request, later), found, SAME, of=later)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strength", [1.0, 0.7, 0.2])
 @pytest.mark.parametrize(("model", "sampler"), [("tiny-sd3", "flow_heun"), ("tiny-dit", "euler_ancestral")])
 def test_it_starts_from_a_picture_before_the_switch_or_after_it(

@@ -98,6 +98,7 @@ def plain(cards: dict[str, Card], asked: list[Request]) -> dict[tuple[str, int],
     return results
 
 
+@pytest.mark.slow
 def test_sixty_alternating_requests_for_three_models_in_the_memory_of_one(
     cards: dict[str, Card], largest: tuple[int, int], bound: list[Pool]
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from app.cards.card import Card
@@ -65,6 +66,7 @@ def cancelled(mixed: Bench) -> set[str]:
     return {name for name, failure in mixed.failures.items() if isinstance(failure.error, Cancelled)}
 
 
+@pytest.mark.slow
 def test_mixed_traffic_equals_each_request_alone(tiny_pool: Pool) -> None:
     requests = traffic(tiny_pool.cards, 108, seed=6)
     mixed = run_mixed(tiny_pool, requests, seed=40, cancel_every=3)
@@ -93,6 +95,7 @@ def test_the_comparison_would_see_a_neighbour_leak(tiny_pool: Pool) -> None:
         apart(other, latents[0], SAME)
 
 
+@pytest.mark.slow
 def test_bfloat16_in_a_mixed_batch_stays_near_itself_alone(tiny: Path) -> None:
     pool = load_all(Pool(read_cards(tiny), "cpu", torch.bfloat16))
     requests = [request for request in traffic(pool.cards, 42, seed=8) if request.recipe.steps <= 10]

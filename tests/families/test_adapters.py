@@ -68,7 +68,7 @@ def merged(family: Family, pairs: Mapping[float, Pairs], passes: slice) -> torch
     return out(other, passes)
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_passes_with_different_adapters_equal_merged_weights(family: Family, apart: bool) -> None:
     first, second = (pairs_of(family.network, seed, rank) for seed, rank in ((1, 4), (2, 7)))
     one, two = lora_of(family.network, first), lora_of(family.network, second)

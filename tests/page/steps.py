@@ -75,6 +75,11 @@ def kept(page: Page, name: str | re.Pattern[str] = "") -> Locator:
     return gallery(page).get_by_role("button", name=name or re.compile("^Open ")).get_by_role("img")
 
 
+def expect_no_window(page: Page) -> None:
+    """A window that is closed has no role any more, but only once it has left the document another one can open."""
+    expect(page.locator("dialog")).to_have_count(0)
+
+
 def choose_model(page: Page, name: str) -> None:
     field(page, "Model").select_option(name)
     expect(field(page, "Model")).to_have_value(name)

@@ -53,7 +53,7 @@ def test_a_dropped_picture_is_drawn_from(visit: Visit) -> None:
     assert (body["strength"], body["prompt"], body["seed"], body["progress"]) == (0.4, "a dog", 5, True)
     assert "mask_image" not in body and "mask" not in body
     assert colour_of(kept(page, "Open a dog")) == colour(Prompt("a dog"), 5)
-    page.reload()
+    visit.reload()
     assert colour_of(kept(page, "Open a dog")) == colour(Prompt("a dog"), 5)
 
 

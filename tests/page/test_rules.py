@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.page.conftest import Visits
-from tests.page.steps import arrive, button, draw, enter_key, field, form, gallery, kept, stage
+from tests.page.steps import arrive, button, draw, enter_key, expect_no_window, field, form, gallery, kept, stage
 from tests.parts.browser import Look, Visit
 from tests.parts.npm import installed
 from tests.parts.servers import ROOT
@@ -193,13 +193,13 @@ def test_a_picture_is_drawn_opened_and_deleted_by_keyboard_alone(visit: Visit) -
     dialog = page.get_by_role("dialog")
     expect(dialog).to_be_visible()
     page.keyboard.press("Escape")
-    expect(dialog).to_have_count(0)
+    expect_no_window(page)
     page.keyboard.press("Enter")
     expect(dialog).to_be_visible()
     tab_to(page, "Delete")
     page.keyboard.press("Space")
     expect(kept(page)).to_have_count(0)
-    expect(dialog).to_have_count(0)
+    expect_no_window(page)
 
 
 def test_escape_cancels_what_is_being_drawn(visit: Visit) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from tests.page.steps import button, draw, field, kept, sent, stage
+from tests.page.steps import button, draw, expect_no_window, field, kept, sent, stage
 from tests.parts.browser import Visit
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def test_use_its_settings_brings_back_every_field(visit: Visit) -> None:
         field(page, label).fill("")
     kept(page).click()
     button(page.get_by_role("dialog"), "Use its settings").click()
-    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect_no_window(page)
     for label, value in {"Prompt": "a red cat", **fields}.items():
         expect(field(page, label)).to_have_value(str(value))
     expect(field(page, "Sampler")).to_have_value("flow_dpmpp_2m")

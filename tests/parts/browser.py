@@ -100,9 +100,11 @@ class Visit:
         self.page: Page = self.context.new_page()
 
     def _failed(self, request: Request) -> None:
-        """NOTE: a stream that a script reads to its end piece by piece counts as aborted, as often as not."""
+        """NOTE: a stream that a script reads to its end piece by piece counts as aborted, as often as not. So does a
+        preview after which the next one comes at once."""
         self._open.discard(request)
-        if request.method != "POST" or request.failure != "net::ERR_ABORTED":
+        expected = request.method == "POST" or request.url.startswith("blob:")
+        if not expected or request.failure != "net::ERR_ABORTED":
             self.faults.append(f"failed: {request.url[:200]} {request.failure}")
 
     def _sent(self, request: Request) -> None:
@@ -138,6 +140,11 @@ class Visit:
         while self._open:
             assert time.monotonic() < until, [one.url for one in self._open]
             self.page.wait_for_timeout(10)
+
+    def reload(self) -> None:
+        """Load the page again, once every request has ended."""
+        self.settle()
+        self.page.reload()
 
     def close(self) -> None:
         """Leave, once every request has ended."""

@@ -1,6 +1,6 @@
 """A survey of LoRAs without torch: the same pickle comes in and the same JSON goes out as of app.checkpoints.adapters.
 
-A file is TOML with the fields of an Adapter; `fits` names models. INSTEP_FAKE_SURVEY: seconds that it takes.
+A file is TOML with the fields of an Adapter; `fits` names models. INSTEP_FAKE_SURVEY: a file that it waits for.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from app.cards.adapters import Adapter, Fit
 
 def main() -> None:
     folder, cards = pickle.load(sys.stdin.buffer)
-    time.sleep(float(os.environ.get("INSTEP_FAKE_SURVEY", "0")))
+    while not os.path.exists(os.environ.get("INSTEP_FAKE_SURVEY", "/")):
+        time.sleep(0.01)
     found = []
     for file in sorted(folder.glob("*.safetensors")):
         facts = tomllib.loads(file.read_text(encoding="utf-8"))

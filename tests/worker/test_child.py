@@ -18,6 +18,7 @@ from tests.parts.workers import HELLO, REFUSAL, script
 pytestmark = pytest.mark.usefixtures("quick_restarts")
 
 
+@pytest.mark.slow
 def test_a_hang_is_killed_and_restarted(caplog):
     async def scenario():
         async with serving() as here:
