@@ -32,9 +32,9 @@ export function origin() {
 
 /** An answer that is an error, with the server's words. status: 0 where there was no answer. */
 export class Fault extends Error {
-  constructor(status, { message, code, param } = {}, wait = "") {
+  constructor(status, message) {
     super(message ?? `The server answered ${status}.`);
-    Object.assign(this, { status, code, param, wait });
+    this.status = status;
   }
 }
 
@@ -45,11 +45,11 @@ async function call(path, options = {}) {
     response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault(0, { message: "The server does not answer. Is it running?" });
+    throw new Fault(0, "The server does not answer. Is it running?");
   }
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
-  throw new Fault(response.status, body?.error ?? {}, response.headers.get("Retry-After") ?? "");
+  throw new Fault(response.status, body?.error?.message);
 }
 
 /** The JSON at this address. Throws a Fault. */
@@ -82,7 +82,7 @@ export async function* events(path, body, signal) {
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Fault(0, { message: "The connection to the server broke." });
+    throw new Fault(0, "The connection to the server broke.");
   } finally {
     reader.cancel().catch(() => {});
   }

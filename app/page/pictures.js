@@ -22,7 +22,7 @@ export async function all() {
     const store = (await database()).transaction(STORE).objectStore(STORE);
     return settled(store.index("created").getAll());
   });
-  const records = (stored ?? []).filter(({ id }) => !memory.has(id));
+  const records = (stored ?? []).filter(({ id, blob }) => blob instanceof Blob && !memory.has(id));
   return [...records, ...memory.values()].sort((one, other) => other.created - one.created);
 }
 

@@ -92,7 +92,6 @@ async function draw(run) {
   } catch (error) {
     if (error.name === "AbortError") return;
     run.fault = error.message;
-    run.param = error.param;
     if (error instanceof Fault && error.status === 401) set({ asksKey: true });
     if (!(error instanceof Fault)) console.error(error);
   }
@@ -198,7 +197,7 @@ async function base64(blob) {
   const loaded = new Promise((resolve, reject) => Object.assign(reader, { onload: resolve, onerror: reject }));
   reader.readAsDataURL(blob);
   await loaded.catch(() => {
-    throw new Fault(0, { message: "This picture can no longer be read. Open it again." });
+    throw new Fault(0, "This picture can no longer be read. Open it again.");
   });
   return reader.result.slice(reader.result.indexOf(",") + 1);
 }

@@ -161,6 +161,7 @@ def test_refusals_are_counted_by_their_code(server: Server) -> None:
         assert f'instep_requests_rejected_total{{model="",reason="{code}"}}' in text
 
 
+@pytest.mark.slow
 def test_a_refused_client_that_never_stops_is_cut_off(server: Server) -> None:
     with connect(server.url) as wire:
         wire.sendall(b"\x00")

@@ -177,7 +177,7 @@ def alone(uploads: Server, **settings: object) -> Front:
     return replace(front, readers=CapacityLimiter(2), settings=front.settings.model_copy(update=settings))
 
 
-@pytest.mark.parametrize("end", [os._exit, os.abort], ids=["exit", "signal"])
+@pytest.mark.parametrize("end", [os._exit, pytest.param(os.abort, marks=pytest.mark.slow)], ids=["exit", "signal"])
 def test_a_process_that_a_file_ends_is_that_file_s_error_alone(uploads: Server, end: Callable[..., object]) -> None:
     front = alone(uploads)
 

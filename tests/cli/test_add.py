@@ -59,6 +59,7 @@ def test_the_rest_from_another_card(run: Run, store: Path, network: Path, tmp_pa
     assert card["components"]["text_encoder_3"] == "tiny-sd3/text_encoder_3" and "transformer" not in card["components"]
 
 
+@pytest.mark.slow
 def test_every_part_from_a_place_of_its_own(run: Run, store: Path, network: Path, tiny: Path, tmp_path: Path) -> None:
     """A T5 in a file of its own, a VAE in another, folders for the rest, and no other card."""
     parts = tiny / "tiny-sd3"
@@ -76,6 +77,7 @@ def test_every_part_from_a_place_of_its_own(run: Run, store: Path, network: Path
     assert state_of(run, "mine") == "ok"
 
 
+@pytest.mark.slow
 def test_flux_from_the_files_that_its_users_have(run: Run, store: Path, tmp_path: Path) -> None:
     """flux1-dev, ae, clip_l and t5xxl, each in a file of its own."""
     whole = store / "tiny-flux"

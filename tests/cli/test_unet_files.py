@@ -116,6 +116,7 @@ def test_a_folder_says_what_an_absent_negative_prompt_is(run: Run, store: Path, 
     ],
     ids=["sd2.1", "sdxl"],
 )
+@pytest.mark.slow
 def test_what_no_tensor_can_tell_has_to_be_said(
     run: Run, written: Path, store: Path, name: str, both: list[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_another_network_fits_no_card(
     assert said.startswith(f"{file}: fits no card; the nearest is {name}, but its unet is another: ") and words in said
 
 
+@pytest.mark.slow
 def test_encoders_cannot_be_left_out(run: Run, written: Path, store: Path, tmp_path: Path) -> None:
     state = load_file(written / "my-sdxl.safetensors")
     bare = {name: value for name, value in state.items() if not name.startswith("conditioner.embedders.1.")}

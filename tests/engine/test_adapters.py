@@ -93,7 +93,7 @@ def answered(pool: Pool, asked: list[Request], deterministic: bool = False) -> B
     return bench
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rows_of_three_adapters_of_two_at_once_and_of_none_share_forwards(
     card: Card, pools: list[Pool], deterministic: bool
 ) -> None:

@@ -293,6 +293,7 @@ def sick(requests: list[Request], seed: int) -> list[Request]:
     return some
 
 
+@pytest.mark.slow
 def test_all_pixels_equal_those_of_the_same_request_alone(tiny_pool: Pool) -> None:
     asked = sick([each for each in traffic(tiny_pool.cards, 72, seed=3) if each.recipe.steps <= 10], seed=4)
     page = Page(tiny_pool, costs=FakeCosts(passes=24))

@@ -66,6 +66,7 @@ def cancelled(mixed: Bench) -> set[str]:
     return {name for name, failure in mixed.failures.items() if isinstance(failure.error, Cancelled)}
 
 
+@pytest.mark.slow
 def test_mixed_traffic_equals_each_request_alone(tiny_pool: Pool) -> None:
     requests = traffic(tiny_pool.cards, 108, seed=6)
     mixed = run_mixed(tiny_pool, requests, seed=40, cancel_every=3)

@@ -75,6 +75,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_among_other_rows_it_is_the_pipelines(card: Card, pool: Pool) -> None:
     near = [
         ask("medium", Prompt("moon"), name=f"near-{number}", sampler=sampler, steps=steps, guidance=guidance)

@@ -13,6 +13,7 @@ from app.families.adapters import Adapted, LoRA, Span, lay_out
 from app.families.components import network_of
 from app.families.lora import Matched, match
 from tests.parts.close import FORWARD, apart, close
+from tests.parts.tiers import tiers
 from tests.parts.tiny_parts import read_state
 from tests.parts.tiny_unets import write_unet
 from tests.parts.unet_loras import TEXT, Format, Pairs, draw, write
@@ -50,7 +51,7 @@ def matched(file: Path, folder: Path) -> Matched:
     return match(read_state(file), networks(folder), read_metadata(file))
 
 
-@pytest.mark.parametrize("case", EVERY)
+@pytest.mark.parametrize("case", tiers(zip(EVERY, strict=True), {"sdxl kohya", "refiner sgm", "sd15 old"}.__contains__))
 def test_every_pair_finds_its_layer(folders: dict[str, Path], tmp_path: Path, case: str) -> None:
     kind, format, only = EVERY[case]
     pairs = draw(folders[kind], only)

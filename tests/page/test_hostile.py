@@ -138,6 +138,33 @@ def test_of_two_models_that_were_chosen_quickly_the_second_stays(page: Page) -> 
     expect(field(page, "Model")).to_have_value("tiny-dit")
 
 
+def test_a_model_that_is_removed_meanwhile(visit: Visit) -> None:
+    page = visit.page
+    visit.expect("status of 404")
+    gone = {"status": 404, "json": {"error": {"message": "There is no model tiny-dit.", "code": "model_not_found"}}}
+    page.route("**/v1/models/tiny-dit", lambda route: route.fulfill(**gone))
+    field(page, "Model").select_option("tiny-dit")
+    expect(page.get_by_role("alert")).to_contain_text("There is no model tiny-dit.")
+    expect(field(page, "Model")).to_have_value("tiny-sd3")
+    drop_facts(page, {"model": "tiny-dit", "class_label": 1, "seed": 7})
+    expect(page.get_by_role("alert")).to_contain_text("There is no model tiny-dit.")
+    page.get_by_role("button", name="Dismiss").click()
+    draw(page, "a fox")
+    expect(kept(page)).to_have_count(1)
+
+
+def test_a_thousand_classes_with_names_of_markup(page: Page) -> None:
+    choose_model(page, "tiny-dit")
+    data = [{"id": one, "name": f"<img src=x onerror='alert({one // 2})'>\"&amp;"} for one in range(1000)]
+    page.route("**/classes?q=many", lambda route: route.fulfill(json={"data": data}))
+    field(page, "Class").fill("many")
+    options = page.locator("#classes option")
+    expect(options).to_have_count(50)
+    values = [options.nth(one).get_attribute("value") for one in (0, 1, 49)]
+    assert values == ["0", "1", "49"]
+    assert page.locator("img[src=x]").count() == 0
+
+
 def test_classes_of_an_older_search_do_not_come_back(page: Page) -> None:
     choose_model(page, "tiny-dit")
     held: list[Route] = []

@@ -54,6 +54,11 @@ def test_the_oldest_of_more_than_300_leave_and_never_the_new_one(tab: Page) -> N
     assert store(tab, words) == [300, "n302", "n4", "clock-set-back"]
 
 
+def test_a_record_without_a_picture_is_none(tab: Page) -> None:
+    words = "await m.add({ id: 'odd', created: 9 }); await m.add(record('a', 1)); return ids()"
+    assert store(tab, words) == "a"
+
+
 def test_two_tabs_share_one_gallery(tab: Page, site: str) -> None:
     other = opened(tab.context, site)
     store(tab, "await m.add(record('first', 1))")

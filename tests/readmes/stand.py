@@ -5,6 +5,7 @@ The console scripts, curl and Python are the real ones; a block is changed in on
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -32,14 +33,22 @@ FOREIGN = re.compile(r"(?i)^(HF_|HUGGING|INSTEP_|OPENAI_|XDG_|PYTHON|.*_proxy$)"
 PATIENCE = 500
 
 
-class Stand:
-    """A folder in which blocks run in the order of their document, while it is entered."""
+def clone(folder: Path) -> Path:
+    """Write what every stand begins with, and the names of the gated repositories."""
+    gated = write_clone(folder / "models", folder / "hub")
+    write_single_files(folder, folder / "hub")
+    shutil.copytree(EDIT, folder / "docs" / "edit")
+    (folder / "gated.json").write_text(json.dumps(sorted(gated)))
+    return folder
 
-    def __init__(self, folder: Path) -> None:
+
+class Stand:
+    """A folder in which blocks run in the order of their document, while it is entered. clone: what `clone` wrote."""
+
+    def __init__(self, folder: Path, clone: Path) -> None:
         self.folder = folder
-        gated = write_clone(folder / "models", folder / "hub")
-        write_single_files(folder, folder / "hub")
-        shutil.copytree(EDIT, folder / "docs" / "edit")
+        shutil.copytree(clone, folder, symlinks=True, dirs_exist_ok=True)
+        gated = json.loads((folder / "gated.json").read_text())
         self.hub = Hub(folder / "hub", gated=tuple(gated), token=TOKEN)
         self.hub.revisions = {str(card.source.revision) for card in read_cards(MODELS).values() if card.source.repo}
         self.port = free_port()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.readmes.blocks import BLOCKS, Block
-from tests.readmes.stand import Stand
+from tests.readmes.stand import Stand, clone
 
 NEEDS = {
     "Three pictures": (
@@ -36,11 +36,12 @@ QUICK = "Five minutes"
 def stand_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Stand]]:
     """Gives each document one fresh folder."""
     stands: dict[str, Stand] = {}
+    written = clone(tmp_path_factory.mktemp("clone"))
     with ExitStack() as open_stands:
 
         def get(document: str) -> Stand:
             if document not in stands:
-                stands[document] = open_stands.enter_context(Stand(tmp_path_factory.mktemp("readme")))
+                stands[document] = open_stands.enter_context(Stand(tmp_path_factory.mktemp("readme"), written))
             return stands[document]
 
         yield get
