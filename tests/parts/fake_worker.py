@@ -21,6 +21,7 @@ import ctypes
 import hashlib
 import os
 import queue
+import re
 import signal
 import socket
 import sys
