@@ -5,14 +5,18 @@ import { get, set, useStore } from "./store.js";
 
 const MOST = 16; // requests of one batch
 const FIELDS = ["num_inference_steps", "guidance_scale", "sampler", "schedule", "model"];
-const SHARED = ["prompt", "class_label", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "partial_images"];
+const SHARED = [
+  ...["prompt", "class_label", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "partial_images"],
+];
 
 /** The requests that the form asks for: one, or one for each value that is compared, all with the same seed. */
 export function requestsOf(state) {
   const body = bodyOf(state);
   if (!state.compare || state.source) return [{ label: "", body }];
   const { field } = state.compare;
-  return valuesOf(state).slice(0, MOST).map((value) => ({ label: wordsOf(field, value), body: { ...onlyShared(field, body), n: 1, [field]: value } }));
+  const shared = onlyShared(field, body);
+  const request = (value) => ({ label: wordsOf(field, value), body: { ...shared, n: 1, [field]: value } });
+  return valuesOf(state).slice(0, MOST).map(request);
 }
 
 /** A model may not take the settings of another: it gets those that all have. */
@@ -42,28 +46,33 @@ function usualSteps({ initial }) {
 
 /** What can be chosen for a field that has no numbers. */
 function choicesOf(field, model, models) {
-  if (field === "model") return models.filter((one) => one.downloaded && one.condition === model.condition).map((one) => one.id);
+  const alike = models.filter((one) => one.downloaded && one.condition === model.condition);
+  if (field === "model") return alike.map((one) => one.id);
   return field in model.fields ? kindOf(model.fields[field]).options ?? [] : [];
 }
 
 /** What differs between pictures that are drawn side by side. */
 export function CompareFields() {
   const { model, models, compare } = useStore();
-  const fields = FIELDS.filter((field) => (field in model.fields && !choicesOf(field, model, models).length) || choicesOf(field, model, models).length > 1);
+  const count = (field) => choicesOf(field, model, models).length;
+  const fields = FIELDS.filter((field) => (field in model.fields && !count(field)) || count(field) > 1);
   const put = (changes) => set({ compare: { ...get().compare, ...changes } });
   const turn = (event) => set({ compare: event.target.checked ? { field: fields[0] } : null });
   const choices = compare ? choicesOf(compare.field, model, models) : [];
   return html`<fieldset class="wide compare">
-    <legend><label class="check"><input type="checkbox" checked=${Boolean(compare)} onChange=${turn} />Compare side by side</label></legend>
+    <legend><label class="check">
+      <input type="checkbox" checked=${Boolean(compare)} onChange=${turn} />Compare side by side</label></legend>
     ${compare && html`<div class="fields">
       <label class="field wide"><span>What differs</span>
         <select value=${compare.field} onChange=${(event) => put({ field: event.target.value, values: undefined })}>
           ${fields.map((field) => html`<option value=${field}>${labelOf(field)}</option>`)}
         </select></label>
       ${choices.length
-        ? html`<${Choices} field=${compare.field} choices=${choices} chosen=${valuesOf(get())} onChange=${(values) => put({ values })} />`
+        ? html`<${Choices} field=${compare.field} choices=${choices} chosen=${valuesOf(get())}
+          onChange=${(values) => put({ values })} />`
         : html`<label class="field wide"><span>Values, with commas between them</span>
-          <input type="text" inputmode="decimal" value=${compare.values ?? valuesOf(get()).join(", ")} onInput=${(event) => put({ values: event.target.value })} /></label>`}
+          <input type="text" inputmode="decimal" value=${compare.values ?? valuesOf(get()).join(", ")}
+            onInput=${(event) => put({ values: event.target.value })} /></label>`}
       <p class="muted wide">One seed, and all of them share forward passes.</p>
     </div>`}
   </fieldset>`;
@@ -72,6 +81,7 @@ export function CompareFields() {
 function Choices({ field, choices, chosen, onChange }) {
   const toggle = (one) => onChange(choices.filter((other) => (other === one) !== chosen.includes(other)));
   return html`<fieldset class="wide choices"><legend>${labelOf(field)}</legend>
-    ${choices.map((one) => html`<label class="check"><input type="checkbox" checked=${chosen.includes(one)} onChange=${() => toggle(one)} />${one}</label>`)}
+    ${choices.map((one) => html`<label class="check">
+      <input type="checkbox" checked=${chosen.includes(one)} onChange=${() => toggle(one)} />${one}</label>`)}
   </fieldset>`;
 }
