@@ -106,9 +106,10 @@ function dragleave(event) {
   if (!event.relatedTarget) document.body.classList.remove("dropping");
 }
 
-/** Escape cancels what was started last, where there is no window for it to close. */
+/** Escape cancels what was started last, where there is no window and no list of a field for it to close. */
 function keydown(event) {
-  if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (event.target.matches("select, [list]") || document.querySelector("dialog[open]")) return;
   const run = get().runs.find(({ status }) => status !== "ended");
   if (run) cancel(run);
 }
@@ -138,7 +139,7 @@ async function offer(file) {
     return;
   }
   const { facts } = await readFacts(file);
-  set({ dropped: { blob: file, name: file.name, facts } });
+  set({ dropped: { blob: file, name: file.name, facts }, fault: "" });
 }
 
 function Dropped() {

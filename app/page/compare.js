@@ -1,9 +1,8 @@
-import { kindOf, labelOf } from "./fields.js";
+import { kindOf, labelOf, schedulesOf } from "./fields.js";
 import { html } from "./html.js";
 import { bodyOf } from "./request.js";
 import { get, set, useStore } from "./store.js";
 
-const MOST = 16; // requests of one batch
 const FIELDS = ["num_inference_steps", "guidance_scale", "sampler", "schedule", "model"];
 const SHARED = [
   ...["prompt", "class_label", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "partial_images"],
@@ -14,28 +13,31 @@ export function requestsOf(state) {
   const body = bodyOf(state);
   if (!state.compare || state.source) return [{ label: "", body }];
   const { field } = state.compare;
-  const shared = onlyShared(field, body);
-  const request = (value) => ({ label: wordsOf(field, value), body: { ...shared, n: 1, [field]: value } });
-  return valuesOf(state).slice(0, MOST).map(request);
+  const values = { ...state.values, n: 1, seed: body.seed };
+  const other = (model) => ({ ...onlyShared(body), n: 1, model });
+  const changed = (value) => bodyOf({ ...state, locked: true, values: { ...values, [field]: value } });
+  const bodyWith = field === "model" ? other : changed;
+  return valuesOf(state).map((value) => ({ label: wordsOf(field, value), body: bodyWith(value) }));
 }
 
 /** A model may not take the settings of another: it gets those that all have. */
-function onlyShared(field, body) {
-  return field === "model" ? Object.fromEntries(Object.entries(body).filter(([name]) => SHARED.includes(name))) : body;
+function onlyShared(body) {
+  return Object.fromEntries(Object.entries(body).filter(([name]) => SHARED.includes(name)));
 }
 
 function wordsOf(field, value) {
   if (field === "num_inference_steps") return value === 1 ? "1 step" : `${value} steps`;
   if (field === "guidance_scale") return `guidance ${value}`;
-  return String(value ?? "default");
+  return value;
 }
 
 /** The values that are compared, each once, in order. */
-function valuesOf({ model, models, compare }) {
-  const { field, values } = compare;
-  const kind = field === "model" ? {} : kindOf(model.fields[field]);
-  if (choicesOf(field, model, models).length) return values ?? choicesOf(field, model, models).slice(0, 2);
-  const typed = values ?? (field === "num_inference_steps" ? usualSteps(kind) : "1, 3, 5, 8");
+function valuesOf(state) {
+  const { field, values } = state.compare;
+  const choices = choicesOf(field, state);
+  if (choices) return values?.filter((one) => choices.includes(one)) ?? choices.slice(0, 2);
+  const usual = field === "num_inference_steps" ? usualSteps(kindOf(state.model.fields[field])) : "1, 3, 5, 8";
+  const typed = values ?? usual;
   const numbers = typed.split(/[ ,;]+/).filter(Boolean).map(Number).filter(Number.isFinite);
   return [...new Set(numbers)];
 }
@@ -44,21 +46,22 @@ function usualSteps({ initial }) {
   return [...new Set([1, Math.ceil(initial / 4), Math.ceil(initial / 2), initial])].join(", ");
 }
 
-/** What can be chosen for a field that has no numbers. */
-function choicesOf(field, model, models) {
+/** What can be chosen for a field; undefined for one that has numbers. */
+function choicesOf(field, { model, models, values }) {
   const alike = models.filter((one) => one.downloaded && one.condition === model.condition);
   if (field === "model") return alike.map((one) => one.id);
-  return field in model.fields ? kindOf(model.fields[field]).options ?? [] : [];
+  if (field === "schedule") return schedulesOf(model, values);
+  return kindOf(model.fields[field]).options;
 }
 
 /** What differs between pictures that are drawn side by side. */
 export function CompareFields() {
-  const { model, models, compare } = useStore();
-  const count = (field) => choicesOf(field, model, models).length;
-  const fields = FIELDS.filter((field) => (field in model.fields && !count(field)) || count(field) > 1);
+  const { model, compare } = useStore();
+  const known = FIELDS.filter((field) => field === "model" || field in model.fields);
+  const fields = known.filter((field) => field === compare?.field || (choicesOf(field, get())?.length ?? 2) > 1);
   const put = (changes) => set({ compare: { ...get().compare, ...changes } });
   const turn = (event) => set({ compare: event.target.checked ? { field: fields[0] } : null });
-  const choices = compare ? choicesOf(compare.field, model, models) : [];
+  const choices = compare && choicesOf(compare.field, get());
   return html`<fieldset class="wide compare">
     <legend><label class="check">
       <input type="checkbox" checked=${Boolean(compare)} onChange=${turn} />Compare side by side</label></legend>
@@ -67,7 +70,7 @@ export function CompareFields() {
         <select value=${compare.field} onChange=${(event) => put({ field: event.target.value, values: undefined })}>
           ${fields.map((field) => html`<option value=${field}>${labelOf(field)}</option>`)}
         </select></label>
-      ${choices.length
+      ${choices
         ? html`<${Choices} field=${compare.field} choices=${choices} chosen=${valuesOf(get())}
           onChange=${(values) => put({ values })} />`
         : html`<label class="field wide"><span>Values, with commas between them</span>

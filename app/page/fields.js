@@ -42,13 +42,19 @@ export function labelOf(name) {
   return LABELS[name] ?? words[0].toUpperCase() + words.slice(1);
 }
 
-/** What a field's values are: { type, options, minimum, maximum, maxLength, initial }. */
+/** What a field's values are: { type, options, minimum, maximum, maxLength, items, properties, initial }. */
 export function kindOf(schema) {
   const parts = [schema, ...(schema.anyOf ?? [])];
   const types = parts.map((part) => part.type).filter((type) => type && type !== "null");
   const options = parts.find((part) => part.enum)?.enum.filter((one) => one !== null && one !== "");
-  const { minimum, maximum, maxLength } = Object.assign({}, ...parts.toReversed());
-  return { type: options ? "enum" : types[0], options, minimum, maximum, maxLength, initial: schema.default };
+  const { minimum, maximum, maxLength, items, properties } = Object.assign({}, ...parts.toReversed());
+  const type = options ? "enum" : types[0];
+  return { type, options, minimum, maximum, maxLength, items, properties, initial: schema.default };
+}
+
+/** The schedules that go with the sampler that the form has. */
+export function schedulesOf({ schedules, defaults }, { sampler }) {
+  return schedules[sampler ?? defaults.sampler] ?? [];
 }
 
 /** Whether a value of unknown origin is one of a field. */

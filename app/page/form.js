@@ -1,6 +1,6 @@
 import { read } from "./api.js";
 import { CompareFields, requestsOf } from "./compare.js";
-import { EDITING, kindOf, labelOf, MAIN, others, sizesOf, valueOf } from "./fields.js";
+import { EDITING, kindOf, labelOf, MAIN, others, schedulesOf, sizesOf, valueOf } from "./fields.js";
 import { html } from "./html.js";
 import { useEffect, useState } from "./lib/hooks.js";
 import { addressOf, change, choose } from "./request.js";
@@ -30,7 +30,7 @@ export function Form() {
       ${source && html`<${Source} />`}
       ${model.condition === "prompt" && html`<label class="field wide">
         <span>Prompt</span>
-        <textarea rows="3" required=${!source} maxlength=${kindOf(model.fields.prompt).maxLength}
+        <textarea rows="3" dir="auto" required=${!source} maxlength=${kindOf(model.fields.prompt).maxLength}
           placeholder="red apple on a blue background" value=${values.prompt ?? ""} onKeyDown=${sendByKey}
           onInput=${(event) => change("prompt", event.target.value)}></textarea>
       </label>`}
@@ -49,7 +49,7 @@ export function Form() {
       ${source && here(EDITING).map(field)}
       <${Seed} />
       ${"negative_prompt" in model.fields && html`<label class="field wide"><span>Negative prompt</span>
-        <input type="text" value=${values.negative_prompt ?? ""} placeholder="what guidance moves away from"
+        <input type="text" dir="auto" value=${values.negative_prompt ?? ""} placeholder="what guidance moves away from"
           onInput=${(event) => change("negative_prompt", event.target.value || undefined)} /></label>`}
       <${Loras} />
       <${Refiner} />
@@ -91,7 +91,8 @@ function Field({ name }) {
       <input type="checkbox" checked=${checked} onChange=${turn} />${labelOf(name)}</label>`;
   }
   if (kind.type === "enum") {
-    return html`<label class="field"><span>${labelOf(name)}</span><select ...${plain}>
+    const chosen = kind.options.includes(value) ? value : "";
+    return html`<label class="field"><span>${labelOf(name)}</span><select ...${plain} value=${chosen}>
       <option value="">${kind.initial ?? "default"}</option>
       ${kind.options.filter((one) => one !== kind.initial).map((one) => html`<option value=${one}>${one}</option>`)}
     </select></label>`;
@@ -111,9 +112,8 @@ function Field({ name }) {
 
 /** What some fields depend on beside the model: the sampler, and how many images a request may have. */
 function limitsOf(name, model, values) {
-  const sampler = values.sampler ?? model.defaults.sampler;
-  if (name === "num_inference_steps") return { maximum: model.most_steps[sampler] };
-  if (name === "schedule") return { options: model.schedules[sampler] ?? [] };
+  if (name === "num_inference_steps") return { maximum: model.most_steps[values.sampler ?? model.defaults.sampler] };
+  if (name === "schedule") return { options: schedulesOf(model, values) };
   return {};
 }
 
@@ -162,6 +162,7 @@ function Loras() {
   const chosen = values.loras ?? [];
   const names = [...new Set([...model.loras, ...chosen.map((one) => one.name)])];
   if (!names.length) return null;
+  const range = kindOf(model.fields.loras).items?.properties.weight ?? {};
   const put = (name, weight) => {
     const rest = chosen.filter((one) => one.name !== name);
     const loras = weight === undefined ? rest : [...rest, { name, weight }];
@@ -172,9 +173,10 @@ function Loras() {
       const weight = chosen.find((one) => one.name === name)?.weight;
       return html`<div class="row">
         <label class="check"><input type="checkbox" checked=${weight !== undefined}
-          onChange=${(event) => put(name, event.target.checked ? 1 : undefined)} />${name}</label>
-        ${weight !== undefined && html`<input type="number" min="-2" max="2" step="0.05" value=${weight}
-          aria-label=${`Weight of ${name}`} onInput=${(event) => put(name, Number(event.target.value))} />`}
+          onChange=${(event) => put(name, event.target.checked ? range.default : undefined)} />${name}</label>
+        ${weight !== undefined && html`<input type="number" min=${range.minimum} max=${range.maximum} step="0.05"
+          value=${weight} aria-label=${`Weight of ${name}`}
+          onInput=${(event) => put(name, Number(event.target.value))} />`}
       </div>`;
     })}
   </fieldset>`;
@@ -184,6 +186,7 @@ function Refiner() {
   const { model, values } = useStore();
   if (!model.refiners.length && !model.defaults.refiner) return null;
   const chosen = values.refiner;
+  const usual = kindOf(model.fields.refiner).properties.switch_at.default;
   const put = (changes) => change("refiner", changes.model === "" ? undefined : { ...chosen, ...changes });
   return html`<fieldset class="wide"><legend>Refiner</legend><div class="fields">
     <label class="field"><span>Refiner model</span><select value=${chosen?.model ?? ""}
@@ -193,7 +196,7 @@ function Refiner() {
       ${model.refiners.map((one) => html`<option value=${one}>${one}</option>`)}
     </select></label>
     ${chosen && chosen.model !== "none" && html`<label class="field"><span>Switch at</span>
-      <input type="number" min="0.01" max="0.99" step="0.01" value=${chosen.switch_at ?? 0.8}
+      <input type="number" min="0.01" max="0.99" step="0.01" value=${chosen.switch_at ?? usual}
         onInput=${(event) => put({ switch_at: Number(event.target.value) })} /></label>`}
   </div></fieldset>`;
 }

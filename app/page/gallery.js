@@ -45,7 +45,7 @@ export function Opened() {
   return opened && html`<${Dialog} label=${nameOf(opened)} onClose=${() => set({ opened: null })}>
     <${Picture} blob=${opened.blob} alt=${nameOf(opened)} />
     <dl class="facts">${facts.map(([name, value]) => html`<div key=${name}><dt>${labelOf(name)}</dt>
-      <dd>${typeof value === "string" ? value : JSON.stringify(value)}</dd></div>`)}</dl>
+      <dd dir="auto">${typeof value === "string" ? value : JSON.stringify(value)}</dd></div>`)}</dl>
     <${Actions} record=${opened} />
   <//>`;
 }
@@ -61,7 +61,7 @@ export function Dialog({ label, onClose, children }) {
   const beside = (event) => event.target === dialog.current && onClose();
   return html`<dialog ref=${dialog} aria-label=${label} onClose=${onClose} onClick=${beside}>
     <div class="window">
-      <header class="row"><h2>${label}</h2>
+      <header class="row"><h2 dir="auto">${label}</h2>
         <button type="button" aria-label="Close" onClick=${onClose}>✕</button></header>
       ${children}
     </div>

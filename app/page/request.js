@@ -1,7 +1,7 @@
 /** From the form to the body of a request, and back. */
 
 import { read } from "./api.js";
-import { kindOf, SENDING, takes } from "./fields.js";
+import { kindOf, schedulesOf, SENDING, takes } from "./fields.js";
 import { get, set } from "./store.js";
 
 const FORM = "instep-form";
@@ -38,7 +38,7 @@ export function bodyOf({ model, values, locked }) {
   const asked = Object.entries(values).filter(([name, value]) => value !== undefined && name in model.fields);
   const previews = kindOf(model.fields.partial_images).maximum;
   const body = { ...Object.fromEntries(asked), model: model.id, seed, partial_images: previews };
-  if (!model.schedules[body.sampler ?? model.defaults.sampler]?.includes(body.schedule)) delete body.schedule;
+  if (!schedulesOf(model, body).includes(body.schedule)) delete body.schedule;
   if (model.condition === "prompt") return { prompt: "", ...body };
   delete body.prompt; // it stays in the form, for a model that draws prompts
   if (/^\d+$/.test(body.class_label)) body.class_label = Number(body.class_label);
@@ -59,7 +59,7 @@ export async function fill({ model, ...facts }) {
   const isMissing = !known && typeof model === "string";
   const missing = isMissing ? `This server has no model ${model}; the form has the rest. ` : "";
   const without = left.length ? `${get().model.id} does not take its ${left.slice(0, 5).join(", ")}.` : "";
-  set({ values, locked: "seed" in values, fault: missing + without });
+  set({ values, locked: "seed" in values, compare: null, fault: missing + without });
 }
 
 /**

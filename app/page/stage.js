@@ -31,7 +31,7 @@ function Run({ run }) {
   const failed = run.cells.some((cell) => cell.status === "failed");
   return html`<article ref=${article} class="run" aria-busy=${!ended}>
     <header class="row">
-      <h2>${prompt || class_label || "no prompt"}</h2>
+      <h2 dir="auto">${prompt || class_label || "no prompt"}</h2>
       ${ended && failed && html`<button type="button" onClick=${() => again(run)}>Try again</button>`}
       ${ended
         ? html`<button type="button" aria-label="Take off the page" onClick=${() => dismiss(run)}>✕</button>`
@@ -46,7 +46,8 @@ function Run({ run }) {
 
 function Cell({ cell, run }) {
   const { record, preview, label, seed } = cell;
-  const what = cell.body.prompt ?? String(cell.body.class_label);
+  const drawn = cell.body.prompt ?? String(cell.body.class_label);
+  const what = [drawn || "a picture", label].filter(Boolean).join(", ");
   const left = cell.steps ? 1 - cell.step / cell.steps : 1;
   const shape = { "--shape": shapeOf(cell) };
   return html`<figure class=${`cell ${cell.status}`}>
@@ -59,7 +60,7 @@ function Cell({ cell, run }) {
     </div>`}
     <figcaption>
       ${label && html`<strong>${label}</strong>`}
-      ${isOpen(cell) && html`<progress aria-label=${`Progress of ${label || what}`}
+      ${isOpen(cell) && html`<progress aria-label=${`Progress of ${what}`}
         max=${cell.steps || 1} value=${cell.step}></progress>`}
       <span class="muted numbers">${stateOf(cell, seed, run.loading)}</span>
       ${cell.fault && cell.fault !== run.fault && html`<span class="fault" role="alert">${cell.fault}</span>`}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,8 +110,16 @@ def source(page: Page) -> Locator:
     return page.get_by_role("region", name="Picture to start from")
 
 
+def drag(page: Page, file: Path) -> None:
+    """Drag a file from outside to the page and let go, as the browser itself has it."""
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 300, "data": data})
+
+
 def drop(page: Page, name: str, kind: str, data: bytes) -> None:
-    """Drag a file from outside onto the page."""
+    """What the page gets when a file with these bytes is dropped there."""
     encoded = base64.b64encode(data).decode()
     transfer = page.evaluate_handle(TRANSFER, [name, kind, encoded])
     page.dispatch_event("body", "dragover", {"dataTransfer": transfer})

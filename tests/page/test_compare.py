@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.request import Prompt
-from tests.page.steps import choose_model, colour_of, field, form, kept, stage
+from tests.page.steps import button, choose_model, colour_of, draw, field, form, kept, stage
 from tests.parts.browser import Visit
 from tests.parts.fake_worker import colour
 
@@ -39,7 +39,7 @@ def test_step_counts_are_compared_in_one_batch_with_one_seed(visit: Visit) -> No
     field(page, "Values, with commas between them").fill("1, 2, 8, 20")
     assert compared(page, "num_inference_steps") == [1, 2, 8, 20]
     expect(stage(page).get_by_role("figure")).to_have_count(4)
-    expect(stage(page).get_by_role("progressbar", name="Progress of 20 steps")).to_be_visible()
+    expect(stage(page).get_by_role("progressbar", name="Progress of !slow 1, 20 steps")).to_be_visible()
     for label in ("1 step", "2 steps", "8 steps", "20 steps"):
         expect(stage(page).get_by_role("figure").get_by_text(label, exact=True)).to_be_visible()
     expect(kept(page)).to_have_count(4)
@@ -101,3 +101,47 @@ def test_one_that_fails_leaves_the_others(visit: Visit) -> None:
     expect(failed.get_by_role("alert").filter(has_text="not finite")).to_be_visible()
     expect(kept(page)).to_have_count(1)
     expect(stage(page).get_by_role("figure").filter(has_text="3 steps").get_by_role("img")).to_be_visible()
+
+
+def test_a_schedule_is_left_out_where_a_sampler_does_not_take_it(visit: Visit) -> None:
+    page = visit.page
+    field(page, "Prompt").fill("a fox")
+    field(page, "Schedule").select_option("karras")
+    turn_on(page, "Sampler")
+    for name in ("flow_heun", "flow_dpmpp_2m"):
+        page.get_by_label(name, exact=True).set_checked(True)
+    page.get_by_label("flow_euler", exact=True).set_checked(False)
+    with page.expect_request("**/v1/images/batch") as waited:
+        form(page).get_by_role("button", name="Draw 2 side by side").click()
+    requests = json.loads(waited.value.post_data or "")["requests"]
+    assert {one["sampler"]: one.get("schedule") for one in requests} == {"flow_heun": "karras", "flow_dpmpp_2m": None}
+    expect(kept(page)).to_have_count(2)
+
+
+def test_only_schedules_of_the_sampler_are_compared(visit: Visit) -> None:
+    page = visit.page
+    field(page, "Prompt").fill("a fox")
+    turn_on(page, "Schedule")
+    assert compared(page, "schedule") == ["karras", "exponential"]
+    expect(kept(page)).to_have_count(2)
+    field(page, "Sampler").select_option("flow_dpmpp_2m")
+    form(page).get_by_role("button", name="Draw 0 side by side").click()
+    expect(page.get_by_role("alert")).to_contain_text("nothing to compare")
+
+
+def test_more_than_a_batch_takes_is_refused_in_the_servers_words(visit: Visit) -> None:
+    page = visit.page
+    visit.expect("status of 400")
+    field(page, "Prompt").fill("a fox")
+    turn_on(page, "Steps")
+    field(page, "Values, with commas between them").fill(", ".join(str(steps) for steps in range(1, 21)))
+    form(page).get_by_role("button", name="Draw 20 side by side").click()
+    expect(page.get_by_role("alert")).to_contain_text("at most 16 entries, not 20")
+
+
+def test_the_settings_of_one_picture_end_a_comparison(visit: Visit) -> None:
+    page = visit.page
+    draw(page, "a fox")
+    turn_on(page, "Steps")
+    button(stage(page), "Use its settings").click()
+    expect(button(page, "Draw")).to_be_visible()

@@ -15,7 +15,21 @@ from playwright.sync_api import Page, expect
 
 from app.request import Prompt
 from tests.page.conftest import Visits
-from tests.page.steps import arrive, button, colour_of, draw, drop, field, kept, paint, pixels, sent, source, stage
+from tests.page.steps import (
+    arrive,
+    button,
+    colour_of,
+    drag,
+    draw,
+    drop,
+    field,
+    kept,
+    paint,
+    pixels,
+    sent,
+    source,
+    stage,
+)
 from tests.parts.browser import Look, Visit
 from tests.parts.edits import picture
 from tests.parts.fake_worker import colour
@@ -41,9 +55,12 @@ def start_from(page: Page, name: str = "cat.png", data: bytes | None = None) -> 
     expect(source(page)).to_be_visible()
 
 
-def test_a_dropped_picture_is_drawn_from(visit: Visit) -> None:
+def test_a_picture_that_is_dragged_in_is_drawn_from(visit: Visit, tmp_path: Path) -> None:
     page = visit.page
-    start_from(page)
+    (tmp_path / "cat.png").write_bytes(file_of(PICTURE))
+    drag(page, tmp_path / "cat.png")
+    button(page.get_by_role("dialog", name="cat.png"), "Draw from this picture").click()
+    expect(source(page)).to_be_visible()
     field(page, "Prompt").fill("a dog")
     for label, value in {"Strength": "0.4", "Seed": "5"}.items():
         field(page, label).fill(value)

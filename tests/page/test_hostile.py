@@ -104,6 +104,7 @@ def test_a_schedule_that_the_sampler_does_not_walk_is_not_sent(page: Page) -> No
     field(page, "Prompt").fill("a fox")
     assert sent(page)["schedule"] == "karras"
     field(page, "Sampler").select_option("flow_dpmpp_2m")
+    expect(field(page, "Schedule").locator("option:checked")).to_have_text("default")
     assert "schedule" not in sent(page)
     expect(kept(page)).to_have_count(2)
 

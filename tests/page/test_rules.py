@@ -209,6 +209,37 @@ def test_escape_cancels_what_is_being_drawn(visit: Visit) -> None:
     expect(stage(visit.page).get_by_text("cancelled", exact=True)).to_be_visible()
 
 
+def test_escape_in_a_list_of_choices_cancels_nothing(visit: Visit) -> None:
+    page = visit.page
+    draw(page, "!slow 60", Steps=20)
+    expect(button(stage(page), "Cancel")).to_be_visible()
+    for label in ("Size", "Model"):
+        field(page, label).press("Escape")
+    expect(button(stage(page), "Cancel")).to_be_visible()
+    field(page, "Prompt").press("Escape")
+    expect(stage(page).get_by_text("cancelled")).to_be_visible()
+
+
+def test_words_of_any_length_and_direction_have_their_place(visit: Visit) -> None:
+    page = visit.page
+    for words, direction in (("x " * 4000, "ltr"), ("\u05ea\u05e4\u05d5\u05d7", "rtl")):
+        draw(page, words)
+        heading = stage(page).get_by_role("heading").first
+        expect(heading).to_have_text(words.strip())
+        assert heading.evaluate("(one) => getComputedStyle(one).direction") == direction
+        assert heading.evaluate("(one) => one.offsetHeight") < 100
+        assert field(page, "Prompt").evaluate("(one) => getComputedStyle(one).direction") == direction
+    expect(kept(page)).to_have_count(2)
+
+
+def test_text_grows_with_the_browsers_own_size(visit: Visit) -> None:
+    page = visit.page
+    small = page.evaluate("getComputedStyle(document.body).fontSize")
+    page.evaluate("document.documentElement.style.fontSize = '200%'")
+    assert page.evaluate("getComputedStyle(document.body).fontSize") == f"{2 * float(small.removesuffix('px')):g}px"
+    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+
+
 def test_the_order_of_tab_is_that_of_reading(visits: Visits) -> None:
     """The way down the page: each next stop is lower, or to the right, within the form."""
     page = arrive(visits(Look(1280))).page
