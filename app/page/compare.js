@@ -14,9 +14,10 @@ export function requestsOf(state) {
   if (!state.compare || state.source) return [{ label: "", body }];
   const { field } = state.compare;
   const values = { ...state.values, n: 1, seed: body.seed };
-  const other = (model) => ({ ...onlyShared(body), n: 1, model });
-  const changed = (value) => bodyOf({ ...state, locked: true, values: { ...values, [field]: value } });
-  const bodyWith = field === "model" ? other : changed;
+  const bodyWith = (value) => {
+    if (field === "model") return { ...onlyShared(body), n: 1, model: value };
+    return bodyOf({ ...state, locked: true, values: { ...values, [field]: value } });
+  };
   return valuesOf(state).map((value) => ({ label: wordsOf(field, value), body: bodyWith(value) }));
 }
 
@@ -48,8 +49,8 @@ function usualSteps({ initial }) {
 
 /** What can be chosen for a field; undefined for one that has numbers. */
 function choicesOf(field, { model, models, values }) {
-  const alike = models.filter((one) => one.downloaded && one.condition === model.condition);
-  if (field === "model") return alike.map((one) => one.id);
+  const isAlike = (one) => one.downloaded && one.condition === model.condition;
+  if (field === "model") return models.filter(isAlike).map((one) => one.id);
   if (field === "schedule") return schedulesOf(model, values);
   return kindOf(model.fields[field]).options;
 }

@@ -47,7 +47,8 @@ function Run({ run }) {
 function Cell({ cell, run }) {
   const { record, preview, label, seed } = cell;
   const drawn = cell.body.prompt ?? String(cell.body.class_label);
-  const what = [drawn || "a picture", label].filter(Boolean).join(", ");
+  const which = label || (cell.body.n > 1 ? `image ${cell.image + 1}` : "");
+  const what = [drawn || "a picture", which].filter(Boolean).join(", ");
   const left = cell.steps ? 1 - cell.step / cell.steps : 1;
   const shape = { "--shape": shapeOf(cell) };
   return html`<figure class=${`cell ${cell.status}`}>
