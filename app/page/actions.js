@@ -15,21 +15,23 @@ export function Actions({ record }) {
   const [copied, setCopied] = useState("");
   const facts = record.facts ?? {};
   const copy = async (name, write) => {
-    await toClipboard(write({ origin: origin(), path: record.path, facts, closed: Boolean(key()), masked: Boolean(record.mask) }));
+    const { path, mask } = record;
+    await toClipboard(write({ origin: origin(), path, facts, closed: Boolean(key()), masked: Boolean(mask) }));
     setCopied(name);
     setTimeout(() => setCopied(""), COPIED);
   };
   const name = `instep-${facts.seed ?? record.created}.png`;
+  const button = (words, act) => html`<button type="button" onClick=${act}>${words}</button>`;
   return html`<div class="actions">
-    <button type="button" onClick=${() => useSeed(facts.seed)}>Use this seed</button>
-    <button type="button" onClick=${() => restore(record)}>Use its settings</button>
-    <button type="button" onClick=${() => startFrom(record.blob, name)}>Edit</button>
-    <button type="button" onClick=${() => copy("curl", curl)}>${copied === "curl" ? "Copied" : "Copy as curl"}</button>
-    <button type="button" onClick=${() => copy("python", python)}>${copied === "python" ? "Copied" : "Copy as Python"}</button>
-    <button type="button" onClick=${() => download(record.blob, name)}>Download</button>
-    ${record.source && html`<button type="button" onClick=${() => download(record.source, "source.png")}>Download the source</button>`}
-    ${record.mask && html`<button type="button" onClick=${() => download(record.mask, "mask.png")}>Download the mask</button>`}
-    <button type="button" onClick=${() => remove(record)}>Delete</button>
+    ${button("Use this seed", () => useSeed(facts.seed))}
+    ${button("Use its settings", () => restore(record))}
+    ${button("Edit", () => startFrom(record.blob, name))}
+    ${button(copied === "curl" ? "Copied" : "Copy as curl", () => copy("curl", curl))}
+    ${button(copied === "python" ? "Copied" : "Copy as Python", () => copy("python", python))}
+    ${button("Download", () => download(record.blob, name))}
+    ${record.source && button("Download the source", () => download(record.source, "source.png"))}
+    ${record.mask && button("Download the mask", () => download(record.mask, "mask.png"))}
+    ${button("Delete", () => remove(record))}
   </div>`;
 }
 

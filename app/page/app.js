@@ -28,11 +28,13 @@ export function App() {
       <h1><svg width="20" height="20" viewBox="0 0 32 32" fill="currentColor" aria-hidden="true">
         <rect x="2" y="20" width="8" height="10" rx="2" /><rect x="12" y="11" width="8" height="19" rx="2" />
         <rect x="22" y="2" width="8" height="28" rx="2" /></svg>Instep</h1>
-      <label class="button">Open a picture<input class="unseen" type="file" accept=${KINDS.join(",")} onChange=${opened} /></label>
+      <label class="button">Open a picture
+        <input class="unseen" type="file" accept=${KINDS.join(",")} onChange=${opened} /></label>
       ${key() && !asksKey && html`<button type="button" onClick=${forget}>Forget the key</button>`}
       <a href="docs">API</a>
     </header>
-    ${fault && html`<p class="fault banner" role="alert">${fault} <button type="button" onClick=${() => set({ fault: "" })}>Dismiss</button></p>`}
+    ${fault && html`<p class="fault banner" role="alert">${fault}${" "}
+      <button type="button" onClick=${() => set({ fault: "" })}>Dismiss</button></p>`}
     <main>
       ${asksKey ? html`<${AskKey} />` : html`<${Form} />`}
       <div class="right"><${Stage} /><${Gallery} /></div>
@@ -50,7 +52,8 @@ async function load() {
     set({ models: data, asksKey: false, fault: data.length ? "" : "This server has no models." });
     if (first) await choose(first.id);
     const { model } = get();
-    if (known && known.id === model?.id) set({ values: fitting(model, Object(values)).values, locked: Boolean(locked) });
+    if (!known || known.id !== model?.id) return;
+    set({ values: fitting(model, Object(values)).values, locked: Boolean(locked) });
   } catch (error) {
     set(error.status === 401 ? { asksKey: true } : { fault: error.message });
   }
@@ -77,7 +80,8 @@ function AskKey() {
     setWrong(get().asksKey && !get().fault);
   };
   return html`<form class="form" onSubmit=${send} aria-label="Key">
-    <label class="field wide"><span>API key</span><input name="key" type="password" autocomplete="off" required autofocus pattern="\\s*[!-~]+\\s*"
+    <label class="field wide"><span>API key</span>
+      <input name="key" type="password" autocomplete="off" required autofocus pattern="\\s*[!-~]+\\s*"
       title="letters, digits and signs without spaces" /></label>
     ${wrong && html`<p class="fault wide" role="alert">This server does not know this key.</p>`}
     <p class="muted wide">This server draws for those who have a key. It stays in this tab until you close it.</p>
@@ -151,7 +155,8 @@ function Dropped() {
     <${Picture} blob=${blob} alt=${name} />
     ${facts && html`<p>It says how it was drawn: ${facts.prompt ?? facts.class_label ?? ""}</p>`}
     <div class="actions">
-      ${model && html`<button type="button" class="primary" onClick=${() => startFrom(blob, name)}>Draw from this picture</button>`}
+      ${model && html`<button type="button" class="primary" onClick=${() => startFrom(blob, name)}>
+        Draw from this picture</button>`}
       ${model && facts && html`<button type="button" onClick=${use}>Use its settings</button>`}
     </div>
   <//>`;

@@ -4,7 +4,9 @@ import { bodyOf } from "./request.js";
 import { get, set, useStore } from "./store.js";
 
 const FIELDS = ["num_inference_steps", "guidance_scale", "sampler", "schedule", "model"];
-const SHARED = ["prompt", "class_label", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "partial_images"];
+const SHARED = [
+  ...["prompt", "class_label", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "partial_images"],
+];
 
 /** The requests that the form asks for: one, or one for each value that is compared, all with the same seed. */
 export function requestsOf(state) {
@@ -12,8 +14,10 @@ export function requestsOf(state) {
   if (!state.compare || state.source) return [{ label: "", body }];
   const { field } = state.compare;
   const values = { ...state.values, n: 1, seed: body.seed };
-  const bodyWith = (value) =>
-    field === "model" ? { ...onlyShared(body), n: 1, model: value } : bodyOf({ ...state, locked: true, values: { ...values, [field]: value } });
+  const bodyWith = (value) => {
+    if (field === "model") return { ...onlyShared(body), n: 1, model: value };
+    return bodyOf({ ...state, locked: true, values: { ...values, [field]: value } });
+  };
   return valuesOf(state).map((value) => ({ label: wordsOf(field, value), body: bodyWith(value) }));
 }
 
@@ -33,7 +37,8 @@ function valuesOf(state) {
   const { field, values } = state.compare;
   const choices = choicesOf(field, state);
   if (choices) return values?.filter((one) => choices.includes(one)) ?? choices.slice(0, 2);
-  const typed = values ?? (field === "num_inference_steps" ? usualSteps(kindOf(state.model.fields[field])) : "1, 3, 5, 8");
+  const usual = field === "num_inference_steps" ? usualSteps(kindOf(state.model.fields[field])) : "1, 3, 5, 8";
+  const typed = values ?? usual;
   const numbers = typed.split(/[ ,;]+/).filter(Boolean).map(Number).filter(Number.isFinite);
   return [...new Set(numbers)];
 }
@@ -44,7 +49,8 @@ function usualSteps({ initial }) {
 
 /** What can be chosen for a field; undefined for one that has numbers. */
 function choicesOf(field, { model, models, values }) {
-  if (field === "model") return models.filter((one) => one.downloaded && one.condition === model.condition).map((one) => one.id);
+  const isAlike = (one) => one.downloaded && one.condition === model.condition;
+  if (field === "model") return models.filter(isAlike).map((one) => one.id);
   if (field === "schedule") return schedulesOf(model, values);
   return kindOf(model.fields[field]).options;
 }
@@ -58,16 +64,19 @@ export function CompareFields() {
   const turn = (event) => set({ compare: event.target.checked ? { field: fields[0] } : null });
   const choices = compare && choicesOf(compare.field, get());
   return html`<fieldset class="wide compare">
-    <legend><label class="check"><input type="checkbox" checked=${Boolean(compare)} onChange=${turn} />Compare side by side</label></legend>
+    <legend><label class="check">
+      <input type="checkbox" checked=${Boolean(compare)} onChange=${turn} />Compare side by side</label></legend>
     ${compare && html`<div class="fields">
       <label class="field wide"><span>What differs</span>
         <select value=${compare.field} onChange=${(event) => put({ field: event.target.value, values: undefined })}>
           ${fields.map((field) => html`<option value=${field}>${labelOf(field)}</option>`)}
         </select></label>
       ${choices
-        ? html`<${Choices} field=${compare.field} choices=${choices} chosen=${valuesOf(get())} onChange=${(values) => put({ values })} />`
+        ? html`<${Choices} field=${compare.field} choices=${choices} chosen=${valuesOf(get())}
+          onChange=${(values) => put({ values })} />`
         : html`<label class="field wide"><span>Values, with commas between them</span>
-          <input type="text" inputmode="decimal" value=${compare.values ?? valuesOf(get()).join(", ")} onInput=${(event) => put({ values: event.target.value })} /></label>`}
+          <input type="text" inputmode="decimal" value=${compare.values ?? valuesOf(get()).join(", ")}
+            onInput=${(event) => put({ values: event.target.value })} /></label>`}
       <p class="muted wide">One seed, and all of them share forward passes.</p>
     </div>`}
   </fieldset>`;
@@ -76,6 +85,7 @@ export function CompareFields() {
 function Choices({ field, choices, chosen, onChange }) {
   const toggle = (one) => onChange(choices.filter((other) => (other === one) !== chosen.includes(other)));
   return html`<fieldset class="wide choices"><legend>${labelOf(field)}</legend>
-    ${choices.map((one) => html`<label class="check"><input type="checkbox" checked=${chosen.includes(one)} onChange=${() => toggle(one)} />${one}</label>`)}
+    ${choices.map((one) => html`<label class="check">
+      <input type="checkbox" checked=${chosen.includes(one)} onChange=${() => toggle(one)} />${one}</label>`)}
   </fieldset>`;
 }

@@ -1,4 +1,4 @@
-/** The fields of a model, as `GET /v1/models/{id}` has them: what kind of control each takes, and how it is labelled. */
+/** The fields of a model, as `GET /v1/models/{id}` has them: what control each takes, and how it is labelled. */
 
 const LABELS = {
   num_inference_steps: "Steps",
@@ -48,7 +48,8 @@ export function kindOf(schema) {
   const types = parts.map((part) => part.type).filter((type) => type && type !== "null");
   const options = parts.find((part) => part.enum)?.enum.filter((one) => one !== null && one !== "");
   const { minimum, maximum, maxLength, items, properties } = Object.assign({}, ...parts.toReversed());
-  return { type: options ? "enum" : types[0], options, minimum, maximum, maxLength, items, properties, initial: schema.default };
+  const type = options ? "enum" : types[0];
+  return { type, options, minimum, maximum, maxLength, items, properties, initial: schema.default };
 }
 
 /** The schedules that go with the sampler that the form has. */
@@ -97,8 +98,7 @@ export function sizesOf({ limits, defaults }) {
   const fit = (side) => Math.min(max, Math.max(min, Math.round(side / multiple) * multiple));
   const shapes = square ? [1] : [1, 4 / 3, 3 / 4, 3 / 2, 2 / 3, 16 / 9, 9 / 16];
   const areas = square ? [0.25, 1, 4] : [1];
-  const found = areas.flatMap((share) =>
-    shapes.map((shape) => Math.sqrt(share * width * height * shape)).map((side, place) => `${fit(side)}x${fit(side / shapes[place])}`),
-  );
+  const sized = (area, shape) => `${fit(Math.sqrt(area * shape))}x${fit(Math.sqrt(area / shape))}`;
+  const found = areas.flatMap((share) => shapes.map((shape) => sized(share * width * height, shape)));
   return [...new Set([defaults.size, ...found])];
 }

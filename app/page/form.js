@@ -11,7 +11,8 @@ import { get, set, useStore } from "./store.js";
 /** The form: everything that a request for the chosen model can say. */
 export function Form() {
   const { models, model, values, compare, source, fault } = useStore();
-  if (!model) return html`<form class="form"><p class="muted">${fault ? "There is no model." : "Loading the models ..."}</p></form>`;
+  const why = fault ? "There is no model." : "Loading the models ...";
+  if (!model) return html`<form class="form"><p class="muted">${why}</p></form>`;
   const field = (name) => html`<${Field} key=${name} name=${name} />`;
   const here = (names) => names.filter((name) => name in model.fields);
   const draw = (event) => {
@@ -29,17 +30,18 @@ export function Form() {
       ${source && html`<${Source} />`}
       ${model.condition === "prompt" && html`<label class="field wide">
         <span>Prompt</span>
-        <textarea rows="3" dir="auto" required=${!source} value=${values.prompt ?? ""} maxlength=${kindOf(model.fields.prompt).maxLength}
-          placeholder="red apple on a blue background" onKeyDown=${sendByKey}
+        <textarea rows="3" dir="auto" required=${!source} maxlength=${kindOf(model.fields.prompt).maxLength}
+          placeholder="red apple on a blue background" value=${values.prompt ?? ""} onKeyDown=${sendByKey}
           onInput=${(event) => change("prompt", event.target.value)}></textarea>
       </label>`}
       ${model.condition === "class_label" && html`<${Class} />`}
       <div class="draw">
-        <button class="primary" type="submit">${compare ? `Draw ${requestsOf(get()).length} side by side` : source ? "Draw from the picture" : "Draw"}</button>
+        <button class="primary" type="submit">${wordsOf(get())}</button>
       </div>
       <label class="field wide"><span>Model</span>
         <select value=${model.id} onChange=${(event) => choose(event.target.value)}>
-          ${models.map((one) => html`<option value=${one.id} disabled=${!one.downloaded}>${one.id}${one.downloaded ? "" : " (not downloaded)"}</option>`)}
+          ${models.map(({ id, downloaded }) => html`<option value=${id} disabled=${!downloaded}>
+            ${id}${downloaded ? "" : " (not downloaded)"}</option>`)}
         </select>
       </label>
       ${model.description && html`<p class="muted wide">${model.description}</p>`}
@@ -52,8 +54,14 @@ export function Form() {
       <${Loras} />
       <${Refiner} />
       ${!source && html`<${CompareFields} />`}
-      <details class="wide"><summary>More fields</summary><div class="fields">${others(model.fields).map(field)}</div></details>
+      <details class="wide"><summary>More fields</summary>
+        <div class="fields">${others(model.fields).map(field)}</div></details>
     </form>`;
+}
+
+function wordsOf(state) {
+  if (state.compare) return `Draw ${requestsOf(state).length} side by side`;
+  return state.source ? "Draw from the picture" : "Draw";
 }
 
 /** Draw what the form says. */
@@ -78,11 +86,13 @@ function Field({ name }) {
   const plain = { title: schema.description, value: value ?? "", onInput: put };
   if (kind.type === "boolean") {
     const checked = value ?? kind.initial ?? false;
+    const turn = (event) => change(name, event.target.checked);
     return html`<label class="check wide" title=${schema.description}>
-      <input type="checkbox" checked=${checked} onChange=${(event) => change(name, event.target.checked)} />${labelOf(name)}</label>`;
+      <input type="checkbox" checked=${checked} onChange=${turn} />${labelOf(name)}</label>`;
   }
   if (kind.type === "enum") {
-    return html`<label class="field"><span>${labelOf(name)}</span><select ...${plain} value=${kind.options.includes(value) ? value : ""}>
+    const chosen = kind.options.includes(value) ? value : "";
+    return html`<label class="field"><span>${labelOf(name)}</span><select ...${plain} value=${chosen}>
       <option value="">${kind.initial ?? "default"}</option>
       ${kind.options.filter((one) => one !== kind.initial).map((one) => html`<option value=${one}>${one}</option>`)}
     </select></label>`;
@@ -128,7 +138,8 @@ function Class() {
     <input type="search" value=${typed} list="classes" autocomplete="off" required
       placeholder=${`search ${model.classes} classes by name or number`}
       onInput=${(event) => change("class_label", event.target.value || undefined)} />
-    <datalist id="classes">${found.map((one) => html`<option value=${twice(one) ? one.id : one.name}>${one.id} ${one.name}</option>`)}</datalist>
+    <datalist id="classes">${found.map((one) => html`<option value=${twice(one) ? one.id : one.name}>
+      ${one.id} ${one.name}</option>`)}</datalist>
   </label>`;
 }
 
@@ -139,8 +150,8 @@ function Seed() {
     set({ values: { ...get().values, seed }, locked: seed !== undefined });
   };
   return html`<div class="field seed wide">
-    <label><span>Seed</span><input type="number" min="0" max=${Number.MAX_SAFE_INTEGER} step="1" inputmode="numeric" placeholder="a new one each time"
-      value=${locked ? values.seed ?? "" : ""} onInput=${put} /></label>
+    <label><span>Seed</span><input type="number" min="0" max=${Number.MAX_SAFE_INTEGER} step="1" inputmode="numeric"
+      placeholder="a new one each time" value=${locked ? values.seed ?? "" : ""} onInput=${put} /></label>
     <label class="check"><input type="checkbox" checked=${locked} disabled=${values.seed === undefined}
       onChange=${(event) => set({ locked: event.target.checked })} />Lock seed</label>
   </div>`;
@@ -163,7 +174,8 @@ function Loras() {
       return html`<div class="row">
         <label class="check"><input type="checkbox" checked=${weight !== undefined}
           onChange=${(event) => put(name, event.target.checked ? range.default : undefined)} />${name}</label>
-        ${weight !== undefined && html`<input type="number" min=${range.minimum} max=${range.maximum} step="0.05" value=${weight} aria-label=${`Weight of ${name}`}
+        ${weight !== undefined && html`<input type="number" min=${range.minimum} max=${range.maximum} step="0.05"
+          value=${weight} aria-label=${`Weight of ${name}`}
           onInput=${(event) => put(name, Number(event.target.value))} />`}
       </div>`;
     })}
@@ -174,15 +186,17 @@ function Refiner() {
   const { model, values } = useStore();
   if (!model.refiners.length && !model.defaults.refiner) return null;
   const chosen = values.refiner;
+  const usual = kindOf(model.fields.refiner).properties.switch_at.default;
   const put = (changes) => change("refiner", changes.model === "" ? undefined : { ...chosen, ...changes });
   return html`<fieldset class="wide"><legend>Refiner</legend><div class="fields">
-    <label class="field"><span>Refiner model</span><select value=${chosen?.model ?? ""} onChange=${(event) => put({ model: event.target.value })}>
+    <label class="field"><span>Refiner model</span><select value=${chosen?.model ?? ""}
+      onChange=${(event) => put({ model: event.target.value })}>
       <option value="">${model.defaults.refiner?.model ?? "none"}</option>
       ${model.defaults.refiner && html`<option value="none">none</option>`}
       ${model.refiners.map((one) => html`<option value=${one}>${one}</option>`)}
     </select></label>
     ${chosen && chosen.model !== "none" && html`<label class="field"><span>Switch at</span>
-      <input type="number" min="0.01" max="0.99" step="0.01" value=${chosen.switch_at ?? kindOf(model.fields.refiner).properties.switch_at.default}
+      <input type="number" min="0.01" max="0.99" step="0.01" value=${chosen.switch_at ?? usual}
         onInput=${(event) => put({ switch_at: Number(event.target.value) })} /></label>`}
   </div></fieldset>`;
 }

@@ -14,12 +14,15 @@ export function Gallery() {
   const [shown, setShown] = useState(PAGE);
   return html`<section class="gallery" aria-label="Gallery">
     <header class="row"><h2>Gallery</h2>
-      ${all.length > 0 && html`<span class="muted">${all.length} ${all.length === 1 ? "picture" : "pictures"}, kept in this browser</span>
+      ${all.length > 0 && html`
+        <span class="muted">${all.length} ${all.length === 1 ? "picture" : "pictures"}, kept in this browser</span>
         <button type="button" onClick=${clear}>Delete all</button>`}</header>
     ${!all.length && html`<p class="muted">Pictures that you draw stay here, also after a reload.</p>`}
-    ${all.length > 0 && !pictures.lasting() && html`<p class="muted">This browser keeps nothing: the pictures are gone after a reload.</p>`}
+    ${all.length > 0 && !pictures.lasting() && html`<p class="muted">
+      This browser keeps nothing: the pictures are gone after a reload.</p>`}
     <ul class="thumbs">${all.slice(0, shown).map((record) => html`<li key=${record.id}>
-      <button type="button" class="frame" aria-label=${`Open ${nameOf(record)}`} onClick=${() => set({ opened: record })}>
+      <button type="button" class="frame" aria-label=${`Open ${nameOf(record)}`}
+        onClick=${() => set({ opened: record })}>
         <${Picture} blob=${record.blob} alt=${nameOf(record)} /></button></li>`)}</ul>
     ${all.length > shown && html`<button type="button" onClick=${() => setShown(shown + PAGE)}>Show more</button>`}
   </section>`;
@@ -38,9 +41,10 @@ async function clear() {
 /** One picture, large, with its settings. */
 export function Opened() {
   const { opened } = useStore();
+  const facts = Object.entries(opened?.facts ?? {}).filter(([, value]) => value !== "");
   return opened && html`<${Dialog} label=${nameOf(opened)} onClose=${() => set({ opened: null })}>
     <${Picture} blob=${opened.blob} alt=${nameOf(opened)} />
-    <dl class="facts">${Object.entries(opened.facts ?? {}).filter(([, value]) => value !== "").map(([name, value]) => html`<div key=${name}><dt>${labelOf(name)}</dt>
+    <dl class="facts">${facts.map(([name, value]) => html`<div key=${name}><dt>${labelOf(name)}</dt>
       <dd dir="auto">${typeof value === "string" ? value : JSON.stringify(value)}</dd></div>`)}</dl>
     <${Actions} record=${opened} />
   <//>`;
@@ -54,9 +58,11 @@ export function Dialog({ label, onClose, children }) {
     dialog.current.showModal();
     return () => before?.focus?.();
   }, []);
-  return html`<dialog ref=${dialog} aria-label=${label} onClose=${onClose} onClick=${(event) => event.target === dialog.current && onClose()}>
+  const beside = (event) => event.target === dialog.current && onClose();
+  return html`<dialog ref=${dialog} aria-label=${label} onClose=${onClose} onClick=${beside}>
     <div class="window">
-      <header class="row"><h2 dir="auto">${label}</h2><button type="button" aria-label="Close" onClick=${onClose}>✕</button></header>
+      <header class="row"><h2 dir="auto">${label}</h2>
+        <button type="button" aria-label="Close" onClick=${onClose}>✕</button></header>
       ${children}
     </div>
   </dialog>`;

@@ -4,8 +4,8 @@ import { read } from "./api.js";
 import { kindOf, schedulesOf, SENDING, takes } from "./fields.js";
 import { get, set } from "./store.js";
 
-const SEEDS = 2 ** 32;
 const FORM = "instep-form";
+const KEPT = ["prompt", "negative_prompt", "seed", "n"]; // when another model is chosen
 
 let choices = 0;
 
@@ -34,7 +34,7 @@ export function addressOf(id) {
 
 /** The body that the form asks for, with a seed. */
 export function bodyOf({ model, values, locked }) {
-  const seed = locked && values.seed !== undefined ? values.seed : crypto.getRandomValues(new Uint32Array(1))[0] % SEEDS;
+  const seed = locked && values.seed !== undefined ? values.seed : crypto.getRandomValues(new Uint32Array(1))[0];
   const asked = Object.entries(values).filter(([name, value]) => value !== undefined && name in model.fields);
   const previews = kindOf(model.fields.partial_images).maximum;
   const body = { ...Object.fromEntries(asked), model: model.id, seed, partial_images: previews };
@@ -82,7 +82,7 @@ export async function choose(id) {
   try {
     const model = await read(addressOf(id));
     if (turn !== choices) return;
-    const kept = ["prompt", "negative_prompt", "seed", "n"].filter((name) => name in model.fields && get().values[name] !== undefined);
+    const kept = KEPT.filter((name) => name in model.fields && get().values[name] !== undefined);
     const values = Object.fromEntries(kept.map((name) => [name, get().values[name]]));
     const compare = get().compare && { ...get().compare, values: undefined };
     set({ model, values, compare, fault: "", asksKey: false });

@@ -64,7 +64,8 @@ export function busy() {
 
 function newCell(label, body, request, image) {
   const seed = body.seed + image;
-  return { label, body, request, image, seed, status: "waiting", step: 0, steps: 0, preview: null, record: null, fault: "" };
+  const state = { status: "waiting", step: 0, steps: 0, preview: null, record: null, fault: "" };
+  return { label, body, request, image, seed, ...state };
 }
 
 function next() {
@@ -88,7 +89,7 @@ async function draw(run) {
     const [path, body] = await message(run);
     followLoad(run);
     for await (const event of events(path, body, run.controller.signal)) await take(run, event, path);
-    failCells(run, "The stream ended before the picture was done.");
+    fail(run.cells, "The stream ended before the picture was done.");
   } catch (error) {
     if (error.name === "AbortError") return;
     run.fault = error.message;
@@ -123,7 +124,7 @@ async function take(run, event, path) {
   const cells = run.cells.filter((cell) => request === undefined || cell.request === request);
   const cell = cells.find(({ image }) => image === (event.image_index ?? 0));
   const kind = event.error ? "error" : event.type.split(".").at(-1);
-  if (kind === "error") cells.filter(open).forEach((one) => Object.assign(one, { status: "failed", fault: event.error.message }));
+  if (kind === "error") fail(cells, event.error.message);
   if (kind === "accepted") {
     const ready = Date.now() + 1000 * event.estimated_wait;
     cells.forEach((one) => Object.assign(one, { status: "queued", position: event.queue_position, ready }));
@@ -141,14 +142,15 @@ async function complete(run, cell, event, path) {
   const blob = blobOf(encoded);
   const { facts } = await readFacts(blob);
   const { blob: source = null, mask = null } = run.source ?? {};
-  cell.record = { id: crypto.getRandomValues(new Uint32Array(2)).join("-"), created: Date.now(), blob, facts, path, reply, source, mask };
+  const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
+  cell.record = { id, created: Date.now(), blob, facts, path, reply, source, mask };
   Object.assign(cell, { status: "done", preview: null });
   set({ pictures: [cell.record, ...get().pictures].slice(0, pictures.MOST) });
   pictures.add(cell.record).then(() => set({})); // the stream goes on meanwhile
 }
 
-function failCells(run, fault) {
-  run.cells.filter(open).forEach((cell) => Object.assign(cell, { status: "failed", fault }));
+function fail(cells, fault, status = "failed") {
+  cells.filter(open).forEach((cell) => Object.assign(cell, { status, fault }));
 }
 
 function open(cell) {
@@ -157,8 +159,7 @@ function open(cell) {
 
 function end(run) {
   run.status = "ended";
-  const cancelled = run.controller.signal.aborted;
-  run.cells.filter(open).forEach((cell) => Object.assign(cell, { status: cancelled ? "cancelled" : "failed", fault: run.fault }));
+  fail(run.cells, run.fault, run.controller.signal.aborted ? "cancelled" : "failed");
   run.cells.forEach((cell) => (cell.preview = null));
   set({});
   if (!busy()) tally();
@@ -180,8 +181,8 @@ async function tally() {
 async function counters() {
   const at = Date.now();
   const lines = await text("metrics").then((all) => all.split("\n"), () => null);
-  const sum = (name) =>
-    lines.filter((line) => line.startsWith(`${name}{`)).reduce((total, line) => total + Number(line.split(" ").at(-1)), 0);
+  const values = (name) => lines.filter((line) => line.startsWith(`${name}{`)).map((line) => line.split(" ").at(-1));
+  const sum = (name) => values(name).reduce((total, value) => total + Number(value), 0);
   return lines && { at, images: sum("instep_images_total"), forwards: sum("instep_denoise_step_seconds_count") };
 }
 

@@ -11,9 +11,14 @@ export function Source() {
   return html`<section ref=${section} class="source wide" aria-label="Picture to start from">
     <div class="row"><h2>Start from ${source.name}</h2>
       <button type="button" onClick=${() => set({ source: null })}>Remove the picture</button></div>
-    <${MaskEditor} picture=${source.blob} value=${source.mask} onChange=${(mask) => set({ source: { ...get().source, mask } })} />
-    <p class="muted">Paint what is drawn anew; Strength 1 leaves nothing of it. Without a mask the whole picture changes.</p>
+    <${MaskEditor} picture=${source.blob} value=${source.mask} onChange=${keep} />
+    <p class="muted">Paint what is drawn anew; Strength 1 leaves nothing of it.
+      ${" "}Without a mask the whole picture changes.</p>
   </section>`;
+}
+
+function keep(mask) {
+  set({ source: { ...get().source, mask } });
 }
 
 /** Start the next picture from this one. */

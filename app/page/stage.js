@@ -10,14 +10,16 @@ export function Stage() {
   const { runs, tally } = useStore();
   return html`<section class="stage" aria-label="Drawing">
     <p class="tally" role="status">${tally && html`<${Tally} ...${tally} />`}</p>
-    ${!runs.length && html`<div class="empty"><p>Say what to draw, and press Draw. Pictures appear here while they are made.</p>
+    ${!runs.length && html`<div class="empty">
+      <p>Say what to draw, and press Draw. Pictures appear here while they are made.</p>
       <p class="muted">Drop a picture anywhere to draw from it, or to read its settings.</p></div>`}
     ${runs.map((run) => html`<${Run} key=${run.id} run=${run} />`)}
   </section>`;
 }
 
 function Tally({ images, forwards, alone }) {
-  return html`<strong>${images} ${images === 1 ? "image" : "images"} in ${forwards} ${forwards === 1 ? "forward" : "forwards"}</strong>
+  const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
+  return html`<strong>${`${counted(images, "image")} in ${counted(forwards, "forward")}`}</strong>
     ${alone > forwards && html`<span class="muted"> One after another they would take ${alone}.</span>`}`;
 }
 
@@ -45,11 +47,13 @@ function Run({ run }) {
 function Cell({ cell, run }) {
   const { record, preview, label, seed } = cell;
   const drawn = cell.body.prompt ?? String(cell.body.class_label);
-  const what = [drawn || "a picture", label].filter(Boolean).join(", ");
+  const which = label || (cell.body.n > 1 ? `image ${cell.image + 1}` : "");
+  const what = [drawn || "a picture", which].filter(Boolean).join(", ");
   const left = cell.steps ? 1 - cell.step / cell.steps : 1;
   const shape = { "--shape": shapeOf(cell) };
   return html`<figure class=${`cell ${cell.status}`}>
-    ${record && html`<button type="button" class="frame" style=${shape} aria-label=${`Open ${what}`} onClick=${() => set({ opened: record })}>
+    ${record && html`<button type="button" class="frame" style=${shape} aria-label=${`Open ${what}`}
+      onClick=${() => set({ opened: record })}>
       <${Picture} blob=${record.blob} alt=${what} /></button>`}
     ${!record && html`<div class="frame" style=${shape}>
       ${preview && html`<${Picture} blob=${preview} alt=${`Preview of ${what}`} />`}
@@ -57,7 +61,8 @@ function Cell({ cell, run }) {
     </div>`}
     <figcaption>
       ${label && html`<strong>${label}</strong>`}
-      ${isOpen(cell) && html`<progress aria-label=${`Progress of ${what}`} max=${cell.steps || 1} value=${cell.step}></progress>`}
+      ${isOpen(cell) && html`<progress aria-label=${`Progress of ${what}`}
+        max=${cell.steps || 1} value=${cell.step}></progress>`}
       <span class="muted numbers">${stateOf(cell, seed, run.loading)}</span>
       ${cell.fault && cell.fault !== run.fault && html`<span class="fault" role="alert">${cell.fault}</span>`}
       ${warningsOf(record).map((warning) => html`<span class="muted">${warning}</span>`)}
@@ -94,8 +99,8 @@ function stateOf({ status, step, steps, position, ready, record }, seed, loading
     const { timings = {} } = record.reply;
     const seconds = (timings.queue ?? 0) + (timings.encode ?? 0) + (timings.denoise ?? 0) + (timings.decode ?? 0);
     const shared = (timings.shared ?? 1).toFixed(1);
-    const taken = `${timings.steps === 1 ? "1 step" : `${timings.steps} steps`} in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s`;
-    return `${taken}, ${shared} images a forward, seed ${seed}`;
+    const taken = timings.steps === 1 ? "1 step" : `${timings.steps} steps`;
+    return `${taken} in ${seconds.toFixed(seconds < 10 ? 1 : 0)} s, ${shared} images a forward, seed ${seed}`;
   }
   return { waiting: "waiting for a connection", cancelled: "cancelled" }[status] ?? "";
 }

@@ -61,7 +61,9 @@ def test_progress_counts_every_step_and_previews_follow(visit: Visit) -> None:
 
 def test_several_images_of_a_request_each_have_their_own_progress(visit: Visit) -> None:
     draw(visit.page, "!slow 1", Images=3, Seed=1)
-    expect(stage(visit.page).get_by_role("progressbar")).to_have_count(3)
+    for place in (1, 2, 3):
+        name = f"Progress of !slow 1, image {place}"
+        expect(stage(visit.page).get_by_role("progressbar", name=name)).to_be_visible()
     expect(kept(visit.page)).to_have_count(3)
     assert {colour_of(one) for one in kept(visit.page).all()} == {colour(Prompt("!slow 1"), seed) for seed in (1, 2, 3)}
 

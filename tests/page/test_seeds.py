@@ -29,7 +29,7 @@ def test_use_this_seed_locks_that_of_the_picture(visit: Visit) -> None:
     expect(kept(page)).to_have_count(2)
     first = sent(page)["seed"]
     expect(kept(page)).to_have_count(4)
-    button(stage(page).get_by_role("figure").nth(1), "Open a cat").click()
+    button(stage(page).get_by_role("figure").nth(1), "Open a cat, image 2").click()
     button(page.get_by_role("dialog"), "Use this seed").click()
     expect(field(page, "Seed")).to_have_value(str(first + 1))
     expect(page.get_by_label("Lock seed")).to_be_checked()
