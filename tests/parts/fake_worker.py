@@ -21,7 +21,6 @@ import ctypes
 import hashlib
 import os
 import queue
-import re
 import signal
 import socket
 import sys
