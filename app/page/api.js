@@ -1,6 +1,9 @@
 /** Calls of the server that sent this page, by addresses relative to it, with the key of this tab. */
 
 const KEY = "instep-key";
+
+/** The route of requests that start from a picture. */
+export const EDIT = "v1/images/edits";
 const PATIENCE = 3000; // milliseconds
 
 let kept = storage((store) => store.getItem(KEY)) ?? "";

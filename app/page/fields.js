@@ -22,14 +22,12 @@ export const EDITING = ["strength", "resize", "mask_blur", "overlay"];
 
 /** Fields of how pictures are sent, which the page fills in by itself. */
 export const SENDING = [
-  ...["stream", "progress", "partial_images", "response_format", "output_format", "output_compression", "grid"],
+  ...["stream", "progress", "partial_images"],
+  ...["response_format", "output_format", "output_compression"],
 ];
 
-/** Fields that the page has controls of another kind for, or no use for. */
-const APART = [
-  ...["prompt", "class_label", "negative_prompt", "seed", "loras", "refiner", "model", ...SENDING],
-  ...["quality", "background", "moderation", "style", "complexity", "user", "safety_identifier", "input_fidelity"],
-];
+/** Fields that the page has controls of another kind for, or fills in. */
+const APART = ["prompt", "class_label", "negative_prompt", "seed", "loras", "refiner", "model", "grid", ...SENDING];
 
 /** Fields that belong under "More". */
 export function others(fields) {

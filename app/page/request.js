@@ -69,7 +69,7 @@ export async function fill({ model, ...facts }) {
  */
 export function fitting({ fields }, facts) {
   const first = (name, value) => (["prompt", "class_label"].includes(name) && Array.isArray(value) ? value[0] : value);
-  const asked = Object.entries(facts).filter(([name, value]) => value !== null && !SENDING.includes(name));
+  const asked = Object.entries(facts).filter(([name, value]) => value !== null && ![...SENDING, "grid"].includes(name));
   const pairs = asked.map(([name, value]) => [name, first(name, value)]);
   const fits = ([name, value]) => Object.hasOwn(fields, name) && takes(fields[name], value);
   const left = pairs.filter((pair) => !fits(pair)).map(([name]) => name.replaceAll("_", " "));

@@ -1,6 +1,6 @@
 /** What is drawn: each run is one request or several that are compared, each cell one image of it. */
 
-import { events, Fault, read, text } from "./api.js";
+import { EDIT, events, Fault, read, text } from "./api.js";
 import { addressOf } from "./request.js";
 import { get, set } from "./store.js";
 import * as pictures from "./pictures.js";
@@ -10,7 +10,6 @@ const STREAMS = 4; // a browser opens six connections to a host, and the form ne
 const LOOK = 1000; // milliseconds between two looks at a model that is being loaded
 const SHOWN = 8; // runs that stay on the page
 const DRAW = "v1/images/generations";
-const EDIT = "v1/images/edits";
 const BATCH = "v1/images/batch";
 
 const waiting = [];

@@ -1,7 +1,8 @@
 /** The request for a picture as text that a person pastes: a curl for a shell, and Python with OpenAI's client. */
 
-const EDITS = "v1/images/edits";
-const ASKED = ["stream", "progress", "partial_images", "response_format", "output_format", "output_compression"];
+import { EDIT } from "./api.js";
+import { SENDING } from "./fields.js";
+
 const OF_OPENAI = ["model", "prompt", "size", "n", "quality", "background", "moderation", "user"];
 
 /**
@@ -13,7 +14,7 @@ const OF_OPENAI = ["model", "prompt", "size", "n", "quality", "background", "mod
 export function curl({ origin, path, facts, closed, masked = false }) {
   const key = closed ? [`-H "Authorization: Bearer $INSTEP_KEY"`] : [];
   const body = bodyOf(facts);
-  const posted = path === EDITS ? form(body, masked) : ["-H", "Content-Type: application/json", "-d", json(body)];
+  const posted = path === EDIT ? form(body, masked) : ["-H", "Content-Type: application/json", "-d", json(body)];
   const options = ["-H", "Accept: image/png", ...posted, "-o", "picture.png"].map(quoted);
   return [`curl ${quoted(`${origin}/${path}`)}`, ...key, ...options].join(" ");
 }
@@ -21,7 +22,7 @@ export function curl({ origin, path, facts, closed, masked = false }) {
 /** The Python that draws a picture again as picture.png. The arguments are those of `curl`. */
 export function python({ origin, path, facts, closed, masked = false }) {
   const body = { prompt: "", ...bodyOf(facts) };
-  const isEdit = path === EDITS;
+  const isEdit = path === EDIT;
   const files = isEdit ? [`image=open("source.png", "rb")`, ...(masked ? [`mask=open("mask.png", "rb")`] : [])] : [];
   const own = Object.entries(body).filter(([name]) => OF_OPENAI.includes(name));
   const extra = Object.fromEntries(Object.entries(body).filter(([name]) => !OF_OPENAI.includes(name)));
@@ -44,7 +45,7 @@ with open("picture.png", "wb") as file:
 
 /** The fields that decide a picture: those of how it is sent are left out, and what is null is the default. */
 function bodyOf(facts) {
-  return Object.fromEntries(Object.entries(facts).filter(([name, value]) => value !== null && !ASKED.includes(name)));
+  return Object.fromEntries(Object.entries(facts).filter(([name, value]) => value !== null && !SENDING.includes(name)));
 }
 
 /**
