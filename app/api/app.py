@@ -23,7 +23,7 @@ from app.metrics import CONTENT_TYPE
 from app.settings import Settings
 
 EXPOSED = (
-    *("Location", "Retry-After", "WWW-Authenticate"),
+    *("Retry-After", "WWW-Authenticate"),
     *("X-Model", "X-Request-ID", "X-Seed", "X-Should-Retry", "X-Warning"),
 )
 """Headers of our answers that a page may read, besides those that every page may."""
