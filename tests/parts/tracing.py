@@ -33,6 +33,7 @@ class Tracer:
         self._old: dict[int, object] = {}
 
     def start(self) -> None:
+        gc.unfreeze()  # what is frozen is not among the collector's objects
         self._old = {id(one): one for one in gc.get_objects() if of_app(type(one))}  # held, so that no id is used again
         self.on = True
 
